@@ -1,0 +1,227 @@
+"""How long a training step takes, against the frozen floor and against PEFT.
+
+    python benchmarks/step.py            # full-size SD 1.5, 256 px, batch 1, rank 16, on this machine
+
+Each variant runs in a process of its own, so that its peak memory and its time to the first step,
+from the start of the process, are its own; the rounds are interleaved, so that a slow minute of the machine
+meets all of them. What is printed are the fastest medians over the rounds, and ratios to the floor.
+
+Variants: `floor` (the frozen U-Net of diffusers, forward and input-gradient backward, nothing adapted),
+`lorakit` (its whole step: batch, forward, backward, clipping, AdamW), `peft` (PEFT's LoRA on the same
+layers, in a plain loop with the same AdamW and clipping).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+STARTED = time.perf_counter()
+HERE = Path(__file__).parent
+VARIANTS = ("floor", "lorakit", "peft")
+PEFT_TARGETS = r".*attentions.*\.(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2)"
+
+
+def main() -> None:
+    """Run the variants and print the table, or run one of them and print its numbers."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "lorakit-benchmark")
+    parser.add_argument("--size", type=int, default=256, help="side of the image in pixels")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps, after the first")
+    parser.add_argument("--rounds", type=int, default=2)
+    arguments = parser.parse_args()
+    if arguments.variant:
+        timer = Timer(arguments.steps)
+        {"floor": run_floor, "lorakit": run_lorakit, "peft": run_peft}[arguments.variant](arguments, timer)
+        print(json.dumps(timer.numbers()))
+        return
+    prepare(arguments)
+    print_table(measure(arguments), arguments)
+
+
+class Timer:
+    """Takes the time of steps: the first from the start of the process, the others from the one before."""
+
+    def __init__(self, steps: int) -> None:
+        self.wanted = steps + 1
+        self.times: list[float] = []
+        self._last = STARTED
+
+    def step_done(self) -> bool:
+        """Note a step; whether there have been enough."""
+        now = time.perf_counter()
+        self.times.append(now - self._last)
+        self._last = now
+        return len(self.times) >= self.wanted
+
+    def numbers(self) -> dict[str, float]:
+        """Seconds to the end of the first step, seconds of a step (median), and peak memory in GiB."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return {"first": self.times[0], "step": statistics.median(self.times[1:]), "memory": peak}
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Write the model, the image and the config, and fill lorakit's cache."""
+    from skimage import data
+    from skimage.io import imsave
+
+    work = arguments.work
+    (work / "images").mkdir(parents=True, exist_ok=True)
+    if not (work / "model" / "model_index.json").exists():
+        subprocess.run([sys.executable, HERE / "make_model.py", work / "model", "--folder"], check=True)
+    if not (work / "model.safetensors").exists():
+        subprocess.run([sys.executable, HERE / "make_model.py", work / "model.safetensors"], check=True)
+    imsave(work / "images" / "astronaut.png", data.astronaut())
+    (work / "images" / "astronaut.txt").write_text("a portrait of an astronaut\n")
+    subprocess.run([sys.executable, "-m", "lorakit", "cache", config_file(arguments)], check=True)
+
+
+def config_file(arguments: argparse.Namespace) -> Path:
+    """The lorakit config of the measured run."""
+    path: Path = arguments.work / "config.toml"
+    path.write_text(f"""
+model = {{ path = "model.safetensors" }}
+data = {{ image_dir = "images", resolution = {arguments.size}, num_repeats = 1000 }}
+network = {{ name = "lierla", rank = {arguments.rank}, alpha = {arguments.rank}.0, parts = ["unet"] }}
+optimizer = {{ name = "adamw", lr = 1e-4 }}
+training = {{ max_steps = 1000, mixed_precision = "{arguments.precision}" }}
+output = {{ dir = "out" }}
+""")
+    return path
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """The best numbers of each variant over the rounds."""
+    best: dict[str, dict[str, float]] = {}
+    options = [f"--{name}={getattr(arguments, name)}" for name in ("work", "size", "rank", "precision", "steps")]
+    for _ in range(arguments.rounds):
+        for variant in VARIANTS:
+            command = [sys.executable, __file__, f"--variant={variant}", *options]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            numbers = json.loads(output.splitlines()[-1])
+            known = best.setdefault(variant, numbers)
+            best[variant] = {name: min(known[name], numbers[name]) for name in numbers}
+    return best
+
+
+def print_table(best: dict[str, dict[str, float]], arguments: argparse.Namespace) -> None:
+    """Print the numbers as a Markdown table, with ratios to the floor."""
+    import torch
+
+    print(f"\nSD 1.5, {arguments.size} px, batch 1, rank {arguments.rank}, mixed_precision {arguments.precision}, "
+          f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    print("| variant | step (s) | ÷ floor | peak memory (GiB) | ÷ floor | first step after (s) | ÷ PEFT |")
+    print("|---|---|---|---|---|---|---|")
+    floor, peft = best["floor"], best["peft"]
+    for variant, numbers in best.items():
+        print(f"| {variant} | {numbers['step']:.2f} | {numbers['step'] / floor['step']:.2f} "
+              f"| {numbers['memory']:.2f} | {numbers['memory'] / floor['memory']:.2f} "
+              f"| {numbers['first']:.1f} | {numbers['first'] / peft['first']:.2f} |")
+
+
+def run_floor(arguments: argparse.Namespace, timer: Timer) -> None:
+    """Forward and input-gradient backward of the frozen U-Net."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    dtype = _dtype(arguments)
+    unet = UNet2DConditionModel.from_pretrained(arguments.work / "model" / "unet", torch_dtype=dtype)
+    unet.requires_grad_(False)
+    side = arguments.size // 8
+    text = torch.randn(1, 77, 768, dtype=dtype)
+    _repeat(timer, lambda: _floor_step(unet, torch.randn(1, 4, side, side), text))
+
+
+def _floor_step(unet: torch.nn.Module, latents: torch.Tensor, text: torch.Tensor) -> None:
+    noisy = latents.to(text.dtype).requires_grad_()
+    prediction = unet(noisy, torch.randint(1000, (1,)), text).sample
+    torch.nn.functional.mse_loss(prediction.float(), torch.randn_like(latents)).backward()
+
+
+def run_lorakit(arguments: argparse.Namespace, timer: Timer) -> None:
+    """lorakit's own loop, with an observer that takes the time and asks to stop."""
+    from lorakit.config.reading import read_config
+    from lorakit.engine.assembly import assemble
+    from lorakit.engine.observing import Observer, Observers
+    from lorakit.engine.processes import Processes
+    from lorakit.engine.trainer import train
+    from lorakit.errors import Interrupted
+
+    class Stopwatch(Observer):
+        def step_finished(self, step: int) -> None:
+            if timer.step_done():
+                raise Interrupted(f"measured {step} steps")
+
+    config = read_config(arguments.work / "config.toml")
+    run = assemble(config, Processes.launched(config.training.device))
+    run.observers = Observers([("stopwatch", True, Stopwatch())])
+    try:
+        train(run)
+    except Interrupted:
+        return
+
+
+def run_peft(arguments: argparse.Namespace, timer: Timer) -> None:
+    """A plain loop with diffusers and PEFT: everything read, image and caption encoded, then steps."""
+    import torch
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from diffusers.utils import load_image
+    from peft import LoraConfig
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    dtype, folder = _dtype(arguments), arguments.work / "model"
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype).requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype)
+    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=dtype)
+    tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer")(
+        "a portrait of an astronaut", padding="max_length", return_tensors="pt"
+    ).input_ids
+    image = load_image(str(arguments.work / "images" / "astronaut.png")).resize((arguments.size, arguments.size))
+    pixels = torch.tensor(list(image.getdata()), dtype=dtype).view(1, arguments.size, arguments.size, 3)
+    with torch.no_grad():
+        text = encoder(tokens).last_hidden_state
+        latents = vae.encode(pixels.permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.sample() * 0.18215
+    del vae, encoder
+    unet.add_adapter(LoraConfig(r=arguments.rank, lora_alpha=arguments.rank, target_modules=PEFT_TARGETS))
+    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    noise_scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+    def step() -> None:
+        noise, timesteps = torch.randn_like(latents), torch.randint(1000, (1,))
+        prediction = unet(noise_scheduler.add_noise(latents, noise, timesteps), timesteps, text).sample
+        torch.nn.functional.mse_loss(prediction.float(), noise.float()).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    _repeat(timer, step)
+
+
+def _repeat(timer: Timer, step: Callable[[], None]) -> None:
+    step()
+    while not timer.step_done():
+        step()
+
+
+def _dtype(arguments: argparse.Namespace) -> torch.dtype:
+    import torch
+
+    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.precision]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What lorakit brings along, registered through the same entry points as any plugin."""

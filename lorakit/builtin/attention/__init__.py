@@ -1,0 +1,1 @@
+"""The attention backends that come with lorakit."""

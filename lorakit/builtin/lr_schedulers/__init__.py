@@ -1,0 +1,1 @@
+"""The learning-rate schedules that come with lorakit."""

@@ -1,0 +1,28 @@
+"""The learning-rate schedule `cosine`."""
+
+from __future__ import annotations
+
+import math
+
+from attrs import frozen
+
+from lorakit import hookimpl
+from lorakit.components import LRSchedulerConfig
+from lorakit.schedules import WarmupConfig
+
+
+@frozen(kw_only=True)
+class CosineConfig(WarmupConfig):
+    """A learning rate that falls to zero along half a cosine wave (Loshchilov and Hutter, 2017, arXiv:1608.03983)."""
+
+    name = "cosine"
+
+    def factor(self, progress: float, lr: float) -> float:  # noqa: ARG002
+        """½(1 + cos π·progress)."""
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+@hookimpl
+def register_lr_schedulers() -> list[type[LRSchedulerConfig]]:
+    """Cosine decay."""
+    return [CosineConfig]

@@ -1,0 +1,48 @@
+"""The optimizer `lion`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from attrs import field, frozen
+from attrs import validators as v
+
+from lorakit import hookimpl
+from lorakit.components import OptimizerConfig
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from lorakit.networks.network import ParameterGroup
+
+
+@frozen(kw_only=True)
+class LionConfig(OptimizerConfig):
+    """Lion: the sign of an interpolated momentum (Chen et al., 2023, arXiv:2302.06675).
+
+    Wants a learning rate three to ten times lower than AdamW's.
+    """
+
+    name = "lion"
+    requires = ("lion_pytorch",)
+
+    betas: tuple[float, float] = field(default=(0.9, 0.99), validator=v.deep_iterable([v.ge(0), v.lt(1)]))
+    """Decay of the update direction and of the momentum."""
+    weight_decay: float = field(default=0.0, validator=v.ge(0))
+    """Share of each weight, times the learning rate, that it loses at each step."""
+
+    def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
+        """The one of lion-pytorch."""
+        from lion_pytorch import Lion
+
+        from lorakit.networks.network import torch_groups
+
+        optimizer: Optimizer = Lion(torch_groups(groups), betas=self.betas, weight_decay=self.weight_decay)
+        return optimizer
+
+
+@hookimpl
+def register_optimizers() -> list[type[OptimizerConfig]]:
+    """Lion."""
+    return [LionConfig]

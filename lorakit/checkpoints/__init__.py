@@ -1,0 +1,23 @@
+"""Base models as files: where they are, what tensors they hold, and what kind of model that makes them.
+
+Nothing here reads a weight or imports torch: a 4 GB file is summarised in milliseconds from its header.
+"""
+
+from __future__ import annotations
+
+from lorakit.checkpoints.location import HubModel, Location, locate
+from lorakit.checkpoints.recognition import Traits, describe, traits_of
+from lorakit.checkpoints.summary import CheckpointSummary, Shapes, read_json, summarize
+
+__all__ = [
+    "CheckpointSummary",
+    "HubModel",
+    "Location",
+    "Shapes",
+    "Traits",
+    "describe",
+    "locate",
+    "read_json",
+    "summarize",
+    "traits_of",
+]

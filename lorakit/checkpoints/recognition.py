@@ -1,0 +1,121 @@
+"""What kind of model a checkpoint is, told from tensor names and shapes or from a folder's configs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from attrs import frozen
+
+from lorakit.checkpoints.summary import CheckpointSummary, Shapes
+
+_CONTEXT_KEY = "transformer_blocks.0.attn2.to_k.weight"
+_UNET = "model.diffusion_model."
+_UNUSUAL_UNET = ("addition_embed_type", "class_embed_type", "encoder_hid_dim", "time_cond_proj_dim", "num_class_embeds")
+
+
+@frozen
+class Traits:
+    """What tells the latent diffusion models with a U-Net apart."""
+
+    text_encoders: tuple[str, ...]
+    """`clip` and `open_clip` by the library whose layout each text encoder has; folders know only `clip`."""
+    in_channels: int
+    """Channels of the U-Net's input: 4 latent channels, 9 for inpainting, 8 for editing after instructions."""
+    context_dim: int
+    """Width of the text encoder's output as the U-Net's cross-attention takes it."""
+    linear_projection: bool
+    """Whether the U-Net's transformers start with a linear layer (SD 2.x, SDXL) or a 1×1 convolution (SD 1.x)."""
+    conditioned: bool
+    """Whether the U-Net takes more than timestep and text, such as the image size (SDXL)."""
+
+
+def traits_of(summary: CheckpointSummary) -> Traits | None:
+    """The traits of a model with a U-Net and a text encoder, or None if it is something else."""
+    if summary.kind == "folder":
+        return _folder_traits(summary.configs)
+    return _file_traits(summary.tensors)
+
+
+def _file_traits(tensors: Shapes) -> Traits | None:
+    context = next((shape for name, shape in tensors.items() if name.startswith(_UNET) and _CONTEXT_KEY in name), ())
+    entry = tensors.get(f"{_UNET}input_blocks.0.0.weight", ())
+    projection = next((tensors[name] for name in tensors if name.startswith(_UNET) and ".proj_in.weight" in name), ())
+    if len(context) != 2 or len(entry) != 4 or not projection:
+        return None
+    kinds = {"transformer.": "clip", "model.": "open_clip"}
+    encoders = {
+        (place, kind)
+        for name in tensors
+        for place, prefix in _text_encoder_places(name)
+        for start, kind in kinds.items()
+        if name.startswith(prefix + start)
+    }
+    return Traits(
+        text_encoders=tuple(kind for _, kind in sorted(encoders)),
+        in_channels=entry[1],
+        context_dim=context[1],
+        linear_projection=len(projection) == 2,
+        conditioned=f"{_UNET}label_emb.0.0.weight" in tensors,
+    )
+
+
+def _text_encoder_places(name: str) -> list[tuple[str, str]]:
+    """The text encoder, and the prefix of its tensors, that a tensor's name may belong to."""
+    if name.startswith("cond_stage_model."):
+        return [("0", "cond_stage_model.")]
+    if name.startswith("conditioner.embedders."):
+        index = name.split(".")[2]
+        return [(index, f"conditioner.embedders.{index}.")]
+    return []
+
+
+def _folder_traits(configs: Mapping[str, Mapping[str, Any]]) -> Traits | None:
+    unet, index = configs.get("unet"), configs.get("model_index", {})
+    if unet is None or unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
+        return None
+    context_dim, in_channels = unet.get("cross_attention_dim"), unet.get("in_channels", 4)
+    if not isinstance(context_dim, int) or not isinstance(in_channels, int):
+        return None
+    parts = configs.keys() | {
+        part for part, implementation in index.items() if implementation not in (None, [None, None])
+    }
+    return Traits(
+        text_encoders=("clip",) * sum(part.startswith("text_encoder") for part in parts),
+        in_channels=in_channels,
+        context_dim=context_dim,
+        linear_projection=bool(unet.get("use_linear_projection")),
+        conditioned=any(unet.get(option) is not None for option in _UNUSUAL_UNET),
+    )
+
+
+def describe(summary: CheckpointSummary) -> str:
+    """What a checkpoint is, in words that fit behind "is": `a Stable Diffusion XL model`."""
+    traits = traits_of(summary)
+    if traits is None or not traits.text_encoders:
+        return _described_folder(summary.configs) if summary.kind == "folder" else _described_file(summary.tensors)
+    purpose = {4: "", 8: "image-editing ", 9: "inpainting "}.get(traits.in_channels, "special ")
+    if traits.conditioned or len(traits.text_encoders) > 1:
+        return f"a Stable Diffusion XL {purpose}model"
+    version = "2" if traits.linear_projection or traits.text_encoders == ("open_clip",) else "1"
+    return f"a Stable Diffusion {version}.x {purpose}model"
+
+
+def _described_folder(configs: Mapping[str, Mapping[str, Any]]) -> str:
+    pipeline = configs.get("model_index", {}).get("_class_name")
+    return f"a model for diffusers' {pipeline}" if pipeline else "a diffusers folder without a whole model"
+
+
+def _described_file(tensors: Shapes) -> str:
+    marks = {
+        "a LoRA file, not a base model": (".lora_down.weight", ".lora_A.weight", ".lora.down.weight", ".hada_w1_a"),
+        "a Stable Diffusion 3 model": ("joint_blocks.0.",),
+        "a FLUX model": ("double_blocks.0.", "single_transformer_blocks.0."),
+        "a U-Net without a text encoder": ("input_blocks.0.0.weight", "down_blocks.0.attentions.0.proj_in.weight"),
+        "a VAE alone": ("encoder.down.0.block.0.", "encoder.down_blocks.0.resnets.0."),
+        "a text encoder alone": ("encoder.layers.0.self_attn.",),
+    }
+    for description, fragments in marks.items():
+        if any(fragment in name for name in tensors for fragment in fragments):
+            return description
+    return "a file of an unknown kind of model" if tensors else "a file without tensors"

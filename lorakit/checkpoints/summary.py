@@ -1,0 +1,93 @@
+"""What is in a checkpoint, as far as its headers and config files tell."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from attrs import field, frozen
+
+from lorakit.checkpoints.location import HubModel, Location
+from lorakit.checkpoints.pickle_shapes import pickle_shapes
+from lorakit.checkpoints.safetensors_header import safetensors_shapes
+from lorakit.errors import ModelError
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shape of each tensor, by name."""
+
+
+@frozen
+class CheckpointSummary:
+    """Names and shapes of a checkpoint's tensors, or the configs of a folder's parts; no weights."""
+
+    path: Path
+    """The file or folder."""
+    kind: Literal["safetensors", "pickle", "folder"]
+    """How it is stored: one file of either format, or a diffusers folder."""
+    tensors: Shapes = field(factory=dict, repr=False)
+    """Shape of each tensor of a file; empty for a folder."""
+    configs: Mapping[str, Mapping[str, Any]] = field(factory=dict, repr=False)
+    """What a folder's JSON files say: `model_index`, and by part `unet`, `vae`, `text_encoder`, `scheduler`, …"""
+
+
+def summarize(location: Location) -> CheckpointSummary:
+    """What a file, folder or Hub model holds, in milliseconds; a `ModelError` if it cannot be read safely.
+
+    Of a Hub model only the configs are fetched that tell its family.
+    """
+    path = location.fetch(["model_index.json", "unet/config.json"]) if isinstance(location, HubModel) else location
+    if path.is_dir():
+        return _folder_summary(path)
+    kind = _kind(path)
+    return CheckpointSummary(path, kind, safetensors_shapes(path) if kind == "safetensors" else pickle_shapes(path))
+
+
+def _kind(path: Path) -> Literal["safetensors", "pickle"]:
+    """The format of a file, by its first bytes; names lie."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except FileNotFoundError:
+        raise ModelError(f"{path} does not exist") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not start:
+        raise ModelError(f"{path} is empty; download it again")
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return "pickle"
+    if start[8:9] == b"{":
+        return "safetensors"
+    if start.startswith(b"version https://"):
+        raise ModelError(f"{path} is a Git LFS pointer, not the model itself; run `git lfs pull` or download the file")
+    raise ModelError(f"{path} is neither a safetensors file nor a PyTorch checkpoint; download it again")
+
+
+def _folder_summary(folder: Path) -> CheckpointSummary:
+    files = {file.parent.name: file for file in sorted(folder.glob("*/*config.json")) if _is_config(file)}
+    if (folder / "model_index.json").is_file():
+        files["model_index"] = folder / "model_index.json"
+    if not {"model_index", "unet"} & files.keys() and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} holds no model: there is no model_index.json and no unet/config.json in it; "
+            "give the folder that has the subfolders unet, vae and text_encoder, or the path of a file"
+        )
+    return CheckpointSummary(folder, "folder", configs={part: read_json(file) for part, file in files.items()})
+
+
+def _is_config(file: Path) -> bool:
+    return file.name == ("scheduler_config.json" if file.parent.name == "scheduler" else "config.json")
+
+
+def read_json(file: Path) -> Mapping[str, Any]:
+    """The object in a JSON file; a `ModelError` that names the file if there is none."""
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file} is not valid JSON: {error}; download it again") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} holds no settings; download it again")
+    return content

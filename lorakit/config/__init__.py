@@ -1,0 +1,1 @@
+"""The config file: its sections, reading, writing and help texts. Imports no torch."""

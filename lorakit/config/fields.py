@@ -1,0 +1,34 @@
+"""The help text of config fields: the string that stands under each in the source."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from functools import cache
+
+
+@cache
+def field_docs(cls: type) -> dict[str, str]:
+    """The doc string of each field of a config class, its bases included."""
+    docs: dict[str, str] = {}
+    for ancestor in reversed(cls.__mro__):
+        if "__attrs_attrs__" in vars(ancestor):
+            docs.update(_own_field_docs(ancestor))
+    return docs
+
+
+def _own_field_docs(cls: type) -> dict[str, str]:
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
+    docs = {}
+    for statement, following in zip(definition.body, definition.body[1:], strict=False):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+            and isinstance(following.value.value, str)
+        ):
+            docs[statement.target.id] = " ".join(following.value.value.split())
+    return docs

@@ -1,0 +1,136 @@
+"""The sections of a config file that are not components, and the whole of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from attrs import field, frozen
+from attrs import validators as v
+
+from lorakit.components import (
+    AttentionConfig,
+    LRSchedulerConfig,
+    ModelFamilyConfig,
+    NetworkConfig,
+    ObserverConfig,
+    OptimizerConfig,
+    SaverConfig,
+)
+from lorakit.config.datasets import DataSection
+from lorakit.errors import Problem
+
+DEFAULT_MAX_STEPS = 1600
+
+
+@frozen(kw_only=True)
+class TrainingSection:
+    """How long and how exactly to train."""
+
+    max_epochs: int | None = field(default=None, validator=v.optional(v.ge(1)))
+    """Passes over the dataset; wins over `max_steps`."""
+    max_steps: int | None = field(default=None, validator=v.optional(v.ge(1)))
+    """Optimizer steps; 1600 when neither this nor `max_epochs` is given."""
+    gradient_accumulation_steps: int = field(default=1, validator=v.ge(1))
+    """Micro-batches whose gradients are averaged for one optimizer step."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Number format of the base model and of activations; the adapters stay float32."""
+    seed: int = field(default=42, validator=v.ge(0))
+    """Where all randomness starts: the same seed gives the same run."""
+    max_grad_norm: float = field(default=1.0, validator=v.ge(0))
+    """Longer gradients are scaled down to this norm; 0 leaves them as they are."""
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
+    """Where to train; `auto` takes an accelerator where there is one."""
+
+
+@frozen(kw_only=True)
+class LossSection:
+    """How far a prediction is from its target."""
+
+    min_snr_gamma: float | None = field(default=None, validator=v.optional(v.gt(0)))
+    """Cap on the signal-to-noise ratio in the weights of timesteps (min-SNR, Hang et al., 2023, arXiv:2303.09556); 5 is usual."""
+
+
+@frozen(kw_only=True)
+class OutputSection:
+    """Where the results go."""
+
+    dir: Path
+    """Folder for the adapters, made when it is missing."""
+    name: str = field(default="lora", validator=v.matches_re(r"[^/\\\x00]*[^/\\\x00. ]", flags=0))
+    """File name of the adapters, without extension."""
+    save_every_n_epochs: int | None = field(default=None, validator=v.optional(v.ge(1)))
+    """Save after every this many epochs."""
+    save_every_n_steps: int | None = field(default=None, validator=v.optional(v.ge(1)))
+    """Save after every this many optimizer steps."""
+    keep_last: int | None = field(default=None, validator=v.optional(v.ge(1)))
+    """How many of the saves made along the way to keep; all when absent."""
+    save_state: bool = False
+    """With each save, save all that is needed to go on from there with `--resume`."""
+    training_comment: str | None = None
+    """A remark that is kept in the file's metadata."""
+
+
+@frozen(kw_only=True)
+class TrainConfig:
+    """A whole training run, as the config file describes it."""
+
+    model: ModelFamilyConfig
+    """The base model."""
+    data: DataSection
+    """The images and captions."""
+    network: NetworkConfig
+    """The adapters."""
+    optimizer: OptimizerConfig
+    """The optimizer."""
+    lr_scheduler: LRSchedulerConfig
+    """The learning-rate schedule."""
+    attention: AttentionConfig
+    """The attention backend."""
+    training: TrainingSection
+    """Length and precision."""
+    loss: LossSection
+    """The loss."""
+    output: OutputSection
+    """Where results go."""
+    saver: SaverConfig
+    """The file format."""
+    observers: tuple[ObserverConfig, ...] = ()
+    """Logs, previews and the like."""
+
+    @property
+    def trained_parts(self) -> tuple[str, ...]:
+        """The parts of the model that get adapters and a learning rate above zero."""
+        return tuple(part for part in self.network.parts if self.optimizer.lr_of(part) > 0)
+
+    @property
+    def cache_dir(self) -> Path:
+        """The folder of encoded images and captions."""
+        return self.data.cache_dir or self.output.dir / "cache"
+
+    def problems(self) -> Iterator[Problem]:
+        """What is wrong with the sections taken together."""
+        if not self.trained_parts:
+            yield Problem("optimizer.lr", "is zero for every part in network.parts, so nothing would be trained")
+
+    def warnings(self) -> Iterator[Problem]:
+        """Options that have no effect in this run."""
+        if self.training.max_epochs and self.training.max_steps:
+            yield Problem("training.max_steps", "has no effect, because training.max_epochs is given")
+        for part in self.network.parts:
+            if self.optimizer.lr_of(part) == 0:
+                yield Problem("network.parts", f"{part!r} gets no adapters, because its learning rate is 0")
+        for part in ("unet", "text_encoder"):
+            if getattr(self.optimizer, f"{part}_lr", None) is not None and part not in self.network.parts:
+                yield Problem(f"optimizer.{part}_lr", f"has no effect, because {part!r} is not in network.parts")
+        if self.output.keep_last and not (self.output.save_every_n_epochs or self.output.save_every_n_steps):
+            yield Problem("output.keep_last", "has no effect without save_every_n_epochs or save_every_n_steps")
+        if any(dataset.bucket_no_upscale and not dataset.enable_bucket for dataset in self.data.datasets):
+            yield Problem("data.bucket_no_upscale", "has no effect without enable_bucket")
+        for dataset in self.data.datasets:
+            for subset in dataset.subsets:
+                if subset.keep_tokens and not subset.shuffle_caption:
+                    yield Problem("data.keep_tokens", "has no effect without shuffle_caption")

@@ -1,0 +1,1 @@
+"""Datasets: examples, captions, buckets, the cache of encoded images and texts, and batches."""

@@ -1,0 +1,160 @@
+"""Batches: what the training loop computes a loss of, made ready ahead of time in the background.
+
+Every number drawn for an image depends on the seed, the epoch, the image and which of its repeats it
+is, and on nothing else. Shapes: B images in a micro-batch, C latent channels, h and w latent sides,
+n chunks of 77 tokens in a caption.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import evolve, fields, frozen
+from torch import Tensor
+
+from lorakit.data.cache import Cache
+from lorakit.data.captions import caption_for_epoch
+from lorakit.data.encoding import CaptionKeys, LatentKeys
+from lorakit.data.examples import Example, IndexedDataset
+from lorakit.data.planning import Share
+from lorakit.models.protocol import Conditioning
+from lorakit.randomness import derived_seed, keyed_generator
+
+
+@frozen(eq=False)
+class Batch:
+    """The images of one micro-batch, or one process's share of them."""
+
+    latents: Tensor
+    """Latents drawn from the image encoder's distribution, float32 [B, C, h, w]."""
+    noise: Tensor
+    """Standard normal noise, float32 [B, C, h, w]."""
+    timesteps: Tensor
+    """How much of the noise is mixed in, int64 [B]."""
+    weights: Tensor
+    """Weight of each image's loss, float32 [B]."""
+    sample_seeds: Tensor
+    """Seeds of whatever else is drawn for each image, such as dropout, int64 [B]."""
+    conditioning: Conditioning | None
+    """The encoded captions, where they are encoded once for all; otherwise None."""
+    tokens: Tensor | None
+    """Token ids of the captions, int64 [B, n, 77], where they are encoded in each step; otherwise None."""
+    images: tuple[str, ...]
+    """The images' file names, for messages."""
+    share: float
+    """B as a part of the images in the global micro-batch."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device; the copy from pinned memory does not wait."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The batch in memory from which CUDA copies without waiting."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        values = {field.name: getattr(self, field.name) for field in fields(Batch)}
+        moved: dict[str, Any] = {name: move(value) for name, value in values.items() if isinstance(value, Tensor)}
+        if self.conditioning is not None:
+            moved["conditioning"] = {name: move(tensor) for name, tensor in self.conditioning.items()}
+        return evolve(self, **moved)
+
+
+@frozen(kw_only=True)
+class BatchLoader:
+    """Makes batches of planned shares from the cache."""
+
+    datasets: Sequence[IndexedDataset]
+    """The datasets that were planned."""
+    cache: Cache
+    """Where their latents and captions are."""
+    seed: int
+    """Seed of the run."""
+    num_timesteps: int
+    """Timesteps are drawn evenly from 0 up to this."""
+    latent_keys: LatentKeys
+    """Where in the cache latents are."""
+    captions: CaptionKeys | Callable[[Sequence[str]], Tensor]
+    """Where in the cache captions are; or the text encoder's `tokenize`, if they are encoded in each step."""
+
+    def load(self, share: Share) -> Batch:
+        """The batch of a share. Raises DataError where the cache was damaged since it was filled."""
+        samples = [
+            (self.datasets[item.dataset].examples[item.example], (share.epoch, item.repeat)) for item in share.items
+        ]
+        latents = [self._latents(example, when) for example, when in samples]
+        shape = latents[0].shape
+        conditioning, tokens = self._texts(samples)
+        return Batch(
+            latents=torch.stack(latents),
+            noise=torch.stack([_normal(self._generator("noise", *sample), shape) for sample in samples]),
+            timesteps=torch.tensor(
+                [int(self._generator("timestep", *sample).integers(self.num_timesteps)) for sample in samples]
+            ),
+            weights=torch.ones(len(samples)),
+            sample_seeds=torch.tensor([derived_seed(*self._key("dropout", *sample)) for sample in samples]),
+            conditioning=conditioning,
+            tokens=tokens,
+            images=tuple(example.image.name for example, _ in samples),
+            share=share.fraction,
+        )
+
+    def _latents(self, example: Example, when: tuple[int, int]) -> Tensor:
+        """A draw from the distribution of the image's latents, mirrored in half of all cases if it is to be."""
+        mirrored = example.subset.flip_aug and bool(self._generator("flip", example, when).integers(2))
+        posterior = self.cache.load(self.latent_keys[example.identity, mirrored])
+        mean, std = posterior["mean"].float(), posterior["std"].float()
+        return mean + std * _normal(self._generator("posterior", example, when), mean.shape)
+
+    def _texts(self, samples: Sequence[tuple[Example, tuple[int, int]]]) -> tuple[Conditioning | None, Tensor | None]:
+        if not isinstance(self.captions, Mapping):
+            captions = [
+                caption_for_epoch(example.caption, example.subset, self._generator("caption", example, when))
+                for example, when in samples
+            ]
+            return None, self.captions(captions)
+        entries = [self.cache.load(self.captions[example.caption]) for example, _ in samples]
+        return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}, None
+
+    def _key(self, purpose: str, example: Example, when: tuple[int, int]) -> tuple[int | str, ...]:
+        epoch, repeat = when
+        return self.seed, purpose, epoch, example.identity, repeat
+
+    def _generator(self, purpose: str, example: Example, when: tuple[int, int]) -> np.random.Generator:
+        return keyed_generator(*self._key(purpose, example, when))
+
+
+def prefetch(batches: Iterable[Batch], depth: int, device: torch.device | None = None) -> Generator[Batch]:
+    """The batches, up to `depth` of them made ahead in a background thread; pinned if the device is a CUDA one.
+
+    What goes wrong in the thread is raised here. The thread ends with the batches, or when the
+    consumer stops early.
+    """
+    iterator = iter(batches)
+    pin = device is not None and device.type == "cuda"
+
+    def make() -> Batch | None:
+        batch = next(iterator, None)
+        return batch.pin_memory() if pin and batch is not None else batch
+
+    if depth == 0:
+        while (batch := make()) is not None:
+            yield batch
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+        waiting: deque[Future[Batch | None]] = deque(pool.submit(make) for _ in range(depth))
+        try:
+            while (batch := waiting.popleft().result()) is not None:
+                waiting.append(pool.submit(make))
+                yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _normal(generator: np.random.Generator, shape: Sequence[int]) -> Tensor:
+    return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))

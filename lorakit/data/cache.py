@@ -1,0 +1,62 @@
+"""The cache of encoded images and captions: tensors found by a key of all that they were made from.
+
+A key says everything about its entry, so an entry never goes stale, and any number of runs and
+processes may share a folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import blake2b
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+from torch import Tensor
+
+from lorakit.data.memo import StatMemo
+from lorakit.errors import DataError, Problem
+from lorakit.files import write_atomically
+
+
+def content_key(*parts: object) -> str:
+    """A 160-bit key, in hexadecimal, of the parts' texts."""
+    return blake2b("\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
+
+
+class Cache:
+    """A folder of tensors: one safetensors file for each key, in sub-folders named by the key's first two digits."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.memo = StatMemo(folder / "files.json")
+        """What is known of image files without opening them."""
+
+    def has(self, key: str) -> bool:
+        """Whether there is a whole entry; a damaged one counts as absent."""
+        try:
+            with safe_open(self._path(key), framework="pt"):
+                return True
+        except (OSError, SafetensorError):
+            return False
+
+    def load(self, key: str) -> dict[str, Tensor]:
+        """The tensors of an entry, on the CPU. Raises DataError where it is absent or damaged."""
+        path = self._path(key)
+        try:
+            return load(path.read_bytes())
+        except (OSError, SafetensorError) as error:
+            hint = "start again: what is missing from the cache is encoded anew"
+            raise DataError(str(Problem(str(path), "was removed or damaged while it was in use", hint))) from error
+
+    def store(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write an entry. Raises ValueError where a tensor is not finite, OutputError where it cannot be written."""
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinity")
+        write_atomically(
+            self._path(key), save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
+        )
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"

@@ -1,0 +1,236 @@
+"""Encoding: images and captions through the frozen encoders into the cache, each distinct content once.
+
+Shapes: B images or captions encoded together, H and W bucket sides in pixels.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import torch
+from attrs import field, frozen
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lorakit.data.buckets import Placement
+from lorakit.data.cache import Cache, content_key
+from lorakit.data.examples import Example, IndexedDataset, default_workers
+from lorakit.data.images import load_pixels
+from lorakit.data.problems import data_error
+from lorakit.errors import DataError, Problem
+from lorakit.models.protocol import DiffusionModel
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+LatentKeys = Mapping[tuple[str, bool], str]
+"""Where the latents of an example are in the cache, by its identity and whether it is mirrored."""
+
+CaptionKeys = Mapping[str, str]
+"""Where the conditioning of a caption is in the cache, by the caption."""
+
+_LATENT_FORMAT = 1
+_CAPTION_FORMAT = 1
+_CAPTIONS_AT_ONCE = 16
+
+
+@frozen(kw_only=True)
+class Encoding:
+    """How the cache is filled."""
+
+    device: torch.device
+    """Where the encoders are."""
+    batch_size: int = 1
+    """Images of one bucket that are encoded at once."""
+    workers: int | None = None
+    """Threads that decode images; one per processor core, at most 8, when absent."""
+    rank: int = 0
+    """Number of this process."""
+    world_size: int = 1
+    """Processes that share the work; each must be given the same datasets."""
+    progress: Callable[[int, int], None] | None = None
+    """Told after each batch how many of this process's missing entries are done, and how many there are."""
+
+
+@frozen
+class _Job:
+    """An image to decode once, and the keys of the entries to make of it, by whether they are mirrored."""
+
+    example: Example
+    keys: dict[bool, str] = field(factory=dict)
+
+
+@frozen
+class _Encoded:
+    """Entries for the cache, still on the encoder's device; the first side of every tensor is B."""
+
+    keys: Sequence[str]
+    names: Sequence[str]
+    tensors: Mapping[str, Tensor]
+
+
+def latent_key(digest: str, placement: Placement, mirrored: bool, fingerprint: str) -> str:
+    """Key of all that an image's latents depend on: its content, size, crop, mirroring and image encoder."""
+    return content_key("latents", _LATENT_FORMAT, digest, placement.resized, placement.bucket, mirrored, fingerprint)
+
+
+def caption_key(caption: str, fingerprint: str) -> str:
+    """Key of all that a caption's conditioning depends on: its text and the text encoder."""
+    return content_key("caption", _CAPTION_FORMAT, caption, fingerprint)
+
+
+def encode_latents(
+    datasets: Sequence[IndexedDataset], model: DiffusionModel, cache: Cache, encoding: Encoding
+) -> LatentKeys:
+    """Fill the cache with this process's share of the missing latents: `mean` and `std`, float32 [C, h, w] each.
+
+    The image encoder is read only if something is missing. Raises one DataError for all damaged
+    images, after the whole ones are encoded, and one at once where the encoder gives NaN.
+    """
+    workers = encoding.workers or default_workers()
+    with ThreadPoolExecutor(workers) as pool:
+        keys, jobs = _latent_jobs(datasets, model.fingerprint("image_encoder"), cache, pool)
+        missing = [_Job(job.example, _without_cached(job.keys, cache)) for job in _own(jobs, encoding)]
+        missing = [job for job in missing if job.keys]
+        damaged: list[str] = []
+        if missing:
+            decoded = _in_order(pool, _decode, missing, 2 * max(encoding.batch_size, workers))
+            batches = _same_size(decoded, encoding.batch_size, damaged)
+            encoded = (entries for batch in batches for entries in _encode_images(batch, model, encoding.device))
+            _store_all(encoded, cache, sum(len(job.keys) for job in missing), encoding)
+    if damaged:
+        raise data_error(damaged)
+    return keys
+
+
+def encode_captions(
+    datasets: Sequence[IndexedDataset], model: DiffusionModel, cache: Cache, encoding: Encoding
+) -> CaptionKeys:
+    """Fill the cache with this process's share of the missing conditioning of captions, as they are written.
+
+    The text encoder is read only if something is missing. Raises DataError where it gives NaN.
+    """
+    fingerprint = model.fingerprint("text_encoder")
+    captions = dict.fromkeys(example.caption for dataset in datasets for example in dataset.examples)
+    keys = {caption: caption_key(caption, fingerprint) for caption in captions}
+    missing = [caption for caption in _own(list(keys), encoding) if not cache.has(keys[caption])]
+    if missing:
+        chunks = (missing[start : start + _CAPTIONS_AT_ONCE] for start in range(0, len(missing), _CAPTIONS_AT_ONCE))
+        encoded = (_encode_texts(chunk, keys, model, encoding.device) for chunk in chunks)
+        _store_all(encoded, cache, len(missing), encoding)
+    return keys
+
+
+def _latent_jobs(
+    datasets: Sequence[IndexedDataset], fingerprint: str, cache: Cache, pool: Executor
+) -> tuple[LatentKeys, list[_Job]]:
+    """The keys of all latents, and one job for each distinct image and placement, bucket by bucket."""
+    examples = [example for dataset in datasets for example in dataset.examples]
+    digests = pool.map(cache.memo.digest, [example.image for example in examples])
+    keys: dict[tuple[str, bool], str] = {}
+    jobs: dict[tuple[str, Placement], _Job] = {}
+    for example, digest in zip(examples, digests, strict=True):
+        job = jobs.setdefault((digest, example.placement), _Job(example))
+        for mirrored in (False, True) if example.subset.flip_aug else (False,):
+            key = latent_key(digest, example.placement, mirrored, fingerprint)
+            keys[example.identity, mirrored] = job.keys[mirrored] = key
+    cache.memo.save()
+    return keys, sorted(jobs.values(), key=lambda job: job.example.placement.bucket)
+
+
+def _own(work: Sequence[T], encoding: Encoding) -> Sequence[T]:
+    """The share of one process: of all work, not of what is missing, which changes while others store entries."""
+    return work[encoding.rank :: encoding.world_size]
+
+
+def _without_cached(keys: Mapping[bool, str], cache: Cache) -> dict[bool, str]:
+    return {mirrored: key for mirrored, key in keys.items() if not cache.has(key)}
+
+
+def _decode(job: _Job) -> tuple[_Job, NDArray[np.uint8] | DataError]:
+    try:
+        return job, load_pixels(job.example.image, job.example.placement)
+    except DataError as error:
+        return job, error
+
+
+def _in_order(pool: Executor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+    """The results for the items, in their order; at most `ahead` items are taken before their results are."""
+    waiting: deque[Future[R]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _same_size(
+    decoded: Iterable[tuple[_Job, NDArray[np.uint8] | DataError]], batch_size: int, damaged: list[str]
+) -> Iterator[list[tuple[_Job, NDArray[np.uint8]]]]:
+    """Batches of neighbours of one size; what could not be decoded is left out and noted."""
+    batch: list[tuple[_Job, NDArray[np.uint8]]] = []
+    for job, pixels in decoded:
+        if isinstance(pixels, DataError):
+            damaged.append(str(pixels))
+            continue
+        if batch and (len(batch) == batch_size or batch[0][1].shape != pixels.shape):
+            yield batch
+            batch = []
+        batch.append((job, pixels))
+    if batch:
+        yield batch
+
+
+def _encode_images(
+    batch: Sequence[tuple[_Job, NDArray[np.uint8]]], model: DiffusionModel, device: torch.device
+) -> Iterator[_Encoded]:
+    """Latents of a batch as they are missing: once upright, once mirrored."""
+    pixels = torch.from_numpy(np.stack([image for _, image in batch]))
+    if device.type == "cuda":
+        pixels = pixels.pin_memory()
+    pixels = pixels.to(device, non_blocking=True)
+    for mirrored in (False, True):
+        rows = [row for row, (job, _) in enumerate(batch) if mirrored in job.keys]
+        if rows:
+            images = pixels[rows].permute(0, 3, 1, 2).float() / 127.5 - 1  # [B, 3, H, W]
+            with torch.no_grad():
+                mean, std = model.image_encoder.encode(images.flip(3) if mirrored else images)
+            jobs = [batch[row][0] for row in rows]
+            names = [str(job.example.image) for job in jobs]
+            yield _Encoded([job.keys[mirrored] for job in jobs], names, {"mean": mean, "std": std})
+
+
+def _encode_texts(captions: Sequence[str], keys: CaptionKeys, model: DiffusionModel, device: torch.device) -> _Encoded:
+    with torch.no_grad():
+        tokens = model.text_encoder.tokenize(captions).to(device)
+        conditioning = model.text_encoder.encode(tokens)
+    return _Encoded([keys[caption] for caption in captions], [f"caption {text!r}" for text in captions], conditioning)
+
+
+def _store_all(encoded: Iterable[_Encoded], cache: Cache, total: int, encoding: Encoding) -> None:
+    """Store entries in a thread of their own, so that the encoder does not wait for the disk."""
+    done = 0
+    with ThreadPoolExecutor(1) as writer:
+        for stored in _in_order(writer, lambda entries: _store(entries, cache), encoded, ahead=4):
+            done += stored
+            if encoding.progress:
+                encoding.progress(done, total)
+
+
+def _store(encoded: _Encoded, cache: Cache) -> int:
+    """Store a batch of entries and count them."""
+    tensors = {name: tensor.cpu() for name, tensor in encoded.tensors.items()}
+    for row, (key, name) in enumerate(zip(encoded.keys, encoded.names, strict=True)):
+        try:
+            cache.store(key, {part: tensor[row] for part, tensor in tensors.items()})
+        except ValueError as error:
+            hint = (
+                "the encoder's number format overflows: set training.mixed_precision to bf16 or no, or give model.vae"
+            )
+            raise DataError(str(Problem(name, f"cannot be encoded: {error}", hint))) from error
+    return len(encoded.keys)

@@ -1,0 +1,142 @@
+"""Examples: the images of a dataset with their captions and their places in buckets.
+
+Imports no torch and decodes no image.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from attrs import frozen
+
+from lorakit.config.datasets import DatasetConfig, SubsetConfig
+from lorakit.data.buckets import Placement, place
+from lorakit.data.captions import find_caption, is_shuffled, read_caption
+from lorakit.data.images import EXTENSIONS, read_size
+from lorakit.data.memo import StatMemo
+from lorakit.data.problems import data_error
+from lorakit.errors import DataError, Problem
+
+logger = logging.getLogger(__name__)
+
+
+@frozen
+class Example:
+    """An image with its caption."""
+
+    image: Path
+    """The image file."""
+    caption: str
+    """Its caption, as written."""
+    subset: SubsetConfig
+    """How it is used."""
+    placement: Placement
+    """How it is brought to the size of its bucket."""
+    identity: str
+    """Key of its randomness: the numbers of dataset and subset, and the file's name; the same on every machine."""
+
+
+@frozen
+class IndexedDataset:
+    """A dataset and all that is in it."""
+
+    config: DatasetConfig
+    """What was asked for."""
+    examples: tuple[Example, ...]
+    """Its images, subset by subset, each sorted by name."""
+
+
+@frozen
+class _Found:
+    """An image file that has not been looked into."""
+
+    image: Path
+    caption: Path | None
+    dataset: DatasetConfig
+    subset: SubsetConfig
+    identity: str
+
+
+def default_workers() -> int:
+    """How many threads read images if the user does not say: one per processor core, at most 8."""
+    return min(os.cpu_count() or 1, 8)
+
+
+def index_datasets(
+    datasets: Sequence[DatasetConfig], workers: int | None = None, memo: StatMemo | None = None
+) -> tuple[IndexedDataset, ...]:
+    """The datasets with all their examples, sizes taken from the memo where it knows them.
+
+    Raises one DataError for all folders and files that cannot be used.
+    """
+    problems: list[str] = []
+    found = [_find_images(number, dataset, problems) for number, dataset in enumerate(datasets)]
+    with ThreadPoolExecutor(workers or default_workers()) as pool:
+        read = [list(pool.map(lambda file: _read(file, memo), files)) for files in found]
+    problems += [outcome for outcomes in read for outcome in outcomes if isinstance(outcome, str)]
+    if memo is not None:
+        memo.save()
+    if problems:
+        raise data_error(problems)
+    _warn_of_missing_captions([file for files in found for file in files])
+    examples = [tuple(outcome for outcome in outcomes if isinstance(outcome, Example)) for outcomes in read]
+    return tuple(IndexedDataset(dataset, own) for dataset, own in zip(datasets, examples, strict=True))
+
+
+def captions_vary(datasets: Sequence[IndexedDataset]) -> bool:
+    """Whether any caption differs between epochs, so that captions cannot be encoded once for all."""
+    return any(is_shuffled(example.caption, example.subset) for dataset in datasets for example in dataset.examples)
+
+
+def _find_images(number: int, dataset: DatasetConfig, problems: list[str]) -> list[_Found]:
+    """The image files of a dataset; what is wrong with its folders is added to the problems."""
+    found = []
+    for subset_number, subset in enumerate(dataset.subsets):
+        try:
+            for image in _images_in(subset.image_dir):
+                # File names need not be valid text, but keys of randomness must be.
+                name = image.name.encode("utf-8", "backslashreplace").decode()
+                identity = f"{number}/{subset_number}/{name}"
+                found.append(_Found(image, find_caption(image, subset), dataset, subset, identity))
+        except DataError as error:
+            problems.append(str(error))
+    return found
+
+
+def _images_in(folder: Path) -> Iterator[Path]:
+    """The image files directly in a folder, sorted by name; hidden files are none."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file() and entry.name[0] != ".")
+    except OSError as error:
+        hint = "check image_dir; relative paths are relative to the config file"
+        raise DataError(str(Problem(str(folder), f"cannot be listed: {error.strerror}", hint))) from error
+    images = [folder / name for name in names if Path(name).suffix.lower() in EXTENSIONS]
+    if not images:
+        hint = f"image_dir is searched for {' '.join(sorted(EXTENSIONS))}, not in folders inside it"
+        raise DataError(str(Problem(str(folder), "holds no images", hint)))
+    yield from images
+
+
+def _read(file: _Found, memo: StatMemo | None) -> Example | str:
+    """The example, or what is wrong with it."""
+    try:
+        size = memo.size(file.image) if memo else read_size(file.image)
+        caption = read_caption(file.caption) if file.caption else file.subset.class_tokens or ""
+    except DataError as error:
+        return str(error)
+    try:
+        placement = place(size, file.dataset)
+    except DataError as error:
+        return f"{file.image}: {error}"
+    return Example(file.image, caption, file.subset, placement, file.identity)
+
+
+def _warn_of_missing_captions(found: Sequence[_Found]) -> None:
+    missing = [str(file.image) for file in found if file.caption is None and not file.subset.class_tokens]
+    if missing:
+        listed = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        logger.warning("Images without a caption file train on an empty caption (%d): %s", len(missing), listed)

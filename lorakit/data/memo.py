@@ -1,0 +1,81 @@
+"""What is known of image files without opening them: computed once, good until a file changes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from lorakit.data.buckets import Size
+from lorakit.data.images import read_size
+from lorakit.errors import DataError
+from lorakit.files import write_atomically
+
+_FORMAT = 1
+
+
+class StatMemo:
+    """Remembers digests and sizes of image files by their path, length and time of change.
+
+    Any number of threads may use one, and any number of runs the same file.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._records = _read(file)
+        self._new: dict[str, dict[str, Any]] = {}
+
+    def digest(self, path: Path) -> str:
+        """A key of the file's content. Raises DataError where it cannot be read."""
+        return str(self._recall(path, "digest", content_digest))
+
+    def size(self, path: Path) -> Size:
+        """Width and height of an image as it is seen. Raises DataError where it is none."""
+        width, height = self._recall(path, "size", read_size)
+        return width, height
+
+    def save(self) -> None:
+        """Write what is new to the file, beside what other runs wrote there meanwhile."""
+        if self._new:
+            self._records = _read(self._file) | self._new
+            content = json.dumps({"format": _FORMAT, "files": self._records})
+            write_atomically(self._file, content.encode())
+            self._new = {}
+
+    def _recall(self, path: Path, fact: Literal["digest", "size"], compute: Callable[[Path], object]) -> Any:
+        key = os.path.abspath(path)  # noqa: PTH100 - `Path.resolve` would touch every folder on the way
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        stamp = [status.st_size, status.st_mtime_ns]
+        record = self._new.get(key) or self._records.get(key)
+        if record is None or record["stamp"] != stamp:
+            record = {"stamp": stamp}
+        if fact not in record:
+            record = {**record, fact: compute(path)}
+            self._new[key] = record
+        return record[fact]
+
+
+def content_digest(path: Path) -> str:
+    """A 128-bit key of a file's content. Raises DataError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _read(file: Path) -> dict[str, dict[str, Any]]:
+    """The records in the file; none if it is absent, damaged or of another format."""
+    try:
+        content = json.loads(file.read_bytes())
+        if content["format"] != _FORMAT:
+            return {}
+        return {path: record for path, record in content["files"].items() if "stamp" in record}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}

@@ -1,0 +1,107 @@
+"""Which images each step of an epoch trains on, on any number of processes; imports no torch.
+
+A global micro-batch is what all processes compute at once; each takes its share of it. The plan
+depends on the batch size of all processes together alone, so N processes with batch size B take the
+same steps as one with batch size N·B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import ceil
+from typing import NamedTuple
+
+from attrs import frozen
+
+from lorakit.data.buckets import Size
+from lorakit.data.examples import IndexedDataset
+from lorakit.randomness import keyed_generator
+
+
+class Item(NamedTuple):
+    """One appearance of an image in an epoch."""
+
+    dataset: int
+    """Number of the dataset."""
+    example: int
+    """Number of the example in it."""
+    repeat: int
+    """Which of the image's appearances in the epoch it is, from 0."""
+
+
+@frozen
+class Share:
+    """What one process computes of a global micro-batch: at least one image."""
+
+    epoch: int
+    """Number of the epoch."""
+    items: tuple[Item, ...]
+    """This process's images."""
+    micro_batch_size: int
+    """Images in the global micro-batch."""
+
+    @property
+    def fraction(self) -> float:
+        """The process's part of the global micro-batch; the parts of all processes sum to one."""
+        return len(self.items) / self.micro_batch_size
+
+
+@frozen
+class PlannedStep:
+    """The images of one optimizer step."""
+
+    epoch: int
+    """Number of the epoch."""
+    micro_batches: tuple[tuple[Item, ...], ...]
+    """The global micro-batches whose gradients the step accumulates; each of one dataset and bucket."""
+
+    def shares(self, rank: int, world_size: int) -> tuple[Share, ...]:
+        """What one of the processes computes; nothing of micro-batches with fewer images than processes before it."""
+        shares = (
+            (len(items), items[len(items) * rank // world_size : len(items) * (rank + 1) // world_size])
+            for items in self.micro_batches
+        )
+        return tuple(Share(self.epoch, own, size) for size, own in shares if own)
+
+
+def plan_epoch(
+    datasets: Sequence[IndexedDataset], seed: int, epoch: int, world_size: int = 1, accumulation: int = 1
+) -> list[PlannedStep]:
+    """The steps of an epoch: every image appears as often as its subset's `num_repeats` says.
+
+    Images are shuffled within their bucket and cut into micro-batches, of which the last may be short;
+    the micro-batches of all datasets are shuffled together and taken `accumulation` at a time.
+    """
+    generator = keyed_generator(seed, "order", epoch)
+    micro_batches = []
+    for number, dataset in enumerate(datasets):
+        size = dataset.config.batch_size * world_size
+        for _, examples in _buckets(dataset):
+            items = [
+                Item(number, example, repeat)
+                for example in examples
+                for repeat in range(dataset.examples[example].subset.num_repeats)
+            ]
+            shuffled = [items[position] for position in generator.permutation(len(items))]
+            micro_batches += [tuple(shuffled[start : start + size]) for start in range(0, len(items), size)]
+    order = [micro_batches[position] for position in generator.permutation(len(micro_batches))]
+    starts = range(0, len(order), accumulation)
+    return [PlannedStep(epoch, tuple(order[start : start + accumulation])) for start in starts]
+
+
+def steps_per_epoch(datasets: Sequence[IndexedDataset], world_size: int = 1, accumulation: int = 1) -> int:
+    """How many steps `plan_epoch` plans, the same in every epoch."""
+    micro_batches = 0
+    for dataset in datasets:
+        for _, examples in _buckets(dataset):
+            images = sum(dataset.examples[example].subset.num_repeats for example in examples)
+            micro_batches += ceil(images / (dataset.config.batch_size * world_size))
+    return ceil(micro_batches / accumulation)
+
+
+def _buckets(dataset: IndexedDataset) -> Iterator[tuple[Size, list[int]]]:
+    """The buckets of a dataset, sorted, each with the numbers of its examples."""
+    buckets: dict[Size, list[int]] = {}
+    for number, example in enumerate(dataset.examples):
+        buckets.setdefault(example.placement.bucket, []).append(number)
+    yield from sorted(buckets.items())

@@ -1,0 +1,1 @@
+"""The engine: the loss, the loop, and the run around it."""

@@ -1,0 +1,173 @@
+"""From a config to a run, in phases that free what is no longer needed.
+
+Index the data → encode what can be encoded once → free the encoders → read the denoiser, attach the
+network → the loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from lorakit.components import ObserverConfig
+from lorakit.config.sections import TrainConfig
+from lorakit.data.batches import BatchLoader
+from lorakit.data.cache import Cache
+from lorakit.data.encoding import CaptionKeys, Encoding, LatentKeys, encode_captions, encode_latents
+from lorakit.data.examples import IndexedDataset, captions_vary, index_datasets
+from lorakit.engine.gradients import FlatGradients
+from lorakit.engine.metadata import run_metadata
+from lorakit.engine.observing import Observers
+from lorakit.engine.output import AdapterWriter, check_output
+from lorakit.engine.processes import Processes
+from lorakit.engine.run import Run
+from lorakit.engine.schedule import Schedule
+from lorakit.engine.state import find_state
+from lorakit.engine.trainer import train
+from lorakit.models.protocol import DiffusionModel
+from lorakit.networks.network import Network
+from lorakit.networks.saving import read_adapter
+from lorakit.plugins import Catalog
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def train_config(config: TrainConfig, catalog: Catalog, resume: Path | None = None) -> Path:
+    """Train as the config says; gives the path of the final file.
+
+    `resume` is the folder of a state; an empty path stands for the newest state of the run.
+    """
+    check_output(config)
+    state = find_state(config, None if resume == Path() else resume) if resume is not None else None
+    processes = Processes.launched(config.training.device)
+    run = assemble(config, processes)
+    if state is not None:
+        run.load_state(state)
+        log.info("going on from step %d of %d", run.step, run.schedule.total_steps)
+    if processes.is_main:
+        run.writer.write_config()
+        run.observers = build_observers(run, catalog)
+    train(run)
+    return run.writer.path(config.output.name)
+
+
+def fill_cache(config: TrainConfig) -> None:
+    """Encode all images, and the captions where they stay the same over the run."""
+    check_output(config)
+    processes = Processes.launched(config.training.device)
+    model = config.model.build(processes.device, DTYPES[config.training.mixed_precision])
+    _indexed_and_encoded(config, model, processes)
+
+
+def assemble(config: TrainConfig, processes: Processes) -> Run:
+    """A run at its first step: caches filled, encoders freed, denoiser read, network attached."""
+    started = time.time()
+    if config.training.mixed_precision == "fp16" and processes.device.type == "cpu":
+        log.warning("fp16 is slow on a CPU and may lack kernels; training.mixed_precision = \"bf16\" suits it better")
+    model = config.model.build(processes.device, DTYPES[config.training.mixed_precision])
+    loader = _indexed_and_encoded(config, model, processes)
+    model.use_attention(config.attention.build())
+    if config.training.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    network = _attached_network(config, model)
+    groups = network.parameter_groups(config.optimizer.lr_of)
+    optimizer = config.optimizer.build(groups)
+    schedule = Schedule(loader.datasets, config.training, processes)
+    metadata = {**run_metadata(config, loader.datasets, started), **model.metadata()}
+    return Run(
+        config=config,
+        model=model,
+        network=network,
+        optimizer=optimizer,
+        lr_scheduler=config.lr_scheduler.build(optimizer, schedule.total_steps),
+        gradients=FlatGradients([parameter for group in groups for parameter in group.parameters]),
+        scaler=torch.amp.GradScaler(processes.device.type, enabled=config.training.mixed_precision == "fp16"),
+        schedule=schedule,
+        loader=loader,
+        processes=processes,
+        writer=AdapterWriter(config, network, config.saver.build(), metadata),
+    )
+
+
+def build_observers(run: Run, catalog: Catalog) -> Observers:
+    """The observers that the config names, and those that every run has: checkpoints, and a progress bar."""
+    output = run.config.output
+    checkpoints = catalog.find(ObserverConfig, "checkpoints")(
+        every_n_epochs=output.save_every_n_epochs,
+        every_n_steps=output.save_every_n_steps,
+        keep_last=output.keep_last,
+        save_state=output.save_state,
+    )
+    configs = [checkpoints, *run.config.observers]
+    if "progress" not in {config.name for config in configs}:
+        configs.append(catalog.find(ObserverConfig, "progress")())
+    return Observers((config.name, config.essential, config.build(run.info)) for config in configs)
+
+
+def _indexed_and_encoded(config: TrainConfig, model: DiffusionModel, processes: Processes) -> BatchLoader:
+    """The data, encoded where that can be done once; frees the encoders that are not needed any more."""
+    cache = Cache(config.cache_dir)
+    datasets = index_datasets(config.data.datasets, config.data.workers, cache.memo)
+    with _progress("encoding images", processes) as progress:
+        latent_keys = encode_latents(datasets, model, cache, _encoding(config, processes, progress))
+    model.free("image_encoder")
+    captions: CaptionKeys | Callable[[Sequence[str]], torch.Tensor]
+    if "text_encoder" in config.trained_parts or captions_vary(datasets):
+        captions = model.text_encoder.tokenize
+    else:
+        with _progress("encoding captions", processes) as progress:
+            captions = encode_captions(datasets, model, cache, _encoding(config, processes, progress))
+        model.free("text_encoder")
+    processes.wait()
+    return BatchLoader(
+        datasets=datasets,
+        cache=cache,
+        seed=config.training.seed,
+        num_timesteps=model.noise.num_timesteps,
+        latent_keys=latent_keys,
+        captions=captions,
+    )
+
+
+def _encoding(config: TrainConfig, processes: Processes, progress: Callable[[int, int], None]) -> Encoding:
+    return Encoding(
+        device=processes.device,
+        batch_size=config.data.encode_batch_size,
+        workers=config.data.workers,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        progress=progress,
+    )
+
+
+@contextmanager
+def _progress(title: str, processes: Processes) -> Iterator[Callable[[int, int], None]]:
+    """A callback that draws a progress bar from its first call on; on the main process only."""
+    from tqdm import tqdm
+
+    bar = tqdm(desc=title, disable=not processes.is_main, delay=0.5, dynamic_ncols=True)
+
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    try:
+        yield show
+    finally:
+        bar.close()
+
+
+def _attached_network(config: TrainConfig, model: DiffusionModel) -> Network:
+    """The adapters in their places, from the seed or from the file that the config names."""
+    network = config.network.build(model.targets(config.trained_parts))
+    network.initialize(config.training.seed)
+    if config.network.weights is not None:
+        network.load_tensors(read_adapter(config.network.weights).tensors, str(config.network.weights))
+    return network.train()

@@ -1,0 +1,40 @@
+"""The gradients of all trained parameters in one flat buffer.
+
+One buffer makes zeroing, reducing over processes, and clipping one operation each, without asking
+the device for a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.engine.processes import Processes
+
+
+class FlatGradients:
+    """One float32 buffer that the parameters' gradients are views of."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Allocate the buffer on the parameters' device and set each gradient to its share of it."""
+        self._buffer = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+        sizes = [parameter.numel() for parameter in parameters]
+        for parameter, share in zip(parameters, self._buffer.split(sizes), strict=True):
+            parameter.grad = share.view_as(parameter)
+
+    def zero(self) -> None:
+        """Start the next step."""
+        self._buffer.zero_()
+
+    def sum_over(self, processes: Processes) -> None:
+        """Add up the gradients of all processes."""
+        processes.sum(self._buffer)
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale down to the L2 norm `max_norm` if it is exceeded (0: never); the norm before, a scalar on the device."""
+        norm = torch.linalg.vector_norm(self._buffer)
+        if max_norm > 0:
+            self._buffer.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm

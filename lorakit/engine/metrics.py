@@ -1,0 +1,82 @@
+"""Loss and gradient norm of each step, kept on the device and read some steps at a time.
+
+Reading a number makes the host wait for the device, so on an accelerator the numbers of several
+steps are read at once. That is also when a loss that is not finite is noticed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from lorakit.engine.observing import StepMetrics
+from lorakit.engine.processes import Processes
+from lorakit.errors import TrainingDiverged
+
+STEPS_PER_READING = 10
+
+
+@frozen
+class PendingStep:
+    """A finished step whose numbers have not been read."""
+
+    step: int
+    epoch: int
+    images: tuple[str, ...]
+    learning_rates: Mapping[str, float]
+    loss: Tensor
+    gradient_norm: Tensor
+
+
+class MetricsReader:
+    """Collects the numbers of steps and reads them together."""
+
+    def __init__(self, processes: Processes, scaled: bool, report: Callable[[StepMetrics], None]) -> None:
+        """`scaled` says that a loss scaler handles gradients that overflow; `report` gets each step's numbers."""
+        self._processes = processes
+        self._scaled = scaled
+        self._report = report
+        self._pending: list[PendingStep] = []
+        self._capacity = 1 if processes.device.type == "cpu" else STEPS_PER_READING
+
+    def add(self, step: PendingStep) -> None:
+        """Take a step's numbers, and read all when enough have come together.
+
+        Raises TrainingDiverged when a loss or gradient is not finite.
+        """
+        self._pending.append(step)
+        if len(self._pending) >= self._capacity:
+            self.read()
+
+    def read(self) -> None:
+        """Read and report all numbers that wait; every process must call this after the same step."""
+        if not self._pending:
+            return
+        losses = self._processes.sum(torch.stack([pending.loss for pending in self._pending]))
+        norms = torch.stack([pending.gradient_norm for pending in self._pending])
+        values = torch.stack([losses, norms]).tolist()
+        pending_steps, self._pending = self._pending, []
+        for pending, loss, norm in zip(pending_steps, *values, strict=True):
+            self._refuse_divergence(pending, loss, norm)
+            self._report(StepMetrics(
+                step=pending.step,
+                epoch=pending.epoch,
+                loss=loss,
+                gradient_norm=norm,
+                learning_rates=pending.learning_rates,
+            ))
+
+    def _refuse_divergence(self, pending: PendingStep, loss: float, norm: float) -> None:
+        if math.isfinite(loss) and (self._scaled or math.isfinite(norm)):
+            return
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient is {norm}"
+        names = ", ".join(pending.images[:8]) + (" …" if len(pending.images) > 8 else "")
+        raise TrainingDiverged(
+            f"step {pending.step}: {what}, so training was stopped. Images of this step: {names}. "
+            "Saves made before are kept. Lower optimizer.lr, or use training.mixed_precision "
+            '"bf16" or "no" instead of "fp16"; if it is always the same image, look at that file.'
+        )

@@ -1,0 +1,101 @@
+"""Observers: what is told how a run goes, and how they are told.
+
+Observers run on the main process only. An event is one frozen value; numbers in it are plain floats,
+read from the device some steps late where reading at once would make the device wait.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from attrs import field, frozen
+
+from lorakit.config.sections import TrainConfig
+from lorakit.errors import LorakitError
+
+log = logging.getLogger(__name__)
+
+
+@frozen(kw_only=True)
+class RunInfo:
+    """What an observer may know of the run it watches, and do with it."""
+
+    config: TrainConfig
+    """The resolved config."""
+    total_steps: int
+    """Optimizer steps of the whole run."""
+    first_step: int
+    """Steps done before, more than zero in a resumed run."""
+    total_epochs: int
+    """Epochs of the whole run, the last one possibly cut short."""
+    images: int
+    """Images in the dataset, repeats not counted."""
+    save_adapter: Callable[[str], Path]
+    """Writes the adapters as they are now under a file name without extension; gives the path."""
+    save_state: Callable[[], Path]
+    """Writes all that is needed to go on from here; gives the folder."""
+
+
+@frozen(kw_only=True)
+class StepMetrics:
+    """Numbers of one finished step."""
+
+    step: int
+    """Optimizer steps done, this one included."""
+    epoch: int
+    """Epoch the step belongs to, from 1."""
+    loss: float
+    """Mean loss over the step's images, of all processes."""
+    gradient_norm: float
+    """L2 norm of the gradients before clipping."""
+    learning_rates: Mapping[str, float] = field(factory=dict)
+    """Learning rate of each parameter group in this step."""
+
+
+class Observer:
+    """Told of a run's events; override those that matter."""
+
+    def run_started(self, run: RunInfo) -> None:
+        """The first step is about to begin."""
+
+    def step_finished(self, step: int) -> None:
+        """A step is done and the adapters are updated; `step` counts from 1."""
+
+    def metrics_read(self, metrics: StepMetrics) -> None:
+        """The numbers of a step have arrived; in order, none left out, possibly some steps late."""
+
+    def epoch_finished(self, epoch: int) -> None:
+        """An epoch is done; `epoch` counts from 1."""
+
+    def adapter_saved(self, path: Path) -> None:
+        """A file with adapters has been written."""
+
+    def run_finished(self) -> None:
+        """All steps are done."""
+
+    def closed(self) -> None:
+        """The run is over, however it ended; always called last."""
+
+
+class Observers:
+    """All observers of a run; one that fails is named and detached, unless the run needs it."""
+
+    def __init__(self, observers: Iterable[tuple[str, bool, Observer]] = ()) -> None:
+        """`observers` gives each one's name, whether the run needs it, and itself."""
+        self._observers = list(observers)
+
+    def tell(self, event: str, *values: object) -> None:
+        """Call the method named `event` of each observer."""
+        for entry in list(self._observers):
+            name, essential, observer = entry
+            try:
+                getattr(observer, event)(*values)
+            except LorakitError:
+                raise
+            except Exception as error:
+                if essential:
+                    raise
+                self._observers.remove(entry)
+                log.warning("observer %r failed and is detached: %s: %s", name, type(error).__name__, error)

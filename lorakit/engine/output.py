@@ -1,0 +1,61 @@
+"""The files of a run: the adapters with their metadata, and the resolved config beside them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from attrs import frozen
+
+from lorakit.config.sections import TrainConfig
+from lorakit.config.writing import to_toml
+from lorakit.engine.metadata import save_metadata
+from lorakit.errors import OutputError, TrainingDiverged
+from lorakit.files import write_atomically
+from lorakit.networks.network import Network
+from lorakit.networks.saving import AdapterFile, Saver
+
+
+def check_output(config: TrainConfig) -> None:
+    """Raise OutputError when the output folder cannot be made or written to; leaves no trace."""
+    folder = config.output.dir
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir():
+        raise OutputError(f"output.dir: {existing} is a file, not a folder; choose another folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(f"output.dir: {existing} cannot be written to; choose another folder or change its rights")
+
+
+@frozen
+class AdapterWriter:
+    """Writes the adapters of one run."""
+
+    config: TrainConfig
+    network: Network
+    saver: Saver
+    metadata: Mapping[str, str]
+    """What stays the same over the run."""
+
+    def write_config(self) -> None:
+        """Write the resolved config, which repeats the run."""
+        path = self.config.output.dir / f"{self.config.output.name}.config.toml"
+        write_atomically(path, to_toml(self.config).encode())
+
+    def path(self, stem: str) -> Path:
+        """The file for a name without extension."""
+        return self.config.output.dir / f"{stem}{self.saver.suffix}"
+
+    def write(self, stem: str, step: int, epoch: int) -> Path:
+        """Write the adapters as they are now.
+
+        Raises TrainingDiverged when a factor is not finite, so that a broken file never takes the
+        place of a good one.
+        """
+        tensors = self.network.tensors()
+        broken = next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None)
+        if broken:
+            raise TrainingDiverged(f"step {step}: {broken} is not finite; nothing was saved, earlier saves are kept")
+        path = self.path(stem)
+        self.saver.save(AdapterFile(tensors, {**self.metadata, **save_metadata(step, epoch)}), path)
+        return path

@@ -1,0 +1,196 @@
+"""A training run: what the loop works on, and where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from attrs import define, field, frozen
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lorakit.config.sections import TrainConfig
+from lorakit.data.batches import Batch, BatchLoader, prefetch
+from lorakit.engine.gradients import FlatGradients
+from lorakit.engine.interruption import StopRequest
+from lorakit.engine.metrics import MetricsReader, PendingStep
+from lorakit.engine.observing import Observers, RunInfo
+from lorakit.engine.output import AdapterWriter
+from lorakit.engine.processes import Processes
+from lorakit.engine.schedule import Schedule, ScheduledStep
+from lorakit.engine.state import read_state, write_state
+from lorakit.errors import Interrupted
+from lorakit.models.protocol import Conditioning, DiffusionModel
+from lorakit.networks.network import Network
+
+PREFETCHED_BATCHES = 4
+
+
+@frozen
+class Step:
+    """One optimizer step: this process's share of it."""
+
+    scheduled: ScheduledStep
+    batches: Iterator[Batch]
+    """This process's micro-batches, on its device."""
+    images: list[str]
+    """Names of the images of the batches taken so far."""
+
+    def share_of(self, batch: Batch) -> float:
+        """How much of the step's loss, a mean over all processes and micro-batches, is this batch's mean."""
+        return batch.share / len(self.scheduled.planned.micro_batches)
+
+
+@define(kw_only=True)
+class Run:
+    """All that the loop works on, and the step it has come to."""
+
+    config: TrainConfig
+    model: DiffusionModel
+    network: Network
+    optimizer: Optimizer
+    lr_scheduler: LRScheduler
+    gradients: FlatGradients
+    scaler: torch.amp.GradScaler
+    schedule: Schedule
+    loader: BatchLoader
+    processes: Processes
+    writer: AdapterWriter
+    observers: Observers = field(factory=Observers)
+    stop: StopRequest = field(factory=StopRequest)
+    step: int = 0
+    """Optimizer steps done."""
+    loss: Tensor = field(init=False)
+    """Loss of the step so far: this process's part of the mean, a scalar on the device."""
+    gradient_norm: Tensor = field(init=False)
+    """Norm of the last step's gradients, a scalar on the device."""
+    metrics: MetricsReader = field(init=False)
+    """Reads the numbers of finished steps and tells the observers."""
+
+    def __attrs_post_init__(self) -> None:
+        self.loss = torch.zeros((), device=self.processes.device)
+        self.gradient_norm = torch.zeros_like(self.loss)
+        self.metrics = MetricsReader(
+            self.processes, self.scaler.is_enabled(), lambda metrics: self.observers.tell("metrics_read", metrics)
+        )
+
+    @property
+    def info(self) -> RunInfo:
+        """What observers may know of the run, and do with it."""
+        return RunInfo(
+            config=self.config,
+            total_steps=self.schedule.total_steps,
+            first_step=self.step,
+            total_epochs=self.schedule.total_epochs,
+            images=sum(len(dataset.examples) for dataset in self.loader.datasets),
+            save_adapter=self.save_adapter,
+            save_state=self.save_state,
+        )
+
+    def save_adapter(self, stem: str) -> Path:
+        """Write the adapters as they are now under a file name without extension; gives the path."""
+        if self.processes.world_size == 1:
+            self.metrics.read()
+        path = self.writer.write(stem, self.step, -(-self.step // self.schedule.steps_per_epoch))
+        self.observers.tell("adapter_saved", path)
+        return path
+
+    def save_state(self) -> Path:
+        """Write all that is needed to go on from here; gives the folder."""
+        machinery = {
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        return write_state(self.config, self.step, self.network.tensors(), machinery)
+
+    def load_state(self, folder: Path) -> None:
+        """Put the run where it was when a state was saved."""
+        step, tensors, machinery = read_state(folder, self.processes.device)
+        self.network.load_tensors(tensors)
+        self.optimizer.load_state_dict(machinery["optimizer"])
+        self.lr_scheduler.load_state_dict(machinery["lr_scheduler"])
+        self.scaler.load_state_dict(machinery["scaler"])
+        self.step = step
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Listen for requests to stop and tell the observers of start and end."""
+        try:
+            with self.stop.listening():
+                self.observers.tell("run_started", self.info)
+                yield
+                self.metrics.read()
+                self.observers.tell("run_finished")
+        finally:
+            self.observers.tell("closed")
+        self.processes.wait()
+
+    def remaining_steps(self) -> Iterator[Step]:
+        """The steps that are left, each with this process's batches, prepared ahead of time."""
+        upcoming = self.schedule.batches_from(self.step, self.loader)
+        batches = prefetch(upcoming, PREFETCHED_BATCHES, self.processes.device)
+        try:
+            for scheduled in self.schedule.steps_from(self.step):
+                images: list[str] = []
+                yield Step(scheduled, self._arriving(batches, len(scheduled.shares), images), images)
+                if scheduled.ends_epoch:
+                    self.observers.tell("epoch_finished", scheduled.epoch)
+        finally:
+            batches.close()
+
+    def _arriving(self, batches: Iterator[Batch], count: int, images: list[str]) -> Iterator[Batch]:
+        for _ in range(count):
+            batch = next(batches)
+            images += batch.images
+            yield batch.to(self.processes.device)
+
+    def encode(self, batch: Batch) -> Conditioning:
+        """The batch's conditioning: from the cache, or from the text encoder as it is now."""
+        self.network.begin_batch(batch.sample_seeds)
+        if batch.tokens is None:
+            return batch.conditioning or {}
+        with torch.set_grad_enabled("text_encoder" in self.config.trained_parts):
+            return self.model.text_encoder.encode(batch.tokens)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a part of the step's loss, and its gradients."""
+        self.scaler.scale(loss).backward()
+        self.loss = self.loss + loss.detach()
+
+    def update(self) -> None:
+        """Reduce and clip the gradients and take the optimizer's step."""
+        self.gradients.sum_over(self.processes)
+        self.scaler.unscale_(self.optimizer)
+        self.gradient_norm = self.gradients.clip(self.config.training.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.gradients.zero()
+
+    def step_finished(self, step: Step) -> None:
+        """Count the step, move the learning rate, hand on the numbers, and stop if that was asked for."""
+        self.step += 1
+        rates = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
+        self.lr_scheduler.step()
+        epoch = step.scheduled.epoch
+        self.metrics.add(PendingStep(self.step, epoch, tuple(step.images), rates, self.loss, self.gradient_norm))
+        self.loss = torch.zeros_like(self.loss)
+        self.observers.tell("step_finished", self.step)
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        asked = self.stop.made
+        if self.processes.world_size > 1:
+            # All processes must stop after the same step, whichever of them got the signal.
+            asked = bool(self.processes.sum(torch.tensor(float(asked), device=self.processes.device)).item())
+        if not asked:
+            return
+        where = self.save_state() if self.processes.is_main else None
+        self.processes.wait()
+        raise Interrupted(
+            f"Stopped after step {self.step} of {self.schedule.total_steps}. "
+            f"The state is in {where}; run the same command with --resume to go on."
+        )

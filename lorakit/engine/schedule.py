@@ -1,0 +1,57 @@
+"""The order of work of a run: which step trains on which images, from the first step to the last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+from attrs import frozen
+
+from lorakit.config.sections import DEFAULT_MAX_STEPS, TrainingSection
+from lorakit.data.batches import Batch, BatchLoader
+from lorakit.data.examples import IndexedDataset
+from lorakit.data.planning import PlannedStep, Share, plan_epoch, steps_per_epoch
+from lorakit.engine.processes import Processes
+
+
+@frozen
+class ScheduledStep:
+    """One optimizer step and its place in the run."""
+
+    planned: PlannedStep
+    shares: tuple[Share, ...]
+    """This process's part of its micro-batches."""
+    epoch: int
+    """From 1."""
+    ends_epoch: bool
+
+
+class Schedule:
+    """All steps of a run; the same for every process, and the same after a resume."""
+
+    def __init__(self, datasets: Sequence[IndexedDataset], training: TrainingSection, processes: Processes) -> None:
+        accumulation, world_size = training.gradient_accumulation_steps, processes.world_size
+        self._processes = processes
+        # Two are enough: the steps being trained and the batches being prepared are at most one epoch apart.
+        self._plan = lru_cache(maxsize=2)(
+            lambda epoch: plan_epoch(datasets, training.seed, epoch, world_size, accumulation)
+        )
+        self.steps_per_epoch = steps_per_epoch(datasets, world_size, accumulation)
+        self.total_steps = (
+            training.max_epochs * self.steps_per_epoch if training.max_epochs else training.max_steps or DEFAULT_MAX_STEPS
+        )
+        self.total_epochs = -(-self.total_steps // self.steps_per_epoch)
+
+    def steps_from(self, done: int) -> Iterator[ScheduledStep]:
+        """The steps after the first `done` ones."""
+        for number in range(done, self.total_steps):
+            epoch, index = number // self.steps_per_epoch + 1, number % self.steps_per_epoch
+            planned = self._plan(epoch)[index]
+            shares = planned.shares(self._processes.rank, self._processes.world_size)
+            yield ScheduledStep(planned, shares, epoch, ends_epoch=index == self.steps_per_epoch - 1)
+
+    def batches_from(self, done: int, loader: BatchLoader) -> Iterator[Batch]:
+        """This process's micro-batches of those steps, in order."""
+        for step in self.steps_from(done):
+            for share in step.shares:
+                yield loader.load(share)

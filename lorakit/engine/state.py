@@ -1,0 +1,108 @@
+"""States: all that is needed to go on with a run from the step it had come to.
+
+Randomness is keyed by step and sample, so there is no generator to save: factors, optimizer,
+LR schedule, loss scale and the number of steps done are everything. A state is a folder that
+appears under its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import lorakit
+from lorakit.config.sections import TrainConfig
+from lorakit.config.writing import to_toml
+from lorakit.errors import ConfigError, OutputError, Problem
+
+
+def state_folder(config: TrainConfig) -> Path:
+    """The folder that holds the states of a run."""
+    return config.output.dir / f"{config.output.name}-state"
+
+
+def write_state(config: TrainConfig, step: int, tensors: Mapping[str, Tensor], machinery: Mapping[str, Any]) -> Path:
+    """Write a state and remove older ones; gives its folder. Raises OutputError when it cannot be written."""
+    folder = state_folder(config)
+    final = folder / f"step{step:08d}"
+    partial = folder / f".partial-{os.getpid()}-{step}"
+    description = {"step": step, "lorakit": lorakit.__version__, "config": config_key(config)}
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        save_file(dict(tensors), partial / "network.safetensors")
+        torch.save(dict(machinery), partial / "machinery.pt")
+        (partial / "state.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
+        for file in partial.iterdir():
+            _flush_to_disk(file)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OutputError(f"the state cannot be written to {final}: {error.strerror}") from error
+    for older in whole_states(config)[:-1]:
+        shutil.rmtree(older, ignore_errors=True)
+    return final
+
+
+def read_state(folder: Path, device: torch.device) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
+    """The step, the factors and the machinery of a state. Raises ConfigError when it is damaged."""
+    try:
+        step = json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"]
+        tensors = load_file(folder / "network.safetensors")
+        machinery = torch.load(folder / "machinery.pt", map_location=device, weights_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        problem = f"the state in {folder} is damaged: {error}"
+        raise ConfigError([Problem("--resume", problem, "give another state's folder")]) from error
+    return step, tensors, machinery
+
+
+def whole_states(config: TrainConfig) -> list[Path]:
+    """The states of a run, oldest first."""
+    return sorted(path.parent for path in state_folder(config).glob("step*/state.json"))
+
+
+def find_state(config: TrainConfig, folder: Path | None) -> Path:
+    """The state in a folder, or the run's newest one.
+
+    Raises ConfigError when there is none, or when it belongs to another config.
+    """
+    states = [folder] if folder else whole_states(config)
+    if not states or not (states[-1] / "state.json").is_file():
+        where = folder or state_folder(config)
+        raise ConfigError([Problem("--resume", f"there is no state in {where}", "start without --resume")])
+    description = json.loads((states[-1] / "state.json").read_text(encoding="utf-8"))
+    if description["config"] != config_key(config):
+        problem = f"the state in {states[-1]} was saved by a run with another config"
+        raise ConfigError([Problem("--resume", problem, "use the config file beside the adapters it saved")])
+    return states[-1]
+
+
+def config_key(config: TrainConfig) -> str:
+    """A hash of what the training result depends on: everything but outputs, observers and the length in epochs."""
+    irrelevant = ("output", "saver", "observers")
+    lines = []
+    section = ""
+    for line in to_toml(config).splitlines():
+        section = line.strip("[]").split(".")[0] if line.startswith("[") else section
+        if section not in irrelevant and not line.startswith(("max_epochs", "max_steps", "cache_dir", "workers")):
+            lines.append(line)
+    return blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,84 @@
+"""The errors that lorakit raises on purpose; each knows the exit status of the command that meets it.
+
+Whatever a user can cause ends as one of these: a message that names the file or key, the cause and
+the cure, and no traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+from attrs import frozen
+
+
+@frozen
+class Problem:
+    """One thing that is wrong with a config: where, what, and what to do about it."""
+
+    key: str
+    """Path of the key, `network.rank`; with the file in front where it is not the config file itself."""
+    message: str
+    """What is wrong, as the end of a sentence that starts with the key: `must be at least 1, not 0`."""
+    hint: str = ""
+    """What to do about it, a sentence of its own; empty where the message says it all."""
+
+    def __str__(self) -> str:
+        text = f"{self.key}: {self.message}" if self.key else self.message
+        return f"{text} ({self.hint})" if self.hint else text
+
+
+class LorakitError(Exception):
+    """Base of all errors with a message meant for the user."""
+
+    exit_status: ClassVar[int] = 1
+
+
+class ConfigError(LorakitError):
+    """The config cannot be used; holds every problem found in it, not only the first."""
+
+    exit_status = 2
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class DataError(LorakitError):
+    """Images, captions or dataset folders that cannot be used; the message lists the files."""
+
+    exit_status = 2
+
+
+class ModelError(LorakitError):
+    """A base model that is missing, unreadable, unsafe to read, or of another family than asked for."""
+
+    exit_status = 2
+
+
+class PluginError(LorakitError):
+    """A component that is not there: unknown name, broken plugin, clash of names, missing package."""
+
+    exit_status = 2
+
+
+class AdapterError(LorakitError):
+    """A LoRA file that cannot be read or does not fit the network it is loaded into."""
+
+    exit_status = 2
+
+
+class OutputError(LorakitError):
+    """A file or folder that cannot be written."""
+
+    exit_status = 2
+
+
+class TrainingDiverged(LorakitError):
+    """The loss became NaN or infinite; the message names the step, the images and the cure."""
+
+
+class Interrupted(LorakitError):
+    """Stopped by Ctrl-C or SIGTERM after a whole state was saved."""
+
+    exit_status = 130

@@ -1,0 +1,1 @@
+"""Base models: what the engine asks of them, and Stable Diffusion."""

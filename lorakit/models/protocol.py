@@ -1,0 +1,140 @@
+"""What the engine asks of a base model, whatever its family.
+
+Shapes: B images in a micro-batch, C latent channels, h and w latent sides, H and W image sides in
+pixels, n chunks of 77 tokens in a caption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
+
+from attrs import frozen
+from torch import Tensor, nn
+
+Conditioning = Mapping[str, Tensor]
+"""What the denoiser is told about each image, by name; every tensor's first side is B."""
+
+Block = Literal["transformer", "resnet", "sampler", "text_encoder"]
+"""The kind of block that a layer belongs to."""
+
+
+@frozen
+class AdaptationTarget:
+    """A layer of the base model that a network may adapt."""
+
+    key: str
+    """Its name in LoRA files: `lora_unet_down_blocks_0_attentions_0_proj_in`."""
+    part: str
+    """The part of the model it belongs to: `unet` or `text_encoder`."""
+    block: Block
+    """The kind of block it sits in."""
+    parent: nn.Module
+    """The module that holds it."""
+    attribute: str
+    """Its name in the parent: `to_q`, or `0` in a sequence."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer as it is now: the base layer, or what replaced it."""
+        return self.parent.get_submodule(self.attribute)
+
+    def replace(self, module: nn.Module) -> None:
+        """Put another module in the layer's place."""
+        setattr(self.parent, self.attribute, module)
+
+
+class AttentionBackend(Protocol):
+    """A way to compute attention."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """softmax(q·kᵀ/√d)·v; query, key, value and result are [B, heads, tokens, d]."""
+        ...
+
+
+class ImageEncoder(Protocol):
+    """Turns images into the distribution of their latents."""
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents, scaled, float32 [B, C, h, w], of images [B, 3, H, W] in [-1, 1]."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """Turns captions into conditioning."""
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Token ids, int64 [B, n, 77], on the CPU; truncates what is longer than the model is set to."""
+        ...
+
+    def encode(self, tokens: Tensor) -> Conditioning:
+        """Conditioning of token ids [B, n, 77]; differentiable with respect to the encoder's adapters."""
+        ...
+
+
+class NoiseProcess(Protocol):
+    """How noise is mixed into latents, and what the denoiser learns to predict."""
+
+    num_timesteps: int
+    prediction: Literal["epsilon", "v_prediction"]
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Latents [B, C, h, w] with noise of the same shape mixed in as of timesteps [B]."""
+        ...
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser should predict, [B, C, h, w]."""
+        ...
+
+    def signal_to_noise(self, timesteps: Tensor) -> Tensor:
+        """Ratio of the powers of signal and noise, float32 [B]."""
+        ...
+
+
+class DiffusionModel(Protocol):
+    """A base model whose parts are read when first asked for and can be freed one by one."""
+
+    noise: NoiseProcess
+
+    def fingerprint(self, part: Literal["image_encoder", "text_encoder"]) -> str:
+        """A short key of all that the part's output depends on: weights, number format, settings; reads no weights twice."""
+        ...
+
+    @property
+    def image_encoder(self) -> ImageEncoder:
+        """The image encoder, read on first use."""
+        ...
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """The text encoder, read on first use."""
+        ...
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The denoiser, read on first use, frozen."""
+        ...
+
+    def free(self, part: Literal["image_encoder", "text_encoder"]) -> None:
+        """Forget a part's weights; it is read again if it is asked for again."""
+        ...
+
+    def targets(self, parts: Sequence[str]) -> list[AdaptationTarget]:
+        """The layers of these parts that can be adapted, in a fixed order: text encoder first, then the U-Net."""
+        ...
+
+    def use_attention(self, backend: AttentionBackend) -> None:
+        """Compute the denoiser's attention with this backend."""
+        ...
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them (non-reentrant)."""
+        ...
+
+    def metadata(self) -> Mapping[str, str]:
+        """What LoRA files say about their base model: `ss_base_model_version`, `modelspec.architecture`, …"""
+        ...
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The denoiser's output for noisy latents [B, C, h, w] at timesteps [B]: [B, C, h, w]."""
+        ...

@@ -1,0 +1,211 @@
+"""Stable Diffusion 1.x and 2.x as the engine sees them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from lorakit.checkpoints import HubModel
+from lorakit.errors import ModelError
+from lorakit.models.hashing import Memo, ProcessMemo, hash_of_file, hash_of_weights, short_hash_of_file
+from lorakit.models.noise import DiscreteNoise, Prediction
+from lorakit.models.protocol import AdaptationTarget, AttentionBackend, Conditioning, NoiseProcess
+from lorakit.models.stable_diffusion.attention import use_backend
+from lorakit.models.stable_diffusion.image import VaeEncoder, read_vae_encoder
+from lorakit.models.stable_diffusion.parts import TOKENIZER_FILES, StoredModel, StoredPart
+from lorakit.models.stable_diffusion.reading import read_unet
+from lorakit.models.stable_diffusion.targets import text_encoder_targets, unet_targets
+from lorakit.models.stable_diffusion.text import ClipTextEncoder, checkpoint_layers, read_clip
+from lorakit.models.stable_diffusion.tokenizer import CaptionTokenizer
+
+_PROCESS_MEMO = ProcessMemo()
+
+
+@frozen(kw_only=True)
+class Variant:
+    """What a version of Stable Diffusion is called in LoRA files, and how a user wants it run."""
+
+    version: str
+    """`ss_base_model_version` without what tells the prediction: `sd_v1`."""
+    architecture: str
+    """`modelspec.architecture`: `stable-diffusion-v1/lora`."""
+    prediction: Prediction = "epsilon"
+    """What the U-Net predicts."""
+    clip_skip: int = 1
+    """Which of the text encoder's layers is read, counted from the last, which is 1."""
+    max_token_length: int = 75
+    """Longest caption in tokens, a multiple of 75."""
+    pad_token: int | None = None
+    """Token id that fills short captions up; the end token when absent."""
+
+
+class StableDiffusion:
+    """A U-Net, a VAE's encoder and a CLIP text encoder, each read when it is first asked for."""
+
+    def __init__(
+        self,
+        stored: StoredModel,
+        variant: Variant,
+        device: torch.device,
+        dtype: torch.dtype,
+        memo: Memo = _PROCESS_MEMO,
+    ) -> None:
+        self.stored = stored
+        self.variant = variant
+        self.device = device
+        self.dtype = dtype
+        self.memo = memo
+        """Remembers hashes of files; one that outlives the process makes the next start faster."""
+        self.noise: NoiseProcess = DiscreteNoise(variant.prediction)
+        self._image_encoder: VaeEncoder | None = None
+        self._text_encoder: ClipTextEncoder | None = None
+        self._unet: nn.Module | None = None
+        self._attention: AttentionBackend | None = None
+        self._recomputes = False
+
+    def fingerprint(self, part: Literal["image_encoder", "text_encoder"]) -> str:
+        """A short key of all that the part's output depends on: weights, number format, settings.
+
+        The weights are read through once for as long as the memo remembers it.
+        """
+        if part == "image_encoder":
+            stored = self.stored.part("vae")
+            names = {bare: name for bare, name in stored.file_names.items() if bare.startswith(("encoder.", "quant_"))}
+            options: list[object] = []
+        else:
+            stored = self.stored.part("text_encoder")
+            names = dict(stored.file_names)
+            options = [
+                self.variant.clip_skip,
+                self.variant.max_token_length,
+                self.variant.pad_token,
+                self._tokenizer_hash(),
+            ]
+        weights = self.memo.remember(stored.file, part, partial(hash_of_weights, stored.file, names))
+        text = json.dumps([weights, str(self.dtype), dict(stored.settings), options], sort_keys=True)
+        return sha256(text.encode()).hexdigest()[:32]
+
+    @property
+    def image_encoder(self) -> VaeEncoder:
+        """The VAE's encoder, read on first use."""
+        if self._image_encoder is None:
+            self._image_encoder = read_vae_encoder(self.stored.part("vae"), self.device, self.dtype)
+        return self._image_encoder
+
+    @property
+    def text_encoder(self) -> ClipTextEncoder:
+        """The text encoder with its tokenizer, read on first use."""
+        if self._text_encoder is None:
+            part = self.stored.part("text_encoder")
+            module = read_clip(part, self.device, self.dtype)
+            if self._recomputes:
+                checkpoint_layers(module)
+            self._text_encoder = ClipTextEncoder(module, self._tokenizer(part), self.variant.clip_skip)
+        return self._text_encoder
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The U-Net, read on first use, frozen."""
+        if self._unet is None:
+            self._unet = read_unet(self.stored.part("unet"), self.device, self.dtype)
+            if self._attention is not None:
+                use_backend(self._unet, self._attention)
+            if self._recomputes:
+                self._unet.enable_gradient_checkpointing()  # type: ignore[operator]
+        return self._unet
+
+    def free(self, part: Literal["image_encoder", "text_encoder"]) -> None:
+        """Forget a part's weights; it is read again if it is asked for again."""
+        if part == "image_encoder":
+            self._image_encoder = None
+        else:
+            self._text_encoder = None
+
+    def targets(self, parts: Sequence[str]) -> list[AdaptationTarget]:
+        """The layers of `text_encoder` and `unet` that can be adapted, in this order whatever the order of `parts`."""
+        found: list[AdaptationTarget] = []
+        if "text_encoder" in parts:
+            found += text_encoder_targets(self.text_encoder.module)
+        if "unet" in parts:
+            found += unet_targets(self.denoiser)
+        return found
+
+    def use_attention(self, backend: AttentionBackend) -> None:
+        """Compute the U-Net's attention with this backend."""
+        self._attention = backend
+        if self._unet is not None:
+            use_backend(self._unet, backend)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations of U-Net and text encoder in the backward pass instead of keeping them."""
+        self._recomputes = True
+        if self._unet is not None:
+            self._unet.enable_gradient_checkpointing()  # type: ignore[operator]
+        if self._text_encoder is not None:
+            checkpoint_layers(self._text_encoder.module)
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The U-Net's output, [B, 4, h, w], for noisy latents of that shape, timesteps [B] and `hidden_states`."""
+        context = conditioning["hidden_states"].to(self.dtype)
+        prediction: Tensor = self.denoiser(noisy_latents.to(self.dtype), timesteps, context, return_dict=False)[0]
+        return prediction
+
+    def metadata(self) -> Mapping[str, str]:
+        """What LoRA files say about their base model; hashes a model that is a file, which takes seconds once."""
+        velocity = self.variant.prediction == "v_prediction"
+        location = self.stored.location
+        entries = {
+            "ss_base_model_version": self.variant.version + ("_v" if velocity else ""),
+            "ss_v2": str(self.variant.version.startswith("sd_v2")),
+            "ss_clip_skip": str(self.variant.clip_skip),
+            "ss_max_token_length": str(self.variant.max_token_length),
+            "ss_sd_model_name": str(location) if isinstance(location, HubModel) else location.name,
+            "modelspec.architecture": self.variant.architecture,
+            "modelspec.implementation": "diffusers",
+            "modelspec.prediction_type": "v" if velocity else "epsilon",
+        }
+        if self.variant.clip_skip > 1:
+            entries["modelspec.encoder_layer"] = str(self.variant.clip_skip)
+        if not isinstance(location, HubModel):
+            entries |= self._hashes(location, "sd_model")
+        if self.stored.vae is not None:
+            entries |= {"ss_vae_name": self.stored.vae.name, **self._hashes(self.stored.vae, "vae")}
+        return entries
+
+    def _hashes(self, path: Path, name: str) -> dict[str, str]:
+        """Both hashes of a file by which web UIs find it; none of a folder."""
+        if not path.is_file():
+            return {}
+        return {
+            f"ss_{name}_hash": short_hash_of_file(path),
+            f"ss_new_{name}_hash": self.memo.remember(path, "sha256", partial(hash_of_file, path)),
+        }
+
+    def _tokenizer(self, part: StoredPart) -> CaptionTokenizer:
+        tokenizer = CaptionTokenizer(
+            self.stored.tokenizer_folder(), self.variant.max_token_length, self.variant.pad_token
+        )
+        vocabulary, layers = part.shapes["embeddings.token_embedding.weight"][0], part.settings["num_hidden_layers"]
+        if tokenizer.vocabulary_size > vocabulary:
+            raise ModelError(f"{part} knows {vocabulary} tokens, but its tokenizer has {tokenizer.vocabulary_size}")
+        if self.variant.clip_skip > layers:
+            raise ModelError(
+                f"{part} has {layers} layers; clip_skip must be at most that, not {self.variant.clip_skip}"
+            )
+        return tokenizer
+
+    def _tokenizer_hash(self) -> str:
+        """A hash of the model's own tokenizer; empty where it uses CLIP's."""
+        folder = self.stored.tokenizer_folder()
+        if folder is None:
+            return ""
+        files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+        return " ".join(self.memo.remember(file, "sha256", partial(hash_of_file, file)) for file in files)

@@ -1,0 +1,41 @@
+"""From a stored part to a module with its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from lorakit.errors import ModelError
+from lorakit.models.stable_diffusion.parts import StoredPart
+from lorakit.models.weights import load_weights, shapes_of, without_weights
+
+
+def read_module(
+    part: StoredPart,
+    build: Callable[[], nn.Module],
+    device: torch.device,
+    dtype: torch.dtype,
+    without: Sequence[str] = (),
+) -> nn.Module:
+    """The module that `build` makes, frozen, with the part's weights; those of the children `without` are not read.
+
+    A `ModelError` if the part's settings make no module, or its weights do not fit the module.
+    """
+    try:
+        module = without_weights(build)
+    except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError) as error:
+        raise ModelError(f"{part} has settings that make no sense: {error}") from error
+    part.check_complete(shapes_of(module))
+    for child in without:
+        delattr(module, child)
+    load_weights(module, part.file, part.find(shapes_of(module)), device, dtype)
+    return module
+
+
+def read_unet(part: StoredPart, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The U-Net's module with its weights, frozen; a `ModelError` if they do not fit."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    return read_module(part, lambda: UNet2DConditionModel.from_config(dict(part.settings)), device, dtype)

@@ -1,0 +1,70 @@
+"""The text encoder: captions to the hidden states that the U-Net attends to.
+
+B captions, n chunks of 77 tokens, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.models.protocol import Conditioning
+from lorakit.models.stable_diffusion.parts import StoredPart
+from lorakit.models.stable_diffusion.reading import read_module
+from lorakit.models.stable_diffusion.tokenizer import CaptionTokenizer
+
+
+class ClipTextEncoder:
+    """A CLIP text encoder with its tokenizer."""
+
+    def __init__(self, module: nn.Module, tokenizer: CaptionTokenizer, clip_skip: int = 1) -> None:
+        self.module = module
+        self.tokenizer = tokenizer
+        self.clip_skip = clip_skip
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Token ids, int64 [B, n, 77], on the CPU; captions are cut off at the longest length."""
+        return self.tokenizer(captions)
+
+    def encode(self, tokens: Tensor) -> Conditioning:
+        """Hidden states [B, 75n+2, D] of token ids [B, n, 77], each chunk encoded alone.
+
+        Of several chunks, only the first keeps its start token and only the last its end token.
+        """
+        device = next(self.module.parameters()).device
+        states = self._hidden_states(tokens.flatten(0, 1).to(device))
+        chunks = states.view(*tokens.shape, states.shape[-1])
+        inner = chunks[:, :, 1:-1].flatten(1, 2)
+        return {"hidden_states": torch.cat([chunks[:, 0, :1], inner, chunks[:, -1, -1:]], dim=1)}
+
+    def _hidden_states(self, tokens: Tensor) -> Tensor:
+        """Output [B·n, 77, D] of the layer that `clip_skip` names, normalised as the last layer's is."""
+        if self.clip_skip == 1:
+            last: Tensor = self.module(tokens).last_hidden_state
+            return last
+        layers = self.module(tokens, output_hidden_states=True).hidden_states
+        normalised: Tensor = self.module.get_submodule("final_layer_norm")(layers[-self.clip_skip])
+        return normalised
+
+
+def read_clip(part: StoredPart, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The text encoder's module with its weights, frozen; a `ModelError` if they do not fit."""
+    from transformers.models.clip.configuration_clip import CLIPTextConfig
+    from transformers.models.clip.modeling_clip import CLIPTextModel
+
+    module = read_module(part, lambda: CLIPTextModel(CLIPTextConfig.from_dict(dict(part.settings))), device, dtype)
+    positions = torch.arange(part.shapes["embeddings.position_embedding.weight"][0], device=device)
+    module.get_submodule("embeddings").position_ids = positions.unsqueeze(0)
+    return module
+
+
+def checkpoint_layers(module: nn.Module) -> None:
+    """Recompute the activations of a text encoder's layers in the backward pass; its dropout stays off.
+
+    transformers recomputes only what is in training mode, so the layers are, but not what is in them.
+    """
+    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    for layer in module.get_submodule("encoder.layers").children():
+        layer.training = True

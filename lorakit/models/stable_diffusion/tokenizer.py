@@ -1,0 +1,112 @@
+"""CLIP's tokenizer: captions to token ids, long captions in chunks.
+
+B captions, n chunks of 77 tokens: the start token, 75 tokens of the caption, the end token.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor
+
+from lorakit.errors import ModelError
+
+CHUNK = 75
+"""Tokens of the caption in one chunk."""
+
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+_MERGES = 49152 - 256 - 2
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+
+class CaptionTokenizer:
+    """Turns captions into chunks of token ids."""
+
+    def __init__(self, folder: Path | None = None, max_length: int = CHUNK, pad: int | None = None) -> None:
+        """With the vocabulary in a folder, or CLIP's own; `max_length` tokens at most, a multiple of 75.
+
+        `pad` is the id that fills chunks up, the end token if None. A `ModelError` if the folder's files are unusable.
+        """
+        self.tokenizer = _clip_tokenizer() if folder is None else _folder_tokenizer(folder)
+        self.max_length = max_length
+        start, end = self.tokenizer.token_to_id(_START), self.tokenizer.token_to_id(_END)
+        if start is None or end is None:
+            raise ModelError(f"the tokenizer in {folder} has no {_START} and {_END}; it is not CLIP's")
+        self.start, self.end = start, end
+        self.pad = self.end if pad is None else pad
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many token ids there are."""
+        return self.tokenizer.get_vocab_size()
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Token ids, int64 [B, n, 77], of captions of any length; what is too long is cut off.
+
+        A chunk ends with the end token if the caption goes on behind it, or else with padding.
+        """
+        encodings = self.tokenizer.encode_batch(list(captions), add_special_tokens=False)
+        stream = torch.full((len(captions), self.max_length + 1), self.pad, dtype=torch.int64)
+        for row, encoding in zip(stream, encodings, strict=True):
+            ids = [*encoding.ids[: self.max_length], self.end]
+            row[: len(ids)] = torch.tensor(ids)
+        body = stream[:, :-1].reshape(len(stream), -1, CHUNK).clone()
+        goes_on = (body[..., -1] != self.end) & (body[..., -1] != self.pad)
+        last = torch.where(goes_on, self.end, stream[:, -1:])
+        body[..., 0].masked_fill_(body[..., 0] == self.pad, self.end)
+        start = torch.full_like(last, self.start)
+        return torch.cat([start.unsqueeze(-1), body, last.unsqueeze(-1)], dim=-1)
+
+
+@cache
+def _clip_tokenizer() -> Tokenizer:
+    """The tokenizer of OpenAI's CLIP, which the text encoders of Stable Diffusion were trained with."""
+    vocabulary, merges = clip_vocabulary()
+    return _byte_pair_tokenizer(models.BPE(vocabulary, merges, unk_token=_END, end_of_word_suffix="</w>"))
+
+
+def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Ids of CLIP's 49408 tokens, and the merges of byte pairs by priority.
+
+    Bytes that print stand for themselves, the others for characters from 256 on; then the same at the end
+    of a word, then what each merge makes.
+    """
+    packed = files("lorakit.models.stable_diffusion") / "clip_vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
+    lines = gzip.decompress(packed.read_bytes()).decode().split("\n")[1 : _MERGES + 1]
+    merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
+    printable = [chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))]
+    alphabet = printable + [chr(256 + index) for index in range(256 - len(printable))]
+    endings = [f"{character}</w>" for character in alphabet]
+    tokens = [*alphabet, *endings, *(left + right for left, right in merges), _START, _END]
+    return {token: index for index, token in enumerate(tokens)}, merges
+
+
+def _folder_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in a diffusers folder: `tokenizer.json`, or `vocab.json` with `merges.txt`."""
+    try:
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            return tokenizer
+        vocabulary, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
+        return _byte_pair_tokenizer(models.BPE.from_file(vocabulary, merges, unk_token=_END, end_of_word_suffix="</w>"))
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise ModelError(f"the tokenizer in {folder} cannot be read ({error}); download it again") from error
+
+
+def _byte_pair_tokenizer(model: models.BPE) -> Tokenizer:
+    """A tokenizer that lower-cases, splits words as CLIP does, and merges byte pairs."""
+    tokenizer = Tokenizer(model)
+    spaces = normalizers.Replace(Regex(r"\s+"), " ")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+    words = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.add_special_tokens([_START, _END])
+    return tokenizer

@@ -1,0 +1,67 @@
+"""Reads weights from files: mapped into memory, once, straight to the device and number format asked for."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.errors import ModelError
+
+ReadTensor = Callable[[str], Tensor]
+"""The tensor of that name on the CPU, in the file's number format; its bytes are read when they are used."""
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def open_tensors(file: Path) -> ReadTensor:
+    """The tensors of a safetensors or PyTorch file, by name; runs no code from the file.
+
+    A `ModelError` if the file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with file.open("rb") as stream:
+            is_safetensors = stream.read(9)[8:] == b"{"
+        if is_safetensors:
+            read: ReadTensor = safe_open(file, "pt").get_tensor
+            return read
+        content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        tensors: Mapping[str, Tensor] = content.get("state_dict", content)
+        return tensors.__getitem__
+    except (OSError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"{file} cannot be read ({reason}); download or convert it again") from error
+
+
+def without_weights(build: Callable[[], ModuleT]) -> ModuleT:
+    """A module whose parameters have shapes but no memory, for `load_weights` to fill."""
+    with torch.device("meta"):
+        return build()
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor that a module keeps in files."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def load_weights(
+    module: nn.Module, file: Path, names: Mapping[str, str], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Fill a module that has no weights from a file; `names` has the name in the file of each of its tensors.
+
+    The module is frozen and in evaluation mode afterwards. On the CPU, tensors that are stored in the
+    number format asked for stay views of the mapped file: they take no memory of their own.
+    """
+    read = open_tensors(file)
+    state = {
+        name: read(names[name]).reshape(empty.shape).to(device).to(dtype) for name, empty in module.state_dict().items()
+    }
+    module.load_state_dict(state, assign=True)
+    module.requires_grad_(requires_grad=False).eval()

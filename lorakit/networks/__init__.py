@@ -1,0 +1,1 @@
+"""Adapters: LoRA layers, networks of them, and how they are saved."""

@@ -1,0 +1,104 @@
+"""Dropout masks that are a function of the image's seed, the adapter and the position, not of a generator's state.
+
+So a mask is the same when gradient checkpointing computes a layer again, on any device, and however a
+batch is split over processes. The function is SplitMix64 (Steele, Lea and Flood, 2014): number i of
+the stream that starts at a seed is mix(seed + i·γ).
+
+Shapes: A adapters, B images in a micro-batch, L positions, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from attrs import field, frozen
+from attrs import validators as v
+from torch import Tensor
+
+from lorakit.randomness import derived_seed
+
+_GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
+_FIRST_NEURON = 2**32
+
+_rate = field(default=0.0, validator=[v.ge(0), v.lt(1)])
+
+
+@frozen(kw_only=True)
+class DropoutRates:
+    """How often each kind of dropout strikes while training."""
+
+    neuron: float = _rate
+    """Share of the rank-r activations that are dropped, each for itself; the others are scaled up to make up for it."""
+    rank: float = _rate
+    """Share of the ranks that are dropped, for each image; the others are scaled up to make up for it."""
+    module: float = _rate
+    """Share of the adapters that are left out, for each image; the others stay as they are."""
+
+    def __bool__(self) -> bool:
+        return bool(self.neuron or self.rank or self.module)
+
+
+class Dropouts:
+    """The dropout masks of all adapters of a network, for one micro-batch after another."""
+
+    def __init__(self, rates: DropoutRates, keys: Sequence[str], rank: int) -> None:
+        """Masks for the adapters of these keys, of at most this rank."""
+        self._rates = rates
+        self._rank = rank
+        self._salts = torch.tensor([derived_seed("dropout", key) for key in keys])  # [A]
+        self._streams: Tensor | None = None
+        self._factors: Tensor | None = None
+
+    def begin_batch(self, sample_seeds: Tensor) -> None:
+        """Make the masks of B images from now on; their seeds are int64 [B]."""
+        self._salts = self._salts.to(sample_seeds.device)
+        self._streams = _mix(self._salts[:, None] ^ sample_seeds)  # [A, B]
+        if self._rates.rank or self._rates.module:
+            places = torch.arange(1 + self._rank, device=sample_seeds.device)
+            numbers = _numbers(self._streams, places)  # [A, B, 1 + rank]
+            module, ranks = numbers[:, :, :1], numbers[:, :, 1:]
+            kept = _survives(module, self._rates.module) & _survives(ranks, self._rates.rank)
+            self._factors = (kept.float() / (1 - self._rates.rank)).unsqueeze(2)  # [A, B, 1, rank]
+
+    def mask(self, adapter: int, hidden: Tensor) -> Tensor:
+        """What to multiply an adapter's rank-r activations [n·B, L, r] by; an image's n rows follow one another."""
+        if self._streams is None:
+            raise RuntimeError("Network.begin_batch must be told the samples' seeds before the forward pass")
+        rows, _, rank = hidden.shape
+        images = self._streams.shape[1]
+        if rows % images:
+            raise ValueError(f"an adapter got {rows} rows, but the micro-batch has {images} images")
+        if self._factors is None:
+            return self._neurons(self._streams[adapter], hidden)
+        factors = self._factors[adapter, ..., :rank].to(hidden.dtype)
+        if rows > images:
+            factors = factors.repeat_interleave(rows // images, dim=0)
+        return factors * self._neurons(self._streams[adapter], hidden) if self._rates.neuron else factors
+
+    def _neurons(self, stream: Tensor, hidden: Tensor) -> Tensor:
+        places = torch.arange(_FIRST_NEURON, _FIRST_NEURON + hidden.numel() // len(stream), device=stream.device)
+        kept = _survives(_numbers(stream, places), self._rates.neuron)
+        return kept.view(hidden.shape).to(hidden.dtype).div_(1 - self._rates.neuron)
+
+
+def _numbers(streams: Tensor, places: Tensor) -> Tensor:
+    """The numbers at `places` [n] of streams [...]: uniform int64 [..., n]."""
+    return _mix(streams.unsqueeze(-1) + places * _GOLDEN_GAMMA)
+
+
+def _survives(numbers: Tensor, rate: float) -> Tensor:
+    """True for the share 1 - rate of uniform int64 numbers."""
+    return numbers >= int(rate * 2**64) - 2**63
+
+
+def _mix(z: Tensor) -> Tensor:
+    """SplitMix64's output function, in place, on int64 taken as unsigned."""
+    for shift, multiplier in _ROUNDS:
+        z.bitwise_xor_(_shifted(z, shift)).mul_(multiplier)
+    return z.bitwise_xor_(_shifted(z, 31))
+
+
+def _shifted(z: Tensor, shift: int) -> Tensor:
+    return (z >> shift).bitwise_and_(2 ** (64 - shift) - 1)

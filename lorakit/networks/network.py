@@ -1,0 +1,195 @@
+"""Adapters in the places of a base model's layers, and the network that all of them make up.
+
+Another algorithm than LoRA is a subclass of `AdapterModule` with `initialize`, `forward` and
+`tensors`, and a network config whose `build` returns `Network(targets, make).attach()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, Self
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from lorakit.errors import AdapterError
+from lorakit.models.protocol import AdaptationTarget
+
+
+@frozen
+class ParameterGroup:
+    """Parameters that share a learning rate."""
+
+    name: str
+    """What logs call it: `unet`."""
+    part: str
+    """The part of the model that it adapts: `unet` or `text_encoder`."""
+    parameters: tuple[nn.Parameter, ...]
+    """The parameters, float32."""
+    lr: float
+    """Learning rate before the schedule."""
+
+
+def torch_groups(groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:
+    """The groups as `torch.optim` wants them; each keeps its name under `name`."""
+    return [{"params": list(group.parameters), "lr": group.lr, "name": group.name} for group in groups]
+
+
+class AdapterModule(nn.Module):
+    """One adapter: takes the place of a layer of the base model, and keeps that layer, frozen.
+
+    Its parameters stay float32 whatever number format the model around it is put in.
+    """
+
+    def __init__(self, key: str, base: nn.Module) -> None:
+        super().__init__()
+        self.key = key
+        self.base = base.requires_grad_(False)
+        self.multiplier = 1.0
+
+    def initialize(self, seed: int) -> None:
+        """Set the weights that training starts from: a function of the seed and the key alone, with no effect yet."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The base layer's output plus `multiplier` times what was learnt; with 0 the base's output, bit for bit."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a LoRA file holds of this adapter, by suffix: `lora_down.weight`. The trained ones are not copies."""
+        raise NotImplementedError
+
+    def misfit(self, tensors: Mapping[str, Tensor]) -> str:
+        """Why these tensors (by suffix, all there) cannot be loaded; empty if they can."""
+        for suffix, own in self.tensors().items():
+            if tensors[suffix].shape != own.shape:
+                return f"{suffix} is {list(tensors[suffix].shape)} in the file, {list(own.shape)} in the network"
+        return ""
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over tensors, by suffix, that have no `misfit`."""
+        for suffix, own in self.tensors().items():
+            own.copy_(tensors[suffix])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if recurse:
+            for child in self.children():
+                child._apply(fn)  # type: ignore[no-untyped-call]
+        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse=False)  # type: ignore[no-untyped-call]
+        return self
+
+
+class Network(nn.Module):
+    """All adapters of a base model."""
+
+    adapters: nn.ModuleList
+
+    def __init__(
+        self, targets: Sequence[AdaptationTarget], make: Callable[[AdaptationTarget], AdapterModule | None]
+    ) -> None:
+        """Make the adapters; `make` returns None for a layer that gets none.
+
+        Raises `AdapterError` if no layer gets one.
+        """
+        super().__init__()
+        pairs = [(target, adapter) for target in targets if (adapter := make(target)) is not None]
+        if not pairs:
+            raise AdapterError("The network adapts no layer of this model: check network.name and network.parts.")
+        self._targets = [target for target, _ in pairs]
+        self.adapters = nn.ModuleList(adapter for _, adapter in pairs)
+        self._by_key: dict[str, AdapterModule] = {adapter.key: adapter for _, adapter in pairs}
+        if len(self._by_key) < len(pairs):
+            raise ValueError("two layers of the model have the same key")
+        self._multiplier = 1.0
+
+    def attach(self) -> Self:
+        """Put the adapters in the places of their layers."""
+        for target, adapter in zip(self._targets, self._by_key.values(), strict=True):
+            target.replace(adapter)
+        return self
+
+    def detach(self) -> None:
+        """Put the base model's own layers back."""
+        for target, adapter in zip(self._targets, self._by_key.values(), strict=True):
+            target.replace(adapter.base)
+
+    def initialize(self, seed: int) -> None:
+        """Set the weights that training starts from, a function of the seed."""
+        for adapter in self._by_key.values():
+            adapter.initialize(seed)
+
+    def begin_batch(self, sample_seeds: Tensor) -> None:
+        """Be told, before a training micro-batch of B images, their seeds, int64 [B], for whatever is random in it."""
+
+    @property
+    def multiplier(self) -> float:
+        """How strongly the adapters act: 1 as trained, 0 not at all."""
+        return self._multiplier
+
+    @multiplier.setter
+    def multiplier(self, multiplier: float) -> None:
+        self._multiplier = multiplier
+        for adapter in self._by_key.values():
+            adapter.multiplier = multiplier
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the model that have adapters, in the order of the targets."""
+        return tuple(dict.fromkeys(target.part for target in self._targets))
+
+    def parameters_of(self, part: str) -> tuple[nn.Parameter, ...]:
+        """The trained parameters of one part of the model."""
+        adapters = zip(self._targets, self._by_key.values(), strict=True)
+        return tuple(p for target, a in adapters if target.part == part for p in a.parameters() if p.requires_grad)
+
+    def parameter_groups(self, lr_of: Callable[[str], float]) -> list[ParameterGroup]:
+        """The trained parameters, in groups that each have a learning rate; here one for each part of the model."""
+        return [ParameterGroup(part, part, self.parameters_of(part), lr_of(part)) for part in self.parts]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a LoRA file holds, by key: float32 copies on the CPU."""
+        return {
+            f"{key}.{suffix}": tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+            for key, adapter in self._by_key.items()
+            for suffix, tensor in adapter.tensors().items()
+        }
+
+    def load_tensors(self, tensors: Mapping[str, Tensor], origin: str = "The LoRA file") -> None:
+        """Take over the tensors of a LoRA file; `origin` is what error messages call it.
+
+        Raises `AdapterError`, before anything is changed, unless all fit and none is missing or left over.
+        """
+        expected = {f"{key}.{suffix}" for key, adapter in self._by_key.items() for suffix in adapter.tensors()}
+        if tensors.keys() != expected:
+            missing, unexpected = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
+            raise AdapterError(
+                f"{origin} is not of this network.{_some('Missing', missing)}{_some('Unexpected', unexpected)}"
+                " Set network.name and network.parts as the file was trained, on the same kind of base model."
+            )
+        by_adapter = {
+            key: {suffix: tensors[f"{key}.{suffix}"] for suffix in adapter.tensors()}
+            for key, adapter in self._by_key.items()
+        }
+        if misfits := list(self._misfits(by_adapter)):
+            raise AdapterError(
+                f"{origin} does not fit this network.{_some('Misfits', misfits)}"
+                " Set the [network] options as the file was trained."
+            )
+        for key, adapter in self._by_key.items():
+            adapter.load_tensors(by_adapter[key])
+
+    def _misfits(self, by_adapter: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
+        for key, adapter in self._by_key.items():
+            if misfit := adapter.misfit(by_adapter[key]):
+                yield f"{key}: {misfit}"
+
+
+def _some(what: str, names: Sequence[str]) -> str:
+    """A sentence that lists at most three of the names; empty if there are none."""
+    if not names:
+        return ""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f" {what}: {'; '.join(islice(names, 3))}{more}."

@@ -1,0 +1,150 @@
+"""Trained adapters as files: what is in one, how it is written whole, and how files of all kinds are read."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import safetensors.torch
+import torch
+from attrs import field, frozen
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lorakit.errors import AdapterError
+from lorakit.files import replacing
+
+Precision = Literal["fp32", "fp16", "bf16"]
+"""Number format of the weights in a file."""
+
+_DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_LEGACY_HASHED = slice(0x100000, 0x110000)
+
+
+@frozen
+class AdapterFile:
+    """What is in a LoRA file."""
+
+    tensors: Mapping[str, Tensor]
+    """By key: `lora_unet_….lora_down.weight`, `….lora_up.weight`, `….alpha`."""
+    metadata: Mapping[str, str] = field(factory=dict)
+    """What it says about itself: `ss_network_dim`, …; empty for formats that hold none."""
+
+
+class Saver(Protocol):
+    """Writes and reads a file format."""
+
+    @property
+    def suffix(self) -> str:
+        """Of its files, with the dot: `.safetensors`."""
+        ...
+
+    def save(self, adapter: AdapterFile, path: Path) -> None:
+        """Write a file, whole or not at all. Raises `OutputError` where the system refuses."""
+        ...
+
+    def load(self, path: Path) -> AdapterFile:
+        """Read a file. Raises `AdapterError` if it is missing or broken."""
+        ...
+
+
+@frozen
+class SafetensorsSaver:
+    """The format that all tools read, with metadata and the two hashes that web UIs know files by."""
+
+    precision: Precision
+    suffix: str = ".safetensors"
+
+    def save(self, adapter: AdapterFile, path: Path) -> None:
+        """Write tensors and metadata, and `sshs_model_hash` and `sshs_legacy_hash`."""
+        header, body = _safetensors(_in_precision(adapter.tensors, self.precision), adapter.metadata)
+        with replacing(path) as file:
+            file.write(header)
+            file.write(body)
+
+    def load(self, path: Path) -> AdapterFile:
+        """Read tensors and metadata."""
+        return read_adapter(path)
+
+
+@frozen
+class TorchSaver:
+    """A pickled dict of tensors, which older tools read; holds no metadata."""
+
+    precision: Precision
+    suffix: str
+
+    def save(self, adapter: AdapterFile, path: Path) -> None:
+        """Write the tensors; the metadata is left out."""
+        buffer = BytesIO()
+        torch.save(_in_precision(adapter.tensors, self.precision), buffer)
+        with replacing(path) as file:
+            file.write(buffer.getbuffer())
+
+    def load(self, path: Path) -> AdapterFile:
+        """Read the tensors, and run no code that the file may hold."""
+        return read_adapter(path)
+
+
+def read_adapter(path: Path) -> AdapterFile:
+    """The LoRA file at a path: `.safetensors`, or `.ckpt`, `.pt` and the like, of which no code is run.
+
+    Raises `AdapterError` if it is missing, broken or holds anything but tensors.
+    """
+    if not path.is_file():
+        raise AdapterError(f"{path}: there is no such file. Check the path.")
+    try:
+        return _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pickle(path)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}. Get the file anew.") from error
+
+
+def _read_safetensors(path: Path) -> AdapterFile:
+    with safetensors.safe_open(path, framework="pt") as file:
+        return AdapterFile({key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {})  # noqa: SIM118
+
+
+def _read_pickle(path: Path) -> AdapterFile:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise AdapterError(
+            f"{path} holds more than tensors, which could be harmful code, or is broken."
+            " Get the LoRA as .safetensors, or convert it where you trust it."
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise AdapterError(f"{path} is broken: {error}. Get the file anew.") from error
+    tensors = content.get("state_dict", content) if isinstance(content, dict) else {}
+    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise AdapterError(f"{path} is no LoRA file: it holds no dict of tensors by name. Choose another file.")
+    return AdapterFile(tensors)
+
+
+def _in_precision(tensors: Mapping[str, Tensor], precision: Precision) -> dict[str, Tensor]:
+    return {key: tensor.to(_DTYPES[precision]).contiguous() for key, tensor in tensors.items()}
+
+
+def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, memoryview]:
+    """Header and body of a safetensors file with the hashes in its metadata.
+
+    `sshs_model_hash` is the SHA-256 of the body. `sshs_legacy_hash` begins that of 64 KiB from 1 MiB on, of the file
+    as it would be with only the `ss_*` metadata; for shorter files, of nothing.
+    """
+    ss_metadata = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    plain = memoryview(safetensors.torch.save(dict(tensors), ss_metadata))
+    body_start = 8 + int.from_bytes(plain[:8], "little")
+    body = plain[body_start:]
+    hashes = {
+        "sshs_model_hash": sha256(body).hexdigest(),
+        "sshs_legacy_hash": sha256(plain[_LEGACY_HASHED]).hexdigest()[:8],
+    }
+    header: dict[str, Any] = json.loads(bytes(plain[8:body_start]))
+    header["__metadata__"] = {**metadata, **hashes}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, body

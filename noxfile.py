@@ -1,0 +1,60 @@
+"""All checks of lorakit: `nox` runs them all, `nox -s NAME` one, `nox -l` lists them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["lint", "tests", "guests"]
+nox.options.reuse_existing_virtualenvs = True
+
+CONSTRAINTS = ("-c", "constraints.txt")
+GUESTS = sorted(path.parent.name for path in Path("plugins").glob("*/pyproject.toml"))
+
+
+def install(session: nox.Session, *packages: str) -> None:
+    """Install packages at the tested versions."""
+    session.install(*CONSTRAINTS, *packages)
+    session.env["HF_HUB_OFFLINE"] = "1"
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, types, and the direction of imports."""
+    install(session, "-e", ".[lint,test]")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+    session.run("lint-imports")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests but the slow ones; arguments after `--` go to pytest."""
+    install(session, "-e", ".[test]")
+    session.run("pytest", "-m", "not slow", *(session.posargs or ["-n", "2", "--dist", "worksteal"]))
+
+
+@nox.session
+@nox.parametrize("guest", GUESTS)
+def guests(session: nox.Session, guest: str) -> None:
+    """Each plugin in `plugins/`, installed by itself beside lorakit, with its own tests."""
+    install(session, "-e", ".[test]")
+    session.install(*CONSTRAINTS, f"./plugins/{guest}")
+    session.run("pytest", f"plugins/{guest}/tests")
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """The tests that take minutes."""
+    install(session, "-e", ".[test]")
+    session.run("pytest", "-m", "slow", *session.posargs)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train a LoRA on photographs: makes a small model with random weights, then runs `lorakit train`."""
+    install(session, "-e", ".[all]", "scikit-image")
+    session.run("python", "examples/photographs/prepare.py")
+    session.run("lorakit", "train", "examples/photographs/config.toml")
