@@ -119,15 +119,19 @@ def print_table(best: dict[str, dict[str, float]], arguments: argparse.Namespace
     """Print the numbers as a Markdown table, with ratios to the floor."""
     import torch
 
-    print(f"\nSD 1.5, {arguments.size} px, batch 1, rank {arguments.rank}, mixed_precision {arguments.precision}, "
-          f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    print(
+        f"\nSD 1.5, {arguments.size} px, batch 1, rank {arguments.rank}, mixed_precision {arguments.precision}, "
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads\n"
+    )
     print("| variant | step (s) | ÷ floor | peak memory (GiB) | ÷ floor | first step after (s) | ÷ PEFT |")
     print("|---|---|---|---|---|---|---|")
     floor, peft = best["floor"], best["peft"]
     for variant, numbers in best.items():
-        print(f"| {variant} | {numbers['step']:.2f} | {numbers['step'] / floor['step']:.2f} "
-              f"| {numbers['memory']:.2f} | {numbers['memory'] / floor['memory']:.2f} "
-              f"| {numbers['first']:.1f} | {numbers['first'] / peft['first']:.2f} |")
+        print(
+            f"| {variant} | {numbers['step']:.2f} | {numbers['step'] / floor['step']:.2f} "
+            f"| {numbers['memory']:.2f} | {numbers['memory'] / floor['memory']:.2f} "
+            f"| {numbers['first']:.1f} | {numbers['first'] / peft['first']:.2f} |"
+        )
 
 
 def run_floor(arguments: argparse.Namespace, timer: Timer) -> None:

@@ -5,11 +5,15 @@ Importing this package imports neither torch nor any plugin.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pluggy
+
+# MKL reads this at its first call. Without it, products with one column differ from run to run in the last bits.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 if TYPE_CHECKING:
     from lorakit.config.sections import TrainConfig

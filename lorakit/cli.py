@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 import lorakit
-from lorakit.errors import ConfigError, Interrupted, LorakitError, OutputError, Problem
+from lorakit.errors import ConfigError, Interrupted, LorakitError, OutputError
 
 if TYPE_CHECKING:
     from lorakit.config.sections import TrainConfig
@@ -21,16 +21,44 @@ if TYPE_CHECKING:
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def _set_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        context.find_root().ensure_object(dict)["debug"] = True
+        logging.getLogger("lorakit").setLevel(logging.DEBUG)
+
+
+def _debug_option() -> click.Option:
+    return click.Option(
+        ["--debug"], is_flag=True, expose_value=False, is_eager=True, callback=_set_debug,
+        help="Show where an error came from.",
+    )  # fmt: skip
+
+
+class _Command(click.Command):
+    """A command that takes --debug, as the group does, so that it may stand in either place."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.params.append(_debug_option())
+
+
+class _Group(click.Group):
+    """The group of all commands."""
+
+    command_class = _Command
+
+
+@click.group(
+    cls=_Group,
+    params=[_debug_option()],
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(lorakit.__version__, prog_name="lorakit")
-@click.option("--debug", is_flag=True, help="Show where an error came from.")
-def cli(debug: bool) -> None:
+def cli() -> None:
     """Train LoRA adapters for Stable Diffusion.
 
     Start with `lorakit init`, which writes a commented config file.
     """
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("lorakit").setLevel(logging.DEBUG if debug else logging.INFO)
 
 
 def with_config(command: CommandT) -> CommandT:
@@ -43,7 +71,7 @@ def with_config(command: CommandT) -> CommandT:
     return argument(override(command))
 
 
-@cli.command()
+@cli.command(short_help="Train as a config file says.")
 @with_config
 @click.option(
     "--resume", is_flag=False, flag_value=Path(), type=click.Path(path_type=Path), metavar="[STATE_DIR]",
@@ -63,7 +91,7 @@ def train(config: Path, overrides: tuple[str, ...], resume: Path | None) -> None
     click.echo(f"Done: {path}")
 
 
-@cli.command()
+@cli.command(short_help="Say all that is wrong with a config file.")
 @with_config
 def check(config: Path, overrides: tuple[str, ...]) -> None:
     """Say all that is wrong with the file CONFIG, reading no weights.
@@ -78,7 +106,7 @@ def check(config: Path, overrides: tuple[str, ...]) -> None:
     click.echo(f"{config}: no problems; {images} image{'' if images == 1 else 's'}")
 
 
-@cli.command()
+@cli.command(short_help="Encode images and captions into the cache.")
 @with_config
 def cache(config: Path, overrides: tuple[str, ...]) -> None:
     """Encode images and captions into the cache, and stop."""
@@ -90,39 +118,44 @@ def cache(config: Path, overrides: tuple[str, ...]) -> None:
     click.echo(f"Done: {checked.cache_dir}")
 
 
-@cli.command()
+@cli.command(short_help="Write a commented config file to start from.")
 @click.argument("path", type=click.Path(path_type=Path), default=Path("config.toml"))
 def init(path: Path) -> None:
     """Write a commented config file to start from (PATH, or config.toml)."""
     from lorakit.config.writing import starter
+    from lorakit.files import write_atomically
 
     if path.exists():
         raise OutputError(f"{path} exists already; give another name, or remove it first")
-    try:
-        path.write_text(starter(_catalog()), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+    write_atomically(path, starter(_catalog()).encode())
     click.echo(f"Wrote {path}. Set model.path and data.image_dir in it, then: lorakit train {path}")
 
 
-@cli.command()
+@cli.command(short_help="List all plugins, the broken ones too.")
 def plugins() -> None:
     """List all plugins: kind, name, package and version; and those that are broken, with the reason."""
     from lorakit.plugins import REGISTRATION_HOOKS, missing_packages
 
     catalog = _catalog()
+    rows = []
     for base in REGISTRATION_HOOKS.values():
-        click.secho(f"{base.kind}s", bold=True)
         for name, registrations in catalog.of_kind(base).items():
             for registration in registrations:
-                notes = [f"needs: pip install {package}" for package in missing_packages(registration.component)]
-                notes += ["name clash: write 'package:name'"] if len(registrations) > 1 else []
-                note = f"  ({'; '.join(notes)})" if notes else ""
-                click.echo(f"  {name:<24} {registration.provider}{note}")
-    if catalog.broken:
-        click.secho("broken plugins", bold=True, fg="red")
-    for plugin in catalog.broken:
-        click.echo(f"  {plugin.provider.entry_point:<24} {plugin.provider}: {plugin.error}")
+                missing = missing_packages(registration.component)
+                notes = [f"needs: pip install {' '.join(missing)}"] if missing else []
+                if len(registrations) > 1:
+                    notes.append(f"name clash: write {registration.provider.distribution}:{name}")
+                rows.append((base.kind, name, str(registration.provider), "; ".join(notes)))
+    rows += [("broken plugin", plugin.provider.entry_point, str(plugin.provider), plugin.error) for plugin in catalog.broken]
+    for line in _columns(("kind", "name", "package", ""), rows):
+        click.secho(line, fg="red" if line.startswith("broken") else None)
+
+
+def _columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The rows under their titles, each column as wide as its widest cell."""
+    table = [tuple(title.upper() for title in titles), *rows]
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
 
 
 def _catalog() -> Catalog:
@@ -141,20 +174,8 @@ def _checked(path: Path, overrides: tuple[str, ...], catalog: Catalog) -> TrainC
     return config
 
 
-@contextmanager
-def reporting_errors(debug: Callable[[], bool]) -> Iterator[None]:
-    """Turn errors meant for the user into a message and an exit status."""
-    try:
-        yield
-    except (LorakitError, KeyboardInterrupt) as error:
-        if debug() and not isinstance(error, Interrupted):
-            raise
-        status = error.exit_status if isinstance(error, LorakitError) else Interrupted.exit_status
-        click.echo(_message(error), err=True)
-        sys.exit(status)
-
-
 def _message(error: BaseException) -> str:
+    """What the user is told of an error."""
     if isinstance(error, KeyboardInterrupt):
         return "Stopped."
     if isinstance(error, Interrupted):
@@ -162,19 +183,37 @@ def _message(error: BaseException) -> str:
     if isinstance(error, ConfigError) and len(error.problems) > 1:
         listed = "".join(f"\n  {problem}" for problem in error.problems)
         return f"{len(error.problems)} problems:{listed}"
-    return f"error: {error}"
+    if isinstance(error, LorakitError):
+        return f"error: {error}"
+    if _is_out_of_memory(error):
+        hint = "lower batch_size or resolution, or set training.gradient_checkpointing = true"
+        return f"error: out of memory ({hint})"
+    return f"internal error: {type(error).__name__}: {error}; run again with --debug to see where it came from"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the computer or of an accelerator was not enough."""
+    names = {ancestor.__name__ for ancestor in type(error).__mro__}
+    return bool({"MemoryError", "OutOfMemoryError"} & names) or "can't allocate memory" in str(error)
 
 
 def main() -> None:
     """Run the command line; ends the process with the exit status of the contract."""
-    with reporting_errors(lambda: "--debug" in sys.argv):
-        try:
-            cli.main(standalone_mode=False)
-        except click.exceptions.Abort as error:
-            raise KeyboardInterrupt from error
-        except click.ClickException as error:
-            error.show()
-            sys.exit(2)
-        except MemoryError as error:
-            hint = "use a smaller batch_size or resolution, or training.gradient_checkpointing = true"
-            raise LorakitError(str(Problem("", "out of memory", hint))) from error
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("lorakit").setLevel(logging.INFO)
+    # It warns of an optional kernel of its own that lorakit never calls.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    session: dict[str, bool] = {}
+    try:
+        sys.exit(cli.main(standalone_mode=False, obj=session))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(ConfigError.exit_status)
+    except (Exception, KeyboardInterrupt) as error:
+        # click turns Ctrl-C into Abort.
+        told = KeyboardInterrupt() if isinstance(error, click.Abort) else error
+        if session.get("debug"):
+            traceback.print_exception(error)
+        click.echo(_message(told), err=True)
+        stopped = isinstance(told, KeyboardInterrupt)
+        sys.exit(Interrupted.exit_status if stopped else getattr(told, "exit_status", 1))

@@ -36,7 +36,7 @@ class Component:
     name: ClassVar[str]
     """What the user writes in the config file."""
     requires: ClassVar[tuple[str, ...]] = ()
-    """Top-level modules of optional packages that `build` imports; checked before anything loads."""
+    """Optional packages that `build` imports, by the names that pip knows; checked before anything loads."""
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the fields taken together; keys are field names."""
@@ -48,6 +48,8 @@ class ModelFamilyConfig(Component):
     """A family of base models, and which of its models to train on."""
 
     kind = "model family"
+    parts: ClassVar[tuple[str, ...]] = ("unet", "text_encoder")
+    """The parts that adapters can be for."""
 
     path: str
     """The base model: a `.safetensors` or `.ckpt` file, a diffusers folder, or a Hugging Face Hub id."""

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import BinaryIO
 from uuid import uuid4
 
@@ -41,6 +42,19 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that is either whole or not there. Raises `OutputError` where the system refuses."""
     with replacing(path) as file:
         file.write(content)
+
+
+def why_unwritable(folder: Path) -> str | None:
+    """Why no file can be made in a folder that may not be there yet; None where one can. Leaves no trace."""
+    folder = folder.absolute()
+    try:
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        if not existing.is_dir():
+            return f"{existing} is a file, not a folder"
+        with TemporaryFile(dir=existing):
+            return None
+    except OSError as error:
+        return f"{folder} cannot be written to: {error.strerror or error}"
 
 
 def _discard(path: Path) -> None:

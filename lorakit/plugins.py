@@ -8,11 +8,12 @@ provide belongs to neither: asking for it names both.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
-import attrs
 import pluggy
 from attrs import frozen
 
@@ -29,6 +30,8 @@ from lorakit.components import (
     SaverConfig,
 )
 from lorakit.errors import PluginError
+
+log = logging.getLogger(__name__)
 
 GROUP = "lorakit"
 """The entry-point group that plugins register in."""
@@ -58,6 +61,10 @@ class Provider:
     entry_point: str
     """The plugin's name in the entry-point group."""
 
+    def is_of(self, distribution: str) -> bool:
+        """Whether a distribution's name, however it is spelt, is that of this plugin's."""
+        return _normalised(self.distribution) == _normalised(distribution)
+
     def __str__(self) -> str:
         return f"{self.distribution} {self.version}"
 
@@ -67,6 +74,15 @@ class Registration:
     """A component and where it comes from."""
 
     component: type[Component]
+    provider: Provider
+
+
+@frozen
+class Detector:
+    """A function that recognises models of a family, and where it comes from."""
+
+    detect: Callable[..., object]
+    """The hook; takes `checkpoint`."""
     provider: Provider
 
 
@@ -84,7 +100,7 @@ class Catalog:
 
     registrations: tuple[Registration, ...] = ()
     broken: tuple[BrokenPlugin, ...] = ()
-    detectors: tuple[Callable[[CheckpointSummary], str | None], ...] = ()
+    detectors: tuple[Detector, ...] = ()
 
     @classmethod
     def discover(cls) -> Catalog:
@@ -94,23 +110,26 @@ class Catalog:
     @classmethod
     def of(cls, plugins: Iterable[tuple[Provider, Callable[[], object]]]) -> Catalog:
         """The catalog of given plugins, each with a function that imports it."""
-        registrations: list[Registration] = []
+        # A dict, because a module that imports another's hook registers the same component once more.
+        registrations: dict[tuple[type[Component], str], Registration] = {}
         broken: list[BrokenPlugin] = []
-        detectors: list[Callable[[CheckpointSummary], str | None]] = []
+        detectors: list[Detector] = []
         for provider, load in plugins:
             try:
                 hooks = _hooks_of(load())
                 components = list(_components_of(hooks))
             # SystemExit too: an import that calls sys.exit must not end lorakit.
             except (Exception, SystemExit) as error:
-                broken.append(BrokenPlugin(provider, f"{type(error).__name__}: {error}"))
+                log.debug("plugin %r of %s is broken", provider.entry_point, provider, exc_info=True)
+                broken.append(BrokenPlugin(provider, _in_one_line(error)))
                 continue
-            registrations += [Registration(component, provider) for component in components]
+            for component in components:
+                registrations.setdefault((component, provider.distribution), Registration(component, provider))
             if hooks.detect_model_family.get_hookimpls():
-                detectors.append(_detector(hooks))
-        return cls(tuple(registrations), tuple(broken), tuple(detectors))
+                detectors.append(Detector(hooks.detect_model_family, provider))
+        return cls(tuple(registrations.values()), tuple(broken), tuple(detectors))
 
-    def of_kind(self, base: type[ComponentT]) -> dict[str, list[Registration]]:
+    def of_kind(self, base: type[Component]) -> dict[str, list[Registration]]:
         """The components derived from `base`, by name; more than one entry is a clash."""
         found: dict[str, list[Registration]] = {}
         for registration in self.registrations:
@@ -124,30 +143,59 @@ class Catalog:
         Raises PluginError, which says what is near, what clashes, or which broken plugin may have provided it.
         """
         distribution, _, short_name = name.rpartition(":")
-        known = self.of_kind(base)
         candidates = [
             registration
-            for registration in known.get(short_name, [])
-            if not distribution or registration.provider.distribution == distribution
+            for registration in self.of_kind(base).get(short_name, [])
+            if not distribution or registration.provider.is_of(distribution)
         ]
         if not candidates:
-            raise PluginError(self._unknown(base, name, known))
+            raise PluginError(self._unknown(base, name))
         if len(candidates) > 1:
-            raise PluginError(_clash(base, name, candidates))
+            raise PluginError(_clash(base, short_name, candidates))
         component = candidates[0].component
         missing = missing_packages(component)
         if missing:
-            packages = " ".join(missing)
-            raise PluginError(f"{base.kind} {name!r} needs a package that is not installed: pip install {packages}")
+            what = "a package that is" if len(missing) == 1 else "packages that are"
+            raise PluginError(f"{base.kind} {name!r} needs {what} not installed: pip install {' '.join(missing)}")
         return component  # type: ignore[return-value]
 
-    def detect_model_family(self, checkpoint: CheckpointSummary) -> str | None:
-        """The family that a checkpoint belongs to, as the first plugin says that knows it."""
-        return next((name for detect in self.detectors if (name := detect(checkpoint))), None)
+    def full_name(self, component: type[Component]) -> str:
+        """What to write in a config for a component: its name, with the distribution where two share the name."""
+        same = [found for found in self.registrations if _kind_and_name(found.component) == _kind_and_name(component)]
+        own = next((found.provider for found in same if found.component is component), None)
+        return f"{own.distribution}:{component.name}" if own and len(same) > 1 else component.name
 
-    def _unknown(self, base: type[Component], name: str, known: Mapping[str, Any]) -> str:
-        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known) or 'none'}"
+    def detect_model_family(self, checkpoint: CheckpointSummary) -> str | None:
+        """The family that a checkpoint belongs to, as the first plugin says that knows it.
+
+        A plugin that fails at it is passed over with a warning.
+        """
+        for detector in self.detectors:
+            try:
+                found = detector.detect(checkpoint=checkpoint)
+                if not isinstance(found, str | None):
+                    raise TypeError(f"detect_model_family returned {found!r}, not the name of a family")
+            except (Exception, SystemExit) as error:  # a plugin can raise anything
+                plugin = detector.provider
+                log.warning(
+                    "the plugin %r of %s cannot tell the family of %s: %s",
+                    plugin.entry_point, plugin, checkpoint.path, _in_one_line(error),
+                    exc_info=log.isEnabledFor(logging.DEBUG),
+                )  # fmt: skip
+            else:
+                if found is not None:
+                    return found
+        return None
+
+    def _unknown(self, base: type[Component], name: str) -> str:
+        known = self.of_kind(base)
+        short_name = name.rpartition(":")[2]
+        near = difflib.get_close_matches(short_name.lower(), known, n=1, cutoff=0.6)
+        hint = f"there are {', '.join(known)}" if known else "there is none"
+        if near:
+            hint = f"did you mean {near[0]!r}?"
+        if short_name in known:
+            hint = f"{short_name!r} is provided by {_listed(known[short_name])}"
         text = f"no {base.kind} is called {name!r} ({hint})"
         for plugin in self.broken:
             text += (
@@ -169,33 +217,41 @@ def missing_packages(component: type[Component]) -> list[str]:
 
 
 def _installed_plugins() -> Iterator[tuple[Provider, Callable[[], object]]]:
-    seen: set[Provider] = set()
-    for entry_point in sorted(metadata.entry_points(group=GROUP), key=lambda found: found.name):
-        distribution = entry_point.dist
-        name, version = (distribution.name, distribution.version) if distribution else ("unknown", "")
-        provider = Provider(name, version, entry_point.name)
-        # The same distribution can be on sys.path twice: installed and as a source tree.
-        if provider not in seen:
-            seen.add(provider)
-            yield provider, entry_point.load
+    found = []
+    for entry_point in metadata.entry_points(group=GROUP):
+        stated = dict.fromkeys(("Name", "Version"), "unknown")
+        if entry_point.dist:
+            stated |= {key: entry_point.dist.metadata[key] for key in stated if key in entry_point.dist.metadata}
+        provider = Provider(stated["Name"], stated["Version"], entry_point.name)
+        found.append((provider, entry_point.load))
+    # By name, so that the order of installation changes nothing.
+    return iter(sorted(found, key=lambda plugin: (plugin[0].entry_point, plugin[0])))
 
 
 def _hooks_of(plugin: object) -> pluggy.HookRelay:
-    """The hooks that one plugin implements; raises for a misspelt hook or wrong arguments."""
+    """The hooks that one plugin implements; raises for a misspelt hook, wrong arguments or no hook at all."""
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
     manager.register(plugin)
     known = [*REGISTRATION_HOOKS, "detect_model_family"]
-    for caller in manager.get_hookcallers(plugin) or []:
+    callers = manager.get_hookcallers(plugin) or []
+    for caller in callers:
         if not caller.has_spec():
             near = difflib.get_close_matches(caller.name, known, n=1, cutoff=0)
             raise PluginError(f"there is no hook {caller.name!r}; did you mean {near[0]!r}?")
+    if not callers:
+        raise PluginError("it implements no hook; mark its functions with @lorakit.hookimpl")
     return manager.hook
 
 
 def _components_of(hooks: pluggy.HookRelay) -> Iterator[type[Component]]:
     for hook_name, base in REGISTRATION_HOOKS.items():
-        for returned in getattr(hooks, hook_name)():
+        hook = getattr(hooks, hook_name)
+        # pluggy leaves out what returns None.
+        results = (hook() or [None]) if hook.get_hookimpls() else []
+        for returned in results:
+            if not isinstance(returned, Iterable) or isinstance(returned, str):
+                raise PluginError(f"{hook_name} returned {returned!r}, not a list of classes")
             for component in returned:
                 _check_component(component, base, hook_name)
                 yield component
@@ -204,21 +260,44 @@ def _components_of(hooks: pluggy.HookRelay) -> Iterator[type[Component]]:
 def _check_component(component: Any, base: type[Component], hook_name: str) -> None:
     if not (isinstance(component, type) and issubclass(component, base)):
         raise PluginError(f"{hook_name} returned {component!r}, which is not a subclass of {base.__name__}")
-    if not attrs.has(component) or "__attrs_attrs__" not in vars(component):
-        raise PluginError(f"{component.__name__} is not an attrs class; put @frozen(kw_only=True) above it")
-    if not isinstance(getattr(component, "name", None), str):
-        raise PluginError(f"{component.__name__} has no name; add a line such as: name = 'example'")
+    class_name = component.__name__
+    if "__attrs_attrs__" not in vars(component):
+        raise PluginError(f"{class_name} is not an attrs class; put @frozen(kw_only=True) above it")
+    name = getattr(component, "name", None)
+    if not isinstance(name, str) or not name or ":" in name:
+        raise PluginError(f"{class_name} has no name; add a line such as: name = 'example'")
+    if component.build is base.build:  # type: ignore[attr-defined]
+        raise PluginError(f"{class_name} has no method build, which makes the {base.kind}")
+    try:
+        get_type_hints(component)
+    except NameError as error:
+        cure = "import it outside of `if TYPE_CHECKING`, because config files are checked by it"
+        raise PluginError(f"{class_name} has a field whose type is unknown: {error}; {cure}") from error
 
 
-def _detector(hooks: pluggy.HookRelay) -> Callable[[CheckpointSummary], str | None]:
-    def detect(checkpoint: CheckpointSummary) -> str | None:
-        found: str | None = hooks.detect_model_family(checkpoint=checkpoint)
-        return found
+def _clash(base: type[Component], name: str, candidates: Sequence[Registration]) -> str:
+    names = sorted({candidate.provider.distribution for candidate in candidates})
+    text = f"{base.kind} {name!r} is provided by {_listed(candidates)}"
+    if len(names) == 1:
+        return f"{text}; one distribution cannot provide it twice, so tell its authors, or uninstall it"
+    qualified = " or ".join(f"'{distribution}:{name}'" for distribution in names)
+    return f"{text}; write {qualified}, or uninstall one of them"
 
-    return detect
+
+def _listed(registrations: Sequence[Registration]) -> str:
+    providers = [registration.provider for registration in registrations]
+    return " and ".join(f"{provider} ({provider.entry_point})" for provider in providers)
 
 
-def _clash(base: type[Component], name: str, candidates: list[Registration]) -> str:
-    both = " and ".join(str(candidate.provider) for candidate in candidates)
-    qualified = " or ".join(f"'{candidate.provider.distribution}:{name}'" for candidate in candidates)
-    return f"{base.kind} {name!r} is provided by {both}; write {qualified}, or uninstall one of them"
+def _kind_and_name(component: type[Component]) -> tuple[str, str]:
+    return component.kind, component.name
+
+
+def _normalised(distribution: str) -> str:
+    """A distribution's name as package installers compare it."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def _in_one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, PluginError) else f"{type(error).__name__}: {text}".removesuffix(": ")

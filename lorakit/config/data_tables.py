@@ -1,41 +1,68 @@
 """The [data] section: a dataset file in sd-scripts' format, the same tables in place, or the short form.
 
 A key that is absent in a subset is looked up in its dataset and then in [general], as in sd-scripts.
+Relative paths in a dataset file are relative to the folder of that file, so that the file means the
+same wherever it is used from.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import attrs
-import tomlkit
-from tomlkit.exceptions import TOMLKitError
-
-from lorakit.config.datasets import DatasetConfig, DataSection, SubsetConfig
-from lorakit.config.tables import TableReader
+from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
+from lorakit.config.tables import TableReader, field_names
 from lorakit.config.values import shown
 
-SUBSET_KEYS = [field.name for field in attrs.fields(SubsetConfig)]
-DATASET_KEYS = [field.name for field in attrs.fields(DatasetConfig)]
-SECTION_KEYS = [field.name for field in attrs.fields(DataSection) if field.name != "datasets"]
+SUBSET_KEYS = field_names(SubsetConfig)
+DATASET_KEYS = [key for key in field_names(DatasetConfig) if key != "subsets"]
+SECTION_KEYS = [key for key in field_names(DataSection) if key != "datasets"]
 # image_dir belongs to one subset; the rest can be shared.
-SHARED_KEYS = [key for key in (*DATASET_KEYS, *SUBSET_KEYS) if key not in ("subsets", "image_dir")]
+SHARED_KEYS = [key for key in (*DATASET_KEYS, *SUBSET_KEYS) if key != "image_dir"]
+
+SWITCHED_OFF: Mapping[str, object] = {
+    "alpha_mask": False,
+    "caption_dropout_every_n_epochs": 0,
+    "caption_dropout_rate": 0,
+    "caption_prefix": "",
+    "caption_suffix": "",
+    "caption_tag_dropout_rate": 0,
+    "color_aug": False,
+    "conditioning_data_dir": "",
+    "custom_attributes": {},
+    "enable_wildcard": False,
+    "face_crop_aug_range": [],
+    "is_reg": False,
+    "keep_tokens_separator": "",
+    "metadata_file": "",
+    "random_crop": False,
+    "resize_interpolation": "",
+    "secondary_separator": "",
+    "token_warmup_min": 1,
+    "token_warmup_step": 0,
+    "validation_split": 0,
+}
+"""Options of sd-scripts' dataset files that lorakit does not have, with the value that changes nothing."""
+
+WITHOUT_EFFECT = frozenset({"cache_info", "network_multiplier", "validation_seed"})
+"""Options of sd-scripts' dataset files that change nothing in what is trained."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The plain values of a TOML (or JSON) file; raises ValueError with the reason why it cannot be read."""
+    is_json = path.suffix.lower() == ".json"
     try:
         text = path.read_text(encoding="utf-8-sig")
-        found = json.loads(text) if path.suffix == ".json" else tomlkit.parse(text).unwrap()
+        found = json.loads(text) if is_json else tomllib.loads(text)
     except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}") from error
+        raise ValueError(f"cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ValueError("is not UTF-8 text; save it as UTF-8") from error
-    except (TOMLKitError, ValueError) as error:
-        raise ValueError(f"is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not valid {'JSON' if is_json else 'TOML'}: {error}") from error
     if not isinstance(found, dict):
         raise ValueError("must hold a table of keys")
     return found
@@ -48,98 +75,135 @@ def read_data_section(reader: TableReader, table: Mapping[str, Any]) -> DataSect
     if "config" in rest:
         datasets = _from_file(reader, rest)
     elif "datasets" in rest or "general" in rest:
-        datasets = _read_datasets(reader, rest, "data")
-    elif "image_dir" in rest:
-        datasets = _short_form(reader, rest)
+        datasets = _from_tables(reader, rest, "data")
     else:
-        reader.report("data", "names no images", "give image_dir, or config with a dataset file, or [[data.datasets]]")
-        reader.refuse_unknown(rest, [*SHARED_KEYS, "config", "datasets", "general", "image_dir"], "data")
-        datasets = None
-    section = reader.structure(DataSection, {**own, "datasets": datasets or ("",)}, "data")
-    return section if datasets else None
+        datasets = _short_form(reader, rest)
+    values = reader.values(DataSection, own, "data", given=["datasets"])
+    if values is None or datasets is None:
+        return None
+    return reader.instance(DataSection, {**values, "datasets": datasets}, "data")
 
 
 def _from_file(reader: TableReader, table: Mapping[str, Any]) -> tuple[DatasetConfig, ...] | None:
-    reader.refuse_unknown({key: value for key, value in table.items() if key != "config"}, [], "data")
-    value = table["config"]
-    if not isinstance(value, str):
-        reader.report("data.config", f"must be a path in quotes, not {shown(value)}")
+    for key in table:
+        if key in (*SHARED_KEYS, "image_dir", "general", "datasets"):
+            reader.report(f"data.{key}", "cannot stand beside data.config", "write it in the dataset file")
+        elif key != "config":
+            reader.refuse_unknown([key], [*SECTION_KEYS, "config"], "data")
+    path = reader.path(table["config"], "data.config")
+    if path is None:
         return None
-    path = (reader.base / value).absolute()
     try:
         tables = read_toml(path)
     except ValueError as error:
         reader.report("data.config", f"{path} {error}")
         return None
-    inner = TableReader(path.parent, file=path.name)
-    inner.refuse_unknown(tables, ["general", "datasets"], "")
-    datasets = _read_datasets(inner, tables, "")
+    inner = TableReader(path.parent, path.name, reader.places)
+    datasets = _from_tables(inner, tables, "")
     reader.problems += inner.problems
     return datasets
 
 
 def _short_form(reader: TableReader, table: Mapping[str, Any]) -> tuple[DatasetConfig, ...] | None:
-    reader.refuse_unknown(table, [*SECTION_KEYS, "config", "image_dir", *SHARED_KEYS], "data")
-    subset = {key: value for key, value in table.items() if key in SUBSET_KEYS}
+    if "image_dir" not in table:
+        reader.report("data", "names no images", "give image_dir, or config with a dataset file, or [[data.datasets]]")
+        known = [*SHARED_KEYS, "image_dir", "config", "datasets", "general", *SECTION_KEYS]
+        _refuse_unknown(reader, table, known, "data")
+        return None
+    _refuse_unknown(reader, table, [*SHARED_KEYS, "image_dir", *SECTION_KEYS], "data")
     shared = {key: (value, f"data.{key}") for key, value in table.items() if key in SHARED_KEYS}
-    dataset = _read_dataset(reader, {"subsets": [subset]}, "data", shared)
+    dataset = _dataset(reader, [({"image_dir": table["image_dir"]}, "data")], shared, "data")
     return (dataset,) if dataset else None
 
 
-def _read_datasets(reader: TableReader, tables: Mapping[str, Any], section: str) -> tuple[DatasetConfig, ...] | None:
+def _from_tables(reader: TableReader, tables: Mapping[str, Any], section: str) -> tuple[DatasetConfig, ...] | None:
     prefix = f"{section}." if section else ""
-    general = reader.table(tables, "general")
-    reader.refuse_unknown(general, SHARED_KEYS, f"{prefix}general")
+    _refuse_unknown(reader, tables, ["general", "datasets"], section)
+    general = tables.get("general", {})
+    if not isinstance(general, Mapping):
+        reader.report(f"{prefix}general", f"must be a table, not {shown(general)}")
+        general = {}
+    _refuse_unknown(reader, general, SHARED_KEYS, f"{prefix}general")
     shared = {key: (value, f"{prefix}general.{key}") for key, value in general.items()}
-    before = len(reader.problems)
-    if section:
-        reader.refuse_unknown(
-            {key: value for key, value in tables.items() if key not in ("general", "datasets")}, SECTION_KEYS, section
-        )
-    datasets = [
-        _read_dataset(reader, table, f"{prefix}datasets[{index}]", shared)
-        for index, table in enumerate(_list_of_tables(reader, tables, "datasets", prefix))
-    ]
-    if len(reader.problems) == before and not datasets:
-        reader.report(f"{prefix}datasets", "has no entry", "add a [[datasets]] table with [[datasets.subsets]]")
+    datasets = []
+    for index, table in enumerate(_list_of_tables(reader, tables, f"{prefix}datasets")):
+        place = f"{prefix}datasets[{index}]"
+        _refuse_unknown(reader, table, [*SHARED_KEYS, "subsets"], place)
+        own = {key: (value, f"{place}.{key}") for key, value in table.items()}
+        subsets = [
+            (subset, f"{place}.subsets[{number}]")
+            for number, subset in enumerate(_list_of_tables(reader, table, f"{place}.subsets"))
+        ]
+        for subset, subset_place in subsets:
+            _refuse_unknown(reader, subset, SUBSET_KEYS, subset_place)
+        datasets.append(_dataset(reader, subsets, {**shared, **own}, place))
     complete = tuple(dataset for dataset in datasets if dataset)
     return complete if complete and len(complete) == len(datasets) else None
 
 
-def _read_dataset(
-    reader: TableReader, table: Mapping[str, Any], section: str, inherited: Mapping[str, tuple[Any, str]]
+def _dataset(
+    reader: TableReader, subsets: list[tuple[Mapping[str, Any], str]], shared: Mapping[str, tuple[Any, str]], place: str
 ) -> DatasetConfig | None:
-    is_short_form = section == "data"
-    reader.refuse_unknown(table, [*SHARED_KEYS, "subsets"], section)
-    shared = {**inherited, **{key: (value, f"{section}.{key}") for key, value in table.items() if key != "subsets"}}
-    subsets = []
-    for index, subset in enumerate(_list_of_tables(reader, table, "subsets", f"{section}.")):
-        subset_section = section if is_short_form else f"{section}.subsets[{index}]"
-        values, paths = _inherit(subset, shared, SUBSET_KEYS)
-        subsets.append(reader.structure(SubsetConfig, values, subset_section, paths))
-    values, paths = _inherit({}, shared, DATASET_KEYS)
-    resolution = values.get("resolution")
-    if isinstance(resolution, int) and not isinstance(resolution, bool):
-        values["resolution"] = (resolution, resolution)
-    complete = tuple(subset for subset in subsets if subset)
-    dataset = reader.structure(DatasetConfig, {**values, "subsets": complete or ("",)}, section, paths)
-    if not subsets and isinstance(table.get("subsets", []), list):
-        reader.report(f"{section}.subsets", "has no entry", "add a [[datasets.subsets]] table with image_dir")
-    return dataset if complete and len(complete) == len(subsets) else None
+    """One dataset; `subsets` are its tables and their places, `shared` the values and full keys that they inherit."""
+    made = []
+    for table, subset_place in subsets:
+        elsewhere = {key: shared[key] for key in SUBSET_KEYS if key in shared and key not in table}
+        own = {key: value for key, value in table.items() if key in SUBSET_KEYS}
+        subset = reader.structure(SubsetConfig, {**own, **_values(elsewhere)}, subset_place, _keys(elsewhere))
+        if subset and not subset.image_dir.is_dir():
+            hint = f"relative paths are relative to the folder of {reader.file or 'the config file'}"
+            reader.report(f"{subset_place}.image_dir", f"{subset.image_dir} is not a folder", hint)
+        made.append(subset)
+    found = {key: shared[key] for key in DATASET_KEYS if key in shared}
+    if "resolution" in found:
+        resolution, key = found["resolution"]
+        found["resolution"] = (_both_sides(resolution), key)
+    values = reader.values(DatasetConfig, _values(found), place, _keys(found), given=["subsets"])
+    complete = tuple(subset for subset in made if subset)
+    if values is None or not complete:
+        return None
+    dataset = reader.instance(DatasetConfig, {**values, "subsets": complete}, place, _keys(found))
+    return dataset if len(complete) == len(made) else None
 
 
-def _inherit(
-    own: Mapping[str, Any], shared: Mapping[str, tuple[Any, str]], keys: list[str]
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values for one table, and the full keys of those that were written elsewhere."""
-    elsewhere = {key: shared[key] for key in keys if key in shared and key not in own}
-    values = {**own, **{key: value for key, (value, _) in elsewhere.items()}}
-    return values, {key: path for key, (_, path) in elsewhere.items()}
+def _both_sides(resolution: Any) -> Any:
+    """Width and height, where one number stands for both."""
+    return resolution if isinstance(resolution, list | tuple) else (resolution, resolution)
 
 
-def _list_of_tables(reader: TableReader, table: Mapping[str, Any], key: str, prefix: str) -> list[Mapping[str, Any]]:
-    found = table.get(key, [])
-    if isinstance(found, list) and all(isinstance(item, Mapping) for item in found):
-        return found
-    reader.report(f"{prefix}{key}", f"must be a list of tables, [[{key}]], not {shown(found)}")
-    return []
+def _values(found: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
+    return {key: value for key, (value, _) in found.items()}
+
+
+def _keys(found: Mapping[str, tuple[Any, str]]) -> dict[str, str]:
+    return {key: full_key for key, (_, full_key) in found.items()}
+
+
+def _refuse_unknown(reader: TableReader, table: Mapping[str, Any], known: Collection[str], place: str) -> None:
+    """Note each key that has no place in this table of a dataset file, and where it belongs if that is known."""
+    prefix = f"{place}." if place else ""
+    for key, value in table.items():
+        if key in known or key in WITHOUT_EFFECT or (key in SWITCHED_OFF and value == SWITCHED_OFF[key]):
+            continue
+        if key in SWITCHED_OFF:
+            reader.report(f"{prefix}{key}", "is an option of sd-scripts that lorakit does not have", "remove it")
+        elif key == "image_dir":
+            reader.report(f"{prefix}{key}", "does not belong here", "write it in [[datasets.subsets]]")
+        elif key in SHARED_KEYS:
+            where = "[[datasets]] or [general]" if key in DATASET_KEYS else "[general] or [[datasets.subsets]]"
+            reader.report(f"{prefix}{key}", "does not belong here", f"write it in {where}")
+        else:
+            reader.refuse_unknown([key], known, place)
+
+
+def _list_of_tables(reader: TableReader, table: Mapping[str, Any], place: str) -> list[Mapping[str, Any]]:
+    """The tables in the list that the last name of `place` stands for; that there are none is noted."""
+    name = place.rpartition(".")[2]
+    found = table.get(name, [])
+    if not isinstance(found, list) or not all(isinstance(item, Mapping) for item in found):
+        reader.report(place, f"must be a list of tables, [[…{name}]], not {shown(found)}")
+        return []
+    if not found:
+        example = "[[datasets.subsets]] with image_dir" if name == "subsets" else "[[datasets]]"
+        reader.report(place, "has no entry", f"add {example}")
+    return found

@@ -13,6 +13,9 @@ from attrs import validators as v
 
 from lorakit.errors import Problem
 
+LARGEST_SIDE = 16384
+"""Longest side of an image in pixels, as it is trained on."""
+
 
 @frozen(kw_only=True)
 class SubsetConfig:
@@ -42,17 +45,17 @@ class DatasetConfig:
 
     subsets: tuple[SubsetConfig, ...] = field(validator=v.min_len(1))
     """The folders of this dataset."""
-    resolution: tuple[int, int] = field(validator=v.deep_iterable(v.ge(64)))
+    resolution: tuple[int, int] = field(validator=v.deep_iterable([v.ge(64), v.le(LARGEST_SIDE)]))
     """Width and height in pixels; one number stands for a square. With buckets, the area of the images."""
     batch_size: int = field(default=1, validator=v.ge(1))
     """Images per micro-batch and process."""
     enable_bucket: bool = False
     """Keep aspect ratios: sort images into buckets of about the same area instead of cropping to one size."""
-    min_bucket_reso: int = field(default=256, validator=v.ge(64))
+    min_bucket_reso: int = field(default=256, validator=[v.ge(64), v.le(LARGEST_SIDE)])
     """Shortest side of a bucket in pixels; rounded down to a multiple of `bucket_reso_steps`."""
-    max_bucket_reso: int = field(default=1024, validator=v.ge(64))
+    max_bucket_reso: int = field(default=1024, validator=[v.ge(64), v.le(LARGEST_SIDE)])
     """Longest side of a bucket in pixels; rounded up to a multiple of `bucket_reso_steps`."""
-    bucket_reso_steps: int = field(default=64, validator=v.ge(8))
+    bucket_reso_steps: int = field(default=64, validator=[v.ge(8), v.le(LARGEST_SIDE)])
     """Sides of buckets are multiples of this many pixels."""
     bucket_no_upscale: bool = False
     """Never enlarge an image; its bucket is its own size, rounded down."""
@@ -61,14 +64,17 @@ class DatasetConfig:
         """Combinations that make no sense; keys are field names."""
         if self.bucket_reso_steps % 8:
             yield Problem("bucket_reso_steps", f"must be a multiple of 8, not {self.bucket_reso_steps}", "64 is usual")
-        if any(side % 8 for side in self.resolution):
+        shorter, longer = sorted(self.resolution)
+        if not self.enable_bucket and (shorter % 8 or longer % 8):
             width, height = self.resolution
-            yield Problem("resolution", f"sides must be multiples of 8, not {width}x{height}")
+            yield Problem("resolution", f"must have sides that are multiples of 8, not {width}x{height}")
         if self.enable_bucket and not self.bucket_no_upscale:
-            if self.min_bucket_reso > min(self.resolution):
-                yield Problem("min_bucket_reso", f"{self.min_bucket_reso} is more than the resolution's shorter side, {min(self.resolution)}", "lower it")
-            if self.max_bucket_reso < max(self.resolution):
-                yield Problem("max_bucket_reso", f"{self.max_bucket_reso} is less than the resolution's longer side, {max(self.resolution)}", "raise it")
+            if self.min_bucket_reso > shorter:
+                message = f"must be at most {shorter}, the resolution's shorter side, not {self.min_bucket_reso}"
+                yield Problem("min_bucket_reso", message)
+            if self.max_bucket_reso < longer:
+                message = f"must be at least {longer}, the resolution's longer side, not {self.max_bucket_reso}"
+                yield Problem("max_bucket_reso", message)
 
 
 @frozen(kw_only=True)
@@ -78,7 +84,7 @@ class DataSection:
     datasets: tuple[DatasetConfig, ...] = field(validator=v.min_len(1))
     """The datasets; each has its own resolution and batch size."""
     cache_dir: Path | None = None
-    """Folder for encoded images and captions; `cache` in the output folder when absent. Any number of runs may share one."""
+    """Folder for encoded images and captions, which runs may share; `cache` in the output folder when absent."""
     workers: int | None = field(default=None, validator=v.optional(v.ge(1)))
     """Threads that decode images while they are encoded; one per processor core, at most 8, when absent."""
     encode_batch_size: int = field(default=1, validator=v.ge(1))

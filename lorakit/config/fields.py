@@ -6,11 +6,12 @@ import ast
 import inspect
 import textwrap
 from functools import cache
+from itertools import pairwise
 
 
 @cache
 def field_docs(cls: type) -> dict[str, str]:
-    """The doc string of each field of a config class, its bases included."""
+    """The help text of each field of a config class, its bases included; fields without one are left out."""
     docs: dict[str, str] = {}
     for ancestor in reversed(cls.__mro__):
         if "__attrs_attrs__" in vars(ancestor):
@@ -19,10 +20,13 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def _own_field_docs(cls: type) -> dict[str, str]:
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(definition, ast.ClassDef)
+    try:
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    except (OSError, TypeError, SyntaxError, ValueError):  # a class without a source file, such as one of a zip
+        return {}
+    body = definition.body if isinstance(definition, ast.ClassDef) else []
     docs = {}
-    for statement, following in zip(definition.body, definition.body[1:], strict=False):
+    for statement, following in pairwise(body):
         if (
             isinstance(statement, ast.AnnAssign)
             and isinstance(statement.target, ast.Name)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tomlkit
-from attrs import evolve
-from tomlkit.exceptions import TOMLKitError
+from attrs import frozen
 
-from lorakit.checkpoints import describe, locate, summarize
+from lorakit.checkpoints import Location, describe, locate, summarize
 from lorakit.components import (
     AttentionConfig,
     Component,
@@ -21,11 +21,12 @@ from lorakit.components import (
     OptimizerConfig,
     SaverConfig,
 )
-from lorakit.config.data_tables import read_data_section, read_toml
+from lorakit.config.data_tables import DATASET_KEYS, SECTION_KEYS, SUBSET_KEYS, read_data_section, read_toml
 from lorakit.config.sections import LossSection, OutputSection, TrainConfig, TrainingSection
-from lorakit.config.tables import TableReader
+from lorakit.config.tables import TableReader, field_names
 from lorakit.config.values import shown
 from lorakit.errors import ConfigError, LorakitError, PluginError, Problem
+from lorakit.files import why_unwritable
 from lorakit.plugins import Catalog
 
 COMPONENT_SECTIONS: Mapping[str, tuple[type[Component], str]] = {
@@ -37,7 +38,10 @@ COMPONENT_SECTIONS: Mapping[str, tuple[type[Component], str]] = {
 }
 """Sections whose `name` key picks a component, with its kind and the name that counts when it is absent."""
 
-SECTIONS = ("model", "data", *COMPONENT_SECTIONS, "training", "loss", "output", "observers")
+PLAIN_SECTIONS: Mapping[str, type] = {"training": TrainingSection, "loss": LossSection, "output": OutputSection}
+"""Sections that are the same whatever is installed."""
+
+SECTIONS = ("model", "data", *COMPONENT_SECTIONS, *PLAIN_SECTIONS, "observers")
 
 ComponentT = TypeVar("ComponentT", bound=Component)
 
@@ -55,12 +59,29 @@ def read_config(path: Path, overrides: Sequence[str] = (), catalog: Catalog | No
 
 
 def config_from_tables(tables: Mapping[str, Any], base: Path, catalog: Catalog | None = None) -> TrainConfig:
-    """The config in tables as a TOML file holds them; relative paths are relative to `base`."""
-    reader = TableReader(base)
-    config = _Assembly(reader, catalog or Catalog.discover()).read(tables)
+    """The config in tables as a TOML file holds them; relative paths are relative to `base`.
+
+    Raises ConfigError with every problem found.
+    """
+    catalog = catalog or Catalog.discover()
+    reader = TableReader(base, places=_places(catalog))
+    config = _Assembly(reader, catalog).read(tables)
     if reader.problems or config is None:
-        raise ConfigError(reader.problems)
+        # A value that several subsets inherit is wrong once.
+        raise ConfigError(dict.fromkeys(reader.problems))
     return config
+
+
+@frozen
+class _Found:
+    """A base model that is there, and the family that plugins say it is of."""
+
+    location: Location
+    description: str
+    family: str | None
+
+    def __str__(self) -> str:
+        return f"{self.location} is {self.description}"
 
 
 class _Assembly:
@@ -71,19 +92,20 @@ class _Assembly:
         self.catalog = catalog
 
     def read(self, tables: Mapping[str, Any]) -> TrainConfig | None:
-        self.reader.refuse_unknown(tables, SECTIONS, "")
-        sections: dict[str, Any] = {"model": self._model(self.reader.table(tables, "model"))}
-        sections["data"] = read_data_section(self.reader, self.reader.table(tables, "data"))
+        reader = self.reader
+        reader.refuse_unknown(tables, SECTIONS, "")
+        sections: dict[str, Any] = {"model": self._model(reader.table(tables, "model"))}
+        sections["data"] = read_data_section(reader, reader.table(tables, "data"))
         for section, (base, default) in COMPONENT_SECTIONS.items():
-            sections[section] = self._component(base, self.reader.table(tables, section), section, default)
-        plain = {"training": TrainingSection, "loss": LossSection, "output": OutputSection}
-        for section, cls in plain.items():
-            sections[section] = self.reader.structure(cls, self.reader.table(tables, section), section)
+            sections[section] = self._component(base, reader.table(tables, section), section, default)
+        for section, cls in PLAIN_SECTIONS.items():
+            sections[section] = reader.structure(cls, reader.table(tables, section), section)
         sections["observers"] = self._observers(tables.get("observers", []))
-        if self.reader.problems:
+        reader.problems += _problems_on_disk(sections)
+        if reader.problems:
             return None
         config = TrainConfig(**sections)
-        self.reader.problems += config.problems()
+        reader.problems += config.problems()
         return config
 
     def _component(
@@ -94,37 +116,52 @@ class _Assembly:
             problem = "is missing" if name is None else f"must be a text in quotes, not {shown(name)}"
             self.reader.report(f"{section}.name", problem, f"one of {', '.join(self.catalog.of_kind(base))}")
             return None
+        component = self._class(base, name, f"{section}.name")
+        return self.reader.structure(component, table, section) if component else None
+
+    def _class(self, base: type[ComponentT], name: str, key: str) -> type[ComponentT] | None:
         try:
-            component = self.catalog.find(base, name)
+            return self.catalog.find(base, name)
         except PluginError as error:
-            self.reader.report(f"{section}.name", str(error))
+            self.reader.report(key, str(error))
             return None
-        return self.reader.structure(component, table, section)
 
     def _model(self, table: dict[str, Any]) -> ModelFamilyConfig | None:
-        family = table.pop("family", None)
-        path = table.get("path")
+        asked = table.pop("family", None)
+        if asked is not None and not isinstance(asked, str):
+            self.reader.report("model.family", f"must be a text in quotes, not {shown(asked)}")
+            asked = None
+        found = self._base_model(table.get("path"))
+        family = asked or (found.family if found else None)
+        component = self._class(ModelFamilyConfig, family, "model.family") if family else None
+        if component is None:
+            self.reader.refuse_unknown(table, _keys_of_kind(self.catalog, ModelFamilyConfig), "model")
+            if found and not family:
+                hint = "some plugins are broken, see `lorakit plugins`" if self.catalog.broken else ""
+                self.reader.report("model.path", f"{found}; no installed plugin trains it", hint)
+            return None
+        if found is None:
+            self.reader.refuse_unknown(table, field_names(component), "model")
+            self.reader.values(component, table, "model", given=["path"])
+            return None
+        if found.family not in (None, component.name):
+            self.reader.report("model.family", f"must be {found.family!r}, not {asked!r}: {found}")
+        return self.reader.structure(component, {**table, "path": str(found.location)}, "model")
+
+    def _base_model(self, path: object) -> _Found | None:
+        """The base model, or None where there is none to train on (which is noted)."""
         if not isinstance(path, str) or not path:
             problem = "is missing" if path is None else f"must be a text in quotes, not {shown(path)}"
             self.reader.report("model.path", problem, "the base model: a file, a folder, or a Hub id")
             return None
         try:
             location = locate(path, self.reader.base)
-            found = self._detected_family(location, family)
-        except LorakitError as error:
+            summary = summarize(location)
+        # RuntimeError: `~name` of an unknown user; OSError: a name that is too long, or a folder that is not ours.
+        except (LorakitError, OSError, RuntimeError) as error:
             self.reader.report("model.path", str(error))
             return None
-        table["path"] = str(location)
-        return self._component(ModelFamilyConfig, {**table, "name": found}, "model", None)
-
-    def _detected_family(self, location: Any, asked: Any) -> Any:
-        summary = summarize(location)
-        detected = self.catalog.detect_model_family(summary)
-        if asked is None and detected is None:
-            raise PluginError(f"{location} is {describe(summary)}; no installed plugin trains it")
-        if asked is not None and detected is not None and asked != detected:
-            raise PluginError(f"{location} is {describe(summary)}, of the family {detected!r}, not {asked!r}")
-        return detected if asked is None else asked
+        return _Found(location, describe(summary), self.catalog.detect_model_family(summary))
 
     def _observers(self, tables: Any) -> tuple[ObserverConfig, ...]:
         if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables):
@@ -137,45 +174,66 @@ class _Assembly:
         return tuple(observer for observer in found if observer)
 
 
+def _problems_on_disk(sections: Mapping[str, Any]) -> Iterable[Problem]:
+    """Files that should be there and are not, and folders that cannot be written to."""
+    network, output, data = sections["network"], sections["output"], sections["data"]
+    if network and network.weights and not network.weights.is_file():
+        yield Problem("network.weights", f"{network.weights} is not a file", "the LoRA file to continue from")
+    folders = {"output.dir": output and output.dir, "data.cache_dir": data and data.cache_dir}
+    for key, folder in folders.items():
+        reason = why_unwritable(folder) if folder else None
+        if reason:
+            yield Problem(key, reason, "choose another folder")
+
+
+def _keys_of_kind(catalog: Catalog, base: type[Component]) -> list[str]:
+    """All keys that any component of a kind has."""
+    registrations = [found for same_name in catalog.of_kind(base).values() for found in same_name]
+    return list(dict.fromkeys(key for found in registrations for key in field_names(found.component)))
+
+
+def _places(catalog: Catalog) -> dict[str, str]:
+    """The full key of each option by its bare name, for hints; the first section that has it wins."""
+    keys = {
+        "model": [*_keys_of_kind(catalog, ModelFamilyConfig), "family"],
+        "data": [*SECTION_KEYS, *DATASET_KEYS, *SUBSET_KEYS],
+        **{section: field_names(cls) for section, cls in PLAIN_SECTIONS.items()},
+        **{section: _keys_of_kind(catalog, base) for section, (base, _) in COMPONENT_SECTIONS.items()},
+    }
+    places: dict[str, str] = {}
+    for section, names in keys.items():
+        for name in names:
+            places.setdefault(name, f"{section}.{name}")
+    return {name: place for name, place in places.items() if name != "name"}
+
+
 def _overridden(tables: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The tables with each `a.b.c=value` set; a value that is not TOML is taken as text."""
+    """The tables with each `a.b[0].c=value` set; a value that is not TOML is taken as text."""
+    problems = []
     for override in overrides:
         key, separator, text = override.partition("=")
-        names = key.strip().split(".")
-        if not separator or not all(names):
-            raise ConfigError([Problem("--set", f"must be KEY=VALUE, not {override!r}", "--set optimizer.lr=1e-4")])
-        target: Any = tables
-        for name in names[:-1]:
-            target = _entered(target, name, key)
-        index = _index(target, names[-1])
-        if not isinstance(target, dict) and index is None:
-            raise ConfigError([Problem("--set", f"{key} does not lead to a key")])
-        target[names[-1] if index is None else index] = _toml_value(text.strip())
+        *names, last = re.sub(r"\[(\d+)\]", r".\1", key.strip()).split(".")
+        if not separator or not all([*names, last]):
+            problems.append(Problem("--set", f"must be KEY=VALUE, not {override!r}", "--set optimizer.lr=1e-4"))
+            continue
+        try:
+            target: Any = tables
+            for name in names:
+                target = target[int(name)] if isinstance(target, list) else target.setdefault(name, {})
+            target[int(last) if isinstance(target, list) else last] = _toml_value(text.strip())
+        # A number that counts too far, a word where a list wants a number, a key inside what is no table.
+        except (IndexError, ValueError, TypeError, AttributeError):
+            problems.append(Problem("--set", f"{key} does not lead to a key", "entries of lists are counted from 0"))
+    if problems:
+        raise ConfigError(problems)
     return tables
 
 
-def _entered(target: Any, name: str, key: str) -> Any:
-    index = _index(target, name)
-    if index is not None:
-        return target[index]
-    if not isinstance(target, dict):
-        raise ConfigError([Problem("--set", f"{key} does not lead to a key")])
-    return target.setdefault(name, {})
-
-
-def _index(target: Any, name: str) -> int | None:
-    return int(name) if isinstance(target, list) and name.isdigit() and int(name) < len(target) else None
-
-
 def _toml_value(text: str) -> Any:
+    """The value that a text is in TOML; the text itself where it is none, or a date, which no key takes."""
     try:
-        return tomlkit.parse(f"value = {text}").unwrap()["value"]
-    except (TOMLKitError, KeyError):
+        found = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         return text
-
-
-def with_default_observers(config: TrainConfig, catalog: Catalog) -> TrainConfig:
-    """The config with the observers that every run has, unless it names them itself."""
-    named = {observer.name for observer in config.observers}
-    missing = [catalog.find(ObserverConfig, name) for name in ("progress",) if name not in named]
-    return evolve(config, observers=(*config.observers, *(observer() for observer in missing)))
+    value = found["value"]
+    return value if found.keys() == {"value"} and isinstance(value, str | int | float | list | dict) else text

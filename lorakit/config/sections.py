@@ -24,6 +24,17 @@ from lorakit.errors import Problem
 DEFAULT_MAX_STEPS = 1600
 
 
+def _plain_file_name(_: object, __: object, value: str) -> None:
+    if (
+        not value.strip(". ")
+        or value[-1] in ". "
+        or len(value) > 200
+        or not value.isprintable()
+        or set(value) & set("/\\")
+    ):
+        raise ValueError(f"must be a plain file name, without folders, not {value!r}")
+
+
 @frozen(kw_only=True)
 class TrainingSection:
     """How long and how exactly to train."""
@@ -51,7 +62,7 @@ class LossSection:
     """How far a prediction is from its target."""
 
     min_snr_gamma: float | None = field(default=None, validator=v.optional(v.gt(0)))
-    """Cap on the signal-to-noise ratio in the weights of timesteps (min-SNR, Hang et al., 2023, arXiv:2303.09556); 5 is usual."""
+    """Cap on the signal-to-noise ratio in the weights of timesteps (min-SNR, arXiv:2303.09556); 5 is usual."""
 
 
 @frozen(kw_only=True)
@@ -60,7 +71,7 @@ class OutputSection:
 
     dir: Path
     """Folder for the adapters, made when it is missing."""
-    name: str = field(default="lora", validator=v.matches_re(r"[^/\\\x00]*[^/\\\x00. ]", flags=0))
+    name: str = field(default="lora", validator=_plain_file_name)
     """File name of the adapters, without extension."""
     save_every_n_epochs: int | None = field(default=None, validator=v.optional(v.ge(1)))
     """Save after every this many epochs."""
@@ -113,7 +124,11 @@ class TrainConfig:
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the sections taken together."""
-        if not self.trained_parts:
+        unknown = [part for part in self.network.parts if part not in self.model.parts]
+        if unknown:
+            hint = f"{self.model.name} has {', '.join(self.model.parts)}"
+            yield Problem("network.parts", f"names no part of the model: {', '.join(unknown)}", hint)
+        elif not self.trained_parts:
             yield Problem("optimizer.lr", "is zero for every part in network.parts, so nothing would be trained")
 
     def warnings(self) -> Iterator[Problem]:
@@ -128,9 +143,12 @@ class TrainConfig:
                 yield Problem(f"optimizer.{part}_lr", f"has no effect, because {part!r} is not in network.parts")
         if self.output.keep_last and not (self.output.save_every_n_epochs or self.output.save_every_n_steps):
             yield Problem("output.keep_last", "has no effect without save_every_n_epochs or save_every_n_steps")
-        if any(dataset.bucket_no_upscale and not dataset.enable_bucket for dataset in self.data.datasets):
-            yield Problem("data.bucket_no_upscale", "has no effect without enable_bucket")
-        for dataset in self.data.datasets:
-            for subset in dataset.subsets:
-                if subset.keep_tokens and not subset.shuffle_caption:
-                    yield Problem("data.keep_tokens", "has no effect without shuffle_caption")
+        yield from _data_warnings(self.data)
+
+
+def _data_warnings(data: DataSection) -> Iterator[Problem]:
+    if any(dataset.bucket_no_upscale and not dataset.enable_bucket for dataset in data.datasets):
+        yield Problem("data.bucket_no_upscale", "has no effect without enable_bucket")
+    subsets = [subset for dataset in data.datasets for subset in dataset.subsets]
+    if any(subset.keep_tokens and not subset.shuffle_caption for subset in subsets):
+        yield Problem("data.keep_tokens", "has no effect without shuffle_caption")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -15,20 +16,32 @@ from lorakit.errors import Problem
 
 ConfigT = TypeVar("ConfigT")
 
+_COMPARISONS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
+
+
+def field_names(cls: type) -> list[str]:
+    """The keys of the table that a config class is read from."""
+    return [field.name for field in attrs.fields(cls) if field.init]
+
 
 class TableReader:
     """Structures the tables of one config file and remembers all that is wrong with them."""
 
-    def __init__(self, base: Path, file: str = "") -> None:
-        """`base` is what relative paths are relative to; `file` is put in front of keys in messages."""
+    def __init__(self, base: Path, file: str = "", places: Mapping[str, str] | None = None) -> None:
+        """`base` is what relative paths are relative to; `file` is put in front of keys in messages.
+
+        `places` gives the full key of options by their bare names, for hints.
+        """
         self.problems: list[Problem] = []
         self.base = base
-        self._file = f"{file}: " if file else ""
+        self.places = places or {}
+        self.file = file
         self._converter = value_converter(base)
 
     def report(self, key: str, message: str, hint: str = "") -> None:
         """Note one problem."""
-        self.problems.append(Problem(f"{self._file}{key}", message, hint))
+        place = f"{self.file}: {key}" if self.file else key
+        self.problems.append(Problem(place, message, hint))
 
     def table(self, tables: Mapping[str, Any], key: str) -> dict[str, Any]:
         """A sub-table by its key, empty where it is absent or not a table (which is noted)."""
@@ -38,69 +51,90 @@ class TableReader:
         self.report(key, f"must be a table, [{key}], not {shown(found)}")
         return {}
 
-    def refuse_unknown(self, table: Mapping[str, Any], known: Collection[str], section: str) -> None:
+    def path(self, value: object, key: str) -> Path | None:
+        """The path that a value stands for, or None if it is none (which is noted)."""
+        try:
+            return self._converter.structure(value, Path)
+        except ValueError as error:
+            self.report(key, str(error))
+            return None
+
+    def refuse_unknown(self, table: Iterable[str], known: Collection[str], section: str) -> None:
         """Note each key of the table that is not known."""
         for name in table:
             if name not in known:
-                self.report(_join(section, name), "is not a known key", hint_for(section, name, known))
+                self.report(_join(section, name), "is not a known key", hint_for(section, name, known, self.places))
 
     def structure(
         self, cls: type[ConfigT], table: Mapping[str, Any], section: str, paths: Mapping[str, str] | None = None
     ) -> ConfigT | None:
-        """An instance of `cls` from a table, or None when something is wrong with it.
+        """An instance of `cls` from a table, or None where the table does not give one.
 
         `paths` gives the full key of a field that was written elsewhere than in this section.
         """
-        before = len(self.problems)
-        self.refuse_unknown(table, [field.name for field in attrs.fields(cls)], section)  # type: ignore[arg-type]
+        self.refuse_unknown(table, field_names(cls), section)
+        values = self.values(cls, table, section, paths)
+        return None if values is None else self.instance(cls, values, section, paths)
+
+    def values(
+        self,
+        cls: type,
+        table: Mapping[str, Any],
+        section: str,
+        paths: Mapping[str, str] | None = None,
+        given: Collection[str] = (),
+    ) -> dict[str, Any] | None:
+        """The values of a class's fields, each checked on its own; None if one is wrong or missing.
+
+        Fields in `given` are left to the caller.
+        """
         hints = get_type_hints(cls, include_extras=True)
         values: dict[str, Any] = {}
-        for field in attrs.fields(cls):  # type: ignore[arg-type]
+        is_complete = True
+        for field in attrs.fields(cls):
             key = (paths or {}).get(field.name) or _join(section, field.name)
+            if field.name in given or not field.init:
+                continue
             if field.name in table:
-                self._structure_field(cls, field, hints[field.name], table[field.name], key, values)
+                try:
+                    values[field.name] = self._value(field, hints[field.name], table[field.name])
+                except Exception as error:  # a plugin's types and validators can raise anything
+                    self.report(key, str(error))
+                    is_complete = False
             elif field.default is attrs.NOTHING:
-                self.report(key, "is missing", field_docs(cls)[field.name].rstrip("."))
-        if len(self.problems) > before:
-            return None
+                self.report(key, "is missing", field_docs(cls).get(field.name, "").rstrip("."))
+                is_complete = False
+        return values if is_complete else None
+
+    def instance(
+        self, cls: type[ConfigT], values: Mapping[str, Any], section: str, paths: Mapping[str, str] | None = None
+    ) -> ConfigT:
+        """An instance of `cls`; what is wrong with its values taken together is noted."""
         config = cls(**values)
         for problem in getattr(config, "problems", lambda: ())():
             key = (paths or {}).get(problem.key) or _join(section, problem.key)
             self.report(key, problem.message, problem.hint)
-        return config if len(self.problems) == before else None
+        return config
 
-    def _structure_field(  # noqa: PLR0913
-        self, cls: type, field: attrs.Attribute[Any], type_: Any, value: Any, key: str, values: dict[str, Any]
-    ) -> None:
-        try:
-            values[field.name] = value if attrs.has(_element(type_)) else self._converter.structure(value, type_)
-            if field.validator is not None:
-                field.validator(None, field, values[field.name])
-        except (ValueError, TypeError) as error:
-            self.report(key, _in_words(error, values.get(field.name, value)))
+    def _value(self, field: attrs.Attribute[Any], type_: Any, value: Any) -> Any:
+        """The value as its type; raises with the end of a sentence that starts with the key."""
+        structured = self._converter.structure(value, type_)
+        if field.validator is not None:
+            try:
+                field.validator(None, field, structured)
+            except (ValueError, TypeError) as error:
+                raise ValueError(_in_words(error, structured)) from error
+        return structured
 
 
 def _join(section: str, name: str) -> str:
     return f"{section}.{name}" if section and name else section or name
 
 
-def _element(type_: Any) -> Any:
-    """What a sequence type holds; sub-tables are structured by whoever reads them, one by one."""
-    arguments = getattr(type_, "__args__", ())
-    return arguments[0] if getattr(type_, "__origin__", None) is tuple else type_
-
-
 def _in_words(error: Exception, value: object) -> str:
-    """A validator's message as the end of a sentence that starts with the key."""
-    text = str(error.args[0]) if error.args else str(error)
-    if text.startswith("must"):
-        return text
-    for sign, words in {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}.items():
-        if f" must be {sign} " in text:
-            bound = text.split(f" must be {sign} ")[1].split(":")[0]
-            return f"must be {words} {bound}, not {shown(value)}"
-    if "Length of" in text:
-        return "must not be empty"
-    if "must match regex" in text:
-        return f"must be a plain name, not {shown(value)}"
-    return text
+    """A validator's message, without the field's name in front."""
+    text = re.sub(r"^'[^']*' ", "", str(error.args[0]) if error.args else str(error))
+    comparison = re.match(r"must be ([<>]=?) ([^:]*)", text)
+    if comparison:
+        return f"must be {_COMPARISONS[comparison[1]]} {comparison[2]}, not {shown(value)}"
+    return "must not be empty" if text.startswith("Length of") else text

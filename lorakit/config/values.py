@@ -5,12 +5,17 @@ cattrs by default turns 8.7 into 8 and "false" into True; here each type takes i
 
 from __future__ import annotations
 
+import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date, time
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from cattrs import Converter
+
+LARGEST_INTEGER = 2**63 - 1
+"""TOML's own limit on whole numbers."""
 
 
 def value_converter(base: Path) -> Converter:
@@ -18,53 +23,81 @@ def value_converter(base: Path) -> Converter:
 
     Its `structure` raises ValueError with the end of a sentence: "must be a whole number, not 8.5".
     """
-    converter = Converter(detailed_validation=False)
+    converter = Converter(detailed_validation=False, forbid_extra_keys=True)
     converter.register_structure_hook(bool, _exactly(bool, "true or false"))
-    converter.register_structure_hook(int, _exactly(int, "a whole number"))
+    converter.register_structure_hook(int, _whole_number)
     converter.register_structure_hook(str, _exactly(str, 'a text in quotes, such as "text"'))
     converter.register_structure_hook(float, _number)
     converter.register_structure_hook(Path, lambda value, _: _path(value, base))
-    converter.register_structure_hook_func(lambda type_: get_origin(type_) is Literal, _choice)
-    converter.register_structure_hook_func(
-        lambda type_: get_origin(type_) is tuple, lambda value, type_: _sequence(value, type_, converter)
-    )
-    converter.register_structure_hook_func(
-        lambda type_: get_origin(type_) in (Union, types.UnionType),
-        lambda value, type_: _union(value, type_, converter),
-    )
+    by_origin: Mapping[Callable[[Any, Any, Converter], Any], tuple[object, ...]] = {
+        _choice: (Literal,),
+        _sequence: (tuple, list, Sequence),
+        _mapping: (dict, Mapping),
+        _union: (Union, types.UnionType),
+    }
+    for hook, origins in by_origin.items():
+        converter.register_structure_hook_func(
+            lambda type_, origins=origins: get_origin(type_) in origins,  # type: ignore[misc]
+            lambda value, type_, hook=hook: hook(value, type_, converter),  # type: ignore[misc]
+        )
     return converter
 
 
 def shown(value: object) -> str:
     """A value as it stands in a TOML file, cut where it is long."""
-    text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
+    text = _as_toml(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _as_toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        return "a number of more than 18 digits"
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, Mapping):
+        return "a table"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_as_toml(item) for item in value)}]"
+    return "null" if value is None else repr(value)
 
 
 def _exactly(type_: type, description: str) -> Callable[[Any, Any], Any]:
     def structure(value: Any, _: Any) -> Any:
-        if not isinstance(value, type_) or (type_ is int and isinstance(value, bool)):
+        if not isinstance(value, type_):
             raise ValueError(f"must be {description}, not {shown(value)}")
         return value
 
     return structure
 
 
+def _whole_number(value: Any, _: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > LARGEST_INTEGER:
+        raise ValueError(f"must be a whole number, not {shown(value)}")
+    return value
+
+
 def _number(value: Any, _: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST_INTEGER:
+        return float(value)
+    if not isinstance(value, float):
         raise ValueError(f"must be a number, not {shown(value)}")
-    if value != value or abs(value) == float("inf"):
+    if not math.isfinite(value):
         raise ValueError(f"must be a finite number, not {shown(value)}")
-    return float(value)
+    return value
 
 
 def _path(value: Any, base: Path) -> Path:
     if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError(f"must be a path in quotes, not {shown(value)}")
-    return (base / Path(value).expanduser()).absolute()
+    try:
+        return (base / Path(value).expanduser()).absolute()
+    except RuntimeError as error:
+        raise ValueError(f"{shown(value)} starts with the home folder of a user who is not known") from error
 
 
-def _choice(value: Any, type_: Any) -> Any:
+def _choice(value: Any, type_: Any, _: Converter) -> Any:
     choices = get_args(type_)
     # `True in (1,)` holds in Python, so the types are compared as well.
     if any(value == choice and type(value) is type(choice) for choice in choices):
@@ -72,15 +105,23 @@ def _choice(value: Any, type_: Any) -> Any:
     raise ValueError(f"must be one of {', '.join(shown(choice) for choice in choices)}, not {shown(value)}")
 
 
-def _sequence(value: Any, type_: Any, converter: Converter) -> tuple[Any, ...]:
-    elements = get_args(type_)
+def _sequence(value: Any, type_: Any, converter: Converter) -> Sequence[Any]:
+    origin, elements = get_origin(type_), get_args(type_)
     if not isinstance(value, list | tuple):
         raise ValueError(f"must be a list in [ ], not {shown(value)}")
-    if elements[-1] is Ellipsis:
+    if origin is not tuple or elements[-1] is Ellipsis:
         elements = (elements[0],) * len(value)
     if len(elements) != len(value):
         raise ValueError(f"must have {len(elements)} values, not {len(value)}")
-    return tuple(converter.structure(item, element) for item, element in zip(value, elements, strict=True))
+    structured = (converter.structure(item, element) for item, element in zip(value, elements, strict=True))
+    return list(structured) if origin is list else tuple(structured)
+
+
+def _mapping(value: Any, type_: Any, converter: Converter) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"must be a table, not {shown(value)}")
+    _, element = get_args(type_)
+    return {key: converter.structure(item, element) for key, item in value.items()}
 
 
 def _union(value: Any, type_: Any, converter: Converter) -> Any:

@@ -3,39 +3,46 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import attrs
 import tomlkit
 
-from lorakit.components import Component, ModelFamilyConfig
-from lorakit.config.datasets import DatasetConfig, DataSection, SubsetConfig
+from lorakit.components import Component, ModelFamilyConfig, ObserverConfig
+from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.fields import field_docs
-from lorakit.config.reading import COMPONENT_SECTIONS
-from lorakit.config.sections import LossSection, OutputSection, TrainConfig, TrainingSection
+from lorakit.config.reading import COMPONENT_SECTIONS, PLAIN_SECTIONS
+from lorakit.config.sections import TrainConfig
 from lorakit.plugins import Catalog
 
 
-def to_toml(config: TrainConfig) -> str:
-    """The whole config, defaults included, as TOML that reads back as an equal config."""
+def to_toml(config: TrainConfig, catalog: Catalog | None = None) -> str:
+    """The whole config, defaults included, as TOML that reads back as an equal config.
+
+    With a catalog, components whose name two distributions share are written as `distribution:name`.
+    """
+    full_name = (catalog or Catalog()).full_name
     document = tomlkit.document()
-    for section in ("model", "data", *COMPONENT_SECTIONS, "training", "loss", "output"):
-        document.add(section, tomlkit.item(_table(getattr(config, section))))
+    for section in ("model", "data", *COMPONENT_SECTIONS, *PLAIN_SECTIONS):
+        document.add(section, tomlkit.item(_table(getattr(config, section), full_name)))
     if config.observers:
-        document.add("observers", tomlkit.item([_table(observer) for observer in config.observers]))
+        document.add("observers", tomlkit.item([_table(observer, full_name) for observer in config.observers]))
     return tomlkit.dumps(document)
 
 
-def _table(config: Any) -> dict[str, Any]:
+def _table(config: Any, full_name: Callable[[type[Component]], str]) -> dict[str, Any]:
     """The fields of one section that are not None, with the component's name in front."""
     table: dict[str, Any] = {}
     if isinstance(config, Component):
-        table["family" if isinstance(config, ModelFamilyConfig) else "name"] = config.name
+        table["family" if isinstance(config, ModelFamilyConfig) else "name"] = full_name(type(config))
     for field in attrs.fields(type(config)):
         value = getattr(config, field.name)
-        if value is not None:
+        if isinstance(value, tuple) and value and attrs.has(type(value[0])):
+            table[field.name] = [_table(item, full_name) for item in value]
+        elif value is not None:
             table[field.name] = _plain(value)
     return table
 
@@ -43,9 +50,7 @@ def _table(config: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return _table(value) if attrs.has(type(value)) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 STARTER_VALUES: Mapping[str, Mapping[str, Any]] = {
@@ -62,55 +67,82 @@ STARTER_VALUES: Mapping[str, Mapping[str, Any]] = {
 }
 """What a starter config sets; every other key stands in it as a comment with its default."""
 
+_PREAMBLE = """\
+# A training run of lorakit:  lorakit train THIS_FILE
+#
+# A line that starts with "# key =" shows an option and its default; remove the "# " to change it.
+# Relative paths are relative to this file. `lorakit check THIS_FILE` says all that is wrong with it."""
+
+_COMMENT_COLUMN = 40
+_WIDTH = 120
+
 
 def starter(catalog: Catalog, values: Mapping[str, Mapping[str, Any]] = STARTER_VALUES) -> str:
     """A config file to start from, commented with the components' own help texts."""
-    parts = ["# A training run of lorakit. Lines that start with '# key =' show defaults; remove the '#' to change one."]
+    parts = [_PREAMBLE]
     for section, settings in values.items():
-        parts.append(f"\n[{section}]\n{_section_text(section, dict(settings), catalog)}")
-    parts.append('\n# [[observers]]\n# name = "tensorboard"\n# dir = "logs"')
-    return "\n".join(parts) + "\n"
+        choices, classes = _what_fills(section, settings, catalog)
+        lines = _field_lines(classes, settings)
+        if section == "model":
+            lines += _line("# family =", f"Kind of the base model, recognised when absent. One of: {choices}.")
+        elif choices:
+            name = settings.get("name", COMPONENT_SECTIONS[section][1])
+            lines[:0] = _line(f'name = "{name}"', f"One of: {choices}.")
+        parts.append("\n".join([f"[{section}]", *lines]))
+    parts += _commented_observers(catalog)
+    return "\n\n".join(parts) + "\n"
 
 
-def _section_text(section: str, settings: dict[str, Any], catalog: Catalog) -> str:
+def _what_fills(section: str, settings: Mapping[str, Any], catalog: Catalog) -> tuple[str, Sequence[type]]:
+    """The names to choose from in a section, and the classes whose fields are its keys."""
+    if section == "data":
+        return "", [SubsetConfig, DatasetConfig, DataSection]
+    if section in PLAIN_SECTIONS:
+        return "", [PLAIN_SECTIONS[section]]
+    base, default = COMPONENT_SECTIONS.get(section, (ModelFamilyConfig, "sd1"))
+    return ", ".join(catalog.of_kind(base)), [catalog.find(base, settings.get("name", default))]
+
+
+def _commented_observers(catalog: Catalog) -> list[str]:
+    """Each observer that has something to set up, as a table to uncomment."""
+    tables = []
+    for name, (registration, *_) in catalog.of_kind(ObserverConfig).items():
+        component = registration.component
+        if any(field.default is attrs.NOTHING for field in attrs.fields(component)):
+            lines = ["# [[observers]]", *_line(f'# name = "{name}"', (component.__doc__ or "").split("\n")[0])]
+            tables.append("\n".join(lines + _field_lines([component], {"dir": "logs"}, "# ")))
+    return tables
+
+
+def _field_lines(classes: Sequence[type], settings: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The lines of each key, those with a value in `settings` first."""
     lines: list[str] = []
-    if section in COMPONENT_SECTIONS:
-        base, default = COMPONENT_SECTIONS[section]
-        name = settings.pop("name", default)
-        choices = " | ".join(catalog.of_kind(base))
-        lines += [f'name = "{name}"', *_comment(f"one of: {choices}")]
-        classes: Iterable[type] = [catalog.find(base, name)]
-    else:
-        classes = {
-            "model": [catalog.find(ModelFamilyConfig, "sd1")],
-            "data": [SubsetConfig, DatasetConfig, DataSection],
-            "training": [TrainingSection],
-            "loss": [LossSection],
-            "output": [OutputSection],
-        }[section]
+    commented: list[str] = []
     for cls in classes:
-        lines += _field_lines(cls, settings)
-    return "\n".join(lines)
+        types = get_type_hints(cls)
+        for field in attrs.fields(cls):
+            text = field_docs(cls).get(field.name, "") + _choices(types[field.name])
+            if field.name in settings:
+                lines += _line(f"{prefix}{field.name} = {_toml(settings[field.name])}", text)
+            elif field.name not in ("subsets", "datasets"):
+                default = "" if field.default in (None, attrs.NOTHING) else _toml(field.default)
+                commented += _line(f"# {field.name} = {default}".rstrip(), text)
+    return lines + commented
 
 
-def _field_lines(cls: type, settings: Mapping[str, Any]) -> list[str]:
-    lines: list[str] = []
-    for field in attrs.fields(cls):
-        if field.name in ("subsets", "datasets"):
-            continue
-        if field.name in settings:
-            line = f"{field.name} = {_toml(settings[field.name])}"
-        elif field.default in (None, attrs.NOTHING):
-            line = f"# {field.name} ="
-        else:
-            line = f"# {field.name} = {_toml(field.default)}"
-        lines += [line, *_comment(field_docs(cls)[field.name])]
-    return lines
+def _choices(type_: Any) -> str:
+    """The values that a key may have, where they are few."""
+    members = get_args(type_) if get_origin(type_) in (Union, UnionType) else [type_]
+    choices = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
+    return f" One of: {', '.join(str(choice) for choice in choices)}." if choices else ""
+
+
+def _line(setting: str, text: str) -> list[str]:
+    """A setting, with its help text in a column of its own beside it."""
+    wrapped = textwrap.wrap(text, _WIDTH - _COMMENT_COLUMN - 2) or [""]
+    starts = [setting, *[""] * (len(wrapped) - 1)]
+    return [f"{start:<{_COMMENT_COLUMN}}# {line}".rstrip() for start, line in zip(starts, wrapped, strict=True)]
 
 
 def _toml(value: Any) -> str:
-    return tomlkit.item(_plain(value)).as_string()
-
-
-def _comment(text: str) -> list[str]:
-    return textwrap.wrap(text, 100, initial_indent="    # ", subsequent_indent="    # ")
+    return str(tomlkit.item(_plain(value)).as_string())

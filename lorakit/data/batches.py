@@ -146,7 +146,7 @@ def prefetch(batches: Iterable[Batch], depth: int, device: torch.device | None =
         while (batch := make()) is not None:
             yield batch
         return
-    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+    with ThreadPoolExecutor(1, "prefetch", _use_device, (device,)) as pool:
         waiting: deque[Future[Batch | None]] = deque(pool.submit(make) for _ in range(depth))
         try:
             while (batch := waiting.popleft().result()) is not None:
@@ -154,6 +154,12 @@ def prefetch(batches: Iterable[Batch], depth: int, device: torch.device | None =
                 yield batch
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _use_device(device: torch.device | None) -> None:
+    """Keep a thread from opening a second CUDA device: pinning memory uses the thread's current one."""
+    if device is not None and device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def _normal(generator: np.random.Generator, shape: Sequence[int]) -> Tensor:

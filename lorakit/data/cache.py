@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, contiguous_format
 
 from lorakit.data.memo import StatMemo
 from lorakit.errors import DataError, Problem
@@ -22,6 +22,10 @@ from lorakit.files import write_atomically
 def content_key(*parts: object) -> str:
     """A 160-bit key, in hexadecimal, of the parts' texts."""
     return blake2b("\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
+
+
+class NotFiniteError(ValueError):
+    """Tensors with NaN or infinity, which are never stored."""
 
 
 class Cache:
@@ -50,13 +54,13 @@ class Cache:
             raise DataError(str(Problem(str(path), "was removed or damaged while it was in use", hint))) from error
 
     def store(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write an entry. Raises ValueError where a tensor is not finite, OutputError where it cannot be written."""
+        """Write an entry. Raises NotFiniteError, or OutputError where it cannot be written."""
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
-                raise ValueError(f"{name} holds NaN or infinity")
-        write_atomically(
-            self._path(key), save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
-        )
+                raise NotFiniteError(f"its {name} holds NaN or infinity")
+        # Copies, because a row of a batch would be written with the layout, and the memory, of the whole.
+        entry = {name: tensor.detach().cpu().clone(memory_format=contiguous_format) for name, tensor in tensors.items()}
+        write_atomically(self._path(key), save(entry))
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,12 @@ EXTENSIONS = (".txt", ".caption")
 """Extensions of caption files that are looked for when a subset names none."""
 
 
-def find_caption(image: Path, subset: SubsetConfig) -> Path | None:
-    """The caption file of an image: of the same name but for the extension, in the same folder."""
+def find_caption(image: Path, subset: SubsetConfig, names: Container[str]) -> Path | None:
+    """The caption file of an image among the files of these names in its folder: that of the same stem."""
     wanted = subset.caption_extension
     extensions = EXTENSIONS if wanted is None else [wanted if "." in wanted else f".{wanted}"]
-    candidates = (image.parent / (image.stem + extension) for extension in extensions)
-    return next((path for path in candidates if path.is_file()), None)
+    candidates = (image.stem + extension for extension in extensions)
+    return next((image.with_name(name) for name in candidates if name in names), None)
 
 
 def read_caption(path: Path) -> str:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorakit.data.buckets import Placement
-from lorakit.data.cache import Cache, content_key
+from lorakit.data.cache import Cache, NotFiniteError, content_key
 from lorakit.data.examples import Example, IndexedDataset, default_workers
 from lorakit.data.images import load_pixels
 from lorakit.data.problems import data_error
@@ -228,7 +228,7 @@ def _store(encoded: _Encoded, cache: Cache) -> int:
     for row, (key, name) in enumerate(zip(encoded.keys, encoded.names, strict=True)):
         try:
             cache.store(key, {part: tensor[row] for part, tensor in tensors.items()})
-        except ValueError as error:
+        except NotFiniteError as error:
             hint = (
                 "the encoder's number format overflows: set training.mixed_precision to bf16 or no, or give model.vae"
             )

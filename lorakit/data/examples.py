@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -97,28 +97,29 @@ def _find_images(number: int, dataset: DatasetConfig, problems: list[str]) -> li
     found = []
     for subset_number, subset in enumerate(dataset.subsets):
         try:
-            for image in _images_in(subset.image_dir):
-                # File names need not be valid text, but keys of randomness must be.
-                name = image.name.encode("utf-8", "backslashreplace").decode()
-                identity = f"{number}/{subset_number}/{name}"
-                found.append(_Found(image, find_caption(image, subset), dataset, subset, identity))
+            files = _files_in(subset.image_dir)
         except DataError as error:
             problems.append(str(error))
+            continue
+        for image in (subset.image_dir / name for name in sorted(files) if Path(name).suffix.lower() in EXTENSIONS):
+            # File names need not be valid text, but keys of randomness must be.
+            name = image.name.encode("utf-8", "backslashreplace").decode()
+            identity = f"{number}/{subset_number}/{name}"
+            found.append(_Found(image, find_caption(image, subset, files), dataset, subset, identity))
     return found
 
 
-def _images_in(folder: Path) -> Iterator[Path]:
-    """The image files directly in a folder, sorted by name; hidden files are none."""
+def _files_in(folder: Path) -> set[str]:
+    """The names of the files directly in a folder, some of them images; hidden ones do not count."""
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file() and entry.name[0] != ".")
+        names = {entry.name for entry in os.scandir(folder) if not entry.is_dir() and not entry.name.startswith(".")}
     except OSError as error:
         hint = "check image_dir; relative paths are relative to the config file"
         raise DataError(str(Problem(str(folder), f"cannot be listed: {error.strerror}", hint))) from error
-    images = [folder / name for name in names if Path(name).suffix.lower() in EXTENSIONS]
-    if not images:
+    if not any(Path(name).suffix.lower() in EXTENSIONS for name in names):
         hint = f"image_dir is searched for {' '.join(sorted(EXTENSIONS))}, not in folders inside it"
         raise DataError(str(Problem(str(folder), "holds no images", hint)))
-    yield from images
+    return names
 
 
 def _read(file: _Found, memo: StatMemo | None) -> Example | str:

@@ -56,7 +56,7 @@ class ImageEncoder(Protocol):
     """Turns images into the distribution of their latents."""
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents, scaled, float32 [B, C, h, w], of images [B, 3, H, W] in [-1, 1]."""
+        """Mean and standard deviation of scaled latents, float32 [B, C, h, w], of images [B, 3, H, W] in [-1, 1]."""
         ...
 
 
@@ -97,7 +97,7 @@ class DiffusionModel(Protocol):
     noise: NoiseProcess
 
     def fingerprint(self, part: Literal["image_encoder", "text_encoder"]) -> str:
-        """A short key of all that the part's output depends on: weights, number format, settings; reads no weights twice."""
+        """A short key of all that the part's output depends on, from weights to settings; reads no weights twice."""
         ...
 
     @property
@@ -132,7 +132,7 @@ class DiffusionModel(Protocol):
         ...
 
     def metadata(self) -> Mapping[str, str]:
-        """What LoRA files say about their base model: `ss_base_model_version`, `modelspec.architecture`, …"""
+        """What LoRA files say about their base model: `ss_base_model_version`, `modelspec.architecture`, and so on."""
         ...
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:

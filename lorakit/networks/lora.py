@@ -98,7 +98,8 @@ class LoRANetwork(Network):
     def begin_batch(self, sample_seeds: Tensor) -> None:
         """Draw the micro-batch's dropouts from its images' seeds, int64 [B]."""
         if self._dropouts is not None:
-            self._dropouts.begin_batch(sample_seeds)
+            device = next(self.adapters.parameters()).device
+            self._dropouts.begin_batch(sample_seeds.to(device, non_blocking=True))
 
 
 def _is_plain(base: nn.Linear | nn.Conv2d) -> bool:

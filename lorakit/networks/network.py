@@ -75,10 +75,12 @@ class AdapterModule(nn.Module):
             own.copy_(tensors[suffix])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        if recurse:
-            for child in self.children():
-                child._apply(fn)  # type: ignore[no-untyped-call]
-        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse=False)  # type: ignore[no-untyped-call]
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(tensor).device)
+
+        for child in self.children() if recurse else ():
+            child._apply(fn if child is self.base else move)  # type: ignore[no-untyped-call]
+        super()._apply(move, recurse=False)  # type: ignore[no-untyped-call]
         return self
 
 

@@ -119,8 +119,8 @@ def _read_pickle(path: Path) -> AdapterFile:
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
         raise AdapterError(f"{path} is broken: {error}. Get the file anew.") from error
-    tensors = content.get("state_dict", content) if isinstance(content, dict) else {}
-    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
+    tensors = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise AdapterError(f"{path} is no LoRA file: it holds no dict of tensors by name. Choose another file.")
     return AdapterFile(tensors)
 

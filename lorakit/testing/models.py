@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,62 +14,37 @@ if TYPE_CHECKING:
 Settings = dict[str, dict[str, Any]]
 """Arguments of each part's module, by part: `unet`, `vae`, `text_encoder`."""
 
-TINY_SD1: Settings = {
-    "unet": {
-        "sample_size": 8,
-        "block_out_channels": [32, 64, 64, 64],
-        "layers_per_block": 1,
-        "cross_attention_dim": 32,
-        "attention_head_dim": 8,
-    },
-    "vae": {
-        "sample_size": 64,
-        "block_out_channels": [32, 32, 64, 64],
-        "layers_per_block": 1,
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-    },
-    "text_encoder": {
-        "vocab_size": 49408,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "hidden_act": "quick_gelu",
-        "bos_token_id": 49406,
-        "eos_token_id": 49407,
-        "pad_token_id": 49407,
-    },
-}
-"""Stable Diffusion 1.x, made small: 4 levels, latents an eighth of the image's size, CLIP's whole vocabulary."""
 
-FULL_SD1: Settings = {
-    "unet": {
-        "sample_size": 64,
-        "block_out_channels": [320, 640, 1280, 1280],
-        "layers_per_block": 2,
-        "cross_attention_dim": 768,
-        "attention_head_dim": 8,
-    },
-    "vae": {
-        "sample_size": 512,
-        "block_out_channels": [128, 256, 512, 512],
-        "layers_per_block": 2,
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-    },
-    "text_encoder": {
-        "vocab_size": 49408,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "hidden_act": "quick_gelu",
-        "bos_token_id": 49406,
-        "eos_token_id": 49407,
-        "pad_token_id": 49407,
-    },
-}
+def _sd1_settings(channels: Sequence[int], vae_channels: Sequence[int], layers: int, text: dict[str, int]) -> Settings:
+    """Settings of a Stable Diffusion 1.x of any size; `text` has those of the text encoder that differ with size."""
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    tokens = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
+    return {
+        "unet": {
+            "sample_size": 64,
+            "block_out_channels": list(channels),
+            "layers_per_block": layers,
+            "cross_attention_dim": text["hidden_size"],
+        },
+        "vae": {"sample_size": 512, "block_out_channels": list(vae_channels), "layers_per_block": layers, **blocks},
+        "text_encoder": {**text, **tokens, "hidden_act": "quick_gelu"},
+    }
+
+
+TINY_SD1 = _sd1_settings(
+    channels=(32, 64, 64, 64),
+    vae_channels=(32, 32, 64, 64),
+    layers=1,
+    text={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4},
+)
+"""Stable Diffusion 1.x made small: 4 levels, latents an eighth of the image's size, CLIP's whole vocabulary."""
+
+FULL_SD1 = _sd1_settings(
+    channels=(320, 640, 1280, 1280),
+    vae_channels=(128, 256, 512, 512),
+    layers=2,
+    text={"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+)
 """Stable Diffusion 1.5 in full size."""
 
 _SCHEDULER = {
@@ -145,26 +120,28 @@ def to_single_file(folder: Path, path: Path) -> Path:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from lorakit.models.stable_diffusion import layout
-
-    tensors: dict[str, Tensor] = {}
-    for part in _WEIGHTS:
+    tensors = {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77).unsqueeze(0)}
+    for part, file in _WEIGHTS.items():
         settings = json.loads((folder / part / "config.json").read_text())
-        for name, tensor in load_file(folder / part / _WEIGHTS[part]).items():
-            if part == "unet":
-                tensors[layout.UNET_PREFIX + layout.original_unet_name(name, settings)] = tensor
-            elif part == "vae":
-                is_attention = ".attentions." in name and tensor.dim() == 2
-                stored = tensor[:, :, None, None] if is_attention else tensor
-                tensors[layout.VAE_PREFIX + layout.original_vae_name(name, settings)] = stored
-            else:
-                tensors[f"{layout.TEXT_PREFIX}text_model.{name.removeprefix('text_model.')}"] = tensor
-    tensors[f"{layout.TEXT_PREFIX}text_model.embeddings.position_ids"] = torch.arange(77).unsqueeze(0)
+        for name, tensor in load_file(folder / part / file).items():
+            is_convolution = part == "vae" and ".attentions." in name and tensor.dim() == 2
+            tensors[_original_name(part, name, settings)] = tensor[:, :, None, None] if is_convolution else tensor
     if path.suffix == ".safetensors":
         save_file(tensors, path, metadata={"format": "pt"})
     else:
         torch.save({"state_dict": tensors, "global_step": 0}, path)
     return path
+
+
+def _original_name(part: str, name: str, settings: Mapping[str, Any]) -> str:
+    """The name in a single file of a tensor in a diffusers folder."""
+    from lorakit.models.stable_diffusion import layout
+
+    if part == "unet":
+        return layout.UNET_PREFIX + layout.original_unet_name(name, settings)
+    if part == "vae":
+        return layout.VAE_PREFIX + layout.original_vae_name(name, settings)
+    return layout.TEXT_PREFIX + name
 
 
 def _config_and_shapes(part: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:

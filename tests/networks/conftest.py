@@ -22,6 +22,7 @@ class TinyModel(nn.Module):
         return self.out(hidden.flatten(2).transpose(1, 2)) + self.text(texts).mean(1, keepdim=True)
 
     def targets(self) -> list[AdaptationTarget]:
+        """One of each kind of block."""
         return [
             AdaptationTarget("lora_te_text", "text_encoder", "text_encoder", self, "text"),
             AdaptationTarget("lora_unet_blocks_0", "unet", "transformer", self.blocks, "0"),
@@ -32,11 +33,13 @@ class TinyModel(nn.Module):
 
 @pytest.fixture
 def model() -> TinyModel:
+    """The same small model in every test."""
     torch.manual_seed(0)
     return TinyModel()
 
 
 @pytest.fixture
 def inputs() -> tuple[Tensor, Tensor]:
+    """Two images and two texts for it."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(2, 3, 8, 8, generator=generator), torch.randn(2, 4, 5, generator=generator)

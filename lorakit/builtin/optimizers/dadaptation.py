@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -40,8 +41,8 @@ class DAdaptationConfig(OptimizerConfig):
     """Take the weight decay from the weights, as AdamW does, rather than add it to the gradient, as Adam does."""
     d0: float = field(default=1e-6, validator=v.gt(0))
     """First estimate of the distance to the solution; it only ever grows."""
-    growth_rate: float = field(default=float("inf"), validator=v.gt(1))
-    """Factor by which the estimate may grow at a step; 1.02 acts like a warm-up."""
+    growth_rate: float | None = field(default=None, validator=v.optional(v.gt(1)))
+    """Factor by which the estimate may grow at a step, unlimited when absent; 1.02 acts like a warm-up."""
 
     def problems(self) -> Iterator[Problem]:
         """Says so if the parts' learning rates differ: it can adapt only one."""
@@ -64,7 +65,7 @@ class DAdaptationConfig(OptimizerConfig):
             eps=self.eps,
             weight_decay=self.weight_decay,
             d0=self.d0,
-            growth_rate=self.growth_rate,
+            growth_rate=self.growth_rate or math.inf,
         )
         return optimizer
 

@@ -103,6 +103,8 @@ def _folder_tokenizer(folder: Path) -> Tokenizer:
 
 def _byte_pair_tokenizer(model: models.BPE) -> Tokenizer:
     """A tokenizer that lower-cases, splits words as CLIP does, and merges byte pairs."""
+    if model.token_to_id(_START) is None or model.token_to_id(_END) is None:
+        raise ValueError(f"it has no {_START} and {_END}")
     tokenizer = Tokenizer(model)
     spaces = normalizers.Replace(Regex(r"\s+"), " ")
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])

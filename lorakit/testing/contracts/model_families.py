@@ -1,0 +1,220 @@
+"""What every model family must do.
+
+B images, C latent channels, h and w latent sides, n chunks of 77 tokens in a caption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorakit.checkpoints import locate, summarize
+from lorakit.components import ModelFamilyConfig, NetworkConfig
+from lorakit.models.protocol import AttentionBackend, DiffusionModel
+from lorakit.plugins import Catalog
+from lorakit.testing.contracts.attention import reference
+from lorakit.testing.contracts.component import ComponentContract
+from lorakit.testing.contracts.denoising import CAPTIONS, CPU, loss_of, make_batch, pictures, predict
+
+PARTS = ("text_encoder", "unet")
+ENCODERS: tuple[Literal["image_encoder"], Literal["text_encoder"]] = ("image_encoder", "text_encoder")
+
+
+class ModelFamilyContract(ComponentContract):
+    """What every model family must do.
+
+        class TestWuerstchen(ModelFamilyContract):
+            config = WuerstchenConfig(path="tiny")
+            text_settings = {"clip_skip": 2}
+
+            def make_model(self, folder: Path) -> Path:
+                return make_tiny_wuerstchen(folder)
+
+    The path in `config` is replaced by that of the model that `make_model` writes.
+    """
+
+    config: ModelFamilyConfig
+    text_settings: Mapping[str, Any] = {}
+    """Settings, other than those of `config`, that change what the text encoder puts out."""
+
+    def make_model(self, folder: Path) -> Path:
+        """Write a tiny model of this family; gives its path. Called once for the suite."""
+        raise NotImplementedError
+
+    @pytest.fixture(scope="class")
+    def model_path(self, offline: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG002
+        """The tiny model."""
+        return self.make_model(tmp_path_factory.mktemp("family") / "tiny")
+
+    @pytest.fixture(autouse=True)
+    def _with_its_model(self, _in_a_folder_of_its_own: None, model_path: Path) -> Iterator[None]:
+        self.config = attrs.evolve(self.config, path=str(model_path))
+        return iter(())
+
+    def test_recognises_its_models(self, model_path: Path) -> None:
+        """The tensor names and shapes of a model lead to this family, and of a folder with something else do not."""
+        detected = Catalog.discover().detect_model_family(summarize(locate(str(model_path), Path())))
+        assert detected == self.config.name
+
+    def test_has_no_problems(self) -> None:
+        """A good model passes the checks before a run."""
+        assert not list(self.config.problems())
+
+    def test_image_encoder(self) -> None:
+        """Latents have a mean and a positive deviation, float32 [B, C, h, w], the same for each image alone."""
+        encoder = self.built().image_encoder
+        mean, deviation = encoder.encode(pictures(2))
+        assert mean.shape == deviation.shape
+        assert mean.dtype == deviation.dtype == torch.float32
+        assert mean.dim() == 4
+        assert len(mean) == 2
+        assert (deviation > 0).all()
+        torch.testing.assert_close(encoder.encode(pictures(2)[1:])[0], mean[1:], rtol=1e-4, atol=1e-5)
+
+    def test_text_encoder(self) -> None:
+        """Tokens are int64 [B, n, 77] on the CPU; conditioning has the captions as its first side, and differs."""
+        encoder = self.built().text_encoder
+        tokens = encoder.tokenize(CAPTIONS)
+        assert tokens.dtype == torch.int64
+        assert (len(tokens), tokens.shape[2], tokens.device) == (len(CAPTIONS), 77, CPU)
+        conditioning = encoder.encode(tokens)
+        assert conditioning
+        for tensor in conditioning.values():
+            assert len(tensor) == len(CAPTIONS)
+            assert tensor.is_floating_point()
+            assert not torch.equal(tensor[0], tensor[1]), "different captions give the same conditioning"
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_predicts(self, dtype: torch.dtype) -> None:
+        """Predictions have the latents' shape and the model's number format, and depend on timestep and caption."""
+        model = self.built(dtype)
+        batch = make_batch(model)
+        with torch.no_grad():
+            prediction = predict(model, batch)
+            assert prediction.shape == batch.latents.shape
+            assert prediction.dtype == dtype
+            assert prediction.isfinite().all()
+            assert batch.tokens is not None
+            for changed in ({"timesteps": batch.timesteps // 2}, {"tokens": batch.tokens.flip(0)}):
+                assert not torch.equal(predict(model, attrs.evolve(batch, **changed)), prediction)  # type: ignore[arg-type]
+
+    def test_noise_process(self) -> None:
+        """Later timesteps are noisier, from almost no noise to hardly any signal."""
+        noise = self.built().noise
+        ratios = noise.signal_to_noise(torch.arange(noise.num_timesteps))
+        assert (ratios.diff() < 0).all()
+        assert ratios[0] > 100
+        assert 0 <= ratios[-1] < 0.01
+        latents = pictures(2)
+        clean = noise.add_noise(latents, torch.zeros_like(latents), torch.tensor([0, noise.num_timesteps - 1]))
+        assert clean.square().mean((1, 2, 3)).diff() < 0
+
+    def test_targets_are_unique_and_in_order(self) -> None:
+        """Each layer that can be adapted has its own key, in the same order each time: text encoder first."""
+        model = self.built()
+        targets = model.targets(PARTS)
+        keys = [target.key for target in targets]
+        assert len(set(keys)) == len(keys) > 0
+        assert keys == [target.key for target in self.built().targets(tuple(reversed(PARTS)))]
+        assert [target.part for target in targets] == sorted(target.part for target in targets)
+        assert all(isinstance(target.module, nn.Linear | nn.Conv2d) for target in targets)
+        for part in PARTS:
+            assert [target.key for target in model.targets((part,))] == [t.key for t in targets if t.part == part]
+
+    def test_is_frozen_until_adapted(self) -> None:
+        """No parameter of denoiser or text encoder asks for a gradient, and nothing is left to chance by dropout."""
+        model = self.built()
+        modules = {target.parent for target in model.targets(PARTS)} | {model.denoiser}
+        assert not any(parameter.requires_grad for module in modules for parameter in module.parameters())
+        batch = make_batch(model)
+        with torch.no_grad():
+            assert torch.equal(predict(model, batch), predict(model, batch))
+
+    def test_fingerprints(self) -> None:
+        """What an encoder puts out is known by a key: stable, and another for other settings or number formats."""
+        model, half = self.built(), self.built(torch.bfloat16)
+        again = self.built()
+        for part in ENCODERS:
+            assert model.fingerprint(part) == again.fingerprint(part) != half.fingerprint(part)
+        assert model.fingerprint("image_encoder") != model.fingerprint("text_encoder")
+        for name, value in self.text_settings.items():
+            changed = attrs.evolve(self.config, **{name: value}).build(CPU, torch.float32)
+            assert changed.fingerprint("text_encoder") != model.fingerprint("text_encoder")
+
+    def test_frees_and_reads_again(self) -> None:
+        """An encoder that was freed is read again when it is asked for, and puts out the same, bit for bit."""
+        model = self.built()
+        before = _encodings(model)
+        encoders = model.image_encoder, model.text_encoder
+        for part in ENCODERS:
+            model.free(part)
+        assert model.image_encoder is not encoders[0]
+        assert model.text_encoder is not encoders[1]
+        assert all(torch.equal(old, new) for old, new in zip(before, _encodings(model), strict=True))
+
+    def test_gradient_checkpointing_changes_no_gradient(self) -> None:
+        """Recomputing activations gives the loss and the gradients that keeping them gives, in all parts."""
+        kept, recomputed = _loss_and_gradients(self.built()), _loss_and_gradients(self.built(), checkpointing=True)
+        assert len(kept) == len(recomputed) > 2
+        assert all(gradient.any() for gradient in kept)
+        for old, new in zip(kept, recomputed, strict=True):
+            torch.testing.assert_close(new, old)
+
+    def test_uses_the_attention_backend(self) -> None:
+        """All attention of the denoiser goes through the backend, set before the denoiser is read or afterwards."""
+        early, late = self.built(), self.built()
+        batch = make_batch(late)
+        with torch.no_grad():
+            expected = predict(late, batch)
+            for model in (early, late):
+                counting = _Counting()
+                model.use_attention(counting)
+                torch.testing.assert_close(predict(model, batch), expected, rtol=1e-3, atol=1e-4)
+                assert counting.calls > 0
+
+    def test_metadata(self) -> None:
+        """LoRA files name their base model in texts that other tools look for."""
+        metadata = self.built().metadata()
+        assert {"ss_base_model_version", "modelspec.architecture"} <= metadata.keys()
+        assert all(isinstance(text, str) and text for text in metadata.values())
+
+    def built(self, dtype: torch.dtype = torch.float32) -> DiffusionModel:
+        """The model on the CPU, nothing of it read yet."""
+        return self.config.build(CPU, dtype)
+
+
+class _Counting:
+    """An attention backend that counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._attend: AttentionBackend = reference
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self.calls += 1
+        return self._attend(query, key, value)
+
+
+def _encodings(model: DiffusionModel) -> list[Tensor]:
+    with torch.no_grad():
+        conditioning = model.text_encoder.encode(model.text_encoder.tokenize(CAPTIONS))
+        return [*model.image_encoder.encode(pictures()), *conditioning.values()]
+
+
+def _loss_and_gradients(model: DiffusionModel, checkpointing: bool = False) -> list[Tensor]:
+    """The loss of a batch, and the gradients of LoRA adapters in all parts."""
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    network = Catalog.discover().find(NetworkConfig, "lierla")().build(model.targets(PARTS)).train()
+    for adapter in network.adapters:
+        nn.init.constant_(adapter.lora_up, 0.01)  # type: ignore[arg-type]
+    loss = loss_of(model, make_batch(model))
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradients = [own.grad for part in PARTS for own in network.parameters_of(part)]
+    return [loss.detach(), *(gradient for gradient in gradients if gradient is not None)]

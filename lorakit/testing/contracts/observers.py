@@ -1,0 +1,76 @@
+"""What every observer must do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lorakit
+from lorakit.components import ObserverConfig
+from lorakit.config.reading import config_from_tables
+from lorakit.engine.assembly import assemble
+from lorakit.engine.observing import Observer, RunInfo, StepMetrics
+from lorakit.engine.processes import Processes
+from lorakit.testing.contracts.component import ComponentContract
+
+
+class ObserverContract(ComponentContract):
+    """What every observer must do.
+
+        class TestLossCurve(ObserverContract):
+            config = LossCurveConfig(every_n_steps=1)
+
+    With settings that make it act in a run of four steps and two epochs.
+    """
+
+    config: ObserverConfig
+
+    @pytest.fixture
+    def run_info(self, train_tables: dict[str, Any], tmp_path: Path) -> RunInfo:
+        """A real run of four steps, before its first one."""
+        config = self.train_config(train_tables, tmp_path)
+        return assemble(config, Processes(torch.device("cpu"))).info
+
+    @pytest.mark.parametrize("first_step", [0, 3])
+    def test_bears_a_whole_run(self, run_info: RunInfo, first_step: int) -> None:
+        """All events of a run, from the start or resumed, pass without an error."""
+        run = attrs.evolve(run_info, first_step=first_step)
+        observer = self.config.build(run)
+        observer.run_started(run)
+        for step in range(first_step + 1, run.total_steps + 1):
+            _tell_of_step(observer, step, epoch=(step + 1) // 2)
+            if step % 2 == 0:
+                observer.epoch_finished(step // 2)
+                observer.adapter_saved(run.save_adapter(f"lora-{step // 2:06d}"))
+        observer.run_finished()
+        observer.closed()
+
+    def test_bears_a_run_that_stops_early(self, run_info: RunInfo) -> None:
+        """A run may end before its first step, or in the middle of an epoch."""
+        self.config.build(run_info).closed()
+        observer = self.config.build(run_info)
+        observer.run_started(run_info)
+        _tell_of_step(observer, 1, epoch=1)
+        observer.closed()
+
+    def test_does_not_change_the_result(
+        self, train_tables: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A run with the observer gives the same weights as one without, bit for bit, and does not lose it."""
+        without = load_file(lorakit.train(config_from_tables(train_tables, tmp_path)))
+        train_tables["output"]["name"] = "observed"
+        observed = load_file(lorakit.train(self.train_config(train_tables, tmp_path)))
+        assert observed.keys() == without.keys()
+        assert all(torch.equal(observed[key], tensor) for key, tensor in without.items())
+        assert not [record for record in caplog.records if record.name == "lorakit.engine.observing"]
+
+
+def _tell_of_step(observer: Observer, step: int, epoch: int) -> None:
+    rates = {"text_encoder": 1e-4, "unet": 1e-3}
+    observer.step_finished(step)
+    observer.metrics_read(StepMetrics(step=step, epoch=epoch, loss=1 / step, gradient_norm=0.5, learning_rates=rates))

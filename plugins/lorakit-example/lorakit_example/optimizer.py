@@ -1,0 +1,45 @@
+"""The optimizer `radam`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from attrs import field, frozen
+from attrs import validators as v
+
+from lorakit import hookimpl
+from lorakit.components import OptimizerConfig
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from lorakit.networks.network import ParameterGroup
+
+
+@frozen(kw_only=True)
+class RAdamConfig(OptimizerConfig):
+    """RAdam: Adam that needs no warm-up of the learning rate (Liu et al., 2020, arXiv:1908.03265)."""
+
+    name = "radam"
+
+    betas: tuple[float, float] = field(default=(0.9, 0.999), validator=v.deep_iterable([v.ge(0), v.lt(1)]))
+    """Decay of the running averages of the gradient and of its square."""
+    weight_decay: float = field(default=0.0, validator=v.ge(0))
+    """Share of each weight, times the learning rate, that it loses at each step."""
+
+    def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
+        """PyTorch's, with the weight decay of AdamW."""
+        from torch.optim import RAdam
+
+        from lorakit.networks.network import torch_groups
+
+        return RAdam(
+            torch_groups(groups), betas=self.betas, weight_decay=self.weight_decay, decoupled_weight_decay=True
+        )
+
+
+@hookimpl
+def register_optimizers() -> list[type[OptimizerConfig]]:
+    """RAdam."""
+    return [RAdamConfig]

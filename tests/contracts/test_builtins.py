@@ -1,0 +1,69 @@
+"""Every component that comes with lorakit keeps the contract of its kind."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorakit.components import Component
+from lorakit.plugins import REGISTRATION_HOOKS, Catalog
+from lorakit.testing import contracts
+from lorakit.testing.models import make_tiny_sd1
+
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "sd1": {"path": "tiny"},
+    "lierla": {"rank": 4, "alpha": 2.0, "dropout": 0.1},
+    "c3lier": {"rank": 4, "alpha": 2.0, "conv_rank": 2, "rank_dropout": 0.1},
+    "adamw": {"lr": 1e-2},
+    "adamw8bit": {"lr": 1e-2},
+    "lion": {"lr": 3e-3},
+    "adafactor": {"lr": 1e-2},
+    "constant_with_warmup": {"warmup_steps": 0.1},
+    "linear": {"warmup_steps": 0.1},
+    "cosine": {"warmup_steps": 0.1},
+    "cosine_with_restarts": {"num_cycles": 2},
+    "polynomial": {"power": 2.0, "lr_end": 0.0},
+    "tensorboard": {"dir": Path("logs")},
+    "checkpoints": {"every_n_steps": 1, "every_n_epochs": 1, "keep_last": 2, "save_state": True},
+}
+"""The settings to test each component with; the others are tested with their defaults."""
+
+ATTRIBUTES: Mapping[str, Mapping[str, Any]] = {
+    "sd1": {"make_model": lambda _, folder: make_tiny_sd1(folder), "text_settings": {"clip_skip": 2}},
+    "dadaptation": {"own_learning_rates": False},
+    "ckpt": {"keeps_metadata": False},
+    "pt": {"keeps_metadata": False},
+}
+"""What the suites must know of single components."""
+
+BUILTINS = [found.component for found in Catalog.discover().registrations if found.provider.is_of("lorakit")]
+
+
+def suite_for(component: type[Component]) -> type[contracts.ComponentContract]:
+    """The suite of a component's kind, set up for it: `SdpaConfig` gives `TestSdpa`."""
+    base = next(base for base in REGISTRATION_HOOKS.values() if issubclass(component, base))
+    contract = getattr(contracts, base.__name__.replace("Config", "Contract"))
+    config = component(**SETTINGS.get(component.name, {}))
+    attributes = {"config": config, "__module__": __name__, "__doc__": contract.__doc__}
+    name = f"Test{component.__name__.removesuffix('Config')}"
+    return type(name, (contract,), {**attributes, **ATTRIBUTES.get(component.name, {})})
+
+
+globals().update({suite.__name__: suite for suite in map(suite_for, BUILTINS)})
+
+
+def test_every_builtin_has_a_suite() -> None:
+    """Each entry point of lorakit has given a component and a suite of its own; none is broken or left out."""
+    entry_points = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["entry-points"]["lorakit"]
+    suites = [value for value in globals().values() if isinstance(value, type) and value.__name__.startswith("Test")]
+    assert sorted(component.name for component in BUILTINS) == sorted(entry_points)
+    assert sorted(suite.config.name for suite in suites) == sorted(entry_points)
+
+
+def test_no_setting_is_for_nothing() -> None:
+    """The tables above name only components that exist."""
+    assert (SETTINGS.keys() | ATTRIBUTES.keys()) <= {component.name for component in BUILTINS}

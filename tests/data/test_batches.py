@@ -1,0 +1,261 @@
+"""Batches: every number a function of seed, epoch, image and repeat; and prefetching that ends as it should."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from attrs import evolve
+
+from lorakit.config.datasets import DatasetConfig
+from lorakit.data.batches import Batch, BatchLoader, prefetch
+from lorakit.data.cache import Cache
+from lorakit.data.encoding import Encoding, encode_captions, encode_latents
+from lorakit.data.examples import index_datasets
+from lorakit.data.planning import Item, Share, plan_epoch
+from lorakit.errors import DataError
+from lorakit.randomness import derived_seed, keyed_generator
+from tests.data.tiny import TinyModel
+
+CPU = torch.device("cpu")
+WithSubset = Callable[..., DatasetConfig]
+
+
+def make_loader(dataset: DatasetConfig, cache: Cache, *, tokens: bool = False, seed: int = 7) -> BatchLoader:
+    """A loader of a dataset whose images and captions are encoded."""
+    datasets, model, encoding = index_datasets([dataset]), TinyModel(), Encoding(device=CPU)
+    return BatchLoader(
+        datasets=datasets,
+        cache=cache,
+        seed=seed,
+        num_timesteps=1000,
+        latent_keys=encode_latents(datasets, model, cache, encoding),
+        captions=model.text_encoder.tokenize if tokens else encode_captions(datasets, model, cache, encoding),
+    )
+
+
+def share_of(*examples: int, epoch: int = 1, repeat: int = 0, of: int | None = None) -> Share:
+    """A share with these examples of the first dataset."""
+    return Share(epoch, tuple(Item(0, example, repeat) for example in examples), of or len(examples))
+
+
+def test_batch_holds_what_the_formula_says(cache: Cache, dataset: DatasetConfig):
+    """Latents are mean + deviation · ε; each number comes from the generator keyed by its purpose."""
+    loader = make_loader(dataset, cache)
+    batch = loader.load(share_of(1, 2, epoch=3, repeat=4, of=8))
+    for row, example in enumerate(loader.datasets[0].examples[1:3]):
+
+        def generator(purpose: str, identity: str = example.identity) -> np.random.Generator:
+            return keyed_generator(7, purpose, 3, identity, 4)
+
+        entry = cache.load(loader.latent_keys[example.identity, False])
+        epsilon = generator("posterior").standard_normal(entry["mean"].shape, dtype=np.float32)
+        torch.testing.assert_close(batch.latents[row], entry["mean"] + entry["std"] * torch.from_numpy(epsilon))
+        noise = generator("noise").standard_normal(entry["mean"].shape, dtype=np.float32)
+        assert torch.equal(batch.noise[row], torch.from_numpy(noise))
+        assert batch.timesteps[row] == generator("timestep").integers(1000)
+        assert batch.sample_seeds[row] == derived_seed(7, "dropout", 3, example.identity, 4)
+        conditioning = cache.load(loader.captions[example.caption])
+        assert all(torch.equal(batch.conditioning[name][row], tensor) for name, tensor in conditioning.items())
+    assert batch.latents.shape == (2, 4, 10, 14)
+    assert (batch.latents.dtype, batch.noise.dtype, batch.weights.dtype) == (torch.float32,) * 3
+    assert (batch.timesteps.dtype, batch.sample_seeds.dtype) == (torch.int64,) * 2
+    assert batch.weights.tolist() == [1, 1]
+    assert batch.images == ("chelsea.png", "coffee.png")
+    assert (batch.share, batch.tokens) == (0.25, None)
+
+
+def assert_same(first: Batch, second: Batch) -> None:
+    """Two batches are equal to the bit."""
+    for name in ("latents", "noise", "timesteps", "weights", "sample_seeds"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+    assert first.images == second.images
+
+
+def test_numbers_do_not_depend_on_what_was_loaded_before(cache: Cache, with_subset: WithSubset):
+    """Shares in any order, in any thread, alone or together, from a cold or warm cache give the same numbers."""
+    loader = make_loader(with_subset(flip_aug=True), cache)
+    together = loader.load(share_of(1, 2, 3))
+    backwards = [loader.load(share_of(example)) for example in (3, 2, 1)][::-1]
+    warm = make_loader(with_subset(flip_aug=True), Cache(cache.folder))
+    threaded = list(prefetch((warm.load(share_of(example)) for example in (1, 2, 3)), 2))
+    for row in range(3):
+        assert_same(backwards[row], threaded[row])
+        assert torch.equal(together.latents[row], backwards[row].latents[0])
+        assert torch.equal(together.noise[row], backwards[row].noise[0])
+        assert together.timesteps[row] == backwards[row].timesteps[0]
+
+
+def test_processes_see_the_numbers_of_one(cache: Cache, dataset: DatasetConfig):
+    """The shares of three processes are, side by side, the batches of one."""
+    loader = make_loader(dataset, cache)
+    for step in plan_epoch(loader.datasets, 7, 1, world_size=3):
+        whole = loader.load(step.shares(0, 1)[0])
+        parts = [loader.load(share) for rank in range(3) for share in step.shares(rank, 3)]
+        assert torch.equal(torch.cat([part.latents for part in parts]), whole.latents)
+        assert torch.equal(torch.cat([part.noise for part in parts]), whole.noise)
+        assert sum(part.share for part in parts) == pytest.approx(1)
+
+
+def test_seed_epoch_image_and_repeat_all_count(cache: Cache, dataset: DatasetConfig):
+    """Changing any of them changes latents, noise and dropout seed."""
+    loader, other = make_loader(dataset, cache), make_loader(dataset, cache, seed=8)
+    batches = [loader.load(share_of(1)), loader.load(share_of(1, epoch=2)), loader.load(share_of(1, repeat=1))]
+    batches += [loader.load(share_of(2)), other.load(share_of(1))]
+    for values in ([batch.latents for batch in batches], [batch.noise for batch in batches]):
+        assert len({tuple(value.flatten().tolist()) for value in values}) == 5
+    assert len({int(batch.sample_seeds) for batch in batches}) == 5
+
+
+def test_draws_have_the_right_distributions(cache: Cache, with_subset: WithSubset):
+    """Over many epochs: noise is standard normal, timesteps are even over their range, half of the images mirrored."""
+    loader = make_loader(with_subset(flip_aug=True), cache)
+    example = loader.datasets[0].examples[1]
+    means = [cache.load(loader.latent_keys[example.identity, mirrored])["mean"] for mirrored in (False, True)]
+    batches = [loader.load(share_of(1, epoch=epoch)) for epoch in range(400)]
+    noise = torch.stack([batch.noise for batch in batches])
+    assert abs(float(noise.mean())) < 0.01
+    assert abs(float(noise.std()) - 1) < 0.01
+    timesteps = torch.cat([batch.timesteps for batch in batches])
+    assert 0 <= timesteps.min() < 20
+    assert 980 <= timesteps.max() < 1000
+    assert abs(float(timesteps.float().mean()) - 499.5) < 60
+    flipped = sum(float((batch.latents - means[1]).norm() < (batch.latents - means[0]).norm()) for batch in batches)
+    assert 150 < flipped < 250
+
+
+def test_images_are_not_mirrored_unless_asked_for(cache: Cache, dataset: DatasetConfig):
+    """Without flip_aug no mirrored entry exists or is looked for."""
+    loader = make_loader(dataset, cache)
+    assert not any(mirrored for _, mirrored in loader.latent_keys)
+    assert all(len(loader.load(share_of(0, epoch=epoch)).images) == 1 for epoch in range(20))
+
+
+def test_tokens_of_shuffled_captions(cache: Cache, with_subset: WithSubset):
+    """With `tokenize`, a batch has the tokens of the caption as this epoch shuffles it, and no conditioning."""
+    loader = make_loader(with_subset(shuffle_caption=True, keep_tokens=1), cache, tokens=True)
+    tokens = [loader.load(share_of(1, epoch=epoch)).tokens for epoch in range(20)]
+    texts = [bytes(row.flatten().tolist()).rstrip(b"\0").decode() for row in tokens]
+    assert set(texts) == {"photo, chelsea, sharp", "photo, sharp, chelsea"}
+    assert torch.equal(loader.load(share_of(1, epoch=5)).tokens, tokens[5])
+    assert loader.load(share_of(1)).conditioning is None
+    assert tokens[0].shape == (1, 1, 77)
+
+
+def test_cache_removed_while_in_use(cache: Cache, dataset: DatasetConfig):
+    """An entry that vanished is an error that names it and the cure."""
+    loader = make_loader(dataset, cache)
+    key = loader.latent_keys[loader.datasets[0].examples[1].identity, False]
+    next(cache.folder.rglob(f"{key}.safetensors")).unlink()
+    with pytest.raises(DataError, match=rf"{key}\.safetensors: was removed .*start again"):
+        loader.load(share_of(1))
+
+
+def test_batch_moves_to_a_device_whole(cache: Cache, dataset: DatasetConfig):
+    """All tensors move, the conditioning's too, and everything else stays."""
+    batch = make_loader(dataset, cache).load(share_of(1, 2))
+    moved = batch.to(torch.device("meta"))
+    tensors = [moved.latents, moved.noise, moved.timesteps, moved.weights, moved.sample_seeds]
+    assert {tensor.device.type for tensor in (*tensors, *moved.conditioning.values())} == {"meta"}
+    assert (moved.images, moved.share, moved.tokens) == (batch.images, batch.share, None)
+
+
+def numbered(count: int, made: list[int] | None = None) -> Iterator[Batch]:
+    """Batches told apart by their share; what was made is noted."""
+    empty = torch.zeros(0)
+    template = Batch(empty, empty, empty, empty, empty, conditioning=None, tokens=None, images=(), share=0.0)
+    for number in range(count):
+        if made is not None:
+            made.append(number)
+        yield evolve(template, share=float(number))
+
+
+def prefetch_threads() -> list[threading.Thread]:
+    """The running threads that prefetch."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3, 50])
+def test_prefetch_keeps_order_and_ends(depth: int):
+    """All batches come, in order, and the thread is gone afterwards."""
+    assert [batch.share for batch in prefetch(numbered(20), depth)] == list(range(20))
+    assert list(prefetch(numbered(0), depth)) == []
+    assert prefetch_threads() == []
+
+
+def test_prefetch_works_ahead_but_not_too_far():
+    """While the consumer holds one batch, `depth` more are made and no others."""
+    made: list[int] = []
+    batches = prefetch(numbered(50, made), 3)
+    next(batches)
+    deadline = time.monotonic() + 5
+    while len(made) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert made == [0, 1, 2, 3]
+    batches.close()
+
+
+def test_prefetch_makes_batches_in_the_background():
+    """The consumer's thread is never the one that makes them; without depth it is."""
+
+    def makers(depth: int) -> set[int]:
+        identities: set[int] = set()
+
+        def batches() -> Iterator[Batch]:
+            for batch in numbered(5):
+                identities.add(threading.get_ident())
+                yield batch
+
+        list(prefetch(batches(), depth))
+        return identities
+
+    assert threading.get_ident() not in makers(2)
+    assert makers(0) == {threading.get_ident()}
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_prefetch_raises_what_went_wrong(depth: int):
+    """An error comes to the consumer after the batches before it, and the thread ends."""
+
+    def failing() -> Iterator[Batch]:
+        yield from numbered(3)
+        raise DataError("a.png: is damaged")
+
+    taken = []
+    with pytest.raises(DataError, match=r"a\.png: is damaged"):
+        taken.extend(batch.share for batch in prefetch(failing(), depth))
+    assert prefetch_threads() == []
+
+
+def test_prefetch_ends_when_the_consumer_stops():
+    """Leaving the loop early ends the thread, without making the batches that were still to come."""
+    made: list[int] = []
+
+    def slow() -> Iterator[Batch]:
+        for batch in numbered(1000, made):
+            time.sleep(0.02)
+            yield batch
+
+    batches = prefetch(slow(), 20)
+    assert next(batches).share == 0
+    assert len(prefetch_threads()) == 1
+    batches.close()
+    assert prefetch_threads() == []
+    assert len(made) < 15
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_for_cuda_are_pinned_and_arrive_unchanged(cache: Cache, dataset: DatasetConfig):
+    """On the way to a CUDA device all tensors lie in pinned memory, and come through as they were."""
+    loader, device = make_loader(dataset, cache), torch.device("cuda", 0)
+    (batch,) = prefetch([loader.load(share_of(1, 2))], 1, device)
+    tensors = [batch.latents, batch.noise, batch.timesteps, *batch.conditioning.values()]
+    assert all(tensor.is_pinned() for tensor in tensors)
+    moved = batch.to(device)
+    assert moved.latents.is_cuda
+    assert_same(moved.to(CPU), loader.load(share_of(1, 2)))

@@ -1,0 +1,104 @@
+"""Bucket sizes and placements, against the numbers that sd-scripts computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorakit.config.datasets import DatasetConfig, SubsetConfig
+from lorakit.data.buckets import Placement, bucket_resolutions, place
+from lorakit.errors import DataError
+
+
+def make_dataset(resolution: tuple[int, int] = (512, 512), **settings: object) -> DatasetConfig:
+    """A dataset with buckets."""
+    settings = {"enable_bucket": True, **settings}
+    return DatasetConfig(subsets=(SubsetConfig(image_dir=Path()),), resolution=resolution, **settings)
+
+
+def test_buckets_of_512_are_the_known_seventeen():
+    """All bucket sizes of sd-scripts for its usual settings, in its order."""
+    tall = [(256, 832), (256, 896), (256, 960), (256, 1024), (320, 704), (320, 768), (384, 640), (448, 576)]
+    expected = sorted([*tall, (512, 512), *((height, width) for width, height in tall)])
+    assert bucket_resolutions((512, 512), 256, 1024, 64) == expected
+
+
+@pytest.mark.parametrize(
+    ("side", "minimum", "maximum", "step", "count"),
+    [(768, 256, 1024, 64, 19), (768, 256, 1536, 64, 29), (1024, 256, 2048, 64, 41), (1024, 512, 2048, 32, 65)],
+)
+def test_number_of_buckets(side: int, minimum: int, maximum: int, step: int, count: int):
+    """As many buckets as sd-scripts makes for other resolutions and steps."""
+    assert len(bucket_resolutions((side, side), minimum, maximum, step)) == count
+
+
+def test_limits_are_rounded_to_steps():
+    """The shortest side is rounded down and the longest up, as by a dataset that says so exactly."""
+    assert bucket_resolutions((512, 512), 300, 1000, 64) == bucket_resolutions((512, 512), 256, 1024, 64)
+
+
+@pytest.mark.parametrize(
+    ("size", "resized", "bucket"),
+    [
+        ((1920, 1080), (683, 384), (640, 384)),
+        ((1000, 1500), (427, 640), (384, 640)),
+        ((640, 480), (597, 448), (576, 448)),
+        ((300, 400), (448, 597), (448, 576)),
+        ((513, 511), (514, 512), (512, 512)),
+        ((3000, 800), (960, 256), (960, 256)),
+        ((640, 384), (640, 384), (640, 384)),
+    ],
+)
+def test_placement_in_the_closest_bucket(size: tuple[int, int], resized: tuple[int, int], bucket: tuple[int, int]):
+    """An image goes to the bucket of the closest aspect ratio and covers it."""
+    assert place(size, make_dataset()) == Placement(resized, bucket)
+
+
+@pytest.mark.parametrize(
+    ("size", "resized", "bucket"),
+    [
+        ((1000, 1500), (384, 576), (384, 576)),
+        ((640, 480), (512, 384), (512, 384)),
+        ((300, 400), (300, 400), (256, 384)),
+        ((513, 511), (513, 511), (512, 448)),
+    ],
+)
+def test_placement_without_enlarging(size: tuple[int, int], resized: tuple[int, int], bucket: tuple[int, int]):
+    """Without enlarging, an image's bucket is its own size, or that of its area, rounded down."""
+    assert place(size, make_dataset(bucket_no_upscale=True)) == Placement(resized, bucket)
+
+
+def test_placement_without_buckets():
+    """Without buckets every image covers the one resolution, even if bucket_no_upscale is set."""
+    dataset = make_dataset((512, 384), enable_bucket=False, bucket_no_upscale=True)
+    assert place((100, 100), dataset) == Placement((512, 512), (512, 384))
+    assert place((2000, 500), dataset) == Placement((1536, 384), (512, 384))
+
+
+@pytest.mark.parametrize("size", [(63, 400), (400, 63), (20_000, 100), (1, 1)])
+def test_image_too_small_for_its_steps(size: tuple[int, int]):
+    """A side below the step is an error with a cure, not a division by zero."""
+    with pytest.raises(DataError, match=r"leave no bucket with sides of at least 64 pixels \(.*bucket_no_upscale"):
+        place(size, make_dataset(bucket_no_upscale=True))
+
+
+def test_step_larger_than_the_resolution():
+    """Steps that leave no bucket at all are an error that names the key."""
+    with pytest.raises(DataError, match="bucket_reso_steps 256 leave no bucket"):
+        place((100, 100), make_dataset((128, 128), bucket_reso_steps=256))
+
+
+@given(st.integers(64, 5000), st.integers(64, 5000), st.booleans(), st.sampled_from([32, 64]))
+def test_resized_image_covers_its_bucket(width: int, height: int, no_upscale: bool, step: int):
+    """The resized image is at least as large as its bucket, whose sides are multiples of the step."""
+    dataset = make_dataset(bucket_no_upscale=no_upscale, bucket_reso_steps=step)
+    try:
+        placement = place((width, height), dataset)
+    except DataError:
+        assert max(width, height) / min(width, height) > 512 * 512 / (2 * step) ** 2
+        return
+    assert all(whole >= part > 0 for whole, part in zip(placement.resized, placement.bucket, strict=True))
+    assert all(side % step == 0 for side in placement.bucket)

@@ -1,0 +1,235 @@
+"""Encoding: the cache holds what the encoders give, each content once, and notices every change."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from attrs import evolve
+from PIL import Image
+
+from lorakit.config.datasets import DatasetConfig
+from lorakit.data.cache import Cache
+from lorakit.data.encoding import Encoding, encode_captions, encode_latents
+from lorakit.data.examples import index_datasets
+from lorakit.data.images import load_pixels
+from lorakit.errors import DataError
+from tests.data.tiny import TinyModel
+
+CPU = torch.device("cpu")
+WithSubset = Callable[..., DatasetConfig]
+
+
+def fill(cache: Cache, dataset: DatasetConfig, model: TinyModel, **settings: object) -> dict[tuple[str, bool], str]:
+    """Index a dataset and encode its images."""
+    return dict(
+        encode_latents(index_datasets([dataset], memo=cache.memo), model, cache, Encoding(device=CPU, **settings))
+    )
+
+
+def images_encoded(cache: Cache, dataset: DatasetConfig, version: str = "1") -> int:
+    """How many images a fresh model had to encode to fill the cache."""
+    model = TinyModel(version)
+    fill(Cache(cache.folder), dataset, model)
+    return sum(model._image_encoder.batch_sizes)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_latents_are_those_of_the_encoder(
+    cache: Cache, with_subset: WithSubset, model: TinyModel, batch_size: int, workers: int
+):
+    """Each entry is the encoder's mean and deviation of its own image, mirrored or not, whatever the batches."""
+    dataset = with_subset(flip_aug=True)
+    keys = fill(cache, dataset, model, batch_size=batch_size, workers=workers)
+    examples = index_datasets([dataset])[0].examples
+    assert keys.keys() == {(example.identity, mirrored) for example in examples for mirrored in (False, True)}
+    for example in examples:
+        pixels = torch.tensor(load_pixels(example.image, example.placement)) / 127.5 - 1
+        for mirrored, image in ((False, pixels), (True, pixels.flip(1))):
+            mean, std = TinyModel().image_encoder.encode(image.permute(2, 0, 1)[None])
+            entry = cache.load(keys[example.identity, mirrored])
+            torch.testing.assert_close(entry, {"mean": mean[0].detach(), "std": std[0].detach()})
+    sizes = {1: [1] * 10, 2: [1, 1, 1, 1, 2, 2, 1, 1], 3: [1, 1, 1, 1, 3, 3]}[batch_size]
+    assert model.image_encoder.batch_sizes == sizes
+
+
+def test_warm_start_touches_neither_images_nor_encoders(
+    cache: Cache, with_subset: WithSubset, model: TinyModel, monkeypatch: pytest.MonkeyPatch
+):
+    """With a full cache, no image file is opened and no encoder is read."""
+    dataset = with_subset(flip_aug=True)
+    cold = fill(cache, dataset, model)
+    encode_captions(index_datasets([dataset]), model, cache, Encoding(device=CPU))
+    assert model.touched == {"image_encoder", "text_encoder"}
+
+    def refuse(path: object, *_: object, **__: object) -> None:
+        raise AssertionError(f"{path} was opened")
+
+    captions = Path.read_bytes
+    monkeypatch.setattr(Image, "open", refuse)
+    monkeypatch.setattr("lorakit.data.memo.content_digest", refuse)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: refuse(path) if path.suffix == ".png" else captions(path))
+    warm_model, warm_cache = TinyModel(), Cache(cache.folder)
+    datasets = index_datasets([dataset], memo=warm_cache.memo)
+    assert encode_latents(datasets, warm_model, warm_cache, Encoding(device=CPU)) == cold
+    assert encode_captions(datasets, warm_model, warm_cache, Encoding(device=CPU)).keys() == {
+        example.caption for example in datasets[0].examples
+    }
+    assert warm_model.touched == set()
+
+
+def test_every_change_is_noticed(cache: Cache, dataset: DatasetConfig, with_subset: WithSubset, folder: Path):
+    """New pixels, another size, mirroring and another encoder are encoded anew, and nothing else."""
+    assert images_encoded(cache, dataset) == 5
+    assert images_encoded(cache, dataset) == 0
+    with Image.open(folder / "coffee.png") as image:
+        image.rotate(180).save(folder / "coffee.png")
+    assert images_encoded(cache, dataset) == 1
+    assert images_encoded(cache, evolve(dataset, resolution=(128, 128))) == 5
+    assert images_encoded(cache, with_subset(flip_aug=True)) == 5
+    assert images_encoded(cache, dataset, version="2") == 5
+    assert images_encoded(cache, dataset) == 0
+
+
+def test_file_that_is_only_touched_is_not_encoded_again(cache: Cache, dataset: DatasetConfig, folder: Path):
+    """The content decides, not the time of change or the name."""
+    images_encoded(cache, dataset)
+    os.utime(folder / "coffee.png")
+    shutil.copy(folder / "rocket.png", folder / "rocket again.png")
+    assert images_encoded(cache, dataset) == 0
+
+
+def test_identical_images_are_encoded_once(cache: Cache, dataset: DatasetConfig, folder: Path, with_subset: WithSubset):
+    """Copies of an image share one entry, also between datasets that mirror it and that do not."""
+    shutil.copy(folder / "coffee.png", folder / "copy.png")
+    model = TinyModel()
+    datasets = index_datasets([dataset, with_subset(flip_aug=True)])
+    keys = encode_latents(datasets, model, cache, Encoding(device=CPU))
+    assert sum(model.image_encoder.batch_sizes) == 10
+    assert keys["0/0/copy.png", False] == keys["0/0/coffee.png", False] == keys["1/0/copy.png", False]
+    assert len(set(keys.values())) == 10
+
+
+def test_images_of_one_stem_have_their_own_entries(
+    cache: Cache, dataset: DatasetConfig, folder: Path, model: TinyModel
+):
+    """Two images that differ in their extension only never share an entry."""
+    with Image.open(folder / "chelsea.png") as image:
+        image.rotate(180).save(folder / "chelsea.jpg")
+    keys = fill(cache, dataset, model)
+    assert keys["0/0/chelsea.jpg", False] != keys["0/0/chelsea.png", False]
+
+
+def test_truncated_entry_is_encoded_again(cache: Cache, dataset: DatasetConfig, model: TinyModel):
+    """An entry that a crash of the machine left broken is made anew, and it alone."""
+    key = fill(cache, dataset, model)["0/0/coffee.png", False]
+    good = cache.load(key)
+    (path,) = cache.folder.rglob(f"{key}.safetensors")
+    path.write_bytes(path.read_bytes()[:-7])
+    assert images_encoded(cache, dataset) == 1
+    torch.testing.assert_close(cache.load(key), good)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_processes_share_the_work(cache: Cache, with_subset: WithSubset, world_size: int):
+    """All processes together encode each image and caption once, even if one is done before the next begins."""
+    dataset = with_subset(flip_aug=True)
+    models = [TinyModel() for _ in range(world_size)]
+    for rank, model in enumerate(models):
+        own = Cache(cache.folder)
+        fill(own, dataset, model, rank=rank, world_size=world_size)
+        datasets = index_datasets([dataset])
+        encode_captions(datasets, model, own, Encoding(device=CPU, rank=rank, world_size=world_size))
+    assert sum(sum(model._image_encoder.batch_sizes) for model in models) == 10
+    assert sum(sum(model._text_encoder.batch_sizes) for model in models) == 5
+    assert sum("image_encoder" in model.touched for model in models) == min(world_size, 5)
+    assert images_encoded(cache, dataset) == 0
+
+
+def test_progress_is_told(cache: Cache, with_subset: WithSubset, model: TinyModel):
+    """The callback counts up to the number of missing entries, and is silent when nothing is missing."""
+    told: list[tuple[int, int]] = []
+    for _ in range(2):
+        fill(
+            cache,
+            with_subset(flip_aug=True),
+            model,
+            batch_size=3,
+            progress=lambda done, total: told.append((done, total)),
+        )
+    assert told == [(done, 10) for done in (1, 2, 3, 4, 7, 10)]
+
+
+def test_damaged_images_are_told_at_once_and_the_rest_is_encoded(
+    cache: Cache, dataset: DatasetConfig, folder: Path, model: TinyModel
+):
+    """Images that turn out damaged when they are decoded are listed together; the others are not lost."""
+    for name in ("chelsea.png", "rocket.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-500])
+    with pytest.raises(DataError) as caught:
+        fill(cache, dataset, model)
+    message = str(caught.value)
+    assert message.startswith("2 problems with the data:")
+    assert "chelsea.png: is damaged" in message
+    assert "rocket.png: is damaged" in message
+    assert sum(model.image_encoder.batch_sizes) == 3
+    assert len(list(cache.folder.rglob("*.safetensors"))) == 3
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_overflow_of_the_image_encoder(cache: Cache, dataset: DatasetConfig, model: TinyModel, batch_size: int):
+    """Latents with infinity are an error that names the image and the cure, and are not cached."""
+    model.image_encoder.overflows_on = 3
+    with pytest.raises(DataError, match=r"coffee\.png: cannot be encoded: its mean .*training\.mixed_precision"):
+        fill(cache, dataset, model, batch_size=batch_size)
+    model.image_encoder.overflows_on = -1
+    encoded_before = len(list(cache.folder.rglob("*.safetensors")))
+    assert images_encoded(cache, dataset) == 5 - encoded_before > 0
+
+
+def test_overflow_of_the_text_encoder(cache: Cache, dataset: DatasetConfig, model: TinyModel):
+    """Conditioning with NaN is an error that quotes the caption, and is not cached."""
+    model.text_encoder.embedding.weight.data[ord("k")] = torch.nan
+    with pytest.raises(DataError, match=r"caption 'photo, rocket, sharp': cannot be encoded"):
+        encode_captions(index_datasets([dataset]), model, cache, Encoding(device=CPU))
+
+
+def test_captions_are_encoded_once_each(cache: Cache, dataset: DatasetConfig, folder: Path, model: TinyModel):
+    """Equal captions share one entry, which is what the text encoder gives for them."""
+    (folder / "coffee.txt").write_text("photo, rocket, sharp")
+    keys = encode_captions(index_datasets([dataset]), model, cache, Encoding(device=CPU))
+    assert sum(model.text_encoder.batch_sizes) == len(keys) == 4
+    for caption, key in keys.items():
+        expected = model.text_encoder.encode(model.text_encoder.tokenize([caption]))
+        torch.testing.assert_close(cache.load(key), {name: tensor[0].detach() for name, tensor in expected.items()})
+
+
+def test_changed_caption_and_text_encoder_are_noticed(cache: Cache, dataset: DatasetConfig, folder: Path):
+    """An edited caption is encoded anew, and all are for another text encoder."""
+
+    def captions_encoded(version: str) -> int:
+        model = TinyModel(version)
+        encode_captions(index_datasets([dataset]), model, cache, Encoding(device=CPU))
+        return sum(model._text_encoder.batch_sizes)
+
+    assert captions_encoded("1") == 5
+    (folder / "coffee.txt").write_text("a cup of coffee")
+    assert captions_encoded("1") == 1
+    assert captions_encoded("2") == 5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_latents_encoded_on_cuda(cache: Cache, dataset: DatasetConfig, model: TinyModel):
+    """Images reach an encoder on a CUDA device, and their latents the cache, as on the CPU."""
+    keys = fill(cache, dataset, model)
+    cuda_cache, cuda_model = Cache(cache.folder / "cuda"), TinyModel()
+    cuda_model.image_encoder.cuda()
+    encoding = Encoding(device=torch.device("cuda", 0), batch_size=3)
+    assert encode_latents(index_datasets([dataset]), cuda_model, cuda_cache, encoding) == keys
+    for key in keys.values():
+        torch.testing.assert_close(cuda_cache.load(key), cache.load(key), rtol=1e-2, atol=1e-2)

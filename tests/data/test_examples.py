@@ -1,0 +1,223 @@
+"""Indexing: which files become examples, in which order, and how all bad ones are told at once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from attrs import evolve
+from PIL import Image
+
+from lorakit.config.datasets import DatasetConfig, SubsetConfig
+from lorakit.data.examples import captions_vary, index_datasets
+from lorakit.data.memo import StatMemo
+from lorakit.errors import DataError
+
+WithSubset = Callable[..., DatasetConfig]
+
+
+def test_examples_of_a_folder(dataset: DatasetConfig):
+    """Every image is an example, sorted by name, with its caption, bucket and a name without its folder."""
+    (indexed,) = index_datasets([dataset])
+    assert [example.image.stem for example in indexed.examples] == [
+        "astronaut",
+        "chelsea",
+        "coffee",
+        "motorcycle",
+        "rocket",
+    ]
+    assert [example.placement.bucket for example in indexed.examples] == [(96, 96), *[(112, 80)] * 3, (80, 112)]
+    first = indexed.examples[0]
+    assert first.caption == "photo, astronaut, sharp"
+    assert first.identity == "0/0/astronaut.png"
+    assert first.subset is dataset.subsets[0]
+
+
+def test_identity_does_not_depend_on_where_the_folder_is(dataset: DatasetConfig, folder: Path, with_subset: WithSubset):
+    """A copy of the folder elsewhere has the same identities; another subset or dataset has its own."""
+    elsewhere = folder.parent / "elsewhere"
+    shutil.copytree(folder, elsewhere)
+    moved = with_subset(image_dir=elsewhere)
+
+    def identities(*datasets: DatasetConfig) -> list[str]:
+        return [example.identity for indexed in index_datasets(datasets) for example in indexed.examples]
+
+    assert identities(moved) == identities(dataset)
+    twice = evolve(dataset, subsets=dataset.subsets * 2)
+    assert len(set(identities(twice, moved))) == 15
+
+
+def test_result_does_not_depend_on_the_number_of_threads(dataset: DatasetConfig):
+    """One thread and many find the same."""
+    assert index_datasets([dataset, dataset], workers=1) == index_datasets([dataset, dataset], workers=7)
+
+
+def test_only_images_are_taken(folder: Path, dataset: DatasetConfig):
+    """Extensions count in any case; other files, hidden files and folders do not; links are followed."""
+    (folder / "notes.md").write_text("no image")
+    (folder / "._chelsea.png").write_bytes(b"what macOS leaves on foreign disks")
+    (folder / "inner.png").mkdir()
+    shutil.copy(folder / "coffee.png", folder / "upper.PnG")
+    (folder / "linked.png").symlink_to(folder / "rocket.png")
+    names = {example.image.name for example in index_datasets([dataset])[0].examples}
+    assert names == {f"{name}.png" for name in ("astronaut", "chelsea", "coffee", "linked", "motorcycle", "rocket")} | {
+        "upper.PnG"
+    }
+
+
+def test_images_of_one_stem_share_a_caption(folder: Path, dataset: DatasetConfig):
+    """Two images that differ in their extension only are two examples with the same caption."""
+    with Image.open(folder / "chelsea.png") as image:
+        image.rotate(180).save(folder / "chelsea.jpg")
+    pair = [example for example in index_datasets([dataset])[0].examples if example.image.stem == "chelsea"]
+    assert [example.caption for example in pair] == ["photo, chelsea, sharp"] * 2
+    assert len({example.identity for example in pair}) == 2
+
+
+def test_name_that_is_no_text(folder: Path, dataset: DatasetConfig):
+    """A file name with bytes that are no UTF-8 still has an identity that can be a key."""
+    shutil.copy(folder / "coffee.png", os.fsencode(folder) + b"/A\xff.png")
+    assert index_datasets([dataset])[0].examples[0].identity.encode() == rb"0/0/A\udcff.png"
+
+
+def test_missing_captions(
+    folder: Path, dataset: DatasetConfig, with_subset: WithSubset, caplog: pytest.LogCaptureFixture
+):
+    """Class tokens stand in for a missing caption file; without them the caption is empty, with one warning."""
+    for name in ("coffee.txt", "rocket.txt"):
+        (folder / name).unlink()
+    (folder / "astronaut.txt").write_text("")
+    with caplog.at_level(logging.WARNING):
+        examples = index_datasets([with_subset(class_tokens="a thing")])[0].examples
+        assert [example.caption for example in examples if example.image.stem in ("coffee", "rocket")] == [
+            "a thing"
+        ] * 2
+        assert examples[0].caption == ""
+        assert not caplog.records
+        examples = index_datasets([dataset])[0].examples
+    assert [example.caption for example in examples].count("") == 3
+    assert [record.message for record in caplog.records] == [
+        f"Images without a caption file train on an empty caption (2): {folder / 'coffee.png'}, {folder / 'rocket.png'}"
+    ]
+
+
+def test_warning_lists_at_most_five_files(folder: Path, dataset: DatasetConfig, caplog: pytest.LogCaptureFixture):
+    """With many missing captions, five are named and all are counted."""
+    for number in range(6):
+        shutil.copy(folder / "coffee.png", folder / f"extra{number}.png")
+    index_datasets([dataset])
+    assert "(6)" in caplog.text
+    assert "extra4.png, …" in caplog.text
+    assert "extra5" not in caplog.text
+
+
+def test_all_bad_files_are_told_at_once(folder: Path, dataset: DatasetConfig, with_subset: WithSubset):
+    """One error names every folder and file that cannot be used, each with its cause and cure."""
+    (folder / "coffee.png").write_bytes(b"")
+    (folder / "rocket.txt").write_bytes(b"\xff\xff")
+    empty = folder.parent / "empty"
+    empty.mkdir()
+    datasets = [dataset, with_subset(image_dir=empty), with_subset(image_dir=folder / "nowhere")]
+    with pytest.raises(DataError) as caught:
+        index_datasets(datasets)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "4 problems with the data:"
+    assert sorted(lines[1:]) == sorted(
+        [
+            f"  {empty}: holds no images"
+            " (image_dir is searched for .bmp .jpeg .jpg .png .webp, not in folders inside it)",
+            f"  {folder / 'nowhere'}: cannot be listed: No such file or directory"
+            " (check image_dir; relative paths are relative to the config file)",
+            f"  {folder / 'coffee.png'}: is empty (0 bytes) (restore or remove it)",
+            f"  {folder / 'rocket.txt'}: is not UTF-8 text (byte 0) (save it as UTF-8)",
+        ]
+    )
+
+
+def test_long_lists_of_problems_are_cut(folder: Path, dataset: DatasetConfig):
+    """Of 25 bad files 20 are listed and the rest is counted."""
+    for number in range(25):
+        (folder / f"{number:02}.png").write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        index_datasets([dataset])
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "25 problems with the data:"
+    assert len(lines) == 22
+    assert lines[-1] == "  … and 5 more"
+
+
+def test_image_too_small_for_a_bucket_is_named(folder: Path, dataset: DatasetConfig):
+    """With bucket_no_upscale, a tiny image is an error that names it."""
+    Image.new("RGB", (15, 40)).save(folder / "tiny.png")
+    with pytest.raises(DataError, match=r"tiny\.png: 15x40 pixels leave no bucket"):
+        index_datasets([evolve(dataset, bucket_no_upscale=True)])
+
+
+def test_image_dir_that_is_a_file(folder: Path, with_subset: WithSubset):
+    """A file in the place of the folder is an error that names it."""
+    with pytest.raises(DataError, match=r"coffee\.png: cannot be listed: Not a directory"):
+        index_datasets([with_subset(image_dir=folder / "coffee.png")])
+
+
+def test_warm_start_opens_no_image(dataset: DatasetConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With a memo of an earlier run, indexing opens no image; of a changed image it does."""
+    memo_file = tmp_path / "files.json"
+    cold = index_datasets([dataset], memo=StatMemo(memo_file))
+    opened: list[Path] = []
+    really_open = Image.open
+    monkeypatch.setattr(Image, "open", lambda path, **options: (opened.append(path), really_open(path, **options))[1])
+    assert index_datasets([dataset], memo=StatMemo(memo_file)) == cold
+    assert opened == []
+    changed = cold[0].examples[2].image
+    Image.new("RGB", (64, 128)).save(changed)
+    warm = index_datasets([dataset], memo=StatMemo(memo_file))
+    assert opened == [changed]
+    assert warm[0].examples[2].placement.bucket == (64, 128)
+
+
+@pytest.mark.parametrize(
+    ("settings", "vary"),
+    [
+        ({}, False),
+        ({"shuffle_caption": True}, True),
+        ({"shuffle_caption": True, "keep_tokens": 1}, True),
+        ({"shuffle_caption": True, "keep_tokens": 2}, False),
+        ({"shuffle_caption": True, "caption_separator": ";"}, False),
+    ],
+)
+def test_captions_vary(with_subset: WithSubset, settings: dict[str, object], vary: bool):
+    """Captions vary only where shuffling has at least two tags to move."""
+    assert captions_vary(index_datasets([with_subset(**settings)])) is vary
+
+
+def test_index_and_plan_import_no_torch():
+    """Checking a dataset and planning an epoch need no torch."""
+    code = "import sys, lorakit.data.planning, lorakit.data.examples; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_empty_class_tokens_count_as_none(folder: Path, with_subset: WithSubset, caplog: pytest.LogCaptureFixture):
+    """Class tokens without a letter do not silence the warning."""
+    (folder / "coffee.txt").unlink()
+    index_datasets([with_subset(class_tokens="")])
+    assert str(folder / "coffee.png") in caplog.text
+
+
+def test_unused_subset_config_is_kept_apart(dataset: DatasetConfig, folder: Path):
+    """Each example knows the subset that it came from."""
+    other = SubsetConfig(image_dir=folder, num_repeats=3)
+    (indexed,) = index_datasets([evolve(dataset, subsets=(*dataset.subsets, other))])
+    assert [example.subset.num_repeats for example in indexed.examples] == [1] * 5 + [3] * 5
+
+
+def test_broken_link_is_told(folder: Path, dataset: DatasetConfig):
+    """A link to an image that is gone is an error that names it, not an image left out in silence."""
+    (folder / "linked.png").symlink_to(folder / "gone.png")
+    with pytest.raises(DataError, match=r"linked\.png: cannot be read: No such file"):
+        index_datasets([dataset])

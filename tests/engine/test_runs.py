@@ -1,0 +1,246 @@
+"""Whole runs: files, repetition, resuming, interruption, and several processes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomlkit
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import lorakit
+from lorakit.config.sections import TrainConfig
+from lorakit.engine.assembly import assemble, train_config
+from lorakit.engine.observing import Observer, Observers
+from lorakit.engine.processes import Processes
+from lorakit.engine.trainer import train
+from lorakit.errors import ConfigError, Interrupted, TrainingDiverged
+from lorakit.plugins import Catalog
+
+
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file."""
+    return load_file(path)
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    """Whether two sets of tensors are equal bit for bit."""
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def write_config(tables: dict[str, Any], folder: Path, **sections: dict[str, Any]) -> Path:
+    """A config file with changed sections."""
+    merged = {key: {**value, **sections.get(key, {})} for key, value in tables.items()}
+    merged |= {key: value for key, value in sections.items() if key not in merged}
+    path = folder / "config.toml"
+    path.write_text(tomlkit.dumps(merged))
+    return path
+
+
+def run_lorakit(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
+    command = [sys.executable, *launcher, "-m", "lorakit", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_files_of_a_run(make_config, catalog: Catalog) -> None:
+    """A run leaves its epochs' files, the final file and the resolved config, and nothing else."""
+    config = make_config(
+        training={"max_epochs": 4, "max_steps": 1},
+        output={"save_every_n_epochs": 1, "keep_last": 2},
+    )
+    final = train_config(config, catalog)
+    assert sorted(path.name for path in config.output.dir.iterdir()) == [
+        "test-000002.safetensors",
+        "test-000003.safetensors",
+        "test.config.toml",
+        "test.safetensors",
+    ]
+    assert final == config.output.dir / "test.safetensors"
+
+
+def test_saves_every_n_steps(make_config, catalog: Catalog) -> None:
+    """Files of steps carry the step in eight digits, and the last step is only the final file."""
+    config = make_config(output={"save_every_n_steps": 2})
+    train_config(config, catalog)
+    assert sorted(path.name for path in config.output.dir.glob("*.safetensors")) == [
+        "test-step00000002.safetensors",
+        "test-step00000004.safetensors",
+        "test.safetensors",
+    ]
+
+
+def test_resolved_config_repeats_the_run(make_config, tmp_path: Path) -> None:
+    """Training from the config that a run left gives the same file, bit for bit."""
+    first = lorakit.train(make_config())
+    again = lorakit.train(first.with_name("test.config.toml"), overrides=[f"output.dir={tmp_path / 'again'}"])
+    assert first != again
+    assert same(weights_of(first), weights_of(again))
+
+
+def test_seed_decides(make_config) -> None:
+    """Another seed gives another file."""
+    first = weights_of(lorakit.train(make_config()))
+    other = weights_of(lorakit.train(make_config(training={"seed": 43}, output={"name": "other"})))
+    assert first.keys() == other.keys()
+    assert not same(first, other)
+
+
+def test_metadata_is_what_webuis_read(make_config) -> None:
+    """The header holds text only, JSON where a reader parses it, and hashes that are right."""
+    config = make_config(model={"clip_skip": 2}, network={"name": "c3lier", "conv_rank": 2})
+    path = lorakit.train(config)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_base_model_version"] == "sd_v1"
+    assert metadata["ss_v2"] == "False"
+    assert metadata["ss_network_module"] == "networks.lora"
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "4.0")
+    assert json.loads(metadata["ss_network_args"])["conv_dim"] == "2"
+    assert metadata["ss_clip_skip"] == "2"
+    assert metadata["ss_output_name"] == "test"
+    assert metadata["ss_steps"] == "6"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    folders = json.loads(metadata["ss_dataset_dirs"])
+    assert sum(folder["img_count"] for folder in folders.values()) == int(metadata["ss_num_train_images"])
+    assert json.loads(metadata["ss_bucket_info"])["buckets"]["0"]["resolution"] == [64, 64]
+    assert json.loads(metadata["ss_tag_frequency"])
+    assert "lora_adapter_metadata" not in metadata
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "lion", "dadaptation", "adafactor"])
+def test_resumed_run_is_bit_equal(make_config, catalog: Catalog, optimizer: str) -> None:
+    """A run stopped in mid-epoch and resumed ends as the uninterrupted one, with dropout and accumulation."""
+    sections = {
+        "network": {"dropout": 0.1},
+        "optimizer": {"name": optimizer},
+        "lr_scheduler": {"name": "cosine"},
+        "training": {"max_steps": 6, "gradient_accumulation_steps": 3},
+    }
+    whole = lorakit.train(make_config(**sections, output={"name": "whole"}))
+    stopped = make_config(**sections)
+    with pytest.raises(Interrupted, match="step 3 of 6"):
+        _train_until(stopped, catalog, 3)
+    assert not (stopped.output.dir / "test.safetensors").exists()
+    resumed = train_config(stopped, catalog, resume=Path())
+    assert same(weights_of(whole), weights_of(resumed))
+
+
+def _train_until(config: TrainConfig, catalog: Catalog, last: int) -> None:
+    """Train, with a request to stop that comes during a step."""
+
+    class Stop(Observer):
+        def step_finished(self, step: int) -> None:
+            run.stop.made = step == last
+
+    run = assemble(config, Processes(torch.device("cpu")))
+    run.observers = Observers([("stop", True, Stop())])
+    train(run)
+
+
+def test_state_of_another_config_is_refused(make_config, catalog: Catalog) -> None:
+    """A state is not taken up by a run whose result would be neither of the two."""
+    with pytest.raises(Interrupted):
+        _train_until(make_config(), catalog, 2)
+    with pytest.raises(ConfigError, match="another config"):
+        train_config(make_config(optimizer={"lr": 2e-3}), catalog, resume=Path())
+    with pytest.raises(ConfigError, match="no state"):
+        train_config(make_config(output={"name": "unknown"}), catalog, resume=Path())
+
+
+def test_a_longer_run_may_go_on(make_config, catalog: Catalog) -> None:
+    """A state may be taken up by the same config with more steps."""
+    whole = lorakit.train(make_config(training={"max_steps": 8}, output={"name": "whole"}))
+    lorakit.train(make_config(output={"save_state": True}))
+    longer = train_config(make_config(training={"max_steps": 8}), catalog, resume=Path())
+    assert same(weights_of(whole), weights_of(longer))
+
+
+def test_infinite_loss_stops_the_run(make_config, catalog: Catalog) -> None:
+    """A diverging run names step, images and cure, and keeps what was saved before."""
+    config = make_config(
+        optimizer={"name": "lion", "lr": 1e30}, training={"max_steps": 50}, output={"save_every_n_steps": 1}
+    )
+    with pytest.raises(TrainingDiverged, match=r"step \d+: .*(nan|inf).*\.png.*Lower optimizer\.lr") as caught:
+        train_config(config, catalog)
+    failed = int(str(caught.value).split("step ")[1].split(":")[0])
+    assert failed > 1
+    assert not (config.output.dir / "test.safetensors").exists()
+    saved = sorted(config.output.dir.glob("test-step*.safetensors"))
+    assert len(saved) == failed - 1
+    assert all(tensor.isfinite().all() for path in saved for tensor in weights_of(path).values())
+
+
+def test_failing_observer_is_detached(make_config, catalog: Catalog, caplog: pytest.LogCaptureFixture) -> None:
+    """An observer that raises is named and left out; the run goes on to its end."""
+
+    class Broken(Observer):
+        def step_finished(self, step: int) -> None:
+            raise ValueError(f"no step {step} for me")
+
+    config = make_config()
+    run = assemble(config, Processes(torch.device("cpu")))
+    steps: list[int] = []
+    counting = Observer()
+    counting.step_finished = steps.append  # type: ignore[method-assign]
+    run.observers = Observers([("broken", False, Broken()), ("counting", False, counting)])
+    train(run)
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert caplog.text.count("no step") == 1
+
+
+def test_signal_saves_a_state(tables: dict[str, Any], tmp_path: Path) -> None:
+    """SIGTERM ends the command with 130 after a whole state is saved, and --resume goes on from it."""
+    path = write_config(tables, tmp_path, training={"max_steps": 60})
+    whole = run_lorakit("train", path, "--set", "output.name=whole")
+    assert whole.returncode == 0, whole.stderr
+    command = [sys.executable, "-m", "lorakit", "train", str(path), "--set", "output.save_every_n_steps=1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "out").glob("test-step*.safetensors")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out" / "test.safetensors").exists()
+    resumed = run_lorakit("train", path, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on from step" in resumed.stderr
+    out = tmp_path / "out"
+    assert same(weights_of(out / "whole.safetensors"), weights_of(out / "test.safetensors"))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_equal_one(tables: dict[str, Any], tmp_path: Path, accumulation: int) -> None:
+    """Two processes with batch size 1 give what one with batch size 2 gives, up to the order of summation."""
+    training = {"max_steps": 4, "gradient_accumulation_steps": accumulation}
+    # With its usual eps, Adam takes full steps where a gradient is nothing but rounding.
+    path = write_config(tables, tmp_path, training=training, network={"rank_dropout": 0.2}, optimizer={"eps": 0.01})
+    alone = run_lorakit("train", path, "--set", "data.batch_size=2", "--set", "output.name=alone")
+    assert alone.returncode == 0, alone.stderr
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(_free_port()))  # fmt: skip
+    together = run_lorakit("train", path, launcher=launcher)
+    assert together.returncode == 0, together.stderr
+    left = weights_of(tmp_path / "out" / "alone.safetensors")
+    right = weights_of(tmp_path / "out" / "test.safetensors")
+    assert left.keys() == right.keys()
+    assert any(tensor.abs().max() > 0 for key, tensor in left.items() if "lora_up" in key)
+    for key in left:
+        torch.testing.assert_close(right[key], left[key], rtol=1e-4, atol=1e-7, msg=key)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

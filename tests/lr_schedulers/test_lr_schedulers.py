@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import optimization as hf
+
+from lorakit.builtin.lr_schedulers.constant import ConstantConfig
+from lorakit.builtin.lr_schedulers.constant_with_warmup import ConstantWithWarmupConfig
+from lorakit.builtin.lr_schedulers.cosine import CosineConfig
+from lorakit.builtin.lr_schedulers.cosine_with_restarts import CosineWithRestartsConfig
+from lorakit.builtin.lr_schedulers.linear import LinearConfig
+from lorakit.builtin.lr_schedulers.polynomial import PolynomialConfig
+from lorakit.components import LRSchedulerConfig
+
+STEPS, LR = 40, 2e-4
+
+SCHEDULES: list[tuple[LRSchedulerConfig, Callable[[Optimizer], LRScheduler]]] = [
+    (ConstantConfig(), hf.get_constant_schedule),
+    (ConstantWithWarmupConfig(warmup_steps=10), lambda o: hf.get_constant_schedule_with_warmup(o, 10)),
+    (LinearConfig(), lambda o: hf.get_linear_schedule_with_warmup(o, 0, STEPS)),
+    (LinearConfig(warmup_steps=7), lambda o: hf.get_linear_schedule_with_warmup(o, 7, STEPS)),
+    (LinearConfig(warmup_steps=0.26), lambda o: hf.get_linear_schedule_with_warmup(o, 10, STEPS)),
+    (LinearConfig(warmup_steps=60), lambda o: hf.get_linear_schedule_with_warmup(o, 60, STEPS)),
+    (CosineConfig(warmup_steps=7), lambda o: hf.get_cosine_schedule_with_warmup(o, 7, STEPS)),
+    (
+        CosineWithRestartsConfig(warmup_steps=4, num_cycles=3),
+        lambda o: hf.get_cosine_with_hard_restarts_schedule_with_warmup(o, 4, STEPS, num_cycles=3),
+    ),
+    (
+        PolynomialConfig(warmup_steps=4, power=2.0),
+        lambda o: hf.get_polynomial_decay_schedule_with_warmup(o, 4, STEPS, lr_end=1e-7, power=2.0),
+    ),
+    (
+        PolynomialConfig(lr_end=5e-5),
+        lambda o: hf.get_polynomial_decay_schedule_with_warmup(o, 0, STEPS, lr_end=5e-5),
+    ),
+]
+
+
+def optimizer(*rates: float) -> Optimizer:
+    """A real optimizer with one parameter group for each learning rate."""
+    return SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates], lr=LR)
+
+
+def rates_over(scheduler: LRScheduler, steps: int) -> list[list[float]]:
+    """The learning rates of each step, by group."""
+    rates = []
+    for _ in range(steps):
+        rates.append([group["lr"] for group in scheduler.optimizer.param_groups])
+        scheduler.optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize(("config", "theirs"), SCHEDULES, ids=lambda value: getattr(value, "name", ""))
+def test_equals_transformers(config: LRSchedulerConfig, theirs: Callable[[Optimizer], LRScheduler]) -> None:
+    """Every step's learning rate, and the one after the last step, is that of the schedules of transformers."""
+    ours = [rate for (rate,) in rates_over(config.build(optimizer(LR), STEPS), STEPS + 1)]
+    expected = [rate for (rate,) in rates_over(theirs(optimizer(LR)), STEPS + 1)]
+    assert ours == pytest.approx(expected, rel=1e-12, abs=1e-18)
+
+
+def test_each_group_keeps_its_proportion() -> None:
+    """Two groups with different learning rates follow the same curve, each from its own."""
+    for unet, text_encoder in rates_over(CosineConfig(warmup_steps=5).build(optimizer(1e-4, 1e-5), STEPS), STEPS):
+        assert unet == pytest.approx(10 * text_encoder)
+
+
+def test_polynomial_ends_at_lr_end_for_each_group() -> None:
+    """Each group falls to lr_end, also from a learning rate of its own; one that is lower already stays."""
+    rates = rates_over(PolynomialConfig(lr_end=1e-5).build(optimizer(1e-4, 1e-3, 1e-6), STEPS), STEPS + 1)
+    assert rates[-1] == pytest.approx([1e-5, 1e-5, 1e-6])
+
+
+def test_resumed_schedule_goes_on() -> None:
+    """A schedule restored from its state gives the rates of one that was never interrupted."""
+    whole = rates_over(CosineConfig(warmup_steps=5).build(optimizer(LR), STEPS), STEPS)
+    first = CosineConfig(warmup_steps=5).build(optimizer(LR), STEPS)
+    head = rates_over(first, 17)
+    second = CosineConfig(warmup_steps=5).build(optimizer(LR), STEPS)
+    second.load_state_dict(first.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    assert head + rates_over(second, STEPS - 17) == whole
+
+
+def test_warmup_that_makes_no_sense() -> None:
+    """A number of steps that is not whole is a problem of `warmup_steps`; whole steps and shares are not."""
+    assert [problem.key for problem in LinearConfig(warmup_steps=1.5).problems()] == ["warmup_steps"]
+    for good in (0, 0.5, 1, 500):
+        assert not list(LinearConfig(warmup_steps=good).problems())
+    with pytest.raises(ValueError, match="warmup_steps"):
+        LinearConfig(warmup_steps=-1)

@@ -1,0 +1,20 @@
+"""Builds Stable Diffusion from a path, without a config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lorakit.models.stable_diffusion.model import StableDiffusion, Variant
+from lorakit.models.stable_diffusion.parts import StoredModel
+
+CPU = torch.device("cpu")
+
+
+def stable_diffusion(
+    path: Path, dtype: torch.dtype = torch.float32, vae: Path | None = None, **options: object
+) -> StableDiffusion:
+    """The model at a path, on the CPU; options are those of `Variant`."""
+    variant = Variant(version="sd_v1", architecture="stable-diffusion-v1/lora", **options)  # type: ignore[arg-type]
+    return StableDiffusion(StoredModel(path, vae), variant, CPU, dtype)

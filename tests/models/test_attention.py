@@ -1,0 +1,72 @@
+"""The U-Net's attention through a backend, against diffusers' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from torch import Tensor
+
+from lorakit.models.stable_diffusion.attention import BackendProcessor
+from tests.models.building import stable_diffusion
+
+
+class Recorder:
+    """Attention of PyTorch that notes what it was given."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[torch.Size, torch.Size, torch.dtype]] = []
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Scaled dot-product attention."""
+        assert key.shape == value.shape
+        self.calls.append((query.shape, key.shape, query.dtype))
+        return F.scaled_dot_product_attention(query, key, value)
+
+
+@pytest.mark.parametrize("context", [None, 24])
+def test_attention_is_that_of_diffusers(context: int | None) -> None:
+    """Self- and cross-attention agree with diffusers' plain processor."""
+    torch.manual_seed(0)
+    attention = Attention(query_dim=32, cross_attention_dim=context, heads=4, dim_head=8).eval()
+    hidden = torch.randn(2, 10, 32)
+    states = None if context is None else torch.randn(2, 7, context)
+    attention.set_processor(AttnProcessor())
+    expected = attention(hidden, encoder_hidden_states=states)
+    backend = Recorder()
+    attention.set_processor(BackendProcessor(backend))
+    torch.testing.assert_close(attention(hidden, encoder_hidden_states=states), expected)
+    assert backend.calls == [((2, 4, 10, 8), (2, 4, 10 if context is None else 7, 8), torch.float32)]
+
+
+def test_upcast_attention_is_computed_in_float32() -> None:
+    """Where the model asks for it, the backend gets float32 and the result has the model's number format."""
+    attention = Attention(query_dim=32, heads=4, dim_head=8, upcast_attention=True).eval().bfloat16()
+    backend = Recorder()
+    attention.set_processor(BackendProcessor(backend))
+    assert attention(torch.randn(1, 5, 32).bfloat16()).dtype == torch.bfloat16
+    assert backend.calls[0][2] == torch.float32
+
+
+def test_a_mask_is_refused() -> None:
+    """A mask, which the U-Net never has, is not silently left out."""
+    attention = Attention(query_dim=32, heads=4, dim_head=8, processor=BackendProcessor(Recorder()))
+    with pytest.raises(ValueError, match="no mask"):
+        attention(torch.randn(1, 5, 32), attention_mask=torch.ones(1, 5))
+
+
+@pytest.mark.parametrize("before_reading", [True, False])
+def test_backend_computes_all_attention_of_the_unet(tiny_file: Path, before_reading: bool) -> None:
+    """Chosen before or after the U-Net is read, the backend computes every attention and changes no prediction."""
+    model, backend = stable_diffusion(tiny_file), Recorder()
+    inputs = (torch.randn(2, 4, 8, 8), torch.tensor([1, 500]), {"hidden_states": torch.randn(2, 77, 32)})
+    expected = stable_diffusion(tiny_file).predict(*inputs)
+    if not before_reading:
+        assert model.denoiser
+    model.use_attention(backend)
+    torch.testing.assert_close(model.predict(*inputs), expected)
+    attentions = [module for module in model.denoiser.modules() if isinstance(module, Attention)]
+    assert len(backend.calls) == len(attentions) == 20

@@ -1,0 +1,97 @@
+"""Text and image encoders, against transformers and diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from transformers import CLIPTextModel
+
+from lorakit.errors import ModelError
+from lorakit.models.stable_diffusion.image import VaeEncoder
+from tests.models.building import stable_diffusion
+
+CAPTION = "a photo of a cat"
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_folder: Path) -> CLIPTextModel:
+    """The text encoder as transformers loads it."""
+    return CLIPTextModel.from_pretrained(tiny_folder / "text_encoder").eval()
+
+
+@pytest.mark.parametrize("clip_skip", [1, 2, 3])
+def test_hidden_states_are_those_of_transformers(tiny_file: Path, reference: CLIPTextModel, clip_skip: int) -> None:
+    """`clip_skip` k reads the k-th layer from the end through the last normalisation; 1 is the usual output."""
+    encoder = stable_diffusion(tiny_file, clip_skip=clip_skip).text_encoder
+    tokens = encoder.tokenize([CAPTION, "two dogs"])
+    output = reference(tokens[:, 0], output_hidden_states=True)
+    expected = reference.final_layer_norm(output.hidden_states[-clip_skip])
+    torch.testing.assert_close(encoder.encode(tokens)["hidden_states"], expected)
+    if clip_skip == 1:
+        torch.testing.assert_close(expected, output.last_hidden_state)
+
+
+@pytest.mark.parametrize("chunks", [2, 3])
+def test_chunks_are_encoded_alone_and_joined(tiny_file: Path, reference: CLIPTextModel, chunks: int) -> None:
+    """Of n chunks, the states are one start, 75 of each chunk, and one end: 75n + 2."""
+    encoder = stable_diffusion(tiny_file, max_token_length=75 * chunks).text_encoder
+    tokens = encoder.tokenize([" ".join([CAPTION] * 60), CAPTION])
+    states = encoder.encode(tokens)["hidden_states"]
+    assert states.shape == (2, 75 * chunks + 2, 32)
+    for row in range(2):
+        alone = [reference(tokens[row, index : index + 1]).last_hidden_state[0] for index in range(chunks)]
+        expected = torch.cat([alone[0][:1], *(chunk[1:-1] for chunk in alone), alone[-1][-1:]])
+        torch.testing.assert_close(states[row], expected)
+
+
+def test_more_layers_than_there_are_cannot_be_skipped(tiny_file: Path) -> None:
+    """A `clip_skip` beyond the encoder's layers is refused with their number."""
+    with pytest.raises(ModelError, match="has 3 layers; clip_skip must be at most that, not 4"):
+        stable_diffusion(tiny_file, clip_skip=4).text_encoder
+
+
+def test_latents_are_those_of_diffusers(tiny_file: Path, tiny_folder: Path) -> None:
+    """Mean and deviation are those of diffusers' VAE times the scaling factor, in float32."""
+    images = torch.rand(2, 3, 64, 48) * 2 - 1
+    mean, deviation = stable_diffusion(tiny_file).image_encoder.encode(images)
+    with torch.no_grad():
+        expected = AutoencoderKL.from_pretrained(tiny_folder / "vae").encode(images).latent_dist
+    torch.testing.assert_close(mean, expected.mean * 0.18215)
+    torch.testing.assert_close(deviation, expected.std * 0.18215)
+    assert mean.shape == (2, 4, 8, 6)
+    assert mean.dtype == deviation.dtype == torch.float32
+
+
+def test_scaling_factor_of_a_folder_is_used(tiny_folder: Path, tmp_path: Path) -> None:
+    """A folder's VAE says its own scaling factor."""
+    vae = AutoencoderKL.from_pretrained(tiny_folder / "vae")
+    vae.register_to_config(scaling_factor=0.5)
+    vae.save_pretrained(tmp_path / "vae")
+    images = torch.rand(1, 3, 64, 64)
+    other, _ = stable_diffusion(tiny_folder, vae=tmp_path / "vae").image_encoder.encode(images)
+    own, _ = stable_diffusion(tiny_folder).image_encoder.encode(images)
+    torch.testing.assert_close(other / 0.5, own / 0.18215)
+
+
+def test_overflow_in_half_precision_is_mended_per_image(tiny_file: Path) -> None:
+    """An image that overflows float16 is encoded again in float32; the others in its batch are left as they are."""
+    encoder = stable_diffusion(tiny_file, torch.float16).image_encoder
+    encoder.module.encoder.conv_in.weight.mul_(3000)
+    images = torch.rand(3, 3, 64, 64) * 0.01
+    images[1] *= 2000
+    half = encoder.module.encoder(images.half())
+    assert not half[1].isfinite().all()
+    assert half[[0, 2]].isfinite().all()
+    mean, deviation = encoder.encode(images)
+    exact = stable_diffusion(tiny_file, torch.float16).image_encoder.module.float()
+    exact.encoder.conv_in.weight.mul_(3000)
+    expected, _ = VaeEncoder(exact, 0.18215).encode(images)
+    assert mean.isfinite().all()
+    assert deviation.isfinite().all()
+    torch.testing.assert_close(mean[1], expected[1], rtol=2e-3, atol=2e-3)
+    alone, _ = encoder.encode(images[:1])
+    torch.testing.assert_close(mean[:1], alone)
+    assert encoder.module.encoder.conv_in.weight.dtype == torch.float16

@@ -1,0 +1,65 @@
+"""The noise schedule, against published values, the formulas in float64, and diffusers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+from lorakit.models.noise import DiscreteNoise
+
+REFERENCE = {
+    0: (0.99915000, 1175.47),
+    1: (0.99829603, 585.864),
+    10: (0.99043131, 103.508),
+    100: (0.89422348, 8.45389),
+    250: (0.67379263, 2.06553),
+    500: (0.27633268, 0.38185),
+    750: (0.05616985, 0.0595127),
+    900: (0.01415114, 0.0143543),
+    999: (0.00466010, 0.00468192),
+}
+"""Share of the signal's power ᾱ and signal-to-noise ratio by timestep."""
+
+
+@pytest.mark.parametrize(("timestep", "expected"), REFERENCE.items())
+def test_schedule_has_the_reference_values(timestep: int, expected: tuple[float, float]) -> None:
+    """Signal power and signal-to-noise ratio agree with the reference to all of its digits."""
+    noise, steps = DiscreteNoise(), torch.tensor([timestep])
+    signal = noise.add_noise(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), steps)
+    spread = noise.add_noise(torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), steps)
+    assert signal.item() ** 2 == pytest.approx(expected[0], abs=1e-7)
+    assert spread.item() ** 2 == pytest.approx(1 - expected[0], abs=1e-7)
+    assert noise.signal_to_noise(steps).item() == pytest.approx(expected[1], rel=5e-6)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_noise_and_target_are_those_of_diffusers(prediction: str) -> None:
+    """Noisy latents and targets agree with diffusers' DDPM at every timestep."""
+    scheduler = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
+    )
+    noise = DiscreteNoise(prediction)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    latents, drawn, steps = torch.randn(1000, 4, 2, 2), torch.randn(1000, 4, 2, 2), torch.arange(1000)
+    target = drawn if prediction == "epsilon" else scheduler.get_velocity(latents, drawn, steps)
+    torch.testing.assert_close(noise.add_noise(latents, drawn, steps), scheduler.add_noise(latents, drawn, steps))
+    torch.testing.assert_close(noise.target(latents, drawn, steps), target)
+
+
+def test_velocity_and_noisy_latents_determine_the_latents() -> None:
+    """x = √ᾱ·x̃ − √(1−ᾱ)·v, the identity that defines the velocity."""
+    noise, steps = DiscreteNoise("v_prediction"), torch.tensor([3, 400, 990])
+    latents, drawn = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
+    ratio = noise.signal_to_noise(steps).view(-1, 1, 1, 1)
+    signal, spread = (ratio / (1 + ratio)).sqrt(), (1 / (1 + ratio)).sqrt()
+    recovered = signal * noise.add_noise(latents, drawn, steps) - spread * noise.target(latents, drawn, steps)
+    torch.testing.assert_close(recovered, latents, atol=1e-5, rtol=1e-5)
+
+
+def test_other_latent_shapes_are_mixed_alike() -> None:
+    """Factors belong to the first side, whatever sides follow."""
+    noise, steps = DiscreteNoise(), torch.tensor([10, 900])
+    latents, drawn = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
+    flat = noise.add_noise(latents.flatten(1), drawn.flatten(1), steps)
+    assert torch.equal(flat.view_as(latents), noise.add_noise(latents, drawn, steps))

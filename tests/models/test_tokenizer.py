@@ -1,0 +1,128 @@
+"""Captions to token ids, against transformers' tokenizer and the rules for long captions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import CLIPTokenizer
+
+from lorakit.errors import ModelError
+from lorakit.models.stable_diffusion.tokenizer import CaptionTokenizer
+from tests.models.building import stable_diffusion
+
+CAPTIONS = [
+    "",
+    "a photo of a cat",
+    "  two   spaces\tand a tab\nand a line  ",
+    "A CAT IN CAPITALS, MiXeD",
+    "it's the dog's, they're we've I'm you'll he'd isn't O'Neill ''",
+    "1girl, 1024x768, 3.14, 20 years, ½ ² Ⅷ ٣",
+    "smile :) (brackets:1.2) [x] {y} <lora:z:1> a_b-c/d\\e|f @user #tag 50% a&b",
+    "猫 と 犬 한국어 العربية русский ελληνικά हिन्दी",
+    "café naïve Ünïcode ﬁne e\u0301 Å",
+    "👍🏽 👩\u200d👩\u200d👧 🇩🇪 🐱\ufe0f",
+    "non\u00a0breaking\u2003space \u200bzero width\ufeff",
+    "<|startoftext|> quoted <|endoftext|> tokens",
+    "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft",
+    "\x00\x1f control",
+]
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_folder: Path) -> CLIPTokenizer:
+    """The tokenizer of transformers with CLIP's vocabulary."""
+    return CLIPTokenizer.from_pretrained(tiny_folder / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> CaptionTokenizer:
+    """The tokenizer with the vocabulary that comes with the package."""
+    return CaptionTokenizer()
+
+
+def expected(reference: CLIPTokenizer, captions: list[str], length: int = 77) -> torch.Tensor:
+    """Ids as transformers gives them, [B, length]."""
+    return reference(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+
+def test_ids_are_those_of_transformers(reference: CLIPTokenizer, tokenizer: CaptionTokenizer) -> None:
+    """All kinds of text, from contractions to emoji, give the ids that transformers gives."""
+    tokens = tokenizer(CAPTIONS)
+    assert (tokens.shape, tokens.dtype) == ((len(CAPTIONS), 1, 77), torch.int64)
+    for caption, ours, theirs in zip(CAPTIONS, tokens[:, 0], expected(reference, CAPTIONS), strict=True):
+        assert ours.tolist() == theirs.tolist(), caption
+
+
+@settings(max_examples=200, deadline=None)
+@given(caption=st.text(max_size=60))
+def test_any_text_gives_the_ids_of_transformers(
+    reference: CLIPTokenizer, tokenizer: CaptionTokenizer, caption: str
+) -> None:
+    """Whatever the characters, the ids are those of transformers."""
+    assert torch.equal(tokenizer([caption])[0], expected(reference, [caption]))
+
+
+def test_known_ids(tokenizer: CaptionTokenizer) -> None:
+    """The ids of a common caption are those that CLIP was trained with."""
+    assert tokenizer(["a photo of a cat"])[0, 0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 49407]
+    assert tokenizer.vocabulary_size == 49408
+
+
+@pytest.mark.parametrize("chunks", [2, 3])
+@pytest.mark.parametrize("words", [0, 1, 74, 75, 76, 149, 150, 151, 224, 225, 300])
+def test_long_captions_are_cut_into_chunks(reference: CLIPTokenizer, chunks: int, words: int) -> None:
+    """Each chunk is the start token, 75 of the caption's padded ids, and the end token."""
+    caption = " ".join(["cat"] * words)
+    whole = expected(reference, [caption], 75 * chunks + 2)[0]
+    tokens = CaptionTokenizer(max_length=75 * chunks)([caption])[0]
+    assert tokens.shape == (chunks, 77)
+    for index, chunk in enumerate(tokens):
+        inner = whole[1 + 75 * index : 76 + 75 * index]
+        assert chunk.tolist() == [49406, *inner.tolist(), 49407]
+
+
+@pytest.mark.parametrize("words", [0, 1, 73, 74, 75, 76, 100, 149, 150, 151])
+def test_chunks_with_other_padding_end_where_the_caption_does(words: int) -> None:
+    """With padding that is not the end token, a full chunk ends with the end token and an empty one starts with it."""
+    tokens = CaptionTokenizer(max_length=150, pad=0)([" ".join(["cat"] * words)])[0]
+    cat, start, end = 2368, 49406, 49407
+    content = [cat] * min(words, 150)
+    padded = [*content, end, *[0] * 150]
+    for index, chunk in enumerate(tokens.tolist()):
+        body = padded[75 * index : 75 * index + 75]
+        last = end if body[-1] == cat else padded[150] if words >= 150 else 0
+        body[0] = end if body[0] == 0 else body[0]
+        assert chunk == [start, *body, last]
+
+
+def test_folders_own_tokenizer_is_used(tiny_folder: Path, reference: CLIPTokenizer, tmp_path: Path) -> None:
+    """A vocabulary in a folder, as `vocab.json` or `tokenizer.json`, is used instead of CLIP's own."""
+    reference.save_pretrained(tmp_path)
+    captions = ["a cat, it's 42 👍"]
+    assert torch.equal(CaptionTokenizer(tmp_path)(captions)[:, 0], expected(reference, captions))
+    assert torch.equal(CaptionTokenizer(tiny_folder / "tokenizer")(captions)[:, 0], expected(reference, captions))
+    merges = (tiny_folder / "tokenizer" / "merges.txt").read_text().splitlines()
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.json").write_bytes((tiny_folder / "tokenizer" / "vocab.json").read_bytes())
+    (tmp_path / "merges.txt").write_text("\n".join(merges[:1000]))
+    assert CaptionTokenizer(tmp_path)(["photograph"])[0, 0].tolist().index(49407) > 2
+
+
+def test_models_bring_their_own_tokenizer(tiny_folder: Path, tiny_file: Path) -> None:
+    """A model from a folder tokenizes as its single file does, which uses CLIP's vocabulary."""
+    own, packaged = (stable_diffusion(path).text_encoder for path in (tiny_folder, tiny_file))
+    assert torch.equal(own.tokenize(CAPTIONS), packaged.tokenize(CAPTIONS))
+
+
+@pytest.mark.parametrize("content", ["{}", "not json", '{"a": 0}'])
+def test_broken_tokenizers_are_named(tmp_path: Path, content: str) -> None:
+    """A tokenizer that cannot be read, or is not CLIP's, is refused by the folder's name."""
+    (tmp_path / "vocab.json").write_text(content)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(ModelError, match="tokenizer in") as caught:
+        CaptionTokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value)
