@@ -23,6 +23,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 STARTED = time.perf_counter()
 HERE = Path(__file__).parent
@@ -148,13 +152,15 @@ def run_floor(arguments: argparse.Namespace, timer: Timer) -> None:
 
 
 def _floor_step(unet: torch.nn.Module, latents: torch.Tensor, text: torch.Tensor) -> None:
+    import torch
+
     noisy = latents.to(text.dtype).requires_grad_()
     prediction = unet(noisy, torch.randint(1000, (1,)), text).sample
     torch.nn.functional.mse_loss(prediction.float(), torch.randn_like(latents)).backward()
 
 
 def run_lorakit(arguments: argparse.Namespace, timer: Timer) -> None:
-    """lorakit's own loop, with an observer that takes the time and asks to stop."""
+    """Lorakit's own loop, with an observer that takes the time and asks to stop."""
     from lorakit.config.reading import read_config
     from lorakit.engine.assembly import assemble
     from lorakit.engine.observing import Observer, Observers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -88,7 +89,8 @@ def train(config: Path, overrides: tuple[str, ...], resume: Path | None) -> None
     from lorakit.engine.assembly import train_config
 
     path = train_config(checked, catalog, resume)
-    click.echo(f"Done: {path}")
+    if _is_main_process():
+        click.echo(f"Done: {path}")
 
 
 @cli.command(short_help="Say all that is wrong with a config file.")
@@ -158,6 +160,11 @@ def _columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
 
 
+def _is_main_process() -> bool:
+    """Whether this process speaks to the user; launchers number the processes of a run."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _catalog() -> Catalog:
     from lorakit.plugins import Catalog
 
@@ -169,7 +176,7 @@ def _checked(path: Path, overrides: tuple[str, ...], catalog: Catalog) -> TrainC
     from lorakit.config.reading import read_config
 
     config = read_config(path, overrides, catalog)
-    for warning in config.warnings():
+    for warning in config.warnings() if _is_main_process() else ():
         click.secho(f"warning: {warning}", fg="yellow", err=True)
     return config
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
+    from lorakit.checkpoints import CheckpointSummary
     from lorakit.components import (
         AttentionConfig,
         LRSchedulerConfig,
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
         OptimizerConfig,
         SaverConfig,
     )
-    from lorakit.checkpoints import CheckpointSummary
 
 hookspec = pluggy.HookspecMarker("lorakit")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from attrs import frozen
@@ -31,17 +32,24 @@ class HubModel:
 
         A `ModelError` if the Hub has no such model, or cannot be reached and nothing was downloaded before.
         """
-        from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError
 
         try:
-            return Path(snapshot_download(self.repo, allow_patterns=list(files)))
+            return _downloaded(self.repo, tuple(files))
         except (OSError, ValueError, HfHubHTTPError) as error:
             reason = str(error).strip().split("\n")[0]
             raise ModelError(
                 f"{self.repo} was not found: there is no {self.looked_at}, and it could not be fetched from the "
                 f"Hugging Face Hub ({reason}); download the model and give the path of its folder or file"
             ) from error
+
+
+@cache
+def _downloaded(repo: str, files: tuple[str, ...]) -> Path:
+    """The local folder of a repository with these files; asks the Hub once per process."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(repo, allow_patterns=list(files)))
 
 
 Location = Path | HubModel

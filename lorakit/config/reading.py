@@ -186,25 +186,29 @@ def _problems_on_disk(sections: Mapping[str, Any]) -> Iterable[Problem]:
             yield Problem(key, reason, "choose another folder")
 
 
-def _keys_of_kind(catalog: Catalog, base: type[Component]) -> list[str]:
-    """All keys that any component of a kind has."""
-    registrations = [found for same_name in catalog.of_kind(base).values() for found in same_name]
-    return list(dict.fromkeys(key for found in registrations for key in field_names(found.component)))
+def _keys_of_kind(catalog: Catalog, base: type[Component]) -> dict[str, list[str]]:
+    """All keys that components of a kind have, each with the names of those that have it."""
+    owners: dict[str, list[str]] = {}
+    for name, registrations in catalog.of_kind(base).items():
+        for key in dict.fromkeys(key for found in registrations for key in field_names(found.component)):
+            owners.setdefault(key, []).append(name)
+    return owners
 
 
 def _places(catalog: Catalog) -> dict[str, str]:
-    """The full key of each option by its bare name, for hints; the first section that has it wins."""
-    keys = {
-        "model": [*_keys_of_kind(catalog, ModelFamilyConfig), "family"],
-        "data": [*SECTION_KEYS, *DATASET_KEYS, *SUBSET_KEYS],
-        **{section: field_names(cls) for section, cls in PLAIN_SECTIONS.items()},
-        **{section: _keys_of_kind(catalog, base) for section, (base, _) in COMPONENT_SECTIONS.items()},
-    }
+    """Where each option stands, by its bare name, for hints; the first section that has it wins."""
     places: dict[str, str] = {}
+    keys = {"data": [*SECTION_KEYS, *DATASET_KEYS, *SUBSET_KEYS]}
+    keys |= {section: field_names(cls) for section, cls in PLAIN_SECTIONS.items()}
     for section, names in keys.items():
-        for name in names:
-            places.setdefault(name, f"{section}.{name}")
-    return {name: place for name, place in places.items() if name != "name"}
+        places = {**{name: f"{section}.{name}" for name in names}, **places}
+    kinds = {"model": ModelFamilyConfig, **{section: base for section, (base, _) in COMPONENT_SECTIONS.items()}}
+    for section, base in kinds.items():
+        for key, owners in _keys_of_kind(catalog, base).items():
+            is_shared = len(owners) == len(catalog.of_kind(base))
+            places.setdefault(key, f"{section}.{key}" + ("" if is_shared else f" of {' or '.join(owners)}"))
+    del places["name"]
+    return places
 
 
 def _overridden(tables: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

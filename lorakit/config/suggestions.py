@@ -62,7 +62,7 @@ KOHYA_NAMES: Mapping[str, str] = {
 def hint_for(section: str, name: str, known: Collection[str], places: Mapping[str, str]) -> str:
     """What an unknown key of a section may have been meant to be.
 
-    `known` are the section's keys; `places` gives the full key of options by their bare names.
+    `known` are the section's keys; `places` says, by bare name, where options of other sections and components stand.
     """
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if name in KOHYA_NAMES:

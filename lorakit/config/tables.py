@@ -108,9 +108,13 @@ class TableReader:
 
     def instance(
         self, cls: type[ConfigT], values: Mapping[str, Any], section: str, paths: Mapping[str, str] | None = None
-    ) -> ConfigT:
-        """An instance of `cls`; what is wrong with its values taken together is noted."""
-        config = cls(**values)
+    ) -> ConfigT | None:
+        """An instance of `cls`, or None if it refuses the values; what is wrong with them taken together is noted."""
+        try:
+            config = cls(**values)
+        except Exception as error:  # a plugin's class can raise anything
+            self.report(section, f"cannot be used: {error}")
+            return None
         for problem in getattr(config, "problems", lambda: ())():
             key = (paths or {}).get(problem.key) or _join(section, problem.key)
             self.report(key, problem.message, problem.hint)
@@ -128,7 +132,8 @@ class TableReader:
 
 
 def _join(section: str, name: str) -> str:
-    return f"{section}.{name}" if section and name else section or name
+    key = name if re.fullmatch(r"[\w\[\].-]+", name) else repr(name)
+    return f"{section}.{key}" if section else key
 
 
 def _in_words(error: Exception, value: object) -> str:

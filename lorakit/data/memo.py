@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lorakit.data.buckets import Size
 from lorakit.data.images import read_size
@@ -18,7 +18,7 @@ _FORMAT = 1
 
 
 class StatMemo:
-    """Remembers digests and sizes of image files by their path, length and time of change.
+    """Remembers what was computed from files, such as digests and sizes of images, by their path, length and time of change.
 
     Any number of threads may use one, and any number of runs the same file.
     """
@@ -30,11 +30,11 @@ class StatMemo:
 
     def digest(self, path: Path) -> str:
         """A key of the file's content. Raises DataError where it cannot be read."""
-        return str(self._recall(path, "digest", content_digest))
+        return str(self.remember(path, "digest", lambda: content_digest(path)))
 
     def size(self, path: Path) -> Size:
         """Width and height of an image as it is seen. Raises DataError where it is none."""
-        width, height = self._recall(path, "size", read_size)
+        width, height = self.remember(path, "size", lambda: read_size(path))
         return width, height
 
     def save(self) -> None:
@@ -45,7 +45,8 @@ class StatMemo:
             write_atomically(self._file, content.encode())
             self._new = {}
 
-    def _recall(self, path: Path, fact: Literal["digest", "size"], compute: Callable[[Path], object]) -> Any:
+    def remember(self, path: Path, name: str, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns, a JSON value, computed once per name for as long as the file stays the same."""
         key = os.path.abspath(path)  # noqa: PTH100 - `Path.resolve` would touch every folder on the way
         try:
             status = path.stat()
@@ -55,10 +56,10 @@ class StatMemo:
         record = self._new.get(key) or self._records.get(key)
         if record is None or record["stamp"] != stamp:
             record = {"stamp": stamp}
-        if fact not in record:
-            record = {**record, fact: compute(path)}
+        if name not in record:
+            record = {**record, name: compute()}
             self._new[key] = record
-        return record[fact]
+        return record[name]
 
 
 def content_digest(path: Path) -> str:

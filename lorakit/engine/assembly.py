@@ -18,8 +18,8 @@ from lorakit.components import ObserverConfig
 from lorakit.config.sections import TrainConfig
 from lorakit.data.batches import BatchLoader
 from lorakit.data.cache import Cache
-from lorakit.data.encoding import CaptionKeys, Encoding, LatentKeys, encode_captions, encode_latents
-from lorakit.data.examples import IndexedDataset, captions_vary, index_datasets
+from lorakit.data.encoding import CaptionKeys, Encoding, encode_captions, encode_latents
+from lorakit.data.examples import captions_vary, index_datasets
 from lorakit.engine.gradients import FlatGradients
 from lorakit.engine.metadata import run_metadata
 from lorakit.engine.observing import Observers
@@ -35,6 +35,9 @@ from lorakit.networks.saving import read_adapter
 from lorakit.plugins import Catalog
 
 log = logging.getLogger(__name__)
+
+EVERY_RUN_HAS = ("checkpoints", "progress")
+"""Observers that need not be named in the config; one that is replaces its default."""
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -54,7 +57,10 @@ def train_config(config: TrainConfig, catalog: Catalog, resume: Path | None = No
     if processes.is_main:
         run.writer.write_config()
         run.observers = build_observers(run, catalog)
-    train(run)
+    try:
+        train(run)
+    finally:
+        run.loader.cache.memo.save()
     return run.writer.path(config.output.name)
 
 
@@ -70,7 +76,7 @@ def assemble(config: TrainConfig, processes: Processes) -> Run:
     """A run at its first step: caches filled, encoders freed, denoiser read, network attached."""
     started = time.time()
     if config.training.mixed_precision == "fp16" and processes.device.type == "cpu":
-        log.warning("fp16 is slow on a CPU and may lack kernels; training.mixed_precision = \"bf16\" suits it better")
+        log.warning('fp16 is slow on a CPU and may lack kernels; training.mixed_precision = "bf16" suits it better')
     model = config.model.build(processes.device, DTYPES[config.training.mixed_precision])
     loader = _indexed_and_encoded(config, model, processes)
     model.use_attention(config.attention.build())
@@ -80,7 +86,7 @@ def assemble(config: TrainConfig, processes: Processes) -> Run:
     groups = network.parameter_groups(config.optimizer.lr_of)
     optimizer = config.optimizer.build(groups)
     schedule = Schedule(loader.datasets, config.training, processes)
-    metadata = {**run_metadata(config, loader.datasets, started), **model.metadata()}
+    metadata = run_metadata(config, loader.datasets, started)
     return Run(
         config=config,
         model=model,
@@ -92,28 +98,23 @@ def assemble(config: TrainConfig, processes: Processes) -> Run:
         schedule=schedule,
         loader=loader,
         processes=processes,
-        writer=AdapterWriter(config, network, config.saver.build(), metadata),
+        writer=AdapterWriter(config, model, network, config.saver.build(), metadata),
     )
 
 
 def build_observers(run: Run, catalog: Catalog) -> Observers:
-    """The observers that the config names, and those that every run has: checkpoints, and a progress bar."""
-    output = run.config.output
-    checkpoints = catalog.find(ObserverConfig, "checkpoints")(
-        every_n_epochs=output.save_every_n_epochs,
-        every_n_steps=output.save_every_n_steps,
-        keep_last=output.keep_last,
-        save_state=output.save_state,
+    """The observers that every run has, and those that the config names."""
+    named = {config.name for config in run.config.observers}
+    always = [catalog.find(ObserverConfig, name)() for name in EVERY_RUN_HAS if name not in named]
+    return Observers(
+        (config.name, config.essential, config.build(run.info)) for config in (*always, *run.config.observers)
     )
-    configs = [checkpoints, *run.config.observers]
-    if "progress" not in {config.name for config in configs}:
-        configs.append(catalog.find(ObserverConfig, "progress")())
-    return Observers((config.name, config.essential, config.build(run.info)) for config in configs)
 
 
 def _indexed_and_encoded(config: TrainConfig, model: DiffusionModel, processes: Processes) -> BatchLoader:
     """The data, encoded where that can be done once; frees the encoders that are not needed any more."""
     cache = Cache(config.cache_dir)
+    model.memo = cache.memo
     datasets = index_datasets(config.data.datasets, config.data.workers, cache.memo)
     with _progress("encoding images", processes) as progress:
         latent_keys = encode_latents(datasets, model, cache, _encoding(config, processes, progress))
@@ -125,6 +126,7 @@ def _indexed_and_encoded(config: TrainConfig, model: DiffusionModel, processes: 
         with _progress("encoding captions", processes) as progress:
             captions = encode_captions(datasets, model, cache, _encoding(config, processes, progress))
         model.free("text_encoder")
+    cache.memo.save()
     processes.wait()
     return BatchLoader(
         datasets=datasets,

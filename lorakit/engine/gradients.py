@@ -20,9 +20,11 @@ class FlatGradients:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         """Allocate the buffer on the parameters' device and set each gradient to its share of it."""
         self._buffer = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
-        sizes = [parameter.numel() for parameter in parameters]
-        for parameter, share in zip(parameters, self._buffer.split(sizes), strict=True):
+        start = 0
+        for parameter in parameters:
+            share = self._buffer[start : start + parameter.numel()]
             parameter.grad = share.view_as(parameter)
+            start += parameter.numel()
 
     def zero(self) -> None:
         """Start the next step."""
@@ -33,8 +35,11 @@ class FlatGradients:
         processes.sum(self._buffer)
 
     def clip(self, max_norm: float) -> Tensor:
-        """Scale down to the L2 norm `max_norm` if it is exceeded (0: never); the norm before, a scalar on the device."""
-        norm = torch.linalg.vector_norm(self._buffer)
+        """Scale down to the L2 norm `max_norm` where it is exceeded; the norm before, a scalar on the device.
+
+        With a `max_norm` of 0 nothing is scaled.
+        """
+        norm: Tensor = torch.linalg.vector_norm(self._buffer)
         if max_norm > 0:
             self._buffer.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm

@@ -62,13 +62,15 @@ class MetricsReader:
         pending_steps, self._pending = self._pending, []
         for pending, loss, norm in zip(pending_steps, *values, strict=True):
             self._refuse_divergence(pending, loss, norm)
-            self._report(StepMetrics(
-                step=pending.step,
-                epoch=pending.epoch,
-                loss=loss,
-                gradient_norm=norm,
-                learning_rates=pending.learning_rates,
-            ))
+            self._report(
+                StepMetrics(
+                    step=pending.step,
+                    epoch=pending.epoch,
+                    loss=loss,
+                    gradient_norm=norm,
+                    learning_rates=pending.learning_rates,
+                )
+            )
 
     def _refuse_divergence(self, pending: PendingStep, loss: float, norm: float) -> None:
         if math.isfinite(loss) and (self._scaled or math.isfinite(norm)):

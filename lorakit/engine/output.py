@@ -13,6 +13,7 @@ from lorakit.config.writing import to_toml
 from lorakit.engine.metadata import save_metadata
 from lorakit.errors import OutputError, TrainingDiverged
 from lorakit.files import write_atomically
+from lorakit.models.protocol import DiffusionModel
 from lorakit.networks.network import Network
 from lorakit.networks.saving import AdapterFile, Saver
 
@@ -32,10 +33,11 @@ class AdapterWriter:
     """Writes the adapters of one run."""
 
     config: TrainConfig
+    model: DiffusionModel
     network: Network
     saver: Saver
     metadata: Mapping[str, str]
-    """What stays the same over the run."""
+    """What stays the same over the run, but for what the model says of itself."""
 
     def write_config(self) -> None:
         """Write the resolved config, which repeats the run."""
@@ -57,5 +59,7 @@ class AdapterWriter:
         if broken:
             raise TrainingDiverged(f"step {step}: {broken} is not finite; nothing was saved, earlier saves are kept")
         path = self.path(stem)
-        self.saver.save(AdapterFile(tensors, {**self.metadata, **save_metadata(step, epoch)}), path)
+        # Asked for here and not at the start: hashing a base model of some gigabytes takes seconds, once.
+        metadata = {**self.metadata, **self.model.metadata(), **save_metadata(step, epoch)}
+        self.saver.save(AdapterFile(tensors, metadata), path)
         return path

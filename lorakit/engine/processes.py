@@ -11,12 +11,13 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from lorakit.engine.cpu_launch import join_cpu_processes
 from lorakit.errors import ConfigError, Problem
 
 
 @frozen
 class Processes:
-    """This process among those of the run."""
+    """The place of one process among those of the run."""
 
     device: torch.device
     """Where this process computes."""
@@ -31,10 +32,12 @@ class Processes:
 
         Raises ConfigError when the device is not there.
         """
+        join_cpu_processes()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
-            state = PartialState(cpu=device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "") == "true")
+            on_cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+            state = PartialState(cpu=on_cpu)
             return cls(state.device, state.process_index, state.num_processes)
         return cls(_single_device(device))
 

@@ -158,7 +158,7 @@ class Run:
 
     def backward(self, loss: Tensor) -> None:
         """Add a part of the step's loss, and its gradients."""
-        self.scaler.scale(loss).backward()
+        torch.autograd.backward(self.scaler.scale(loss))
         self.loss = self.loss + loss.detach()
 
     def update(self) -> None:

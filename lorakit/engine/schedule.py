@@ -38,7 +38,9 @@ class Schedule:
         )
         self.steps_per_epoch = steps_per_epoch(datasets, world_size, accumulation)
         self.total_steps = (
-            training.max_epochs * self.steps_per_epoch if training.max_epochs else training.max_steps or DEFAULT_MAX_STEPS
+            training.max_epochs * self.steps_per_epoch
+            if training.max_epochs
+            else training.max_steps or DEFAULT_MAX_STEPS
         )
         self.total_epochs = -(-self.total_steps // self.steps_per_epoch)
 
@@ -51,7 +53,7 @@ class Schedule:
             yield ScheduledStep(planned, shares, epoch, ends_epoch=index == self.steps_per_epoch - 1)
 
     def batches_from(self, done: int, loader: BatchLoader) -> Iterator[Batch]:
-        """This process's micro-batches of those steps, in order."""
+        """The micro-batches of this process in those steps, in order."""
         for step in self.steps_from(done):
             for share in step.shares:
                 yield loader.load(share)

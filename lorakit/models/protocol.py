@@ -6,7 +6,8 @@ pixels, n chunks of 77 tokens in a caption.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal, Protocol
 
 from attrs import frozen
@@ -91,10 +92,20 @@ class NoiseProcess(Protocol):
         ...
 
 
+class Memo(Protocol):
+    """Remembers what was computed from a file."""
+
+    def remember(self, path: Path, name: str, compute: Callable[[], str]) -> str:
+        """What `compute` returns, computed once per name for as long as the file's size and time stay the same."""
+        ...
+
+
 class DiffusionModel(Protocol):
     """A base model whose parts are read when first asked for and can be freed one by one."""
 
     noise: NoiseProcess
+    memo: Memo
+    """Remembers hashes of files; one that outlives the process makes the next start faster."""
 
     def fingerprint(self, part: Literal["image_encoder", "text_encoder"]) -> str:
         """A short key of all that the part's output depends on, from weights to settings; reads no weights twice."""

@@ -15,23 +15,31 @@ Settings = dict[str, dict[str, Any]]
 """Arguments of each part's module, by part: `unet`, `vae`, `text_encoder`."""
 
 
-def _sd1_settings(channels: Sequence[int], vae_channels: Sequence[int], layers: int, text: dict[str, int]) -> Settings:
+def _sd1_settings(
+    image_side: int, channels: Sequence[int], vae_channels: Sequence[int], layers: int, text: dict[str, int]
+) -> Settings:
     """Settings of a Stable Diffusion 1.x of any size; `text` has those of the text encoder that differ with size."""
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     tokens = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
     return {
         "unet": {
-            "sample_size": 64,
+            "sample_size": image_side // 8,
             "block_out_channels": list(channels),
             "layers_per_block": layers,
             "cross_attention_dim": text["hidden_size"],
         },
-        "vae": {"sample_size": 512, "block_out_channels": list(vae_channels), "layers_per_block": layers, **blocks},
+        "vae": {
+            "sample_size": image_side,
+            "block_out_channels": list(vae_channels),
+            "layers_per_block": layers,
+            **blocks,
+        },
         "text_encoder": {**text, **tokens, "hidden_act": "quick_gelu"},
     }
 
 
 TINY_SD1 = _sd1_settings(
+    image_side=64,
     channels=(32, 64, 64, 64),
     vae_channels=(32, 32, 64, 64),
     layers=1,
@@ -40,6 +48,7 @@ TINY_SD1 = _sd1_settings(
 """Stable Diffusion 1.x made small: 4 levels, latents an eighth of the image's size, CLIP's whole vocabulary."""
 
 FULL_SD1 = _sd1_settings(
+    image_side=512,
     channels=(320, 640, 1280, 1280),
     vae_channels=(128, 256, 512, 512),
     layers=2,
@@ -161,7 +170,8 @@ def _config_and_shapes(part: str, settings: dict[str, Any]) -> tuple[dict[str, A
     else:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Module
     module = without_weights(lambda: Module(**settings))
-    return {"_class_name": Module.__name__, **module.config}, shapes_of(module)
+    public = {key: value for key, value in module.config.items() if not key.startswith("_")}
+    return {"_class_name": Module.__name__, **public}, shapes_of(module)
 
 
 def _write_tokenizer(folder: Path) -> None:

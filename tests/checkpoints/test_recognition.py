@@ -9,6 +9,7 @@ import pytest
 
 from lorakit.checkpoints import CheckpointSummary, describe, traits_of
 
+TEXT = "cond_stage_model.transformer."
 UNET = "model.diffusion_model."
 ATTENTION = f"{UNET}input_blocks.1.1."
 CLIP = "text_model.encoder.layers.0.mlp.fc1.weight"
@@ -26,6 +27,11 @@ def single_file(context: int, *others: str, channels: int = 4, linear: bool = Fa
     return CheckpointSummary(Path("x.safetensors"), "safetensors", tensors)
 
 
+def tensors(*names: str) -> CheckpointSummary:
+    """A summary of a file with tensors of these names."""
+    return CheckpointSummary(Path("x.safetensors"), "safetensors", dict.fromkeys(names, (1, 1)))
+
+
 def folder(index: dict[str, Any], **configs: Any) -> CheckpointSummary:
     """A summary of a folder with this `model_index.json` and these configs."""
     return CheckpointSummary(Path("x"), "folder", configs={"model_index": index, **configs})
@@ -41,9 +47,9 @@ TWO_ENCODERS = {**ONE_ENCODER, "text_encoder_2": ["transformers", "CLIPTextModel
 @pytest.mark.parametrize(
     ("summary", "description"),
     [
-        (single_file(768, f"cond_stage_model.transformer.{CLIP}"), "a Stable Diffusion 1.x model"),
-        (single_file(768, "cond_stage_model.transformer.encoder.layers.0.mlp.fc1.weight"), "a Stable Diffusion 1.x model"),
-        (single_file(768, f"cond_stage_model.transformer.{CLIP}", channels=9), "a Stable Diffusion 1.x inpainting model"),
+        (single_file(768, TEXT + CLIP), "a Stable Diffusion 1.x model"),
+        (single_file(768, f"{TEXT}encoder.layers.0.mlp.fc1.weight"), "a Stable Diffusion 1.x model"),
+        (single_file(768, TEXT + CLIP, channels=9), "a Stable Diffusion 1.x inpainting model"),
         (single_file(1024, f"cond_stage_model.model.{OPEN_CLIP}", linear=True), "a Stable Diffusion 2.x model"),
         (
             single_file(
@@ -60,11 +66,11 @@ TWO_ENCODERS = {**ONE_ENCODER, "text_encoder_2": ["transformers", "CLIPTextModel
         (folder(TWO_ENCODERS, unet=SDXL_UNET), "a Stable Diffusion XL model"),
         (folder({"_class_name": "FluxPipeline"}), "a model for diffusers' FluxPipeline"),
         (single_file(768), "a U-Net without a text encoder"),
-        (CheckpointSummary(Path(), "safetensors", {"lora_unet_x.lora_down.weight": (4, 320)}), "a LoRA file, not a base model"),
-        (CheckpointSummary(Path(), "safetensors", {"encoder.down.0.block.0.conv1.weight": (1,)}), "a VAE alone"),
-        (CheckpointSummary(Path(), "safetensors", {"double_blocks.0.x": (1,)}), "a FLUX model"),
-        (CheckpointSummary(Path(), "safetensors", {"x": (1,)}), "a file of an unknown kind of model"),
-        (CheckpointSummary(Path(), "safetensors"), "a file without tensors"),
+        (tensors("lora_unet_x.lora_down.weight"), "a LoRA file, not a base model"),
+        (tensors("encoder.down.0.block.0.conv1.weight"), "a VAE alone"),
+        (tensors("double_blocks.0.x"), "a FLUX model"),
+        (tensors("x"), "a file of an unknown kind of model"),
+        (tensors(), "a file without tensors"),
     ],
 )  # fmt: skip
 def test_models_are_described(summary: CheckpointSummary, description: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -56,7 +57,7 @@ def test_safetensors_names_and_shapes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
 def test_checkpoint_names_and_shapes(tmp_path: Path, legacy: bool, nested: bool) -> None:
-    """PyTorch's archive and its format before 1.6 are understood, with and without a `state_dict` around the tensors."""
+    """PyTorch's archive and its format before 1.6 are understood, with and without a `state_dict`."""
     tensors = {**TENSORS, "d": torch.nn.Parameter(torch.zeros(2, 2))}
     content = {"state_dict": tensors, "epoch": 3, "other": {1, 2}} if nested else tensors
     torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=not legacy)
@@ -112,7 +113,7 @@ def test_damaged_files_are_refused_in_words(tmp_path: Path, content: bytes, reas
     assert str(path) in str(caught.value)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(position=st.integers(0, 10_000), byte=st.integers(0, 255), cut=st.integers(0, 3))
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
 def test_no_damage_leads_to_another_error(
@@ -129,10 +130,8 @@ def test_no_damage_leads_to_another_error(
     content = bytearray(sound.read_bytes())
     content[position % len(content)] = byte
     damaged.write_bytes(content[: len(content) - cut])
-    try:
-        summarize(damaged)
-    except ModelError as error:
-        assert str(damaged) in str(error)
+    with contextlib.suppress(ModelError):
+        assert summarize(damaged).path == damaged
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "bare"])
@@ -150,7 +149,9 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, form: str) -> None:
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("name", ["builtins eval", "torch.storage _load_from_bytes", "torch load", "builtins getattr"])
+@pytest.mark.parametrize(
+    "name", ["builtins eval", "torch.storage _load_from_bytes", "torch load", "builtins getattr", "collections Counter"]
+)
 def test_no_way_around_the_refusal(tmp_path: Path, name: str) -> None:
     """Functions that lead to others, also those of torch itself, are refused."""
     path = tmp_path / "evil.ckpt"
@@ -166,7 +167,7 @@ def test_classes_of_other_packages_are_refused(tmp_path: Path) -> None:
     program = b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n."
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", program)
-    with pytest.raises(ModelError, match="pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"):
+    with pytest.raises(ModelError, match=r"pytorch_lightning\.callbacks\.model_checkpoint\.ModelCheckpoint"):
         summarize(path)
 
 

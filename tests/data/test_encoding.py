@@ -223,6 +223,25 @@ def test_changed_caption_and_text_encoder_are_noticed(cache: Cache, dataset: Dat
     assert captions_encoded("2") == 5
 
 
+def test_decoding_runs_ahead_of_encoding_within_bounds(
+    cache: Cache, dataset: DatasetConfig, folder: Path, model: TinyModel, monkeypatch: pytest.MonkeyPatch
+):
+    """Images are decoded before the encoder asks for them, but only a few, however many there are."""
+    for number in range(30):
+        Image.new("RGB", (96, 64), (number, 0, 0)).save(folder / f"{number:02}.png")
+    decoded: list[Path] = []
+    monkeypatch.setattr(
+        "lorakit.data.encoding.load_pixels",
+        lambda path, placement: (decoded.append(path), load_pixels(path, placement))[1],
+    )
+    ahead: list[int] = []
+    encoder = model.image_encoder
+    encoder.patches.register_forward_pre_hook(lambda *_: ahead.append(len(decoded) - sum(encoder.batch_sizes)))
+    fill(cache, dataset, model, workers=2, batch_size=2)
+    assert len(decoded) == 35
+    assert max(ahead) <= 2 * 2 + 2
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_latents_encoded_on_cuda(cache: Cache, dataset: DatasetConfig, model: TinyModel):
     """Images reach an encoder on a CUDA device, and their latents the cache, as on the CPU."""

@@ -22,7 +22,9 @@ def catalog() -> Catalog:
 
 
 @pytest.fixture
-def tables(tiny_sd1: Path, photographs: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def tables(
+    tiny_sd1: Path, photographs: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """The tables of a short run; all tests of a session share one cache."""
     return {
         "model": {"path": str(tiny_sd1)},

@@ -43,7 +43,9 @@ def test_every_component_is_tried() -> None:
     ("optimizer", "network", "precision", "parts"),
     product(LEARNING_RATES, NETWORKS, ("no", "bf16"), (["unet"], ["unet", "text_encoder"])),
 )
-def test_loss_falls_on_a_repeated_batch(make_config, optimizer: str, network: str, precision: str, parts: list[str]) -> None:
+def test_loss_falls_on_a_repeated_batch(
+    make_config, optimizer: str, network: str, precision: str, parts: list[str]
+) -> None:
     """Twelve updates on one batch, its noise included, lower its loss by more than rounding can."""
     config = make_config(
         network={"name": network, "parts": parts, **NETWORKS[network]},
@@ -75,7 +77,8 @@ def test_gradient_checkpointing_changes_nothing(make_config) -> None:
         torch.nn.init.normal_(run.network.parameters_of("unet")[1], std=0.1)
         batch = first_batch(run)
         run.backward(loss_on(run, batch))
-        gradients.append([parameter.grad.clone() for part in run.network.parts for parameter in run.network.parameters_of(part)])
+        parameters = [parameter for part in run.network.parts for parameter in run.network.parameters_of(part)]
+        gradients.append([parameter.grad.clone() for parameter in parameters])
     for kept, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(recomputed, kept, rtol=1e-4, atol=1e-7)
 

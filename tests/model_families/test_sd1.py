@@ -116,6 +116,15 @@ def test_a_file_without_a_vae_needs_one(file: Path, folder: Path, tmp_path: Path
     assert problems(path=str(tmp_path / "x.safetensors"), vae=folder) == []
 
 
+def test_parts_that_do_not_fit_are_a_problem(folder: Path, tmp_path: Path) -> None:
+    """A text encoder of another width than the U-Net takes is named before training."""
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    config = copy / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_size": 48}))
+    assert "the U-Net takes 32 channels of text, the text encoder gives 48" in problems(path=str(copy))[0]
+
+
 def test_a_missing_vae_is_a_problem(file: Path, tmp_path: Path) -> None:
     """A VAE that is not there is named before training."""
     assert "gone.pt does not exist" in problems(path=str(file), vae=tmp_path / "gone.pt")[0]

@@ -18,3 +18,8 @@ def stable_diffusion(
     """The model at a path, on the CPU; options are those of `Variant`."""
     variant = Variant(version="sd_v1", architecture="stable-diffusion-v1/lora", **options)  # type: ignore[arg-type]
     return StableDiffusion(StoredModel(path, vae), variant, CPU, dtype)
+
+
+def read(model: StableDiffusion, part: str) -> object:
+    """A part of the model, `denoiser`, `text_encoder` or `image_encoder`, read if it is not yet."""
+    return getattr(model, part)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from lorakit.models.stable_diffusion.attention import BackendProcessor
 from tests.models.building import stable_diffusion
@@ -24,7 +24,7 @@ class Recorder:
         """Scaled dot-product attention."""
         assert key.shape == value.shape
         self.calls.append((query.shape, key.shape, query.dtype))
-        return F.scaled_dot_product_attention(query, key, value)
+        return scaled_dot_product_attention(query, key, value)
 
 
 @pytest.mark.parametrize("context", [None, 24])

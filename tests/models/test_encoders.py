@@ -11,7 +11,7 @@ from transformers import CLIPTextModel
 
 from lorakit.errors import ModelError
 from lorakit.models.stable_diffusion.image import VaeEncoder
-from tests.models.building import stable_diffusion
+from tests.models.building import read, stable_diffusion
 
 CAPTION = "a photo of a cat"
 
@@ -50,7 +50,7 @@ def test_chunks_are_encoded_alone_and_joined(tiny_file: Path, reference: CLIPTex
 def test_more_layers_than_there_are_cannot_be_skipped(tiny_file: Path) -> None:
     """A `clip_skip` beyond the encoder's layers is refused with their number."""
     with pytest.raises(ModelError, match="has 3 layers; clip_skip must be at most that, not 4"):
-        stable_diffusion(tiny_file, clip_skip=4).text_encoder
+        read(stable_diffusion(tiny_file, clip_skip=4), "text_encoder")
 
 
 def test_latents_are_those_of_diffusers(tiny_file: Path, tiny_folder: Path) -> None:

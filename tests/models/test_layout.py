@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from lorakit.errors import ModelError
 from lorakit.models.stable_diffusion.layout import original_unet_name, original_vae_name
 from lorakit.models.stable_diffusion.settings import clip_settings, unet_settings, vae_settings
 from lorakit.models.weights import shapes_of, without_weights
-from tests.models.building import stable_diffusion
+from tests.models.building import read, stable_diffusion
 
 SD15_UNET = {
     "act_fn": "silu",
@@ -135,6 +137,24 @@ def test_every_form_of_a_model_predicts_the_same(tiny_folder: Path, tiny_file: P
     assert torch.equal(outputs[0], outputs[2])
 
 
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+def test_folders_with_other_files(tiny_folder: Path, tmp_path: Path, suffix: str, variant: str) -> None:
+    """Folders with PyTorch's files, or with the half-precision variant only, are read alike."""
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_folder, copy)
+    for file in copy.glob("*/*.safetensors"):
+        tensors = load_file(file)
+        file.unlink()
+        if suffix == ".safetensors":
+            save_file(tensors, file.with_name(f"{file.stem}{variant}.safetensors"))
+        else:
+            stem = "pytorch_model" if file.stem == "model" else file.stem
+            torch.save(tensors, file.with_name(f"{stem}{variant}.bin"))
+    for part in ("denoiser", "image_encoder", "text_encoder"):
+        assert read(stable_diffusion(copy), part)
+
+
 def test_text_encoder_without_its_upper_level(tiny_file: Path, tmp_path: Path) -> None:
     """Files that leave `text_model` out of the text encoder's names are read alike."""
     short = tmp_path / "short.safetensors"
@@ -195,7 +215,7 @@ def test_a_file_without_a_vae_is_no_vae(tiny_file: Path, tmp_path: Path) -> None
     """A file that is something else is refused as a VAE, and called what it is."""
     save_file({"lora_unet_x.lora_down.weight": torch.zeros(4, 8)}, tmp_path / "lora.safetensors")
     with pytest.raises(ModelError, match=r"lora\.safetensors holds no VAE; it is a LoRA file"):
-        stable_diffusion(tiny_file, vae=tmp_path / "lora.safetensors").image_encoder
+        read(stable_diffusion(tiny_file, vae=tmp_path / "lora.safetensors"), "image_encoder")
 
 
 def changed(file: Path, target: Path, change: Any) -> Path:
@@ -213,22 +233,22 @@ def test_missing_tensors_are_named(tiny_file: Path, tmp_path: Path) -> None:
     """A U-Net that lacks a tensor is refused by the tensor's name in the file."""
     path = changed(tiny_file, tmp_path / "x.safetensors", lambda tensors: tensors.pop(NORM))
     with pytest.raises(ModelError, match=r"U-Net in .*x\.safetensors lacks middle_block\.0\.in_layers\.0\.weight"):
-        stable_diffusion(path).denoiser
+        read(stable_diffusion(path), "denoiser")
 
 
 def test_tensors_too_many_are_named(tiny_file: Path, tmp_path: Path) -> None:
     """A U-Net with a tensor that Stable Diffusion has not is refused by the tensor's name in the file."""
     extra = {"model.diffusion_model.extra.weight": torch.zeros(1)}
     path = changed(tiny_file, tmp_path / "x.safetensors", lambda tensors: tensors.update(extra))
-    with pytest.raises(ModelError, match="none of Stable Diffusion has: extra.weight"):
-        stable_diffusion(path).denoiser
+    with pytest.raises(ModelError, match=r"none of Stable Diffusion has: extra\.weight"):
+        read(stable_diffusion(path), "denoiser")
 
 
 def test_wrong_shapes_are_named(tiny_file: Path, tmp_path: Path) -> None:
     """A tensor of a shape that does not fit the others is refused with both shapes."""
     path = changed(tiny_file, tmp_path / "x.safetensors", lambda tensors: tensors.update({NORM: torch.ones(7)}))
     with pytest.raises(ModelError, match=r"in_layers\.0\.weight is \(7,\), not \(64,\)"):
-        stable_diffusion(path).denoiser
+        read(stable_diffusion(path), "denoiser")
 
 
 def test_only_the_part_asked_for_is_needed(tiny_file: Path, tmp_path: Path) -> None:
@@ -236,3 +256,27 @@ def test_only_the_part_asked_for_is_needed(tiny_file: Path, tmp_path: Path) -> N
     path = changed(tiny_file, tmp_path / "x.safetensors", lambda tensors: tensors.pop(NORM))
     tokens = torch.full((1, 1, 77), 49407)
     assert stable_diffusion(path).text_encoder.encode(tokens)["hidden_states"].shape == (1, 77, 32)
+
+
+@pytest.mark.parametrize(
+    ("part", "settings"),
+    [
+        ("unet", {"norm_num_groups": 7}),
+        ("unet", {"block_out_channels": [-1, 2, 3, 4]}),
+        ("unet", {"layers_per_block": 2}),
+        ("text_encoder", {"hidden_size": "wide"}),
+        ("text_encoder", {"num_attention_heads": 5}),
+        ("vae", {"latent_channels": 8}),
+    ],
+)
+def test_settings_that_make_no_model_are_refused(
+    tiny_folder: Path, tmp_path: Path, part: str, settings: dict[str, Any]
+) -> None:
+    """A config that contradicts itself or the weights gives a message with the part and its file."""
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_folder, copy)
+    config = copy / part / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **settings}))
+    model = stable_diffusion(copy)
+    with pytest.raises(ModelError, match=r"the (U-Net|text encoder|VAE) in .*safetensors"):
+        read(model, {"unet": "denoiser", "vae": "image_encoder"}.get(part, part))

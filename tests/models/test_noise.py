@@ -48,7 +48,7 @@ def test_noise_and_target_are_those_of_diffusers(prediction: str) -> None:
 
 
 def test_velocity_and_noisy_latents_determine_the_latents() -> None:
-    """x = √ᾱ·x̃ − √(1−ᾱ)·v, the identity that defines the velocity."""
+    """Signal times noisy latents less spread times velocity is the latents, the identity that defines the velocity."""
     noise, steps = DiscreteNoise("v_prediction"), torch.tensor([3, 400, 990])
     latents, drawn = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
     ratio = noise.signal_to_noise(steps).view(-1, 1, 1, 1)

@@ -37,6 +37,7 @@ class Progress(Observer):
         self._bar: Any = None
 
     def run_started(self, run: RunInfo) -> None:
+        """Draw the empty bar."""
         from tqdm import tqdm
 
         interval = 0.2 if sys.stderr.isatty() else 10.0
@@ -45,19 +46,23 @@ class Progress(Observer):
         )
 
     def step_finished(self, step: int) -> None:  # noqa: ARG002
+        """Move on by one."""
         self._bar.update()
 
     def metrics_read(self, metrics: StepMetrics) -> None:
+        """Show the newest numbers."""
         previous = metrics.loss if self._loss is None else self._loss
         self._loss = self._average * previous + (1 - self._average) * metrics.loss
         rates = "/".join(dict.fromkeys(f"{rate:.2g}" for rate in metrics.learning_rates.values()))
         self._bar.set_postfix_str(f"epoch {metrics.epoch}, loss {self._loss:.4f}, lr {rates}", refresh=False)
 
     def adapter_saved(self, path: Path) -> None:
+        """Say where, above the bar."""
         if self._bar is not None:
             self._bar.write(f"saved {path}", file=sys.stderr)
 
     def closed(self) -> None:
+        """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()
 

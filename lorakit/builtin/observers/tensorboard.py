@@ -40,20 +40,23 @@ class TensorBoard(Observer):
         self._writer: Any = None
 
     def run_started(self, run: RunInfo) -> None:
+        """Open the log; the config is its first entry."""
         from torch.utils.tensorboard.writer import SummaryWriter
 
         from lorakit.config.writing import to_toml
 
-        self._writer = SummaryWriter(str(self._folder))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(self._folder))
         self._writer.add_text("config", f"```toml\n{to_toml(run.config)}\n```")
 
     def metrics_read(self, metrics: StepMetrics) -> None:
+        """Write one point of each curve."""
         self._writer.add_scalar("loss", metrics.loss, metrics.step)
         self._writer.add_scalar("gradient_norm", metrics.gradient_norm, metrics.step)
         for name, rate in metrics.learning_rates.items():
             self._writer.add_scalar(f"lr/{name}", rate, metrics.step)
 
     def closed(self) -> None:
+        """Close the log."""
         if self._writer is not None:
             self._writer.close()
 

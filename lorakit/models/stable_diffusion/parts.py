@@ -99,11 +99,17 @@ class StoredModel:
         return found
 
     def check(self) -> None:
-        """A `ModelError` unless all parts are there, as far as can be told without asking the Hub."""
-        names: tuple[PartName, ...] = ("unet", "vae", "text_encoder")
-        for name in names:
-            if not isinstance(self.location, HubModel) or (name == "vae" and self.vae is not None):
-                self.part(name)
+        """A `ModelError` unless all parts are there and fit together, as far as the Hub need not be asked."""
+        if self.vae is not None or not isinstance(self.location, HubModel):
+            self.part("vae")
+        if isinstance(self.location, HubModel):
+            return
+        taken = self.part("unet").settings.get("cross_attention_dim")
+        given = self.part("text_encoder").settings.get("hidden_size")
+        if taken != given:
+            raise ModelError(
+                f"{self.location}: the U-Net takes {taken} channels of text, the text encoder gives {given}"
+            )
 
     def scheduler_settings(self) -> Mapping[str, Any]:
         """What a folder says of its noise schedule; empty for a single file."""

@@ -25,8 +25,11 @@ def read_module(
     """
     try:
         module = without_weights(build)
-    except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError) as error:
-        raise ModelError(f"{part} has settings that make no sense: {error}") from error
+    except Exception as error:  # the libraries raise all kinds of exceptions for settings that they cannot use
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"{part} has settings that make no sense ({reason}); it is damaged or of another kind"
+        ) from error
     part.check_complete(shapes_of(module))
     for child in without:
         delattr(module, child)

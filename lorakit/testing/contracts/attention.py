@@ -35,10 +35,11 @@ class AttentionContract(ComponentContract):
         attend = self.config.build()
         for dtype in self.dtypes:
             inputs = _inputs(shape, dtype, self.device)
+            expected = reference(*(tensor.double() for tensor in inputs))
             result = attend(*inputs)
             assert result.dtype == dtype
             assert result.shape == inputs[0].shape
-            _assert_close(result, reference(*(tensor.double() for tensor in inputs)), dtype)
+            _assert_close(result, expected, dtype)
 
     @shapes
     def test_has_the_formulas_gradients(self, shape: tuple[int, int, int]) -> None:

@@ -71,7 +71,7 @@ class LRSchedulerContract(ComponentContract):
         resumed_optimizer, resumed = self.built(STEPS)
         resumed_optimizer.load_state_dict(_saved_and_read(optimizer.state_dict()))
         resumed.load_state_dict(_saved_and_read(schedule.state_dict()))
-        remaining = STEPS - done
+        remaining = STEPS - done + 1
         assert _rates(resumed_optimizer, resumed, remaining) == _rates(optimizer, schedule, remaining)
 
     def built(self, total_steps: int) -> tuple[Optimizer, LRScheduler]:

@@ -89,10 +89,12 @@ class NetworkContract(ComponentContract):
         """Fifteen steps on one batch lower its loss clearly."""
         optimizer = AdamW(torch_groups(adapted.network.parameter_groups(lambda _: self.lr)), weight_decay=0)
         first = adapted.loss().item()
+        adapted.network.train()
         for _ in range(15):
             optimizer.zero_grad()
             adapted.loss().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+        adapted.network.eval()
         assert adapted.loss().item() < 0.97 * first
 
     def test_keys_are_those_of_the_layers(self, adapted: Adapted) -> None:

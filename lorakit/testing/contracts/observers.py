@@ -32,9 +32,10 @@ class ObserverContract(ComponentContract):
 
     @pytest.fixture
     def run_info(self, train_tables: dict[str, Any], tmp_path: Path) -> RunInfo:
-        """A real run of four steps, before its first one."""
-        config = self.train_config(train_tables, tmp_path)
-        return assemble(config, Processes(torch.device("cpu"))).info
+        """A real run of four steps, before its first one; its output folder is there."""
+        run = assemble(self.train_config(train_tables, tmp_path), Processes(torch.device("cpu")))
+        run.writer.write_config()
+        return run.info
 
     @pytest.mark.parametrize("first_step", [0, 3])
     def test_bears_a_whole_run(self, run_info: RunInfo, first_step: int) -> None:

@@ -37,7 +37,7 @@ class LossCurve(Observer):
 
     def run_started(self, run: RunInfo) -> None:
         """A run that begins at its first step begins the file anew."""
-        if run.first_step == 0:
+        if run.first_step == 0 or not self._path.exists():
             self._path.write_text("step,loss\n", encoding="utf-8")
 
     def metrics_read(self, metrics: StepMetrics) -> None:

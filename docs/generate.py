@@ -1,0 +1,249 @@
+"""Writes the reference pages from the code: `python docs/generate.py`; with `--check`, only says which are stale.
+
+The config page comes from the config classes, the commands page from the command line, and the hooks
+page from the hooks and the classes that they return.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import attrs
+import click
+import tomlkit
+
+from lorakit import cli, components, hookspecs
+from lorakit.components import Component, ModelFamilyConfig, ObserverConfig
+from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
+from lorakit.config.fields import field_docs
+from lorakit.config.reading import COMPONENT_SECTIONS, PLAIN_SECTIONS
+from lorakit.plugins import REGISTRATION_HOOKS, Catalog
+
+FOLDER = Path(__file__).parent / "reference"
+NOTICE = "<!-- Written by docs/generate.py; change the code instead. -->\n"
+
+CONFIG_INTRO = """\
+# The config file
+
+A config file is TOML. Each section below is a table of it. `lorakit init` writes a file with all keys in it,
+and `lorakit check` says all that is wrong with one.
+
+- Keys without a default must be given, all others may be left out. “absent” means that leaving a key out has a meaning
+  of its own, which the last column says.
+- Relative paths are relative to the folder of the config file; `~` is the home folder.
+- An unknown key, a wrong type and a value out of range are errors. An option without effect is a warning.
+- `--set section.key=value` overrides a key from the command line.
+- The components listed here come with lorakit. `lorakit plugins` lists those of other packages too."""
+
+MODEL_INTRO = """\
+The base model. `family` says of which kind it is; when absent, it is recognised from the names and shapes of the
+weights."""
+
+DATA_INTRO = """\
+The images and captions, in one of three forms:
+
+- for one folder, the keys of a dataset and of a subset right here: `image_dir`, `resolution`, and so on;
+- for several, `[[data.datasets]]` with `[[data.datasets.subsets]]`, and `[data.general]` for what they share;
+- `config`, the path of a [dataset file](../how-to/datasets.md) that holds those tables: `[general]`, `[[datasets]]`,
+  `[[datasets.subsets]]`.
+
+A key that a subset does not have is looked up in its dataset, and then in `general`."""
+
+OBSERVERS_INTRO = """\
+A list of tables, each with the `name` of an observer. `progress` and `checkpoints` are always there and need no table;
+`checkpoints` is set up by [`[output]`](#output)."""
+
+COMMANDS_INTRO = """\
+# The commands
+
+`python -m lorakit` is the same as `lorakit`. Each command's exit status is 0 when it did what was asked, 1 when
+training failed, 2 for wrong usage or a config that cannot be used, and 130 when it was stopped by Ctrl-C or SIGTERM."""
+
+HOOKS_INTRO = """\
+# The hooks
+
+A plugin is a module that is named in the entry-point group `lorakit` of an installed package. It implements any of
+these functions, each marked with `@lorakit.hookimpl`. The tutorial [Write a plugin](../tutorial/write-a-plugin.md)
+shows how."""
+
+
+def config_page() -> str:
+    """The config file: each section and key, and the keys of each component."""
+    catalog = Catalog.discover()
+    own = Catalog(tuple(found for found in catalog.registrations if found.provider.is_of("lorakit")))
+    parts = [CONFIG_INTRO, "## [model]", MODEL_INTRO, *_components(ModelFamilyConfig, own, "family")]
+    config_key = "| `config` | path | absent | A dataset file; stands instead of the keys of datasets and subsets. |"
+    parts += ["## [data]", DATA_INTRO, f"{_table(DataSection, leave_out=['datasets'])}\n{config_key}"]
+    parts += ["### A dataset", _lines(DatasetConfig), _table(DatasetConfig, leave_out=["subsets"])]
+    parts += ["### A subset", _lines(SubsetConfig), _table(SubsetConfig)]
+    for section, (base, default) in COMPONENT_SECTIONS.items():
+        parts += [f"## [{section}]", f"{_lines(base)} `name` is `{default}` when absent."]
+        parts += _components(base, own, "name")
+    for section, cls in PLAIN_SECTIONS.items():
+        parts += [f"## [{section}]", _lines(cls), _table(cls)]
+    parts += ["## [[observers]]", OBSERVERS_INTRO, *_components(ObserverConfig, own, "name")]
+    return "\n\n".join(parts) + "\n"
+
+
+def commands_page() -> str:
+    """The command line: each command with its arguments and options."""
+    group = cli.cli.make_context("lorakit", [], resilient_parsing=True)
+    parts = [COMMANDS_INTRO, *_command(group)]
+    for name, command in sorted(cli.cli.commands.items()):
+        context = command.make_context(name, [], parent=group, resilient_parsing=True)
+        parts += [f"## {context.command_path}", *_command(context)]
+    return "\n\n".join(parts) + "\n"
+
+
+def hooks_page() -> str:
+    """The hooks: signature, meaning, and what the returned classes are and build."""
+    hooks = {name: hook for name, hook in vars(hookspecs).items() if hasattr(hook, "lorakit_spec")}
+    parts = [HOOKS_INTRO]
+    for name, hook in hooks.items():
+        parts += [f"## {name}", _code(hook), inspect.getdoc(hook) or ""]
+        if name in REGISTRATION_HOOKS:
+            parts += _base_class(REGISTRATION_HOOKS[name])
+    parts += ["## What every component has", *_class_variables(Component), *_method(Component, "problems")]
+    return "\n\n".join(parts) + "\n"
+
+
+def _components(base: type[Component], catalog: Catalog, key: str) -> Iterator[str]:
+    """The keys that all components of a kind have, and each component with its own."""
+    if attrs.fields(base):
+        yield f"With every {base.kind}:"
+        yield _table(base)
+    shared = attrs.fields(base)
+    for name, registrations in catalog.of_kind(base).items():
+        for found in registrations:
+            yield f'### {key} = "{name}"'
+            needs = [f"Needs the package `{name}`, which `lorakit[all]` brings." for name in found.component.requires]
+            yield "\n\n".join([_lines(found.component), *needs])
+            inherited = [field.name for field in attrs.fields(found.component) if field in shared]
+            if len(inherited) < len(attrs.fields(found.component)):
+                yield _table(found.component, leave_out=inherited)
+
+
+def _table(cls: type, leave_out: Sequence[str] = ()) -> str:
+    """The keys that a config class stands for."""
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    types = get_type_hints(cls)
+    for field in attrs.fields(cls):
+        if field.name not in leave_out:
+            type_ = _type(types[field.name]) + _range(field.validator)
+            help_text = field_docs(cls)[field.name]
+            rows.append(f"| `{field.name}` | {type_} | {_default(field)} | {_cell(help_text)} |")
+    return "\n".join(rows)
+
+
+def _type(type_: Any) -> str:
+    """A field's type in words."""
+    origin, members = get_origin(type_), get_args(type_)
+    if origin in (Union, UnionType):
+        return " or ".join(_type(member) for member in members if member is not type(None))
+    if origin is Literal:
+        return ", ".join(f"`{tomlkit.item(choice).as_string()}`" for choice in members)
+    if origin is tuple:
+        return f"list of {_type(members[0])}s" if Ellipsis in members else f"[{', '.join(map(_type, members))}]"
+    return {bool: "`true`, `false`", int: "whole number", float: "number", str: "text", Path: "path"}[type_]
+
+
+def _range(validator: object) -> str:
+    """The limits that validators set, as their description has them: `<Validator for x >= 0>`."""
+    words = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
+    limits = re.findall(r"x ([<>]=?) ([^>]+)>", repr(validator))
+    return "".join(f", {words[comparison]} {bound}" for comparison, bound in limits)
+
+
+def _default(field: attrs.Attribute[Any]) -> str:
+    if field.default is attrs.NOTHING:
+        return "—"
+    if field.default is None:
+        return "absent"
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    return f"`{tomlkit.item(value).as_string()}`"
+
+
+def _command(context: click.Context) -> Iterator[str]:
+    """What a command does, how it is called, and its arguments and options."""
+    command = context.command
+    yield f"```console\n$ {context.get_usage().removeprefix('Usage: ')}\n```"
+    yield inspect.cleandoc(command.help or "")
+    rows = ["| argument or option | meaning |", "|---|---|"]
+    for parameter in command.get_params(context):
+        if isinstance(parameter, click.Argument):
+            default = parameter.get_default(context)
+            text = f"`{default}` when absent." if isinstance(default, Path) else "Must be given."
+            rows.append(f"| `{parameter.human_readable_name}` | {text} |")
+        elif record := parameter.get_help_record(context):
+            rows.append(f"| `{record[0]}` | {_cell(record[1])} |")
+    yield "\n".join(rows)
+
+
+def _base_class(base: type[Component]) -> Iterator[str]:
+    """The class that a registration hook returns subclasses of, and what its `build` makes."""
+    yield f"Returns subclasses of `{base.__module__}.{base.__name__}`. {_lines(base)}"
+    yield from _class_variables(base)
+    yield from _method(base, "build")
+
+
+def _class_variables(cls: type) -> Iterator[str]:
+    names = [name for name, type_ in inspect.get_annotations(cls).items() if str(type_).startswith("ClassVar")]
+    if names:
+        yield "\n".join(f"- `{name}`: {field_docs(cls)[name]}" for name in names)
+
+
+def _method(cls: type, name: str) -> Iterator[str]:
+    """A method, and the modules of the types in its signature."""
+    method = getattr(cls, name)
+    yield _code(method)
+    yield inspect.getdoc(method) or ""
+    homes = _imported_names(components)
+    used = [word for word in re.findall(r"\w+", str(inspect.signature(method))) if "lorakit." in homes.get(word, "")]
+    if used:
+        yield "Where the types are: " + ", ".join(f"`{homes[word]}.{word}`" for word in dict.fromkeys(used)) + "."
+
+
+def _imported_names(module: ModuleType) -> Mapping[str, str]:
+    """The names that a module takes from others, each with its module."""
+    imports = [node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.ImportFrom)]
+    return {alias.name: node.module or "" for node in imports for alias in node.names}
+
+
+def _code(function: Callable[..., Any]) -> str:
+    return f"```python\ndef {function.__name__}{str(inspect.signature(function)).replace(chr(39), '')}\n```"
+
+
+def _lines(cls: type) -> str:
+    return inspect.getdoc(cls) or ""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+PAGES: Mapping[str, Callable[[], str]] = {
+    "config.md": config_page,
+    "commands.md": commands_page,
+    "hooks.md": hooks_page,
+}
+
+
+def main(arguments: Iterable[str]) -> None:
+    """Write the pages, or with `--check` end with status 1 if one of them is not what would be written."""
+    texts = {FOLDER / name: NOTICE + make() for name, make in PAGES.items()}
+    stale = [path for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    if "--check" in arguments:
+        sys.exit("".join(f"{path} is stale; run: python docs/generate.py\n" for path in stale) or 0)
+    for path in stale:
+        path.write_text(texts[path], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

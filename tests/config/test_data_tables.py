@@ -1,0 +1,201 @@
+"""The [data] section in its three forms, and dataset files as sd-scripts has them."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.config.data_tables import SWITCHED_OFF, WITHOUT_EFFECT
+from lorakit.config.datasets import DataSection, SubsetConfig
+from lorakit.config.sections import TrainConfig
+from tests.config.conftest import Tables
+
+Read = Callable[[Tables], TrainConfig]
+Problems = Callable[[Tables], dict[str, str]]
+
+DATASET_FILE = """
+[general]
+enable_bucket = true
+shuffle_caption = true
+num_repeats = 2
+
+[[datasets]]
+resolution = 512
+batch_size = 4
+keep_tokens = 1
+
+  [[datasets.subsets]]
+  image_dir = "photos"
+  num_repeats = 10
+  class_tokens = "a cat"
+
+  [[datasets.subsets]]
+  image_dir = "more"
+  shuffle_caption = false
+
+[[datasets]]
+resolution = [640, 768]
+enable_bucket = false
+num_repeats = 3
+
+  [[datasets.subsets]]
+  image_dir = "photos"
+  caption_extension = ".cap"
+"""
+
+
+@pytest.fixture
+def data_of(read: Read, tables: Tables) -> Callable[[dict[str, Any]], DataSection]:
+    """A function from a [data] table to the section."""
+    return lambda table: read({**tables, "data": table}).data
+
+
+@pytest.fixture
+def data_problems(problems: Problems, tables: Tables) -> Callable[[dict[str, Any]], dict[str, str]]:
+    """A function from a [data] table to what is wrong with it."""
+    return lambda table: problems({**tables, "data": table})
+
+
+def test_a_dataset_file_of_sd_scripts(data_of: Callable[..., DataSection], base: Path) -> None:
+    """Values are taken from the subset, else from its dataset, else from [general], else the default."""
+    (base / "dataset.toml").write_text(DATASET_FILE)
+    first, second = data_of({"config": "dataset.toml", "cache_dir": "cache"}).datasets
+    assert (first.resolution, first.batch_size, first.enable_bucket) == ((512, 512), 4, True)
+    assert (second.resolution, second.batch_size, second.enable_bucket) == ((640, 768), 1, False)
+    assert first.subsets == (
+        SubsetConfig(
+            image_dir=base / "photos", num_repeats=10, class_tokens="a cat", shuffle_caption=True, keep_tokens=1
+        ),
+        SubsetConfig(image_dir=base / "more", num_repeats=2, shuffle_caption=False, keep_tokens=1),
+    )
+    assert second.subsets == (
+        SubsetConfig(image_dir=base / "photos", num_repeats=3, shuffle_caption=True, caption_extension=".cap"),
+    )
+
+
+def test_the_same_tables_in_place_and_in_json(data_of: Callable[..., DataSection], base: Path) -> None:
+    """A dataset file in JSON, and its tables under [data], give what the TOML file gives."""
+    tables = tomllib.loads(DATASET_FILE)
+    (base / "dataset.toml").write_text(DATASET_FILE)
+    (base / "dataset.JSON").write_text(json.dumps(tables))
+    expected = data_of({"config": "dataset.toml"})
+    assert data_of({"config": "dataset.JSON"}) == expected
+    assert data_of(tables) == expected
+
+
+def test_the_short_form_is_one_dataset_of_one_subset(data_of: Callable[..., DataSection]) -> None:
+    """Keys of subset, dataset and section may stand side by side in [data]."""
+    short = {"image_dir": "photos", "resolution": [64, 128], "batch_size": 3, "flip_aug": True, "workers": 2}
+    long = {
+        "workers": 2,
+        "datasets": [{"resolution": [64, 128], "batch_size": 3, "subsets": [{"image_dir": "photos", "flip_aug": True}]}],
+    }
+    assert data_of(short) == data_of(long)
+
+
+def test_paths_in_a_dataset_file_are_relative_to_it(data_of: Callable[..., DataSection], base: Path) -> None:
+    """The folder that a dataset file is in is the one its paths start from."""
+    (base / "photos" / "here.toml").write_text('[[datasets]]\nresolution=64\n[[datasets.subsets]]\nimage_dir="../more"')
+    (dataset,) = data_of({"config": "photos/here.toml"}).datasets
+    assert dataset.subsets[0].image_dir.resolve() == (base / "more").resolve()
+    assert data_of({"config": str(base / "photos" / "here.toml")}).datasets == (dataset,)
+
+
+def test_problems_of_a_dataset_file_name_it(data_problems: Callable[..., dict[str, str]], base: Path) -> None:
+    """Every problem in a dataset file is told at once, with the file and the place where the value was written."""
+    (base / "wrong.toml").write_text(
+        "[general]\nnum_repeats = 'x'\nimage_dir = 'photos'\n[extra]\n"
+        "[[datasets]]\nbatch_siz = 1\nenable_bucket = true\nresolution = '512'\n"
+        "[[datasets.subsets]]\nbatch_size = 2\nflip_aug = 1\n"
+        "[[datasets.subsets]]\nimage_dir = 'nowhere'\nnum_repeats = 1\nshuffle_captions = true\n"
+    )
+    found = data_problems({"config": "wrong.toml", "workers": 0})
+    assert {key.removeprefix("wrong.toml: ") for key in found} == {
+        "general.num_repeats", "general.image_dir", "extra", "datasets[0].batch_siz", "datasets[0].resolution",
+        "datasets[0].subsets[0].batch_size", "datasets[0].subsets[0].flip_aug",
+        "datasets[0].subsets[1].image_dir", "datasets[0].subsets[1].shuffle_captions", "data.workers",
+    }  # fmt: skip
+    assert "must be a whole number, not 'x'" in found["wrong.toml: general.num_repeats"]
+    assert "must be a whole number, not '512'" in found["wrong.toml: datasets[0].resolution"]
+    assert "write it in [[datasets.subsets]]" in found["wrong.toml: general.image_dir"]
+    assert "write it in [[datasets]] or [general]" in found["wrong.toml: datasets[0].subsets[0].batch_size"]
+    assert "did you mean datasets[0].batch_size?" in found["wrong.toml: datasets[0].batch_siz"]
+    assert "shuffle_caption?" in found["wrong.toml: datasets[0].subsets[1].shuffle_captions"]
+    assert "relative to the folder of wrong.toml" in found["wrong.toml: datasets[0].subsets[1].image_dir"]
+
+
+def test_a_wrong_value_that_subsets_inherit_is_one_problem(data_problems: Callable[..., dict[str, str]]) -> None:
+    """What is written once is wrong once, however many subsets inherit it."""
+    subsets = [{"image_dir": "photos"}, {"image_dir": "more"}]
+    table = {"general": {"keep_tokens": -1, "resolution": 64}, "datasets": [{"subsets": subsets}, {"subsets": subsets}]}
+    assert list(data_problems(table)) == ["data.general.keep_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "message"),
+    [
+        ({}, "data", "names no images (give image_dir"),
+        ({"datasets": []}, "data.datasets", "has no entry"),
+        ({"general": {"resolution": 64}}, "data.datasets", "has no entry"),
+        ({"datasets": {}}, "data.datasets", "must be a list of tables"),
+        ({"datasets": [1]}, "data.datasets", "must be a list of tables"),
+        ({"datasets": [{"resolution": 64}]}, "data.datasets[0].subsets", "has no entry"),
+        ({"datasets": [{"resolution": 64, "subsets": {}}]}, "data.datasets[0].subsets", "must be a list of tables"),
+        ({"general": 3, "datasets": [{"resolution": 64, "subsets": [{"image_dir": "more"}]}]}, "data.general", "table"),
+        ({"config": 3}, "data.config", "must be a path in quotes, not 3"),
+        ({"config": "nowhere.toml"}, "data.config", "nowhere.toml cannot be read: No such file"),
+        ({"config": "photos/image.png"}, "data.config", "image.png is not UTF-8 text"),
+        ({"image_dir": "photos"}, "data.resolution", "is missing (Width and height"),
+        ({"image_dir": "photos", "resolution": [64, 64, 64]}, "data.resolution", "must have 2 values, not 3"),
+        ({"image_dir": "photos", "resolution": True}, "data.resolution", "must be a whole number, not true"),
+        ({"image_dir": "photos", "resolution": 64.0}, "data.resolution", "must be a whole number, not 64.0"),
+        ({"image_dir": "photos", "resolution": 64, "subsets": []}, "data.subsets", "is not a known key"),
+    ],
+)
+def test_data_sections_that_cannot_be(
+    data_problems: Callable[..., dict[str, str]], table: dict[str, Any], key: str, message: str
+) -> None:
+    """Each shape that is no [data] section is one problem that says what to write."""
+    found = data_problems(table)
+    assert list(found) == [key]
+    assert message in found[key]
+
+
+def test_a_dataset_file_stands_alone(data_problems: Callable[..., dict[str, str]], base: Path) -> None:
+    """Keys of datasets beside data.config would be ignored, so they are refused."""
+    (base / "good.toml").write_text('[[datasets]]\nresolution=64\n[[datasets.subsets]]\nimage_dir="photos"')
+    found = data_problems({"config": "good.toml", "batch_size": 2, "image_dir": "more", "nonsense": 1})
+    assert set(found) == {"data.batch_size", "data.image_dir", "data.nonsense"}
+    assert "cannot stand beside data.config (write it in the dataset file)" in found["data.batch_size"]
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", '{"datasets": [', "null"])
+def test_json_that_is_no_dataset_file(data_problems: Callable[..., dict[str, str]], base: Path, content: str) -> None:
+    """JSON that is broken or holds no table is a problem at data.config."""
+    (base / "wrong.json").write_text(content)
+    assert list(data_problems({"config": "wrong.json"})) == ["data.config"]
+
+
+@pytest.mark.parametrize("name", sorted(SWITCHED_OFF))
+def test_options_of_sd_scripts_that_are_not_here(
+    data_of: Callable[..., DataSection], data_problems: Callable[..., dict[str, str]], name: str
+) -> None:
+    """An option that would change the training is refused by name; switched off, it is let through."""
+    table = {"image_dir": "photos", "resolution": 64}
+    assert data_of({**table, name: SWITCHED_OFF[name]}) == data_of(table)
+    found = data_problems({**table, name: "something"})
+    assert "is an option of sd-scripts that lorakit does not have" in found[f"data.{name}"]
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_EFFECT))
+def test_options_of_sd_scripts_without_effect(data_of: Callable[..., DataSection], name: str) -> None:
+    """Options of dataset files that change nothing in training are let through in subsets too."""
+    subset = {"image_dir": "photos", name: 5}
+    assert data_of({"datasets": [{"resolution": 64, "subsets": [subset]}]}) == data_of(
+        {"image_dir": "photos", "resolution": 64}
+    )

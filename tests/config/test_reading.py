@@ -1,0 +1,408 @@
+"""Reading config files: what is refused, in which words, and that all problems come at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.config.reading import config_from_tables, read_config
+from lorakit.config.sections import TrainConfig
+from lorakit.config.suggestions import KOHYA_NAMES
+from lorakit.errors import ConfigError
+from lorakit.plugins import Catalog
+from tests.config.conftest import Tables, write_safetensors
+from tests.guests import install, optimizer_source
+
+Read = Callable[[Tables], TrainConfig]
+Problems = Callable[[Tables], dict[str, str]]
+
+
+def test_the_least_config_takes_the_defaults(read: Read, tables: Tables, base: Path) -> None:
+    """Three sections are enough; the rest are the documented defaults, and the family is recognised."""
+    config = read(tables)
+    names = [config.model.name, config.network.name, config.optimizer.name, config.lr_scheduler.name]
+    assert names == ["sd1", "lierla", "adamw", "constant"]
+    assert [config.attention.name, config.saver.name, config.observers] == ["sdpa", "safetensors", ()]
+    assert config.training.max_epochs is config.training.max_steps is None
+    assert config.output.dir == base / "out"
+    assert config.cache_dir == base / "out" / "cache"
+
+
+def test_every_section_is_read(read: Read, tables: Tables, base: Path) -> None:
+    """Keys of each section arrive in the config with their values."""
+    tables["model"] |= {"family": "sd1", "clip_skip": 2, "prediction": "v_prediction", "max_token_length": 150}
+    tables["data"] |= {"cache_dir": "cache", "workers": 3, "encode_batch_size": 2, "num_repeats": 7}
+    tables["network"] = {"name": "c3lier", "rank": 8, "alpha": 4, "conv_rank": 2, "parts": ["unet"]}
+    tables["optimizer"] = {"name": "lion", "lr": 1e-3, "unet_lr": 1, "betas": [0.5, 0.6]}
+    tables["lr_scheduler"] = {"name": "polynomial", "power": 2.0, "warmup_steps": 10}
+    tables["attention"] = {"name": "eager"}
+    tables["training"] = {"max_epochs": 3, "mixed_precision": "bf16", "seed": 0}
+    tables["loss"] = {"min_snr_gamma": 5}
+    tables["output"] |= {"name": "mine", "save_every_n_steps": 9}
+    tables["saver"] = {"name": "ckpt", "precision": "fp16"}
+    tables["observers"] = [{"name": "tensorboard", "dir": "logs"}, {"name": "progress"}]
+    config = read(tables)
+    assert (config.model.clip_skip, config.model.prediction) == (2, "v_prediction")  # type: ignore[attr-defined]
+    assert (config.data.workers, config.cache_dir) == (3, base / "cache")
+    assert config.data.datasets[0].subsets[0].num_repeats == 7
+    assert (config.network.name, config.network.conv_rank, config.network.parts) == ("c3lier", 2, ("unet",))  # type: ignore[attr-defined]
+    assert (config.optimizer.unet_lr, config.optimizer.betas) == (1.0, (0.5, 0.6))  # type: ignore[attr-defined]
+    assert (config.lr_scheduler.power, config.attention.name) == (2.0, "eager")  # type: ignore[attr-defined]
+    assert (config.training.max_epochs, config.loss.min_snr_gamma) == (3, 5.0)
+    assert (config.output.name, config.saver.precision) == ("mine", "fp16")
+    assert config.observers[0].dir == base / "logs"  # type: ignore[attr-defined]
+    assert config.observers[1].name == "progress"
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("training", "seed", 8.7, "must be a whole number, not 8.7"),
+        ("training", "seed", "8", "must be a whole number, not '8'"),
+        ("training", "seed", True, "must be a whole number, not true"),
+        ("training", "seed", 10**30, "must be a whole number, not a number of more than 18 digits"),
+        ("training", "seed", -1, "must be at least 0, not -1"),
+        ("training", "max_steps", 0, "must be at least 1, not 0"),
+        ("training", "gradient_checkpointing", "false", "must be true or false, not 'false'"),
+        ("training", "gradient_checkpointing", 0, "must be true or false, not 0"),
+        ("training", "mixed_precision", "fp8", "must be one of 'no', 'fp16', 'bf16', not 'fp8'"),
+        ("training", "mixed_precision", False, "must be one of 'no', 'fp16', 'bf16', not false"),
+        ("training", "max_grad_norm", "1", "must be a number, not '1'"),
+        ("training", "max_grad_norm", True, "must be a number, not true"),
+        ("training", "max_grad_norm", float("nan"), "must be a finite number, not nan"),
+        ("training", "max_grad_norm", 10**400, "must be a number, not a number of more than 18 digits"),
+        ("optimizer", "lr", float("inf"), "must be a finite number, not inf"),
+        ("optimizer", "lr", -0.5, "must be at least 0, not -0.5"),
+        ("optimizer", "betas", [0.9], "must have 2 values, not 1"),
+        ("optimizer", "betas", [0.9, 1.0], "must be less than 1, not [0.9, 1.0]"),
+        ("optimizer", "betas", 0.9, "must be a list in [ ], not 0.9"),
+        ("network", "parts", "unet", "must be a list in [ ], not 'unet'"),
+        ("network", "parts", [], "must not be empty"),
+        ("network", "alpha", 0, "must be more than 0, not 0.0"),
+        ("model", "vae", 3, "must be a path in quotes, not 3"),
+        ("model", "vae", "~nobody_of_this_name/vae", "starts with the home folder of a user who is not known"),
+        ("model", "max_token_length", 75.0, "must be one of 75, 150, 225, not 75.0"),
+        ("output", "name", ["a"], "must be a text in quotes, such as \"text\", not ['a']"),
+        ("output", "name", "a/b", "must be a plain file name, without folders, not 'a/b'"),
+        ("output", "name", "..", "must be a plain file name"),
+        ("output", "name", "", "must be a plain file name"),
+        ("output", "name", "a\nb", "must be a plain file name"),
+        ("output", "dir", "", "must be a path in quotes, not ''"),
+        ("output", "dir", {"a": 1}, "must be a path in quotes, not a table"),
+        ("data", "caption_separator", "", "must not be empty"),
+        ("data", "resolution", 63, "must be at least 64, not [63, 63]"),
+        ("data", "resolution", 10**9, "must be at most 16384"),
+    ],
+)
+def test_values_of_a_wrong_type_or_range(
+    problems: Problems, tables: Tables, section: str, key: str, value: Any, message: str
+) -> None:
+    """Nothing is converted: each wrong value is one problem, at its key, that says what it must be."""
+    tables[section] = {**tables.get(section, {}), key: value}
+    found = problems(tables)
+    assert list(found) == [f"{section}.{key}"]
+    assert message in found[f"{section}.{key}"]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "hint"),
+    [
+        ("network", "rnak", "did you mean network.rank?"),
+        ("network", "network_dim", "did you mean network.rank?"),
+        ("training", "network_dim", "did you mean network.rank?"),
+        ("training", "learning_rate", "did you mean optimizer.lr?"),
+        ("training", "lr", "did you mean optimizer.lr?"),
+        ("training", "batch_size", "did you mean data.batch_size?"),
+        ("training", "clip_skip", "did you mean model.clip_skip?"),
+        ("optimizer", "max_train_steps", "did you mean training.max_steps?"),
+        ("loss", "zzz", "known here: min_snr_gamma"),
+        ("model", "name", "known here: path"),
+        ("output", "save_every_n_epoch", "did you mean output.save_every_n_epochs?"),
+    ],
+)
+def test_unknown_keys_are_met_with_what_was_meant(
+    problems: Problems, tables: Tables, section: str, key: str, hint: str
+) -> None:
+    """A near miss, sd-scripts' name and a key of another section each get the right key as a hint."""
+    tables[section] = {**tables.get(section, {}), key: 1}
+    found = problems(tables)
+    assert list(found) == [f"{section}.{key}"]
+    assert "is not a known key" in found[f"{section}.{key}"]
+    assert hint in found[f"{section}.{key}"]
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [("optimiser", "did you mean optimizer?"), ("rank", "did you mean network.rank?"), ("v2", "model.family")],
+)
+def test_unknown_sections(problems: Problems, tables: Tables, key: str, hint: str) -> None:
+    """Keys outside of all sections are refused with a hint too."""
+    assert hint in problems({**tables, key: {}})[key]
+
+
+def test_names_of_sd_scripts_lead_to_keys_that_exist(tables: Tables, base: Path, catalog: Catalog) -> None:
+    """Each `section.key` that a hint for an sd-scripts option names is a key that the section takes."""
+    every_component = {
+        "network": "c3lier", "optimizer": "adamw", "lr_scheduler": "polynomial", "saver": "safetensors",
+    }  # fmt: skip
+    for meant in KOHYA_NAMES.values():
+        section, _, rest = meant.partition(".")
+        key = rest.split(" ")[0].rstrip(",")
+        if not key.isidentifier() or not section.isidentifier() or key == "name" or meant == "data.config":
+            continue
+        name = "cosine_with_restarts" if key == "num_cycles" else every_component.get(section)
+        table = {**tables.get(section, {}), **({"name": name} if name else {}), key: object()}
+        with pytest.raises(ConfigError) as caught:
+            config_from_tables({**tables, section: table}, base, catalog)
+        (problem,) = caught.value.problems
+        assert problem.key == f"{section}.{key}"
+        assert "is not a known key" not in problem.message, meant
+
+
+def test_all_problems_come_at_once(problems: Problems) -> None:
+    """Problems of all kinds in all sections are in one error, each at its key."""
+    found = problems(
+        {
+            "model": {"path": "nowhere.safetensors", "clip_skp": 2},
+            "data": {"image_dir": "missing", "resolution": "512", "keep_tokens": -1},
+            "network": {"rank": 0, "alpha": "1", "weights": "nothing.safetensors"},
+            "optimizer": {"name": "adamv"},
+            "lr_scheduler": 5,
+            "saver": {"precision": "int8"},
+            "training": {"max_epochs": 1.5, "max_epoch": 3},
+            "observers": [{"name": "progress"}, {"dir": "logs"}, {"name": "tensorboard", "dirr": "logs"}],
+            "extra": {},
+        }
+    )
+    assert set(found) == {
+        "extra", "model.path", "model.clip_skp", "data.resolution", "data.keep_tokens", "network.rank",
+        "network.alpha", "optimizer.name", "lr_scheduler", "saver.precision", "training.max_epochs",
+        "training.max_epoch", "observers[1].name", "observers[2].dirr", "observers[2].dir", "output.dir",
+    }  # fmt: skip
+    assert "did you mean model.clip_skip?" in found["model.clip_skp"]
+    assert "did you mean 'adamw'?" in found["optimizer.name"]
+    assert "did you mean observers[2].dir?" in found["observers[2].dirr"]
+    assert "is missing (Folder for logs" in found["observers[2].dir"]
+    assert "one of checkpoints, progress, tensorboard" in found["observers[1].name"]
+
+
+def test_an_empty_config(problems: Problems) -> None:
+    """What must be given is listed."""
+    assert set(problems({})) == {"model.path", "data", "output.dir"}
+
+
+@pytest.mark.parametrize("value", [[], "text", 3, [1], [{}, 2], None])
+def test_sections_that_are_no_tables(problems: Problems, tables: Tables, value: Any) -> None:
+    """A value in the place of a table, or of the list of observers, is a problem like others."""
+    assert "must be a table, [training]" in problems({**tables, "training": value})["training"]
+    if value != []:
+        assert "must be a list of tables, [[observers]]" in problems({**tables, "observers": value})["observers"]
+
+
+def test_files_and_folders_that_do_not_fit(problems: Problems, tables: Tables, base: Path) -> None:
+    """Missing files to start from and folders that cannot be made are found while reading; nothing is left behind."""
+    before = sorted(base.iterdir())
+    tables["output"]["dir"] = "model.safetensors/out"
+    tables["data"] |= {"image_dir": "no_photos", "cache_dir": "/proc/lorakit/cache"}
+    tables["network"] = {"weights": "nothing.safetensors"}
+    found = problems(tables)
+    assert f"{base / 'model.safetensors'} is a file, not a folder" in found["output.dir"]
+    assert f"{base / 'nothing.safetensors'} is not a file" in found["network.weights"]
+    assert "relative to the folder of the config file" in found["data.image_dir"]
+    tables["data"]["image_dir"] = "photos"
+    assert "/proc/lorakit/cache cannot be written to" in problems(tables)["data.cache_dir"]
+    assert sorted(base.iterdir()) == before
+
+
+def test_nothing_is_left_in_an_output_folder_that_can_be_written(read: Read, tables: Tables, base: Path) -> None:
+    """Checking the output folder neither makes it nor leaves a file beside it."""
+    before = sorted(base.iterdir())
+    read({**tables, "output": {"dir": "new/folder"}})
+    assert sorted(base.iterdir()) == before
+
+
+def test_combinations_that_make_no_sense(problems: Problems, tables: Tables) -> None:
+    """Values that are good alone and not together are refused, at the key to change."""
+    buckets = {"enable_bucket": True, "max_bucket_reso": 64, "min_bucket_reso": 128}
+    found = problems({**tables, "data": {**tables["data"], **buckets, "resolution": [96, 160]}})
+    assert set(found) == {"data.min_bucket_reso", "data.max_bucket_reso"}
+    assert "at most 96" in found["data.min_bucket_reso"]
+    found = problems({**tables, "data": {**tables["data"], "resolution": 100, "bucket_reso_steps": 20}})
+    assert set(found) == {"data.resolution", "data.bucket_reso_steps"}
+    assert set(problems({**tables, "optimizer": {"lr": 0}})) == {"optimizer.lr"}
+    assert "did" not in problems({**tables, "network": {"parts": ["unett"]}})["network.parts"]
+    assert set(problems({**tables, "optimizer": {"name": "adafactor", "warmup_init": True}})) == {
+        "optimizer.warmup_init"
+    }
+
+
+def test_options_without_effect_are_warnings(read: Read, tables: Tables) -> None:
+    """An option that does nothing in this run is said, once, and the config is good."""
+    tables["training"] = {"max_epochs": 1, "max_steps": 1}
+    tables["data"] |= {"keep_tokens": 1, "bucket_no_upscale": True}
+    tables["network"] = {"parts": ["unet"]}
+    tables["optimizer"] = {"text_encoder_lr": 1e-5}
+    tables["output"]["keep_last"] = 3
+    keys = [warning.key for warning in read(tables).warnings()]
+    assert sorted(keys) == [
+        "data.bucket_no_upscale", "data.keep_tokens", "optimizer.text_encoder_lr", "output.keep_last",
+        "training.max_steps",
+    ]  # fmt: skip
+    del tables["training"], tables["network"], tables["optimizer"], tables["output"]["keep_last"]
+    tables["data"] = {"image_dir": "photos", "resolution": 64}
+    assert list(read(tables).warnings()) == []
+
+
+def test_the_family_of_the_model(problems: Problems, tables: Tables, base: Path, tmp_path: Path) -> None:
+    """A family that is not the model's, not known or no text is a problem of `model.family`."""
+    tables["model"]["family"] = "sd9"
+    assert "no model family is called 'sd9'" in problems(tables)["model.family"]
+    tables["model"]["family"] = 5
+    assert problems(tables)["model.family"] == "must be a text in quotes, not 5 ()"
+    lora = write_safetensors(tmp_path / "lora.safetensors", {"a.lora_down.weight": (1, 1)})
+    tables["model"] = {"path": str(lora)}
+    found = problems(tables)
+    assert list(found) == ["model.path"]
+    assert "is a LoRA file, not a base model; no installed plugin trains it" in found["model.path"]
+
+
+@pytest.mark.parametrize("path", ["~nobody_of_this_name/model", "a" * 5000, "a\0b", "\n", "/", "photos"])
+def test_paths_of_the_model_that_cannot_be(problems: Problems, tables: Tables, path: str) -> None:
+    """Whatever stands for the model's path, it is a problem at `model.path`."""
+    assert list(problems({**tables, "model": {"path": path}})) == ["model.path"]
+
+
+def test_keys_of_the_model_are_checked_without_the_model(problems: Problems, tables: Tables) -> None:
+    """A model that is not there does not hide what is wrong with the other keys."""
+    tables["model"] = {"path": "nowhere.ckpt", "family": "sd1", "clip_skip": "2", "vea": "x"}
+    assert set(problems(tables)) == {"model.path", "model.clip_skip", "model.vea"}
+
+
+def test_paths_are_relative_to_the_config_file(base: Path, catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config file means the same from wherever it is read."""
+    path = base / "relative.toml"
+    path.write_text('model.path = "model.safetensors"\ndata = {image_dir = "photos", resolution = 64}\noutput.dir = "o"')
+    monkeypatch.chdir("/")
+    config = read_config(path, catalog=catalog)
+    monkeypatch.chdir(base)
+    assert read_config(Path("relative.toml"), catalog=catalog) == config
+    assert config.output.dir == base / "o"
+    assert config.model.path == str(base / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a = ", "is not valid TOML"),
+        (b"[a]\n[a]", "is not valid TOML"),
+        (b"a = " + b"[" * 5000, "is not valid TOML"),
+        (b"name = '\xff\xfe'", "is not UTF-8 text; save it as UTF-8"),
+        (None, "cannot be read: No such file or directory"),
+        ("folder", "cannot be read: Is a directory"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path: Path, content: bytes | str | None, message: str) -> None:
+    """A file that is no TOML, no text or not there is one problem that names it."""
+    path = tmp_path / "config.toml"
+    if content == "folder":
+        path.mkdir()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        read_config(path)
+    (problem,) = caught.value.problems
+    assert problem.key == str(path)
+    assert message in problem.message
+
+
+def written(base: Path) -> Path:
+    """A config file with an observer and two datasets' worth of tables."""
+    path = base / "overridden.toml"
+    path.write_text(
+        "\ufeff"  # as some editors put in front
+        '[model]\npath = "model.safetensors"\n[output]\ndir = "out"\n[[observers]]\nname = "progress"\n'
+        '[[data.datasets]]\nresolution = 64\n[[data.datasets.subsets]]\nimage_dir = "photos"\n',
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_overrides(base: Path, catalog: Catalog) -> None:
+    """`section.key=value` sets a key at any depth, in lists by number, with TOML's types or as text."""
+    overrides = [
+        "optimizer.lr=3e-5", "optimizer.betas=[0.5, 0.6]", "training.gradient_checkpointing=true",
+        "output.name=2026-11-22", "output.training_comment=my lora = best", "network.name=c3lier",
+        "data.datasets[0].subsets[0].num_repeats=4", "data.datasets.0.batch_size = 2", "observers[0].average=0.5",
+    ]  # fmt: skip
+    config = read_config(written(base), overrides, catalog)
+    assert (config.optimizer.lr, config.optimizer.betas) == (3e-5, (0.5, 0.6))  # type: ignore[attr-defined]
+    assert config.training.gradient_checkpointing is True
+    assert (config.output.name, config.output.training_comment) == ("2026-11-22", "my lora = best")
+    assert config.network.name == "c3lier"
+    assert (config.data.datasets[0].subsets[0].num_repeats, config.data.datasets[0].batch_size) == (4, 2)
+    assert config.observers[0].average == 0.5  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr", "must be KEY=VALUE, not 'optimizer.lr'"),
+        ("=3", "must be KEY=VALUE, not '=3'"),
+        ("optimizer..lr=3", "must be KEY=VALUE"),
+        ("observers[1].name=x", "observers[1].name does not lead to a key"),
+        ("observers.first.name=x", "observers.first.name does not lead to a key"),
+        ("output.dir.name=x", "output.dir.name does not lead to a key"),
+        ("output.dir.name.more=x", "output.dir.name.more does not lead to a key"),
+    ],
+)
+def test_overrides_that_cannot_be(base: Path, catalog: Catalog, override: str, message: str) -> None:
+    """An override of another form, or that leads nowhere, is a problem that repeats it."""
+    with pytest.raises(ConfigError) as caught:
+        read_config(written(base), [override, "x"], catalog)
+    assert message in caught.value.problems[0].message
+    assert len(caught.value.problems) == 2
+
+
+def test_overrides_are_checked_like_the_file(base: Path, catalog: Catalog) -> None:
+    """A wrong value in an override is a problem at its key."""
+    with pytest.raises(ConfigError) as caught:
+        read_config(written(base), ["optimizer.lr=", "network.rank=1\n[x]", "training=3"], catalog)
+    assert [problem.key for problem in caught.value.problems] == ["network.rank", "optimizer.lr", "training"]
+
+
+def test_components_of_guests(
+    tables: Tables, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest's component is structured as strictly as a built-in's; nonsense in its types is told, not raised."""
+    source = optimizer_source("typed").replace(
+        "    strength: float = 0.5\n",
+        "    names: list[str] = ()\n    scales: dict[str, float] = None\n    odd: complex = 0j\n"
+        "    checked: int = field(default=1, validator=lambda *_: 1 / (_[2] - 2))\n    strength: float = 0.5\n",
+    ).replace("import frozen", "import field, frozen")
+    install(tmp_path, "typed-guest", typed_guest=source)
+    monkeypatch.syspath_prepend(tmp_path)
+    good = {"name": "typed-guest:typed", "names": ["a"], "scales": {"x": 1}}
+    optimizer = config_from_tables({**tables, "optimizer": good}, base).optimizer
+    assert (optimizer.names, optimizer.scales) == (["a"], {"x": 1.0})  # type: ignore[attr-defined]
+    bad = {"name": "typed", "names": "abc", "scales": {"x": "1"}, "odd": 3, "checked": 2, "strenght": 1}
+    with pytest.raises(ConfigError) as caught:
+        config_from_tables({**tables, "optimizer": bad}, base)
+    messages = {problem.key.removeprefix("optimizer."): problem.message for problem in caught.value.problems}
+    assert messages.keys() == {"names", "scales", "odd", "checked", "strenght"}
+    assert messages["names"] == "must be a list in [ ], not 'abc'"
+    assert messages["scales"] == "must be a number, not '1'"
+
+
+def test_components_that_refuse_their_values(
+    tables: Tables, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest's class that raises when it is made is a problem of its section."""
+    post_init = "    def __attrs_post_init__(self):\n        if self.strength > 1: raise ValueError('too strong')\n"
+    source = optimizer_source("strict").replace("    def build", f"{post_init}\n    def build")
+    install(tmp_path, "strict-guest", strict_guest=source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="optimizer: cannot be used: too strong"):
+        config_from_tables({**tables, "optimizer": {"name": "strict", "strength": 2}}, base)
