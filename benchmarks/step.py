@@ -164,6 +164,7 @@ def run_lorakit(arguments: argparse.Namespace, timer: Timer) -> None:
     from lorakit.config.reading import read_config
     from lorakit.engine.assembly import assemble
     from lorakit.engine.observing import Observer, Observers
+    from lorakit.engine.preparation import prepare
     from lorakit.engine.processes import Processes
     from lorakit.engine.trainer import train
     from lorakit.errors import Interrupted
@@ -174,7 +175,7 @@ def run_lorakit(arguments: argparse.Namespace, timer: Timer) -> None:
                 raise Interrupted(f"measured {step} steps")
 
     config = read_config(arguments.work / "config.toml")
-    run = assemble(config, Processes.launched(config.training.device))
+    run = assemble(prepare(config), Processes.launched(config.training.device))
     run.observers = Observers([("stopwatch", True, Stopwatch())])
     try:
         train(run)

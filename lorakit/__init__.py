@@ -31,9 +31,12 @@ def train(config: str | Path | TrainConfig, *, overrides: Sequence[str] = (), re
     Raises the errors of `lorakit.errors`.
     """
     from lorakit.config.reading import read_config
-    from lorakit.engine.assembly import train_config
+    from lorakit.engine.preparation import prepare
     from lorakit.plugins import Catalog
 
     catalog = Catalog.discover()
     checked = read_config(Path(config), overrides, catalog) if isinstance(config, str | Path) else config
-    return train_config(checked, catalog, Path(resume) if resume is not None else None)
+    prepared = prepare(checked)
+    from lorakit.engine.assembly import train_prepared
+
+    return train_prepared(prepared, catalog, Path(resume) if resume is not None else None)

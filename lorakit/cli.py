@@ -86,9 +86,12 @@ def train(config: Path, overrides: tuple[str, ...], resume: Path | None) -> None
     """
     catalog = _catalog()
     checked = _checked(config, overrides, catalog)
-    from lorakit.engine.assembly import train_config
+    from lorakit.engine.preparation import prepare
 
-    path = train_config(checked, catalog, resume)
+    prepared = prepare(checked)
+    from lorakit.engine.assembly import train_prepared
+
+    path = train_prepared(prepared, catalog, resume)
     if _is_main_process():
         click.echo(f"Done: {path}")
 
@@ -101,10 +104,9 @@ def check(config: Path, overrides: tuple[str, ...]) -> None:
     Images, captions and the kind of model are looked at too.
     """
     checked = _checked(config, overrides, _catalog())
-    from lorakit.data.examples import index_datasets
+    from lorakit.engine.preparation import prepare
 
-    datasets = index_datasets(checked.data.datasets, checked.data.workers)
-    images = sum(len(dataset.examples) for dataset in datasets)
+    images = prepare(checked).images
     click.echo(f"{config}: no problems; {images} image{'' if images == 1 else 's'}")
 
 
@@ -114,9 +116,12 @@ def cache(config: Path, overrides: tuple[str, ...]) -> None:
     """Encode images and captions into the cache, and stop."""
     catalog = _catalog()
     checked = _checked(config, overrides, catalog)
+    from lorakit.engine.preparation import prepare
+
+    prepared = prepare(checked)
     from lorakit.engine.assembly import fill_cache
 
-    fill_cache(checked)
+    fill_cache(prepared)
     click.echo(f"Done: {checked.cache_dir}")
 
 
@@ -148,7 +153,9 @@ def plugins() -> None:
                 if len(registrations) > 1:
                     notes.append(f"name clash: write {registration.provider.distribution}:{name}")
                 rows.append((base.kind, name, str(registration.provider), "; ".join(notes)))
-    rows += [("broken plugin", plugin.provider.entry_point, str(plugin.provider), plugin.error) for plugin in catalog.broken]
+    rows += [
+        ("broken plugin", plugin.provider.entry_point, str(plugin.provider), plugin.error) for plugin in catalog.broken
+    ]
     for line in _columns(("kind", "name", "package", ""), rows):
         click.secho(line, fg="red" if line.startswith("broken") else None)
 

@@ -11,6 +11,7 @@ import difflib
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from typing import Any, TypeVar, get_type_hints
 
@@ -69,6 +70,10 @@ class Provider:
         return f"{self.distribution} {self.version}"
 
 
+Installed = tuple[Provider, Callable[[], object]]
+"""A plugin as it is found: where it comes from, and the function that imports it."""
+
+
 @frozen
 class Registration:
     """A component and where it comes from."""
@@ -108,7 +113,7 @@ class Catalog:
         return cls.of(_installed_plugins())
 
     @classmethod
-    def of(cls, plugins: Iterable[tuple[Provider, Callable[[], object]]]) -> Catalog:
+    def of(cls, plugins: Iterable[Installed]) -> Catalog:
         """The catalog of given plugins, each with a function that imports it."""
         # A dict, because a module that imports another's hook registers the same component once more.
         registrations: dict[tuple[type[Component], str], Registration] = {}
@@ -216,16 +221,34 @@ def missing_packages(component: type[Component]) -> list[str]:
     return missing
 
 
-def _installed_plugins() -> Iterator[tuple[Provider, Callable[[], object]]]:
-    found = []
-    for entry_point in metadata.entry_points(group=GROUP):
-        stated = dict.fromkeys(("Name", "Version"), "unknown")
-        if entry_point.dist:
-            stated |= {key: entry_point.dist.metadata[key] for key in stated if key in entry_point.dist.metadata}
-        provider = Provider(stated["Name"], stated["Version"], entry_point.name)
-        found.append((provider, entry_point.load))
+def _installed_plugins() -> Iterator[Installed]:
+    found: dict[str, list[Installed]] = {}
+    for distribution in metadata.distributions():
+        if f"[{GROUP}]" in (distribution.read_text("entry_points.txt") or ""):
+            name, version = (_stated(distribution, key) for key in ("Name", "Version"))
+            # The first on the path is the one that is imported.
+            found.setdefault(_normalised(name), _entry_points(distribution, name, version))
+    plugins = [plugin for own in found.values() for plugin in own]
     # By name, so that the order of installation changes nothing.
-    return iter(sorted(found, key=lambda plugin: (plugin[0].entry_point, plugin[0])))
+    yield from sorted(plugins, key=lambda plugin: (plugin[0].entry_point, plugin[0]))
+
+
+def _stated(distribution: metadata.Distribution, key: str) -> str:
+    found: list[str] = distribution.metadata.get_all(key) or ["unknown"]
+    return found[0]
+
+
+def _entry_points(distribution: metadata.Distribution, name: str, version: str) -> list[Installed]:
+    try:
+        return [
+            (Provider(name, version, found.name), found.load) for found in distribution.entry_points.select(group=GROUP)
+        ]
+    except Exception as error:  # a malformed file makes importlib raise various things
+        return [(Provider(name, version, "entry_points.txt"), partial(_refuse, f"it cannot be read: {error}"))]
+
+
+def _refuse(reason: str) -> object:
+    raise PluginError(reason)
 
 
 def _hooks_of(plugin: object) -> pluggy.HookRelay:

@@ -118,6 +118,18 @@ def test_an_entry_point_that_leads_nowhere(tmp_path: Path, monkeypatch: pytest.M
     assert "it implements no hook" in errors["c"]
 
 
+def test_entry_points_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A distribution whose metadata is damaged is a broken plugin, and all others are there."""
+    before = Catalog.discover()
+    write_metadata(tmp_path, "garbled", "[lorakit]\nthis is no entry point\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    catalog = Catalog.discover()
+    (broken,) = (plugin for plugin in catalog.broken if plugin.provider.distribution == "garbled")
+    assert broken.provider.entry_point == "entry_points.txt"
+    assert "it cannot be read" in broken.error
+    assert catalog.registrations == before.registrations
+
+
 def test_a_distribution_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plugin whose distribution has lost its metadata is used, and said to come from an unknown one."""
     install(tmp_path, "nameless", nameless_guest=optimizer_source("nameless"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +39,7 @@ def summarize(location: Location) -> CheckpointSummary:
     Of a Hub model only the configs are fetched that tell its family.
     """
     path = location.fetch(["model_index.json", "unet/config.json"]) if isinstance(location, HubModel) else location
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 - `Path.is_dir` raises where it may not look
         return _folder_summary(path)
     kind = _kind(path)
     return CheckpointSummary(path, kind, safetensors_shapes(path) if kind == "safetensors" else pickle_shapes(path))

@@ -8,6 +8,7 @@ same wherever it is used from.
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -150,7 +151,7 @@ def _dataset(
         elsewhere = {key: shared[key] for key in SUBSET_KEYS if key in shared and key not in table}
         own = {key: value for key, value in table.items() if key in SUBSET_KEYS}
         subset = reader.structure(SubsetConfig, {**own, **_values(elsewhere)}, subset_place, _keys(elsewhere))
-        if subset and not subset.image_dir.is_dir():
+        if subset and not os.path.isdir(subset.image_dir):  # noqa: PTH112 - `Path.is_dir` raises for overlong names
             hint = f"relative paths are relative to the folder of {reader.file or 'the config file'}"
             reader.report(f"{subset_place}.image_dir", f"{subset.image_dir} is not a folder", hint)
         made.append(subset)

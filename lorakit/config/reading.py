@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -177,7 +178,7 @@ class _Assembly:
 def _problems_on_disk(sections: Mapping[str, Any]) -> Iterable[Problem]:
     """Files that should be there and are not, and folders that cannot be written to."""
     network, output, data = sections["network"], sections["output"], sections["data"]
-    if network and network.weights and not network.weights.is_file():
+    if network and network.weights and not os.path.isfile(network.weights):  # noqa: PTH113 - raises nothing
         yield Problem("network.weights", f"{network.weights} is not a file", "the LoRA file to continue from")
     folders = {"output.dir": output and output.dir, "data.cache_dir": data and data.cache_dir}
     for key, folder in folders.items():
@@ -197,12 +198,12 @@ def _keys_of_kind(catalog: Catalog, base: type[Component]) -> dict[str, list[str
 
 def _places(catalog: Catalog) -> dict[str, str]:
     """Where each option stands, by its bare name, for hints; the first section that has it wins."""
-    places: dict[str, str] = {}
-    keys = {"data": [*SECTION_KEYS, *DATASET_KEYS, *SUBSET_KEYS]}
-    keys |= {section: field_names(cls) for section, cls in PLAIN_SECTIONS.items()}
-    for section, names in keys.items():
-        places = {**{name: f"{section}.{name}" for name in names}, **places}
-    kinds = {"model": ModelFamilyConfig, **{section: base for section, (base, _) in COMPONENT_SECTIONS.items()}}
+    places = {key: f"data.{key}" for key in (*SECTION_KEYS, *DATASET_KEYS, *SUBSET_KEYS)}
+    for section, cls in PLAIN_SECTIONS.items():
+        for key in field_names(cls):
+            places.setdefault(key, f"{section}.{key}")
+    kinds: dict[str, type[Component]] = {"model": ModelFamilyConfig}
+    kinds |= {section: base for section, (base, _) in COMPONENT_SECTIONS.items()}
     for section, base in kinds.items():
         for key, owners in _keys_of_kind(catalog, base).items():
             is_shared = len(owners) == len(catalog.of_kind(base))

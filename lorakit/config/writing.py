@@ -115,19 +115,18 @@ def _commented_observers(catalog: Catalog) -> list[str]:
 
 
 def _field_lines(classes: Sequence[type], settings: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The lines of each key, those with a value in `settings` first."""
-    lines: list[str] = []
-    commented: list[str] = []
+    """The lines of each key: those with a value in `settings` in its order, then the others."""
+    lines: dict[str, list[str]] = {name: [] for name in settings}
     for cls in classes:
         types = get_type_hints(cls)
         for field in attrs.fields(cls):
             text = field_docs(cls).get(field.name, "") + _choices(types[field.name])
             if field.name in settings:
-                lines += _line(f"{prefix}{field.name} = {_toml(settings[field.name])}", text)
+                lines[field.name] = _line(f"{prefix}{field.name} = {_toml(settings[field.name])}", text)
             elif field.name not in ("subsets", "datasets"):
                 default = "" if field.default in (None, attrs.NOTHING) else _toml(field.default)
-                commented += _line(f"# {field.name} = {default}".rstrip(), text)
-    return lines + commented
+                lines[field.name] = _line(f"# {field.name} = {default}".rstrip(), text)
+    return [line for own in lines.values() for line in own]
 
 
 def _choices(type_: Any) -> str:

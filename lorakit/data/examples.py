@@ -78,8 +78,6 @@ def index_datasets(
     with ThreadPoolExecutor(workers or default_workers()) as pool:
         read = [list(pool.map(lambda file: _read(file, memo), files)) for files in found]
     problems += [outcome for outcomes in read for outcome in outcomes if isinstance(outcome, str)]
-    if memo is not None:
-        memo.save()
     if problems:
         raise data_error(problems)
     _warn_of_missing_captions([file for files in found for file in files])

@@ -17,13 +17,13 @@ import torch
 from lorakit.components import ObserverConfig
 from lorakit.config.sections import TrainConfig
 from lorakit.data.batches import BatchLoader
-from lorakit.data.cache import Cache
 from lorakit.data.encoding import CaptionKeys, Encoding, encode_captions, encode_latents
-from lorakit.data.examples import captions_vary, index_datasets
+from lorakit.data.examples import captions_vary
 from lorakit.engine.gradients import FlatGradients
 from lorakit.engine.metadata import run_metadata
 from lorakit.engine.observing import Observers
-from lorakit.engine.output import AdapterWriter, check_output
+from lorakit.engine.output import AdapterWriter
+from lorakit.engine.preparation import PreparedRun
 from lorakit.engine.processes import Processes
 from lorakit.engine.run import Run
 from lorakit.engine.schedule import Schedule
@@ -42,19 +42,18 @@ EVERY_RUN_HAS = ("checkpoints", "progress")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def train_config(config: TrainConfig, catalog: Catalog, resume: Path | None = None) -> Path:
-    """Train as the config says; gives the path of the final file.
+def train_prepared(prepared: PreparedRun, catalog: Catalog, resume: Path | None = None) -> Path:
+    """Train as the config of a prepared run says; gives the path of the final file.
 
     `resume` is the folder of a state; an empty path stands for the newest state of the run.
     """
-    check_output(config)
+    config = prepared.config
     state = find_state(config, None if resume == Path() else resume) if resume is not None else None
-    processes = Processes.launched(config.training.device)
-    run = assemble(config, processes)
+    run = assemble(prepared, Processes.launched(config.training.device))
     if state is not None:
         run.load_state(state)
         log.info("going on from step %d of %d", run.step, run.schedule.total_steps)
-    if processes.is_main:
+    if run.processes.is_main:
         run.writer.write_config()
         run.observers = build_observers(run, catalog)
     try:
@@ -64,21 +63,21 @@ def train_config(config: TrainConfig, catalog: Catalog, resume: Path | None = No
     return run.writer.path(config.output.name)
 
 
-def fill_cache(config: TrainConfig) -> None:
+def fill_cache(prepared: PreparedRun) -> None:
     """Encode all images, and the captions where they stay the same over the run."""
-    check_output(config)
+    config = prepared.config
     processes = Processes.launched(config.training.device)
     model = config.model.build(processes.device, DTYPES[config.training.mixed_precision])
-    _indexed_and_encoded(config, model, processes)
+    _encoded(prepared, model, processes)
 
 
-def assemble(config: TrainConfig, processes: Processes) -> Run:
+def assemble(prepared: PreparedRun, processes: Processes) -> Run:
     """A run at its first step: caches filled, encoders freed, denoiser read, network attached."""
-    started = time.time()
+    config, started = prepared.config, time.time()
     if config.training.mixed_precision == "fp16" and processes.device.type == "cpu":
         log.warning('fp16 is slow on a CPU and may lack kernels; training.mixed_precision = "bf16" suits it better')
     model = config.model.build(processes.device, DTYPES[config.training.mixed_precision])
-    loader = _indexed_and_encoded(config, model, processes)
+    loader = _encoded(prepared, model, processes)
     model.use_attention(config.attention.build())
     if config.training.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -111,11 +110,10 @@ def build_observers(run: Run, catalog: Catalog) -> Observers:
     )
 
 
-def _indexed_and_encoded(config: TrainConfig, model: DiffusionModel, processes: Processes) -> BatchLoader:
+def _encoded(prepared: PreparedRun, model: DiffusionModel, processes: Processes) -> BatchLoader:
     """The data, encoded where that can be done once; frees the encoders that are not needed any more."""
-    cache = Cache(config.cache_dir)
+    config, datasets, cache = prepared.config, prepared.datasets, prepared.cache
     model.memo = cache.memo
-    datasets = index_datasets(config.data.datasets, config.data.workers, cache.memo)
     with _progress("encoding images", processes) as progress:
         latent_keys = encode_latents(datasets, model, cache, _encoding(config, processes, progress))
     model.free("image_encoder")

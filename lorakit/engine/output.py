@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,21 +10,11 @@ from attrs import frozen
 from lorakit.config.sections import TrainConfig
 from lorakit.config.writing import to_toml
 from lorakit.engine.metadata import save_metadata
-from lorakit.errors import OutputError, TrainingDiverged
+from lorakit.errors import TrainingDiverged
 from lorakit.files import write_atomically
 from lorakit.models.protocol import DiffusionModel
 from lorakit.networks.network import Network
 from lorakit.networks.saving import AdapterFile, Saver
-
-
-def check_output(config: TrainConfig) -> None:
-    """Raise OutputError when the output folder cannot be made or written to; leaves no trace."""
-    folder = config.output.dir
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not existing.is_dir():
-        raise OutputError(f"output.dir: {existing} is a file, not a folder; choose another folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise OutputError(f"output.dir: {existing} cannot be written to; choose another folder or change its rights")
 
 
 @frozen

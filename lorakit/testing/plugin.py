@@ -24,15 +24,26 @@ CAPTIONS = {
 
 
 @pytest.fixture(scope="session")
-def offline() -> Iterator[None]:
-    """The Hugging Face Hub is not asked for anything."""
+def lorakit_offline() -> Iterator[None]:
+    """Sets HF_HUB_OFFLINE while tests run that use the tiny model, so that nothing is asked of the Hub."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield
 
 
+@pytest.fixture
+def lorakit_one_thread() -> Iterator[None]:
+    """Lets torch compute on one thread while the test runs, which is fastest for a tiny model."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
-def tiny_sd1(offline: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001
+def tiny_sd1(lorakit_offline: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001
     """A diffusers folder with a Stable Diffusion 1.x of two million random weights; not to be changed."""
     from lorakit.testing.models import make_tiny_sd1
 
@@ -58,7 +69,12 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def train_tables(tiny_sd1: Path, photographs: Path, tmp_path: Path) -> dict[str, Any]:
+def train_tables(
+    tiny_sd1: Path,
+    photographs: Path,
+    tmp_path: Path,
+    lorakit_one_thread: None,  # noqa: ARG001
+) -> dict[str, Any]:
     """The tables of a config that trains four steps on the CPU in about a second; a test may change them.
 
     `lorakit.config.reading.config_from_tables(train_tables, tmp_path)` makes the config, and

@@ -93,7 +93,9 @@ def test_the_short_form_is_one_dataset_of_one_subset(data_of: Callable[..., Data
     short = {"image_dir": "photos", "resolution": [64, 128], "batch_size": 3, "flip_aug": True, "workers": 2}
     long = {
         "workers": 2,
-        "datasets": [{"resolution": [64, 128], "batch_size": 3, "subsets": [{"image_dir": "photos", "flip_aug": True}]}],
+        "datasets": [
+            {"resolution": [64, 128], "batch_size": 3, "subsets": [{"image_dir": "photos", "flip_aug": True}]}
+        ],
     }
     assert data_of(short) == data_of(long)
 

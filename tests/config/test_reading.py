@@ -120,6 +120,9 @@ def test_values_of_a_wrong_type_or_range(
         ("optimizer", "max_train_steps", "did you mean training.max_steps?"),
         ("loss", "zzz", "known here: min_snr_gamma"),
         ("model", "name", "known here: path"),
+        ("optimizer", "clip_threshold", "did you mean optimizer.clip_threshold of adafactor?"),
+        ("network", "conv_dim", "did you mean network.conv_rank?"),
+        ("network", "conv_rank", "did you mean network.conv_rank of c3lier?"),
         ("output", "save_every_n_epoch", "did you mean output.save_every_n_epochs?"),
     ],
 )
@@ -132,6 +135,11 @@ def test_unknown_keys_are_met_with_what_was_meant(
     assert list(found) == [f"{section}.{key}"]
     assert "is not a known key" in found[f"{section}.{key}"]
     assert hint in found[f"{section}.{key}"]
+
+
+def test_keys_that_are_no_words_are_quoted(problems: Problems, tables: Tables) -> None:
+    """A key with spaces or line breaks cannot tear the message apart."""
+    assert set(problems({**tables, "loss": {"a\nb": 1, "": 2}, "x y": 3})) == {"loss.'a\\nb'", "loss.''", "'x y'"}
 
 
 @pytest.mark.parametrize(
@@ -275,6 +283,20 @@ def test_paths_of_the_model_that_cannot_be(problems: Problems, tables: Tables, p
     assert list(problems({**tables, "model": {"path": path}})) == ["model.path"]
 
 
+@pytest.mark.parametrize(
+    "key", ["data.image_dir", "data.config", "data.cache_dir", "network.weights", "output.dir", "model.vae"]
+)
+@pytest.mark.parametrize("path", ["a" * 5000, "~nobody_of_this_name/a", "a\0b", "model.safetensors/a"])
+def test_paths_that_cannot_be(problems: Problems, tables: Tables, key: str, path: str) -> None:
+    """A path that the system refuses to look at is one problem, at its key or at the model's."""
+    section, _, name = key.partition(".")
+    tables[section] = {**tables.get(section, {}), name: path}
+    if name == "config":
+        tables["data"] = {"config": path}
+    (found,) = problems(tables)
+    assert found in (key, "model.path" if key == "model.vae" else "")
+
+
 def test_keys_of_the_model_are_checked_without_the_model(problems: Problems, tables: Tables) -> None:
     """A model that is not there does not hide what is wrong with the other keys."""
     tables["model"] = {"path": "nowhere.ckpt", "family": "sd1", "clip_skip": "2", "vea": "x"}
@@ -284,7 +306,9 @@ def test_keys_of_the_model_are_checked_without_the_model(problems: Problems, tab
 def test_paths_are_relative_to_the_config_file(base: Path, catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     """A config file means the same from wherever it is read."""
     path = base / "relative.toml"
-    path.write_text('model.path = "model.safetensors"\ndata = {image_dir = "photos", resolution = 64}\noutput.dir = "o"')
+    path.write_text(
+        'model.path = "model.safetensors"\ndata = {image_dir = "photos", resolution = 64}\noutput.dir = "o"'
+    )
     monkeypatch.chdir("/")
     config = read_config(path, catalog=catalog)
     monkeypatch.chdir(base)
@@ -373,15 +397,17 @@ def test_overrides_are_checked_like_the_file(base: Path, catalog: Catalog) -> No
     assert [problem.key for problem in caught.value.problems] == ["network.rank", "optimizer.lr", "training"]
 
 
-def test_components_of_guests(
-    tables: Tables, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_components_of_guests(tables: Tables, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guest's component is structured as strictly as a built-in's; nonsense in its types is told, not raised."""
-    source = optimizer_source("typed").replace(
-        "    strength: float = 0.5\n",
-        "    names: list[str] = ()\n    scales: dict[str, float] = None\n    odd: complex = 0j\n"
-        "    checked: int = field(default=1, validator=lambda *_: 1 / (_[2] - 2))\n    strength: float = 0.5\n",
-    ).replace("import frozen", "import field, frozen")
+    source = (
+        optimizer_source("typed")
+        .replace(
+            "    strength: float = 0.5\n",
+            "    names: list[str] = ()\n    scales: dict[str, float] = None\n    odd: complex = 0j\n"
+            "    checked: int = field(default=1, validator=lambda *_: 1 / (_[2] - 2))\n    strength: float = 0.5\n",
+        )
+        .replace("import frozen", "import field, frozen")
+    )
     install(tmp_path, "typed-guest", typed_guest=source)
     monkeypatch.syspath_prepend(tmp_path)
     good = {"name": "typed-guest:typed", "names": ["a"], "scales": {"x": 1}}

@@ -28,12 +28,16 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "cosine_with_restarts": {"num_cycles": 2},
     "polynomial": {"power": 2.0, "lr_end": 0.0},
     "tensorboard": {"dir": Path("logs")},
-    "checkpoints": {"every_n_steps": 1, "every_n_epochs": 1, "keep_last": 2, "save_state": True},
 }
 """The settings to test each component with; the others are tested with their defaults."""
 
 ATTRIBUTES: Mapping[str, Mapping[str, Any]] = {
     "sd1": {"make_model": lambda _, folder: make_tiny_sd1(folder), "text_settings": {"clip_skip": 2}},
+    "checkpoints": {
+        "run_settings": {
+            "output": {"save_every_n_steps": 1, "save_every_n_epochs": 1, "keep_last": 2, "save_state": True}
+        }
+    },
     "dadaptation": {"own_learning_rates": False},
     "ckpt": {"keeps_metadata": False},
     "pt": {"keeps_metadata": False},

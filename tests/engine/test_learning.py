@@ -13,6 +13,7 @@ from lorakit.components import NetworkConfig, OptimizerConfig
 from lorakit.data.batches import Batch
 from lorakit.engine.assembly import assemble
 from lorakit.engine.loss import denoising_loss
+from lorakit.engine.preparation import prepare
 from lorakit.engine.processes import Processes
 from lorakit.engine.run import Run
 from lorakit.plugins import Catalog
@@ -53,7 +54,7 @@ def test_loss_falls_on_a_repeated_batch(
         training={"mixed_precision": precision},
         data={"batch_size": 2},
     )
-    run = assemble(config, Processes(torch.device("cpu")))
+    run = assemble(prepare(config), Processes(torch.device("cpu")))
     batch = first_batch(run)
     before = loss_on(run, batch).item()
     for _ in range(STEPS):
@@ -73,7 +74,7 @@ def test_gradient_checkpointing_changes_nothing(make_config) -> None:
             training={"gradient_checkpointing": checkpointing},
             data={"batch_size": 2},
         )
-        run = assemble(config, Processes(torch.device("cpu")))
+        run = assemble(prepare(config), Processes(torch.device("cpu")))
         torch.nn.init.normal_(run.network.parameters_of("unet")[1], std=0.1)
         batch = first_batch(run)
         run.backward(loss_on(run, batch))
@@ -86,7 +87,7 @@ def test_gradient_checkpointing_changes_nothing(make_config) -> None:
 def test_float16_is_scaled(make_config) -> None:
     """With fp16 the loss scale is on, an overflowing step is skipped, and the others train."""
     config = make_config(training={"mixed_precision": "fp16"}, network={"parts": ["unet"]}, optimizer={"lr": 3e-3})
-    run = assemble(config, Processes(torch.device("cpu")))
+    run = assemble(prepare(config), Processes(torch.device("cpu")))
     assert run.scaler.is_enabled()
     batch = first_batch(run)
     before = loss_on(run, batch).item()
@@ -104,8 +105,8 @@ def test_float16_is_scaled(make_config) -> None:
 
 def test_min_snr_weights(make_config) -> None:
     """min-SNR multiplies each image's loss by min(SNR, γ)/SNR of its timestep."""
-    run = assemble(make_config(data={"batch_size": 1}), Processes(torch.device("cpu")))
-    weighted = assemble(make_config(loss={"min_snr_gamma": 5.0}), Processes(torch.device("cpu")))
+    run = assemble(prepare(make_config(data={"batch_size": 1})), Processes(torch.device("cpu")))
+    weighted = assemble(prepare(make_config(loss={"min_snr_gamma": 5.0})), Processes(torch.device("cpu")))
     batch = first_batch(run)
     snr = run.model.noise.signal_to_noise(batch.timesteps).double()
     expected = loss_on(run, batch).double() * (snr.clamp(max=5) / snr).mean()
@@ -114,7 +115,7 @@ def test_min_snr_weights(make_config) -> None:
 
 def test_base_model_is_left_alone(make_config, tmp_path: Path) -> None:
     """Training changes no weight of the base model and gives gradients to none."""
-    run = assemble(make_config(), Processes(torch.device("cpu")))
+    run = assemble(prepare(make_config()), Processes(torch.device("cpu")))
     own = {id(p) for part in run.network.parts for p in run.network.parameters_of(part)}
     before = {name: p.clone() for name, p in run.model.denoiser.named_parameters() if id(p) not in own}
     batch = first_batch(run)

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 
 import lorakit
 from lorakit.config.sections import TrainConfig
-from lorakit.engine.assembly import assemble, train_config
+from lorakit.engine.assembly import assemble, train_prepared
 from lorakit.engine.observing import Observer, Observers
+from lorakit.engine.preparation import prepare
 from lorakit.engine.processes import Processes
 from lorakit.engine.trainer import train
 from lorakit.errors import ConfigError, Interrupted, TrainingDiverged
@@ -58,7 +59,7 @@ def test_files_of_a_run(make_config, catalog: Catalog) -> None:
         training={"max_epochs": 4, "max_steps": 1},
         output={"save_every_n_epochs": 1, "keep_last": 2},
     )
-    final = train_config(config, catalog)
+    final = train_prepared(prepare(config), catalog)
     assert sorted(path.name for path in config.output.dir.iterdir()) == [
         "test-000002.safetensors",
         "test-000003.safetensors",
@@ -71,7 +72,7 @@ def test_files_of_a_run(make_config, catalog: Catalog) -> None:
 def test_saves_every_n_steps(make_config, catalog: Catalog) -> None:
     """Files of steps carry the step in eight digits, and the last step is only the final file."""
     config = make_config(output={"save_every_n_steps": 2})
-    train_config(config, catalog)
+    train_prepared(prepare(config), catalog)
     assert sorted(path.name for path in config.output.dir.glob("*.safetensors")) == [
         "test-step00000002.safetensors",
         "test-step00000004.safetensors",
@@ -131,7 +132,7 @@ def test_resumed_run_is_bit_equal(make_config, catalog: Catalog, optimizer: str)
     with pytest.raises(Interrupted, match="step 3 of 6"):
         _train_until(stopped, catalog, 3)
     assert not (stopped.output.dir / "test.safetensors").exists()
-    resumed = train_config(stopped, catalog, resume=Path())
+    resumed = train_prepared(prepare(stopped), catalog, resume=Path())
     assert same(weights_of(whole), weights_of(resumed))
 
 
@@ -142,7 +143,7 @@ def _train_until(config: TrainConfig, catalog: Catalog, last: int) -> None:
         def step_finished(self, step: int) -> None:
             run.stop.made = step == last
 
-    run = assemble(config, Processes(torch.device("cpu")))
+    run = assemble(prepare(config), Processes(torch.device("cpu")))
     run.observers = Observers([("stop", True, Stop())])
     train(run)
 
@@ -152,16 +153,16 @@ def test_state_of_another_config_is_refused(make_config, catalog: Catalog) -> No
     with pytest.raises(Interrupted):
         _train_until(make_config(), catalog, 2)
     with pytest.raises(ConfigError, match="another config"):
-        train_config(make_config(optimizer={"lr": 2e-3}), catalog, resume=Path())
+        train_prepared(prepare(make_config(optimizer={"lr": 2e-3})), catalog, resume=Path())
     with pytest.raises(ConfigError, match="no state"):
-        train_config(make_config(output={"name": "unknown"}), catalog, resume=Path())
+        train_prepared(prepare(make_config(output={"name": "unknown"})), catalog, resume=Path())
 
 
 def test_a_longer_run_may_go_on(make_config, catalog: Catalog) -> None:
     """A state may be taken up by the same config with more steps."""
     whole = lorakit.train(make_config(training={"max_steps": 8}, output={"name": "whole"}))
     lorakit.train(make_config(output={"save_state": True}))
-    longer = train_config(make_config(training={"max_steps": 8}), catalog, resume=Path())
+    longer = train_prepared(prepare(make_config(training={"max_steps": 8})), catalog, resume=Path())
     assert same(weights_of(whole), weights_of(longer))
 
 
@@ -171,7 +172,7 @@ def test_infinite_loss_stops_the_run(make_config, catalog: Catalog) -> None:
         optimizer={"name": "lion", "lr": 1e30}, training={"max_steps": 50}, output={"save_every_n_steps": 1}
     )
     with pytest.raises(TrainingDiverged, match=r"step \d+: .*(nan|inf).*\.png.*Lower optimizer\.lr") as caught:
-        train_config(config, catalog)
+        train_prepared(prepare(config), catalog)
     failed = int(str(caught.value).split("step ")[1].split(":")[0])
     assert failed > 1
     assert not (config.output.dir / "test.safetensors").exists()
@@ -188,7 +189,7 @@ def test_failing_observer_is_detached(make_config, catalog: Catalog, caplog: pyt
             raise ValueError(f"no step {step} for me")
 
     config = make_config()
-    run = assemble(config, Processes(torch.device("cpu")))
+    run = assemble(prepare(config), Processes(torch.device("cpu")))
     steps: list[int] = []
     counting = Observer()
     counting.step_finished = steps.append  # type: ignore[method-assign]

@@ -25,7 +25,7 @@ class LionConfig(OptimizerConfig):
     """
 
     name = "lion"
-    requires = ("lion_pytorch",)
+    requires = ("lion-pytorch",)
 
     betas: tuple[float, float] = field(default=(0.9, 0.99), validator=v.deep_iterable([v.ge(0), v.lt(1)]))
     """Decay of the update direction and of the momentum."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -139,7 +140,7 @@ class StoredModel:
 
 def vae_at(path: Path) -> StoredPart:
     """A VAE of its own: a diffusers folder, a file in either layout, or the VAE in a whole model's file."""
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 - `Path.is_dir` raises where it may not look
         return _folder_part(path if (path / "config.json").is_file() else path / "vae", "vae")
     summary = summarize(path)
     part = _part("vae", path, summary.tensors, layout.VAE_PREFIX) or _part("vae", path, summary.tensors, "")

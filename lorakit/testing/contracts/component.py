@@ -6,14 +6,13 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
 import tomlkit
-import torch
 
 from lorakit.components import (
     AttentionConfig,
@@ -50,21 +49,22 @@ class ComponentContract:
     """What every component must do; the suite of its kind, such as `OptimizerContract`, includes these tests.
 
     Each test runs in an empty folder of its own, which relative paths in `config` are relative to, and
-    computes on one thread, which is fastest for tiny models.
+    torch computes on one thread, which is fastest for tiny models.
     """
 
     config: Component
     """The component to test, with the settings to test it with."""
 
     @pytest.fixture(autouse=True)
-    def _in_a_folder_of_its_own(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def _in_a_folder_of_its_own(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        lorakit_one_thread: None,  # noqa: ARG002
+    ) -> None:
         monkeypatch.chdir(tmp_path)
         paths = {name: value for name, value in _values(self.config).items() if isinstance(value, Path)}
         self.config = attrs.evolve(self.config, **{name: path.absolute() for name, path in paths.items()})
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        yield
-        torch.set_num_threads(threads)
 
     def test_is_frozen(self) -> None:
         """Settings cannot be changed once they are read."""

@@ -5,13 +5,14 @@ B images, C latent channels, h and w latent sides, n chunks of 77 tokens in a ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import attrs
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorakit.checkpoints import locate, summarize
@@ -22,7 +23,6 @@ from lorakit.testing.contracts.attention import reference
 from lorakit.testing.contracts.component import ComponentContract
 from lorakit.testing.contracts.denoising import CAPTIONS, CPU, loss_of, make_batch, pictures, predict
 
-PARTS = ("text_encoder", "unet")
 ENCODERS: tuple[Literal["image_encoder"], Literal["text_encoder"]] = ("image_encoder", "text_encoder")
 
 
@@ -48,19 +48,22 @@ class ModelFamilyContract(ComponentContract):
         raise NotImplementedError
 
     @pytest.fixture(scope="class")
-    def model_path(self, offline: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG002
+    def model_path(self, lorakit_offline: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG002
         """The tiny model."""
         return self.make_model(tmp_path_factory.mktemp("family") / "tiny")
 
     @pytest.fixture(autouse=True)
-    def _with_its_model(self, _in_a_folder_of_its_own: None, model_path: Path) -> Iterator[None]:
+    def _with_its_model(self, _in_a_folder_of_its_own: None, model_path: Path) -> None:
         self.config = attrs.evolve(self.config, path=str(model_path))
-        return iter(())
 
     def test_recognises_its_models(self, model_path: Path) -> None:
-        """The tensor names and shapes of a model lead to this family, and of a folder with something else do not."""
-        detected = Catalog.discover().detect_model_family(summarize(locate(str(model_path), Path())))
-        assert detected == self.config.name
+        """Names and shapes of a model's tensors lead to this family, and those of something else do not."""
+        save_file({"layers.0.weight": torch.ones(2, 2)}, "something_else.safetensors")
+        found = [
+            Catalog.discover().detect_model_family(summarize(locate(path, Path())))
+            for path in (str(model_path), "something_else.safetensors")
+        ]
+        assert found[0] == self.config.name != found[1]
 
     def test_has_no_problems(self) -> None:
         """A good model passes the checks before a run."""
@@ -118,19 +121,22 @@ class ModelFamilyContract(ComponentContract):
     def test_targets_are_unique_and_in_order(self) -> None:
         """Each layer that can be adapted has its own key, in the same order each time: text encoder first."""
         model = self.built()
-        targets = model.targets(PARTS)
+        targets = model.targets(self.config.parts)
         keys = [target.key for target in targets]
         assert len(set(keys)) == len(keys) > 0
-        assert keys == [target.key for target in self.built().targets(tuple(reversed(PARTS)))]
-        assert [target.part for target in targets] == sorted(target.part for target in targets)
+        assert keys == [target.key for target in self.built().targets(self.config.parts[::-1])]
         assert all(isinstance(target.module, nn.Linear | nn.Conv2d) for target in targets)
-        for part in PARTS:
+        order = list(dict.fromkeys(target.part for target in targets))
+        assert set(order) == set(self.config.parts)
+        assert order[-1] == "unet"
+        assert [target.part for target in targets] == sorted([t.part for t in targets], key=order.index)
+        for part in order:
             assert [target.key for target in model.targets((part,))] == [t.key for t in targets if t.part == part]
 
     def test_is_frozen_until_adapted(self) -> None:
         """No parameter of denoiser or text encoder asks for a gradient, and nothing is left to chance by dropout."""
         model = self.built()
-        modules = {target.parent for target in model.targets(PARTS)} | {model.denoiser}
+        modules = {target.parent for target in model.targets(self.config.parts)} | {model.denoiser}
         assert not any(parameter.requires_grad for module in modules for parameter in module.parameters())
         batch = make_batch(model)
         with torch.no_grad():
@@ -160,7 +166,10 @@ class ModelFamilyContract(ComponentContract):
 
     def test_gradient_checkpointing_changes_no_gradient(self) -> None:
         """Recomputing activations gives the loss and the gradients that keeping them gives, in all parts."""
-        kept, recomputed = _loss_and_gradients(self.built()), _loss_and_gradients(self.built(), checkpointing=True)
+        kept = _loss_and_gradients(self.built(), self.config.parts)
+        recomputing = self.built()
+        recomputing.enable_gradient_checkpointing()
+        recomputed = _loss_and_gradients(recomputing, self.config.parts)
         assert len(kept) == len(recomputed) > 2
         assert all(gradient.any() for gradient in kept)
         for old, new in zip(kept, recomputed, strict=True):
@@ -207,14 +216,12 @@ def _encodings(model: DiffusionModel) -> list[Tensor]:
         return [*model.image_encoder.encode(pictures()), *conditioning.values()]
 
 
-def _loss_and_gradients(model: DiffusionModel, checkpointing: bool = False) -> list[Tensor]:
-    """The loss of a batch, and the gradients of LoRA adapters in all parts."""
-    if checkpointing:
-        model.enable_gradient_checkpointing()
-    network = Catalog.discover().find(NetworkConfig, "lierla")().build(model.targets(PARTS)).train()
+def _loss_and_gradients(model: DiffusionModel, parts: tuple[str, ...]) -> list[Tensor]:
+    """The loss of a batch, and the gradients of LoRA adapters in these parts."""
+    network = Catalog.discover().find(NetworkConfig, "lierla")(parts=parts).build(model.targets(parts)).train()
     for adapter in network.adapters:
         nn.init.constant_(adapter.lora_up, 0.01)  # type: ignore[arg-type]
     loss = loss_of(model, make_batch(model))
     loss.backward()  # type: ignore[no-untyped-call]
-    gradients = [own.grad for part in PARTS for own in network.parameters_of(part)]
+    gradients = [own.grad for part in parts for own in network.parameters_of(part)]
     return [loss.detach(), *(gradient for gradient in gradients if gradient is not None)]

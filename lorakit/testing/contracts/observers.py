@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lorakit.components import ObserverConfig
 from lorakit.config.reading import config_from_tables
 from lorakit.engine.assembly import assemble
 from lorakit.engine.observing import Observer, RunInfo, StepMetrics
+from lorakit.engine.preparation import prepare
 from lorakit.engine.processes import Processes
 from lorakit.testing.contracts.component import ComponentContract
 
@@ -29,11 +31,13 @@ class ObserverContract(ComponentContract):
     """
 
     config: ObserverConfig
+    run_settings: Mapping[str, Mapping[str, Any]] = {}
+    """Settings of other sections of the config file that the observer acts by, by section."""
 
     @pytest.fixture
     def run_info(self, train_tables: dict[str, Any], tmp_path: Path) -> RunInfo:
         """A real run of four steps, before its first one; its output folder is there."""
-        run = assemble(self.train_config(train_tables, tmp_path), Processes(torch.device("cpu")))
+        run = assemble(prepare(self.train_config(self.with_settings(train_tables), tmp_path)), Processes(torch.device("cpu")))
         run.writer.write_config()
         return run.info
 
@@ -65,10 +69,15 @@ class ObserverContract(ComponentContract):
         """A run with the observer gives the same weights as one without, bit for bit, and does not lose it."""
         without = load_file(lorakit.train(config_from_tables(train_tables, tmp_path)))
         train_tables["output"]["name"] = "observed"
-        observed = load_file(lorakit.train(self.train_config(train_tables, tmp_path)))
+        observed = load_file(lorakit.train(self.train_config(self.with_settings(train_tables), tmp_path)))
         assert observed.keys() == without.keys()
         assert all(torch.equal(observed[key], tensor) for key, tensor in without.items())
         assert not [record for record in caplog.records if record.name == "lorakit.engine.observing"]
+
+    def with_settings(self, tables: dict[str, Any]) -> dict[str, Any]:
+        """The tables with `run_settings` in them."""
+        changed = {section: {**tables.get(section, {}), **values} for section, values in self.run_settings.items()}
+        return {**tables, **changed}
 
 
 def _tell_of_step(observer: Observer, step: int, epoch: int) -> None:

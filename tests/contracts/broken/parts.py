@@ -1,45 +1,26 @@
-"""Components that each break their contract in one way, with the tests that must notice.
+"""Optimizers, LR schedulers, attention, savers and observers that break their contract in known ways."""
 
-`test_suites.py` runs this file; none of its components is registered.
-"""
+# ruff: noqa: ARG002, ARG005, D101, D102, D103
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
 import attrs
 from safetensors.torch import save_file
-from torch import nn
-from torch.nn.functional import dropout, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
-from lorakit.components import (
-    AttentionConfig,
-    LRSchedulerConfig,
-    ModelFamilyConfig,
-    ObserverConfig,
-    OptimizerConfig,
-    SaverConfig,
-)
+from lorakit.components import AttentionConfig, LRSchedulerConfig, ObserverConfig, OptimizerConfig, SaverConfig
 from lorakit.engine.observing import Observer
-from lorakit.models.stable_diffusion.model import StableDiffusion
-from lorakit.networks.config import LoRAConfig
-from lorakit.networks.dropout import DropoutRates
-from lorakit.networks.lora import LoRAModule, LoRANetwork
 from lorakit.networks.network import torch_groups
 from lorakit.networks.saving import SafetensorsSaver, read_adapter
-from lorakit.plugins import Catalog
 from lorakit.testing.contracts import (
     AttentionContract,
     LRSchedulerContract,
-    ModelFamilyContract,
-    NetworkContract,
     ObserverContract,
     OptimizerContract,
     SaverContract,
 )
-from lorakit.testing.models import make_tiny_sd1
 
 
 class UndecoratedConfig(OptimizerConfig):
@@ -220,98 +201,6 @@ class TestCareless(SaverContract):
     )
 
 
-class RestlessAdapter(LoRAModule):
-    """Starts with an effect, draws from the global generator, ignores its multiplier and trains its layer."""
-
-    def train(self, mode=True):
-        self.base.requires_grad_(mode)
-        return super().train(mode)
-
-    def initialize(self, seed):
-        for factor in (self.lora_down, self.lora_up):
-            nn.init.normal_(factor, std=0.01)
-
-    def forward(self, x):
-        self.multiplier = 1.0
-        return super().forward(dropout(x, 0.1, self.training))
-
-
-@attrs.frozen(kw_only=True)
-class RestlessConfig(LoRAConfig):
-    """Adapts all linear layers, whatever the parts."""
-
-    name = "restless"
-
-    def build(self, targets):
-        def make(target):
-            linear = isinstance(target.module, nn.Linear)
-            return RestlessAdapter(target.key, target.module, self.rank, self.alpha) if linear else None
-
-        return LoRANetwork(targets, make, DropoutRates()).attach()
-
-
-class TestRestless(NetworkContract):
-    config = RestlessConfig()
-    violates = (
-        "test_starts_without_effect",
-        "test_trains_the_adapters_alone",
-        "test_multiplier_zero_is_the_base_model",
-        "test_adapts_the_parts_it_is_told",
-        "test_initialisation_follows_the_seed",
-        "test_randomness_follows_the_samples",
-    )
-
-
-class Temporary(LoRANetwork):
-    """Hands out its own factors, halves what it reads, stays attached, and lets itself be put in half precision."""
-
-    def tensors(self):
-        return {
-            f"{adapter.key}.{suffix}": tensor.detach()
-            for adapter in self.adapters
-            for suffix, tensor in adapter.tensors().items()
-        }
-
-    def load_tensors(self, tensors, origin=""):
-        for adapter in self.adapters:
-            for suffix, own in adapter.tensors().items():
-                own.data.copy_(tensors.get(f"{adapter.key}.{suffix}", own).mul(0.5).reshape(own.shape))
-
-    def detach(self):
-        pass
-
-    def to(self, dtype):
-        for own in self.parameters():
-            own.data = own.data.to(dtype)
-
-
-@attrs.frozen(kw_only=True)
-class TemporaryConfig(LoRAConfig):
-    """Builds `Temporary`."""
-
-    name = "temporary"
-
-    def build(self, targets):
-        def make(target):
-            adapted = target.part in self.parts and isinstance(target.module, nn.Linear)
-            return LoRAModule(target.key, target.module, self.rank, self.alpha) if adapted else None
-
-        return Temporary(targets, make, DropoutRates()).attach()
-
-
-class TestTemporary(NetworkContract):
-    config = TemporaryConfig()
-    lr = 0.0
-    violates = (
-        "test_lowers_the_loss",
-        "test_keys_are_those_of_the_layers",
-        "test_reads_what_it_wrote",
-        "test_refuses_what_does_not_fit",
-        "test_detaches",
-        "test_parameters_stay_float32",
-    )
-
-
 class Nervous(Observer):
     """Fails in the middle of a run, and when it is closed before it was started."""
 
@@ -345,57 +234,3 @@ class TestNervous(ObserverContract):
         "test_bears_a_run_that_stops_early",
         "test_does_not_change_the_result",
     )
-
-
-class ForgetfulModel(StableDiffusion):
-    """Knows its text by the weights alone, keeps what it should free, and lists its layers from the back."""
-
-    def fingerprint(self, part):
-        return part
-
-    def free(self, part):
-        pass
-
-    def targets(self, parts):
-        return super().targets(parts)[::-1]
-
-    def use_attention(self, backend):
-        pass
-
-    def metadata(self):
-        return {}
-
-    def predict(self, noisy_latents, timesteps, conditioning):
-        return super().predict(noisy_latents, timesteps, conditioning).half()
-
-
-SD1 = Catalog.discover().find(ModelFamilyConfig, "sd1")
-
-
-@attrs.frozen(kw_only=True)
-class ForgetfulModelConfig(SD1):
-    """Builds `ForgetfulModel`."""
-
-    name = "forgetful-model"
-
-    def build(self, device, dtype):
-        model = super().build(device, dtype)
-        return ForgetfulModel(model.stored, model.variant, device, dtype)
-
-
-class TestForgetfulModel(ModelFamilyContract):
-    config = ForgetfulModelConfig(path="tiny")
-    text_settings = MappingProxyType({"clip_skip": 2})
-    violates = (
-        "test_recognises_its_models",
-        "test_predicts[dtype0]",
-        "test_predicts[dtype1]",
-        "test_targets_are_unique_and_in_order",
-        "test_fingerprints",
-        "test_frees_and_reads_again",
-        "test_uses_the_attention_backend",
-        "test_metadata",
-    )
-
-    def make_model(self, folder):
-        return make_tiny_sd1(folder)

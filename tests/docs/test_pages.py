@@ -1,0 +1,231 @@
+"""What README and documentation say is so: links, config examples, code, commands, lists."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import textwrap
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.components import ObserverConfig
+from lorakit.config.reading import COMPONENT_SECTIONS, config_from_tables, read_config
+from lorakit.config.suggestions import KOHYA_NAMES
+from lorakit.errors import ConfigError
+from lorakit.plugins import Catalog
+from tests.config.conftest import SD1_SHAPES, write_safetensors
+from tests.docs.pages import PAGES, ROOT, Block, anchors_of, blocks, blocks_of, links_of, sections_of
+from tests.docs.test_reference import own_components, page_sections, rows
+
+README = ROOT / "README.md"
+EXAMPLES = sorted(ROOT.glob("examples/*/config.toml"))
+# The tutorial's config needs the plugin that it builds; test_tutorial.py runs it.
+CONFIGS = [block for block in blocks("toml") if block.mark == "config" and block.page.stem != "write-a-plugin"]
+DATASETS = [block for block in blocks("toml") if block.mark == "dataset"]
+
+
+def command_after(mark: str) -> str:
+    """The command line in the README's bash block behind a mark."""
+    (block,) = [block for block in blocks_of(README) if block.mark == mark]
+    assert block.language == "bash"
+    return block.text.strip()
+
+
+def image_folders(tables: Any) -> Iterator[str]:
+    """Every `image_dir` in tables."""
+    for key, value in tables.items():
+        if key == "image_dir":
+            yield value
+        for table in value if isinstance(value, list) else [value]:
+            if isinstance(table, Mapping):
+                yield from image_folders(table)
+
+
+def with_files(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The tables with what every config needs added, and the files that they name made in a folder."""
+    least = {
+        "model": {"path": "model.safetensors"},
+        "data": {"image_dir": "photos", "resolution": 512},
+        "output": {"dir": "out"},
+    }
+    whole = {**least, **tables}
+    model = folder / whole["model"]["path"]
+    model.parent.mkdir(parents=True, exist_ok=True)
+    write_safetensors(model, SD1_SHAPES)
+    for name in image_folders(whole):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    if "weights" in whole.get("network", {}):
+        weights = folder / whole["network"]["weights"]
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        weights.touch()
+    return whole
+
+
+def write_dataset(block: Block, folder: Path) -> None:
+    """The dataset file of a block, and its image folders."""
+    (folder / "dataset.toml").write_text(block.text, encoding="utf-8")
+    for name in image_folders(tomllib.loads(block.text)):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+
+
+def test_links_lead_somewhere() -> None:
+    """Each relative link leads to a file, and to a heading in it where it names one."""
+    links = [(page, link) for page in PAGES for link in links_of(page)]
+    assert len(links) >= 50
+    broken = []
+    for page, link in links:
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        if not target.exists() or (anchor and anchor not in anchors_of(target)):
+            broken.append(f"{page.relative_to(ROOT)}: {link}")
+    assert not broken
+
+
+def test_every_page_is_in_the_index() -> None:
+    """The index links to every page of the documentation."""
+    index = ROOT / "docs" / "index.md"
+    linked = {(index.parent / link).resolve() for link in links_of(index)}
+    pages = set(ROOT.glob("docs/**/*.md")) - {index}
+    assert len(pages) >= 17
+    assert not sorted(str(page.relative_to(ROOT)) for page in pages - linked)
+
+
+def test_toml_blocks_are_toml() -> None:
+    """Each block of TOML parses."""
+    found = blocks("toml")
+    assert len(found) >= len(CONFIGS) + len(DATASETS)
+    for block in found:
+        tomllib.loads(block.text)
+
+
+def test_there_are_config_blocks() -> None:
+    """The marks of config and dataset examples are found."""
+    assert len(CONFIGS) >= 8
+    assert len(DATASETS) >= 1
+
+
+@pytest.mark.parametrize("block", CONFIGS, ids=str)
+def test_config_blocks_are_valid(block: Block, tmp_path: Path) -> None:
+    """A config example is read without a problem or a warning, once the files that it names are there."""
+    tables = with_files(tomllib.loads(block.text), tmp_path)
+    if "config" in tables["data"]:
+        (dataset,) = [other for other in DATASETS if other.page == block.page]
+        write_dataset(dataset, tmp_path)
+    assert not list(config_from_tables(tables, tmp_path).warnings())
+
+
+@pytest.mark.parametrize("block", DATASETS, ids=str)
+def test_dataset_blocks_are_valid(block: Block, tmp_path: Path) -> None:
+    """A dataset example is read without a problem."""
+    write_dataset(block, tmp_path)
+    config = config_from_tables(with_files({"data": {"config": "dataset.toml"}}, tmp_path), tmp_path)
+    assert config.data.datasets
+
+
+def test_wrong_config_blocks_are_noticed(tmp_path: Path) -> None:
+    """The check of config examples finds a key that does not exist."""
+    tables = with_files({"network": {"network_dim": 4}}, tmp_path)
+    with pytest.raises(ConfigError, match=r"network\.rank"):
+        config_from_tables(tables, tmp_path)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.parent.name)
+def test_examples_are_valid(example: Path, tmp_path: Path) -> None:
+    """An example's config is read from its file without a problem or a warning."""
+    text = example.read_text(encoding="utf-8")
+    with_files(tomllib.loads(text), tmp_path)
+    copy = tmp_path / "config.toml"
+    copy.write_text(text, encoding="utf-8")
+    assert not list(read_config(copy).warnings())
+
+
+def test_there_are_examples() -> None:
+    """Every folder in `examples` has a config."""
+    folders = [path for path in (ROOT / "examples").iterdir() if path.is_dir()]
+    assert folders
+    assert len(EXAMPLES) == len(folders)
+
+
+def test_python_blocks_can_be_run() -> None:
+    """Each block of Python compiles, and what it imports of lorakit is there."""
+    found = [block for block in blocks("python") if "-> " not in block.text.partition("\n")[0]]
+    imports = 0
+    for block in found:
+        for node in ast.walk(ast.parse(textwrap.dedent(block.text), str(block))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "lorakit":
+                module = importlib.import_module(str(node.module))
+                imports += len(node.names)
+                assert all(hasattr(module, alias.name) for alias in node.names), str(block)
+    assert len(found) >= 5
+    assert imports >= 4
+
+
+def test_readme_commands_name_nox_sessions() -> None:
+    """The README's two commands run sessions that the noxfile has."""
+    tree = ast.parse((ROOT / "noxfile.py").read_text(encoding="utf-8"))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.decorator_list]
+    sessions = {node.name for node in functions if "nox.session" in map(ast.unparse, node.decorator_list)}
+    (default,) = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "nox.options.sessions"
+    ]
+    setting_up = "python3 -m venv .venv && .venv/bin/pip install -q nox && .venv/bin/nox"
+    assert command_after("tests") == setting_up
+    assert default
+    assert set(default) <= sessions
+    head, _, name = command_after("train").rpartition(" -s ")
+    assert head == setting_up
+    assert name in sessions
+
+
+def test_ci_runs_the_command_for_tests() -> None:
+    """What `.ci/run` takes out of the README is the command for tests, and nothing else."""
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    extraction = re.search(r'^eval "\$\((.*)\)"$', script, re.M)
+    assert extraction
+    found = subprocess.run(["bash", "-c", extraction[1]], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == command_after("tests")
+
+
+def known_keys() -> set[str]:
+    """All keys of the config reference, as `section.key`."""
+    keys = {"model.family"}
+    for heading, text in page_sections("config.md").items():
+        section = heading.strip("[]")
+        keys |= {f"{section}.{key}" for key in [*rows(text), *(["name"] if section in COMPONENT_SECTIONS else [])]}
+    return keys
+
+
+def test_keys_for_sd_scripts_users_exist() -> None:
+    """Each key in the README's table of sd-scripts' options exists, and is what `lorakit check` would suggest."""
+    table = sections_of(README.read_text(encoding="utf-8"), "##")["Coming from sd-scripts"]
+    lines = [line for line in table.splitlines() if line.startswith("| `--")]
+    assert len(lines) >= 25
+    keys = known_keys()
+    for line in lines:
+        left, right = line.strip("| ").split(" | ")
+        named = set(re.findall(r"`([a-z_]+\.[a-z_]+)\b(?!\.toml)", right)) - {"config.toml"}
+        assert named <= keys, line
+        for option in re.findall(r"--(\w+)", left):
+            suggested = re.findall(r"^[a-z_]+\.[a-z_]+\b", KOHYA_NAMES.get(option, ""))
+            assert not named or set(suggested) <= named, line
+
+
+def test_readme_lists_what_comes_with_lorakit() -> None:
+    """The README's list of components is that of the catalog, kind by kind."""
+    table = sections_of(README.read_text(encoding="utf-8"), "##")["What comes with it"]
+    listed = {
+        heading: set(re.findall(r"`(\w+)`", names)) for heading, names in re.findall(r"\| `(\[.*\])` \| (.*) \|", table)
+    }
+    bases = {f"[{section}]": base for section, (base, _) in COMPONENT_SECTIONS.items()} | {
+        "[[observers]]": ObserverConfig
+    }
+    assert listed == {heading: set(own_components(base)) for heading, base in bases.items()}
+    assert not Catalog.discover().broken

@@ -1,0 +1,117 @@
+"""Files that lorakit saves, in diffusers' own loader: every key used, and the mathematics the same."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from skimage import data as photographs_of
+from skimage.io import imsave
+from torch import Tensor, nn
+
+import lorakit
+from lorakit.config.reading import config_from_tables
+from lorakit.models.stable_diffusion.targets import text_encoder_targets, unet_targets
+from lorakit.testing.models import FULL_SD1, make_folder, make_tiny_sd1, to_single_file
+
+NAMES = ("astronaut", "chelsea", "coffee", "rocket")
+
+
+def write_photographs(folder: Path, count: int, side: int) -> Path:
+    """Crops of the photographs that come with scikit-image, with captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        name = NAMES[number % len(NAMES)]
+        picture = getattr(photographs_of, name)()
+        top, left = 8 * (number // len(NAMES)), 16 * (number // len(NAMES))
+        imsave(folder / f"{number:02d}.png", picture[top : top + side, left : left + side], check_contrast=False)
+        (folder / f"{number:02d}.txt").write_text(f"a photograph, {name}, number {number}")
+    return folder
+
+
+def trained_file(model: Path, images: Path, out: Path, **sections: Any) -> Path:
+    """Train on a single-file model; strong enough to see, on both parts."""
+    tables: dict[str, Any] = {
+        "model": {"path": str(model)},
+        "data": {"image_dir": str(images), "resolution": 64},
+        "network": {"rank": 16, "alpha": 8.0},
+        "optimizer": {"lr": 1e-3},
+        "training": {"max_steps": 6, "device": "cpu"},
+        "output": {"dir": str(out)},
+    }
+    for section, values in sections.items():
+        tables[section] = {**tables.get(section, {}), **values}
+    return lorakit.train(config_from_tables(tables, out))
+
+
+def outputs(pipeline: Any, side: int) -> dict[str, Tensor]:
+    """What the text encoder and the U-Net of a pipeline make of fixed inputs."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = pipeline.tokenizer("a photograph of a cat", padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        hidden = pipeline.text_encoder(tokens).last_hidden_state
+        latents = torch.randn(1, 4, side, side, generator=generator)
+        text = torch.randn(hidden.shape, generator=generator)
+        return {"text_encoder": hidden, "unet": pipeline.unet(latents, torch.tensor([321]), text).sample}
+
+
+def merge_by_hand(pipeline: Any, tensors: dict[str, Tensor]) -> None:
+    """W ← W + alpha/rank · U·D in every layer that the file names, in float64."""
+    layers = {t.key: t.module for t in (*text_encoder_targets(pipeline.text_encoder), *unet_targets(pipeline.unet))}
+    for key in {name.split(".")[0] for name in tensors}:
+        layer = layers[key]
+        assert isinstance(layer, nn.Linear | nn.Conv2d)
+        down, up = tensors[f"{key}.lora_down.weight"].double(), tensors[f"{key}.lora_up.weight"].double()
+        update = torch.einsum("or,r...->o...", up.flatten(1), down) * (tensors[f"{key}.alpha"].item() / len(down))
+        layer.weight.data = (layer.weight.double() + update.view(layer.weight.shape)).to(layer.weight.dtype)
+
+
+def check(folder: Path, file: Path, side: int, caplog: pytest.LogCaptureFixture) -> None:
+    """diffusers takes every key, and its outputs are those of the weights merged by hand."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.enable_propagation()
+    tensors = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    base = outputs(pipeline, side)
+    with caplog.at_level(logging.WARNING):
+        pipeline.load_lora_weights(file)
+    assert "keys" not in caplog.text
+    loaded = sum(hasattr(m, "lora_A") for part in (pipeline.unet, pipeline.text_encoder) for m in part.modules())
+    assert loaded == len({name.split(".")[0] for name in tensors})
+    by_diffusers = outputs(pipeline, side)
+    merged = StableDiffusionPipeline.from_pretrained(folder)
+    merge_by_hand(merged, tensors)
+    by_hand = outputs(merged, side)
+    for part, expected in by_hand.items():
+        assert (expected - base[part]).norm() > 1e-3 * base[part].norm(), f"{part} was not trained enough to compare"
+        assert (by_diffusers[part] - expected).norm() < 1e-5 * expected.norm(), part
+
+
+@pytest.mark.parametrize("network", [{"name": "lierla"}, {"name": "c3lier", "conv_rank": 4, "conv_alpha": 2.0}])
+@pytest.mark.parametrize("saver", ["safetensors", "ckpt", "pt"])
+def test_tiny_model(tmp_path: Path, caplog: pytest.LogCaptureFixture, network: dict[str, Any], saver: str) -> None:
+    """A LoRA for a tiny model, trained from a single file, in every format; conv_alpha differs from alpha."""
+    folder = make_tiny_sd1(tmp_path / "model")
+    model = to_single_file(folder, tmp_path / "model.safetensors")
+    images = write_photographs(tmp_path / "images", 4, 96)
+    file = trained_file(model, images, tmp_path / "out", network=network, saver={"name": saver})
+    assert file.suffix == f".{saver}"
+    check(folder, file, 8, caplog)
+
+
+@pytest.mark.slow
+def test_full_size_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The same with all of Stable Diffusion 1.5's layers, 24 photographs at 256 pixels, and buckets."""
+    folder = make_folder(tmp_path / "model", FULL_SD1)
+    model = to_single_file(folder, tmp_path / "model.safetensors")
+    images = write_photographs(tmp_path / "images", 24, 300)
+    data = {"resolution": 256, "enable_bucket": True}
+    file = trained_file(model, images, tmp_path / "out", data=data)
+    assert len(load_file(file)) == 3 * 264
+    check(folder, file, 32, caplog)

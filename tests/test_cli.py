@@ -1,0 +1,228 @@
+"""The command as users run it: messages, exit statuses, and that nothing heavy is imported for small things."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import lorakit
+from tests.config.conftest import SD1_SHAPES, write_safetensors
+from tests.guests import install, optimizer_source
+
+CONFIG = """
+[model]
+path = "model.safetensors"
+[data]
+image_dir = "photos"
+resolution = 64
+[output]
+dir = "out"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a good config, the header of a model, and two images of which one has a caption."""
+    (tmp_path / "config.toml").write_text(CONFIG)
+    write_safetensors(tmp_path / "model.safetensors", SD1_SHAPES)
+    (tmp_path / "photos").mkdir()
+    for name in ("cat", "dog"):
+        Image.new("RGB", (80, 70), "teal").save(tmp_path / "photos" / f"{name}.png")
+    (tmp_path / "photos" / "cat.txt").write_text("a cat")
+    return tmp_path
+
+
+def run(folder: Path, *arguments: str, site: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `lorakit` in a folder, with the distributions in `site` installed."""
+    root = str(Path(lorakit.__file__).parents[1])
+    environment = {"PYTHONPATH": f"{root}:{site}" if site else root, "HF_HUB_OFFLINE": "1", "PATH": ""}
+    command = [sys.executable, "-m", "lorakit", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def imported(folder: Path, *arguments: str) -> set[str]:
+    """The top-level packages that a command imports, and each of torch's relatives."""
+    code = "import sys; from lorakit.cli import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=folder, capture_output=True, text=True, timeout=120, check=True
+    )
+    return {name.partition(".")[0] for name in result.stderr.splitlines()[-1].split()}
+
+
+def test_check_of_a_good_config(folder: Path) -> None:
+    """A good config is said to be good on standard output; what is doubtful goes to standard error."""
+    before = sorted(folder.rglob("*"))
+    result = run(folder, "check", "config.toml", "--set", "training.max_steps=3", "--set", "training.max_epochs=2")
+    assert (result.returncode, result.stdout) == (0, "config.toml: no problems; 2 images\n")
+    assert "warning: training.max_steps: has no effect" in result.stderr
+    assert "dog.png" in result.stderr
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_check_of_a_bad_config(folder: Path) -> None:
+    """All problems are listed on standard error, one to a line, with status 2 and no traceback."""
+    result = run(folder, "check", "config.toml", "--set", "network.rank=0", "--set", "optimizer.lrr=1", "--set", "x=1")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.splitlines() == [
+        "3 problems:",
+        "  x: is not a known key (known here: model, data, network, optimizer, lr_scheduler, attention, saver, "
+        "training, loss, output, observers)",
+        "  network.rank: must be at least 1, not 0",
+        "  optimizer.lrr: is not a known key (did you mean optimizer.lr?)",
+    ]
+
+
+def test_one_problem_is_one_line(folder: Path) -> None:
+    """A single problem is one line that starts with error."""
+    result = run(folder, "check", "nowhere.toml")
+    assert (result.returncode, result.stderr) == (2, "error: nowhere.toml: cannot be read: No such file or directory\n")
+
+
+def test_check_looks_at_images(folder: Path) -> None:
+    """Images that cannot be used are found by check, all of them."""
+    for name in ("cat", "dog"):
+        (folder / "photos" / f"{name}.png").write_bytes(b"")
+    result = run(folder, "check", "config.toml")
+    assert result.returncode == 2
+    assert "cat.png" in result.stderr
+    assert "dog.png" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "cache"])
+def test_problems_of_the_config_come_before_anything_heavy(folder: Path, command: str) -> None:
+    """Training and caching refuse a bad config as check does."""
+    result = run(folder, command, "config.toml", "--set", "training.seed=x")
+    assert (result.returncode, result.stderr) == (2, "error: training.seed: must be a whole number, not 'x'\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["chekc"], "No such command 'chekc'"),
+        (["check"], "Missing argument 'CONFIG'"),
+        (["check", "a", "b"], "unexpected extra argument"),
+        (["train", "config.toml", "--st", "a=1"], "No such option"),
+    ],
+)
+def test_wrong_usage(folder: Path, arguments: list[str], message: str) -> None:
+    """Wrong usage is status 2 and a hint, on standard error."""
+    result = run(folder, *arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["check", "--help"], ["--version"]])
+def test_help(folder: Path, arguments: list[str]) -> None:
+    """Help and version are status 0, on standard output; no summary of a command is cut short."""
+    result = run(folder, *arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "..." not in result.stdout.replace("[ARGS]...", "")
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "check", "c.toml"], ["check", "--debug", "c.toml"]])
+def test_debug_shows_where_an_error_came_from(folder: Path, arguments: list[str]) -> None:
+    """--debug adds the traceback wherever it stands, and changes no exit status."""
+    (folder / "c.toml").write_text("x")
+    result = run(folder, *arguments)
+    assert result.returncode == 2
+    assert "Traceback" in result.stderr
+    assert "read_config" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: c.toml: is not valid TOML")
+
+
+def test_init_writes_a_config_to_start_from(folder: Path) -> None:
+    """The starter's only problems are the files that are the user's to name; a file that is there is kept."""
+    (folder / "photos").rename(folder / "pictures")
+    assert run(folder, "init", "start.toml").returncode == 0
+    result = run(folder, "check", "start.toml")
+    assert result.returncode == 2
+    assert re.findall(r"^  ([\w.]+):", result.stderr, re.MULTILINE) == ["model.path", "data.image_dir"]
+    before = (folder / "config.toml").read_bytes()
+    result = run(folder, "init")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "config.toml exists already; give another name" in result.stderr
+    assert (folder / "config.toml").read_bytes() == before
+    assert run(folder, "init", "config.toml/new.toml").returncode == 2
+
+
+def test_plugins_are_listed_with_their_origin(folder: Path, tmp_path: Path) -> None:
+    """Each plugin is a row of kind, name and package; clashes, missing packages and broken plugins are noted."""
+    site = tmp_path / "site"
+    install(site, "rival", rival_adamw=optimizer_source("adamw"), rival_needy=optimizer_source("needy", ("no-such",)))
+    install(site, "sick", sick_one="import no_such_package_anywhere", sick_two="import sys; sys.exit(5)")
+    result = run(folder, "plugins", site=site)
+    assert (result.returncode, result.stderr) == (0, "")
+    rows = [tuple(re.split(r" {2,}", line)) for line in result.stdout.splitlines()]
+    assert rows[0] == ("KIND", "NAME", "PACKAGE")
+    assert ("model family", "sd1", f"lorakit {lorakit.__version__}") in rows
+    assert ("optimizer", "adamw", "rival 1.0", "name clash: write rival:adamw") in rows
+    assert ("optimizer", "adamw", f"lorakit {lorakit.__version__}", "name clash: write lorakit:adamw") in rows
+    assert ("optimizer", "needy", "rival 1.0", "needs: pip install no-such") in rows
+    assert rows[-2:] == [
+        ("broken plugin", "sick_one", "sick 1.0", "ModuleNotFoundError: No module named 'no_such_package_anywhere'"),
+        ("broken plugin", "sick_two", "sick 1.0", "SystemExit: 5"),
+    ]
+    assert len({line.index("rival 1.0") for line in result.stdout.splitlines() if "rival 1.0" in line}) == 1
+
+
+FAILING = """
+    def problems(self):
+        {statement}
+"""
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("return {}['gone']", "internal error: KeyError: 'gone'; run again with --debug to see where it came from"),
+        ("raise MemoryError", "error: out of memory (lower batch_size or resolution"),
+        ("import torch; raise torch.OutOfMemoryError('CUDA out of memory')", "error: out of memory (lower batch_size"),
+        ("import torch; torch.empty(2**60)", "error: out of memory (lower batch_size or resolution"),
+        ("raise KeyboardInterrupt", "Stopped."),
+    ],
+)
+def test_errors_that_nobody_expected(folder: Path, tmp_path: Path, statement: str, message: str) -> None:
+    """An exception from inside is one line and status 1; lack of memory has a cure, Ctrl-C its own status."""
+    source = optimizer_source("failing").replace(
+        "    def build", FAILING.format(statement=statement) + "\n    def build"
+    )
+    site = install(tmp_path / "site", "failing", failing_guest=source)
+    result = run(folder, "check", "config.toml", "--set", "optimizer.name=failing", site=site)
+    lines = [line for line in result.stderr.splitlines() if line and not line.startswith("Images without")]
+    assert len(lines) == 1
+    assert lines[0].startswith(message)
+    assert result.returncode == (130 if message == "Stopped." else 1)
+    if message.startswith("internal"):
+        result = run(folder, "--debug", "check", "config.toml", "--set", "optimizer.name=failing", site=site)
+        assert "in problems" in result.stderr
+        assert result.returncode == 1
+
+
+def test_a_broken_plugin_stops_no_run(folder: Path, tmp_path: Path) -> None:
+    """A plugin that cannot be imported, or fails over the model, stops no run; it is named where it matters."""
+    detector = "from lorakit import hookimpl\n@hookimpl\ndef detect_model_family(checkpoint): return 1 / 0\n"
+    site = install(tmp_path / "site", "sick", a_sick_detector=detector, sick_import="import no_such_package_anywhere")
+    result = run(folder, "check", "config.toml", site=site)
+    assert (result.returncode, result.stdout) == (0, "config.toml: no problems; 2 images\n")
+    assert "the plugin 'a_sick_detector' of sick 1.0 cannot tell the family" in result.stderr
+    result = run(folder, "check", "config.toml", "--set", "optimizer.name=prodigy", site=site)
+    assert result.returncode == 2
+    assert "of sick 1.0, which may provide it, is broken: ModuleNotFoundError" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plugins"], ["check", "config.toml"], ["init", "new.toml"]])
+def test_small_things_import_nothing_heavy(folder: Path, arguments: list[str]) -> None:
+    """Neither torch nor anything built on it is imported before there is something to train."""
+    heavy = {"torch", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub", "bitsandbytes"}
+    if arguments[0] != "check":
+        heavy |= {"numpy", "PIL"}
+    assert imported(folder, *arguments) & heavy == set()
