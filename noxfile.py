@@ -17,6 +17,8 @@ def install(session: nox.Session, *packages: str) -> None:
     """Install packages at the tested versions."""
     session.install(*CONSTRAINTS, *packages)
     session.env["HF_HUB_OFFLINE"] = "1"
+    # Several test processes, each with a thread for every core, would wait for each other.
+    session.env["OMP_NUM_THREADS"] = "1"
 
 
 @nox.session

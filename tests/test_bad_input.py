@@ -133,7 +133,7 @@ def output_is_a_file(tables: Tables, folder: Path) -> None:
 
 
 def unknown_component(tables: Tables, folder: Path) -> None:
-    tables["optimizer"] = {"name": "adamw8"}
+    tables["optimizer"] = {"name": "adam8bit"}
 
 
 def not_toml(tables: Tables, folder: Path) -> None:
@@ -151,7 +151,7 @@ CASES: list[tuple[Spoil, list[str]]] = [
     (wrong_type, ["training.gradient_accumulation_steps", "whole number", "1.5"]),
     (out_of_range, ["network.rank", "at least 1", "0"]),
     (empty_folder, ["empty", "no images"]),
-    (missing_folder, ["nowhere", "No such file"]),
+    (missing_folder, ["nowhere", "image_dir"]),
     (zero_byte_image, ["zero.png", "empty"]),
     (unreadable_image, ["text.jpg"]),
     (latin_caption, [".txt", "UTF-8"]),

@@ -1,7 +1,7 @@
 """The cache of encoded images and captions: tensors found by a key of all that they were made from.
 
 A key says everything about its entry, so an entry never goes stale, and any number of runs and
-processes may share a folder.
+processes may share a folder. Imports torch when tensors are first read or written.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
-from torch import Tensor, contiguous_format
+from typing import TYPE_CHECKING
 
 from lorakit.data.memo import StatMemo
 from lorakit.errors import DataError, Problem
 from lorakit.files import write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def content_key(*parts: object) -> str:
@@ -38,6 +38,8 @@ class Cache:
 
     def has(self, key: str) -> bool:
         """Whether there is a whole entry; a damaged one counts as absent."""
+        from safetensors import SafetensorError, safe_open
+
         try:
             with safe_open(self._path(key), framework="pt"):
                 return True
@@ -46,6 +48,9 @@ class Cache:
 
     def load(self, key: str) -> dict[str, Tensor]:
         """The tensors of an entry, on the CPU. Raises DataError where it is absent or damaged."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
         path = self._path(key)
         try:
             return load(path.read_bytes())
@@ -55,6 +60,9 @@ class Cache:
 
     def store(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Write an entry. Raises NotFiniteError, or OutputError where it cannot be written."""
+        from safetensors.torch import save
+        from torch import contiguous_format
+
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise NotFiniteError(f"its {name} holds NaN or infinity")

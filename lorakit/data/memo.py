@@ -18,7 +18,7 @@ _FORMAT = 1
 
 
 class StatMemo:
-    """Remembers what was computed from files, such as digests and sizes of images, by their path, length and time of change.
+    """Remembers what was computed from files, such as sizes of images, by their path, length and time of change.
 
     Any number of threads may use one, and any number of runs the same file.
     """

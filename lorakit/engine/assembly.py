@@ -54,7 +54,7 @@ def train_prepared(prepared: PreparedRun, catalog: Catalog, resume: Path | None 
         run.load_state(state)
         log.info("going on from step %d of %d", run.step, run.schedule.total_steps)
     if run.processes.is_main:
-        run.writer.write_config()
+        run.writer.write_config(catalog)
         run.observers = build_observers(run, catalog)
     try:
         train(run)

@@ -15,6 +15,7 @@ from lorakit.files import write_atomically
 from lorakit.models.protocol import DiffusionModel
 from lorakit.networks.network import Network
 from lorakit.networks.saving import AdapterFile, Saver
+from lorakit.plugins import Catalog
 
 
 @frozen
@@ -28,10 +29,10 @@ class AdapterWriter:
     metadata: Mapping[str, str]
     """What stays the same over the run, but for what the model says of itself."""
 
-    def write_config(self) -> None:
-        """Write the resolved config, which repeats the run."""
+    def write_config(self, catalog: Catalog) -> None:
+        """Write the resolved config, which repeats the run; the catalog says which names need a distribution."""
         path = self.config.output.dir / f"{self.config.output.name}.config.toml"
-        write_atomically(path, to_toml(self.config).encode())
+        write_atomically(path, to_toml(self.config, catalog).encode())
 
     def path(self, stem: str) -> Path:
         """The file for a name without extension."""

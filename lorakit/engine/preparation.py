@@ -5,7 +5,6 @@ Writes nothing and reads no weights, so a mistake costs a moment and leaves no t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from attrs import frozen
@@ -14,6 +13,7 @@ from lorakit.config.sections import TrainConfig
 from lorakit.data.cache import Cache
 from lorakit.data.examples import IndexedDataset, index_datasets
 from lorakit.errors import OutputError
+from lorakit.files import why_unwritable
 
 
 @frozen
@@ -37,16 +37,8 @@ def prepare(config: TrainConfig) -> PreparedRun:
 
     Raises OutputError or DataError; the latter lists all folders and files that cannot be used.
     """
-    check_output(config)
+    reason = why_unwritable(config.output.dir)
+    if reason:
+        raise OutputError(f"output.dir: {reason}")
     cache = Cache(config.cache_dir)
     return PreparedRun(config, index_datasets(config.data.datasets, config.data.workers, cache.memo), cache)
-
-
-def check_output(config: TrainConfig) -> None:
-    """Raise OutputError when the output folder cannot be made or written to; leaves no trace."""
-    folder = config.output.dir
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not existing.is_dir():
-        raise OutputError(f"output.dir: {existing} is a file, not a folder; choose another folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise OutputError(f"output.dir: {existing} cannot be written to; choose another folder or change its rights")

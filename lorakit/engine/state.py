@@ -16,6 +16,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import tomlkit
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,15 @@ import lorakit
 from lorakit.config.sections import TrainConfig
 from lorakit.config.writing import to_toml
 from lorakit.errors import ConfigError, OutputError, Problem
+
+NEUTRAL_SECTIONS = ("output", "saver", "observers")
+"""Sections that may differ between a state's config and the config of the run that takes it up."""
+
+NEUTRAL_KEYS = {
+    "data": ("cache_dir", "workers", "encode_batch_size"),
+    "training": ("max_epochs", "max_steps", "device"),
+}
+"""Keys of other sections that may differ too."""
 
 
 def state_folder(config: TrainConfig) -> Path:
@@ -89,15 +99,14 @@ def find_state(config: TrainConfig, folder: Path | None) -> Path:
 
 
 def config_key(config: TrainConfig) -> str:
-    """A hash of what the training result depends on: everything but outputs, observers and the length in epochs."""
-    irrelevant = ("output", "saver", "observers")
-    lines = []
-    section = ""
-    for line in to_toml(config).splitlines():
-        section = line.strip("[]").split(".")[0] if line.startswith("[") else section
-        if section not in irrelevant and not line.startswith(("max_epochs", "max_steps", "cache_dir", "workers")):
-            lines.append(line)
-    return blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+    """A hash of all that must stay the same when a state is taken up."""
+    tables = tomlkit.parse(to_toml(config)).unwrap()
+    relevant = {
+        section: {key: value for key, value in table.items() if key not in NEUTRAL_KEYS.get(section, ())}
+        for section, table in tables.items()
+        if section not in NEUTRAL_SECTIONS
+    }
+    return blake2b(json.dumps(relevant, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -168,7 +168,9 @@ def test_image_dir_that_is_a_file(folder: Path, with_subset: WithSubset):
 def test_warm_start_opens_no_image(dataset: DatasetConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """With a memo of an earlier run, indexing opens no image; of a changed image it does."""
     memo_file = tmp_path / "files.json"
-    cold = index_datasets([dataset], memo=StatMemo(memo_file))
+    memo = StatMemo(memo_file)
+    cold = index_datasets([dataset], memo=memo)
+    memo.save()
     opened: list[Path] = []
     really_open = Image.open
     monkeypatch.setattr(Image, "open", lambda path, **options: (opened.append(path), really_open(path, **options))[1])

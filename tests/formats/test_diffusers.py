@@ -71,7 +71,7 @@ def merge_by_hand(pipeline: Any, tensors: dict[str, Tensor]) -> None:
 
 
 def check(folder: Path, file: Path, side: int, caplog: pytest.LogCaptureFixture) -> None:
-    """diffusers takes every key, and its outputs are those of the weights merged by hand."""
+    """Diffusers takes every key, and its outputs are those of the weights merged by hand."""
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
 

@@ -18,6 +18,7 @@ from lorakit.engine.assembly import assemble
 from lorakit.engine.observing import Observer, RunInfo, StepMetrics
 from lorakit.engine.preparation import prepare
 from lorakit.engine.processes import Processes
+from lorakit.plugins import Catalog
 from lorakit.testing.contracts.component import ComponentContract
 
 
@@ -37,8 +38,9 @@ class ObserverContract(ComponentContract):
     @pytest.fixture
     def run_info(self, train_tables: dict[str, Any], tmp_path: Path) -> RunInfo:
         """A real run of four steps, before its first one; its output folder is there."""
-        run = assemble(prepare(self.train_config(self.with_settings(train_tables), tmp_path)), Processes(torch.device("cpu")))
-        run.writer.write_config()
+        config = self.train_config(self.with_settings(train_tables), tmp_path)
+        run = assemble(prepare(config), Processes(torch.device("cpu")))
+        run.writer.write_config(Catalog())
         return run.info
 
     @pytest.mark.parametrize("first_step", [0, 3])

@@ -1,6 +1,6 @@
 """Optimizers, LR schedulers, attention, savers and observers that break their contract in known ways."""
 
-# ruff: noqa: ARG002, ARG005, D101, D102, D103
+# ruff: noqa: ARG002, ARG005, D101, D102
 
 from __future__ import annotations
 
