@@ -18,7 +18,9 @@ from lorakit.engine.processes import Processes
 from lorakit.engine.run import Run
 from lorakit.plugins import Catalog
 
-LEARNING_RATES = {"adamw": 3e-3, "adamw8bit": 3e-3, "lion": 1e-3, "dadaptation": 1.0, "adafactor": 3e-3}
+LEARNING_RATES = {"adamw": 3e-3, "adamw8bit": 3e-3, "lion": 1e-3, "dadaptation": 0.1, "adafactor": 3e-3}
+# D-Adaptation starts from an estimate of 1e-6, and takes a while to find a larger one.
+UPDATES = {"dadaptation": 40}
 NETWORKS = {"lierla": {}, "c3lier": {"conv_rank": 2}}
 STEPS = 12
 
@@ -47,7 +49,7 @@ def test_every_component_is_tried() -> None:
 def test_loss_falls_on_a_repeated_batch(
     make_config, optimizer: str, network: str, precision: str, parts: list[str]
 ) -> None:
-    """Twelve updates on one batch, its noise included, lower its loss by more than rounding can."""
+    """Some updates on one batch, its noise included, lower its loss by more than rounding can."""
     config = make_config(
         network={"name": network, "parts": parts, **NETWORKS[network]},
         optimizer={"name": optimizer, "lr": LEARNING_RATES[optimizer]},
@@ -57,7 +59,7 @@ def test_loss_falls_on_a_repeated_batch(
     run = assemble(prepare(config), Processes(torch.device("cpu")))
     batch = first_batch(run)
     before = loss_on(run, batch).item()
-    for _ in range(STEPS):
+    for _ in range(UPDATES.get(optimizer, STEPS)):
         run.backward(loss_on(run, batch))
         run.update()
     assert loss_on(run, batch).item() < 0.99 * before
@@ -75,7 +77,9 @@ def test_gradient_checkpointing_changes_nothing(make_config) -> None:
             data={"batch_size": 2},
         )
         run = assemble(prepare(config), Processes(torch.device("cpu")))
-        torch.nn.init.normal_(run.network.parameters_of("unet")[1], std=0.1)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in run.network.parameters_of("unet"):
+            torch.nn.init.normal_(parameter, std=0.05, generator=generator)
         batch = first_batch(run)
         run.backward(loss_on(run, batch))
         parameters = [parameter for part in run.network.parts for parameter in run.network.parameters_of(part)]
