@@ -228,6 +228,7 @@ def main() -> None:
         told = KeyboardInterrupt() if isinstance(error, click.Abort) else error
         if session.get("debug"):
             traceback.print_exception(error)
-        click.echo(_message(told), err=True)
+        if _is_main_process() or not isinstance(told, Interrupted):
+            click.echo(_message(told), err=True)
         stopped = isinstance(told, KeyboardInterrupt)
         sys.exit(Interrupted.exit_status if stopped else getattr(told, "exit_status", 1))

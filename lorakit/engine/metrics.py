@@ -43,6 +43,11 @@ class MetricsReader:
         self._pending: list[PendingStep] = []
         self._capacity = 1 if processes.device.type == "cpu" else STEPS_PER_READING
 
+    @property
+    def waiting(self) -> bool:
+        """Whether there are numbers that have not been read."""
+        return bool(self._pending)
+
     def add(self, step: PendingStep) -> None:
         """Take a step's numbers, and read all when enough have come together.
 

@@ -130,7 +130,10 @@ class Run:
         self.processes.wait()
 
     def remaining_steps(self) -> Iterator[Step]:
-        """The steps that are left, each with this process's batches, prepared ahead of time."""
+        """The steps that are left, each with this process's batches, prepared ahead of time.
+
+        Raises Interrupted, when a whole state has been saved, after a request to stop.
+        """
         upcoming = self.schedule.batches_from(self.step, self.loader)
         # On a CPU a second thread that computes would slow the first one's OpenMP threads down by a tenth.
         depth = 0 if self.processes.device.type == "cpu" else PREFETCHED_BATCHES
@@ -141,6 +144,7 @@ class Run:
                 yield Step(scheduled, self._arriving(batches, len(scheduled.shares), images), images)
                 if scheduled.ends_epoch:
                     self.observers.tell("epoch_finished", scheduled.epoch)
+                self._stop_if_asked()
         finally:
             batches.close()
 
@@ -173,7 +177,7 @@ class Run:
         self.gradients.zero()
 
     def step_finished(self, step: Step) -> None:
-        """Count the step, move the learning rate, hand on the numbers, and stop if that was asked for."""
+        """Count the step, move the learning rate and hand on the numbers."""
         self.step += 1
         rates = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
         self.lr_scheduler.step()
@@ -181,12 +185,14 @@ class Run:
         self.metrics.add(PendingStep(self.step, epoch, tuple(step.images), rates, self.loss, self.gradient_norm))
         self.loss = torch.zeros_like(self.loss)
         self.observers.tell("step_finished", self.step)
-        self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:
         asked = self.stop.made
         if self.processes.world_size > 1:
-            # All processes must stop after the same step, whichever of them got the signal.
+            # All processes must stop after the same step, whichever of them got the signal. They agree
+            # when numbers are read, because asking makes the device wait.
+            if self.metrics.waiting:
+                return
             asked = bool(self.processes.sum(torch.tensor(float(asked), device=self.processes.device)).item())
         if not asked:
             return

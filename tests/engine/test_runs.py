@@ -18,11 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import lorakit
-from lorakit.config.sections import TrainConfig
-from lorakit.engine.assembly import assemble, train_prepared
+from lorakit.engine.assembly import assemble, build_observers, train_prepared
 from lorakit.engine.observing import Observer, Observers
 from lorakit.engine.preparation import prepare
 from lorakit.engine.processes import Processes
+from lorakit.engine.run import Run
 from lorakit.engine.trainer import train
 from lorakit.errors import ConfigError, Interrupted, TrainingDiverged
 from lorakit.plugins import Catalog
@@ -130,28 +130,39 @@ def test_resumed_run_is_bit_equal(make_config, catalog: Catalog, optimizer: str)
     whole = lorakit.train(make_config(**sections, output={"name": "whole"}))
     stopped = make_config(**sections)
     with pytest.raises(Interrupted, match="step 3 of 6"):
-        _train_until(stopped, catalog, 3)
+        _train_until(assemble(prepare(stopped), Processes(torch.device("cpu"))), 3)
     assert not (stopped.output.dir / "test.safetensors").exists()
     resumed = train_prepared(prepare(stopped), catalog, resume=Path())
     assert same(weights_of(whole), weights_of(resumed))
 
 
-def _train_until(config: TrainConfig, catalog: Catalog, last: int) -> None:
+def _train_until(run: Run, last: int) -> None:
     """Train, with a request to stop that comes during a step."""
+    finish = run.observers.tell
 
-    class Stop(Observer):
-        def step_finished(self, step: int) -> None:
-            run.stop.made = step == last
+    def tell(event: str, *values: object) -> None:
+        run.stop.made = run.stop.made or (event == "step_finished" and values == (last,))
+        finish(event, *values)
 
-    run = assemble(prepare(config), Processes(torch.device("cpu")))
-    run.observers = Observers([("stop", True, Stop())])
+    run.observers.tell = tell  # type: ignore[method-assign]
     train(run)
+
+
+def test_stop_at_the_end_of_an_epoch_loses_no_save(make_config, catalog: Catalog) -> None:
+    """A request to stop in an epoch's last step is heeded after the epoch's own save."""
+    config = make_config(output={"save_every_n_epochs": 1})
+    run = assemble(prepare(config), Processes(torch.device("cpu")))
+    assert run.schedule.steps_per_epoch == 4
+    run.observers = build_observers(run, catalog)
+    with pytest.raises(Interrupted, match="step 4 of 6"):
+        _train_until(run, 4)
+    assert (config.output.dir / "test-000001.safetensors").exists()
 
 
 def test_state_of_another_config_is_refused(make_config, catalog: Catalog) -> None:
     """A state is not taken up by a run whose result would be neither of the two."""
     with pytest.raises(Interrupted):
-        _train_until(make_config(), catalog, 2)
+        _train_until(assemble(prepare(make_config()), Processes(torch.device("cpu"))), 2)
     with pytest.raises(ConfigError, match="another config"):
         train_prepared(prepare(make_config(optimizer={"lr": 2e-3})), catalog, resume=Path())
     with pytest.raises(ConfigError, match="no state"):
