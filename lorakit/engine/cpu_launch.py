@@ -39,10 +39,11 @@ def _asked_for() -> int | None:
     import psutil
 
     launcher = psutil.Process().parent()
-    return _num_processes(launcher.cmdline()) if launcher is not None else None
+    return num_processes(launcher.cmdline()) if launcher is not None else None
 
 
-def _num_processes(command: Sequence[str]) -> int | None:
+def num_processes(command: Sequence[str]) -> int | None:
+    """The number that a command line gives for `--num_processes`; None where it gives none."""
     for argument, following in zip(command, [*command[1:], ""], strict=True):
         name, _, value = argument.partition("=")
         if name.replace("-", "_") == "__num_processes" and (value or following).isdigit():
