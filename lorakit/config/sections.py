@@ -19,6 +19,7 @@ from lorakit.components import (
     SaverConfig,
 )
 from lorakit.config.datasets import DataSection
+from lorakit.config.loss import LossSection
 from lorakit.errors import Problem
 
 DEFAULT_MAX_STEPS = 1600
@@ -55,14 +56,6 @@ class TrainingSection:
     """Longer gradients are scaled down to this norm; 0 leaves them as they are."""
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
     """Where to train; `auto` takes an accelerator where there is one."""
-
-
-@frozen(kw_only=True)
-class LossSection:
-    """How far a prediction is from its target."""
-
-    min_snr_gamma: float | None = field(default=None, validator=v.optional(v.gt(0)))
-    """Cap on the signal-to-noise ratio in the weights of timesteps (min-SNR, arXiv:2303.09556); 5 is usual."""
 
 
 @frozen(kw_only=True)
@@ -130,6 +123,7 @@ class TrainConfig:
             yield Problem("network.parts", f"names no part of the model: {', '.join(unknown)}", hint)
         elif not self.trained_parts:
             yield Problem("optimizer.lr", "is zero for every part in network.parts, so nothing would be trained")
+        yield from self.loss.problems_with(self._prediction, self.model.num_timesteps)
 
     def warnings(self) -> Iterator[Problem]:
         """Options that have no effect in this run."""
@@ -143,7 +137,13 @@ class TrainConfig:
                 yield Problem(f"optimizer.{part}_lr", f"has no effect, because {part!r} is not in network.parts")
         if self.output.keep_last and not (self.output.save_every_n_epochs or self.output.save_every_n_steps):
             yield Problem("output.keep_last", "has no effect without save_every_n_epochs or save_every_n_steps")
+        yield from self.loss.warnings(self._prediction)
         yield from _data_warnings(self.data)
+
+    @property
+    def _prediction(self) -> str | None:
+        """What the model predicts, as far as the config says it."""
+        return getattr(self.model, "prediction", None)
 
 
 def _data_warnings(data: DataSection) -> Iterator[Problem]:
