@@ -83,12 +83,13 @@ class LossSection:
                     message = "has an infinite weight at the last timestep with loss.zero_terminal_snr"
                     yield Problem(f"loss.{key}", message, f"leave one out, or set max_timestep to {num_timesteps - 1}")
 
-    def warnings(self, prediction: str | None) -> Iterator[Problem]:
-        """Options that have no effect, or hardly the one that is wanted, with a model that predicts this."""
+    def warnings(self) -> Iterator[Problem]:
+        """Options that have no effect without another."""
+        thresholds = self.type in ("huber", "smooth_l1"), 'type = "huber" or "smooth_l1"'
         needed = {
-            "huber_schedule": (self.type in ("huber", "smooth_l1"), 'type = "huber" or "smooth_l1"'),
-            "huber_c": (self.type in ("huber", "smooth_l1"), 'type = "huber" or "smooth_l1"'),
-            "huber_scale": (self.type in ("huber", "smooth_l1"), 'type = "huber" or "smooth_l1"'),
+            "huber_schedule": thresholds,
+            "huber_c": thresholds,
+            "huber_scale": thresholds,
             "noise_offset_random_strength": (self.noise_offset is not None, "noise_offset"),
             "multires_noise_discount": (self.multires_noise_iterations is not None, "multires_noise_iterations"),
             "ip_noise_gamma_random_strength": (self.ip_noise_gamma is not None, "ip_noise_gamma"),
@@ -97,8 +98,11 @@ class LossSection:
         for key, (is_met, what) in needed.items():
             if not is_met and getattr(self, key) != defaults[key]:
                 yield Problem(f"loss.{key}", f"has no effect without {what}")
+
+    def warnings_with(self, prediction: str | None) -> Iterator[Problem]:
+        """What hardly suits a model that predicts this; None where that is not known yet."""
         if self.zero_terminal_snr and prediction == "epsilon":
             message = (
-                "suits models that predict the velocity; there is nothing to learn from noise alone about the noise"
+                "suits models that predict the velocity; nothing is learnt from predicting noise where all is noise"
             )
             yield Problem("loss.zero_terminal_snr", message)

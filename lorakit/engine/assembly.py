@@ -80,6 +80,9 @@ def build_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
     problems = list(config.loss.problems_with(model.noise.prediction, model.noise.num_timesteps))
     if problems:
         raise ConfigError(problems)
+    if config.prediction is None:
+        for warning in config.loss.warnings_with(model.noise.prediction):
+            log.warning("%s", warning)
     if config.loss.zero_terminal_snr:
         model.noise = model.noise.with_zero_terminal_snr()
     return model

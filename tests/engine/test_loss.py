@@ -11,7 +11,7 @@ from attrs import evolve
 from torch import Tensor
 
 from lorakit.config.loss import LossSection
-from lorakit.engine.assembly import assemble
+from lorakit.engine.assembly import assemble, build_model
 from lorakit.engine.loss import denoising_loss, distance, huber_threshold, timestep_weights
 from lorakit.engine.preparation import prepare
 from lorakit.engine.processes import Processes
@@ -184,3 +184,11 @@ def test_zero_terminal_snr_reaches_the_noise_process(make_config) -> None:
         model = assemble(prepare(config), Processes(torch.device("cpu"))).model
         assert (model.noise.signal_to_noise(last).item() == 0) is empty
         assert model.noise.prediction == "v_prediction"
+
+
+def test_warnings_of_what_the_files_say(make_config, caplog: pytest.LogCaptureFixture) -> None:
+    """Where only the model's files say that it predicts noise, the run warns of a schedule without signal, once."""
+    for model in ({}, {"prediction": "epsilon"}, {"prediction": "v_prediction"}):
+        build_model(make_config(model=model, loss={"zero_terminal_snr": True}), torch.device("cpu"))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("loss.zero_terminal_snr: suits models that predict the velocity")
