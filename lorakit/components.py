@@ -50,6 +50,8 @@ class ModelFamilyConfig(Component):
     kind = "model family"
     parts: ClassVar[tuple[str, ...]] = ("unet", "text_encoder")
     """The parts that adapters can be for."""
+    num_timesteps: ClassVar[int] = 1000
+    """Timesteps of the noise process."""
 
     path: str
     """The base model: a `.safetensors` or `.ckpt` file, a diffusers folder, or a Hugging Face Hub id."""

@@ -23,7 +23,8 @@ from lorakit.components import (
     SaverConfig,
 )
 from lorakit.config.data_tables import DATASET_KEYS, SECTION_KEYS, SUBSET_KEYS, read_data_section, read_toml
-from lorakit.config.sections import LossSection, OutputSection, TrainConfig, TrainingSection
+from lorakit.config.loss import LossSection
+from lorakit.config.sections import OutputSection, TrainConfig, TrainingSection
 from lorakit.config.tables import TableReader, field_names
 from lorakit.config.values import shown
 from lorakit.errors import ConfigError, LorakitError, PluginError, Problem
@@ -208,7 +209,8 @@ def _places(catalog: Catalog) -> dict[str, str]:
         for key, owners in _keys_of_kind(catalog, base).items():
             is_shared = len(owners) == len(catalog.of_kind(base))
             places.setdefault(key, f"{section}.{key}" + ("" if is_shared else f" of {' or '.join(owners)}"))
-    del places["name"]
+    for key in ("name", "type"):  # too general to say what was meant
+        del places[key]
     return places
 
 

@@ -19,6 +19,7 @@ from lorakit.components import (
     SaverConfig,
 )
 from lorakit.config.datasets import DataSection
+from lorakit.config.loss import LossSection
 from lorakit.errors import Problem
 
 DEFAULT_MAX_STEPS = 1600
@@ -55,14 +56,6 @@ class TrainingSection:
     """Longer gradients are scaled down to this norm; 0 leaves them as they are."""
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
     """Where to train; `auto` takes an accelerator where there is one."""
-
-
-@frozen(kw_only=True)
-class LossSection:
-    """How far a prediction is from its target."""
-
-    min_snr_gamma: float | None = field(default=None, validator=v.optional(v.gt(0)))
-    """Cap on the signal-to-noise ratio in the weights of timesteps (min-SNR, arXiv:2303.09556); 5 is usual."""
 
 
 @frozen(kw_only=True)
@@ -122,6 +115,11 @@ class TrainConfig:
         """The folder of encoded images and captions."""
         return self.data.cache_dir or self.output.dir / "cache"
 
+    @property
+    def prediction(self) -> str | None:
+        """What the model predicts, as far as the config says; None where that is left to the model's files."""
+        return getattr(self.model, "prediction", None)
+
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the sections taken together."""
         unknown = [part for part in self.network.parts if part not in self.model.parts]
@@ -130,9 +128,10 @@ class TrainConfig:
             yield Problem("network.parts", f"names no part of the model: {', '.join(unknown)}", hint)
         elif not self.trained_parts:
             yield Problem("optimizer.lr", "is zero for every part in network.parts, so nothing would be trained")
+        yield from self.loss.problems_with(self.prediction, self.model.num_timesteps)
 
     def warnings(self) -> Iterator[Problem]:
-        """Options that have no effect in this run."""
+        """Options that have no effect in this run, or hardly suit the model."""
         if self.training.max_epochs and self.training.max_steps:
             yield Problem("training.max_steps", "has no effect, because training.max_epochs is given")
         for part in self.network.parts:
@@ -143,6 +142,8 @@ class TrainConfig:
                 yield Problem(f"optimizer.{part}_lr", f"has no effect, because {part!r} is not in network.parts")
         if self.output.keep_last and not (self.output.save_every_n_epochs or self.output.save_every_n_steps):
             yield Problem("output.keep_last", "has no effect without save_every_n_epochs or save_every_n_steps")
+        yield from self.loss.warnings()
+        yield from self.loss.warnings_with(self.prediction)
         yield from _data_warnings(self.data)
 
 

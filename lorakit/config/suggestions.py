@@ -41,6 +41,8 @@ KOHYA_NAMES: Mapping[str, str] = {
     "lr_scheduler_power": "lr_scheduler.power",
     "max_train_epochs": "training.max_epochs",
     "max_train_steps": "training.max_steps",
+    "loss_type": "loss.type",
+    "debiased_estimation_loss": "loss.debiased_estimation",
     "sdpa": 'attention.name = "sdpa"',
     "xformers": 'attention.name = "sdpa"',
     "mem_eff_attn": 'attention.name = "sdpa"',

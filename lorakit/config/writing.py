@@ -73,7 +73,7 @@ _PREAMBLE = """\
 # A line that starts with "# key =" shows an option and its default; remove the "# " to change it.
 # Relative paths are relative to this file. `lorakit check THIS_FILE` says all that is wrong with it."""
 
-_COMMENT_COLUMN = 40
+_COMMENT_COLUMN = 46
 _WIDTH = 120
 
 

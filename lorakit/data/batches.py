@@ -10,17 +10,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from attrs import evolve, fields, frozen
+from attrs import evolve, field, fields, frozen
 from torch import Tensor
 
+from lorakit.config.loss import LossSection
 from lorakit.data.cache import Cache
 from lorakit.data.captions import caption_for_epoch
 from lorakit.data.encoding import CaptionKeys, LatentKeys
 from lorakit.data.examples import Example, IndexedDataset
+from lorakit.data.noise import Generators, normal, perturbation, target_noise
 from lorakit.data.planning import Share
 from lorakit.models.protocol import Conditioning
 from lorakit.randomness import derived_seed, keyed_generator
@@ -33,7 +36,7 @@ class Batch:
     latents: Tensor
     """Latents drawn from the image encoder's distribution, float32 [B, C, h, w]."""
     noise: Tensor
-    """Standard normal noise, float32 [B, C, h, w]."""
+    """Noise to mix in and to predict, float32 [B, C, h, w]."""
     timesteps: Tensor
     """How much of the noise is mixed in, int64 [B]."""
     weights: Tensor
@@ -48,6 +51,13 @@ class Batch:
     """The images' file names, for messages."""
     share: float
     """B as a part of the images in the global micro-batch."""
+    perturbation: Tensor | None = None
+    """Noise that is to be mixed in besides, and not to be predicted, float32 [B, C, h, w]; None where there is none."""
+
+    @property
+    def input_noise(self) -> Tensor:
+        """All the noise to mix in, float32 [B, C, h, w]."""
+        return self.noise if self.perturbation is None else self.noise + self.perturbation
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; the copy from pinned memory does not wait."""
@@ -58,7 +68,7 @@ class Batch:
         return self._mapped(Tensor.pin_memory)
 
     def _mapped(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        values = {field.name: getattr(self, field.name) for field in fields(Batch)}
+        values = {own.name: getattr(self, own.name) for own in fields(Batch)}
         moved: dict[str, Any] = {name: move(value) for name, value in values.items() if isinstance(value, Tensor)}
         if self.conditioning is not None:
             moved["conditioning"] = {name: move(tensor) for name, tensor in self.conditioning.items()}
@@ -76,11 +86,13 @@ class BatchLoader:
     seed: int
     """Seed of the run."""
     num_timesteps: int
-    """Timesteps are drawn evenly from 0 up to this."""
+    """Timesteps of the noise process."""
     latent_keys: LatentKeys
     """Where in the cache latents are."""
     captions: CaptionKeys | Callable[[Sequence[str]], Tensor]
     """Where in the cache captions are; or the text encoder's `tokenize`, if they are encoded in each step."""
+    loss: LossSection = field(factory=LossSection)
+    """Which noise and which timesteps to draw."""
 
     def load(self, share: Share) -> Batch:
         """The batch of a share. Raises DataError where the cache was damaged since it was filled."""
@@ -88,28 +100,38 @@ class BatchLoader:
             (self.datasets[item.dataset].examples[item.example], (share.epoch, item.repeat)) for item in share.items
         ]
         latents = [self._latents(example, when) for example, when in samples]
-        shape = latents[0].shape
+        drawing = [partial(self._generator, example=example, when=when) for example, when in samples]
+        noise = [target_noise(image, self.loss, draw) for image, draw in zip(latents, drawing, strict=True)]
         conditioning, tokens = self._texts(samples)
         return Batch(
             latents=torch.stack(latents),
-            noise=torch.stack([_normal(self._generator("noise", *sample), shape) for sample in samples]),
-            timesteps=torch.tensor(
-                [int(self._generator("timestep", *sample).integers(self.num_timesteps)) for sample in samples]
-            ),
+            noise=torch.stack(noise),
+            timesteps=torch.tensor([self._timestep(draw("timestep")) for draw in drawing]),
             weights=torch.ones(len(samples)),
             sample_seeds=torch.tensor([derived_seed(*self._key("dropout", *sample)) for sample in samples]),
             conditioning=conditioning,
             tokens=tokens,
             images=tuple(example.image.name for example, _ in samples),
             share=share.fraction,
+            perturbation=self._perturbation(latents, drawing),
         )
+
+    def _timestep(self, generator: np.random.Generator) -> int:
+        """A timestep, all that are allowed equally likely."""
+        return int(generator.integers(self.loss.min_timestep or 0, self.loss.max_timestep or self.num_timesteps))
+
+    def _perturbation(self, latents: Sequence[Tensor], drawing: Sequence[Generators]) -> Tensor | None:
+        if self.loss.ip_noise_gamma is None:
+            return None
+        pairs = zip(latents, drawing, strict=True)
+        return torch.stack([perturbation(image.shape, self.loss, draw("perturbation")) for image, draw in pairs])
 
     def _latents(self, example: Example, when: tuple[int, int]) -> Tensor:
         """A draw from the distribution of the image's latents, mirrored in half of all cases if it is to be."""
         mirrored = example.subset.flip_aug and bool(self._generator("flip", example, when).integers(2))
         posterior = self.cache.load(self.latent_keys[example.identity, mirrored])
         mean, std = posterior["mean"].float(), posterior["std"].float()
-        return mean + std * _normal(self._generator("posterior", example, when), mean.shape)
+        return mean + std * normal(self._generator("posterior", example, when), mean.shape)
 
     def _texts(self, samples: Sequence[tuple[Example, tuple[int, int]]]) -> tuple[Conditioning | None, Tensor | None]:
         if not isinstance(self.captions, Mapping):
@@ -160,7 +182,3 @@ def _use_device(device: torch.device | None) -> None:
     """Keep a thread from opening a second CUDA device: pinning memory uses the thread's current one."""
     if device is not None and device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
-
-
-def _normal(generator: np.random.Generator, shape: Sequence[int]) -> Tensor:
-    return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))

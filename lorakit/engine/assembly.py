@@ -29,6 +29,7 @@ from lorakit.engine.run import Run
 from lorakit.engine.schedule import Schedule
 from lorakit.engine.state import find_state
 from lorakit.engine.trainer import train
+from lorakit.errors import ConfigError
 from lorakit.models.protocol import DiffusionModel
 from lorakit.networks.network import Network
 from lorakit.networks.saving import read_adapter
@@ -67,8 +68,24 @@ def fill_cache(prepared: PreparedRun) -> None:
     """Encode all images, and the captions where they stay the same over the run."""
     config = prepared.config
     processes = Processes.launched(config.training.device)
-    model = config.model.build(processes.device, DTYPES[config.training.mixed_precision])
-    _encoded(prepared, model, processes)
+    _encoded(prepared, build_model(config, processes.device), processes)
+
+
+def build_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
+    """The base model with the noise process that the loss asks for, its weights not read yet.
+
+    Raises ConfigError where the loss does not suit what the model predicts.
+    """
+    model = config.model.build(device, DTYPES[config.training.mixed_precision])
+    problems = list(config.loss.problems_with(model.noise.prediction, model.noise.num_timesteps))
+    if problems:
+        raise ConfigError(problems)
+    if config.prediction is None:
+        for warning in config.loss.warnings_with(model.noise.prediction):
+            log.warning("%s", warning)
+    if config.loss.zero_terminal_snr:
+        model.noise = model.noise.with_zero_terminal_snr()
+    return model
 
 
 def assemble(prepared: PreparedRun, processes: Processes) -> Run:
@@ -76,7 +93,7 @@ def assemble(prepared: PreparedRun, processes: Processes) -> Run:
     config, started = prepared.config, time.time()
     if config.training.mixed_precision == "fp16" and processes.device.type == "cpu":
         log.warning('fp16 is slow on a CPU and may lack kernels; training.mixed_precision = "bf16" suits it better')
-    model = config.model.build(processes.device, DTYPES[config.training.mixed_precision])
+    model = build_model(config, processes.device)
     loader = _encoded(prepared, model, processes)
     model.use_attention(config.attention.build())
     if config.training.gradient_checkpointing:
@@ -133,6 +150,7 @@ def _encoded(prepared: PreparedRun, model: DiffusionModel, processes: Processes)
         num_timesteps=model.noise.num_timesteps,
         latent_keys=latent_keys,
         captions=captions,
+        loss=config.loss,
     )
 
 

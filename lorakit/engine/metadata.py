@@ -13,7 +13,10 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from attrs import asdict
+
 import lorakit
+from lorakit.config.loss import LossSection
 from lorakit.config.sections import TrainConfig
 from lorakit.data.examples import IndexedDataset
 
@@ -26,6 +29,7 @@ def run_metadata(config: TrainConfig, datasets: Sequence[IndexedDataset], starte
     images = sum(example.subset.num_repeats for dataset in datasets for example in dataset.examples)
     values = {
         **_training_values(config),
+        **_loss_values(config.loss),
         **_network_values(config),
         **_dataset_values(datasets),
         "ss_training_started_at": started,
@@ -68,11 +72,16 @@ def _training_values(config: TrainConfig) -> dict[str, Any]:
         "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
         "ss_gradient_checkpointing": training.gradient_checkpointing,
         "ss_mixed_precision": training.mixed_precision,
-        "ss_min_snr_gamma": config.loss.min_snr_gamma,
         "ss_clip_skip": getattr(config.model, "clip_skip", None),
         "ss_max_token_length": getattr(config.model, "max_token_length", None),
         "ss_cache_latents": True,
     }
+
+
+def _loss_values(loss: LossSection) -> dict[str, Any]:
+    """All options of the loss under the names that sd-scripts has for them."""
+    values = {f"ss_{name}": value for name, value in asdict(loss).items()}
+    return {**values, "ss_loss_type": values.pop("ss_type")}
 
 
 def _network_values(config: TrainConfig) -> dict[str, Any]:

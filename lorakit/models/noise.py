@@ -19,14 +19,20 @@ class DiscreteNoise:
     """The noise of DDPM in discrete steps (Ho et al., 2020, arXiv:2006.11239).
 
     The schedule is that of latent diffusion models: √β rises linearly from √0.00085 to √0.012
-    (Rombach et al., 2022, arXiv:2112.10752).
+    (Rombach et al., 2022, arXiv:2112.10752). With `zero_terminal_snr`, √ᾱ is shifted and stretched so
+    that it starts where it did and ends at zero (Lin et al., 2024, arXiv:2305.08891).
     """
 
-    def __init__(self, prediction: Prediction = "epsilon", num_timesteps: int = 1000) -> None:
+    def __init__(
+        self, prediction: Prediction = "epsilon", num_timesteps: int = 1000, *, zero_terminal_snr: bool = False
+    ) -> None:
         self.prediction = prediction
         self.num_timesteps = num_timesteps
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, num_timesteps, dtype=torch.float64) ** 2
         signal_power = torch.cumprod(1 - betas, dim=0)
+        if zero_terminal_snr:
+            signal = signal_power.sqrt()
+            signal_power = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2
         ratio = signal_power / (1 - signal_power)
         table = torch.stack([signal_power.sqrt(), (1 - signal_power).sqrt(), ratio]).float()
         self._tables = {torch.device("cpu"): table}
@@ -46,6 +52,10 @@ class DiscreteNoise:
     def signal_to_noise(self, timesteps: Tensor) -> Tensor:
         """ᾱₜ / (1−ᾱₜ), float32 [B], of timesteps [B]."""
         return self._table(timesteps.device)[2][timesteps]
+
+    def with_zero_terminal_snr(self) -> DiscreteNoise:
+        """The same process with no signal left at the last timestep."""
+        return DiscreteNoise(self.prediction, self.num_timesteps, zero_terminal_snr=True)
 
     def _factors(self, timesteps: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱₜ and √(1−ᾱₜ), each [B, 1, 1, 1]."""

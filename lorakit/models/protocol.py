@@ -91,6 +91,10 @@ class NoiseProcess(Protocol):
         """Ratio of the powers of signal and noise, float32 [B]."""
         ...
 
+    def with_zero_terminal_snr(self) -> NoiseProcess:
+        """The same process with no signal left at the last timestep; raises ModelError where there is none."""
+        ...
+
 
 class Memo(Protocol):
     """Remembers what was computed from a file."""

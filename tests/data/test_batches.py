@@ -12,6 +12,7 @@ import torch
 from attrs import evolve
 
 from lorakit.config.datasets import DatasetConfig
+from lorakit.config.loss import LossSection
 from lorakit.data.batches import Batch, BatchLoader, prefetch
 from lorakit.data.cache import Cache
 from lorakit.data.encoding import Encoding, encode_captions, encode_latents
@@ -25,7 +26,21 @@ CPU = torch.device("cpu")
 WithSubset = Callable[..., DatasetConfig]
 
 
-def make_loader(dataset: DatasetConfig, cache: Cache, *, tokens: bool = False, seed: int = 7) -> BatchLoader:
+EVERY_NOISE = LossSection(
+    noise_offset=0.3,
+    noise_offset_random_strength=True,
+    adaptive_noise_scale=0.2,
+    multires_noise_iterations=4,
+    ip_noise_gamma=0.2,
+    ip_noise_gamma_random_strength=True,
+    min_timestep=100,
+    max_timestep=900,
+)
+
+
+def make_loader(
+    dataset: DatasetConfig, cache: Cache, *, tokens: bool = False, seed: int = 7, loss: LossSection | None = None
+) -> BatchLoader:
     """A loader of a dataset whose images and captions are encoded."""
     datasets, model, encoding = index_datasets([dataset]), TinyModel(), Encoding(device=CPU)
     return BatchLoader(
@@ -35,6 +50,7 @@ def make_loader(dataset: DatasetConfig, cache: Cache, *, tokens: bool = False, s
         num_timesteps=1000,
         latent_keys=encode_latents(datasets, model, cache, encoding),
         captions=model.text_encoder.tokenize if tokens else encode_captions(datasets, model, cache, encoding),
+        loss=loss or LossSection(),
     )
 
 
@@ -101,6 +117,32 @@ def test_processes_see_the_numbers_of_one(cache: Cache, dataset: DatasetConfig):
         assert sum(part.share for part in parts) == pytest.approx(1)
 
 
+def test_noise_of_every_kind_depends_on_its_image_alone(cache: Cache, dataset: DatasetConfig):
+    """With all kinds of noise on, an image has the same noise alone, among others and in any order."""
+    loader = make_loader(dataset, cache, loss=EVERY_NOISE)
+    together, plain = loader.load(share_of(1, 2, 3)), make_loader(dataset, cache).load(share_of(1, 2, 3))
+    alone = [loader.load(share_of(example)) for example in (3, 2, 1)][::-1]
+    for name in ("latents", "noise", "perturbation", "timesteps"):
+        assert torch.equal(getattr(together, name), torch.cat([getattr(batch, name) for batch in alone])), name
+    assert torch.equal(together.latents, plain.latents)
+    assert torch.equal(together.input_noise, together.noise + together.perturbation)
+    assert plain.perturbation is None
+    assert plain.input_noise is plain.noise
+    strengths = together.perturbation.flatten(1).std(dim=1)
+    assert len(set(strengths.tolist())) == 3
+
+
+def test_timesteps_keep_to_their_range(cache: Cache, dataset: DatasetConfig):
+    """Timesteps are even from the least up to but not with the largest; either limit may be left out."""
+    limits = [(990, 995), (None, 3), (997, None)]
+    expected = [{990, 991, 992, 993, 994}, {0, 1, 2}, {997, 998, 999}]
+    for (low, high), all_of_them in zip(limits, expected, strict=True):
+        loader = make_loader(dataset, cache, loss=LossSection(min_timestep=low, max_timestep=high))
+        drawn = torch.cat([loader.load(share_of(1, epoch=epoch)).timesteps for epoch in range(150)])
+        assert set(drawn.tolist()) == all_of_them
+        assert drawn.bincount()[list(all_of_them)].min() > 15
+
+
 def test_seed_epoch_image_and_repeat_all_count(cache: Cache, dataset: DatasetConfig):
     """Changing any of them changes latents, noise and dropout seed."""
     loader, other = make_loader(dataset, cache), make_loader(dataset, cache, seed=8)
@@ -157,9 +199,9 @@ def test_cache_removed_while_in_use(cache: Cache, dataset: DatasetConfig):
 
 def test_batch_moves_to_a_device_whole(cache: Cache, dataset: DatasetConfig):
     """All tensors move, the conditioning's too, and everything else stays."""
-    batch = make_loader(dataset, cache).load(share_of(1, 2))
+    batch = make_loader(dataset, cache, loss=EVERY_NOISE).load(share_of(1, 2))
     moved = batch.to(torch.device("meta"))
-    tensors = [moved.latents, moved.noise, moved.timesteps, moved.weights, moved.sample_seeds]
+    tensors = [moved.latents, moved.noise, moved.perturbation, moved.timesteps, moved.weights, moved.sample_seeds]
     assert {tensor.device.type for tensor in (*tensors, *moved.conditioning.values())} == {"meta"}
     assert (moved.images, moved.share, moved.tokens) == (batch.images, batch.share, None)
 

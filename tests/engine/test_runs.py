@@ -118,6 +118,60 @@ def test_metadata_is_what_webuis_read(make_config) -> None:
     assert "lora_adapter_metadata" not in metadata
 
 
+EVERY_LOSS_OPTION = {
+    "type": "huber",
+    "huber_schedule": "exponential",
+    "huber_c": 0.2,
+    "huber_scale": 0.9,
+    "min_snr_gamma": 5.0,
+    "debiased_estimation": True,
+    "scale_v_pred_loss_like_noise_pred": True,
+    "noise_offset": 0.1,
+    "noise_offset_random_strength": True,
+    "adaptive_noise_scale": 0.05,
+    "multires_noise_iterations": 4,
+    "multires_noise_discount": 0.4,
+    "ip_noise_gamma": 0.1,
+    "ip_noise_gamma_random_strength": True,
+    "zero_terminal_snr": True,
+    "min_timestep": 10,
+    "max_timestep": 1000,
+}
+
+
+def test_every_loss_option_at_once(make_config, catalog: Catalog) -> None:
+    """A run with all options of the loss that go together ends, and again, resumed half-way, with the same weights."""
+    sections = {"model": {"prediction": "v_prediction"}, "loss": EVERY_LOSS_OPTION, "data": {"batch_size": 2}}
+    whole, plain = make_config(**sections), make_config(model=sections["model"], data=sections["data"])
+    assert {key for key in EVERY_LOSS_OPTION if getattr(whole.loss, key) == getattr(plain.loss, key)} == set()
+    final = weights_of(train_prepared(prepare(whole), catalog))
+    assert all(tensor.isfinite().all() for tensor in final.values())
+    assert not same(final, weights_of(train_prepared(prepare(plain), catalog)))
+    saving = make_config(**sections, output={"save_every_n_steps": 3, "save_state": True})
+    train_prepared(prepare(saving), catalog)
+    assert same(final, weights_of(train_prepared(prepare(saving), catalog, resume=Path())))
+
+
+def test_metadata_of_the_loss(make_config, catalog: Catalog) -> None:
+    """Each option of the loss is in the header, under sd-scripts' name and as Python prints it."""
+    config = make_config(model={"prediction": "v_prediction"}, loss=EVERY_LOSS_OPTION, training={"max_steps": 1})
+    with safe_open(train_prepared(prepare(config), catalog), "pt") as file:
+        metadata = file.metadata()
+    names = {"type": "loss_type"}
+    expected = {f"ss_{names.get(key, key)}": str(value) for key, value in EVERY_LOSS_OPTION.items()}
+    assert {key: metadata[key] for key in expected} == expected
+    assert metadata["ss_v_pred_like_loss"] == "None"
+
+
+def test_loss_that_does_not_suit_what_the_model_predicts(make_config) -> None:
+    """Where only the model's files say what it predicts, the run is refused before anything is encoded."""
+    config = make_config(loss={"scale_v_pred_loss_like_noise_pred": True})
+    with pytest.raises(
+        ConfigError, match=r"loss\.scale_v_pred_loss_like_noise_pred: is for models that predict the vel"
+    ):
+        assemble(prepare(config), Processes(torch.device("cpu")))
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "lion", "dadaptation", "adafactor"])
 def test_resumed_run_is_bit_equal(make_config, catalog: Catalog, optimizer: str) -> None:
     """A run stopped in mid-epoch and resumed ends as the uninterrupted one, with dropout and accumulation."""

@@ -21,6 +21,19 @@ REFERENCE = {
 }
 """Share of the signal's power ᾱ and signal-to-noise ratio by timestep."""
 
+ZERO_TERMINAL = {
+    0: 0.99915000,
+    1: 0.99823345,
+    10: 0.98979373,
+    100: 0.88676128,
+    250: 0.65245702,
+    500: 0.24101878,
+    750: 0.03279912,
+    900: 0.00296039,
+    999: 0.0,
+}
+"""ᾱ by timestep where no signal is left at the last one."""
+
 
 @pytest.mark.parametrize(("timestep", "expected"), REFERENCE.items())
 def test_schedule_has_the_reference_values(timestep: int, expected: tuple[float, float]) -> None:
@@ -63,3 +76,28 @@ def test_other_latent_shapes_are_mixed_alike() -> None:
     latents, drawn = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
     flat = noise.add_noise(latents.flatten(1), drawn.flatten(1), steps)
     assert torch.equal(flat.view_as(latents), noise.add_noise(latents, drawn, steps))
+
+
+@pytest.mark.parametrize(("timestep", "expected"), ZERO_TERMINAL.items())
+def test_zero_terminal_schedule_has_the_reference_values(timestep: int, expected: float) -> None:
+    """Signal, noise and their ratio are those of the changed schedule, to all digits of the reference."""
+    noise, steps = DiscreteNoise().with_zero_terminal_snr(), torch.tensor([timestep])
+    signal = noise.add_noise(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), steps)
+    spread = noise.add_noise(torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), steps)
+    assert signal.item() ** 2 == pytest.approx(expected, abs=1e-7)
+    assert spread.item() ** 2 == pytest.approx(1 - expected, abs=1e-7)
+    assert noise.signal_to_noise(steps).item() == pytest.approx(expected / (1 - expected), rel=5e-5, abs=0)
+
+
+def test_zero_terminal_schedule_is_that_of_diffusers() -> None:
+    """ᾱ agrees with diffusers' rescaled betas at every timestep, and the prediction stays what it was."""
+    scheduler = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True
+    )
+    noise = DiscreteNoise("v_prediction").with_zero_terminal_snr()
+    steps, one = torch.arange(1000), torch.ones(1000, 1)
+    signal = noise.add_noise(one, torch.zeros_like(one), steps).flatten()
+    torch.testing.assert_close(signal**2, scheduler.alphas_cumprod, rtol=1e-3, atol=1e-6)
+    assert signal[-1] == 0
+    assert noise.prediction == "v_prediction"
+    assert torch.equal(noise.target(one, torch.zeros_like(one), steps)[-1], torch.tensor([-1.0]))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorakit.components import ModelFamilyConfig
-from lorakit.config.sections import LossSection
+from lorakit.config.loss import LossSection
 from lorakit.data.batches import Batch
 from lorakit.engine.loss import denoising_loss
 from lorakit.models.protocol import DiffusionModel

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lorakit.checkpoints import locate, summarize
 from lorakit.components import ModelFamilyConfig, NetworkConfig
+from lorakit.errors import ModelError
 from lorakit.models.protocol import AttentionBackend, DiffusionModel
 from lorakit.plugins import Catalog
 from lorakit.testing.contracts.attention import reference
@@ -110,6 +111,7 @@ class ModelFamilyContract(ComponentContract):
     def test_noise_process(self) -> None:
         """Later timesteps are noisier, from almost no noise to hardly any signal."""
         noise = self.built().noise
+        assert noise.num_timesteps == self.config.num_timesteps
         ratios = noise.signal_to_noise(torch.arange(noise.num_timesteps))
         assert (ratios.diff() < 0).all()
         assert ratios[0] > 100
@@ -117,6 +119,19 @@ class ModelFamilyContract(ComponentContract):
         latents = pictures(2)
         clean = noise.add_noise(latents, torch.zeros_like(latents), torch.tensor([0, noise.num_timesteps - 1]))
         assert clean.square().mean((1, 2, 3)).diff() < 0
+
+    def test_noise_that_ends_without_signal(self) -> None:
+        """On request no signal is left at the last timestep, and everything else is as it was; or it is refused."""
+        noise = self.built().noise
+        try:
+            changed = noise.with_zero_terminal_snr()
+        except ModelError:
+            return
+        assert (changed.prediction, changed.num_timesteps) == (noise.prediction, noise.num_timesteps)
+        before, after = (process.signal_to_noise(torch.arange(noise.num_timesteps)) for process in (noise, changed))
+        assert (after.diff() < 0).all()
+        assert after[-1] == 0
+        torch.testing.assert_close(after[0], before[0])
 
     def test_targets_are_unique_and_in_order(self) -> None:
         """Each layer that can be adapted has its own key, in the same order each time: text encoder first."""
