@@ -42,6 +42,10 @@ class Component:
         """What is wrong with the fields taken together; keys are field names."""
         return iter(())
 
+    def warnings(self) -> Iterator[Problem]:
+        """What can be used as it is but may not be meant; keys are field names. Asked of the base model only."""
+        return iter(())
+
 
 @frozen(kw_only=True)
 class ModelFamilyConfig(Component):
