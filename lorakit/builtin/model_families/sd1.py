@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 from attrs import validators as v
@@ -13,6 +13,7 @@ from lorakit.components import ModelFamilyConfig
 from lorakit.models.stable_diffusion.config import StableDiffusionConfig
 
 if TYPE_CHECKING:
+    from lorakit.models.noise import Prediction
     from lorakit.models.stable_diffusion.model import Variant
 
 
@@ -26,7 +27,7 @@ class SD1Config(StableDiffusionConfig):
     clip_skip: int = field(default=1, validator=[v.ge(1), v.le(12)])
     """Which layer of the text encoder is read, counted from the last, which is 1."""
 
-    def variant(self, prediction: Literal["epsilon", "v_prediction"]) -> Variant:
+    def variant(self, prediction: Prediction) -> Variant:
         """How models of 1.x are run: short captions are filled up with the end token."""
         from lorakit.models.stable_diffusion.model import Variant
 

@@ -16,12 +16,13 @@ from lorakit.models.stable_diffusion.config import StableDiffusionConfig
 from lorakit.models.stable_diffusion.settings import SD2_TEXT_LAYERS
 
 if TYPE_CHECKING:
+    from lorakit.models.noise import Prediction
     from lorakit.models.stable_diffusion.model import Variant
 
 
 @frozen(kw_only=True)
 class SD2Config(StableDiffusionConfig):
-    """Stable Diffusion 2.x, base and 768-v: the U-Net of 1.x with OpenCLIP's text encoder (arXiv:2212.07143)."""
+    """Stable Diffusion 2.x, base and 768-v; reads captions with OpenCLIP (Cherti et al., 2022, arXiv:2212.07143)."""
 
     name = "sd2"
     version = "2.x"
@@ -43,7 +44,7 @@ class SD2Config(StableDiffusionConfig):
             hint = 'set "v_prediction" if it is a 768-v model, or "epsilon" to be rid of this warning'
             yield Problem("prediction", f"is absent and {location.name} does not say it, so epsilon is assumed", hint)
 
-    def variant(self, prediction: Literal["epsilon", "v_prediction"]) -> Variant:
+    def variant(self, prediction: Prediction) -> Variant:
         """How models of 2.x are run: short captions are filled up with token 0."""
         from lorakit.models.stable_diffusion.model import Variant
 

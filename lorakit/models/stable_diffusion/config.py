@@ -17,6 +17,7 @@ from lorakit.models.stable_diffusion.parts import StoredModel
 if TYPE_CHECKING:
     import torch
 
+    from lorakit.models.noise import Prediction
     from lorakit.models.protocol import DiffusionModel
     from lorakit.models.stable_diffusion.model import Variant
 
@@ -59,7 +60,7 @@ class StableDiffusionConfig(ModelFamilyConfig):
         prediction = self.prediction or ("v_prediction" if stated == "v_prediction" else "epsilon")
         return StableDiffusion(stored, self.variant(prediction), device, dtype)
 
-    def variant(self, prediction: Literal["epsilon", "v_prediction"]) -> Variant:
+    def variant(self, prediction: Prediction) -> Variant:
         """How this family's models are run, and what LoRA files call them."""
         raise NotImplementedError(f"{type(self).__name__} does not say its variant")
 

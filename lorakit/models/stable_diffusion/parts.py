@@ -199,7 +199,7 @@ def _open_clip_part(file: Path, tensors: Shapes) -> StoredPart | None:
         bare = full.removeprefix(layout.OPEN_CLIP_PREFIX)
         if bare == full or not bare.startswith(_OPEN_CLIP_ROOTS):
             continue
-        if ".in_proj_" in bare and shape[0] % 3 == 0:
+        if ".in_proj_" in bare and shape and shape[0] % 3 == 0:
             for third in range(3):
                 places[f"{bare}[{third}]"] = Rows(full, third, 3)
                 shapes[f"{bare}[{third}]"] = (shape[0] // 3, *shape[1:])
