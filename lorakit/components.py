@@ -56,6 +56,10 @@ class ModelFamilyConfig(Component):
     path: str
     """The base model: a `.safetensors` or `.ckpt` file, a diffusers folder, or a Hugging Face Hub id."""
 
+    def warnings(self) -> Iterator[Problem]:
+        """What can be used as it is but may not be meant; keys are field names."""
+        return iter(())
+
     def build(self, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
         """The model, its weights not read yet: each part is read when it is first asked for."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")

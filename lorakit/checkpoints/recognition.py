@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from attrs import frozen
 
@@ -28,6 +28,13 @@ class Traits:
     """Whether the U-Net's transformers start with a linear layer (SD 2.x, SDXL) or a 1×1 convolution (SD 1.x)."""
     conditioned: bool
     """Whether the U-Net takes more than timestep and text, such as the image size (SDXL)."""
+
+    @property
+    def version(self) -> Literal["1.x", "2.x", "XL"]:
+        """The version of Stable Diffusion."""
+        if self.conditioned or len(self.text_encoders) > 1:
+            return "XL"
+        return "2.x" if self.linear_projection or self.text_encoders == ("open_clip",) else "1.x"
 
 
 def traits_of(summary: CheckpointSummary) -> Traits | None:
@@ -95,10 +102,7 @@ def describe(summary: CheckpointSummary) -> str:
     if traits is None or not traits.text_encoders:
         return _described_folder(summary.configs) if summary.kind == "folder" else _described_file(summary.tensors)
     purpose = {4: "", 8: "image-editing ", 9: "inpainting "}.get(traits.in_channels, "special ")
-    if traits.conditioned or len(traits.text_encoders) > 1:
-        return f"a Stable Diffusion XL {purpose}model"
-    version = "2" if traits.linear_projection or traits.text_encoders == ("open_clip",) else "1"
-    return f"a Stable Diffusion {version}.x {purpose}model"
+    return f"a Stable Diffusion {traits.version} {purpose}model"
 
 
 def _described_folder(configs: Mapping[str, Mapping[str, Any]]) -> str:

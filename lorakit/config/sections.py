@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from attrs import validators as v
 
 from lorakit.components import (
@@ -132,6 +132,8 @@ class TrainConfig:
 
     def warnings(self) -> Iterator[Problem]:
         """Options that have no effect in this run, or hardly suit the model."""
+        for warning in self.model.warnings():
+            yield evolve(warning, key=f"model.{warning.key}")
         if self.training.max_epochs and self.training.max_steps:
             yield Problem("training.max_steps", "has no effect, because training.max_epochs is given")
         for part in self.network.parts:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from lorakit.models.places import Place
 from lorakit.models.weights import open_tensors
 
 
@@ -35,10 +36,10 @@ class ProcessMemo:
         return self._known[key]
 
 
-def hash_of_weights(file: Path, names: Mapping[str, str]) -> str:
+def hash_of_weights(file: Path, names: Mapping[str, Place]) -> str:
     """SHA-256 over number format, shape and bytes of the named tensors of a file; reads no others.
 
-    `names` has each tensor's name in the file; its keys are hashed in its place.
+    `names` has each tensor's place in the file; its keys are hashed.
     """
     read, digest = open_tensors(file), hashlib.sha256()
     for name in sorted(names):

@@ -12,25 +12,35 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import ModelError
+from lorakit.models.places import Place
 
-ReadTensor = Callable[[str], Tensor]
-"""The tensor of that name on the CPU, in the file's number format; its bytes are read when they are used."""
+ReadTensor = Callable[[Place], Tensor]
+"""The tensor at that place, on the CPU, in the file's number format; its bytes are read when they are used."""
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def open_tensors(file: Path) -> ReadTensor:
-    """The tensors of a safetensors or PyTorch file, by name; runs no code from the file.
+    """The tensors of a safetensors or PyTorch file; runs no code from the file.
 
     A `ModelError` if the file cannot be read.
     """
+    whole = _open_whole_tensors(file)
+
+    def read(place: Place) -> Tensor:
+        return whole(place) if isinstance(place, str) else whole(place.name).chunk(place.count)[place.index]
+
+    return read
+
+
+def _open_whole_tensors(file: Path) -> Callable[[str], Tensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with file.open("rb") as stream:
             is_safetensors = stream.read(9)[8:] == b"{"
         if is_safetensors:
-            read: ReadTensor = safe_open(file, "pt").get_tensor
+            read: Callable[[str], Tensor] = safe_open(file, "pt").get_tensor
             return read
         content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         tensors: Mapping[str, Tensor] = content.get("state_dict", content)
@@ -52,9 +62,9 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def load_weights(
-    module: nn.Module, file: Path, names: Mapping[str, str], device: torch.device, dtype: torch.dtype
+    module: nn.Module, file: Path, names: Mapping[str, Place], device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Fill a module that has no weights from a file; `names` has the name in the file of each of its tensors.
+    """Fill a module that has no weights from a file; `names` has the place in the file of each of its tensors.
 
     The module is frozen and in evaluation mode afterwards. On the CPU, tensors that are stored in the
     number format asked for stay views of the mapped file: they take no memory of their own.

@@ -15,7 +15,7 @@ Settings = dict[str, dict[str, Any]]
 """Arguments of each part's module, by part: `unet`, `vae`, `text_encoder`."""
 
 
-def _sd1_settings(
+def _settings(
     image_side: int, channels: Sequence[int], vae_channels: Sequence[int], layers: int, text: dict[str, int]
 ) -> Settings:
     """Settings of a Stable Diffusion 1.x of any size; `text` has those of the text encoder that differ with size."""
@@ -38,7 +38,20 @@ def _sd1_settings(
     }
 
 
-TINY_SD1 = _sd1_settings(
+def _as_sd2(settings: Settings) -> Settings:
+    """The settings made those of a Stable Diffusion 2.x: linear layers, heads of 64 channels, OpenCLIP, other padding.
+
+    The text encoder's layers are those that are read; single files have one more.
+    """
+    heads = [max(channels // 64, 1) for channels in settings["unet"]["block_out_channels"]]
+    return {
+        "unet": {**settings["unet"], "attention_head_dim": heads, "use_linear_projection": True},
+        "vae": settings["vae"],
+        "text_encoder": {**settings["text_encoder"], "hidden_act": "gelu", "pad_token_id": 0},
+    }
+
+
+TINY_SD1 = _settings(
     image_side=64,
     channels=(32, 64, 64, 64),
     vae_channels=(32, 32, 64, 64),
@@ -47,7 +60,7 @@ TINY_SD1 = _sd1_settings(
 )
 """Stable Diffusion 1.x made small: 4 levels, latents an eighth of the image's size, CLIP's whole vocabulary."""
 
-FULL_SD1 = _sd1_settings(
+FULL_SD1 = _settings(
     image_side=512,
     channels=(320, 640, 1280, 1280),
     vae_channels=(128, 256, 512, 512),
@@ -55,6 +68,28 @@ FULL_SD1 = _sd1_settings(
     text={"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
 )
 """Stable Diffusion 1.5 in full size."""
+
+TINY_SD2 = _as_sd2(
+    _settings(
+        image_side=64,
+        channels=(32, 64, 128, 128),
+        vae_channels=(32, 32, 64, 64),
+        layers=1,
+        text={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4},
+    )
+)
+"""Stable Diffusion 2.x made small: like `TINY_SD1`, but wide enough for several heads at the lower levels."""
+
+FULL_SD2 = _as_sd2(
+    _settings(
+        image_side=512,
+        channels=(320, 640, 1280, 1280),
+        vae_channels=(128, 256, 512, 512),
+        layers=2,
+        text={"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16},
+    )
+)
+"""Stable Diffusion 2.1 base in full size."""
 
 _SCHEDULER = {
     "_class_name": "DDPMScheduler",
@@ -83,8 +118,18 @@ def make_tiny_sd1(folder: Path, seed: int = 0) -> Path:
     return make_folder(folder, TINY_SD1, seed)
 
 
-def make_folder(folder: Path, settings: Settings, seed: int = 0, dtype: str = "float32") -> Path:
-    """A diffusers folder with a model of these settings and random weights in the given number format."""
+def make_tiny_sd2(folder: Path, seed: int = 0, prediction: str = "epsilon") -> Path:
+    """A diffusers folder with a tiny Stable Diffusion 2.x, base (`epsilon`) or 768-v (`v_prediction`)."""
+    return make_folder(folder, TINY_SD2, seed, prediction=prediction)
+
+
+def make_folder(
+    folder: Path, settings: Settings, seed: int = 0, dtype: str = "float32", prediction: str = "epsilon"
+) -> Path:
+    """A diffusers folder with a model of these settings and random weights in the given number format.
+
+    `prediction` is what its scheduler says that the U-Net predicts.
+    """
     import torch
     from safetensors.torch import save_file
 
@@ -94,9 +139,9 @@ def make_folder(folder: Path, settings: Settings, seed: int = 0, dtype: str = "f
         _write_json(folder / part / "config.json", config)
         weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in random_weights(shapes, seed)}
         save_file(weights, folder / part / _WEIGHTS[part], metadata={"format": "pt"})
-    _write_tokenizer(folder / "tokenizer")
+    _write_tokenizer(folder / "tokenizer", settings["text_encoder"]["pad_token_id"])
     (folder / "scheduler").mkdir(exist_ok=True)
-    _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER)
+    _write_json(folder / "scheduler" / "scheduler_config.json", {**_SCHEDULER, "prediction_type": prediction})
     index: dict[str, Any] = {part: list(module) for part, module in _MODULES.items()}
     index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "scheduler": ["diffusers", "DDPMScheduler"]}
     index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
@@ -129,10 +174,13 @@ def to_single_file(folder: Path, path: Path) -> Path:
     import torch
     from safetensors.torch import load_file, save_file
 
-    tensors = {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77).unsqueeze(0)}
+    tensors: dict[str, Tensor] = {}
     for part, file in _WEIGHTS.items():
-        settings = json.loads((folder / part / "config.json").read_text())
-        for name, tensor in load_file(folder / part / file).items():
+        settings, stored = json.loads((folder / part / "config.json").read_text()), load_file(folder / part / file)
+        if part == "text_encoder":
+            tensors |= _open_clip(stored, settings) if settings["hidden_act"] == "gelu" else _clip(stored)
+            continue
+        for name, tensor in stored.items():
             is_convolution = part == "vae" and ".attentions." in name and tensor.dim() == 2
             tensors[_original_name(part, name, settings)] = tensor[:, :, None, None] if is_convolution else tensor
     if path.suffix == ".safetensors":
@@ -148,9 +196,39 @@ def _original_name(part: str, name: str, settings: Mapping[str, Any]) -> str:
 
     if part == "unet":
         return layout.UNET_PREFIX + layout.original_unet_name(name, settings)
-    if part == "vae":
-        return layout.VAE_PREFIX + layout.original_vae_name(name, settings)
-    return layout.TEXT_PREFIX + name
+    return layout.VAE_PREFIX + layout.original_vae_name(name, settings)
+
+
+def _clip(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CLIP's text encoder as single files of Stable Diffusion 1.x have it."""
+    import torch
+
+    from lorakit.models.stable_diffusion.layout import TEXT_PREFIX
+
+    tensors = {TEXT_PREFIX + name: tensor for name, tensor in stored.items()}
+    tensors[f"{TEXT_PREFIX}text_model.embeddings.position_ids"] = torch.arange(77).unsqueeze(0)
+    return tensors
+
+
+def _open_clip(stored: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """OpenCLIP's text encoder as single files of Stable Diffusion 2.x have it, with what is not read.
+
+    Not read are the last layer, here the one before it with another sign, the projection, and two more.
+    """
+    import torch
+
+    from lorakit.models.stable_diffusion.layout import OPEN_CLIP_PREFIX, open_clip_name
+
+    layers, width = settings["num_hidden_layers"], settings["hidden_size"]
+    named = {open_clip_name(name.removeprefix("text_model.")): tensor for name, tensor in stored.items()}
+    last, unread = (f"transformer.resblocks.{index}." for index in (layers - 1, layers))
+    named |= {name.replace(last, unread): -tensor for name, tensor in named.items() if name.startswith(last)}
+    fused = [name.removesuffix("[0]") for name in named if name.endswith("[0]")]
+    tensors = {name: tensor for name, tensor in named.items() if not name.endswith("]")}
+    tensors |= {name: torch.cat([named[f"{name}[{third}]"] for third in range(3)]) for name in fused}
+    tensors |= {"text_projection": torch.eye(width), "logit_scale": torch.tensor(4.6)}
+    tensors["attn_mask"] = torch.full((77, 77), -torch.inf).triu(1)
+    return {OPEN_CLIP_PREFIX + name: tensor for name, tensor in tensors.items()}
 
 
 def _config_and_shapes(part: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
@@ -174,8 +252,8 @@ def _config_and_shapes(part: str, settings: dict[str, Any]) -> tuple[dict[str, A
     return {"_class_name": Module.__name__, **public}, shapes_of(module)
 
 
-def _write_tokenizer(folder: Path) -> None:
-    """CLIP's tokenizer in the form that transformers reads."""
+def _write_tokenizer(folder: Path, pad: int) -> None:
+    """CLIP's tokenizer in the form that transformers reads, with the token of that id for padding."""
     from lorakit.models.stable_diffusion.tokenizer import clip_vocabulary
 
     folder.mkdir(exist_ok=True)
@@ -183,7 +261,8 @@ def _write_tokenizer(folder: Path) -> None:
     _write_json(folder / "vocab.json", vocabulary)
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]), encoding="utf-8")
     end = "<|endoftext|>"
-    tokens = {"bos_token": "<|startoftext|>", "eos_token": end, "unk_token": end, "pad_token": end}
+    tokens = {"bos_token": "<|startoftext|>", "eos_token": end, "unk_token": end}
+    tokens["pad_token"] = next(token for token, index in vocabulary.items() if index == pad)
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **tokens}
     _write_json(folder / "tokenizer_config.json", settings)
     _write_json(folder / "special_tokens_map.json", tokens)

@@ -27,8 +27,10 @@ def test_is_attention(config: type[AttentionConfig], dtype: torch.dtype, toleran
         assert ((one.double() - other).norm() / other.norm()).item() < tolerance
 
 
-def test_eager_softmax_does_not_overflow_in_fp16() -> None:
-    """Scores near the top of float16 still give weights that add up to 1."""
-    query = torch.full((1, 1, 2, 4), 120.0, dtype=torch.float16)
+@pytest.mark.parametrize("config", [SdpaConfig, EagerConfig])
+@pytest.mark.parametrize("size", [120.0, 500.0])
+def test_scores_do_not_overflow_in_fp16(config: type[AttentionConfig], size: float) -> None:
+    """Scores near and above the top of float16 still give weights that add up to 1."""
+    query = torch.full((1, 1, 2, 4), size, dtype=torch.float16)
     value = torch.ones(1, 1, 2, 4, dtype=torch.float16)
-    assert torch.equal(EagerConfig().build()(query, query, value), value)
+    assert torch.equal(config().build()(query, query, value), value)

@@ -10,12 +10,13 @@ from typing import Any
 from lorakit.components import Component
 from lorakit.plugins import REGISTRATION_HOOKS, Catalog
 from lorakit.testing import contracts
-from lorakit.testing.models import make_tiny_sd1
+from lorakit.testing.models import make_tiny_sd1, make_tiny_sd2, to_single_file
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "sd1": {"path": "tiny"},
+    "sd2": {"path": "tiny", "prediction": "v_prediction"},
     "lierla": {"rank": 4, "alpha": 2.0, "dropout": 0.1},
     "c3lier": {"rank": 4, "alpha": 2.0, "conv_rank": 2, "rank_dropout": 0.1},
     "adamw": {"lr": 1e-2},
@@ -33,6 +34,10 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 
 ATTRIBUTES: Mapping[str, Mapping[str, Any]] = {
     "sd1": {"make_model": lambda _, folder: make_tiny_sd1(folder), "text_settings": {"clip_skip": 2}},
+    "sd2": {
+        "make_model": lambda _, folder: to_single_file(make_tiny_sd2(folder), folder.with_suffix(".safetensors")),
+        "text_settings": {"clip_skip": 2},
+    },
     "checkpoints": {
         "run_settings": {
             "output": {"save_every_n_steps": 1, "save_every_n_epochs": 1, "keep_last": 2, "save_state": True}

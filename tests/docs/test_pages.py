@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lorakit.components import ObserverConfig
+from lorakit.components import ModelFamilyConfig, ObserverConfig
 from lorakit.config.reading import COMPONENT_SECTIONS, config_from_tables, read_config
 from lorakit.config.suggestions import KOHYA_NAMES
 from lorakit.errors import ConfigError
@@ -225,7 +225,8 @@ def test_readme_lists_what_comes_with_lorakit() -> None:
         heading: set(re.findall(r"`(\w+)`", names)) for heading, names in re.findall(r"\| `(\[.*\])` \| (.*) \|", table)
     }
     bases = {f"[{section}]": base for section, (base, _) in COMPONENT_SECTIONS.items()} | {
-        "[[observers]]": ObserverConfig
+        "[model]": ModelFamilyConfig,
+        "[[observers]]": ObserverConfig,
     }
     assert listed == {heading: set(own_components(base)) for heading, base in bases.items()}
     assert not Catalog.discover().broken

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from skimage import data as photographs_of
 from skimage.io import imsave
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import lorakit
 from lorakit.config.reading import config_from_tables
 from lorakit.models.stable_diffusion.targets import text_encoder_targets, unet_targets
-from lorakit.testing.models import FULL_SD1, make_folder, make_tiny_sd1, to_single_file
+from lorakit.testing.models import FULL_SD1, make_folder, make_tiny_sd1, make_tiny_sd2, to_single_file
 
 NAMES = ("astronaut", "chelsea", "coffee", "rocket")
 
@@ -33,7 +34,7 @@ def write_photographs(folder: Path, count: int, side: int) -> Path:
     return folder
 
 
-def trained_file(model: Path, images: Path, out: Path, **sections: Any) -> Path:
+def trained_file(model: Path, images: Path, out: Path, /, **sections: Any) -> Path:
     """Train on a single-file model; strong enough to see, on both parts."""
     tables: dict[str, Any] = {
         "model": {"path": str(model)},
@@ -102,6 +103,22 @@ def test_tiny_model(tmp_path: Path, caplog: pytest.LogCaptureFixture, network: d
     images = write_photographs(tmp_path / "images", 4, 96)
     file = trained_file(model, images, tmp_path / "out", network=network, saver={"name": saver})
     assert file.suffix == f".{saver}"
+    check(folder, file, 8, caplog)
+
+
+@pytest.mark.parametrize("network", [{"name": "lierla"}, {"name": "c3lier", "conv_rank": 4, "conv_alpha": 2.0}])
+def test_tiny_model_of_2x(tmp_path: Path, caplog: pytest.LogCaptureFixture, network: dict[str, Any]) -> None:
+    """A LoRA for a tiny Stable Diffusion 2.x that predicts velocity, from a single file; it says what it is for."""
+    folder = make_tiny_sd2(tmp_path / "model", prediction="v_prediction")
+    model = to_single_file(folder, tmp_path / "model.safetensors")
+    images = write_photographs(tmp_path / "images", 4, 96)
+    velocity = {"prediction": "v_prediction"}
+    file = trained_file(model, images, tmp_path / "out", model=velocity, network=network)
+    with safe_open(file, "pt") as stream:
+        metadata = stream.metadata()
+    assert (metadata["ss_v2"], metadata["ss_base_model_version"]) == ("True", "sd_v2_v")
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
+    assert load_file(file)["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"].shape == (16, 32)
     check(folder, file, 8, caplog)
 
 

@@ -15,8 +15,9 @@ CPU = torch.device("cpu")
 def stable_diffusion(
     path: Path, dtype: torch.dtype = torch.float32, vae: Path | None = None, **options: object
 ) -> StableDiffusion:
-    """The model at a path, on the CPU; options are those of `Variant`."""
-    variant = Variant(version="sd_v1", architecture="stable-diffusion-v1/lora", **options)  # type: ignore[arg-type]
+    """The model at a path, on the CPU; options are those of `Variant`, by default those of 1.x."""
+    named = {"version": "sd_v1", "architecture": "stable-diffusion-v1/lora"}
+    variant = Variant(**{**named, **options})  # type: ignore[arg-type]
     return StableDiffusion(StoredModel(path, vae), variant, CPU, dtype)
 
 

@@ -14,17 +14,17 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from lorakit.models.protocol import AdaptationTarget
 from lorakit.models.stable_diffusion.targets import text_encoder_targets, unet_targets
 from lorakit.models.weights import without_weights
-from lorakit.testing.models import FULL_SD1
+from lorakit.testing.models import FULL_SD1, FULL_SD2, Settings
 from tests.models.building import stable_diffusion
 
-KEYS = Path(__file__).with_name("lora_keys_sd15.tsv")
+MODELS = {"lora_keys_sd15.tsv": (FULL_SD1, 350, 72), "lora_keys_sd21.tsv": (FULL_SD2, 416, 138)}
+"""By the file with the known keys: settings of the model, number of targets, and of those in the text encoder."""
 
 
-@pytest.fixture(scope="module")
-def full_size() -> list[AdaptationTarget]:
-    """All targets of the full-size model, which has shapes but no weights."""
-    text = without_weights(lambda: CLIPTextModel(CLIPTextConfig(**FULL_SD1["text_encoder"])))
-    unet = without_weights(lambda: UNet2DConditionModel(**FULL_SD1["unet"]))
+def full_size(settings: Settings) -> list[AdaptationTarget]:
+    """All targets of a full-size model, which has shapes but no weights."""
+    text = without_weights(lambda: CLIPTextModel(CLIPTextConfig(**settings["text_encoder"])))
+    unet = without_weights(lambda: UNet2DConditionModel(**settings["unet"]))
     return [*text_encoder_targets(text), *unet_targets(unet)]
 
 
@@ -38,23 +38,32 @@ def described(target: AdaptationTarget) -> tuple[str, str, int, int, int]:
     return target.key, "conv", layer.in_channels, layer.out_channels, layer.kernel_size[0]
 
 
-def test_full_size_targets_are_the_known_ones(full_size: list[AdaptationTarget]) -> None:
-    """Keys, kinds and shapes are exactly those of LoRA files for Stable Diffusion 1.5."""
-    with KEYS.open(newline="") as stream:
-        rows = list(csv.DictReader(stream, delimiter="\t"))
+def known_rows(keys: str) -> list[dict[str, str]]:
+    """The rows of a file with known keys."""
+    with Path(__file__).with_name(keys).open(newline="") as stream:
+        return list(csv.DictReader(stream, delimiter="\t"))
+
+
+@pytest.mark.parametrize("keys", MODELS)
+def test_full_size_targets_are_the_known_ones(keys: str) -> None:
+    """Keys, kinds and shapes are exactly those of LoRA files for Stable Diffusion 1.5 and 2.1."""
+    settings, count, _ = MODELS[keys]
+    rows, found = known_rows(keys), full_size(settings)
     known = {(row["lora_name"], row["kind"], int(row["in"]), int(row["out"]), int(row["kernel"])) for row in rows}
-    assert len(full_size) == len(rows) == 350
-    assert {described(target) for target in full_size} == known
+    assert len(found) == len(rows) == count
+    assert {described(target) for target in found} == known
 
 
-def test_blocks_are_told_apart(full_size: list[AdaptationTarget]) -> None:
-    """There are 72 layers in the text encoder, 192 in transformers, 80 in ResNet blocks and 6 in samplers."""
-    blocks = [target.block for target in full_size]
+@pytest.mark.parametrize("keys", MODELS)
+def test_blocks_are_told_apart(keys: str) -> None:
+    """There are six layers in each of the text encoder's, 192 in transformers, 80 in ResNet blocks, 6 in samplers."""
+    settings, _, in_text = MODELS[keys]
+    found = full_size(settings)
+    blocks = [target.block for target in found]
     counts = {block: blocks.count(block) for block in blocks}
-    assert counts == {"text_encoder": 72, "transformer": 192, "resnet": 80, "sampler": 6}
-    with KEYS.open(newline="") as stream:
-        modes = {row["lora_name"]: row["mode"] for row in csv.DictReader(stream, delimiter="\t")}
-    for target in full_size:
+    assert counts == {"text_encoder": in_text, "transformer": 192, "resnet": 80, "sampler": 6}
+    modes = {row["lora_name"]: row["mode"] for row in known_rows(keys)}
+    for target in found:
         assert (modes[target.key] == "LierLa") == (target.block in {"transformer", "text_encoder"}), target.key
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -12,13 +13,14 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lorakit.models.weights import without_weights
-from lorakit.testing.models import FULL_SD1, TINY_SD1, make_folder, make_tiny_sd1, to_single_file
+from lorakit.testing.models import FULL_SD1, FULL_SD2, TINY_SD1, Settings, make_folder, make_tiny_sd1, to_single_file
 from tests.models.building import stable_diffusion
 
 
-def test_diffusers_draws_with_the_tiny_model(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("folder", ["tiny_folder", "tiny_sd2_folder"])
+def test_diffusers_draws_with_the_tiny_model(request: pytest.FixtureRequest, folder: str) -> None:
     """The folder loads as a pipeline of diffusers, which makes a finite image of the right size."""
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(request.getfixturevalue(folder), safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline("a cat", num_inference_steps=2, height=64, width=48, output_type="pt").images
     assert image.shape == (1, 3, 64, 48)
@@ -50,10 +52,18 @@ def test_predictions_have_the_power_of_a_trained_models(tiny_folder: Path) -> No
     assert 0.7 < loss < 1.3
 
 
-def test_full_size_is_that_of_sd15() -> None:
-    """The full-size settings have the parameter counts of Stable Diffusion 1.5."""
-    unet = without_weights(lambda: UNet2DConditionModel(**FULL_SD1["unet"]))
-    vae = without_weights(lambda: AutoencoderKL(**FULL_SD1["vae"]))
-    text = without_weights(lambda: CLIPTextModel(CLIPTextConfig(**FULL_SD1["text_encoder"])))
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (FULL_SD1, [859_520_964, 83_653_863, 123_060_480]),
+        (FULL_SD2, [865_910_724, 83_653_863, 340_387_840]),
+    ],
+    ids=["1.5", "2.1"],
+)
+def test_full_size_is_that_of_the_published_models(settings: Settings, expected: list[int]) -> None:
+    """The full-size settings have the parameter counts of Stable Diffusion 1.5 and 2.1."""
+    unet = without_weights(lambda: UNet2DConditionModel(**settings["unet"]))
+    vae = without_weights(lambda: AutoencoderKL(**settings["vae"]))
+    text = without_weights(lambda: CLIPTextModel(CLIPTextConfig(**settings["text_encoder"])))
     counts = [sum(parameter.numel() for parameter in module.parameters()) for module in (unet, vae, text)]
-    assert counts == [859_520_964, 83_653_863, 123_060_480]
+    assert counts == expected

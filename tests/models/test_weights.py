@@ -21,9 +21,9 @@ def mapped_ranges(file: Path) -> list[tuple[int, int]]:
     return [(int(start, 16), int(end, 16)) for start, end in places]
 
 
-@pytest.mark.parametrize("form", ["tiny_file", "tiny_ckpt"])
+@pytest.mark.parametrize("form", ["tiny_file", "tiny_ckpt", "tiny_sd2_file", "tiny_sd2_ckpt"])
 def test_parameters_are_views_of_the_file(request: pytest.FixtureRequest, form: str) -> None:
-    """On the CPU, every parameter of every part lies in the mapped file: there is no second copy."""
+    """On the CPU, every parameter of every part lies in the mapped file: there is no second copy, even of thirds."""
     file = request.getfixturevalue(form)
     model = stable_diffusion(file)
     modules = [model.denoiser, model.text_encoder.module, model.image_encoder.module]

@@ -27,10 +27,10 @@ class EagerConfig(AttentionConfig):
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q·kᵀ/√d)·v of [B, heads, tokens, d]; the softmax in float32."""
+    """softmax(q·kᵀ/√d)·v of [B, heads, tokens, d]; q·kᵀ and the softmax in float32, where nothing overflows."""
     scale: float = query.shape[-1] ** -0.5
-    scores = (query * scale) @ key.transpose(-1, -2)
-    return scores.float().softmax(-1).to(value.dtype) @ value
+    scores = (query.float() * scale) @ key.float().transpose(-1, -2)
+    return scores.softmax(-1).to(value.dtype) @ value
 
 
 @hookimpl

@@ -2,64 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
-from lorakit.checkpoints import CheckpointSummary, locate, traits_of
+from lorakit.checkpoints import CheckpointSummary, traits_of
 from lorakit.components import ModelFamilyConfig
-from lorakit.errors import ModelError, Problem
-from lorakit.models.stable_diffusion.parts import StoredModel
+from lorakit.models.stable_diffusion.config import StableDiffusionConfig
 
 if TYPE_CHECKING:
-    import torch
-
-    from lorakit.models.protocol import DiffusionModel
+    from lorakit.models.noise import Prediction
+    from lorakit.models.stable_diffusion.model import Variant
 
 
 @frozen(kw_only=True)
-class SD1Config(ModelFamilyConfig):
+class SD1Config(StableDiffusionConfig):
     """Stable Diffusion 1.x (Rombach et al., 2022, arXiv:2112.10752)."""
 
-    name: ClassVar[str] = "sd1"
+    name = "sd1"
+    version = "1.x"
 
-    prediction: Literal["epsilon", "v_prediction"] | None = None
-    """What the U-Net predicts, the noise or the velocity; when absent, what the model's folder says, or the noise."""
-    vae: Path | None = None
-    """A VAE to use instead of the model's own: a file, or a diffusers folder."""
     clip_skip: int = field(default=1, validator=[v.ge(1), v.le(12)])
     """Which layer of the text encoder is read, counted from the last, which is 1."""
-    max_token_length: Literal[75, 150, 225] = 75
-    """Longest caption in tokens; what is longer is cut off."""
 
-    def problems(self) -> Iterator[Problem]:
-        """What is wrong with the files, as far as it shows without reading weights; keys are field names."""
-        try:
-            self._stored().check()
-        except ModelError as error:
-            yield Problem("path", str(error))
+    def variant(self, prediction: Prediction) -> Variant:
+        """How models of 1.x are run: short captions are filled up with the end token."""
+        from lorakit.models.stable_diffusion.model import Variant
 
-    def build(self, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
-        """The model, its weights not read yet: each part is read when it is first asked for."""
-        from lorakit.models.stable_diffusion.model import StableDiffusion, Variant
-
-        stored = self._stored()
-        stated = stored.scheduler_settings().get("prediction_type")
-        variant = Variant(
+        return Variant(
             version="sd_v1",
             architecture="stable-diffusion-v1/lora",
-            prediction=self.prediction or ("v_prediction" if stated == "v_prediction" else "epsilon"),
+            prediction=prediction,
             clip_skip=self.clip_skip,
             max_token_length=self.max_token_length,
         )
-        return StableDiffusion(stored, variant, device, dtype)
-
-    def _stored(self) -> StoredModel:
-        return StoredModel(locate(self.path, Path()), self.vae)
 
 
 @hookimpl

@@ -13,6 +13,7 @@ from typing import Any
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 TEXT_PREFIX = "cond_stage_model.transformer."
+OPEN_CLIP_PREFIX = "cond_stage_model.model."
 
 _UNET_ENDS = {
     "conv_in": "input_blocks.0.0",
@@ -30,12 +31,22 @@ _UNET_RESNET = {
     "conv_shortcut": "skip_connection",
 }
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_OPEN_CLIP_ENDS = {"embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final"}
+_OPEN_CLIP_LAYER = {
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
 _OLD_VAE_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 _UNET_BLOCK = re.compile(r"(down_blocks\.(\d+)|up_blocks\.(\d+)|mid_block)\.(\w+)\.(\d+)\.(.+)")
 _VAE_BLOCK = re.compile(
     r"(encoder|decoder)\.(down_blocks|up_blocks)\.(\d+)\.(resnets|downsamplers|upsamplers)\.(\d+)\.(.+)"
 )
+_CLIP_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)")
+_FUSED = re.compile(r"self_attn\.([qkv])_proj\.(weight|bias)")
 _VAE_MIDDLE = re.compile(r"(encoder|decoder)\.mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 
@@ -86,6 +97,23 @@ def old_vae_name(name: str) -> str:
     if match is None or match[2] != "attentions":
         return name
     return name.removesuffix(match[4]) + _with_stem(match[4], _OLD_VAE_ATTENTION)
+
+
+def open_clip_name(name: str) -> str:
+    """The name in the layout of OpenCLIP, behind `cond_stage_model.model.`, of a tensor of CLIP's text encoder.
+
+    Queries, keys and values are the thirds of one tensor there, `in_proj_weight`; they are called
+    `in_proj_weight[0]`, `[1]` and `[2]`.
+    """
+    if name == "embeddings.position_embedding.weight":
+        return "positional_embedding"
+    match = _CLIP_LAYER.fullmatch(name)
+    if match is None:
+        return _with_stem(name, _OPEN_CLIP_ENDS)
+    layer, leaf = match.groups()
+    if fused := _FUSED.fullmatch(leaf):
+        return f"transformer.resblocks.{layer}.attn.in_proj_{fused[2]}[{'qkv'.index(fused[1])}]"
+    return f"transformer.resblocks.{layer}.{_with_stem(leaf, _OPEN_CLIP_LAYER)}"
 
 
 def _with_stem(name: str, table: Mapping[str, str]) -> str:

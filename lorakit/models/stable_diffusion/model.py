@@ -193,7 +193,7 @@ class StableDiffusion:
         tokenizer = CaptionTokenizer(
             self.stored.tokenizer_folder(), self.variant.max_token_length, self.variant.pad_token
         )
-        vocabulary, layers = part.shapes["embeddings.token_embedding.weight"][0], part.settings["num_hidden_layers"]
+        vocabulary, layers = part.shape_of("embeddings.token_embedding.weight")[0], part.settings["num_hidden_layers"]
         if tokenizer.vocabulary_size > vocabulary:
             raise ModelError(f"{part} knows {vocabulary} tokens, but its tokenizer has {tokenizer.vocabulary_size}")
         if self.variant.clip_skip > layers:

@@ -12,8 +12,9 @@ from attrs import field, frozen
 
 from lorakit.checkpoints import CheckpointSummary, HubModel, Location, Shapes, describe, read_json, summarize
 from lorakit.errors import ModelError
+from lorakit.models.places import Place, Rows
 from lorakit.models.stable_diffusion import layout
-from lorakit.models.stable_diffusion.settings import clip_settings, unet_settings, vae_settings
+from lorakit.models.stable_diffusion.settings import clip_settings, open_clip_settings, unet_settings, vae_settings
 
 PartName = Literal["unet", "vae", "text_encoder"]
 
@@ -24,6 +25,7 @@ _ROOTS = {
     "vae": ("encoder.", "decoder.", "quant_conv.", "post_quant_conv."),
     "text_encoder": ("embeddings.", "encoder.", "final_layer_norm."),
 }
+_OPEN_CLIP_ROOTS = ("transformer.resblocks.", "token_embedding.", "positional_embedding", "ln_final.")
 _INFERRED = {"unet": unet_settings, "vae": vae_settings, "text_encoder": clip_settings}
 _FOLDER_FILES = {
     "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
@@ -45,20 +47,24 @@ class StoredPart:
     file: Path
     settings: Mapping[str, Any] = field(repr=False)
     """Arguments of the part's module."""
-    file_names: Mapping[str, str] = field(repr=False)
-    """Name in the file of each of the part's tensors, by bare name."""
+    file_names: Mapping[str, Place] = field(repr=False)
+    """Place in the file of each of the part's tensors, by bare name."""
     shapes: Shapes = field(repr=False)
     """Shape in the file of each of the part's tensors, by bare name."""
     rename: Callable[[str], str] = field(repr=False)
     """From a tensor's name in the module to its bare name."""
 
-    def find(self, wanted: Shapes) -> dict[str, str]:
-        """Name in the file of each tensor of a module; a `ModelError` if some are missing or have another shape."""
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Shape in the file of a tensor of the module."""
+        return self.shapes[self.rename(name)]
+
+    def find(self, wanted: Shapes) -> dict[str, Place]:
+        """Place in the file of each tensor of a module; a `ModelError` if some are missing or have another shape."""
         missing = [bare for name in wanted if (bare := self.rename(name)) not in self.shapes]
         if missing:
             raise ModelError(f"{self} lacks {_some(missing)}; the file is incomplete or another kind of model")
         for name, shape in wanted.items():
-            stored = self.shapes[self.rename(name)]
+            stored = self.shape_of(name)
             if not _fits(stored, shape):
                 raise ModelError(
                     f"{self} has another shape than expected: {self.rename(name)} is {stored}, not {shape}"
@@ -95,6 +101,8 @@ class StoredModel:
         if self.summary.kind == "folder":
             return _folder_part(self._part_folder(name), name)
         found = _part(name, self.summary.path, self.summary.tensors, _PREFIXES[name])
+        if found is None and name == "text_encoder":
+            found = _open_clip_part(self.summary.path, self.summary.tensors)
         if found is None:
             raise ModelError(f"{self.summary.path} has no {_IN_WORDS[name]}; it is {describe(self.summary)}")
         return found
@@ -179,11 +187,39 @@ def _part(
         return None
     shapes = {bare: tensors[full] for bare, full in file_names.items()}
     if settings is None:
-        try:
-            settings = _INFERRED[name](shapes)
-        except KeyError as missing:
-            raise ModelError(f"the {_IN_WORDS[name]} in {file} lacks {missing}; it is another kind of model") from None
-    return StoredPart(name, file, settings, file_names, shapes, _renaming(name, prefix, shapes, settings))
+        settings = _inferred(name, file, partial(_INFERRED[name], shapes))
+    return StoredPart(name, file, settings, dict(file_names), shapes, _renaming(name, prefix, shapes, settings))
+
+
+def _open_clip_part(file: Path, tensors: Shapes) -> StoredPart | None:
+    """The text encoder in the layout of OpenCLIP, without what Stable Diffusion has no use for; None if it is not."""
+    places: dict[str, Place] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for full, shape in tensors.items():
+        bare = full.removeprefix(layout.OPEN_CLIP_PREFIX)
+        if bare == full or not bare.startswith(_OPEN_CLIP_ROOTS):
+            continue
+        if ".in_proj_" in bare and shape and shape[0] % 3 == 0:
+            for third in range(3):
+                places[f"{bare}[{third}]"] = Rows(full, third, 3)
+                shapes[f"{bare}[{third}]"] = (shape[0] // 3, *shape[1:])
+        else:
+            places[bare], shapes[bare] = full, shape
+    if not places:
+        return None
+    settings = _inferred("text_encoder", file, partial(open_clip_settings, shapes))
+    unread = f"transformer.resblocks.{settings['num_hidden_layers']}."
+    read = [bare for bare in places if not bare.startswith(unread)]
+    places, shapes = {bare: places[bare] for bare in read}, {bare: shapes[bare] for bare in read}
+    return StoredPart("text_encoder", file, settings, places, shapes, layout.open_clip_name)
+
+
+def _inferred(name: PartName, file: Path, infer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `infer` makes of a part's shapes; a `ModelError` if a tensor that it needs is missing."""
+    try:
+        return infer()
+    except KeyError as missing:
+        raise ModelError(f"the {_IN_WORDS[name]} in {file} lacks {missing}; it is another kind of model") from None
 
 
 def _renaming(name: PartName, prefix: str, shapes: Shapes, settings: Mapping[str, Any]) -> Callable[[str], str]:

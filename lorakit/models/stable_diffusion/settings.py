@@ -16,9 +16,15 @@ from lorakit.checkpoints import Shapes
 SCALING_FACTOR = 0.18215
 """What latents of the VAEs of Stable Diffusion 1.x and 2.x are multiplied by to get unit variance."""
 
+SD2_TEXT_LAYERS = 23
+"""Layers of OpenCLIP's text encoder, 24 in all, that Stable Diffusion 2.x reads."""
+
 
 def unet_settings(shapes: Shapes) -> dict[str, Any]:
-    """Arguments of `UNet2DConditionModel` for a U-Net's tensors in original names."""
+    """Arguments of `UNet2DConditionModel` for a U-Net's tensors in original names.
+
+    Attention is not upcast: whether 2.x or 2.1 does not show in the shapes, and backends sum in float32.
+    """
     inputs = _length(shapes, "input_blocks.{}.0.")
     stride = next((index for index in range(1, inputs) if f"input_blocks.{index}.0.op.weight" in shapes), inputs)
     levels = [f"input_blocks.{index}." for index in range(1, inputs, stride)]
@@ -34,7 +40,7 @@ def unet_settings(shapes: Shapes) -> dict[str, Any]:
         "down_block_types": ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in attentive],
         "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(attentive)],
         "cross_attention_dim": shapes[f"{transformer}transformer_blocks.0.attn2.to_k.weight"][1],
-        "attention_head_dim": [channel // 64 for channel in channels] if linear else 8,
+        "attention_head_dim": [max(channel // 64, 1) for channel in channels] if linear else 8,
         "use_linear_projection": linear,
         "norm_num_groups": math.gcd(32, *channels),
     }
@@ -67,10 +73,34 @@ def clip_settings(shapes: Shapes) -> dict[str, Any]:
         "hidden_size": hidden,
         "intermediate_size": shapes["encoder.layers.0.mlp.fc1.weight"][0],
         "num_hidden_layers": _length(shapes, "encoder.layers.{}."),
-        "num_attention_heads": hidden // 64 if hidden % 64 == 0 else 4,
+        "num_attention_heads": _clip_heads(hidden),
         "max_position_embeddings": shapes["embeddings.position_embedding.weight"][0],
         "hidden_act": "quick_gelu",
     }
+
+
+def open_clip_settings(shapes: Shapes) -> dict[str, Any]:
+    """Arguments of `CLIPTextConfig` for the tensors of OpenCLIP's text encoder, less its last layer.
+
+    Stable Diffusion 2.x reads the last but one. Files of some converters come without the last, so of 23
+    layers all are there to be read.
+    """
+    vocabulary, hidden = shapes["token_embedding.weight"]
+    layers = _length(shapes, "transformer.resblocks.{}.")
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
+        "num_hidden_layers": layers if layers == SD2_TEXT_LAYERS else layers - 1,
+        "num_attention_heads": _clip_heads(hidden),
+        "max_position_embeddings": shapes["positional_embedding"][0],
+        "hidden_act": "gelu",
+    }
+
+
+def _clip_heads(hidden: int) -> int:
+    """Attention heads of a text encoder of that width: of 64 channels each, or four in a tiny one."""
+    return hidden // 64 if hidden % 64 == 0 else 4
 
 
 def _length(shapes: Shapes, template: str) -> int:

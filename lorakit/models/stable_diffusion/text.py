@@ -55,7 +55,7 @@ def read_clip(part: StoredPart, device: torch.device, dtype: torch.dtype) -> nn.
     from transformers.models.clip.modeling_clip import CLIPTextModel
 
     module = read_module(part, lambda: CLIPTextModel(CLIPTextConfig.from_dict(dict(part.settings))), device, dtype)
-    positions = torch.arange(part.shapes["embeddings.position_embedding.weight"][0], device=device)
+    positions = torch.arange(part.shape_of("embeddings.position_embedding.weight")[0], device=device)
     module.get_submodule("embeddings").position_ids = positions.unsqueeze(0)
     return module
 

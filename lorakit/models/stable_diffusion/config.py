@@ -1,0 +1,69 @@
+"""What the families Stable Diffusion 1.x and 2.x have in common in the config file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from attrs import field, frozen
+from attrs import validators as v
+
+from lorakit.checkpoints import HubModel, describe, locate, traits_of
+from lorakit.components import ModelFamilyConfig
+from lorakit.errors import ModelError, Problem
+from lorakit.models.stable_diffusion.parts import StoredModel
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorakit.models.noise import Prediction
+    from lorakit.models.protocol import DiffusionModel
+    from lorakit.models.stable_diffusion.model import Variant
+
+
+@frozen(kw_only=True)
+class StableDiffusionConfig(ModelFamilyConfig):
+    """Stable Diffusion with one text encoder; a family says its version and its variant."""
+
+    version: ClassVar[Literal["1.x", "2.x"]]
+    """The version of Stable Diffusion."""
+
+    prediction: Literal["epsilon", "v_prediction"] | None = None
+    """What the U-Net predicts, the noise or the velocity; when absent, what the model's folder says, or the noise."""
+    vae: Path | None = None
+    """A VAE to use instead of the model's own: a file, or a diffusers folder."""
+    clip_skip: int = field(default=1, validator=v.ge(1))
+    """Which layer of the text encoder is read, counted from the last, which is 1."""
+    max_token_length: Literal[75, 150, 225] = 75
+    """Longest caption in tokens; what is longer is cut off."""
+
+    def problems(self) -> Iterator[Problem]:
+        """What is wrong with the files, as far as it shows without reading weights; keys are field names."""
+        try:
+            stored = self.stored()
+            stored.check()
+        except ModelError as error:
+            yield Problem("path", str(error))
+            return
+        traits = None if isinstance(stored.location, HubModel) else traits_of(stored.summary)
+        if traits is not None and traits.version != self.version:
+            message = f"{stored.location} is {describe(stored.summary)}, not a Stable Diffusion {self.version} model"
+            yield Problem("path", message, "leave model.family out, and it is recognised")
+
+    def build(self, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
+        """The model, its weights not read yet: each part is read when it is first asked for."""
+        from lorakit.models.stable_diffusion.model import StableDiffusion
+
+        stored = self.stored()
+        stated = stored.scheduler_settings().get("prediction_type")
+        prediction = self.prediction or ("v_prediction" if stated == "v_prediction" else "epsilon")
+        return StableDiffusion(stored, self.variant(prediction), device, dtype)
+
+    def variant(self, prediction: Prediction) -> Variant:
+        """How this family's models are run, and what LoRA files call them."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its variant")
+
+    def stored(self) -> StoredModel:
+        """Where the model's parts are; a `ModelError` if the path leads nowhere."""
+        return StoredModel(locate(self.path, Path()), self.vae)
