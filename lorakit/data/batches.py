@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from attrs import evolve, fields, frozen
 from torch import Tensor
 
 from lorakit.data.cache import Cache
-from lorakit.data.captions import caption_for_epoch
+from lorakit.data.captions import CaptionUse, caption_in_use
 from lorakit.data.encoding import CaptionKeys, LatentKeys
 from lorakit.data.examples import Example, IndexedDataset
 from lorakit.data.planning import Share
@@ -81,6 +82,10 @@ class BatchLoader:
     """Where in the cache latents are."""
     captions: CaptionKeys | Callable[[Sequence[str]], Tensor]
     """Where in the cache captions are; or the text encoder's `tokenize`, if they are encoded in each step."""
+    total_steps: int
+    """Steps of the run, of which `token_warmup_step` may be a share."""
+    prior_loss_weight: float = 1.0
+    """Weight of the loss of regularisation images."""
 
     def load(self, share: Share) -> Batch:
         """The batch of a share. Raises DataError where the cache was damaged since it was filled."""
@@ -89,14 +94,14 @@ class BatchLoader:
         ]
         latents = [self._latents(example, when) for example, when in samples]
         shape = latents[0].shape
-        conditioning, tokens = self._texts(samples)
+        conditioning, tokens = self._texts(samples, CaptionUse(share.epoch, share.step, self.total_steps))
         return Batch(
             latents=torch.stack(latents),
             noise=torch.stack([_normal(self._generator("noise", *sample), shape) for sample in samples]),
             timesteps=torch.tensor(
                 [int(self._generator("timestep", *sample).integers(self.num_timesteps)) for sample in samples]
             ),
-            weights=torch.ones(len(samples)),
+            weights=torch.tensor([self.prior_loss_weight if own.subset.is_reg else 1.0 for own, _ in samples]),
             sample_seeds=torch.tensor([derived_seed(*self._key("dropout", *sample)) for sample in samples]),
             conditioning=conditioning,
             tokens=tokens,
@@ -111,14 +116,16 @@ class BatchLoader:
         mean, std = posterior["mean"].float(), posterior["std"].float()
         return mean + std * _normal(self._generator("posterior", example, when), mean.shape)
 
-    def _texts(self, samples: Sequence[tuple[Example, tuple[int, int]]]) -> tuple[Conditioning | None, Tensor | None]:
+    def _texts(
+        self, samples: Sequence[tuple[Example, tuple[int, int]]], use: CaptionUse
+    ) -> tuple[Conditioning | None, Tensor | None]:
+        texts = []
+        for example, when in samples:
+            generator = partial(self._generator, example=example, when=when)
+            texts.append(caption_in_use(example.caption, example.subset, use, generator))
         if not isinstance(self.captions, Mapping):
-            captions = [
-                caption_for_epoch(example.caption, example.subset, self._generator("caption", example, when))
-                for example, when in samples
-            ]
-            return None, self.captions(captions)
-        entries = [self.cache.load(self.captions[example.caption]) for example, _ in samples]
+            return None, self.captions(texts)
+        entries = [self.cache.load(self.captions[text]) for text in texts]
         return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}, None
 
     def _key(self, purpose: str, example: Example, when: tuple[int, int]) -> tuple[int | str, ...]:

@@ -133,6 +133,8 @@ def _encoded(prepared: PreparedRun, model: DiffusionModel, processes: Processes)
         num_timesteps=model.noise.num_timesteps,
         latent_keys=latent_keys,
         captions=captions,
+        total_steps=Schedule(datasets, config.training, processes).total_steps,
+        prior_loss_weight=config.data.prior_loss_weight,
     )
 
 
