@@ -21,29 +21,19 @@ from lorakit.config.values import shown
 SUBSET_KEYS = field_names(SubsetConfig)
 DATASET_KEYS = [key for key in field_names(DatasetConfig) if key != "subsets"]
 SECTION_KEYS = [key for key in field_names(DataSection) if key != "datasets"]
-# image_dir belongs to one subset; the rest can be shared.
-SHARED_KEYS = [key for key in (*DATASET_KEYS, *SUBSET_KEYS) if key != "image_dir"]
+OWN_KEYS = ("image_dir", "is_reg")
+"""What belongs to one subset; the rest can be shared."""
+SHARED_KEYS = [key for key in (*DATASET_KEYS, *SUBSET_KEYS) if key not in OWN_KEYS]
 
 SWITCHED_OFF: Mapping[str, object] = {
     "alpha_mask": False,
-    "caption_dropout_every_n_epochs": 0,
-    "caption_dropout_rate": 0,
-    "caption_prefix": "",
-    "caption_suffix": "",
-    "caption_tag_dropout_rate": 0,
     "color_aug": False,
     "conditioning_data_dir": "",
     "custom_attributes": {},
-    "enable_wildcard": False,
     "face_crop_aug_range": [],
-    "is_reg": False,
-    "keep_tokens_separator": "",
     "metadata_file": "",
     "random_crop": False,
     "resize_interpolation": "",
-    "secondary_separator": "",
-    "token_warmup_min": 1,
-    "token_warmup_step": 0,
     "validation_split": 0,
 }
 """Options of sd-scripts' dataset files that lorakit does not have, with the value that changes nothing."""
@@ -87,7 +77,7 @@ def read_data_section(reader: TableReader, table: Mapping[str, Any]) -> DataSect
 
 def _from_file(reader: TableReader, table: Mapping[str, Any]) -> tuple[DatasetConfig, ...] | None:
     for key in table:
-        if key in (*SHARED_KEYS, "image_dir", "general", "datasets"):
+        if key in (*SHARED_KEYS, *OWN_KEYS, "general", "datasets"):
             reader.report(f"data.{key}", "cannot stand beside data.config", "write it in the dataset file")
         elif key != "config":
             reader.refuse_unknown([key], [*SECTION_KEYS, "config"], "data")
@@ -108,12 +98,13 @@ def _from_file(reader: TableReader, table: Mapping[str, Any]) -> tuple[DatasetCo
 def _short_form(reader: TableReader, table: Mapping[str, Any]) -> tuple[DatasetConfig, ...] | None:
     if "image_dir" not in table:
         reader.report("data", "names no images", "give image_dir, or config with a dataset file, or [[data.datasets]]")
-        known = [*SHARED_KEYS, "image_dir", "config", "datasets", "general", *SECTION_KEYS]
+        known = [*SHARED_KEYS, *OWN_KEYS, "config", "datasets", "general", *SECTION_KEYS]
         _refuse_unknown(reader, table, known, "data")
         return None
-    _refuse_unknown(reader, table, [*SHARED_KEYS, "image_dir", *SECTION_KEYS], "data")
+    _refuse_unknown(reader, table, [*SHARED_KEYS, *OWN_KEYS, *SECTION_KEYS], "data")
     shared = {key: (value, f"data.{key}") for key, value in table.items() if key in SHARED_KEYS}
-    dataset = _dataset(reader, [({"image_dir": table["image_dir"]}, "data")], shared, "data")
+    own = {key: table[key] for key in OWN_KEYS if key in table}
+    dataset = _dataset(reader, [(own, "data")], shared, "data")
     return (dataset,) if dataset else None
 
 
@@ -188,7 +179,7 @@ def _refuse_unknown(reader: TableReader, table: Mapping[str, Any], known: Collec
             continue
         if key in SWITCHED_OFF:
             reader.report(f"{prefix}{key}", "is an option of sd-scripts that lorakit does not have", "remove it")
-        elif key == "image_dir":
+        elif key in OWN_KEYS:
             reader.report(f"{prefix}{key}", "does not belong here", "write it in [[datasets.subsets]]")
         elif key in SHARED_KEYS:
             where = "[[datasets]] or [general]" if key in DATASET_KEYS else "[general] or [[datasets.subsets]]"

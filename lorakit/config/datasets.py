@@ -34,9 +34,45 @@ class SubsetConfig:
     shuffle_caption: bool = False
     """Shuffle the tags of a caption anew in each epoch."""
     keep_tokens: int = field(default=0, validator=v.ge(0))
-    """How many tags at the start of a caption keep their place when it is shuffled."""
+    """How many tags at the start of a caption keep their place and are never left out."""
+    keep_tokens_separator: str = ""
+    """Stands in a caption after the tags that keep their place, such as `|||`; a second one begins those that stay
+    last. Where it stands, `keep_tokens` does not count; it is taken out of the caption."""
+    secondary_separator: str = ""
+    """Stands between tags that stay together, such as `;;;`; becomes `caption_separator` in the end."""
+    enable_wildcard: bool = False
+    """Use one line of a caption file at random, and of `{red|green|blue}` one part; `{{` and `}}` are braces."""
+    caption_prefix: str = ""
+    """Stands before every caption, with a space between; part of its first tag."""
+    caption_suffix: str = ""
+    """Stands after every caption, with a space between; part of its last tag."""
+    caption_dropout_rate: float = field(default=0.0, validator=[v.ge(0), v.le(1)])
+    """How often an image is trained on an empty caption: 0.1 is one time in ten."""
+    caption_dropout_every_n_epochs: int = field(default=0, validator=v.ge(0))
+    """All captions are empty in each epoch whose number is a multiple of this; 0 is never."""
+    caption_tag_dropout_rate: float = field(default=0.0, validator=[v.ge(0), v.le(1)])
+    """How often each tag is left out, those that keep their place apart."""
+    token_warmup_step: float = field(default=0.0, validator=v.ge(0))
+    """Steps over which captions grow from `token_warmup_min` tags to all of them; below 1, a share of the run."""
+    token_warmup_min: int = field(default=1, validator=v.ge(0))
+    """Tags in a caption at the start of `token_warmup_step`, those that keep their place apart."""
     flip_aug: bool = False
     """Mirror each image left to right in half of the epochs."""
+    is_reg: bool = False
+    """Regularisation images: as many as the dataset has others, and weighted by `data.prior_loss_weight`."""
+
+    @property
+    def changes_tags(self) -> bool:
+        """Whether the tags of a caption may be shuffled or left out."""
+        return self.shuffle_caption or self.caption_tag_dropout_rate > 0 or self.token_warmup_step > 0
+
+    def problems(self) -> Iterator[Problem]:
+        """Separators that get in each other's way; keys are field names."""
+        if self.keep_tokens_separator and self.keep_tokens_separator in self.caption_separator:
+            yield Problem("keep_tokens_separator", "must not be a part of caption_separator", '"|||" is usual')
+        if self.secondary_separator and self.caption_separator in self.secondary_separator:
+            message = f"must not contain caption_separator, {self.caption_separator!r}, which would cut it apart"
+            yield Problem("secondary_separator", message, '";;;" is usual')
 
 
 @frozen(kw_only=True)
@@ -62,6 +98,9 @@ class DatasetConfig:
 
     def problems(self) -> Iterator[Problem]:
         """Combinations that make no sense; keys are field names."""
+        if all(subset.is_reg for subset in self.subsets):
+            hint = "put them into the dataset of the images that they belong to, as a subset with is_reg"
+            yield Problem("subsets", "are all regularisation images", hint)
         if self.bucket_reso_steps % 8:
             yield Problem("bucket_reso_steps", f"must be a multiple of 8, not {self.bucket_reso_steps}", "64 is usual")
         shorter, longer = sorted(self.resolution)
@@ -89,3 +128,5 @@ class DataSection:
     """Threads that decode images while they are encoded; one per processor core, at most 8, when absent."""
     encode_batch_size: int = field(default=1, validator=v.ge(1))
     """Images that the VAE encodes at once while the cache is filled."""
+    prior_loss_weight: float = field(default=1.0, validator=v.ge(0))
+    """How much the loss of regularisation images counts, the subsets with `is_reg`."""

@@ -153,5 +153,12 @@ def _data_warnings(data: DataSection) -> Iterator[Problem]:
     if any(dataset.bucket_no_upscale and not dataset.enable_bucket for dataset in data.datasets):
         yield Problem("data.bucket_no_upscale", "has no effect without enable_bucket")
     subsets = [subset for dataset in data.datasets for subset in dataset.subsets]
-    if any(subset.keep_tokens and not subset.shuffle_caption for subset in subsets):
-        yield Problem("data.keep_tokens", "has no effect without shuffle_caption")
+    without = "without shuffle_caption, caption_tag_dropout_rate or token_warmup_step"
+    if any(subset.keep_tokens and not subset.changes_tags for subset in subsets):
+        yield Problem("data.keep_tokens", f"has no effect {without}")
+    if any(subset.keep_tokens_separator and not subset.changes_tags for subset in subsets):
+        yield Problem("data.keep_tokens_separator", f"is taken out of captions and has no other effect {without}")
+    if any(subset.token_warmup_min != 1 and not subset.token_warmup_step for subset in subsets):
+        yield Problem("data.token_warmup_min", "has no effect without token_warmup_step")
+    if data.prior_loss_weight != 1 and not any(subset.is_reg for subset in subsets):
+        yield Problem("data.prior_loss_weight", "has no effect without a subset with is_reg")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorakit.config.loss import LossSection
 from lorakit.data.cache import Cache
-from lorakit.data.captions import caption_for_epoch
+from lorakit.data.captions import CaptionUse, caption_in_use
 from lorakit.data.encoding import CaptionKeys, LatentKeys
 from lorakit.data.examples import Example, IndexedDataset
 from lorakit.data.noise import Generators, normal, perturbation, target_noise
@@ -91,6 +91,10 @@ class BatchLoader:
     """Where in the cache latents are."""
     captions: CaptionKeys | Callable[[Sequence[str]], Tensor]
     """Where in the cache captions are; or the text encoder's `tokenize`, if they are encoded in each step."""
+    total_steps: int
+    """Steps of the run, of which `token_warmup_step` may be a share."""
+    prior_loss_weight: float = 1.0
+    """Weight of the loss of regularisation images."""
     loss: LossSection = field(factory=LossSection)
     """Which noise and which timesteps to draw."""
 
@@ -102,12 +106,12 @@ class BatchLoader:
         latents = [self._latents(example, when) for example, when in samples]
         drawing = [partial(self._generator, example=example, when=when) for example, when in samples]
         noise = [target_noise(image, self.loss, draw) for image, draw in zip(latents, drawing, strict=True)]
-        conditioning, tokens = self._texts(samples)
+        conditioning, tokens = self._texts(samples, CaptionUse(share.epoch, share.step, self.total_steps))
         return Batch(
             latents=torch.stack(latents),
             noise=torch.stack(noise),
             timesteps=torch.tensor([self._timestep(draw("timestep")) for draw in drawing]),
-            weights=torch.ones(len(samples)),
+            weights=torch.tensor([self.prior_loss_weight if own.subset.is_reg else 1.0 for own, _ in samples]),
             sample_seeds=torch.tensor([derived_seed(*self._key("dropout", *sample)) for sample in samples]),
             conditioning=conditioning,
             tokens=tokens,
@@ -133,14 +137,16 @@ class BatchLoader:
         mean, std = posterior["mean"].float(), posterior["std"].float()
         return mean + std * normal(self._generator("posterior", example, when), mean.shape)
 
-    def _texts(self, samples: Sequence[tuple[Example, tuple[int, int]]]) -> tuple[Conditioning | None, Tensor | None]:
+    def _texts(
+        self, samples: Sequence[tuple[Example, tuple[int, int]]], use: CaptionUse
+    ) -> tuple[Conditioning | None, Tensor | None]:
+        texts = []
+        for example, when in samples:
+            generator = partial(self._generator, example=example, when=when)
+            texts.append(caption_in_use(example.caption, example.subset, use, generator))
         if not isinstance(self.captions, Mapping):
-            captions = [
-                caption_for_epoch(example.caption, example.subset, self._generator("caption", example, when))
-                for example, when in samples
-            ]
-            return None, self.captions(captions)
-        entries = [self.cache.load(self.captions[example.caption]) for example, _ in samples]
+            return None, self.captions(texts)
+        entries = [self.cache.load(self.captions[text]) for text in texts]
         return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}, None
 
     def _key(self, purpose: str, example: Example, when: tuple[int, int]) -> tuple[int | str, ...]:

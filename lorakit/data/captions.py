@@ -1,18 +1,53 @@
-"""Captions: read from the files beside the images, and shuffled anew in each epoch."""
+"""Captions: read from the files beside the images, and varied anew in each epoch.
+
+What can be done to a caption, and in which order, is what sd-scripts' dataset files say.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Callable, Container, Sequence
+from itertools import compress
+from math import floor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from lorakit.config.datasets import SubsetConfig
 from lorakit.errors import DataError, Problem
+from lorakit.randomness import keyed_generator
+
+_WILDCARD = re.compile(r"\{\{|\}\}|\{((?:\{\{|\}\}|[^}])++)\}")
+"""A doubled brace, or a wildcard with what is in it as its group, which may hold doubled braces."""
+
+Generators = Callable[[str], np.random.Generator]
+"""From what is drawn to the generator for it."""
 
 EXTENSIONS = (".txt", ".caption")
 """Extensions of caption files that are looked for when a subset names none."""
+
+
+class CaptionUse(NamedTuple):
+    """When a caption is used."""
+
+    epoch: int
+    """Number of the epoch, from 1."""
+    step: int
+    """Optimizer steps done before."""
+    total_steps: int
+    """Optimizer steps of the run."""
+
+
+class CaptionParts(NamedTuple):
+    """The tags of a caption."""
+
+    first: list[str]
+    """Those that stay first."""
+    loose: list[str]
+    """Those that may be shuffled and left out."""
+    last: list[str]
+    """Those that stay last."""
 
 
 def find_caption(image: Path, subset: SubsetConfig, names: Container[str]) -> Path | None:
@@ -23,8 +58,8 @@ def find_caption(image: Path, subset: SubsetConfig, names: Container[str]) -> Pa
     return next((image.with_name(name) for name in candidates if name in names), None)
 
 
-def read_caption(path: Path) -> str:
-    """The first line of a caption file that is not blank; an empty caption if there is none.
+def read_caption(path: Path, every_line: bool = False) -> str:
+    """The first line of a caption file that is not blank, or every such line; an empty caption if there is none.
 
     Raises DataError where the file cannot be read or is not UTF-8.
     """
@@ -35,26 +70,127 @@ def read_caption(path: Path) -> str:
         raise DataError(str(Problem(str(path), message, "save it as UTF-8"))) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    lines = (line.strip() for line in re.split(r"[\r\n]+", text))
-    return next(filter(None, lines), "")
+    lines = _lines(text)
+    return "\n".join(lines if every_line else lines[:1])
 
 
-def caption_for_epoch(caption: str, subset: SubsetConfig, generator: np.random.Generator) -> str:
-    """The caption as it is used once: with `shuffle_caption`, all tags but the first `keep_tokens` shuffled."""
-    if not is_shuffled(caption, subset):
-        return caption
-    tags = split_tags(caption, subset.caption_separator)
-    fixed, loose = tags[: subset.keep_tokens], tags[subset.keep_tokens :]
-    shuffled = [loose[position] for position in generator.permutation(len(loose))]
-    return (subset.caption_separator.rstrip() + " ").join(fixed + shuffled)
+def caption_in_use(caption: str, subset: SubsetConfig, use: CaptionUse, generator: Generators) -> str:
+    """The caption as it is used once.
+
+    In this order: left out as a whole or not; one line of it; prefix and suffix; wildcards; tags grown
+    into, shuffled and left out; the second separator.
+    """
+    if _is_dropped(subset, use.epoch, generator):
+        return ""
+    lines = _lines(caption) if subset.enable_wildcard else [caption]
+    line = lines[generator("caption_line").integers(len(lines))] if len(lines) > 1 else lines[0]
+    return _arranged(_filled_in(line, subset, generator), subset, use, generator)
 
 
-def is_shuffled(caption: str, subset: SubsetConfig) -> bool:
-    """Whether the caption has tags that `caption_for_epoch` puts into another order from epoch to epoch."""
-    return subset.shuffle_caption and len(split_tags(caption, subset.caption_separator)) > subset.keep_tokens + 1
+def possible_captions(caption: str, subset: SubsetConfig) -> tuple[str, ...] | None:
+    """All that `caption_in_use` makes of a caption over a run; None where tags or wildcards vary it freely."""
+    texts = []
+    for line in _lines(caption) if subset.enable_wildcard else [caption]:
+        if subset.enable_wildcard and has_choice(_framed(line, subset)):
+            return None
+        # No draw is left that could change the outcome, so it does not matter for what it is drawn.
+        text = _filled_in(line, subset, keyed_generator)
+        if _vary(split_parts(text, subset).loose, subset):
+            return None
+        texts.append(_arranged(text, subset, CaptionUse(1, 0, 1), keyed_generator))
+    if subset.caption_dropout_rate or subset.caption_dropout_every_n_epochs:
+        texts.append("")
+    return tuple(dict.fromkeys(texts))
+
+
+def fill_wildcards(text: str, generator: np.random.Generator) -> str:
+    """The text with one part of each `{a|b|c}`, and braces for `{{` and `}}`."""
+
+    def pick(match: re.Match[str]) -> str:
+        if match[1] is None:
+            return match[0][0]
+        options = match[1].split("|")
+        return options[generator.integers(len(options))].replace("{{", "{").replace("}}", "}")
+
+    return _WILDCARD.sub(pick, text)
+
+
+def has_choice(text: str) -> bool:
+    """Whether `fill_wildcards` can make more than one thing of a text."""
+    return any(len(set(match[1].split("|"))) > 1 for match in _WILDCARD.finditer(text) if match[1])
+
+
+def split_parts(text: str, subset: SubsetConfig) -> CaptionParts:
+    """The tags of a caption, parted by `keep_tokens_separator` where it stands in it, else by `keep_tokens`."""
+    separator = subset.keep_tokens_separator
+    if separator and separator in text:
+        parts = [split_tags(part, subset.caption_separator) for part in text.split(separator, 2)]
+        return CaptionParts(parts[0], parts[1], parts[2] if len(parts) > 2 else [])
+    tags = split_tags(text, subset.caption_separator)
+    return CaptionParts(tags[: subset.keep_tokens], tags[subset.keep_tokens :], [])
+
+
+def tags_after(step: int, tags: int, subset: SubsetConfig, total_steps: int) -> int:
+    """How many of a caption's loose tags are used after so many steps: ⌊step · (tags − min) / warm-up⌋ + min."""
+    warmup = subset.token_warmup_step
+    steps = warmup if warmup >= 1 else floor(warmup * total_steps)
+    least = subset.token_warmup_min
+    return tags if step >= steps or tags <= least else floor(step * (tags - least) / steps) + least
 
 
 def split_tags(caption: str, separator: str) -> list[str]:
     """The tags of a caption, without spaces around them and without empty ones."""
     tags = (tag.strip() for tag in caption.split(separator))
     return [tag for tag in tags if tag]
+
+
+def _lines(text: str) -> list[str]:
+    """The lines that are not blank, without spaces around them; an empty one if there is none."""
+    lines = (line.strip() for line in re.split(r"[\r\n]+", text))
+    return [line for line in lines if line] or [""]
+
+
+def _framed(line: str, subset: SubsetConfig) -> str:
+    return " ".join(filter(None, (subset.caption_prefix, line, subset.caption_suffix)))
+
+
+def _filled_in(line: str, subset: SubsetConfig, generator: Generators) -> str:
+    text = _framed(line, subset)
+    return fill_wildcards(text, generator("wildcard")) if subset.enable_wildcard else text
+
+
+def _is_dropped(subset: SubsetConfig, epoch: int, generator: Generators) -> bool:
+    every = subset.caption_dropout_every_n_epochs
+    if every and epoch % every == 0:
+        return True
+    rate = subset.caption_dropout_rate
+    return rate > 0 and bool(generator("caption_dropout").random() < rate)
+
+
+def _vary(loose: Sequence[str], subset: SubsetConfig) -> bool:
+    """Whether loose tags may be used in another order or number than they are written in."""
+    return (
+        (subset.shuffle_caption and len(loose) > 1)
+        or (subset.caption_tag_dropout_rate > 0 and len(loose) > 0)
+        or (subset.token_warmup_step > 0 and len(loose) > subset.token_warmup_min)
+    )
+
+
+def _arranged(text: str, subset: SubsetConfig, use: CaptionUse, generator: Generators) -> str:
+    """The text with its tags as this use has them; unchanged where nothing is to be done to them."""
+    parts = split_parts(text, subset)
+    if _vary(parts.loose, subset) or (subset.keep_tokens_separator and subset.keep_tokens_separator in text):
+        tags = [*parts.first, *_chosen(parts.loose, subset, use, generator), *parts.last]
+        text = (subset.caption_separator.rstrip() + " ").join(tags)
+    return text.replace(subset.secondary_separator, subset.caption_separator) if subset.secondary_separator else text
+
+
+def _chosen(loose: Sequence[str], subset: SubsetConfig, use: CaptionUse, generator: Generators) -> list[str]:
+    """The loose tags that this use has, in its order."""
+    tags = list(loose[: tags_after(use.step, len(loose), subset, use.total_steps)])
+    if subset.shuffle_caption:
+        tags = [tags[position] for position in generator("caption").permutation(len(tags))]
+    if subset.caption_tag_dropout_rate:
+        kept = generator("tag_dropout").random(len(tags)) >= subset.caption_tag_dropout_rate
+        tags = list(compress(tags, kept))
+    return tags

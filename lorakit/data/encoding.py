@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lorakit.data.buckets import Placement
 from lorakit.data.cache import Cache, NotFiniteError, content_key
+from lorakit.data.captions import possible_captions
 from lorakit.data.examples import Example, IndexedDataset, default_workers
 from lorakit.data.images import load_pixels
 from lorakit.data.problems import data_error
@@ -110,12 +111,16 @@ def encode_latents(
 def encode_captions(
     datasets: Sequence[IndexedDataset], model: DiffusionModel, cache: Cache, encoding: Encoding
 ) -> CaptionKeys:
-    """Fill the cache with this process's share of the missing conditioning of captions, as they are written.
+    """Fill the cache with this process's share of the missing conditioning of all that captions may become.
 
-    The text encoder is read only if something is missing. Raises DataError where it gives NaN.
+    Captions that vary freely are left out. The text encoder is read only if something is missing.
+    Raises DataError where it gives NaN.
     """
     fingerprint = model.fingerprint("text_encoder")
-    captions = dict.fromkeys(example.caption for dataset in datasets for example in dataset.examples)
+    examples = [example for dataset in datasets for example in dataset.examples]
+    captions = dict.fromkeys(
+        text for example in examples for text in possible_captions(example.caption, example.subset) or ()
+    )
     keys = {caption: caption_key(caption, fingerprint) for caption in captions}
     missing = [caption for caption in _own(list(keys), encoding) if not cache.has(keys[caption])]
     if missing:

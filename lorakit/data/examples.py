@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from attrs import frozen
+from attrs import Factory, evolve, field, frozen
 
 from lorakit.config.datasets import DatasetConfig, SubsetConfig
+from lorakit.data.balancing import balanced_repeats
 from lorakit.data.buckets import Placement, place
-from lorakit.data.captions import find_caption, is_shuffled, read_caption
+from lorakit.data.captions import find_caption, possible_captions, read_caption
 from lorakit.data.images import EXTENSIONS, read_size
 from lorakit.data.memo import StatMemo
 from lorakit.data.problems import data_error
@@ -31,13 +32,15 @@ class Example:
     image: Path
     """The image file."""
     caption: str
-    """Its caption, as written."""
+    """Its caption, as written; with `enable_wildcard` it may have several lines."""
     subset: SubsetConfig
     """How it is used."""
     placement: Placement
     """How it is brought to the size of its bucket."""
     identity: str
     """Key of its randomness: the numbers of dataset and subset, and the file's name; the same on every machine."""
+    repeats: int = field(default=Factory(lambda self: self.subset.num_repeats, takes_self=True))
+    """How often it appears in an epoch."""
 
 
 @frozen
@@ -47,7 +50,7 @@ class IndexedDataset:
     config: DatasetConfig
     """What was asked for."""
     examples: tuple[Example, ...]
-    """Its images, subset by subset, each sorted by name."""
+    """Its images, subset by subset, each sorted by name; no more regularisation images than are used."""
 
 
 @frozen
@@ -82,12 +85,26 @@ def index_datasets(
         raise data_error(problems)
     _warn_of_missing_captions([file for files in found for file in files])
     examples = [tuple(outcome for outcome in outcomes if isinstance(outcome, Example)) for outcomes in read]
-    return tuple(IndexedDataset(dataset, own) for dataset, own in zip(datasets, examples, strict=True))
+    return tuple(IndexedDataset(dataset, _balanced(own)) for dataset, own in zip(datasets, examples, strict=True))
 
 
 def captions_vary(datasets: Sequence[IndexedDataset]) -> bool:
-    """Whether any caption differs between epochs, so that captions cannot be encoded once for all."""
-    return any(is_shuffled(example.caption, example.subset) for dataset in datasets for example in dataset.examples)
+    """Whether any caption takes more forms than can be listed, so that captions cannot be encoded once for all."""
+    examples = (example for dataset in datasets for example in dataset.examples)
+    return any(possible_captions(example.caption, example.subset) is None for example in examples)
+
+
+def _balanced(examples: Sequence[Example]) -> tuple[Example, ...]:
+    """The examples, the regularisation images among them with their repeats; those that are not used left out."""
+    regularising = [example for example in examples if example.subset.is_reg]
+    training = sum(example.repeats for example in examples if not example.subset.is_reg)
+    repeats = balanced_repeats([example.repeats for example in regularising], training)
+    if 0 in repeats:
+        used = len(repeats) - repeats.count(0)
+        logger.info("%d of %d regularisation images are used: enough for the others", used, len(repeats))
+    of_regularising = iter(repeats)
+    counted = (evolve(own, repeats=next(of_regularising)) if own.subset.is_reg else own for own in examples)
+    return tuple(example for example in counted if example.repeats)
 
 
 def _find_images(number: int, dataset: DatasetConfig, problems: list[str]) -> list[_Found]:
@@ -124,7 +141,8 @@ def _read(file: _Found, memo: StatMemo | None) -> Example | str:
     """The example, or what is wrong with it."""
     try:
         size = memo.size(file.image) if memo else read_size(file.image)
-        caption = read_caption(file.caption) if file.caption else file.subset.class_tokens or ""
+        subset = file.subset
+        caption = read_caption(file.caption, subset.enable_wildcard) if file.caption else subset.class_tokens or ""
     except DataError as error:
         return str(error)
     try:

@@ -39,6 +39,8 @@ class Share:
     """This process's images."""
     micro_batch_size: int
     """Images in the global micro-batch."""
+    step: int = 0
+    """Optimizer steps of the run before this one."""
 
     @property
     def fraction(self) -> float:
@@ -54,6 +56,8 @@ class PlannedStep:
     """Number of the epoch."""
     micro_batches: tuple[tuple[Item, ...], ...]
     """The global micro-batches whose gradients the step accumulates; each of one dataset and bucket."""
+    step: int
+    """Optimizer steps of the run before this one."""
 
     def shares(self, rank: int, world_size: int) -> tuple[Share, ...]:
         """What one of the processes computes; nothing of micro-batches with fewer images than processes before it."""
@@ -61,13 +65,13 @@ class PlannedStep:
             (len(items), items[len(items) * rank // world_size : len(items) * (rank + 1) // world_size])
             for items in self.micro_batches
         )
-        return tuple(Share(self.epoch, own, size) for size, own in shares if own)
+        return tuple(Share(self.epoch, own, size, self.step) for size, own in shares if own)
 
 
 def plan_epoch(
     datasets: Sequence[IndexedDataset], seed: int, epoch: int, world_size: int = 1, accumulation: int = 1
 ) -> list[PlannedStep]:
-    """The steps of an epoch: every image appears as often as its subset's `num_repeats` says.
+    """The steps of an epoch, of which the first is 1: every image appears as often as its `repeats` say.
 
     Images are shuffled within their bucket and cut into micro-batches, of which the last may be short;
     the micro-batches of all datasets are shuffled together and taken `accumulation` at a time.
@@ -80,13 +84,14 @@ def plan_epoch(
             items = [
                 Item(number, example, repeat)
                 for example in examples
-                for repeat in range(dataset.examples[example].subset.num_repeats)
+                for repeat in range(dataset.examples[example].repeats)
             ]
             shuffled = [items[position] for position in generator.permutation(len(items))]
             micro_batches += [tuple(shuffled[start : start + size]) for start in range(0, len(items), size)]
     order = [micro_batches[position] for position in generator.permutation(len(micro_batches))]
-    starts = range(0, len(order), accumulation)
-    return [PlannedStep(epoch, tuple(order[start : start + accumulation])) for start in starts]
+    steps = [tuple(order[start : start + accumulation]) for start in range(0, len(order), accumulation)]
+    before = (epoch - 1) * len(steps)
+    return [PlannedStep(epoch, own, before + number) for number, own in enumerate(steps)]
 
 
 def steps_per_epoch(datasets: Sequence[IndexedDataset], world_size: int = 1, accumulation: int = 1) -> int:
@@ -94,7 +99,7 @@ def steps_per_epoch(datasets: Sequence[IndexedDataset], world_size: int = 1, acc
     micro_batches = 0
     for dataset in datasets:
         for _, examples in _buckets(dataset):
-            images = sum(dataset.examples[example].subset.num_repeats for example in examples)
+            images = sum(dataset.examples[example].repeats for example in examples)
             micro_batches += ceil(images / (dataset.config.batch_size * world_size))
     return ceil(micro_batches / accumulation)
 

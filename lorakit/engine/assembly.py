@@ -17,7 +17,7 @@ import torch
 from lorakit.components import ObserverConfig
 from lorakit.config.sections import TrainConfig
 from lorakit.data.batches import BatchLoader
-from lorakit.data.encoding import CaptionKeys, Encoding, encode_captions, encode_latents
+from lorakit.data.encoding import CaptionKeys, Encoding, LatentKeys, encode_captions, encode_latents
 from lorakit.data.examples import captions_vary
 from lorakit.engine.gradients import FlatGradients
 from lorakit.engine.metadata import run_metadata
@@ -36,6 +36,9 @@ from lorakit.networks.saving import read_adapter
 from lorakit.plugins import Catalog
 
 log = logging.getLogger(__name__)
+
+Captions = CaptionKeys | Callable[[Sequence[str]], torch.Tensor]
+"""Where captions are in the cache, or what tokenizes them in each step."""
 
 EVERY_RUN_HAS = ("checkpoints", "progress")
 """Observers that need not be named in the config; one that is replaces its default."""
@@ -94,15 +97,26 @@ def assemble(prepared: PreparedRun, processes: Processes) -> Run:
     if config.training.mixed_precision == "fp16" and processes.device.type == "cpu":
         log.warning('fp16 is slow on a CPU and may lack kernels; training.mixed_precision = "bf16" suits it better')
     model = build_model(config, processes.device)
-    loader = _encoded(prepared, model, processes)
+    schedule = Schedule(prepared.datasets, config.training, processes)
+    latent_keys, captions = _encoded(prepared, model, processes)
+    loader = BatchLoader(
+        datasets=prepared.datasets,
+        cache=prepared.cache,
+        seed=config.training.seed,
+        num_timesteps=model.noise.num_timesteps,
+        latent_keys=latent_keys,
+        captions=captions,
+        total_steps=schedule.total_steps,
+        prior_loss_weight=config.data.prior_loss_weight,
+        loss=config.loss,
+    )
     model.use_attention(config.attention.build())
     if config.training.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     network = _attached_network(config, model)
     groups = network.parameter_groups(config.optimizer.lr_of)
     optimizer = config.optimizer.build(groups)
-    schedule = Schedule(loader.datasets, config.training, processes)
-    metadata = run_metadata(config, loader.datasets, started)
+    metadata = run_metadata(config, prepared.datasets, started)
     return Run(
         config=config,
         model=model,
@@ -127,14 +141,17 @@ def build_observers(run: Run, catalog: Catalog) -> Observers:
     )
 
 
-def _encoded(prepared: PreparedRun, model: DiffusionModel, processes: Processes) -> BatchLoader:
-    """The data, encoded where that can be done once; frees the encoders that are not needed any more."""
+def _encoded(prepared: PreparedRun, model: DiffusionModel, processes: Processes) -> tuple[LatentKeys, Captions]:
+    """Where in the cache latents and captions are, once they are encoded; frees encoders that are not needed any more.
+
+    For captions that are encoded in each step, it is the text encoder's `tokenize`.
+    """
     config, datasets, cache = prepared.config, prepared.datasets, prepared.cache
     model.memo = cache.memo
     with _progress("encoding images", processes) as progress:
         latent_keys = encode_latents(datasets, model, cache, _encoding(config, processes, progress))
     model.free("image_encoder")
-    captions: CaptionKeys | Callable[[Sequence[str]], torch.Tensor]
+    captions: Captions
     if "text_encoder" in config.trained_parts or captions_vary(datasets):
         captions = model.text_encoder.tokenize
     else:
@@ -143,15 +160,7 @@ def _encoded(prepared: PreparedRun, model: DiffusionModel, processes: Processes)
         model.free("text_encoder")
     cache.memo.save()
     processes.wait()
-    return BatchLoader(
-        datasets=datasets,
-        cache=cache,
-        seed=config.training.seed,
-        num_timesteps=model.noise.num_timesteps,
-        latent_keys=latent_keys,
-        captions=captions,
-        loss=config.loss,
-    )
+    return latent_keys, captions
 
 
 def _encoding(config: TrainConfig, processes: Processes, progress: Callable[[int, int], None]) -> Encoding:

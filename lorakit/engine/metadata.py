@@ -7,6 +7,7 @@ that are read, and by whom, are listed in the file format's documentation (`docs
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,17 +17,21 @@ from typing import Any
 from attrs import asdict
 
 import lorakit
+from lorakit.config.datasets import SubsetConfig
 from lorakit.config.loss import LossSection
 from lorakit.config.sections import TrainConfig
-from lorakit.data.examples import IndexedDataset
+from lorakit.config.tables import field_names
+from lorakit.data.examples import Example, IndexedDataset
 
 KOHYA_MODULE = "networks.lora"
 """The name that tools know LoRA networks by."""
 
+_SUBSET_KEYS = [key for key in field_names(SubsetConfig) if key not in ("image_dir", "caption_extension")]
+
 
 def run_metadata(config: TrainConfig, datasets: Sequence[IndexedDataset], started: float) -> dict[str, str]:
     """The metadata that stays the same over a run; `started` is in seconds since 1970."""
-    images = sum(example.subset.num_repeats for dataset in datasets for example in dataset.examples)
+    examples = [example for dataset in datasets for example in dataset.examples]
     values = {
         **_training_values(config),
         **_loss_values(config.loss),
@@ -34,8 +39,9 @@ def run_metadata(config: TrainConfig, datasets: Sequence[IndexedDataset], starte
         **_dataset_values(datasets),
         "ss_training_started_at": started,
         "ss_output_name": config.output.name,
-        "ss_num_train_images": images,
-        "ss_num_reg_images": 0,
+        "ss_num_train_images": _appearances(examples, is_reg=False),
+        "ss_num_reg_images": _appearances(examples, is_reg=True),
+        "ss_prior_loss_weight": config.data.prior_loss_weight,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": config.output.name,
         "modelspec.implementation_version": f"lorakit/{lorakit.__version__}",
@@ -110,11 +116,12 @@ def _dataset_values(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
     for dataset in datasets:
         for example in dataset.examples:
             subset = example.subset
-            buckets[example.placement.bucket] += subset.num_repeats
+            buckets[example.placement.bucket] += example.repeats
             folder = subset.image_dir.name
-            folders.setdefault(folder, {"n_repeats": subset.num_repeats, "img_count": 0})["img_count"] += 1
+            if not subset.is_reg:
+                folders.setdefault(folder, {"n_repeats": subset.num_repeats, "img_count": 0})["img_count"] += 1
             counts = tags.setdefault(folder, {})
-            for tag in filter(None, (part.strip().lower() for part in example.caption.split(","))):
+            for tag in filter(None, (part.strip().lower() for part in re.split("[,\n]", example.caption))):
                 counts[tag] = counts.get(tag, 0) + 1
     bucket_info = {
         str(index): {"resolution": list(size), "count": count}
@@ -138,23 +145,21 @@ def _dataset_description(dataset: IndexedDataset) -> Mapping[str, Any]:
     return {
         "is_dreambooth": True,
         "batch_size_per_device": config.batch_size,
-        "num_train_images": sum(example.subset.num_repeats for example in dataset.examples),
-        "num_reg_images": 0,
+        "num_train_images": _appearances(dataset.examples, is_reg=False),
+        "num_reg_images": _appearances(dataset.examples, is_reg=True),
         "resolution": list(config.resolution),
         "enable_bucket": config.enable_bucket,
         "min_bucket_reso": config.min_bucket_reso,
         "max_bucket_reso": config.max_bucket_reso,
-        "subsets": [
-            {
-                "img_count": counts[subset],
-                "num_repeats": subset.num_repeats,
-                "flip_aug": subset.flip_aug,
-                "shuffle_caption": subset.shuffle_caption,
-                "keep_tokens": subset.keep_tokens,
-                "image_dir": subset.image_dir.name,
-                "class_tokens": subset.class_tokens,
-                "is_reg": False,
-            }
-            for subset in config.subsets
-        ],
+        "subsets": [_subset_description(subset, counts[subset]) for subset in config.subsets],
     }
+
+
+def _subset_description(subset: SubsetConfig, images: int) -> Mapping[str, Any]:
+    settings = {key: getattr(subset, key) for key in _SUBSET_KEYS}
+    return {"img_count": images, **settings, "image_dir": subset.image_dir.name}
+
+
+def _appearances(examples: Sequence[Example], is_reg: bool) -> int:
+    """How often the regularisation images, or the others, appear in an epoch."""
+    return sum(example.repeats for example in examples if example.subset.is_reg is is_reg)

@@ -201,3 +201,76 @@ def test_options_of_sd_scripts_without_effect(data_of: Callable[..., DataSection
     assert data_of({"datasets": [{"resolution": 64, "subsets": [subset]}]}) == data_of(
         {"image_dir": "photos", "resolution": 64}
     )
+
+
+CAPTION_OPTIONS = {
+    "caption_prefix": "sks",
+    "caption_suffix": "photo",
+    "enable_wildcard": True,
+    "keep_tokens_separator": "|||",
+    "secondary_separator": ";;;",
+    "caption_dropout_rate": 0.1,
+    "caption_dropout_every_n_epochs": 3,
+    "caption_tag_dropout_rate": 1,
+    "token_warmup_step": 0.2,
+    "token_warmup_min": 2,
+}
+
+
+@pytest.mark.parametrize("name", sorted(CAPTION_OPTIONS))
+def test_caption_options_in_every_scope(data_of: Callable[..., DataSection], name: str) -> None:
+    """A caption option holds from [general], [[datasets]] and [[datasets.subsets]] on, the nearer one first."""
+    value = CAPTION_OPTIONS[name]
+    option = {name: value}
+    off = {name: getattr(SubsetConfig(image_dir=Path()), name)}
+
+    def found(general: dict[str, Any], dataset: dict[str, Any], subset: dict[str, Any]) -> object:
+        tables = {
+            "general": general,
+            "datasets": [{"resolution": 64, **dataset, "subsets": [{"image_dir": "photos", **subset}]}],
+        }
+        return getattr(data_of(tables).datasets[0].subsets[0], name)
+
+    assert found(option, {}, {}) == found({}, option, {}) == found({}, {}, option) == found(off, option, {}) == value
+    assert found(option, option, off) == off[name] != value
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("caption_dropout_rate", 1.1, "must be at most 1, not 1.1"),
+        ("caption_tag_dropout_rate", -0.1, "must be at least 0, not -0.1"),
+        ("caption_dropout_every_n_epochs", 0.5, "must be a whole number, not 0.5"),
+        ("token_warmup_step", -1, "must be at least 0"),
+        ("token_warmup_min", -1, "must be at least 0"),
+        ("caption_prefix", 1, "must be a text in quotes"),
+        ("enable_wildcard", 1, "must be true or false"),
+        ("keep_tokens_separator", ",", "must not be a part of caption_separator"),
+        ("secondary_separator", "a,b", "must not contain caption_separator, ','"),
+        ("prior_loss_weight", -1, "must be at least 0"),
+    ],
+)
+def test_caption_options_that_cannot_be(
+    data_problems: Callable[..., dict[str, str]], name: str, value: object, message: str
+) -> None:
+    """A value out of range or of another type is one problem at its key."""
+    found = data_problems({"image_dir": "photos", "resolution": 64, name: value})
+    assert list(found) == [f"data.{name}"]
+    assert message in found[f"data.{name}"]
+
+
+def test_regularisation_belongs_to_a_subset(
+    data_of: Callable[..., DataSection], data_problems: Callable[..., dict[str, str]]
+) -> None:
+    """is_reg stands in a subset beside one of other images; elsewhere the message says where to write it."""
+    images, regularising = {"image_dir": "photos"}, {"image_dir": "more", "is_reg": True}
+    section = data_of({"prior_loss_weight": 0.5, "datasets": [{"resolution": 64, "subsets": [images, regularising]}]})
+    assert [subset.is_reg for subset in section.datasets[0].subsets] == [False, True]
+    assert section.prior_loss_weight == 0.5
+    shared = {"general": {"is_reg": True}, "datasets": [{"resolution": 64, "subsets": [images]}]}
+    assert "write it in [[datasets.subsets]]" in data_problems(shared)["data.general.is_reg"]
+    alone = {"datasets": [{"resolution": 64, "subsets": [regularising]}]}
+    assert "are all regularisation images" in data_problems(alone)["data.datasets[0].subsets"]
+    short = {"image_dir": "photos", "resolution": 64}
+    assert data_of({**short, "is_reg": False}) == data_of(short)
+    assert "are all regularisation images" in data_problems({**short, "is_reg": True})["data.subsets"]

@@ -39,9 +39,9 @@ EVERY_NOISE = LossSection(
 
 
 def make_loader(
-    dataset: DatasetConfig, cache: Cache, *, tokens: bool = False, seed: int = 7, loss: LossSection | None = None
+    dataset: DatasetConfig, cache: Cache, *, tokens: bool = False, seed: int = 7, **settings: object
 ) -> BatchLoader:
-    """A loader of a dataset whose images and captions are encoded."""
+    """A loader of a dataset whose images and captions are encoded, of a run of 100 steps."""
     datasets, model, encoding = index_datasets([dataset]), TinyModel(), Encoding(device=CPU)
     return BatchLoader(
         datasets=datasets,
@@ -50,7 +50,8 @@ def make_loader(
         num_timesteps=1000,
         latent_keys=encode_latents(datasets, model, cache, encoding),
         captions=model.text_encoder.tokenize if tokens else encode_captions(datasets, model, cache, encoding),
-        loss=loss or LossSection(),
+        total_steps=100,
+        **settings,
     )
 
 
@@ -186,6 +187,53 @@ def test_tokens_of_shuffled_captions(cache: Cache, with_subset: WithSubset):
     assert torch.equal(loader.load(share_of(1, epoch=5)).tokens, tokens[5])
     assert loader.load(share_of(1)).conditioning is None
     assert tokens[0].shape == (1, 1, 77)
+
+
+def text_of(batch: Batch) -> list[str]:
+    """The captions whose tokens a batch has."""
+    return [bytes(row.flatten().tolist()).rstrip(b"\0").decode() for row in batch.tokens]
+
+
+def test_dropped_captions_are_encoded_once_too(cache: Cache, with_subset: WithSubset):
+    """With caption dropout the conditioning is the caption's or the empty caption's, both from the cache."""
+    loader = make_loader(with_subset(caption_dropout_rate=0.5, caption_dropout_every_n_epochs=10), cache)
+    entries = {text: cache.load(loader.captions[text])["pooled"] for text in ("photo, chelsea, sharp", "")}
+    seen = []
+    for epoch in range(1, 31):
+        (pooled,) = loader.load(share_of(1, epoch=epoch)).conditioning["pooled"]
+        seen.append(next(text for text, entry in entries.items() if torch.equal(entry, pooled)))
+    assert set(seen) == set(entries)
+    assert seen[9] == seen[19] == seen[29] == ""
+
+
+def test_warmup_knows_the_step_of_the_share(cache: Cache, with_subset: WithSubset):
+    """The tags grow with the step, here over a tenth of 100 steps, in whatever order shares are loaded."""
+    loader = make_loader(with_subset(token_warmup_step=0.1), cache, tokens=True)
+    texts = [text_of(loader.load(evolve(share_of(1), step=step)))[0] for step in (10, 0, 4, 5, 99)]
+    assert texts == ["photo, chelsea, sharp", "photo", "photo", "photo, chelsea", "photo, chelsea, sharp"]
+
+
+def test_captions_do_not_depend_on_order_or_processes(cache: Cache, with_subset: WithSubset):
+    """Each caption option draws the same for an image whichever batches, and in whichever order, were loaded."""
+    options = {"shuffle_caption": True, "caption_dropout_rate": 0.2, "caption_tag_dropout_rate": 0.3}
+    wildcards = {"enable_wildcard": True, "caption_suffix": ", {red|green|blue}"}
+    loader = make_loader(with_subset(**options, **wildcards, token_warmup_step=20, num_repeats=4), cache, tokens=True)
+    for epoch in (1, 3):
+        steps = plan_epoch(loader.datasets, 7, epoch, world_size=2)
+        whole = [text_of(loader.load(share)) for step in steps for share in step.shares(0, 1)]
+        for step, texts in reversed(list(zip(steps, whole, strict=True))):
+            second, first = ([text_of(loader.load(share)) for share in step.shares(rank, 2)] for rank in (1, 0))
+            assert [text for own in first + second for text in own] == texts
+    assert len({text for texts in whole for text in texts}) > 10
+
+
+def test_regularisation_images_are_weighted(cache: Cache, dataset: DatasetConfig):
+    """The weight of a regularisation image is the prior loss weight, that of any other is 1."""
+    both = evolve(dataset, subsets=(*dataset.subsets, evolve(dataset.subsets[0], is_reg=True)))
+    loader = make_loader(both, cache, prior_loss_weight=0.25)
+    batch = loader.load(share_of(1, 6, 2))
+    assert batch.weights.tolist() == [1, 0.25, 1]
+    assert batch.weights.dtype == torch.float32
 
 
 def test_cache_removed_while_in_use(cache: Cache, dataset: DatasetConfig):

@@ -193,10 +193,15 @@ def test_warm_start_opens_no_image(dataset: DatasetConfig, tmp_path: Path, monke
         ({"shuffle_caption": True, "keep_tokens": 1}, True),
         ({"shuffle_caption": True, "keep_tokens": 2}, False),
         ({"shuffle_caption": True, "caption_separator": ";"}, False),
+        ({"caption_dropout_rate": 0.5, "caption_dropout_every_n_epochs": 2}, False),
+        ({"caption_tag_dropout_rate": 0.5}, True),
+        ({"caption_suffix": ", {red|blue}"}, False),
+        ({"caption_suffix": ", {red|blue}", "enable_wildcard": True}, True),
+        ({"token_warmup_step": 0.5}, True),
     ],
 )
 def test_captions_vary(with_subset: WithSubset, settings: dict[str, object], vary: bool):
-    """Captions vary only where shuffling has at least two tags to move."""
+    """Captions vary only where tags or wildcards take more forms than can be listed."""
     assert captions_vary(index_datasets([with_subset(**settings)])) is vary
 
 
@@ -225,3 +230,35 @@ def test_broken_link_is_told(folder: Path, dataset: DatasetConfig):
     (folder / "linked.png").symlink_to(folder / "gone.png")
     with pytest.raises(DataError, match=r"linked\.png: cannot be read: No such file"):
         index_datasets([dataset])
+
+
+def test_wildcards_need_every_line(folder: Path, with_subset: WithSubset):
+    """A caption file's further lines are read with enable_wildcard, and only then."""
+    (folder / "astronaut.txt").write_text("one\ntwo\n")
+    for enabled, caption in ((True, "one\ntwo"), (False, "one")):
+        (indexed,) = index_datasets([with_subset(enable_wildcard=enabled)])
+        assert indexed.examples[0].caption == caption
+
+
+@pytest.mark.parametrize(
+    ("repeats", "reg_repeats", "expected"),
+    [(1, 1, [1] * 5), (1, 2, [2, 2, 2]), (3, 1, [3] * 5), (2, 1, [2] * 5), (1, 9, [9])],
+)
+def test_regularisation_images_are_as_many_as_others(
+    dataset: DatasetConfig, folder: Path, repeats: int, reg_repeats: int, expected: list[int]
+):
+    """Those that are not needed are no examples, and where they are too few they appear more often."""
+    regularising = SubsetConfig(image_dir=folder, num_repeats=reg_repeats, is_reg=True)
+    training, flags = SubsetConfig(image_dir=folder, num_repeats=repeats), (False, True)
+    for subsets in ((training, regularising), (regularising, training)):
+        (indexed,) = index_datasets([evolve(dataset, subsets=subsets)])
+        found = {is_reg: [own.repeats for own in indexed.examples if own.subset.is_reg is is_reg] for is_reg in flags}
+        assert found == {False: [repeats] * 5, True: expected}
+
+
+def test_unused_regularisation_images_are_told(dataset: DatasetConfig, folder: Path, caplog: pytest.LogCaptureFixture):
+    """That images of the user have no part in the training is said."""
+    regularising = SubsetConfig(image_dir=folder, num_repeats=2, is_reg=True)
+    with caplog.at_level(logging.INFO):
+        index_datasets([evolve(dataset, subsets=(*dataset.subsets, regularising))])
+    assert "3 of 5 regularisation images are used" in caplog.text

@@ -125,3 +125,25 @@ def test_datasets_are_mixed():
     assert min(first_half[0], first_half[1]) > 10
     repeats = plan_epoch([make_dataset([WIDE] * 5, repeats=20)], 0, 0)
     assert [example for _, example, _ in items_of(repeats)] != sorted(example for _, example, _ in items_of(repeats))
+
+
+def test_steps_are_counted_through_the_run():
+    """Each step of an epoch, and each process's share of it, knows how many steps of the run came before."""
+    datasets = [make_dataset([WIDE, TALL] * 5, 2, 2)]
+    count = steps_per_epoch(datasets, 2, 2)
+    for epoch in (1, 2, 5):
+        steps = plan_epoch(datasets, 1, epoch, 2, 2)
+        before = range((epoch - 1) * count, epoch * count)
+        assert [step.step for step in steps] == list(before)
+        assert [{share.step for rank in range(2) for share in step.shares(rank, 2)} for step in steps] == [
+            {number} for number in before
+        ]
+
+
+def test_images_appear_as_often_as_their_own_repeats_say():
+    """Repeats of an example that were balanced count instead of its subset's."""
+    dataset = make_dataset([WIDE] * 3, repeats=2)
+    dataset = evolve(dataset, examples=(dataset.examples[0], *(evolve(e, repeats=5) for e in dataset.examples[1:])))
+    taken = Counter(example for _, example, _ in items_of(plan_epoch([dataset], 0, 1)))
+    assert taken == {0: 2, 1: 5, 2: 5}
+    assert steps_per_epoch([dataset]) == 12

@@ -172,6 +172,53 @@ def test_loss_that_does_not_suit_what_the_model_predicts(make_config) -> None:
         assemble(prepare(config), Processes(torch.device("cpu")))
 
 
+VARIED_CAPTIONS = {
+    "shuffle_caption": True,
+    "caption_tag_dropout_rate": 0.2,
+    "caption_dropout_rate": 0.2,
+    "enable_wildcard": True,
+    "caption_suffix": ", {red|green|blue}",
+    "token_warmup_step": 0.9,
+}
+
+
+def with_regularisation(folder: str) -> dict[str, Any]:
+    """The [data] keys of a folder twice in one dataset, the second time as regularisation images."""
+    subsets = [{"image_dir": folder, "num_repeats": 2}, {"image_dir": folder, "is_reg": True}]
+    return {"prior_loss_weight": 0.5, "datasets": [{"resolution": 64, "subsets": subsets}]}
+
+
+def test_regularisation_images_in_a_run(tables: dict[str, Any], make_config) -> None:
+    """They count in the metadata on their own, are left out of the folders, and their weight changes the result."""
+    folder = tables["data"].pop("image_dir")
+    del tables["data"]["resolution"]
+    path = lorakit.train(make_config(data=with_regularisation(folder)))
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_num_reg_images"] == metadata["ss_num_train_images"] != "0"
+    assert metadata["ss_prior_loss_weight"] == "0.5"
+    (described,) = json.loads(metadata["ss_datasets"])
+    assert described["num_reg_images"] == int(metadata["ss_num_reg_images"])
+    assert [subset["is_reg"] for subset in described["subsets"]] == [False, True]
+    ((name, listed),) = json.loads(metadata["ss_dataset_dirs"]).items()
+    assert (name, listed["n_repeats"]) == (Path(folder).name, 2)
+    assert 2 * listed["img_count"] == int(metadata["ss_num_train_images"])
+    data = {**with_regularisation(folder), "prior_loss_weight": 1.0}
+    assert not same(weights_of(path), weights_of(lorakit.train(make_config(data=data, output={"name": "full"}))))
+
+
+def test_varied_captions_resume_exactly(make_config, catalog: Catalog) -> None:
+    """Captions with every option, in a run that is stopped and resumed, are those of the uninterrupted run."""
+    sections = {"data": VARIED_CAPTIONS, "training": {"max_steps": 7}}
+    whole = lorakit.train(make_config(**sections, output={"name": "whole"}))
+    stopped = make_config(**sections)
+    with pytest.raises(Interrupted, match="step 3 of 7"):
+        _train_until(assemble(prepare(stopped), Processes(torch.device("cpu"))), 3)
+    assert same(weights_of(whole), weights_of(train_prepared(prepare(stopped), catalog, resume=Path())))
+    plain = lorakit.train(make_config(training={"max_steps": 7}, output={"name": "plain"}))
+    assert not same(weights_of(whole), weights_of(plain))
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "lion", "dadaptation", "adafactor"])
 def test_resumed_run_is_bit_equal(make_config, catalog: Catalog, optimizer: str) -> None:
     """A run stopped in mid-epoch and resumed ends as the uninterrupted one, with dropout and accumulation."""
