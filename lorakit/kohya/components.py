@@ -146,6 +146,9 @@ def write_lr_scheduler(command: Command, draft: Draft, catalog: Catalog) -> None
     if finds_its_lr(draft):
         source = "sd-scripts has no other schedule with Adafactor's relative_step"
         draft.set("lr_scheduler", "name", Setting("constant", source))
+        for other in ("lr_scheduler", "lr_scheduler_type", "lr_scheduler_args", "lr_warmup_steps", *_SCHEDULE_OPTIONS):
+            if other in command.given:
+                draft.remark(other, f"has no effect: {source}")
         return
     option = "lr_scheduler_type" if command.get("lr_scheduler_type") else "lr_scheduler"
     name = command.get(option)

@@ -12,7 +12,7 @@ from lorakit.config.reading import config_from_tables
 from lorakit.config.sections import TrainingSection
 from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.components import write_lr_scheduler, write_network, write_optimizer
-from lorakit.kohya.datasets import write_data
+from lorakit.kohya.datasets import FOLDER_OPTIONS, write_data
 from lorakit.kohya.drafts import Command, Draft, Setting
 from lorakit.kohya.options import OPTIONS, Option
 from lorakit.kohya.states import State, known_keys, target_of
@@ -65,6 +65,8 @@ def _write_plainly(option: Option, command: Command, draft: Draft) -> None:
     value = command.get(option.name)
     is_given = option.name in command.given and value != option.default
     state = command.state(option.name)
+    if option.name in FOLDER_OPTIONS and command.get("dataset_config"):
+        return
     if state is State.LATER and is_given and value not in (0, "", []):
         draft.leave_out(option.name, value, option.later)
     if state is not State.WORKS or option.special:

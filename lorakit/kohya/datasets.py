@@ -12,6 +12,9 @@ from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.drafts import Command, Draft, Setting, Table
 from lorakit.kohya.states import State
 
+FOLDER_OPTIONS = ("train_data_dir", "reg_data_dir", "in_json")
+"""What says on which images to train where there is no dataset file."""
+
 _PATHS = frozenset({"image_dir", "conditioning_data_dir", "metadata_file"})
 """Keys of dataset files that hold paths."""
 
@@ -56,7 +59,7 @@ def _caption_extension(command: Command) -> Table:
 
 def _from_file(command: Command, draft: Draft, shared: Table) -> None:
     """The dataset file; its tables where they would mean something else when read from the config's folder."""
-    for name in ("train_data_dir", "reg_data_dir", "in_json"):
+    for name in FOLDER_OPTIONS:
         if name in command.given:
             draft.remark(name, "has no effect beside --dataset_config")
     name = command.get("dataset_config")

@@ -188,8 +188,8 @@ LOSS = (
     Option("ip_noise_gamma", "float", key="loss.ip_noise_gamma"),
     Option("ip_noise_gamma_random_strength", "flag", False, key="loss.ip_noise_gamma_random_strength"),
     Option("zero_terminal_snr", "flag", False, key="loss.zero_terminal_snr"),
-    Option("min_timestep", "int", 0, key="loss.min_timestep"),
-    Option("max_timestep", "int", 1000, key="loss.max_timestep"),
+    Option("min_timestep", "int", key="loss.min_timestep"),
+    Option("max_timestep", "int", key="loss.max_timestep"),
     Option("loss_type", "text", "l2", key="loss.type", choices=("l1", "l2", "huber", "smooth_l1")),
     Option("huber_schedule", "text", "snr", key="loss.huber_schedule", choices=("constant", "exponential", "snr")),
     Option("huber_c", "float", 0.1, key="loss.huber_c"),
@@ -197,7 +197,7 @@ LOSS = (
     Option("min_snr_gamma", "float", key="loss.min_snr_gamma"),
     Option("scale_v_pred_loss_like_noise_pred", "flag", False, key="loss.scale_v_pred_loss_like_noise_pred"),
     Option("v_pred_like_loss", "float", key="loss.v_pred_like_loss"),
-    Option("debiased_estimation_loss", "flag", False, key="loss.debiased_estimation_loss"),
+    Option("debiased_estimation_loss", "flag", False, key="loss.debiased_estimation"),
 )
 
 OUTPUT = (
