@@ -1,7 +1,8 @@
 """Writes the reference pages from the code: `python docs/generate.py`; with `--check`, only says which are stale.
 
 The config page comes from the config classes, the commands page from the command line, and the hooks
-page from the hooks and the classes that they return.
+page from the hooks and the classes that they return. The page for users of sd-scripts comes from the table
+of its options.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from lorakit.components import Component, ModelFamilyConfig, ObserverConfig
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.fields import field_docs
 from lorakit.config.reading import COMPONENT_SECTIONS, PLAIN_SECTIONS
+from lorakit.kohya.options import GROUPS
+from lorakit.kohya.states import State, known_keys, state_of
 from lorakit.plugins import REGISTRATION_HOOKS, Catalog
 
 FOLDER = Path(__file__).parent / "reference"
@@ -74,6 +77,35 @@ these functions, each marked with `@lorakit.hookimpl`. The tutorial [Write a plu
 shows how."""
 
 
+KOHYA_INTRO = """\
+# Come from sd-scripts
+
+`lorakit from-kohya` turns a command line of sd-scripts' `train_network.py` into a config that trains the same. Put it
+in front of the line:
+
+```console
+$ lorakit from-kohya -o config.toml accelerate launch train_network.py --pretrained_model_name_or_path=model …
+```
+
+A line of several lines is pasted in single quotation marks, with the `\\` or `^` at the ends of its lines. The
+options alone will do, and so will `--config_file` with sd-scripts' own file of options. Without `-o`, the config goes
+to standard output.
+
+- Each key in the config is followed by the option that it comes from. Where sd-scripts has another default than
+  lorakit, the config says it: `--learning_rate` is 2e-6 when absent, for example.
+- An option that has no counterpart is a warning, and stands in a comment at the top of the config. An optimizer, a
+  schedule or a network that lorakit does not have is written under its own name, so that `lorakit check` refuses the
+  config until another is chosen.
+- An option that sd-scripts does not have, or a value of the wrong type, is an error, in a file for `--config_file`
+  too, where sd-scripts ignores it.
+- Relative paths are those of sd-scripts, relative to the folder where `lorakit from-kohya` is called. A dataset file
+  whose folders would be looked for elsewhere, or that options such as `--resolution` add to, is copied into the
+  config.
+- Noise and the order of images are drawn in lorakit's own way, so no weight is equal bit for bit.
+
+Below are all options, by what they are about. “not yet” means that the option is left out with a warning."""
+
+
 def config_page() -> str:
     """The config file: each section and key, and the keys of each component."""
     catalog = Catalog.discover()
@@ -111,6 +143,25 @@ def hooks_page() -> str:
         if name in REGISTRATION_HOOKS:
             parts += _base_class(REGISTRATION_HOOKS[name])
     parts += ["## What every component has", *_class_variables(Component), *_method(Component, "problems")]
+    return "\n\n".join(parts) + "\n"
+
+
+def kohya_page() -> str:
+    """sd-scripts' options: each with its state, and the key or the reason."""
+    catalog = Catalog.discover()
+    keys = known_keys(Catalog(tuple(found for found in catalog.registrations if found.provider.is_of("lorakit"))))
+    parts = [KOHYA_INTRO]
+    for title, options in GROUPS.items():
+        rows = ["| option | state | key, or reason |", "|---|---|---|"]
+        for option in options:
+            state = state_of(option, keys)
+            reasons = {
+                State.WORKS: f"`{option.key}`",
+                State.NOT_NEEDED: option.unneeded,
+                State.LATER: option.later or "no key does the same yet",
+            }
+            rows.append(f"| `--{option.name}` | {state.value} | {_cell(reasons[state])} |")
+        parts += [f"## {title}", "\n".join(rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -232,6 +283,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "config.md": config_page,
     "commands.md": commands_page,
     "hooks.md": hooks_page,
+    "../how-to/coming-from-sd-scripts.md": kohya_page,
 }
 
 

@@ -138,6 +138,41 @@ def init(path: Path) -> None:
     click.echo(f"Wrote {path}. Set model.path and data.image_dir in it, then: lorakit train {path}")
 
 
+@cli.command(
+    "from-kohya",
+    short_help="Turn a command line of sd-scripts into a config file.",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+@click.option(
+    "-o", "output", type=click.Path(path_type=Path), metavar="CONFIG",
+    help="Where to write the config; standard output when absent. Stands in front of ARGS.",
+)  # fmt: skip
+@click.argument("arguments", metavar="ARGS...", nargs=-1, required=True, type=click.UNPROCESSED)
+def from_kohya(output: Path | None, arguments: tuple[str, ...]) -> None:
+    """Turn a command line of sd-scripts' train_network.py into a config file that trains the same.
+
+    ARGS is the whole line, `accelerate launch … train_network.py …`, or its options alone; in quotation
+    marks it may be pasted with its line breaks. `--config_file X.toml` is read too. Options that have no
+    counterpart are listed on standard error and in the file.
+    """
+    from lorakit.files import write_atomically
+    from lorakit.kohya.command_line import read_arguments
+    from lorakit.kohya.conversion import check, convert
+    from lorakit.kohya.writing import to_text
+
+    if output and output.exists():
+        raise OutputError(f"{output} exists already; give another name, or remove it first")
+    catalog, target = _catalog(), output.absolute().parent if output else Path.cwd()
+    draft = convert(read_arguments(arguments, Path.cwd()), Path.cwd(), target, catalog)
+    if output:
+        write_atomically(output, to_text(draft).encode())
+        click.echo(f"Wrote {output}. Next: lorakit train {output}")
+    else:
+        click.echo(to_text(draft), nl=False)
+    for warning in (*draft.remarks, *check(draft, target, catalog)):
+        click.secho(f"warning: {warning}", fg="yellow", err=True)
+
+
 @cli.command(short_help="List all plugins, the broken ones too.")
 def plugins() -> None:
     """List all plugins: kind, name, package and version; and those that are broken, with the reason."""

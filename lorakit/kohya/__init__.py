@@ -1,0 +1,1 @@
+"""sd-scripts' `train_network.py` command lines, and the configs that train the same. Imports no torch."""

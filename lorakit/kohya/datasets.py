@@ -1,0 +1,167 @@
+"""The [data] section from sd-scripts' options: a dataset file, or folders named NUMBER_words."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorakit.config.data_tables import SECTION_KEYS, read_toml
+from lorakit.errors import ConfigError, Problem
+from lorakit.kohya.drafts import Command, Draft, Setting, Table
+from lorakit.kohya.states import State
+
+FOLDER_OPTIONS = ("train_data_dir", "reg_data_dir", "in_json")
+"""What says on which images to train where there is no dataset file."""
+
+_PATHS = frozenset({"image_dir", "conditioning_data_dir", "metadata_file"})
+"""Keys of dataset files that hold paths."""
+
+
+def write_data(command: Command, draft: Draft) -> None:
+    """The datasets; what other options say of images and captions holds for all of them."""
+    own = draft.sections.pop("data", {})
+    draft.sections["data"] = {key: setting for key, setting in own.items() if key in SECTION_KEYS}
+    workers = command.get("max_data_loader_n_workers")
+    if "max_data_loader_n_workers" in command.given and workers > 0:
+        draft.set("data", "workers", command.setting("max_data_loader_n_workers"))
+    shared = {key: setting for key, setting in own.items() if key not in SECTION_KEYS}
+    shared |= _resolution(command)
+    if command.get("dataset_config"):
+        _from_file(command, draft, shared)
+    elif command.get("train_data_dir"):
+        _from_folders(command, draft, {**shared, **_caption_extension(command)})
+    else:
+        hint = "--dataset_config or --train_data_dir says on what to train"
+        raise ConfigError([Problem("--dataset_config", "is missing", hint)])
+
+
+def _resolution(command: Command) -> Table:
+    text = command.get("resolution")
+    if text is None:
+        return {}
+    try:
+        sides = [int(side) for side in text.split(",")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2):
+        raise ConfigError([Problem("--resolution", f"must be SIDE or WIDTH,HEIGHT in pixels, not {text!r}")])
+    return {"resolution": command.setting("resolution", sides if len(sides) == 2 else sides[0])}
+
+
+def _caption_extension(command: Command) -> Table:
+    name = "caption_extention" if command.get("caption_extention") else "caption_extension"
+    extension = command.get(name)
+    extension = extension if extension.startswith(".") else f".{extension}"
+    return {"caption_extension": command.setting(name, extension)}
+
+
+def _from_file(command: Command, draft: Draft, shared: Table) -> None:
+    """The dataset file; its tables where they would mean something else when read from the config's folder."""
+    for name in FOLDER_OPTIONS:
+        if name in command.given:
+            draft.remark(name, "has no effect beside --dataset_config")
+    name = command.get("dataset_config")
+    path = command.folder / Path(name).expanduser()
+    if {"caption_extension", "caption_extention"} & command.given.keys():
+        shared = {**shared, **_caption_extension(command)}
+    if "dataset_repeats" in command.given:
+        shared = {**shared, "num_repeats": command.setting("dataset_repeats")}
+    try:
+        tables = read_toml(path)
+    except ValueError:  # which `check` tells of
+        tables = {}
+    if tables and (shared or _is_elsewhere(command, path, tables)):
+        _copy(command, draft, tables, {**_caption_extension(command), **shared})
+        return
+    draft.set("data", "config", command.setting("dataset_config", command.path(name)))
+    for key in shared:
+        draft.remark("dataset_config", f"is to say {key} = {shared[key].value!r}, from {shared[key].source}")
+    if tables and not _says("caption_extension", tables):
+        message = (
+            f"{name} has no caption_extension: sd-scripts reads .caption files then, lorakit .txt files before those"
+        )
+        draft.remark("caption_extension", message)
+
+
+def _is_elsewhere(command: Command, path: Path, tables: Mapping[str, Any]) -> bool:
+    """Whether relative folders in a dataset file lead elsewhere from the file than from where sd-scripts is called."""
+    folders = [subset.get("image_dir") for _, subsets in _datasets(tables) for subset in subsets]
+    is_relative = any(isinstance(folder, str) and not Path(folder).is_absolute() for folder in folders)
+    return is_relative and path.absolute().parent != command.folder.absolute()
+
+
+def _datasets(tables: Mapping[str, Any]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """The datasets of a file, each with its subsets; what is no table is left out."""
+    datasets = tables.get("datasets")
+    found = [table for table in datasets if isinstance(table, dict)] if isinstance(datasets, list) else []
+    return [
+        (
+            {key: value for key, value in table.items() if key != "subsets"},
+            [subset for subset in table.get("subsets") or [] if isinstance(subset, dict)],
+        )
+        for table in found
+    ]
+
+
+def _says(key: str, tables: Mapping[str, Any]) -> bool:
+    """Whether a key counts for every subset of a dataset file."""
+    return key in (tables.get("general") or {}) or all(
+        key in own or all(key in subset for subset in subsets) for own, subsets in _datasets(tables)
+    )
+
+
+def _copy(command: Command, draft: Draft, tables: Mapping[str, Any], shared: Table) -> None:
+    """Write a dataset file's tables, with what they leave open filled in from the command line."""
+    name = Path(command.get("dataset_config")).name
+
+    def table(values: Mapping[str, Any]) -> Table:
+        return {
+            key: Setting(command.path(value) if key in _PATHS and isinstance(value, str) else value, name)
+            for key, value in values.items()
+            if value is not None
+        }
+
+    draft.general = {**shared, **table(tables.get("general") or {})}
+    draft.datasets = [(table(own), [table(subset) for subset in subsets]) for own, subsets in _datasets(tables)]
+
+
+def _from_folders(command: Command, draft: Draft, shared: Table) -> None:
+    """One dataset of the subfolders of --train_data_dir and --reg_data_dir."""
+    folder = command.get("train_data_dir")
+    if command.get("in_json"):
+        subset = {"image_dir": command.setting("train_data_dir", command.path(folder))}
+        draft.datasets = [(shared, [{**subset, "num_repeats": command.setting("dataset_repeats")}])]
+        return
+    if "dataset_repeats" in command.given:
+        draft.remark("dataset_repeats", "has no effect: the names of the folders say how often images are repeated")
+    subsets = _subsets(command, draft, "train_data_dir")
+    if command.get("reg_data_dir") and command.state("reg_data_dir") is State.WORKS:
+        is_reg = {"is_reg": command.setting("reg_data_dir", value=True)}
+        subsets += [{**subset, **is_reg} for subset in _subsets(command, draft, "reg_data_dir")]
+    draft.datasets = [(shared, subsets)]
+
+
+def _subsets(command: Command, draft: Draft, option: str) -> list[Table]:
+    """The subfolders named NUMBER_words of a folder, in the order of their names."""
+    name = command.get(option)
+    folder = command.folder / Path(name).expanduser()
+    try:
+        subfolders = sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError as error:
+        draft.remark(option, f"{name} cannot be looked into for folders named NUMBER_words: {error.strerror or error}")
+        return [{"image_dir": command.setting(option, command.path(name))}]
+    found: list[Table] = []
+    for subfolder in subfolders:
+        number, _, words = subfolder.name.partition("_")
+        if not number.isdecimal() or int(number) < 1:
+            draft.remark(option, f"{subfolder.name} is left out, as its name does not start with a number of repeats")
+            continue
+        path = command.path(os.path.join(name, subfolder.name))  # noqa: PTH118 - keeps the path as it was typed
+        table = {"image_dir": command.setting(option, path), "num_repeats": Setting(int(number), "the folder's name")}
+        found.append({**table, **({"class_tokens": Setting(words, "the folder's name")} if words else {})})
+    if not found:
+        hint = "sd-scripts would find nothing to train on"
+        raise ConfigError([Problem(f"--{option}", f"{name} has no folder with a name such as 10_cat", hint)])
+    return found

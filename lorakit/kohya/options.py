@@ -1,0 +1,309 @@
+"""All options of sd-scripts' `train_network.py`, and what does the same in lorakit.
+
+A row that names a key works as soon as lorakit has that key; see `lorakit.kohya.states`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from attrs import frozen
+
+Kind = Literal["flag", "int", "float", "text", "path", "texts", "floats", "int or share"]
+
+
+@frozen
+class Option:
+    """An option of `train_network.py`."""
+
+    name: str
+    """Without the dashes in front."""
+    kind: Kind
+    """What it takes; `int or share` takes whole steps, a share below 1, or one in per cent."""
+    default: object = None
+    """What counts where it is absent."""
+    key: str = ""
+    """The key that does the same, `network.rank`; with a value, `attention.name = "sdpa"`, what a flag sets it to."""
+    unneeded: str = ""
+    """Why lorakit needs nothing like it."""
+    later: str = ""
+    """Why there is nothing like it yet, or what to do instead."""
+    choices: tuple[object, ...] = ()
+    """All values that it may have, where they are few."""
+    special: bool = False
+    """Whether more than copying its value to `key` is to be done."""
+
+
+_ALWAYS = "images and captions are always encoded once and kept"
+_SAMPLES = "there are no previews during training yet"
+_FP8 = "the base model cannot be kept in 8 bits yet"
+_HALF = "the adapters stay float32"
+_STATES = "a state of sd-scripts cannot be read; a run goes on from its own with `lorakit train CONFIG --resume`"
+_SKIP = "`lorakit train CONFIG --resume` goes on at exactly the step that was reached"
+_WANDB = "there are no logs for Weights & Biases yet"
+_METADATA = "this entry of the file's metadata cannot be set yet"
+_HUB = "there is no upload to the Hub yet"
+_DEEPSPEED = "DeepSpeed cannot be used"
+_DDP = "gradients are averaged without DistributedDataParallel"
+_VALIDATION = "there is no validation during training yet"
+_LOG = "messages go to standard error, and `--debug` shows more"
+
+MODEL = (
+    Option("pretrained_model_name_or_path", "path", key="model.path", special=True),
+    Option("v2", "flag", False, key='model.family = "sd2"'),
+    Option("v_parameterization", "flag", False, key='model.prediction = "v_prediction"', special=True),
+    Option("tokenizer_cache_dir", "path", unneeded="the vocabulary of the tokenizer comes with lorakit"),
+    Option("vae", "path", key="model.vae"),
+    Option("no_half_vae", "flag", False, key="model.no_half_vae"),
+)
+
+DATA = (
+    Option("dataset_config", "path", key="data.config", special=True),
+    Option("train_data_dir", "path", key="data.image_dir", special=True),
+    Option("reg_data_dir", "path", key="data.is_reg", special=True),
+    Option("in_json", "path", later="metadata files cannot be read yet; caption files can"),
+    Option("dataset_repeats", "int", 1, key="data.num_repeats", special=True),
+    Option("train_batch_size", "int", 1, key="data.batch_size"),
+    Option("resolution", "text", key="data.resolution", special=True),
+    Option("caption_extension", "text", ".caption", key="data.caption_extension", special=True),
+    Option("caption_extention", "text", key="data.caption_extension", special=True),
+    Option("caption_separator", "text", ",", key="data.caption_separator"),
+    Option("shuffle_caption", "flag", False, key="data.shuffle_caption"),
+    Option("keep_tokens", "int", 0, key="data.keep_tokens"),
+    Option("keep_tokens_separator", "text", "", key="data.keep_tokens_separator"),
+    Option("secondary_separator", "text", key="data.secondary_separator"),
+    Option("enable_wildcard", "flag", False, key="data.enable_wildcard"),
+    Option("caption_prefix", "text", key="data.caption_prefix"),
+    Option("caption_suffix", "text", key="data.caption_suffix"),
+    Option("caption_dropout_rate", "float", 0.0, key="data.caption_dropout_rate"),
+    Option("caption_dropout_every_n_epochs", "int", 0, key="data.caption_dropout_every_n_epochs"),
+    Option("caption_tag_dropout_rate", "float", 0.0, key="data.caption_tag_dropout_rate"),
+    Option("token_warmup_min", "int", 1, key="data.token_warmup_min"),
+    Option("token_warmup_step", "float", 0.0, key="data.token_warmup_step"),
+    Option("color_aug", "flag", False, key="data.color_aug"),
+    Option("flip_aug", "flag", False, key="data.flip_aug"),
+    Option("face_crop_aug_range", "text", later="images cannot be cropped around faces yet"),
+    Option("random_crop", "flag", False, key="data.random_crop"),
+    Option("enable_bucket", "flag", False, key="data.enable_bucket"),
+    Option("min_bucket_reso", "int", 256, key="data.min_bucket_reso"),
+    Option("max_bucket_reso", "int", 1024, key="data.max_bucket_reso"),
+    Option("bucket_reso_steps", "int", 64, key="data.bucket_reso_steps"),
+    Option("bucket_no_upscale", "flag", False, key="data.bucket_no_upscale"),
+    Option(
+        "resize_interpolation", "text", key="data.resize_interpolation",
+        choices=("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"),
+    ),
+    Option("cache_latents", "flag", False, unneeded=_ALWAYS),
+    Option("cache_latents_to_disk", "flag", False, unneeded=_ALWAYS),
+    Option("vae_batch_size", "int", 1, key="data.encode_batch_size"),
+    Option("skip_cache_check", "flag", False, unneeded="the cache is found by content, so nothing has to be trusted"),
+    Option("cache_info", "flag", False, unneeded="what was found out about images is always remembered"),
+    Option("alpha_mask", "flag", False, key="data.alpha_mask"),
+    Option("masked_loss", "flag", False, key="loss.masked_loss"),
+    Option("conditioning_data_dir", "path", unneeded="it has no effect in train_network.py"),
+    Option("dataset_class", "text", later="datasets of other classes cannot be used"),
+    Option("debug_dataset", "flag", False, unneeded="`lorakit check` looks at images and captions"),
+    Option("max_data_loader_n_workers", "int", 8, key="data.workers", special=True),
+    Option("persistent_data_loader_workers", "flag", False, unneeded="the threads that decode images are kept"),
+    Option("prior_loss_weight", "float", 1.0, key="data.prior_loss_weight"),
+)  # fmt: skip
+
+NETWORK = (
+    Option("network_module", "text", key="network.name", special=True),
+    Option("network_dim", "int", 4, key="network.rank"),
+    Option("network_alpha", "float", 1.0, key="network.alpha"),
+    Option("network_dropout", "float", 0.0, key="network.dropout"),
+    Option("network_args", "texts", (), key="network.conv_rank", special=True),
+    Option("network_weights", "path", key="network.weights"),
+    Option("dim_from_weights", "flag", False, key="network.rank_from_weights"),
+    Option("network_train_unet_only", "flag", False, key='network.parts = ["unet"]'),
+    Option("network_train_text_encoder_only", "flag", False, key='network.parts = ["text_encoder"]'),
+    Option("base_weights", "texts", (), later="other LoRAs cannot be merged into the base model yet"),
+    Option("base_weights_multiplier", "floats", (), later="other LoRAs cannot be merged into the base model yet"),
+    Option("scale_weight_norms", "float", later="the norms of the updates cannot be limited yet"),
+    Option("training_comment", "text", key="output.training_comment"),
+)
+
+OPTIMIZER = (
+    Option("optimizer_type", "text", "", key="optimizer.name", special=True),
+    Option("optimizer_args", "texts", (), key="optimizer.name", special=True),
+    Option("learning_rate", "float", 2e-6, key="optimizer.lr", special=True),
+    Option("unet_lr", "float", key="optimizer.unet_lr", special=True),
+    Option("text_encoder_lr", "floats", key="optimizer.text_encoder_lr", special=True),
+    Option("max_grad_norm", "float", 1.0, key="training.max_grad_norm"),
+    Option("use_8bit_adam", "flag", False, key='optimizer.name = "adamw8bit"', special=True),
+    Option("use_lion_optimizer", "flag", False, key='optimizer.name = "lion"', special=True),
+    Option("fused_backward_pass", "flag", False, unneeded="it has no effect in train_network.py"),
+    Option("lr_scheduler", "text", "constant", key="lr_scheduler.name", special=True),
+    Option("lr_warmup_steps", "int or share", 0, key="lr_scheduler.warmup_steps", special=True),
+    Option("lr_decay_steps", "int or share", 0, key="lr_scheduler.decay_steps", special=True),
+    Option("lr_scheduler_num_cycles", "int", 1, key="lr_scheduler.num_cycles", special=True),
+    Option("lr_scheduler_power", "float", 1.0, key="lr_scheduler.power", special=True),
+    Option("lr_scheduler_timescale", "int", key="lr_scheduler.timescale", special=True),
+    Option("lr_scheduler_min_lr_ratio", "float", key="lr_scheduler.min_lr_ratio", special=True),
+    Option("lr_scheduler_type", "text", "", key="lr_scheduler.name", special=True),
+    Option("lr_scheduler_args", "texts", (), key="lr_scheduler.name", special=True),
+)
+
+TRAINING = (
+    Option("max_train_steps", "int", 1600, key="training.max_steps", special=True),
+    Option("max_train_epochs", "int", key="training.max_epochs"),
+    Option("gradient_accumulation_steps", "int", 1, key="training.gradient_accumulation_steps"),
+    Option("gradient_checkpointing", "flag", False, key="training.gradient_checkpointing"),
+    Option("cpu_offload_checkpointing", "flag", False, later="activations cannot be moved to the CPU"),
+    Option("seed", "int", key="training.seed", special=True),
+    Option("mixed_precision", "text", "no", key="training.mixed_precision", choices=("no", "fp16", "bf16")),
+    Option("full_fp16", "flag", False, later=_HALF),
+    Option("full_bf16", "flag", False, later=_HALF),
+    Option("fp8_base", "flag", False, later=_FP8),
+    Option("fp8_base_unet", "flag", False, later=_FP8),
+    Option("xformers", "flag", False, key='attention.name = "sdpa"', special=True),
+    Option("sdpa", "flag", False, key='attention.name = "sdpa"', special=True),
+    Option("mem_eff_attn", "flag", False, key='attention.name = "sdpa"', special=True),
+    Option("torch_compile", "flag", False, key="training.compile"),
+    Option(
+        "dynamo_backend", "text", "inductor", later="there is no torch.compile yet",
+        choices=(
+            "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt",
+            "onnxrt", "tensorrt", "ipex", "tvm", "no",
+        ),
+    ),
+    Option("max_token_length", "int", key="model.max_token_length", choices=(150, 225)),
+    Option("clip_skip", "int", key="model.clip_skip"),
+    Option("weighted_captions", "flag", False, key="data.weighted_captions"),
+    Option("lowram", "flag", False, unneeded="weights are read straight to where they are needed"),
+    Option("highvram", "flag", False, unneeded="the memory of the accelerator is not emptied after each batch"),
+    Option("skip_until_initial_step", "flag", False, unneeded=_SKIP),
+    Option("initial_epoch", "int", later=_SKIP),
+    Option("initial_step", "int", later=_SKIP),
+)  # fmt: skip
+
+LOSS = (
+    Option("noise_offset", "float", key="loss.noise_offset"),
+    Option("noise_offset_random_strength", "flag", False, key="loss.noise_offset_random_strength"),
+    Option("adaptive_noise_scale", "float", key="loss.adaptive_noise_scale"),
+    Option("multires_noise_iterations", "int", key="loss.multires_noise_iterations"),
+    Option("multires_noise_discount", "float", 0.3, key="loss.multires_noise_discount"),
+    Option("ip_noise_gamma", "float", key="loss.ip_noise_gamma"),
+    Option("ip_noise_gamma_random_strength", "flag", False, key="loss.ip_noise_gamma_random_strength"),
+    Option("zero_terminal_snr", "flag", False, key="loss.zero_terminal_snr"),
+    Option("min_timestep", "int", key="loss.min_timestep"),
+    Option("max_timestep", "int", key="loss.max_timestep"),
+    Option("loss_type", "text", "l2", key="loss.type", choices=("l1", "l2", "huber", "smooth_l1")),
+    Option("huber_schedule", "text", "snr", key="loss.huber_schedule", choices=("constant", "exponential", "snr")),
+    Option("huber_c", "float", 0.1, key="loss.huber_c"),
+    Option("huber_scale", "float", 1.0, key="loss.huber_scale"),
+    Option("min_snr_gamma", "float", key="loss.min_snr_gamma"),
+    Option("scale_v_pred_loss_like_noise_pred", "flag", False, key="loss.scale_v_pred_loss_like_noise_pred"),
+    Option("v_pred_like_loss", "float", key="loss.v_pred_like_loss"),
+    Option("debiased_estimation_loss", "flag", False, key="loss.debiased_estimation"),
+)
+
+OUTPUT = (
+    Option("output_dir", "path", key="output.dir"),
+    Option("output_name", "text", "last", key="output.name"),
+    Option("save_model_as", "text", "safetensors", key="saver.name", choices=("ckpt", "pt", "safetensors")),
+    Option("save_precision", "text", "float", key="saver.precision", choices=("float", "fp16", "bf16"), special=True),
+    Option("save_every_n_epochs", "int", key="output.save_every_n_epochs", special=True),
+    Option("save_every_n_steps", "int", key="output.save_every_n_steps"),
+    Option("save_n_epoch_ratio", "int", key="output.save_every_n_epochs", special=True),
+    Option("save_last_n_epochs", "int", key="output.keep_last", special=True),
+    Option("save_last_n_steps", "int", key="output.keep_last", special=True),
+    Option("save_last_n_epochs_state", "int", unneeded="only the newest state is kept"),
+    Option("save_last_n_steps_state", "int", unneeded="only the newest state is kept"),
+    Option("save_state", "flag", False, key="output.save_state"),
+    Option("save_state_on_train_end", "flag", False, key="output.save_state = true"),
+    Option("resume", "path", later=_STATES),
+    Option("no_metadata", "flag", False, later="the metadata cannot be left out"),
+)
+
+LOGGING = (
+    Option("logging_dir", "path", key="observers.dir", special=True),
+    Option("log_with", "text", key="observers.name", choices=("tensorboard", "wandb", "all"), special=True),
+    Option("log_prefix", "text", key="observers.prefix", special=True),
+    Option("log_tracker_name", "text", unneeded="TensorBoard's logs are told apart by the output name"),
+    Option("log_tracker_config", "path", later=_WANDB),
+    Option("wandb_run_name", "text", later=_WANDB),
+    Option("wandb_api_key", "text", later=_WANDB),
+    Option("log_config", "flag", False, unneeded="the config is always the first entry of the log"),
+    Option(
+        "console_log_level", "text", "INFO", unneeded=_LOG, choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+    ),
+    Option("console_log_file", "path", unneeded=_LOG),
+    Option("console_log_simple", "flag", False, unneeded=_LOG),
+)
+
+SAMPLES = (
+    Option("sample_every_n_steps", "int", later=_SAMPLES),
+    Option("sample_every_n_epochs", "int", later=_SAMPLES),
+    Option("sample_at_first", "flag", False, later=_SAMPLES),
+    Option("sample_prompts", "path", later=_SAMPLES),
+    Option("sample_sampler", "text", "ddim", later=_SAMPLES),
+)
+
+_METADATA_NAMES = (
+    "title", "author", "description", "license", "tags", "usage_hint", "thumbnail", "merged_from", "trigger_phrase",
+    "preprocessor", "is_negative_embedding",
+)  # fmt: skip
+METADATA = tuple(Option(f"metadata_{name}", "text", later=_METADATA) for name in _METADATA_NAMES)
+
+HUB = (
+    Option("huggingface_repo_id", "text", later=_HUB),
+    Option("huggingface_repo_type", "text", later=_HUB),
+    Option("huggingface_path_in_repo", "text", later=_HUB),
+    Option("huggingface_token", "text", later=_HUB),
+    Option("huggingface_repo_visibility", "text", later=_HUB),
+    Option("save_state_to_huggingface", "flag", False, later=_HUB),
+    Option("resume_from_huggingface", "flag", False, later=_HUB),
+    Option("async_upload", "flag", False, later=_HUB),
+)
+
+PROCESSES = (
+    Option("deepspeed", "flag", False, later=_DEEPSPEED),
+    Option("zero_stage", "int", 2, later=_DEEPSPEED, choices=(0, 1, 2, 3)),
+    Option("offload_optimizer_device", "text", later=_DEEPSPEED, choices=("cpu", "nvme")),
+    Option("offload_optimizer_nvme_path", "path", later=_DEEPSPEED),
+    Option("offload_param_device", "text", later=_DEEPSPEED, choices=("cpu", "nvme")),
+    Option("offload_param_nvme_path", "path", later=_DEEPSPEED),
+    Option("zero3_init_flag", "flag", False, later=_DEEPSPEED),
+    Option("zero3_save_16bit_model", "flag", False, later=_DEEPSPEED),
+    Option("fp16_master_weights_and_gradients", "flag", False, later=_DEEPSPEED),
+    Option("ddp_timeout", "int", later="the time that processes wait for each other cannot be set"),
+    Option("ddp_gradient_as_bucket_view", "flag", False, unneeded=_DDP),
+    Option("ddp_static_graph", "flag", False, unneeded=_DDP),
+)
+
+VALIDATION = (
+    Option("validation_split", "float", 0.0, later=_VALIDATION),
+    Option("validation_seed", "int", later=_VALIDATION),
+    Option("validate_every_n_steps", "int", later=_VALIDATION),
+    Option("validate_every_n_epochs", "int", later=_VALIDATION),
+    Option("max_validation_steps", "int", later=_VALIDATION),
+)
+
+CONFIG_FILE = (
+    Option("config_file", "path", unneeded="it is read, and what it says is part of the config that is written"),
+    Option("output_config", "flag", False, unneeded="`lorakit from-kohya -o` writes a config"),
+)
+
+GROUPS: Mapping[str, tuple[Option, ...]] = {
+    "The base model": MODEL,
+    "Images and captions": DATA,
+    "The network": NETWORK,
+    "Optimizer and learning rate": OPTIMIZER,
+    "Length, precision and memory": TRAINING,
+    "Noise and loss": LOSS,
+    "Saving": OUTPUT,
+    "Logs": LOGGING,
+    "Previews": SAMPLES,
+    "Metadata": METADATA,
+    "The Hub": HUB,
+    "Several processes": PROCESSES,
+    "Validation": VALIDATION,
+    "The config file": CONFIG_FILE,
+}
+"""All options by what they are about."""
+
+OPTIONS: Mapping[str, Option] = {option.name: option for group in GROUPS.values() for option in group}
+"""All options by name."""

@@ -1,0 +1,94 @@
+"""A converted config as a file: each key with the option it comes from."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import tomlkit
+
+from lorakit.kohya.drafts import Draft, Table
+
+_SECTIONS = (
+    "model",
+    "data",
+    "network",
+    "optimizer",
+    "lr_scheduler",
+    "attention",
+    "training",
+    "loss",
+    "output",
+    "saver",
+)
+_COLUMN = 40
+_WIDTH = 116
+_PREAMBLE = """\
+# A training run of lorakit, from a command line of sd-scripts' train_network.py. Behind each key is the option
+# that it comes from. Relative paths are relative to this file."""
+
+
+def to_text(draft: Draft) -> str:
+    """The config file."""
+    parts = [_PREAMBLE, *_remarks(draft)]
+    for section in _SECTIONS:
+        table = draft.sections.get(section, {})
+        if table:
+            parts.append(_table(f"[{section}]", table))
+        if section == "data":
+            parts += _datasets(draft)
+    parts += [_table("[[observers]]", observer) for observer in draft.observers]
+    return "\n\n".join(parts) + "\n"
+
+
+def _remarks(draft: Draft) -> Iterator[str]:
+    """What differs from the command line, as comments."""
+    if draft.remarks:
+        lines = [_comment(str(remark)) for remark in draft.remarks]
+        yield "\n".join(["# Not as on the command line:", *lines])
+
+
+def _comment(text: str) -> str:
+    return textwrap.fill(
+        " ".join(text.split()),
+        _WIDTH,
+        break_long_words=False,
+        initial_indent="#   ",
+        subsequent_indent="#     ",
+    )
+
+
+def _datasets(draft: Draft) -> Iterator[str]:
+    if draft.general:
+        yield _table("[data.general]", draft.general)
+    for own, subsets in draft.datasets:
+        yield _table("[[data.datasets]]", own)
+        for subset in subsets:
+            yield _table("[[data.datasets.subsets]]", subset)
+
+
+def _table(heading: str, table: Table) -> str:
+    # The name of a component says what the other keys are.
+    names = sorted(table, key=lambda key: key != "name" or "dir" in table)
+    lines = [f"{_key(name)} = {_toml(table[name].value)}" for name in names]
+    sources = [_one_line(table[name].source) for name in names]
+    described = [f"{line:<{_COLUMN - 2}}  # {source}" for line, source in zip(lines, sources, strict=True)]
+    return "\n".join([heading, *described])
+
+
+def _one_line(text: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _key(name: str) -> str:
+    return str(tomlkit.key(name).as_string())
+
+
+def _toml(value: Any) -> str:
+    """A value in TOML, on one line."""
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(f'{_key(key)} = {_toml(item)}' for key, item in value.items())} }}" if value else "{}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return str(tomlkit.item(value).as_string())

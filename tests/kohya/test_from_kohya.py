@@ -1,0 +1,113 @@
+"""The command: from the line of sd-scripts' documentation to a trained LoRA."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from lorakit.config.reading import read_config
+from tests.kohya.conftest import LEAST
+from tests.test_cli import imported, run
+
+LINE = (
+    "accelerate launch --num_cpu_threads_per_process 1 train_network.py"
+    ' --pretrained_model_name_or_path="model.safetensors" --dataset_config="my_dataset_config.toml"'
+    ' --output_dir="out" --output_name="my_lora" --save_model_as=safetensors --network_module=networks.lora'
+    ' --network_dim=16 --network_alpha=1 --learning_rate=1e-4 --optimizer_type="AdamW8bit" --lr_scheduler="constant"'
+    ' --sdpa --max_train_epochs=10 --save_every_n_epochs=1 --mixed_precision="fp16" --gradient_checkpointing'
+)
+TABLES = {
+    "model": {"path": "model.safetensors", "prediction": "epsilon"},
+    "data": {"config": "my_dataset_config.toml"},
+    "network": {"name": "lierla", "rank": 16, "alpha": 1.0},
+    "optimizer": {"name": "adamw8bit", "lr": 1e-4},
+    "lr_scheduler": {"name": "constant"},
+    "attention": {"name": "sdpa"},
+    "training": {"max_epochs": 10, "gradient_checkpointing": True, "mixed_precision": "fp16", "seed": 42},
+    "output": {"dir": "out", "name": "my_lora", "save_every_n_epochs": 1},
+    "saver": {"name": "safetensors", "precision": "fp32"},
+}
+
+
+@pytest.fixture
+def place(folder: Path) -> Path:
+    """The folder, with the dataset file of the line."""
+    (folder / "dataset.toml").rename(folder / "my_dataset_config.toml")
+    return folder
+
+
+def test_the_documented_line(place: Path) -> None:
+    """The line of sd-scripts' documentation becomes the config that says the same, which has no problem."""
+    result = run(place, "from-kohya", *LINE.replace('"', "").split())
+    assert (result.returncode, result.stderr) == (0, "")
+    assert tomllib.loads(result.stdout) == TABLES
+    (place / "config.toml").write_text(result.stdout)
+    checked = run(place, "check", "config.toml")
+    assert (checked.returncode, checked.stdout) == (0, "config.toml: no problems; 1 image\n"), checked.stderr
+
+
+def test_writes_a_file(place: Path) -> None:
+    """With `-o` the config is a new file that means the same from where it is; an old file is never replaced."""
+    result = run(place, "from-kohya", "-o", "sub/config.toml", LINE.replace(" --", " ^\r\n  --"))
+    assert (result.returncode, result.stdout) == (0, "Wrote sub/config.toml. Next: lorakit train sub/config.toml\n")
+    assert result.stderr == ""
+    assert read_config(place / "sub" / "config.toml").output.dir.resolve() == place / "out"
+    again = run(place, "from-kohya", "-o", "sub/config.toml", LINE)
+    assert again.returncode == 2
+    assert "sub/config.toml exists already" in again.stderr
+
+
+def test_missing_files_are_warnings(tmp_path: Path) -> None:
+    """Where model and dataset are not there yet, the config is written all the same, and what is missing is said."""
+    result = run(tmp_path, "from-kohya", "-o", "config.toml", f"{LINE} --noise_offset=0.1 --scale_weight_norms 1")
+    assert result.returncode == 0
+    lines = result.stderr.splitlines()
+    assert all(line.startswith("warning: ") for line in lines)
+    assert [line for line in lines if line.startswith("warning: --scale_weight_norms=1.0: has no counterpart yet")]
+    assert [line for line in lines if "model.safetensors does not exist" in line]
+    assert [line for line in lines if "my_dataset_config.toml cannot be read" in line]
+    text = (tmp_path / "config.toml").read_text()
+    assert "#   --scale_weight_norms=1.0: has no counterpart yet" in text
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    """A mistake in the line is an error with status 2, and nothing is written."""
+    result = run(tmp_path, "from-kohya", "-o", "config.toml", *LEAST, "--netwrok_dim=4")
+    expected = "error: --netwrok_dim: is not an option of train_network.py (did you mean --network_dim?)\n"
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", expected)
+    assert not (tmp_path / "config.toml").exists()
+    assert run(tmp_path, "from-kohya").returncode == 2
+
+
+def test_imports_nothing_heavy(place: Path) -> None:
+    """A config is converted without torch."""
+    assert "torch" not in imported(place, "from-kohya", LINE)
+
+
+@pytest.mark.parametrize(
+    "more", ["", ' --network_args "conv_dim=4" "conv_alpha=1" --text_encoder_lr 5e-5 --unet_lr=1e-3']
+)
+def test_trains(more: str, tiny_sd1: Path, photographs: Path, tmp_path: Path) -> None:
+    """The documented line trains a LoRA of its rank on the CPU, with nothing changed but the precision."""
+    (tmp_path / "my_dataset_config.toml").write_text(
+        '[general]\ncaption_extension = ".txt"\n[[datasets]]\nresolution = 64\nbatch_size = 2\n'
+        f"[[datasets.subsets]]\nimage_dir = '{photographs}'\n"
+    )
+    line = LINE.replace("model.safetensors", str(tiny_sd1)).replace("fp16", "no").replace("epochs=10", "epochs=2")
+    converted = run(tmp_path, "from-kohya", "-o", "config.toml", line + more)
+    assert (converted.returncode, converted.stderr) == (0, "")
+    trained = run(tmp_path, "train", "config.toml", "--set", "training.device=cpu")
+    assert trained.returncode == 0, trained.stderr
+    assert {path.name for path in (tmp_path / "out").glob("*.safetensors")} == {
+        "my_lora.safetensors",
+        "my_lora-000001.safetensors",
+    }
+    with safe_open(tmp_path / "out" / "my_lora.safetensors", "pt") as file:
+        names, metadata = set(file.keys()), file.metadata()
+        convolutions = [name for name in names if "resnets" in name and name.endswith("conv1.lora_down.weight")]
+        ranks = {file.get_slice(name).get_shape()[0] for name in convolutions}
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("16", "1.0")
+    assert ranks == ({4} if more else set())

@@ -1,0 +1,163 @@
+"""The table of sd-scripts' options is whole, and says of each what is really so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.config.suggestions import KOHYA_NAMES
+from lorakit.kohya.options import GROUPS, OPTIONS, Option
+from lorakit.kohya.states import State, known_keys, state_of
+from lorakit.plugins import Catalog
+from tests.docs.pages import ROOT
+from tests.docs.test_pages import known_keys as keys_of_the_reference
+from tests.kohya.conftest import LEAST, Convert
+
+TYPES: dict[str, Any] = {
+    "flag": bool, "int": int, "float": float, "text": str, "path": str, "texts": tuple, "floats": tuple,
+    "int or share": int | float,
+}  # fmt: skip
+VALUES: dict[str, Any] = {
+    "flag": [], "int": ["3"], "float": ["0.5"], "text": ["word"], "path": ["a/path"], "texts": ["a=1"],
+    "floats": ["0.5"], "int or share": ["7"],
+}  # fmt: skip
+OWN_VALUES: dict[str, list[str]] = {
+    "log_with": ["wandb"],
+    "network_args": ["conv_dim=2"],
+    "optimizer_args": ["eps=1e-3"],
+    "lr_scheduler_args": ["lr_end=0.5"],
+    "resolution": ["128,64"],
+    "sample_every_n_steps": ["2"],
+    "train_data_dir": ["train"],
+    "save_last_n_steps": ["7"],
+}
+"""Values for options that do not take any text or number."""
+
+CONTEXT: dict[str, list[str]] = {
+    "lr_warmup_steps": ["--lr_scheduler=linear"],
+    "lr_scheduler_num_cycles": ["--lr_scheduler=cosine_with_restarts"],
+    "lr_scheduler_power": ["--lr_scheduler=polynomial"],
+    "lr_scheduler_args": ["--lr_scheduler=polynomial"],
+    "log_with": ["--logging_dir=logs"],
+    "log_prefix": ["--logging_dir=logs"],
+    "save_n_epoch_ratio": ["--max_train_epochs=9"],
+    "save_last_n_epochs": ["--save_every_n_epochs=1"],
+    "save_last_n_steps": ["--save_every_n_steps=2"],
+    "xformers": ["--seed=1"],
+}
+"""Options that others need beside them to mean anything."""
+
+SAME_AS_DEFAULT = {"sdpa", "xformers", "mem_eff_attn"}
+"""Options whose only effect is what lorakit does anyway; the config still says so."""
+
+WITHOUT_DATA = tuple(word for word in LEAST if "dataset_config" not in word)
+
+
+def words(option: Option) -> list[str]:
+    """An option with a value that is not its default."""
+    choices = [str(choice) for choice in option.choices if choice not in (option.default, 0)]
+    return [f"--{option.name}", *(OWN_VALUES.get(option.name) or choices[:1] or VALUES[option.kind])]
+
+
+def by_state(state: State) -> list[str]:
+    """The names of all options in a state."""
+    keys = known_keys(Catalog.discover())
+    return [name for name, option in OPTIONS.items() if state_of(option, keys) is state]
+
+
+def test_there_are_193_options() -> None:
+    """All options of train_network.py are there, each once, with a default of its own kind."""
+    assert len(OPTIONS) == sum(map(len, GROUPS.values())) == 193
+    for option in OPTIONS.values():
+        assert option.default is None or isinstance(option.default, TYPES[option.kind]), option
+        assert option.default in (None, "", *option.choices) or not option.choices, option
+        assert option.kind != "flag" or option.default is False, option
+        assert option.key or option.unneeded or option.later, option
+
+
+def test_keys_exist() -> None:
+    """No option that works names a key that the reference of the config file does not have."""
+    keys = keys_of_the_reference() | {"observers.name", "data.config"}
+    working = by_state(State.WORKS)
+    assert len(working) > 50
+    assert not [name for name in working if OPTIONS[name].key.partition(" = ")[0] not in keys]
+
+
+def test_a_new_key_makes_options_work() -> None:
+    """An option works from the moment when its key, or the component that the key names, is there."""
+    flag, number = Option("v2", "flag", False, key='model.family = "sd9"'), Option("x", "float", key="loss.x")
+    keys = known_keys(Catalog.discover())
+    assert [state_of(option, keys) for option in (flag, number)] == [State.LATER] * 2
+    keys |= {'model.family = "sd9"': None, "loss.x": None}
+    assert [state_of(option, keys) for option in (flag, number)] == [State.WORKS] * 2
+
+
+def test_agrees_with_suggestions() -> None:
+    """What `lorakit check` suggests for an option's name is the key that the table names."""
+    common = [name for name in KOHYA_NAMES if name in OPTIONS and OPTIONS[name].key]
+    assert len(common) > 20
+    for name in common:
+        suggested = re.match(r"[a-z_]+\.[a-z_]+\b", KOHYA_NAMES[name])
+        assert not suggested or suggested[0] == OPTIONS[name].key.partition(" = ")[0], name
+
+
+def test_page_lists_every_option() -> None:
+    """The page for users of sd-scripts has one row for each option, with its state."""
+    text = Path(ROOT / "docs/how-to/coming-from-sd-scripts.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `--(\w+)` \| ([a-z ]+) \| .+ \|$", text, re.M)
+    assert sorted(name for name, _ in rows) == sorted(OPTIONS)
+    expected = {name: state.value for state in State for name in by_state(state)}
+    assert dict(rows) == expected
+
+
+@pytest.mark.parametrize("name", by_state(State.WORKS))
+def test_options_that_work_change_the_config(name: str, converted: Convert) -> None:
+    """An option that works changes the key that the table names, and is named there as its source."""
+    data = [] if name in ("dataset_config", "train_data_dir") else ["--train_data_dir=train"]
+    context = [*data, *CONTEXT.get(name, [])]
+    given = [word for word in WITHOUT_DATA if not word.startswith(f"--{name}=")]
+    draft = converted(*context, *words(OPTIONS[name]), least=tuple(given))
+    if name == "dataset_repeats":  # the names of the folders win
+        draft = converted(*words(OPTIONS[name]))
+    if name == "log_with":
+        assert "observers" not in draft.tables()
+        return
+    assert any(f"--{name}" == source.split()[0] for source in sources(draft)), draft
+    if name not in SAME_AS_DEFAULT and given == list(WITHOUT_DATA) and data:
+        assert draft.tables() != converted(*context, least=WITHOUT_DATA).tables()
+
+
+def sources(draft: Any) -> list[str]:
+    """What stands behind the keys of a draft."""
+    tables = [*draft.sections.values(), draft.general, *draft.observers]
+    for own, subsets in draft.datasets:
+        tables += [own, *subsets]
+    return [setting.source for table in tables for setting in table.values()]
+
+
+@pytest.mark.parametrize("name", by_state(State.LATER))
+def test_options_without_a_counterpart_are_told(name: str, converted: Convert) -> None:
+    """An option that nothing does the same as is noted, with its value, and changes nothing else."""
+    draft = converted(*words(OPTIONS[name]))
+    (told,) = [remark for remark in draft.remarks if remark.key.startswith(f"--{name}")]
+    assert told.message == "has no counterpart yet" or "beside --dataset_config" in told.message
+    assert draft.tables() == converted().tables()
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in by_state(State.LATER) if OPTIONS[name].default not in (None, (), False)]
+)
+def test_options_at_their_default_are_not_told(name: str, converted: Convert) -> None:
+    """An option without a counterpart is nothing to speak of when it is given its default."""
+    option = OPTIONS[name]
+    assert not converted(f"--{name}={option.default}").remarks
+
+
+@pytest.mark.parametrize("name", sorted(set(by_state(State.NOT_NEEDED)) - {"config_file"}))
+def test_options_that_are_not_needed_change_nothing(name: str, converted: Convert) -> None:
+    """An option that is not needed changes nothing and is not told."""
+    draft = converted(*words(OPTIONS[name]))
+    assert (draft.tables(), draft.remarks) == (converted().tables(), [])
