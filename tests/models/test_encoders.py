@@ -80,7 +80,7 @@ def test_overflow_in_half_precision_is_mended_per_image(tiny_file: Path) -> None
     """An image that overflows float16 is encoded again in float32; the others in its batch are left as they are."""
     encoder = stable_diffusion(tiny_file, torch.float16).image_encoder
     encoder.module.encoder.conv_in.weight.mul_(3000)
-    images = torch.rand(3, 3, 64, 64) * 0.01
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 0.01
     images[1] *= 2000
     half = encoder.module.encoder(images.half())
     assert not half[1].isfinite().all()
@@ -93,5 +93,6 @@ def test_overflow_in_half_precision_is_mended_per_image(tiny_file: Path) -> None
     assert deviation.isfinite().all()
     torch.testing.assert_close(mean[1], expected[1], rtol=2e-3, atol=2e-3)
     alone, _ = encoder.encode(images[:1])
-    torch.testing.assert_close(mean[:1], alone)
+    # Half precision rounds differently in batches of other sizes.
+    torch.testing.assert_close(mean[:1], alone, rtol=2e-3, atol=2e-3)
     assert encoder.module.encoder.conv_in.weight.dtype == torch.float16
