@@ -21,7 +21,7 @@ from lorakit.config.values import shown
 SUBSET_KEYS = field_names(SubsetConfig)
 DATASET_KEYS = [key for key in field_names(DatasetConfig) if key != "subsets"]
 SECTION_KEYS = [key for key in field_names(DataSection) if key != "datasets"]
-OWN_KEYS = ("image_dir", "is_reg")
+OWN_KEYS = ("image_dir", "metadata_file", "is_reg")
 """What belongs to one subset; the rest can be shared."""
 SHARED_KEYS = [key for key in (*DATASET_KEYS, *SUBSET_KEYS) if key not in OWN_KEYS]
 
@@ -31,7 +31,6 @@ SWITCHED_OFF: Mapping[str, object] = {
     "conditioning_data_dir": "",
     "custom_attributes": {},
     "face_crop_aug_range": [],
-    "metadata_file": "",
     "random_crop": False,
     "resize_interpolation": "",
     "validation_split": 0,
@@ -96,7 +95,7 @@ def _from_file(reader: TableReader, table: Mapping[str, Any]) -> tuple[DatasetCo
 
 
 def _short_form(reader: TableReader, table: Mapping[str, Any]) -> tuple[DatasetConfig, ...] | None:
-    if "image_dir" not in table:
+    if "image_dir" not in table and "metadata_file" not in table:
         reader.report("data", "names no images", "give image_dir, or config with a dataset file, or [[data.datasets]]")
         known = [*SHARED_KEYS, *OWN_KEYS, "config", "datasets", "general", *SECTION_KEYS]
         _refuse_unknown(reader, table, known, "data")
@@ -140,11 +139,13 @@ def _dataset(
     made = []
     for table, subset_place in subsets:
         elsewhere = {key: shared[key] for key in SUBSET_KEYS if key in shared and key not in table}
-        own = {key: value for key, value in table.items() if key in SUBSET_KEYS}
+        own = {**_folder_of_metadata(table), **{key: value for key, value in table.items() if key in SUBSET_KEYS}}
         subset = reader.structure(SubsetConfig, {**own, **_values(elsewhere)}, subset_place, _keys(elsewhere))
         if subset and not os.path.isdir(subset.image_dir):  # noqa: PTH112 - `Path.is_dir` raises for overlong names
             hint = f"relative paths are relative to the folder of {reader.file or 'the config file'}"
             reader.report(f"{subset_place}.image_dir", f"{subset.image_dir} is not a folder", hint)
+        if subset and subset.metadata_file and not os.path.isfile(subset.metadata_file):  # noqa: PTH113 - likewise
+            reader.report(f"{subset_place}.metadata_file", f"{subset.metadata_file} is not a file")
         made.append(subset)
     found = {key: shared[key] for key in DATASET_KEYS if key in shared}
     if "resolution" in found:
@@ -156,6 +157,12 @@ def _dataset(
         return None
     dataset = reader.instance(DatasetConfig, {**values, "subsets": complete}, place, _keys(found))
     return dataset if len(complete) == len(made) else None
+
+
+def _folder_of_metadata(table: Mapping[str, Any]) -> dict[str, Any]:
+    """`image_dir` for a subset that names a metadata file only."""
+    file = table.get("metadata_file")
+    return {"image_dir": str(Path(file).parent)} if isinstance(file, str) and file else {}
 
 
 def _both_sides(resolution: Any) -> Any:

@@ -23,6 +23,8 @@ class SubsetConfig:
 
     image_dir: Path
     """Folder with the images (.png .jpg .jpeg .webp .bmp), not searched recursively."""
+    metadata_file: Path | None = None
+    """JSON or JSON Lines file with the images, their captions and tags; `image_dir` is its folder when absent."""
     num_repeats: int = field(default=1, validator=v.ge(1))
     """How often each image appears in an epoch."""
     caption_extension: str | None = None

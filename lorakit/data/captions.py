@@ -124,8 +124,8 @@ def split_parts(text: str, subset: SubsetConfig) -> CaptionParts:
     """The tags of a caption, parted by `keep_tokens_separator` where it stands in it, else by `keep_tokens`."""
     separator = subset.keep_tokens_separator
     if separator and separator in text:
-        parts = [split_tags(part, subset.caption_separator) for part in text.split(separator, 2)]
-        return CaptionParts(parts[0], parts[1], parts[2] if len(parts) > 2 else [])
+        first, loose, *last = (split_tags(part, subset.caption_separator) for part in text.split(separator))
+        return CaptionParts(first, loose, [tag for part in last for tag in part])
     tags = split_tags(text, subset.caption_separator)
     return CaptionParts(tags[: subset.keep_tokens], tags[subset.keep_tokens :], [])
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from lorakit.data.buckets import Placement, place
 from lorakit.data.captions import find_caption, possible_captions, read_caption
 from lorakit.data.images import EXTENSIONS, read_size
 from lorakit.data.memo import StatMemo
+from lorakit.data.metadata_files import read_metadata_file
 from lorakit.data.problems import data_error
 from lorakit.errors import DataError, Problem
 
@@ -58,7 +59,8 @@ class _Found:
     """An image file that has not been looked into."""
 
     image: Path
-    caption: Path | None
+    caption: Path | str | None
+    """The caption's file, or the caption itself."""
     dataset: DatasetConfig
     subset: SubsetConfig
     identity: str
@@ -112,16 +114,26 @@ def _find_images(number: int, dataset: DatasetConfig, problems: list[str]) -> li
     found = []
     for subset_number, subset in enumerate(dataset.subsets):
         try:
-            files = _files_in(subset.image_dir)
+            listed = list(_listed(subset, problems))
         except DataError as error:
             problems.append(str(error))
             continue
-        for image in (subset.image_dir / name for name in sorted(files) if Path(name).suffix.lower() in EXTENSIONS):
+        for name, image, caption in listed:
             # File names need not be valid text, but keys of randomness must be.
-            name = image.name.encode("utf-8", "backslashreplace").decode()
-            identity = f"{number}/{subset_number}/{name}"
-            found.append(_Found(image, find_caption(image, subset, files), dataset, subset, identity))
+            text = name.encode("utf-8", "backslashreplace").decode()
+            found.append(_Found(image, caption, dataset, subset, f"{number}/{subset_number}/{text}"))
     return found
+
+
+def _listed(subset: SubsetConfig, problems: list[str]) -> Iterator[tuple[str, Path, Path | str | None]]:
+    """The images of a subset: name, file, and caption or its file; of its folder, or of its metadata file."""
+    if subset.metadata_file:
+        for own in read_metadata_file(subset.metadata_file, subset, problems):
+            yield own.path, own.image, own.caption or None
+        return
+    files = _files_in(subset.image_dir)
+    for image in (subset.image_dir / name for name in sorted(files) if Path(name).suffix.lower() in EXTENSIONS):
+        yield image.name, image, find_caption(image, subset, files)
 
 
 def _files_in(folder: Path) -> set[str]:
@@ -141,14 +153,16 @@ def _read(file: _Found, memo: StatMemo | None) -> Example | str:
     """The example, or what is wrong with it."""
     try:
         size = memo.size(file.image) if memo else read_size(file.image)
-        subset = file.subset
-        caption = read_caption(file.caption, subset.enable_wildcard) if file.caption else subset.class_tokens or ""
+        written = (
+            read_caption(file.caption, file.subset.enable_wildcard) if isinstance(file.caption, Path) else file.caption
+        )
     except DataError as error:
         return str(error)
     try:
         placement = place(size, file.dataset)
     except DataError as error:
         return f"{file.image}: {error}"
+    caption = (file.subset.class_tokens or "") if written is None else written
     return Example(file.image, caption, file.subset, placement, file.identity)
 
 

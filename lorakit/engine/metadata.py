@@ -26,7 +26,9 @@ from lorakit.data.examples import Example, IndexedDataset
 KOHYA_MODULE = "networks.lora"
 """The name that tools know LoRA networks by."""
 
-_SUBSET_KEYS = [key for key in field_names(SubsetConfig) if key not in ("image_dir", "caption_extension")]
+_SUBSET_KEYS = [
+    key for key in field_names(SubsetConfig) if key not in ("image_dir", "metadata_file", "caption_extension")
+]
 
 
 def run_metadata(config: TrainConfig, datasets: Sequence[IndexedDataset], started: float) -> dict[str, str]:

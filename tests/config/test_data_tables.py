@@ -274,3 +274,20 @@ def test_regularisation_belongs_to_a_subset(
     short = {"image_dir": "photos", "resolution": 64}
     assert data_of({**short, "is_reg": False}) == data_of(short)
     assert "are all regularisation images" in data_problems({**short, "is_reg": True})["data.subsets"]
+
+
+def test_metadata_files(
+    data_of: Callable[..., DataSection], data_problems: Callable[..., dict[str, str]], base: Path
+) -> None:
+    """A metadata file may stand without image_dir, which is its folder then; it must be there."""
+    (base / "photos" / "meta.json").write_text("{}")
+    short = {"resolution": 64, "metadata_file": "photos/meta.json"}
+    (dataset,) = data_of(short).datasets
+    assert dataset.subsets == (SubsetConfig(image_dir=base / "photos", metadata_file=base / "photos" / "meta.json"),)
+    (elsewhere,) = data_of({**short, "image_dir": "more"}).datasets
+    assert elsewhere.subsets[0].image_dir == base / "more"
+    assert (
+        "meta.txt is not a file" in data_problems({**short, "metadata_file": "photos/meta.txt"})["data.metadata_file"]
+    )
+    general = {"general": {"metadata_file": "photos/meta.json"}, "datasets": [{"resolution": 64, "subsets": [{}]}]}
+    assert "write it in [[datasets.subsets]]" in data_problems(general)["data.general.metadata_file"]

@@ -132,6 +132,7 @@ def test_tags_are_joined_by_their_separator(separator: str, joint: str):
         ("a, b;;;c, d", {"secondary_separator": ";;;"}, "a, b,c, d"),
         ("a; b--c", {"secondary_separator": "--", "caption_separator": ";"}, "a; b;c"),
         ("a, b ||| c,, d", {"keep_tokens_separator": "|||"}, "a, b, c, d"),
+        ("a ||| b ||| c ||| d", {"keep_tokens_separator": "|||"}, "a, b, c, d"),
         ("||| a |||", {"keep_tokens_separator": "|||"}, "a"),
         ("{{a}} {b}", {"enable_wildcard": True}, "{a} b"),
         ("a\nb", {"caption_dropout_rate": 1}, ""),

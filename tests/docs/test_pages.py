@@ -60,6 +60,8 @@ def with_files(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
     write_safetensors(model, SD1_SHAPES)
     for name in image_folders(whole):
         (folder / name).mkdir(parents=True, exist_ok=True)
+    if "metadata_file" in whole["data"]:
+        (folder / whole["data"]["metadata_file"]).touch()
     if "weights" in whole.get("network", {}):
         weights = folder / whole["network"]["weights"]
         weights.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,108 @@
+"""Metadata files: images, captions and tags as sd-scripts' tools list them, and all that can be wrong with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from attrs import evolve
+
+from lorakit.config.datasets import DatasetConfig
+from lorakit.data.examples import index_datasets
+from lorakit.errors import DataError
+
+WithSubset = Callable[..., DatasetConfig]
+
+ENTRIES = {
+    "rocket.png": {"caption": "a rocket\n starting", "tags": "sky, fire", "image_size": [64, 96]},
+    "chelsea": {"caption": "a cat"},
+    "inner/coffee.png": {"tags": "cup, saucer"},
+    "astronaut.png": {"caption": None, "tags": ""},
+}
+
+
+@pytest.fixture
+def listed(folder: Path) -> Path:
+    """The photographs, one of them moved into a folder inside, and no caption files that could be mistaken."""
+    (folder / "inner").mkdir()
+    (folder / "coffee.png").rename(folder / "inner" / "coffee.png")
+    return folder
+
+
+def write(folder: Path, name: str = "meta.json") -> Path:
+    """The entries as JSON or JSON Lines."""
+    lines = [json.dumps({"image_path": path, **entry}) for path, entry in ENTRIES.items()]
+    (folder / name).write_text(json.dumps(ENTRIES) if name.endswith("json") else "\n\n".join(lines))
+    return folder / name
+
+
+@pytest.mark.parametrize("name", ["meta.json", "meta.jsonl"])
+@pytest.mark.parametrize(
+    ("settings", "rocket"),
+    [({}, "a rocket, sky, fire"), ({"enable_wildcard": True}, "a rocket, sky, fire\nstarting, sky, fire")],
+)
+def test_images_and_captions_of_a_metadata_file(
+    listed: Path, with_subset: WithSubset, name: str, settings: dict[str, object], rocket: str
+):
+    """The listed images are there and no other, each with caption and tags, in the order of their paths."""
+    subset = with_subset(metadata_file=write(listed, name), class_tokens="photo", **settings)
+    (indexed,) = index_datasets([subset])
+    found = [(example.image.relative_to(listed).as_posix(), example.caption) for example in indexed.examples]
+    assert found == [
+        ("astronaut.png", "photo"),
+        ("chelsea.png", "a cat"),
+        ("inner/coffee.png", "cup, saucer"),
+        ("rocket.png", rocket),
+    ]
+    assert [example.identity for example in indexed.examples] == [
+        "0/0/astronaut.png", "0/0/chelsea", "0/0/inner/coffee.png", "0/0/rocket.png",
+    ]  # fmt: skip
+
+
+def test_missing_captions_of_a_metadata_file(listed: Path, with_subset: WithSubset, caplog: pytest.LogCaptureFixture):
+    """An image with neither caption nor tags is named in the warning of missing captions."""
+    index_datasets([with_subset(metadata_file=write(listed))])
+    assert "(1)" in caplog.text
+    assert str(listed / "astronaut.png") in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", '{"rocket.png": ', "a.json: is not valid JSON"),
+        ("a.json", "[1]", "a.json: lists no images"),
+        ("a.jsonl", "1\n", "a.jsonl: lists no images"),
+        ("a.jsonl", "", "a.jsonl: lists no images"),
+        ("a.json", '{"gone.png": {"caption": "a"}}', "a.json: gone.png: is no image file"),
+        ("a.json", '{"gone": {"caption": "a"}}', "a.json: gone: is no image file"),
+        ("a.json", '{"rocket.png": "a rocket"}', "rocket.png: must have caption and tags"),
+        ("a.json", '{"rocket.png": {"caption": ["a"]}}', "rocket.png: must have caption and tags"),
+        ("a.jsonl", '{"caption": "a"}', "must have caption and tags"),
+        ("a.jsonl", '{"image_path": "rocket.png"}\n{"image_path": "rocket.png"}', "rocket.png: is listed twice"),
+    ],
+)
+def test_metadata_files_that_cannot_be_used(
+    listed: Path, with_subset: WithSubset, name: str, content: str, message: str
+):
+    """Each is one error that names the file, the entry where there is one, and the cause."""
+    (listed / name).write_text(content)
+    with pytest.raises(DataError, match=message) as caught:
+        index_datasets([with_subset(metadata_file=listed / name)])
+    assert str(listed / name) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_metadata_file_that_is_no_text(listed: Path, with_subset: WithSubset):
+    """Another encoding is told with its cure."""
+    (listed / "a.json").write_bytes("é".encode("latin-1"))
+    with pytest.raises(DataError, match=r"a\.json: is not UTF-8 text \(save it as UTF-8\)"):
+        index_datasets([with_subset(metadata_file=listed / "a.json")])
+
+
+def test_both_kinds_of_subset_in_a_dataset(listed: Path, dataset: DatasetConfig):
+    """A subset of a metadata file and one of a folder stand side by side."""
+    subset = dataset.subsets[0]
+    (indexed,) = index_datasets([evolve(dataset, subsets=(evolve(subset, metadata_file=write(listed)), subset))])
+    assert len(indexed.examples) == 4 + 4
