@@ -94,11 +94,7 @@ def write_optimizer(command: Command, draft: Draft, catalog: Catalog) -> None:
     if component is None:
         reason = "`lorakit check` refuses the config until optimizer.name names another"
         draft.leave_out(option, command.get(option), reason)
-    for key, value in command.literals("optimizer_args").items():
-        if (component is None or key in field_names(component)) and _fits_toml(value):
-            draft.set("optimizer", key, Setting(_as_list(value), f"--optimizer_args {key}"))
-        else:
-            draft.leave_out("optimizer_args", f"{key}={value}")
+    _write_arguments("optimizer", component, command, draft)
     if name == "adafactor":
         for key, value in ADAFACTOR_DEFAULTS.items():
             draft.sections["optimizer"].setdefault(key, Setting(value, "default of sd-scripts' Adafactor"))
@@ -165,11 +161,17 @@ def write_lr_scheduler(command: Command, draft: Draft, catalog: Catalog) -> None
             draft.set("lr_scheduler", key, command.setting(other))
         elif command.state(other) is State.WORKS:
             draft.remark(other, f"has no effect with --lr_scheduler={name}")
-    for key, value in command.literals("lr_scheduler_args").items():
+    _write_arguments("lr_scheduler", component, command, draft)
+
+
+def _write_arguments(section: str, component: type[Component] | None, command: Command, draft: Draft) -> None:
+    """Write those of a component's `key=value` arguments that it takes; all of them where there is none to ask."""
+    option = f"{section}_args"
+    for key, value in command.literals(option).items():
         if (component is None or key in field_names(component)) and _fits_toml(value):
-            draft.set("lr_scheduler", key, Setting(_as_list(value), f"--lr_scheduler_args {key}"))
+            draft.set(section, key, Setting(_as_list(value), f"--{option} {key}"))
         else:
-            draft.leave_out("lr_scheduler_args", f"{key}={value}")
+            draft.leave_out(option, f"{key}={value}")
 
 
 _SCHEDULE_OPTIONS: Mapping[str, str] = {

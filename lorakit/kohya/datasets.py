@@ -63,7 +63,7 @@ def _from_file(command: Command, draft: Draft, shared: Table) -> None:
         if name in command.given:
             draft.remark(name, "has no effect beside --dataset_config")
     name = command.get("dataset_config")
-    path = command.folder / Path(name).expanduser()
+    path = command.on_disk(name)
     if {"caption_extension", "caption_extention"} & command.given.keys():
         shared = {**shared, **_caption_extension(command)}
     if "dataset_repeats" in command.given:
@@ -94,20 +94,24 @@ def _is_elsewhere(command: Command, path: Path, tables: Mapping[str, Any]) -> bo
 
 def _datasets(tables: Mapping[str, Any]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """The datasets of a file, each with its subsets; what is no table is left out."""
-    datasets = tables.get("datasets")
-    found = [table for table in datasets if isinstance(table, dict)] if isinstance(datasets, list) else []
     return [
-        (
-            {key: value for key, value in table.items() if key != "subsets"},
-            [subset for subset in table.get("subsets") or [] if isinstance(subset, dict)],
-        )
-        for table in found
+        ({key: value for key, value in table.items() if key != "subsets"}, _tables_in(table.get("subsets")))
+        for table in _tables_in(tables.get("datasets"))
     ]
+
+
+def _tables_in(found: object) -> list[dict[str, Any]]:
+    return [table for table in found if isinstance(table, dict)] if isinstance(found, list) else []
+
+
+def _general(tables: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = tables.get("general")
+    return found if isinstance(found, dict) else {}
 
 
 def _says(key: str, tables: Mapping[str, Any]) -> bool:
     """Whether a key counts for every subset of a dataset file."""
-    return key in (tables.get("general") or {}) or all(
+    return key in _general(tables) or all(
         key in own or all(key in subset for subset in subsets) for own, subsets in _datasets(tables)
     )
 
@@ -123,7 +127,7 @@ def _copy(command: Command, draft: Draft, tables: Mapping[str, Any], shared: Tab
             if value is not None
         }
 
-    draft.general = {**shared, **table(tables.get("general") or {})}
+    draft.general = {**shared, **table(_general(tables))}
     draft.datasets = [(table(own), [table(subset) for subset in subsets]) for own, subsets in _datasets(tables)]
 
 
@@ -132,6 +136,8 @@ def _from_folders(command: Command, draft: Draft, shared: Table) -> None:
     folder = command.get("train_data_dir")
     if command.get("in_json"):
         subset = {"image_dir": command.setting("train_data_dir", command.path(folder))}
+        if command.state("in_json") is State.WORKS:
+            subset["metadata_file"] = command.setting("in_json", command.path(command.get("in_json")))
         draft.datasets = [(shared, [{**subset, "num_repeats": command.setting("dataset_repeats")}])]
         return
     if "dataset_repeats" in command.given:
@@ -146,11 +152,12 @@ def _from_folders(command: Command, draft: Draft, shared: Table) -> None:
 def _subsets(command: Command, draft: Draft, option: str) -> list[Table]:
     """The subfolders named NUMBER_words of a folder, in the order of their names."""
     name = command.get(option)
-    folder = command.folder / Path(name).expanduser()
+    folder = command.on_disk(name)
     try:
         subfolders = sorted(path for path in folder.iterdir() if path.is_dir())
-    except OSError as error:
-        draft.remark(option, f"{name} cannot be looked into for folders named NUMBER_words: {error.strerror or error}")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        draft.remark(option, f"{name} cannot be looked into for folders named NUMBER_words: {reason}")
         return [{"image_dir": command.setting(option, command.path(name))}]
     found: list[Table] = []
     for subfolder in subfolders:

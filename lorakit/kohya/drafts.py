@@ -68,6 +68,13 @@ class Command:
         except ValueError:  # another drive
             return str(self.folder / path)
 
+    def on_disk(self, path: str) -> Path:
+        """Where the file or folder of a path is."""
+        try:
+            return self.folder / Path(path).expanduser()
+        except RuntimeError:  # the home folder of a user who is not known
+            return self.folder / path
+
     def model_path(self, path: str) -> str:
         """The base model: a path, or the name of a model on the Hub, which stays as it is."""
         is_path = path.startswith(".") or path.endswith(_MODEL_SUFFIXES) or os.path.exists(self.folder / path)  # noqa: PTH110 - raises nothing
@@ -89,7 +96,7 @@ class Command:
         for key, text in self.pairs(name).items():
             try:
                 values[key] = ast.literal_eval(text)
-            except (ValueError, SyntaxError) as error:
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
                 hint = "True, False, numbers, and texts in quotation marks are values"
                 raise ConfigError([Problem(f"--{name} {key}", f"is not a value of Python: {text}", hint)]) from error
         return values

@@ -62,7 +62,7 @@ DATA = (
     Option("dataset_config", "path", key="data.config", special=True),
     Option("train_data_dir", "path", key="data.image_dir", special=True),
     Option("reg_data_dir", "path", key="data.is_reg", special=True),
-    Option("in_json", "path", later="metadata files cannot be read yet; caption files can"),
+    Option("in_json", "path", key="data.metadata_file", special=True),
     Option("dataset_repeats", "int", 1, key="data.num_repeats", special=True),
     Option("train_batch_size", "int", 1, key="data.batch_size"),
     Option("resolution", "text", key="data.resolution", special=True),

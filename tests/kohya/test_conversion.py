@@ -307,3 +307,20 @@ def test_dataset_file_in_another_folder(converted: Convert, folder: Path, catalo
     draft = converted("--dataset_config=sets/dataset.toml")
     config = config_from_tables(draft.tables(), folder, catalog)
     assert config.data.datasets[0].subsets[0].image_dir == folder / "train/2_dog"
+
+
+@pytest.mark.parametrize("text", ["general = 1", "datasets = 1", "[[datasets]]\nsubsets = 3", "datasets = [1]", "x ="])
+def test_odd_dataset_files(text: str, converted: Convert, folder: Path, catalog: Catalog) -> None:
+    """A dataset file that is none is still pointed to or copied, and what is wrong with it is said."""
+    (folder / "dataset.toml").write_text(text)
+    for words in ([], ["--flip_aug"]):
+        assert check(converted(*words), folder, catalog)
+
+
+def test_metadata_files(converted: Convert) -> None:
+    """With --in_json, --train_data_dir is the folder of the images itself, repeated as --dataset_repeats says."""
+    draft = converted("--in_json=meta.json", "--dataset_repeats=3", least=FOLDERS)
+    ((subset,),) = (dataset["subsets"] for dataset in draft.tables()["data"]["datasets"])
+    assert (subset["image_dir"], subset["num_repeats"]) == ("train", 3)
+    told = any(remark.key == "--in_json=meta.json" for remark in draft.remarks)
+    assert subset.get("metadata_file") == (None if told else "meta.json")
