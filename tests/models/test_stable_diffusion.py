@@ -19,7 +19,12 @@ from lorakit.models.stable_diffusion.model import StableDiffusion
 from lorakit.testing.models import to_single_file
 from tests.models.building import stable_diffusion
 
-INPUTS = (torch.randn(2, 4, 8, 8), torch.tensor([1, 900]), {"hidden_states": torch.randn(2, 77, 32)})
+SEEDED = torch.Generator().manual_seed(0)
+INPUTS = (
+    torch.randn(2, 4, 8, 8, generator=SEEDED),
+    torch.tensor([1, 900]),
+    {"hidden_states": torch.randn(2, 77, 32, generator=SEEDED)},
+)
 
 
 def test_prediction_is_that_of_diffusers(tiny_folder: Path) -> None:
