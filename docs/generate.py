@@ -101,6 +101,8 @@ to standard output.
 - Relative paths are those of sd-scripts, relative to the folder where `lorakit from-kohya` is called. A dataset file
   whose folders would be looked for elsewhere, or that options such as `--resolution` add to, is copied into the
   config.
+- The options of `accelerate launch` itself are passed over; to train on several processes, see
+  [Train on several processes](several-processes.md).
 - Noise and the order of images are drawn in lorakit's own way, so no weight is equal bit for bit.
 
 Below are all options, by what they are about. “not yet” means that the option is left out with a warning."""

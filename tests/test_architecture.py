@@ -57,6 +57,7 @@ def test_imports_run_one_way() -> None:
         ("lorakit.plugins", "torch numpy PIL cattrs tomlkit safetensors"),
         ("lorakit.config.reading", "torch numpy PIL tomlkit safetensors huggingface_hub"),
         ("lorakit.config.writing", "torch numpy PIL safetensors huggingface_hub"),
+        ("lorakit.kohya.conversion", "torch numpy PIL tomlkit safetensors huggingface_hub"),
         ("lorakit.data.examples", "torch"),
         ("lorakit.engine.preparation", "torch safetensors"),
         ("lorakit.testing.plugin", "torch numpy"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+import lorakit
 from lorakit.config.reading import read_config
 from tests.kohya.conftest import LEAST
 from tests.test_cli import imported, run
@@ -99,13 +100,13 @@ def test_trains(more: str, tiny_sd1: Path, photographs: Path, tmp_path: Path) ->
     line = LINE.replace("model.safetensors", str(tiny_sd1)).replace("fp16", "no").replace("epochs=10", "epochs=2")
     converted = run(tmp_path, "from-kohya", "-o", "config.toml", line + more)
     assert (converted.returncode, converted.stderr) == (0, "")
-    trained = run(tmp_path, "train", "config.toml", "--set", "training.device=cpu")
-    assert trained.returncode == 0, trained.stderr
+    trained = lorakit.train(tmp_path / "config.toml", overrides=["training.device=cpu"])
+    assert trained == tmp_path / "out" / "my_lora.safetensors"
     assert {path.name for path in (tmp_path / "out").glob("*.safetensors")} == {
         "my_lora.safetensors",
         "my_lora-000001.safetensors",
     }
-    with safe_open(tmp_path / "out" / "my_lora.safetensors", "pt") as file:
+    with safe_open(trained, "pt") as file:
         names, metadata = set(file.keys()), file.metadata()
         convolutions = [name for name in names if "resnets" in name and name.endswith("conv1.lora_down.weight")]
         ranks = {file.get_slice(name).get_shape()[0] for name in convolutions}
