@@ -28,7 +28,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        # Makes the rename outlast a power cut, where the system can.
+        with suppress(OSError):
+            flush_to_disk(path.parent)
     except OSError as error:
         _discard(temporary)
         reason = error.strerror or str(error)
@@ -42,6 +44,15 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that is either whole or not there. Raises `OutputError` where the system refuses."""
     with replacing(path) as file:
         file.write(content)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk. Raises OSError where the system cannot."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def why_unwritable(folder: Path) -> str | None:
@@ -60,13 +71,3 @@ def why_unwritable(folder: Path) -> str | None:
 def _discard(path: Path) -> None:
     with suppress(OSError):
         path.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename outlast a power cut, where the system can."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

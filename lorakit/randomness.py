@@ -6,9 +6,13 @@ resumed or not, drew previews or not, and however many workers or processes it h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hashlib import blake2b
 
 import numpy as np
+
+Generators = Callable[[str], np.random.Generator]
+"""Gives the fresh generator for each purpose; the rest of its key is settled."""
 
 
 def derived_seed(*key: int | str) -> int:

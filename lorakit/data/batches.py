@@ -23,10 +23,10 @@ from lorakit.data.cache import Cache
 from lorakit.data.captions import CaptionUse, caption_in_use
 from lorakit.data.encoding import CaptionKeys, LatentKeys
 from lorakit.data.examples import Example, IndexedDataset
-from lorakit.data.noise import Generators, normal, perturbation, target_noise
+from lorakit.data.noise import normal, perturbation, target_noise
 from lorakit.data.planning import Share
 from lorakit.models.protocol import Conditioning
-from lorakit.randomness import derived_seed, keyed_generator
+from lorakit.randomness import Generators, derived_seed, keyed_generator
 
 
 @frozen(eq=False)
@@ -106,7 +106,13 @@ class BatchLoader:
         latents = [self._latents(example, when) for example, when in samples]
         drawing = [partial(self._generator, example=example, when=when) for example, when in samples]
         noise = [target_noise(image, self.loss, draw) for image, draw in zip(latents, drawing, strict=True)]
-        conditioning, tokens = self._texts(samples, CaptionUse(share.epoch, share.step, self.total_steps))
+        use = CaptionUse(share.epoch, share.step, self.total_steps)
+        conditioning, tokens = self._texts(
+            [
+                caption_in_use(example.caption, example.subset, use, draw)
+                for (example, _), draw in zip(samples, drawing, strict=True)
+            ]
+        )
         return Batch(
             latents=torch.stack(latents),
             noise=torch.stack(noise),
@@ -137,13 +143,7 @@ class BatchLoader:
         mean, std = posterior["mean"].float(), posterior["std"].float()
         return mean + std * normal(self._generator("posterior", example, when), mean.shape)
 
-    def _texts(
-        self, samples: Sequence[tuple[Example, tuple[int, int]]], use: CaptionUse
-    ) -> tuple[Conditioning | None, Tensor | None]:
-        texts = []
-        for example, when in samples:
-            generator = partial(self._generator, example=example, when=when)
-            texts.append(caption_in_use(example.caption, example.subset, use, generator))
+    def _texts(self, texts: Sequence[str]) -> tuple[Conditioning | None, Tensor | None]:
         if not isinstance(self.captions, Mapping):
             return None, self.captions(texts)
         entries = [self.cache.load(self.captions[text]) for text in texts]

@@ -6,7 +6,7 @@ What can be done to a caption, and in which order, is what sd-scripts' dataset f
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from itertools import compress
 from math import floor
 from pathlib import Path
@@ -16,13 +16,10 @@ import numpy as np
 
 from lorakit.config.datasets import SubsetConfig
 from lorakit.errors import DataError, Problem
-from lorakit.randomness import keyed_generator
+from lorakit.randomness import Generators, keyed_generator
 
 _WILDCARD = re.compile(r"\{\{|\}\}|\{((?:\{\{|\}\}|[^}])++)\}")
 """A doubled brace, or a wildcard with what is in it as its group, which may hold doubled braces."""
-
-Generators = Callable[[str], np.random.Generator]
-"""From what is drawn to the generator for it."""
 
 EXTENSIONS = (".txt", ".caption")
 """Extensions of caption files that are looked for when a subset names none."""

@@ -6,7 +6,7 @@ sd-scripts does either once for a whole batch. C latent channels, h and w latent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,9 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from lorakit.config.loss import LossSection
-
-Generators = Callable[[str], np.random.Generator]
-"""Gives an image's fresh generator for a purpose."""
+from lorakit.randomness import Generators
 
 
 def normal(generator: np.random.Generator, shape: Sequence[int]) -> Tensor:

@@ -80,8 +80,6 @@ def _training_values(config: TrainConfig) -> dict[str, Any]:
         "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
         "ss_gradient_checkpointing": training.gradient_checkpointing,
         "ss_mixed_precision": training.mixed_precision,
-        "ss_clip_skip": getattr(config.model, "clip_skip", None),
-        "ss_max_token_length": getattr(config.model, "max_token_length", None),
         "ss_cache_latents": True,
     }
 

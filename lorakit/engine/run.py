@@ -143,7 +143,7 @@ class Run:
                 images: list[str] = []
                 yield Step(scheduled, self._arriving(batches, len(scheduled.shares), images), images)
                 if scheduled.ends_epoch:
-                    self.observers.tell("epoch_finished", scheduled.epoch)
+                    self.observers.tell("epoch_finished", scheduled.planned.epoch)
                 self._stop_if_asked()
         finally:
             batches.close()
@@ -181,7 +181,7 @@ class Run:
         self.step += 1
         rates = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
         self.lr_scheduler.step()
-        epoch = step.scheduled.epoch
+        epoch = step.scheduled.planned.epoch
         self.metrics.add(PendingStep(self.step, epoch, tuple(step.images), rates, self.loss, self.gradient_norm))
         self.loss = torch.zeros_like(self.loss)
         self.observers.tell("step_finished", self.step)

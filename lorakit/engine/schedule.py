@@ -21,8 +21,6 @@ class ScheduledStep:
     planned: PlannedStep
     shares: tuple[Share, ...]
     """This process's part of its micro-batches."""
-    epoch: int
-    """From 1."""
     ends_epoch: bool
 
 
@@ -50,7 +48,7 @@ class Schedule:
             epoch, index = number // self.steps_per_epoch + 1, number % self.steps_per_epoch
             planned = self._plan(epoch)[index]
             shares = planned.shares(self._processes.rank, self._processes.world_size)
-            yield ScheduledStep(planned, shares, epoch, ends_epoch=index == self.steps_per_epoch - 1)
+            yield ScheduledStep(planned, shares, ends_epoch=index == self.steps_per_epoch - 1)
 
     def batches_from(self, done: int, loader: BatchLoader) -> Iterator[Batch]:
         """The micro-batches of this process in those steps, in order."""

@@ -26,6 +26,7 @@ import lorakit
 from lorakit.config.sections import TrainConfig
 from lorakit.config.writing import to_toml
 from lorakit.errors import ConfigError, OutputError, Problem
+from lorakit.files import flush_to_disk
 
 NEUTRAL_SECTIONS = ("output", "saver", "observers")
 """Sections that may differ between a state's config and the config of the run that takes it up."""
@@ -54,7 +55,7 @@ def write_state(config: TrainConfig, step: int, tensors: Mapping[str, Tensor], m
         torch.save(dict(machinery), partial / "machinery.pt")
         (partial / "state.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
         for file in partial.iterdir():
-            _flush_to_disk(file)
+            flush_to_disk(file)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
     except OSError as error:
@@ -107,11 +108,3 @@ def config_key(config: TrainConfig) -> str:
         if section not in NEUTRAL_SECTIONS
     }
     return blake2b(json.dumps(relevant, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,20 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from lorakit.models.places import Place
 from lorakit.models.weights import open_tensors
-
-
-class Memo(Protocol):
-    """Remembers what was computed from a file."""
-
-    def remember(self, path: Path, name: str, compute: Callable[[], str]) -> str:
-        """What `compute` returns, computed once per name for as long as the file's size and time stay the same."""
-        ...
 
 
 class ProcessMemo:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lorakit.checkpoints import HubModel
 from lorakit.errors import ModelError
-from lorakit.models.hashing import Memo, ProcessMemo, hash_of_file, hash_of_weights, short_hash_of_file
+from lorakit.models.hashing import ProcessMemo, hash_of_file, hash_of_weights, short_hash_of_file
 from lorakit.models.noise import DiscreteNoise, Prediction
-from lorakit.models.protocol import AdaptationTarget, AttentionBackend, Conditioning, NoiseProcess
+from lorakit.models.protocol import AdaptationTarget, AttentionBackend, Conditioning, Memo, NoiseProcess
 from lorakit.models.stable_diffusion.attention import use_backend
 from lorakit.models.stable_diffusion.image import VaeEncoder, read_vae_encoder
 from lorakit.models.stable_diffusion.parts import TOKENIZER_FILES, StoredModel, StoredPart
