@@ -7,13 +7,18 @@ read from the device some steps late where reading at once would make the device
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 
 from lorakit.config.sections import TrainConfig
 from lorakit.errors import LorakitError
+
+if TYPE_CHECKING:
+    from lorakit.models.protocol import DiffusionModel
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +41,11 @@ class RunInfo:
     """Writes the adapters as they are now under a file name without extension; gives the path."""
     save_state: Callable[[], Path]
     """Writes all that is needed to go on from here; gives the folder."""
+    evaluating: Callable[[], AbstractContextManager[DiffusionModel]]
+    """The model as a saved file would make it, for a `with` block: no gradients, no dropout, the optimizer's evaluation
+    weights. Whatever is done in the block, training goes on as if it had not been, as long as randomness is keyed."""
+    tell: Callable[..., None]
+    """Tells all observers of an event, by the name of its method: `tell("previews_drawn", step, paths)`."""
 
 
 @frozen(kw_only=True)
@@ -71,6 +81,12 @@ class Observer:
 
     def adapter_saved(self, path: Path) -> None:
         """A file with adapters has been written."""
+
+    def previews_drawn(self, step: int, paths: Sequence[Path]) -> None:
+        """Pictures have been drawn with the adapters as they are after `step` steps, and written as PNG files."""
+
+    def validated(self, step: int, losses: Mapping[str, float]) -> None:
+        """The loss on images that are not trained on has been measured after `step` steps; `losses` by their names."""
 
     def run_finished(self) -> None:
         """All steps are done."""

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lorakit.config.sections import TrainConfig
 from lorakit.data.batches import Batch, BatchLoader, prefetch
+from lorakit.engine.evaluation import evaluation_weights
 from lorakit.engine.gradients import FlatGradients
 from lorakit.engine.interruption import StopRequest
 from lorakit.engine.metrics import MetricsReader, PendingStep
@@ -88,13 +89,30 @@ class Run:
             images=sum(len(dataset.examples) for dataset in self.loader.datasets),
             save_adapter=self.save_adapter,
             save_state=self.save_state,
+            evaluating=self.evaluating,
+            tell=self.tell,
         )
+
+    def tell(self, event: str, *values: object) -> None:
+        """Tell all observers of an event."""
+        self.observers.tell(event, *values)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[DiffusionModel]:
+        """The model as a saved file would make it: no gradients, no dropout, the optimizer's evaluation weights."""
+        self.network.eval()
+        try:
+            with torch.no_grad(), evaluation_weights(self.optimizer):
+                yield self.model
+        finally:
+            self.network.train()
 
     def save_adapter(self, stem: str) -> Path:
         """Write the adapters as they are now under a file name without extension; gives the path."""
         if self.processes.world_size == 1:
             self.metrics.read()
-        path = self.writer.write(stem, self.step, -(-self.step // self.schedule.steps_per_epoch))
+        with self.evaluating():
+            path = self.writer.write(stem, self.step, -(-self.step // self.schedule.steps_per_epoch))
         self.observers.tell("adapter_saved", path)
         return path
 

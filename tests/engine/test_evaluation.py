@@ -1,0 +1,72 @@
+"""The model as a saved file would make it, in the middle of a run."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.optim import SGD
+
+from lorakit.engine.assembly import assemble
+from lorakit.engine.evaluation import evaluation_weights
+from lorakit.engine.observing import Observer, Observers
+from lorakit.engine.preparation import prepare
+from lorakit.engine.processes import Processes
+from lorakit.engine.trainer import train
+
+
+class Averaging(SGD):
+    """Trains at one place and is read at another, and rounds on the way, as schedule-free optimizers do."""
+
+    def eval(self) -> None:
+        """Go where it is read."""
+        self._move(1 / 3)
+
+    def train(self) -> None:
+        """Go where it trains, up to rounding."""
+        self._move(-1 / 3)
+
+    @torch.no_grad()
+    def _move(self, distance: float) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.add_(torch.sin(parameter), alpha=distance)
+
+
+def test_evaluation_weights_are_taken_back_exactly() -> None:
+    """Inside the block the optimizer's evaluation weights are there; after it, the old ones, bit for bit."""
+    parameter = nn.Parameter(torch.randn(100, generator=torch.Generator().manual_seed(1)))
+    before = parameter.detach().clone()
+    optimizer = Averaging([parameter], lr=0.1)
+    with evaluation_weights(optimizer):
+        assert torch.allclose(parameter, before + torch.sin(before) / 3)
+    assert torch.equal(parameter, before)
+
+
+class Looker(Observer):
+    """Reads the model in the middle of the run, and tells the others of it."""
+
+    def __init__(self, run) -> None:
+        self.run = run
+        self.told: list[tuple[int, dict[str, float]]] = []
+
+    def step_finished(self, step: int) -> None:
+        """Look, and tell."""
+        with self.run.info.evaluating() as model:
+            assert model is self.run.model
+            assert not any(adapter.training for adapter in self.run.network.adapters)
+            assert not torch.is_grad_enabled()
+        self.run.info.tell("validated", step, {"loss": 0.5})
+
+    def validated(self, step: int, losses: dict[str, float]) -> None:
+        """Remember."""
+        self.told.append((step, losses))
+
+
+def test_observers_are_told_of_events_of_others(make_config) -> None:
+    """What one observer tells reaches all; in its block, adapters are in evaluation mode, and then no more."""
+    run = assemble(prepare(make_config(training={"max_steps": 2})), Processes(torch.device("cpu")))
+    looker = Looker(run)
+    run.observers = Observers([("looker", True, looker)])
+    train(run)
+    assert looker.told == [(1, {"loss": 0.5}), (2, {"loss": 0.5})]
+    assert all(adapter.training for adapter in run.network.adapters)
