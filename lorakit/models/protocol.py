@@ -30,19 +30,24 @@ class AdaptationTarget:
     """The part of the model it belongs to: `unet` or `text_encoder`."""
     block: Block
     """The kind of block it sits in."""
-    parent: nn.Module
-    """The module that holds it."""
-    attribute: str
-    """Its name in the parent: `to_q`, or `0` in a sequence."""
+    root: nn.Module
+    """The whole part that it belongs to."""
+    path: str
+    """Its dotted path in the root: `down_blocks.0.attentions.0.proj_in`."""
+
+    @property
+    def parent(self) -> nn.Module:
+        """The module that holds it."""
+        return self.root.get_submodule(self.path.rpartition(".")[0])
 
     @property
     def module(self) -> nn.Module:
         """The layer as it is now: the base layer, or what replaced it."""
-        return self.parent.get_submodule(self.attribute)
+        return self.root.get_submodule(self.path)
 
     def replace(self, module: nn.Module) -> None:
         """Put another module in the layer's place."""
-        setattr(self.parent, self.attribute, module)
+        setattr(self.parent, self.path.rpartition(".")[2], module)
 
 
 class AttentionBackend(Protocol):

@@ -21,22 +21,21 @@ def unet_targets(unet: nn.Module) -> Iterator[AdaptationTarget]:
 
     Layers outside of those blocks are left alone: `conv_in`, `conv_out` and the time embedding.
     """
-    for path, parent, attribute in _adaptable(unet):
+    for path in _adaptable(unet):
         block = next((_BLOCKS[step] for step in path.split(".") if step in _BLOCKS), None)
         if block is not None:
-            yield AdaptationTarget(f"lora_unet_{path.replace('.', '_')}", "unet", block, parent, attribute)
+            yield AdaptationTarget(f"lora_unet_{path.replace('.', '_')}", "unet", block, unet, path)
 
 
 def text_encoder_targets(encoder: nn.Module) -> Iterator[AdaptationTarget]:
     """Projections and MLPs of every layer of a CLIP text encoder, those above the layer that is read included."""
-    for path, parent, attribute in _adaptable(encoder):
+    for path in _adaptable(encoder):
         key = f"lora_te_text_model_{path.replace('.', '_')}"
-        yield AdaptationTarget(key, "text_encoder", "text_encoder", parent, attribute)
+        yield AdaptationTarget(key, "text_encoder", "text_encoder", encoder, path)
 
 
-def _adaptable(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Path, parent and attribute of each linear layer and convolution, in the order of the module's own list."""
+def _adaptable(module: nn.Module) -> Iterator[str]:
+    """Path of each linear layer and convolution, in the order of the module's own list."""
     for path, layer in module.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            parent, _, attribute = path.rpartition(".")
-            yield path, module.get_submodule(parent), attribute
+            yield path
