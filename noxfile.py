@@ -43,7 +43,7 @@ def tests(session: nox.Session) -> None:
 def guests(session: nox.Session, guest: str) -> None:
     """Each plugin in `plugins/`, installed by itself beside lorakit, with its own tests."""
     install(session, "-e", ".[test]")
-    session.install(*CONSTRAINTS, f"./plugins/{guest}")
+    session.install(*CONSTRAINTS, f"./plugins/{guest}[test]")
     session.run("pytest", f"plugins/{guest}/tests")
 
 

@@ -1,0 +1,56 @@
+"""The network `network_module`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from attrs import field, frozen
+from attrs import validators as v
+
+from lorakit import hookimpl
+from lorakit.components import NetworkConfig
+from lorakit.errors import Problem
+
+if TYPE_CHECKING:
+    from lorakit.models.protocol import AdaptationTarget
+    from lorakit.networks.network import Network
+
+
+@frozen(kw_only=True)
+class NetworkModuleConfig(NetworkConfig):
+    """A Python module with a function `create_network`, as sd-scripts takes for --network_module."""
+
+    name = "network_module"
+
+    module: str = field(validator=v.min_len(1))
+    """The module, with dots: `lycoris.kohya`. It is run as code, so take it from where you trust it."""
+    rank: int = field(default=4, validator=v.ge(1))
+    """Rank of the updates, where the module's algorithm has one."""
+    alpha: float = field(default=1.0, validator=v.gt(0))
+    """Strength of the updates: most algorithms multiply them by alpha / rank."""
+    dropout: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
+    """Share of the numbers inside the updates that are dropped at random while training."""
+    args: Mapping[str, bool | int | float | str] = field(factory=dict)
+    """The module's own arguments, --network_args of sd-scripts: `{ algo = "loha", conv_dim = 8 }`."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Says so if the module's package is not installed."""
+        package = self.module.partition(".")[0]
+        if not package.isidentifier() or find_spec(package) is None:
+            yield Problem(
+                "module", f"names a package that is not installed: {package!r}", "check its name, or install it"
+            )
+
+    def build(self, targets: Sequence[AdaptationTarget]) -> Network:
+        """The module's adapters, attached."""
+        from lorakit_network_modules.network import ModuleNetwork
+
+        return ModuleNetwork(self, [target for target in targets if target.part in self.parts]).attach()
+
+
+@hookimpl
+def register_networks() -> list[type[NetworkConfig]]:
+    """Network modules."""
+    return [NetworkModuleConfig]

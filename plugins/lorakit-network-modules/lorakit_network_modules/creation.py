@@ -1,0 +1,104 @@
+"""Adapters as a network module makes them.
+
+A network module changes the `forward` of the layers that it adapts. Here each changed `forward` is taken
+off again and kept with its layer and its name, so that lorakit can put it where it wants it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import frozen
+from torch import nn
+
+from lorakit.errors import AdapterError
+from lorakit.models.protocol import AdaptationTarget
+from lorakit.randomness import derived_seed
+
+if TYPE_CHECKING:
+    from lorakit_network_modules.component import NetworkModuleConfig
+
+PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
+"""What the names of each part's adapters start with."""
+
+
+@frozen
+class Created:
+    """An adapter that a network module made."""
+
+    key: str
+    """Its name in files: `lora_unet_mid_block_attentions_0_proj_in`."""
+    path: str
+    """Where in its part the layer is that it adapts."""
+    module: nn.Module
+    """The adapter; its `forward` takes the layer's input and gives the layer's output with what was learnt."""
+
+
+def create(config: NetworkModuleConfig, targets: Sequence[AdaptationTarget], seed: int) -> dict[str, Created]:
+    """The adapters of one part of the model, by key, their weights a function of the seed and the part.
+
+    Raises `AdapterError` where the module is none, or where it does not take the config's arguments.
+    """
+    first = targets[0]
+    shown = _under(first.root, _levels(first))
+    is_unet = first.part == "unet"
+    encoder, unet = ([], shown) if is_unet else (shown, nn.Module())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(seed, "network_module", first.part))
+        network = _create_network(config, encoder, unet)
+        network.apply_to(encoder, unet, not is_unet, is_unet)
+    return _taken_off(network, first.root)
+
+
+def _create_network(config: NetworkModuleConfig, text_encoder: Any, unet: nn.Module) -> Any:
+    try:
+        make = import_module(config.module).create_network
+    except (ImportError, AttributeError) as error:
+        raise AdapterError(f"network.module: {config.module} is no network module: {error}") from error
+    arguments = {key: str(value) for key, value in config.args.items()}
+    arguments.setdefault("dropout", str(config.dropout))
+    try:
+        return make(
+            1.0, config.rank, config.alpha, None, text_encoder, unet, neuron_dropout=config.dropout, **arguments
+        )
+    except (TypeError, ValueError, KeyError, AssertionError) as error:
+        raise AdapterError(f"network.args: {config.module} refuses them: {error!r}") from error
+
+
+def _taken_off(network: nn.Module, root: nn.Module) -> dict[str, Created]:
+    """The adapters whose `forward` stands in for that of a layer of the root, which gets its own back."""
+    names = {id(module): name for name, module in network.named_modules()}
+    created = {}
+    for path, layer in root.named_modules():
+        changed = layer.__dict__.pop("forward", None)
+        if changed is not None:
+            module = changed.__self__
+            key = names[id(module)]
+            created[key] = Created(key, path, module)
+    return created
+
+
+def _levels(target: AdaptationTarget) -> str:
+    """What stands between the prefix and the layer's path in the target's key: `text_model`, or nothing."""
+    inner = target.key.removesuffix(target.path.replace(".", "_"))
+    return inner.removeprefix(PREFIXES[target.part]).strip("_")
+
+
+def _under(root: nn.Module, level: str) -> nn.Module:
+    """The root, or a module that holds it under this name, so that paths begin with it."""
+    if not level:
+        return root
+    holder = nn.Module()
+    holder.add_module(level, root)
+    return holder
+
+
+def by_part(targets: Sequence[AdaptationTarget]) -> Mapping[str, list[AdaptationTarget]]:
+    """The targets of each part, in their order."""
+    parts: dict[str, list[AdaptationTarget]] = {}
+    for target in targets:
+        parts.setdefault(target.part, []).append(target)
+    return parts

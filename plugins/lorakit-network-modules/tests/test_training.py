@@ -1,0 +1,119 @@
+"""Runs with network modules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lycoris.kohya import create_network_from_weights
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import lorakit
+from lorakit.components import NetworkConfig
+from lorakit.config.reading import config_from_tables
+from lorakit.errors import AdapterError, ConfigError
+from lorakit.plugins import Catalog
+from lorakit.testing.contracts.denoising import make_batch, predict, read_model
+
+ALGORITHMS = {"loha": "hada_w1_a", "lokr": "lokr_w1"}
+
+
+def trained(tables: dict[str, Any], folder: Path, name: str = "lora", **network: Any) -> Path:
+    """The file of a run with LyCORIS."""
+    section = {"name": "network_module", "module": "lycoris.kohya", "rank": 4, "alpha": 2.0, **network}
+    changed = {**tables, "network": section, "output": {**tables["output"], "name": name}}
+    return lorakit.train(config_from_tables(changed, folder))
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_trains_and_saves(train_tables: dict[str, Any], tmp_path: Path, algo: str) -> None:
+    """LoHa and LoKr train with convolutions and text encoder, and leave a file with their own tensors."""
+    path = trained(train_tables, tmp_path, args={"algo": algo, "conv_dim": 4, "preset": "full"})
+    tensors = load_file(path)
+    suffixes = {key.partition(".")[2] for key in tensors}
+    assert ALGORITHMS[algo] in suffixes
+    assert "alpha" in suffixes
+    layers = {key.partition(".")[0] for key in tensors}
+    assert "lora_unet_mid_block_resnets_0_conv1" in layers
+    assert "lora_te_text_model_encoder_layers_0_mlp_fc1" in layers
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_network_module"] == "lycoris.kohya"
+    assert f'"algo": "{algo}"' in metadata["ss_network_args"]
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_lycoris_reads_the_file(train_tables: dict[str, Any], tmp_path: Path, tiny_sd1: Path, algo: str) -> None:
+    """LyCORIS, given the file and a fresh model, makes that model predict what the trained one predicts."""
+    train_tables["optimizer"]["lr"] = 0.02
+    path = trained(train_tables, tmp_path, parts=["unet"], args={"algo": algo})
+    model = read_model(tiny_sd1)
+    batch = make_batch(model)
+    with torch.no_grad():
+        base = predict(model, batch)
+        network, tensors = create_network_from_weights(1.0, str(path), None, None, model.denoiser)
+        network.apply_to(None, model.denoiser, apply_text_encoder=False, apply_unet=True)
+        network.load_state_dict(tensors, strict=False)
+        theirs = predict(model, batch)
+    ours = _prediction_of_ours(path, tiny_sd1, algo)
+    assert (ours - base).abs().max() > 1e-3
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def _prediction_of_ours(path: Path, folder: Path, algo: str) -> Tensor:
+    model = read_model(folder)
+    component = Catalog.discover().find(NetworkConfig, "network_module")
+    config = component(module="lycoris.kohya", rank=4, alpha=2.0, parts=("unet",), args={"algo": algo})
+    network = config.build(model.targets(("unet",)))
+    network.load_tensors(load_file(path))
+    with torch.no_grad():
+        return predict(model, make_batch(model))
+
+
+def test_runs_repeat_with_dropout(train_tables: dict[str, Any], tmp_path: Path) -> None:
+    """Two runs with module, rank and plain dropout give equal weights, whatever was drawn before."""
+    settings = {"dropout": 0.2, "args": {"algo": "loha", "rank_dropout": 0.2, "module_dropout": 0.2}}
+    torch.manual_seed(1)
+    first = load_file(trained(train_tables, tmp_path, "first", **settings))
+    torch.manual_seed(2)
+    second = load_file(trained(train_tables, tmp_path, "second", **settings))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_continues_from_a_file(train_tables: dict[str, Any], tmp_path: Path) -> None:
+    """`network.weights` is where training starts; another alpha is refused rather than kept silently."""
+    path = trained(train_tables, tmp_path, "first", args={"algo": "lokr"})
+    train_tables["optimizer"]["lr"] = 1e-12
+    again = trained(train_tables, tmp_path, "again", args={"algo": "lokr"}, weights=str(path))
+    for key, tensor in load_file(path).items():
+        torch.testing.assert_close(load_file(again)[key], tensor, rtol=0, atol=1e-8)
+    with pytest.raises(AdapterError, match="alpha 2 in the file, 1 in the config"):
+        trained(train_tables, tmp_path, "other", args={"algo": "lokr"}, weights=str(path), alpha=1.0)
+
+
+def test_a_package_that_is_missing(train_tables: dict[str, Any], tmp_path: Path) -> None:
+    """A package that is not installed is named before anything is read."""
+    with pytest.raises(ConfigError, match=r"network\.module: names a package that is not installed: 'lycoriss'"):
+        trained(train_tables, tmp_path, module="lycoriss.kohya")
+
+
+def test_a_module_that_is_none(train_tables: dict[str, Any], tmp_path: Path) -> None:
+    """A module without `create_network`, and arguments that it refuses, are named."""
+    with pytest.raises(AdapterError, match=r"network\.module: lycoris\.config is no network module"):
+        trained(train_tables, tmp_path, module="lycoris.config")
+    with pytest.raises(AdapterError, match=r"network\.args: lycoris\.kohya refuses them: KeyError\('lohaa'\)"):
+        trained(train_tables, tmp_path, args={"algo": "lohaa"})
+
+
+def test_layers_get_their_forward_back(tiny_sd1: Path) -> None:
+    """The module leaves no trace in the model's layers: detached, they are as they were read."""
+    model = read_model(tiny_sd1)
+    component = Catalog.discover().find(NetworkConfig, "network_module")
+    network = component(module="lycoris.kohya", args={"algo": "loha"}).build(model.targets(("text_encoder", "unet")))
+    network.detach()
+    layers: list[nn.Module] = [*model.denoiser.modules(), *model.text_encoder.module.modules()]
+    assert not any("forward" in layer.__dict__ for layer in layers)
