@@ -29,13 +29,14 @@ RELATIVES = {
     "sgdnesterov8bit": 1.0,
     "dadaptadagrad": 1.0,
     "dadaptadam": 0.1,
-    "dadaptadan": 0.1,
-    "dadaptadanip": 0.1,
-    "dadaptlion": 0.1,
+    "dadaptadan": 1.0,
+    "dadaptadanip": 1.0,
+    "dadaptlion": 1.0,
     "dadaptsgd": 1.0,
     "package.Class": 3e-3,
 }
 """Optimizers that are much like one of those, so that one network will do."""
+SETTINGS = {name: {"d0": 1e-3} for name in RELATIVES if name.startswith("dadapt")}
 PATHS = {"package.Class": "torch.optim.NAdam"}
 # D-Adaptation starts from an estimate of 1e-6, and takes a while to find a larger one.
 UPDATES = {name: 40 for name in [*LEARNING_RATES, *RELATIVES] if name.startswith("dadapt")}
@@ -73,7 +74,11 @@ def test_loss_falls_on_a_repeated_batch(
     """Some updates on one batch, its noise included, lower its loss by more than rounding can."""
     config = make_config(
         network={"name": network, "parts": parts, **NETWORKS[network]},
-        optimizer={"name": PATHS.get(optimizer, optimizer), "lr": (LEARNING_RATES | RELATIVES)[optimizer]},
+        optimizer={
+            "name": PATHS.get(optimizer, optimizer),
+            "lr": (LEARNING_RATES | RELATIVES)[optimizer],
+            **SETTINGS.get(optimizer, {}),
+        },
         training={"mixed_precision": precision},
         data={"batch_size": 2},
     )
