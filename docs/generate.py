@@ -202,6 +202,8 @@ def _type(type_: Any) -> str:
         return " or ".join(_type(member) for member in members if member is not type(None))
     if origin is Literal:
         return ", ".join(f"`{tomlkit.item(choice).as_string()}`" for choice in members)
+    if origin is Mapping:
+        return "table"
     if origin is tuple:
         return f"list of {_type(members[0])}s" if Ellipsis in members else f"[{', '.join(map(_type, members))}]"
     return {bool: "`true`, `false`", int: "whole number", float: "number", str: "text", Path: "path"}[type_]
@@ -219,6 +221,8 @@ def _default(field: attrs.Attribute[Any]) -> str:
         return "—"
     if field.default is None:
         return "absent"
+    if isinstance(field.default, attrs.Factory):  # type: ignore[arg-type]
+        return f"`{tomlkit.item(field.default.factory()).as_string()}`"
     value = list(field.default) if isinstance(field.default, tuple) else field.default
     return f"`{tomlkit.item(value).as_string()}`"
 

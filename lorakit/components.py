@@ -8,10 +8,11 @@ component imports nothing heavy: torch and optional packages are imported inside
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from attrs import field, frozen
+from attrs import field, fields, frozen
 from attrs import validators as v
 
 from lorakit.errors import Problem
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from lorakit.networks.network import Network, ParameterGroup
     from lorakit.networks.saving import Saver
 
+ComponentT = TypeVar("ComponentT", bound="Component")
+
 
 @frozen(kw_only=True)
 class Component:
@@ -37,10 +40,24 @@ class Component:
     """What the user writes in the config file."""
     requires: ClassVar[tuple[str, ...]] = ()
     """Optional packages that `build` imports, by the names that pip knows; checked before anything loads."""
+    by_path: ClassVar[bool] = False
+    """Whether it stands for classes of any package: the user writes a dotted path in place of its name."""
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the fields taken together; keys are field names."""
         return iter(())
+
+
+def named(component: type[ComponentT], path: str) -> type[ComponentT]:
+    """A component with a dotted path as its name, where it is `by_path`; any other as it is."""
+    found: type[ComponentT] = _at(component, path) if component.by_path else component  # type: ignore[arg-type]
+    return found
+
+
+@cache
+def _at(component: Any, path: str) -> Any:
+    own = {"name": path, "__doc__": f"`{path}`, a class of another package.", "__module__": component.__module__}
+    return frozen(kw_only=True)(type(component.__name__, (component,), own))
 
 
 @frozen(kw_only=True)
@@ -87,6 +104,11 @@ class OptimizerConfig(Component):
 
     kind = "optimizer"
 
+    own_learning_rates: ClassVar[bool] = True
+    """Whether parts of the model may have different learning rates, 0 apart, which leaves a part out."""
+    schedule_free: ClassVar[bool] = False
+    """Whether it does without an LR schedule, so that any but a constant one is warned of."""
+
     lr: float = field(default=1e-4, validator=v.ge(0))
     """Learning rate of all parts that have none of their own."""
     unet_lr: float | None = field(default=None, validator=v.optional(v.ge(0)))
@@ -99,6 +121,21 @@ class OptimizerConfig(Component):
         own: float | None = getattr(self, f"{part}_lr", None)
         return self.lr if own is None else own
 
+    def own_settings(self) -> dict[str, Any]:
+        """The values of the fields that this optimizer adds to those of every optimizer, by name."""
+        shared = {own.name for own in fields(OptimizerConfig)}
+        return {own.name: getattr(self, own.name) for own in fields(type(self)) if own.name not in shared}
+
+    def problems(self) -> Iterator[Problem]:
+        """Says so if the parts' learning rates differ where only one can be had."""
+        rates = {"unet_lr": self.lr_of("unet"), "text_encoder_lr": self.lr_of("text_encoder")}
+        if self.own_learning_rates or len({rate for rate in rates.values() if rate > 0}) < 2:
+            return
+        for key, rate in rates.items():
+            if rate != self.lr:
+                hint = f"Leave it out, or set {key} = 0 to leave this part out"
+                yield Problem(key, f"must be lr, {self.lr:g}, with {self.name}, not {rate:g}", hint)
+
     def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
         """The optimizer over the groups, each with its own learning rate."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
@@ -109,6 +146,9 @@ class LRSchedulerConfig(Component):
     """How the learning rate changes over the run, as a factor of the optimizer's learning rate."""
 
     kind = "LR scheduler"
+
+    is_constant: ClassVar[bool] = False
+    """Whether the learning rate stays the same over the whole run."""
 
     def build(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
         """The schedule over `total_steps` optimizer steps, all processes counted once."""

@@ -29,6 +29,7 @@ from lorakit.components import (
     ObserverConfig,
     OptimizerConfig,
     SaverConfig,
+    named,
 )
 from lorakit.errors import PluginError
 
@@ -145,24 +146,26 @@ class Catalog:
     def find(self, base: type[ComponentT], name: str) -> type[ComponentT]:
         """The component of a kind by its name, or by `distribution:name` where two share the name.
 
+        A dotted path that is nobody's name is one to a class, for the component that is `by_path`.
         Raises PluginError, which says what is near, what clashes, or which broken plugin may have provided it.
         """
         distribution, _, short_name = name.rpartition(":")
-        candidates = [
-            registration
-            for registration in self.of_kind(base).get(short_name, [])
-            if not distribution or registration.provider.is_of(distribution)
-        ]
+        known = self.of_kind(base).get(short_name) or (self._by_path(base) if "." in short_name else [])
+        candidates = [found for found in known if not distribution or found.provider.is_of(distribution)]
         if not candidates:
             raise PluginError(self._unknown(base, name))
         if len(candidates) > 1:
             raise PluginError(_clash(base, short_name, candidates))
-        component = candidates[0].component
+        component: type[ComponentT] = named(candidates[0].component, short_name)  # type: ignore[arg-type]
         missing = missing_packages(component)
         if missing:
             what = "a package that is" if len(missing) == 1 else "packages that are"
             raise PluginError(f"{base.kind} {name!r} needs {what} not installed: pip install {' '.join(missing)}")
-        return component  # type: ignore[return-value]
+        return component
+
+    def _by_path(self, base: type[Component]) -> list[Registration]:
+        own = [found for found in self.registrations if issubclass(found.component, base)]
+        return [found for found in own if found.component.by_path]
 
     def full_name(self, component: type[Component]) -> str:
         """What to write in a config for a component: its name, with the distribution where two share the name."""

@@ -1,4 +1,8 @@
-"""Learning-rate schedules that begin with a warm-up: what a component has to say is only what follows it."""
+"""Learning-rate schedules that begin with a warm-up: what a component has to say is only what follows it.
+
+Steps are counted from 0. Over a warm-up of w steps, the factor of step t is t/w: the first step has
+learning rate 0, and step w is the first with the whole one. Without a warm-up, that is the first step.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,20 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 
+def whole_steps(length: float, total_steps: int) -> int:
+    """A length as a config has it, in steps: below 1 it is a share of the run, rounded down."""
+    return int(length * (total_steps if length < 1 else 1))
+
+
+def problem_of_length(key: str, length: float) -> Iterator[Problem]:
+    """Says so if a length is neither whole steps nor a share."""
+    if length > 1 and length % 1:
+        yield Problem(key, f"must be whole steps, or a share below 1, not {length}")
+
+
 @frozen(kw_only=True)
 class WarmupConfig(LRSchedulerConfig):
-    """A schedule that begins with a linear warm-up; a subclass says how it goes on."""
+    """A schedule that begins with a linear warm-up; a subclass says how it goes on, by `factor` or by `curve`."""
 
     warmup_steps: float = field(default=0, validator=v.ge(0))
     """Steps over which the learning rate rises from zero; below 1, a share of the run."""
@@ -27,10 +42,13 @@ class WarmupConfig(LRSchedulerConfig):
         """What multiplies the learning rate `lr` once `progress`, 0 to 1, of the steps after the warm-up is done."""
         raise NotImplementedError(f"{type(self).__name__} does not say how the learning rate changes")
 
+    def curve(self, lr: float, warmup: int, total_steps: int) -> Callable[[int], float]:
+        """What multiplies the learning rate `lr` at each step from `warmup` on, counted from the first of the run."""
+        return lambda step: self.factor(min(1.0, (step - warmup) / max(1, total_steps - warmup)), lr)
+
     def problems(self) -> Iterator[Problem]:
         """Says so if the warm-up is neither whole steps nor a share."""
-        if self.warmup_steps > 1 and self.warmup_steps % 1:
-            yield Problem("warmup_steps", f"must be whole steps, or a share below 1, not {self.warmup_steps}")
+        yield from problem_of_length("warmup_steps", self.warmup_steps)
 
     def build(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
         """The schedule, for each parameter group by its own learning rate."""
@@ -40,12 +58,6 @@ class WarmupConfig(LRSchedulerConfig):
         return LambdaLR(optimizer, factors)
 
     def _factors(self, lr: float, total_steps: int) -> Callable[[int], float]:
-        share = total_steps if self.warmup_steps < 1 else 1
-        warmup = int(self.warmup_steps * share)
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return step / warmup
-            return self.factor(min(1.0, (step - warmup) / max(1, total_steps - warmup)), lr)
-
-        return factor
+        warmup = whole_steps(self.warmup_steps, total_steps)
+        afterwards = self.curve(lr, warmup, total_steps)
+        return lambda step: step / warmup if step < warmup else afterwards(step)

@@ -142,6 +142,9 @@ class TrainConfig:
         for part in ("unet", "text_encoder"):
             if getattr(self.optimizer, f"{part}_lr", None) is not None and part not in self.network.parts:
                 yield Problem(f"optimizer.{part}_lr", f"has no effect, because {part!r} is not in network.parts")
+        if self.optimizer.schedule_free and not self.lr_scheduler.is_constant:
+            hint = "A warm-up is optimizer.warmup_steps" if hasattr(self.optimizer, "warmup_steps") else ""
+            yield Problem("lr_scheduler.name", f"hardly suits {self.optimizer.name}, which needs no schedule", hint)
         if self.output.keep_last and not (self.output.save_every_n_epochs or self.output.save_every_n_steps):
             yield Problem("output.keep_last", "has no effect without save_every_n_epochs or save_every_n_steps")
         yield from self.loss.warnings()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import attrs
 
@@ -59,11 +60,14 @@ class TableReader:
             self.report(key, str(error))
             return None
 
-    def refuse_unknown(self, table: Iterable[str], known: Collection[str], section: str) -> None:
-        """Note each key of the table that is not known."""
+    def refuse_unknown(self, table: Iterable[str], known: Collection[str], section: str, free: str = "") -> None:
+        """Note each key of the table that is not known; `free` is a key of the section that is a table of any keys."""
         for name in table:
             if name not in known:
-                self.report(_join(section, name), "is not a known key", hint_for(section, name, known, self.places))
+                hint = hint_for(section, name, known, self.places)
+                if free and not difflib.get_close_matches(name, known, n=1):
+                    hint = f"did you mean {section}.{free}.{name}?"
+                self.report(_join(section, name), "is not a known key", hint)
 
     def structure(
         self, cls: type[ConfigT], table: Mapping[str, Any], section: str, paths: Mapping[str, str] | None = None
@@ -72,7 +76,7 @@ class TableReader:
 
         `paths` gives the full key of a field that was written elsewhere than in this section.
         """
-        self.refuse_unknown(table, field_names(cls), section)
+        self.refuse_unknown(table, field_names(cls), section, _free_table(cls))
         values = self.values(cls, table, section, paths)
         return None if values is None else self.instance(cls, values, section, paths)
 
@@ -129,6 +133,12 @@ class TableReader:
             except (ValueError, TypeError) as error:
                 raise ValueError(_in_words(error, structured)) from error
         return structured
+
+
+def _free_table(cls: type) -> str:
+    """The field of a config class that is a table of any keys; empty where it has none."""
+    types = get_type_hints(cls)
+    return next((field.name for field in attrs.fields(cls) if get_origin(types[field.name]) is Mapping), "")
 
 
 def _join(section: str, name: str) -> str:

@@ -29,9 +29,9 @@ from lorakit.engine.run import Run
 from lorakit.engine.schedule import Schedule
 from lorakit.engine.state import find_state
 from lorakit.engine.trainer import train
-from lorakit.errors import ConfigError
+from lorakit.errors import ConfigError, Problem
 from lorakit.models.protocol import DiffusionModel
-from lorakit.networks.network import Network
+from lorakit.networks.network import Network, ParameterGroup
 from lorakit.networks.saving import read_adapter
 from lorakit.plugins import Catalog
 
@@ -98,6 +98,7 @@ def assemble(prepared: PreparedRun, processes: Processes) -> Run:
         log.warning('fp16 is slow on a CPU and may lack kernels; training.mixed_precision = "bf16" suits it better')
     model = build_model(config, processes.device)
     schedule = Schedule(prepared.datasets, config.training, processes)
+    _rehearse(config, schedule.total_steps, processes.device)
     latent_keys, captions = _encoded(prepared, model, processes)
     loader = BatchLoader(
         datasets=prepared.datasets,
@@ -115,6 +116,7 @@ def assemble(prepared: PreparedRun, processes: Processes) -> Run:
         model.enable_gradient_checkpointing()
     network = _attached_network(config, model)
     groups = network.parameter_groups(config.optimizer.lr_of)
+    _refuse_several_rates(config, [group.lr for group in groups])
     optimizer = config.optimizer.build(groups)
     metadata = run_metadata(config, prepared.datasets, started)
     return Run(
@@ -189,6 +191,23 @@ def _progress(title: str, processes: Processes) -> Iterator[Callable[[int, int],
         yield show
     finally:
         bar.close()
+
+
+def _rehearse(config: TrainConfig, total_steps: int, device: torch.device) -> None:
+    """Build optimizer and LR schedule for one number, so that what they refuse shows before anything is encoded."""
+    groups = [
+        ParameterGroup(part, part, (torch.nn.Parameter(torch.zeros(1, device=device)),), config.optimizer.lr_of(part))
+        for part in config.trained_parts
+    ]
+    config.lr_scheduler.build(config.optimizer.build(groups), total_steps)
+
+
+def _refuse_several_rates(config: TrainConfig, rates: Sequence[float]) -> None:
+    """Raises ConfigError where the network asks for learning rates that the optimizer cannot have."""
+    different = sorted({rate for rate in rates if rate > 0})
+    if len(different) > 1 and not config.optimizer.own_learning_rates:
+        message = f"{config.optimizer.name} has one learning rate, but the network asks for {len(different)}"
+        raise ConfigError([Problem("optimizer.name", message, "choose another, or one rate for all layers")])
 
 
 def _attached_network(config: TrainConfig, model: DiffusionModel) -> Network:

@@ -13,6 +13,13 @@ import torch
 from torch.optim import Optimizer
 
 
+def begin_training(optimizer: Optimizer) -> None:
+    """Tell an optimizer that has evaluation weights that the steps begin, which it wants to know."""
+    begin = getattr(optimizer, "train", None)
+    if begin is not None:
+        begin()
+
+
 @contextmanager
 def evaluation_weights(optimizer: Optimizer) -> Iterator[None]:
     """Put the parameters where the optimizer wants them read; afterwards they are as before, bit for bit."""

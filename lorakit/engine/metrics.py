@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from attrs import frozen
@@ -18,6 +19,16 @@ from lorakit.engine.processes import Processes
 from lorakit.errors import TrainingDiverged
 
 STEPS_PER_READING = 10
+
+
+def effective_rate(group: Mapping[str, Any]) -> float:
+    """The learning rate that the last step was taken with, as an optimizer's parameter group tells it.
+
+    Optimizers that find it themselves keep a factor under `d`; schedule-free ones, the rate under `scheduled_lr`.
+    """
+    factor = group.get("d", 1.0)
+    # A tensor would have to be waited for.
+    return float(group.get("scheduled_lr", group["lr"])) * (factor if isinstance(factor, float) else 1.0)
 
 
 @frozen

@@ -14,10 +14,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lorakit.config.sections import TrainConfig
 from lorakit.data.batches import Batch, BatchLoader, prefetch
-from lorakit.engine.evaluation import evaluation_weights
+from lorakit.engine.evaluation import begin_training, evaluation_weights
 from lorakit.engine.gradients import FlatGradients
 from lorakit.engine.interruption import StopRequest
-from lorakit.engine.metrics import MetricsReader, PendingStep
+from lorakit.engine.metrics import MetricsReader, PendingStep, effective_rate
 from lorakit.engine.observing import Observers, RunInfo
 from lorakit.engine.output import AdapterWriter
 from lorakit.engine.processes import Processes
@@ -74,6 +74,7 @@ class Run:
     def __attrs_post_init__(self) -> None:
         self.loss = torch.zeros((), device=self.processes.device)
         self.gradient_norm = torch.zeros_like(self.loss)
+        begin_training(self.optimizer)
         self.metrics = MetricsReader(
             self.processes, self.scaler.is_enabled(), lambda metrics: self.observers.tell("metrics_read", metrics)
         )
@@ -197,7 +198,7 @@ class Run:
     def step_finished(self, step: Step) -> None:
         """Count the step, move the learning rate and hand on the numbers."""
         self.step += 1
-        rates = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
+        rates = {group["name"]: effective_rate(group) for group in self.optimizer.param_groups}
         self.lr_scheduler.step()
         epoch = step.scheduled.planned.epoch
         self.metrics.add(PendingStep(self.step, epoch, tuple(step.images), rates, self.loss, self.gradient_norm))

@@ -16,8 +16,34 @@ from lorakit.plugins import Catalog
 
 ComponentT = TypeVar("ComponentT", bound=Component)
 
-OPTIMIZER_NAMES: Mapping[str, str] = {"": "adamw", "dadaptadampreprint": "dadaptation"}
+OPTIMIZER_NAMES: Mapping[str, str] = {
+    "": "adamw",
+    "dadaptadampreprint": "dadaptation",
+    "adamwschedulefree": "adamw_schedulefree",
+    "radamschedulefree": "radam_schedulefree",
+    "sgdschedulefree": "sgd_schedulefree",
+}
 """lorakit's names of sd-scripts' optimizers, where they are not the same in lower case."""
+
+GUESTS: Mapping[str, str] = {
+    "prodigy": "lorakit-prodigy",
+    "adamw_schedulefree": "lorakit-schedulefree",
+    "radam_schedulefree": "lorakit-schedulefree",
+    "sgd_schedulefree": "lorakit-schedulefree",
+}
+"""Optimizers of sd-scripts that plugins bring."""
+
+TORCH_OPTIMIZERS = "torch.optim"
+"""Where sd-scripts looks for an optimizer that it has no name for; case counts there."""
+
+TORCH_SCHEDULERS = "torch.optim.lr_scheduler"
+"""Where it looks for --lr_scheduler_type."""
+
+WRITTEN_DEFAULTS: Mapping[str, tuple[str, ...]] = {"lr_decay_steps": ("warmup_stable_decay",)}
+"""Options of schedules with another default than lorakit's, by the schedules that have it."""
+
+IMPLIED_ARGS: Mapping[str, tuple[str, ...]] = {"sgdnesterov": ("nesterov",), "sgdnesterov8bit": ("nesterov",)}
+"""Arguments that sd-scripts always sets, as lorakit's optimizer of that name does."""
 
 ADAFACTOR_DEFAULTS: Mapping[str, object] = {"relative_step": True, "scale_parameter": True}
 """What holds with sd-scripts' Adafactor and not with lorakit's, when nothing is said."""
@@ -88,12 +114,12 @@ def _network_value(key: str, text: str) -> object:
 
 def write_optimizer(command: Command, draft: Draft, catalog: Catalog) -> None:
     """[optimizer]: name, learning rates, and the arguments that lorakit's optimizer takes too."""
-    option, name = _optimizer_name(command)
+    option, name = _optimizer_name(command, catalog)
     draft.set("optimizer", "name", command.setting(option, name))
     component = _component(catalog, OptimizerConfig, name)
     if component is None:
-        reason = "`lorakit check` refuses the config until optimizer.name names another"
-        draft.leave_out(option, command.get(option), reason)
+        cure = f"install the plugin {GUESTS[name]}" if name in GUESTS else "choose another"
+        draft.leave_out(option, command.get(option), f"`lorakit check` refuses the config; {cure}")
     _write_arguments("optimizer", component, command, draft)
     if name == "adafactor":
         for key, value in ADAFACTOR_DEFAULTS.items():
@@ -114,16 +140,21 @@ def finds_its_lr(draft: Draft) -> bool:
     return optimizer["name"].value == "adafactor" and bool(optimizer["relative_step"].value)
 
 
-def _optimizer_name(command: Command) -> tuple[str, str]:
-    """The option that names the optimizer, and lorakit's name of it."""
+def _optimizer_name(command: Command, catalog: Catalog) -> tuple[str, str]:
+    """The option that names the optimizer, and lorakit's name of it, or the path of its class."""
     named = [name for name in ("optimizer_type", "use_8bit_adam", "use_lion_optimizer") if command.get(name)]
     if len(named) > 1:
         raise ConfigError([Problem(f"--{named[0]}", f"cannot stand beside --{named[1]}", "leave one of them out")])
     option = named[0] if named else "optimizer_type"
     if option != "optimizer_type":
         return option, OPTIONS[option].key.partition('"')[2].rstrip('"')
-    name = str(command.get(option))
-    return option, OPTIMIZER_NAMES.get(name.lower(), name.lower())
+    given = str(command.get(option))
+    name = OPTIMIZER_NAMES.get(given.lower(), given.lower())
+    # Another plugin may use one of these names for something else.
+    own = [found.component.name for found in catalog.registrations if found.provider.is_of("lorakit")]
+    if name in GUESTS or name in own:
+        return option, name
+    return option, given if "." in given else f"{TORCH_OPTIMIZERS}.{given}"
 
 
 def _learning_rates(command: Command, draft: Draft) -> None:
@@ -139,57 +170,89 @@ def _learning_rates(command: Command, draft: Draft) -> None:
 
 def write_lr_scheduler(command: Command, draft: Draft, catalog: Catalog) -> None:
     """[lr_scheduler]: name, and those of the options that lorakit's schedule takes too."""
-    if finds_its_lr(draft):
-        source = "sd-scripts has no other schedule with Adafactor's relative_step"
+    source = _why_no_schedule(draft)
+    if source:
         draft.set("lr_scheduler", "name", Setting("constant", source))
-        for other in ("lr_scheduler", "lr_scheduler_type", "lr_scheduler_args", "lr_warmup_steps", *_SCHEDULE_OPTIONS):
-            if other in command.given:
+        for other in ("lr_scheduler", "lr_scheduler_type", "lr_scheduler_args", *_SCHEDULE_OPTIONS):
+            if other in command.given and command.get(other) != OPTIONS[other].default:
                 draft.remark(other, f"has no effect: {source}")
         return
-    option = "lr_scheduler_type" if command.get("lr_scheduler_type") else "lr_scheduler"
-    name = command.get(option)
-    draft.set("lr_scheduler", "name", command.setting(option))
+    option, name = _schedule_name(command)
+    draft.set("lr_scheduler", "name", command.setting(option, name))
     component = _component(catalog, LRSchedulerConfig, name)
     if component is None:
         reason = "`lorakit check` refuses the config until lr_scheduler.name names another"
         draft.leave_out(option, name, reason)
-    _warmup(command, draft, name)
+    _refuse_schedule(command, option, name)
     for other, key in _SCHEDULE_OPTIONS.items():
-        if other not in command.given or not command.get(other):
+        is_default = command.get(other) == OPTIONS[other].default
+        if is_default and name not in WRITTEN_DEFAULTS.get(other, ()):
             continue
         if component is None or key in field_names(component):
             draft.set("lr_scheduler", key, command.setting(other))
         elif command.state(other) is State.WORKS:
-            draft.remark(other, f"has no effect with --lr_scheduler={name}")
+            draft.remark(other, f"has no effect with --{option}={command.get(option)}")
     _write_arguments("lr_scheduler", component, command, draft)
+
+
+def _why_no_schedule(draft: Draft) -> str:
+    """Why sd-scripts takes no schedule beside the optimizer; empty where it does."""
+    if finds_its_lr(draft):
+        return "sd-scripts has no other schedule with Adafactor's relative_step"
+    # sd-scripts goes by the name as well.
+    if str(draft.sections["optimizer"]["name"].value).lower().endswith("schedulefree"):
+        return "sd-scripts has no schedule with a schedule-free optimizer"
+    return ""
+
+
+def _schedule_name(command: Command) -> tuple[str, str]:
+    """The option that names the schedule, and lorakit's name of it, or the path of its class."""
+    path = command.get("lr_scheduler_type")
+    if not path:
+        return "lr_scheduler", command.get("lr_scheduler")
+    return "lr_scheduler_type", path if "." in path else f"{TORCH_SCHEDULERS}.{path}"
+
+
+def _refuse_schedule(command: Command, option: str, name: str) -> None:
+    """Raises ConfigError where sd-scripts cannot use its options together."""
+    if command.get("lr_warmup_steps") and (name == "constant" or option == "lr_scheduler_type"):
+        hint = "give --lr_scheduler=constant_with_warmup, or leave the warm-up out"
+        message = f"cannot be used with --{option}={command.get(option)}"
+        raise ConfigError([Problem("--lr_warmup_steps", message, hint)])
+    if name == "cosine_with_min_lr" and command.get("lr_scheduler_min_lr_ratio") is None:
+        raise ConfigError([Problem("--lr_scheduler_min_lr_ratio", f"is missing, which --{option}={name} needs")])
+    if name == "piecewise_constant" and "step_rules" not in command.pairs("lr_scheduler_args"):
+        hint = """--lr_scheduler_args "step_rules='1:100,0.1'\""""
+        raise ConfigError([Problem("--lr_scheduler_args", f"must have step_rules with --{option}={name}", hint)])
 
 
 def _write_arguments(section: str, component: type[Component] | None, command: Command, draft: Draft) -> None:
     """Write those of a component's `key=value` arguments that it takes; all of them where there is none to ask."""
     option = f"{section}_args"
-    for key, value in command.literals(option).items():
-        if (component is None or key in field_names(component)) and _fits_toml(value):
-            draft.set(section, key, Setting(_as_list(value), f"--{option} {key}"))
-        else:
+    values = command.literals(option)
+    known = field_names(component) if component else [*values]
+    name = draft.sections[section]["name"].value
+    if component and component.by_path:
+        given = {key: _as_list(value) for key, value in values.items() if _fits_toml(value)}
+        if given:
+            draft.set(section, "args", Setting(given, f"--{option}"))
+        known = [*given]
+    for key, value in values.items():
+        if key in IMPLIED_ARGS.get(name, ()) and value is True:
+            continue
+        if key not in known or not _fits_toml(value):
             draft.leave_out(option, f"{key}={value}")
+        elif not (component and component.by_path):
+            draft.set(section, key, Setting(_as_list(value), f"--{option} {key}"))
 
 
 _SCHEDULE_OPTIONS: Mapping[str, str] = {
     name: OPTIONS[name].key.partition(".")[2]
     for name in (
-        "lr_decay_steps", "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_timescale",
+        "lr_warmup_steps", "lr_decay_steps", "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_timescale",
         "lr_scheduler_min_lr_ratio",
     )
 }  # fmt: skip
-
-
-def _warmup(command: Command, draft: Draft, name: str) -> None:
-    steps = command.get("lr_warmup_steps")
-    if steps and name == "constant":
-        hint = "give --lr_scheduler=constant_with_warmup, or leave the warm-up out"
-        raise ConfigError([Problem("--lr_warmup_steps", "cannot be used with --lr_scheduler=constant", hint)])
-    if steps:
-        draft.set("lr_scheduler", "warmup_steps", command.setting("lr_warmup_steps"))
 
 
 def _component(catalog: Catalog, base: type[ComponentT], name: str) -> type[ComponentT] | None:

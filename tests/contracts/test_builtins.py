@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorakit.components import Component
+from lorakit.components import Component, LRSchedulerConfig, OptimizerConfig, named
 from lorakit.plugins import REGISTRATION_HOOKS, Catalog
 from lorakit.testing import contracts
 from lorakit.testing.models import make_tiny_sd1, make_tiny_sd2, to_single_file
@@ -21,16 +21,34 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "c3lier": {"rank": 4, "alpha": 2.0, "conv_rank": 2, "rank_dropout": 0.1},
     "adamw": {"lr": 1e-2},
     "adamw8bit": {"lr": 1e-2},
+    "pagedadamw": {"lr": 1e-2},
+    "pagedadamw8bit": {"lr": 1e-2},
+    "pagedadamw32bit": {"lr": 1e-2},
+    "sgdnesterov": {"lr": 1e-2},
+    "sgdnesterov8bit": {"lr": 1e-2},
     "lion": {"lr": 3e-3},
+    "lion8bit": {"lr": 3e-3},
+    "pagedlion8bit": {"lr": 3e-3},
     "adafactor": {"lr": 1e-2},
     "constant_with_warmup": {"warmup_steps": 0.1},
     "linear": {"warmup_steps": 0.1},
     "cosine": {"warmup_steps": 0.1},
     "cosine_with_restarts": {"num_cycles": 2},
     "polynomial": {"power": 2.0, "lr_end": 0.0},
+    "cosine_with_min_lr": {"warmup_steps": 0.1, "min_lr_ratio": 0.2},
+    "warmup_stable_decay": {"warmup_steps": 0.1, "decay_steps": 0.3},
+    "piecewise_constant": {"step_rules": "1:0.2,0.1:0.6,0.01"},
+    "torch.optim.RAdam": {"lr": 1e-2, "args": {"betas": [0.9, 0.99]}},
+    "torch.optim.lr_scheduler.StepLR": {"args": {"step_size": 30, "gamma": 0.5}},
     "tensorboard": {"dir": Path("logs")},
 }
 """The settings to test each component with; the others are tested with their defaults."""
+
+PATHS: Mapping[type[Component], str] = {
+    OptimizerConfig: "torch.optim.RAdam",
+    LRSchedulerConfig: "torch.optim.lr_scheduler.StepLR",
+}
+"""The class to test those components with that stand for any class of their kind."""
 
 ATTRIBUTES: Mapping[str, Mapping[str, Any]] = {
     "sd1": {"make_model": lambda _, folder: make_tiny_sd1(folder), "text_settings": {"clip_skip": 2}},
@@ -43,18 +61,29 @@ ATTRIBUTES: Mapping[str, Mapping[str, Any]] = {
             "output": {"save_every_n_steps": 1, "save_every_n_epochs": 1, "keep_last": 2, "save_state": True}
         }
     },
-    "dadaptation": {"own_learning_rates": False},
+    "torch.optim.lr_scheduler.StepLR": {"stretches": False},
+    "inverse_sqrt": {"stretches": False},
     "ckpt": {"keeps_metadata": False},
     "pt": {"keeps_metadata": False},
 }
 """What the suites must know of single components."""
 
-BUILTINS = [found.component for found in Catalog.discover().registrations if found.provider.is_of("lorakit")]
+
+def base_of(component: type[Component]) -> type[Component]:
+    """The base class of a component's kind."""
+    return next(base for base in REGISTRATION_HOOKS.values() if issubclass(component, base))
+
+
+BUILTINS = [
+    named(found.component, PATHS.get(base_of(found.component), ""))
+    for found in Catalog.discover().registrations
+    if found.provider.is_of("lorakit")
+]
 
 
 def suite_for(component: type[Component]) -> type[contracts.ComponentContract]:
     """The suite of a component's kind, set up for it: `SdpaConfig` gives `TestSdpa`."""
-    base = next(base for base in REGISTRATION_HOOKS.values() if issubclass(component, base))
+    base = base_of(component)
     contract = getattr(contracts, base.__name__.replace("Config", "Contract"))
     config = component(**SETTINGS.get(component.name, {}))
     attributes = {"config": config, "__module__": __name__, "__doc__": contract.__doc__}
@@ -69,8 +98,8 @@ def test_every_builtin_has_a_suite() -> None:
     """Each entry point of lorakit has given a component and a suite of its own; none is broken or left out."""
     entry_points = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["entry-points"]["lorakit"]
     suites = [value for value in globals().values() if isinstance(value, type) and value.__name__.startswith("Test")]
-    assert sorted(component.name for component in BUILTINS) == sorted(entry_points)
-    assert sorted(suite.config.name for suite in suites) == sorted(entry_points)
+    assert {component.__module__ for component in BUILTINS} == set(entry_points.values())
+    assert sorted(suite.config.name for suite in suites) == sorted(component.name for component in BUILTINS)
 
 
 def test_no_setting_is_for_nothing() -> None:

@@ -224,7 +224,8 @@ def test_readme_lists_what_comes_with_lorakit() -> None:
     """The README's list of components is that of the catalog, kind by kind."""
     table = sections_of(README.read_text(encoding="utf-8"), "##")["What comes with it"]
     listed = {
-        heading: set(re.findall(r"`(\w+)`", names)) for heading, names in re.findall(r"\| `(\[.*\])` \| (.*) \|", table)
+        heading: set(re.findall(r"`([\w.]+)`", names))
+        for heading, names in re.findall(r"\| `(\[.*\])` \| (.*) \|", table)
     }
     bases = {f"[{section}]": base for section, (base, _) in COMPONENT_SECTIONS.items()} | {
         "[model]": ModelFamilyConfig,

@@ -19,8 +19,27 @@ from lorakit.engine.run import Run
 from lorakit.plugins import Catalog
 
 LEARNING_RATES = {"adamw": 3e-3, "adamw8bit": 3e-3, "lion": 1e-3, "dadaptation": 0.1, "adafactor": 3e-3}
+RELATIVES = {
+    "pagedadamw": 3e-3,
+    "pagedadamw8bit": 3e-3,
+    "pagedadamw32bit": 3e-3,
+    "lion8bit": 1e-3,
+    "pagedlion8bit": 1e-3,
+    "sgdnesterov": 1.0,
+    "sgdnesterov8bit": 1.0,
+    "dadaptadagrad": 1.0,
+    "dadaptadam": 0.1,
+    "dadaptadan": 1.0,
+    "dadaptadanip": 1.0,
+    "dadaptlion": 1.0,
+    "dadaptsgd": 1.0,
+    "package.Class": 3e-3,
+}
+"""Optimizers that are much like one of those, so that one network will do."""
+SETTINGS = {name: {"d0": 1e-3} for name in RELATIVES if name.startswith("dadapt")}
+PATHS = {"package.Class": "torch.optim.NAdam"}
 # D-Adaptation starts from an estimate of 1e-6, and takes a while to find a larger one.
-UPDATES = {"dadaptation": 40}
+UPDATES = {name: 40 for name in [*LEARNING_RATES, *RELATIVES] if name.startswith("dadapt")}
 NETWORKS = {"lierla": {}, "c3lier": {"conv_rank": 2}}
 STEPS = 12
 
@@ -38,13 +57,16 @@ def loss_on(run: Run, batch: Batch) -> Tensor:
 def test_every_component_is_tried() -> None:
     """The tables above name exactly the optimizers and networks that lorakit itself registers."""
     own = [found for found in Catalog.discover().registrations if found.provider.distribution == "lorakit"]
-    assert {r.component.name for r in own if issubclass(r.component, OptimizerConfig)} == set(LEARNING_RATES)
+    assert {r.component.name for r in own if issubclass(r.component, OptimizerConfig)} == {*LEARNING_RATES, *RELATIVES}
     assert {r.component.name for r in own if issubclass(r.component, NetworkConfig)} == set(NETWORKS)
 
 
 @pytest.mark.parametrize(
     ("optimizer", "network", "precision", "parts"),
-    product(LEARNING_RATES, NETWORKS, ("no", "bf16"), (["unet"], ["unet", "text_encoder"])),
+    [
+        *product(LEARNING_RATES, NETWORKS, ("no", "bf16"), (["unet"], ["unet", "text_encoder"])),
+        *product(RELATIVES, ["lierla"], ["no"], [["unet", "text_encoder"]]),
+    ],
 )
 def test_loss_falls_on_a_repeated_batch(
     make_config, optimizer: str, network: str, precision: str, parts: list[str]
@@ -52,7 +74,11 @@ def test_loss_falls_on_a_repeated_batch(
     """Some updates on one batch, its noise included, lower its loss by more than rounding can."""
     config = make_config(
         network={"name": network, "parts": parts, **NETWORKS[network]},
-        optimizer={"name": optimizer, "lr": LEARNING_RATES[optimizer]},
+        optimizer={
+            "name": PATHS.get(optimizer, optimizer),
+            "lr": (LEARNING_RATES | RELATIVES)[optimizer],
+            **SETTINGS.get(optimizer, {}),
+        },
         training={"mixed_precision": precision},
         data={"batch_size": 2},
     )

@@ -219,7 +219,9 @@ def test_varied_captions_resume_exactly(make_config, catalog: Catalog) -> None:
     assert not same(weights_of(whole), weights_of(plain))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "lion", "dadaptation", "adafactor"])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", "adamw8bit", "lion", "dadaptation", "dadaptsgd", "adafactor", "torch.optim.RAdam"]
+)
 def test_resumed_run_is_bit_equal(make_config, catalog: Catalog, optimizer: str) -> None:
     """A run stopped in mid-epoch and resumed ends as the uninterrupted one, with dropout and accumulation."""
     sections = {

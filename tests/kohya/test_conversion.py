@@ -88,6 +88,14 @@ def test_networks(words: list[str], expected: dict[str, Any], converted: Convert
          {"name": "adafactor", "lr": 1e-3, "relative_step": False, "scale_parameter": True}),
         (["--optimizer_type=adafactor", "--optimizer_args", "relative_step=False", "warmup_init=True"],
          {"name": "adafactor", "relative_step": True, "warmup_init": True, "scale_parameter": True}),
+        (["--optimizer_type=PagedAdamW8bit"], {"name": "pagedadamw8bit", "lr": 2e-6}),
+        (["--optimizer_type=SGDNesterov", "--optimizer_args", "momentum=0.8", "nesterov=True"],
+         {"name": "sgdnesterov", "lr": 2e-6, "momentum": 0.8}),
+        (["--optimizer_type=DAdaptAdanIP", "--learning_rate=1", "--optimizer_args", "betas=.9,.8,.7"],
+         {"name": "dadaptadanip", "lr": 1.0, "betas": [0.9, 0.8, 0.7]}),
+        (["--optimizer_type=RAdam", "--optimizer_args", "betas=.9,.99", "decoupled_weight_decay=True"],
+         {"name": "torch.optim.RAdam", "lr": 2e-6, "args": {"betas": [0.9, 0.99], "decoupled_weight_decay": True}}),
+        (["--optimizer_type=bitsandbytes.optim.AdEMAMix8bit"], {"name": "bitsandbytes.optim.AdEMAMix8bit", "lr": 2e-6}),
     ],
 )  # fmt: skip
 def test_optimizers(words: list[str], expected: dict[str, Any], converted: Convert) -> None:
@@ -97,16 +105,28 @@ def test_optimizers(words: list[str], expected: dict[str, Any], converted: Conve
 
 def optimizer_classes() -> dict[str, type]:
     """The classes that sd-scripts takes, by the names that it gives them."""
-    from bitsandbytes.optim import AdamW8bit
+    import dadaptation
+    from bitsandbytes import optim
     from dadaptation.experimental.dadapt_adam_preprint import DAdaptAdamPreprint
+    from dadaptation.experimental.dadapt_adan_ip import DAdaptAdanIP
     from lion_pytorch import Lion
     from torch.optim import AdamW
     from transformers.optimization import Adafactor
 
-    return {"": AdamW, "AdamW8bit": AdamW8bit, "Lion": Lion, "DAdaptation": DAdaptAdamPreprint, "Adafactor": Adafactor}
+    paged = [optim.PagedAdamW, optim.PagedAdamW8bit, optim.PagedAdamW32bit, optim.Lion8bit, optim.PagedLion8bit]
+    adapting = [getattr(dadaptation, name) for name in NAMES if hasattr(dadaptation, name)]
+    return {"": AdamW, "Lion": Lion, "DAdaptation": DAdaptAdamPreprint, "DAdaptAdanIP": DAdaptAdanIP} | {
+        cls.__name__: cls for cls in (optim.AdamW8bit, Adafactor, *paged, *adapting)
+    }
 
 
-@pytest.mark.parametrize("name", ["", "AdamW8bit", "Lion", "DAdaptation", "Adafactor"])
+NAMES = [
+    "", "AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit", "Lion", "Lion8bit", "PagedLion8bit",
+    "DAdaptation", "DAdaptAdaGrad", "DAdaptAdam", "DAdaptAdan", "DAdaptAdanIP", "DAdaptLion", "DAdaptSGD", "Adafactor",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_optimizers_have_sd_scripts_defaults(name: str, converted: Convert, folder: Path) -> None:
     """Without arguments, an optimizer's settings are those of the class that sd-scripts makes without arguments."""
     config = config_from_tables(converted(f"--optimizer_type={name}").tables(), folder)
@@ -136,6 +156,18 @@ def test_adafactor_finds_its_own_rate(converted: Convert, folder: Path, catalog:
         (["--lr_scheduler=cosine_with_restarts", "--lr_scheduler_num_cycles=3"],
          {"name": "cosine_with_restarts", "num_cycles": 3}),
         (["--lr_scheduler=polynomial", "--lr_scheduler_power=2"], {"name": "polynomial", "power": 2.0}),
+        (["--lr_scheduler=inverse_sqrt", "--lr_scheduler_timescale=50", "--lr_warmup_steps=5"],
+         {"name": "inverse_sqrt", "timescale": 50, "warmup_steps": 5}),
+        (["--lr_scheduler=cosine_with_min_lr", "--lr_scheduler_min_lr_ratio=0", "--lr_scheduler_num_cycles=3"],
+         {"name": "cosine_with_min_lr", "min_lr_ratio": 0.0, "num_cycles": 3}),
+        (["--lr_scheduler=warmup_stable_decay"], {"name": "warmup_stable_decay", "decay_steps": 0}),
+        (["--lr_scheduler=warmup_stable_decay", "--lr_decay_steps=20%", "--lr_scheduler_min_lr_ratio=0.1"],
+         {"name": "warmup_stable_decay", "decay_steps": 0.2, "min_lr_ratio": 0.1}),
+        (["--lr_scheduler=piecewise_constant", "--lr_scheduler_args", "step_rules='1:10,0.1'"],
+         {"name": "piecewise_constant", "step_rules": "1:10,0.1"}),
+        (["--lr_scheduler_type=StepLR", "--lr_scheduler_args", "step_size=10", "gamma=0.5"],
+         {"name": "torch.optim.lr_scheduler.StepLR", "args": {"step_size": 10, "gamma": 0.5}}),
+        (["--lr_scheduler_type=torch.optim.lr_scheduler.ConstantLR"], {"name": "torch.optim.lr_scheduler.ConstantLR"}),
     ],
 )  # fmt: skip
 def test_lr_schedulers(words: list[str], expected: dict[str, Any], converted: Convert) -> None:
@@ -164,7 +196,8 @@ def test_options_without_effect_are_told(converted: Convert) -> None:
     ("words", "key"),
     [
         (["--optimizer_type=Prodigy"], "optimizer.name"),
-        (["--lr_scheduler=inverse_sqrt"], "lr_scheduler.name"),
+        (["--optimizer_type=SGDScheduleFree"], "optimizer.name"),
+        (["--lr_scheduler=reduce_lr_on_plateau"], "lr_scheduler.name"),
         (["--network_module=lycoris.kohya"], "network.name"),
     ],
 )
@@ -174,6 +207,27 @@ def test_components_that_are_not_there(words: list[str], key: str, converted: Co
     draft = converted(*words, least=least)
     assert [remark.message for remark in draft.remarks] == ["has no counterpart yet"]
     assert key in [problem.key for problem in check(draft, folder, Catalog.discover())]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--optimizer_type=RAdm"], "optimizer.name: torch.optim has no 'RAdm' (did you mean torch.optim.RAdam?)"),
+        (["--optimizer_type=no_such_package.CAME"], "optimizer.name: the package 'no_such_package' is not installed"),
+        (["--lr_scheduler_type=StpLR"], "lr_scheduler.name: torch.optim.lr_scheduler has no 'StpLR' (did you mean"),
+    ],
+)
+def test_classes_that_are_not_there(words: list[str], message: str, converted: Convert, folder: Path) -> None:
+    """A name that neither sd-scripts nor PyTorch knows is refused by the config, with the nearest."""
+    (problem,) = check(converted(*words), folder, Catalog.discover())
+    assert message in str(problem)
+
+
+def test_schedule_free_optimizers_have_no_schedule(converted: Convert) -> None:
+    """As with sd-scripts, schedule and warm-up have no effect beside an optimizer whose name says it needs none."""
+    draft = converted("--optimizer_type=some.MyScheduleFree", "--lr_scheduler=cosine", "--lr_warmup_steps=5")
+    assert draft.tables()["lr_scheduler"] == {"name": "constant"}
+    assert [remark.key for remark in draft.remarks] == ["--lr_scheduler", "--lr_warmup_steps"]
 
 
 def test_arguments_without_a_counterpart_are_told(converted: Convert) -> None:
@@ -199,6 +253,9 @@ def test_secrets_are_not_shown(converted: Convert) -> None:
     [
         (["--use_8bit_adam", "--optimizer_type=Lion"], "--optimizer_type: cannot stand beside --use_8bit_adam"),
         (["--lr_warmup_steps=5"], "--lr_warmup_steps: cannot be used with --lr_scheduler=constant"),
+        (["--lr_warmup_steps=5", "--lr_scheduler_type=StepLR"], "cannot be used with --lr_scheduler_type=StepLR"),
+        (["--lr_scheduler=cosine_with_min_lr"], "--lr_scheduler_min_lr_ratio: is missing, which --lr_scheduler=cos"),
+        (["--lr_scheduler=piecewise_constant"], "--lr_scheduler_args: must have step_rules with --lr_scheduler=p"),
         (
             ["--network_args", "con_dim=4"],
             "--network_args con_dim: is not an argument of networks.lora (did you mean c",

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from diffusers.optimization import get_piecewise_constant_schedule
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import optimization as hf
@@ -11,9 +12,13 @@ from transformers import optimization as hf
 from lorakit.builtin.lr_schedulers.constant import ConstantConfig
 from lorakit.builtin.lr_schedulers.constant_with_warmup import ConstantWithWarmupConfig
 from lorakit.builtin.lr_schedulers.cosine import CosineConfig
+from lorakit.builtin.lr_schedulers.cosine_with_min_lr import CosineWithMinLRConfig
 from lorakit.builtin.lr_schedulers.cosine_with_restarts import CosineWithRestartsConfig
+from lorakit.builtin.lr_schedulers.inverse_sqrt import InverseSqrtConfig
 from lorakit.builtin.lr_schedulers.linear import LinearConfig
+from lorakit.builtin.lr_schedulers.piecewise_constant import PiecewiseConstantConfig
 from lorakit.builtin.lr_schedulers.polynomial import PolynomialConfig
+from lorakit.builtin.lr_schedulers.warmup_stable_decay import WarmupStableDecayConfig
 from lorakit.components import LRSchedulerConfig
 
 STEPS, LR = 40, 2e-4
@@ -38,6 +43,33 @@ SCHEDULES: list[tuple[LRSchedulerConfig, Callable[[Optimizer], LRScheduler]]] = 
         PolynomialConfig(lr_end=5e-5),
         lambda o: hf.get_polynomial_decay_schedule_with_warmup(o, 0, STEPS, lr_end=5e-5),
     ),
+    (InverseSqrtConfig(), lambda o: hf.get_inverse_sqrt_schedule(o, 0)),
+    (InverseSqrtConfig(warmup_steps=0.2), lambda o: hf.get_inverse_sqrt_schedule(o, 8)),
+    (InverseSqrtConfig(warmup_steps=8, timescale=5), lambda o: hf.get_inverse_sqrt_schedule(o, 8, timescale=5)),
+    (
+        CosineWithMinLRConfig(warmup_steps=4, min_lr_ratio=0.25),
+        lambda o: hf.get_cosine_with_min_lr_schedule_with_warmup(o, 4, STEPS, min_lr_rate=0.25),
+    ),
+    (
+        CosineWithMinLRConfig(num_cycles=3, min_lr_ratio=0.1),
+        lambda o: hf.get_cosine_with_min_lr_schedule_with_warmup(o, 0, STEPS, num_cycles=1.5, min_lr_rate=0.1),
+    ),
+    (
+        WarmupStableDecayConfig(warmup_steps=4, decay_steps=10),
+        lambda o: hf.get_wsd_schedule(o, 4, 10, STEPS),
+    ),
+    (
+        WarmupStableDecayConfig(decay_steps=0.3, min_lr_ratio=0.2, num_cycles=3),
+        lambda o: hf.get_wsd_schedule(o, 0, 12, STEPS, min_lr_ratio=0.2, num_cycles=1.5),
+    ),
+    (
+        PiecewiseConstantConfig(step_rules="1:10,0.1:20,0.01:30,0.005"),
+        lambda o: get_piecewise_constant_schedule(o, "1:10,0.1:20,0.01:30,0.005"),
+    ),
+    (
+        PiecewiseConstantConfig(step_rules=".5:0.25, 0.1:0.5, 1e-3"),
+        lambda o: get_piecewise_constant_schedule(o, "0.5:10,0.1:20,0.001"),
+    ),
 ]
 
 
@@ -57,8 +89,8 @@ def rates_over(scheduler: LRScheduler, steps: int) -> list[list[float]]:
 
 
 @pytest.mark.parametrize(("config", "theirs"), SCHEDULES, ids=lambda value: getattr(value, "name", ""))
-def test_equals_transformers(config: LRSchedulerConfig, theirs: Callable[[Optimizer], LRScheduler]) -> None:
-    """Every step's learning rate, and the one after the last step, is that of the schedules of transformers."""
+def test_equals_libraries(config: LRSchedulerConfig, theirs: Callable[[Optimizer], LRScheduler]) -> None:
+    """Every step's learning rate, and the one after the last step, is that of transformers or diffusers."""
     ours = [rate for (rate,) in rates_over(config.build(optimizer(LR), STEPS), STEPS + 1)]
     expected = [rate for (rate,) in rates_over(theirs(optimizer(LR)), STEPS + 1)]
     assert ours == pytest.approx(expected, rel=1e-12, abs=1e-18)
@@ -92,5 +124,24 @@ def test_warmup_that_makes_no_sense() -> None:
     assert [problem.key for problem in LinearConfig(warmup_steps=1.5).problems()] == ["warmup_steps"]
     for good in (0, 0.5, 1, 500):
         assert not list(LinearConfig(warmup_steps=good).problems())
+    assert [problem.key for problem in WarmupStableDecayConfig(decay_steps=2.5).problems()] == ["decay_steps"]
     with pytest.raises(ValueError, match="warmup_steps"):
         LinearConfig(warmup_steps=-1)
+
+
+def test_no_decay_at_the_end() -> None:
+    """With a decay of 0 steps the learning rate is the same to the last step."""
+    rates = rates_over(WarmupStableDecayConfig(decay_steps=0).build(optimizer(LR), STEPS), STEPS)
+    assert rates == [[LR]] * STEPS
+
+
+@pytest.mark.parametrize("rules", ["", "1:10", "1:10,", "1:0.1:2,3", "a:10,1", "1:-3,1", "1:1.5,1", "-1", "1;2"])
+def test_rules_that_cannot_be_read(rules: str) -> None:
+    """What is no list of levels is a problem of `step_rules`."""
+    assert [problem.key for problem in PiecewiseConstantConfig(step_rules=rules).problems()] == ["step_rules"]
+
+
+def test_good_rules() -> None:
+    """A single factor, blanks, and numbers in any notation are fine."""
+    for rules in ("1", "1:10,0.5", "1 : 10, 5e-1", "1.:.5,.1", "1:0.5,0"):
+        assert not list(PiecewiseConstantConfig(step_rules=rules).problems())

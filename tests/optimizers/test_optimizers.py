@@ -3,20 +3,42 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import attrs
+import dadaptation
 import pytest
 import torch
+from dadaptation.experimental.dadapt_adam_preprint import DAdaptAdamPreprint
+from dadaptation.experimental.dadapt_adan_ip import DAdaptAdanIP
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import Adafactor
 
 from lorakit.builtin.optimizers.adafactor import AdafactorConfig
 from lorakit.builtin.optimizers.adamw import AdamWConfig
-from lorakit.builtin.optimizers.adamw8bit import AdamW8bitConfig
-from lorakit.builtin.optimizers.dadaptation import DAdaptationConfig
+from lorakit.builtin.optimizers.bitsandbytes import (
+    AdamW8bitConfig,
+    Lion8bitConfig,
+    PagedAdamW8bitConfig,
+    PagedAdamW32bitConfig,
+    PagedAdamWConfig,
+    PagedLion8bitConfig,
+    SGDNesterov8bitConfig,
+)
+from lorakit.builtin.optimizers.dadaptation import (
+    DAdaptAdaGradConfig,
+    DAdaptAdamConfig,
+    DAdaptAdanConfig,
+    DAdaptAdanIPConfig,
+    DAdaptationConfig,
+    DAdaptLionConfig,
+    DAdaptSGDConfig,
+)
 from lorakit.builtin.optimizers.lion import LionConfig
+from lorakit.builtin.optimizers.sgdnesterov import SGDNesterovConfig
 from lorakit.components import OptimizerConfig
 from lorakit.networks.network import ParameterGroup
 
@@ -29,6 +51,8 @@ CONFIGS = [
     AdafactorConfig(relative_step=True),
 ]
 IDS = ["adamw", "adamw8bit", "lion", "dadaptation", "adafactor", "adafactor relative"]
+DISTANCE = {"weight_decay": 0.5, "d0": 1e-4, "growth_rate": 1.02}
+"""Changed options that most optimizers of D-Adaptation have."""
 TARGET = torch.linspace(-1, 1, 64 * 80).view(64, 80)
 
 
@@ -132,10 +156,18 @@ def test_adamw8bit_keeps_small_states_in_32_bits() -> None:
     [
         (AdamW8bitConfig(), {"betas": (0.5, 0.6), "eps": 1e-2, "weight_decay": 0.5}),
         (LionConfig(), {"betas": (0.2, 0.5), "weight_decay": 0.5}),
-        (
-            DAdaptationConfig(),
-            {"betas": (0.5, 0.6), "eps": 1e-2, "weight_decay": 0.5, "d0": 1e-4, "growth_rate": 1.02},
-        ),
+        (PagedAdamWConfig(), {"betas": (0.5, 0.6), "eps": 1e-2, "weight_decay": 0.5}),
+        (PagedAdamW8bitConfig(), {"betas": (0.5, 0.6), "eps": 1e-2, "weight_decay": 0.5, "min_8bit_size": 10**6}),
+        (Lion8bitConfig(), {"betas": (0.2, 0.5), "weight_decay": 0.5}),
+        (SGDNesterovConfig(), {"momentum": 0.5, "weight_decay": 0.5}),
+        (SGDNesterov8bitConfig(lr=1.0), {"momentum": 0.5, "weight_decay": 0.5, "min_8bit_size": 10**6}),
+        (DAdaptationConfig(), {"betas": (0.5, 0.6), "eps": 1e-2, **DISTANCE}),
+        (DAdaptAdamConfig(), {"betas": (0.5, 0.6), "eps": 1e-2, "use_bias_correction": True, **DISTANCE}),
+        (DAdaptAdanConfig(), {"betas": (0.5, 0.6, 0.7), "eps": 1e-2, "no_prox": True, **DISTANCE}),
+        (DAdaptAdanIPConfig(), {"betas": (0.5, 0.6, 0.7), "eps": 1e-2, "no_prox": True, **DISTANCE}),
+        (DAdaptLionConfig(), {"betas": (0.2, 0.5), "weight_decay": 0.5, "d0": 1e-4}),
+        (DAdaptAdaGradConfig(), {"momentum": 0.5, "eps": 1e-2, **DISTANCE}),
+        (DAdaptSGDConfig(), {"momentum": 0.5, **DISTANCE}),
         (
             AdafactorConfig(),
             {
@@ -157,7 +189,7 @@ def test_every_option_has_an_effect(config: OptimizerConfig, changes: dict[str, 
     train(config, [usual], 8)
     for name, value in changes.items():
         changed = group("unet", config.lr)
-        train(type(config)(**{name: value}), [changed], 8)
+        train(attrs.evolve(config, **{name: value}), [changed], 8)
         assert not torch.equal(changed.parameters[0], usual.parameters[0]), name
 
 
@@ -174,7 +206,7 @@ def test_decoupled_decay_of_dadaptation(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_dadaptation_wants_one_learning_rate() -> None:
     """Different learning rates are a problem of the key that differs; zero, which leaves a part out, is none."""
-    (problem,) = DAdaptationConfig(text_encoder_lr=0.5).problems()
+    (problem,) = DAdaptSGDConfig(text_encoder_lr=0.5).problems()
     assert problem.key == "text_encoder_lr"
     assert "text_encoder_lr = 0" in problem.hint
     assert not list(DAdaptationConfig(unet_lr=0.5, text_encoder_lr=0.5).problems())
@@ -232,3 +264,72 @@ print({"torch", "numpy", "transformers", "bitsandbytes", "lion_pytorch"} & set(s
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("config", "reference"),
+    [
+        (PagedAdamWConfig(lr=0.01, weight_decay=0.3), AdamW),
+        (PagedAdamW32bitConfig(lr=0.01, betas=(0.5, 0.6), weight_decay=0.3), AdamW),
+        (SGDNesterovConfig(lr=10.0, momentum=0.8, weight_decay=0.1), partial(SGD, nesterov=True)),
+        (SGDNesterov8bitConfig(lr=10.0, momentum=0.8, weight_decay=0.1, min_8bit_size=10**6), SGD),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_equals_pytorchs(config: OptimizerConfig, reference: Any) -> None:
+    """Steps are those of PyTorch's optimizer with the same settings; that of bitsandbytes has no look ahead."""
+    ours = group("unet", config.lr)
+    train(config, [ours], 5)
+    theirs = nn.Parameter(torch.full_like(TARGET, 0.5))
+    settings = {key: value for key, value in config.own_settings().items() if key != "min_8bit_size"}
+    optimizer = reference([theirs], config.lr, **settings)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (theirs - TARGET).square().mean().backward()
+        optimizer.step()
+    assert torch.allclose(ours.parameters[0], theirs, atol=1e-6)
+    assert moved(ours) > 1e-3
+
+
+@pytest.mark.parametrize("small", [AdamW8bitConfig, PagedAdamW8bitConfig, Lion8bitConfig, PagedLion8bitConfig])
+def test_states_are_in_8_bits(small: Any) -> None:
+    """Large tensors have all their state in 8 bits, and go the same way, up to a tenth, as with 32 bits."""
+    coarse, fine = group("unet", 1e-3), group("unet", 1e-3)
+    for size, one, dtype in ((4096, coarse, torch.uint8), (10**6, fine, torch.float32)):
+        optimizer, _ = train(small(lr=1e-3, min_8bit_size=size), [one], 20)
+        (state,) = optimizer.state.values()
+        assert {value.dtype for key, value in state.items() if key.startswith("state")} == {dtype}
+    difference = coarse.parameters[0] - fine.parameters[0]
+    assert difference.abs().mean() < 0.1 * (fine.parameters[0] - 0.5).abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("config", "cls"),
+    [
+        (DAdaptationConfig(weight_decay=0.1), DAdaptAdamPreprint),
+        (DAdaptAdaGradConfig(momentum=0.5), dadaptation.DAdaptAdaGrad),
+        (DAdaptAdamConfig(use_bias_correction=True), dadaptation.DAdaptAdam),
+        (DAdaptAdanConfig(no_prox=True), dadaptation.DAdaptAdan),
+        (DAdaptAdanIPConfig(betas=(0.9, 0.8, 0.95)), DAdaptAdanIP),
+        (DAdaptLionConfig(weight_decay=0.1), dadaptation.DAdaptLion),
+        (DAdaptSGDConfig(momentum=0.5, growth_rate=2.0), dadaptation.DAdaptSGD),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_equals_dadaptations(config: OptimizerConfig, cls: Any) -> None:
+    """Steps are those of the package's class, up to rounding, and so is the estimate, which is a plain number."""
+    ours = group("unet", 1.0)
+    optimizer, _ = train(config, [ours], 12)
+    theirs = nn.Parameter(torch.full_like(TARGET, 0.5))
+    settings = {key: value for key, value in config.own_settings().items() if value is not None}
+    reference = cls([theirs], **settings)
+    for _ in range(12):
+        reference.zero_grad()
+        (theirs - TARGET).square().mean().backward()
+        reference.step()
+    assert torch.allclose(ours.parameters[0], theirs, rtol=0, atol=1e-7)
+    assert not torch.equal(theirs, torch.full_like(TARGET, 0.5))
+    estimate = optimizer.param_groups[0]["d"]
+    assert isinstance(estimate, float)
+    assert estimate == pytest.approx(float(reference.param_groups[0]["d"]), rel=1e-5)
+    assert estimate > 1e-6

@@ -19,6 +19,7 @@ class ConstantConfig(LRSchedulerConfig):
     """The same learning rate from the first step to the last; `constant_with_warmup` is the one with a warm-up."""
 
     name = "constant"
+    is_constant = True
 
     def build(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:  # noqa: ARG002
         """A schedule that changes nothing."""

@@ -1,17 +1,21 @@
-"""The optimizer `dadaptation`."""
+"""The optimizers of D-Adaptation, which find the learning rate themselves.
+
+They estimate one distance to the solution, `d`, for all parameters; steps are as long as with the
+learning rate d · `lr`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
 from lorakit.components import OptimizerConfig
-from lorakit.errors import Problem
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -20,57 +24,157 @@ if TYPE_CHECKING:
 
 
 @frozen(kw_only=True)
-class DAdaptationConfig(OptimizerConfig):
+class DAdaptConfig(OptimizerConfig):
+    """An optimizer of the package dadaptation; a subclass names the class and has its options as fields."""
+
+    requires = ("dadaptation",)
+    own_learning_rates = False
+    module: ClassVar[str] = "dadaptation"
+    """Where the class is."""
+    class_name: ClassVar[str]
+    """What it is called there."""
+
+    lr: float = field(default=1.0, validator=v.ge(0))
+    """Factor of the learning rate that is found; leave it at 1."""
+    weight_decay: float = field(default=0.0, validator=v.ge(0))
+    """Strength of the weight decay."""
+    d0: float = field(default=1e-6, validator=v.gt(0))
+    """First estimate of the distance to the solution; it only ever grows."""
+
+    def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
+        """The one of the package dadaptation, at rest while the LR schedule is at zero."""
+        from lorakit.learning_rate_free import resting_at_zero
+        from lorakit.networks.network import torch_groups
+
+        cls = resting_at_zero(self.repaired(getattr(import_module(self.module), self.class_name)))
+        settings = {key: math.inf if value is None else value for key, value in self.own_settings().items()}
+        d0 = settings.pop("d0")
+        # As options of each group, because the constructors print some of them.
+        optimizer: Optimizer = cls([{**group, **settings} for group in torch_groups(groups)], d0=d0)
+        return optimizer
+
+    def repaired(self, cls: type[Any]) -> type[Any]:
+        """The class, or a subclass without a fault that it has."""
+        return cls
+
+
+@frozen(kw_only=True)
+class _GrowingConfig(DAdaptConfig):
+    """Those whose estimate can be kept from growing too fast."""
+
+    growth_rate: float | None = field(default=None, validator=v.optional(v.gt(1)))
+    """Factor by which the estimate may grow at a step, unlimited when absent; 1.02 acts like a warm-up."""
+
+
+@frozen(kw_only=True)
+class DAdaptationConfig(_GrowingConfig):
     """D-Adaptation: Adam that finds the learning rate itself (Defazio and Mishchenko, 2023, arXiv:2301.07733).
 
     The variant of the paper's preprint, which is also what sd-scripts means by `DAdaptation`.
     """
 
     name = "dadaptation"
-    requires = ("dadaptation",)
+    module = "dadaptation.experimental.dadapt_adam_preprint"
+    class_name = "DAdaptAdamPreprint"
 
-    lr: float = field(default=1.0, validator=v.ge(0))
-    """Factor of the learning rate that is found; leave it at 1."""
     betas: tuple[float, float] = field(default=(0.9, 0.999), validator=v.deep_iterable([v.ge(0), v.lt(1)]))
     """Decay of the running averages of the gradient and of its square."""
     eps: float = field(default=1e-8, validator=v.gt(0))
     """Added to the denominator of the update, so that it never is zero."""
-    weight_decay: float = field(default=0.0, validator=v.ge(0))
-    """Strength of the weight decay."""
     decouple: bool = False
     """Take the weight decay from the weights, as AdamW does, rather than add it to the gradient, as Adam does."""
-    d0: float = field(default=1e-6, validator=v.gt(0))
-    """First estimate of the distance to the solution; it only ever grows."""
-    growth_rate: float | None = field(default=None, validator=v.optional(v.gt(1)))
-    """Factor by which the estimate may grow at a step, unlimited when absent; 1.02 acts like a warm-up."""
 
-    def problems(self) -> Iterator[Problem]:
-        """Says so if the parts' learning rates differ: it can adapt only one."""
-        rates = {"unet_lr": self.lr_of("unet"), "text_encoder_lr": self.lr_of("text_encoder")}
-        if len({rate for rate in rates.values() if rate > 0}) > 1:
-            for key, rate in rates.items():
-                if rate != self.lr:
-                    hint = f"Leave it out, or set {key} = 0 to leave this part out"
-                    yield Problem(key, f"must be lr, {self.lr:g}, with dadaptation, not {rate:g}", hint)
 
-    def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
-        """The one of the package dadaptation."""
-        from dadaptation.experimental.dadapt_adam_preprint import DAdaptAdamPreprint
+@frozen(kw_only=True)
+class DAdaptAdamConfig(DAdaptationConfig):
+    """D-Adaptation of Adam, in the variant of the published paper (arXiv:2301.07733)."""
 
-        from lorakit.networks.network import torch_groups
+    name = "dadaptadam"
+    module = "dadaptation"
+    class_name = "DAdaptAdam"
 
-        optimizer: Optimizer = DAdaptAdamPreprint(
-            [{**group, "decouple": self.decouple} for group in torch_groups(groups)],
-            betas=self.betas,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            d0=self.d0,
-            growth_rate=self.growth_rate or math.inf,
-        )
-        return optimizer
+    use_bias_correction: bool = False
+    """Make up for averages that begin at zero, as Adam does."""
+
+
+@frozen(kw_only=True)
+class DAdaptAdanConfig(_GrowingConfig):
+    """D-Adaptation of Adan, which looks at how the gradient changes too (Xie et al., 2022, arXiv:2208.06677)."""
+
+    name = "dadaptadan"
+    class_name = "DAdaptAdan"
+
+    betas: tuple[float, float, float] = field(default=(0.98, 0.92, 0.99), validator=v.deep_iterable([v.ge(0), v.lt(1)]))
+    """Decay of the running averages of the gradient, of its change, and of its square."""
+    eps: float = field(default=1e-8, validator=v.gt(0))
+    """Added to the denominator of the update, so that it never is zero."""
+    weight_decay: float = field(default=0.02, validator=v.ge(0))
+    """Strength of the weight decay."""
+    no_prox: bool = False
+    """Take the weight decay off before the step, as AdamW does, rather than after it."""
+
+
+@frozen(kw_only=True)
+class DAdaptAdanIPConfig(DAdaptAdanConfig):
+    """D-Adaptation of Adan, with the estimate by inner products; its authors call it experimental."""
+
+    name = "dadaptadanip"
+    module = "dadaptation.experimental.dadapt_adan_ip"
+    class_name = "DAdaptAdanIP"
+
+
+@frozen(kw_only=True)
+class DAdaptLionConfig(DAdaptConfig):
+    """D-Adaptation of Lion, the sign of an interpolated momentum; its authors call it experimental."""
+
+    name = "dadaptlion"
+    class_name = "DAdaptLion"
+
+    betas: tuple[float, float] = field(default=(0.9, 0.99), validator=v.deep_iterable([v.ge(0), v.lt(1)]))
+    """Decay of the update direction and of the momentum."""
+
+
+@frozen(kw_only=True)
+class DAdaptAdaGradConfig(_GrowingConfig):
+    """D-Adaptation of AdaGrad, whose steps only ever get shorter (arXiv:2301.07733)."""
+
+    name = "dadaptadagrad"
+    class_name = "DAdaptAdaGrad"
+
+    momentum: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
+    """Share of the last weights in the next."""
+    eps: float = field(default=1e-6, validator=v.gt(0))
+    """Added to the denominator of the update, so that it never is zero."""
+
+
+@frozen(kw_only=True)
+class DAdaptSGDConfig(_GrowingConfig):
+    """D-Adaptation of gradient descent (arXiv:2301.07733)."""
+
+    name = "dadaptsgd"
+    class_name = "DAdaptSGD"
+
+    momentum: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
+    """Share of the last weights in the next."""
+
+    def repaired(self, cls: type[Any]) -> type[Any]:
+        """The class divides by the norm of the first gradients; while that is zero, nothing is to be done."""
+
+        class Patient(cls):  # type: ignore[misc]
+            def step(self, closure: Callable[[], float] | None = None) -> float | None:
+                try:
+                    loss: float | None = super().step(closure)
+                except ZeroDivisionError:
+                    return None
+                return loss
+
+        return Patient
 
 
 @hookimpl
 def register_optimizers() -> list[type[OptimizerConfig]]:
-    """D-Adaptation."""
-    return [DAdaptationConfig]
+    """All of the package dadaptation."""
+    return [
+        DAdaptationConfig, DAdaptAdaGradConfig, DAdaptAdamConfig, DAdaptAdanConfig, DAdaptAdanIPConfig,
+        DAdaptLionConfig, DAdaptSGDConfig,
+    ]  # fmt: skip

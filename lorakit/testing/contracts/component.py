@@ -23,6 +23,7 @@ from lorakit.components import (
     ObserverConfig,
     OptimizerConfig,
     SaverConfig,
+    named,
 )
 from lorakit.config.fields import field_docs
 from lorakit.config.reading import config_from_tables
@@ -82,13 +83,14 @@ class ComponentContract:
         assert not _values(self.config).keys() - documented, "put a string under each field"
 
     def test_has_a_plain_name(self) -> None:
-        """The name can be written without thinking: lower-case letters, digits, - and _."""
-        assert re.fullmatch(r"[a-z0-9_-]+", self.config.name)
+        """The name can be written without thinking: lower-case letters, digits, - and _; or it is a dotted path."""
+        assert re.fullmatch(r"[\w.]+" if self.config.by_path else r"[a-z0-9_-]+", self.config.name)
 
     def test_registered(self) -> None:
         """The component is found under its name, as `lorakit plugins` shows."""
         catalog = Catalog.discover()
-        found = [found.component for found in catalog.of_kind(self._base).get(self.config.name, [])]
+        known = [found.component for same in catalog.of_kind(self._base).values() for found in same]
+        found = [named(component, self.config.name) for component in known]
         assert type(self.config) in found, f"no entry point registers it; broken plugins: {catalog.broken}"
 
     def test_imports_nothing_heavy(self) -> None:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lorakit.components import OptimizerConfig
+from lorakit.engine.evaluation import begin_training
 from lorakit.engine.gradients import FlatGradients
 from lorakit.networks.network import ParameterGroup
 from lorakit.testing.contracts.component import ComponentContract
@@ -36,8 +37,6 @@ class OptimizerContract(ComponentContract):
     config: OptimizerConfig
     steps = 100
     """Steps in which the optimizer should halve the loss of a simple problem."""
-    own_learning_rates = True
-    """Whether parameter groups may have different learning rates above zero."""
 
     def test_lowers_the_loss(self) -> None:
         """A convex problem, a weighted distance to a target, comes to less than half of its first loss."""
@@ -56,7 +55,7 @@ class OptimizerContract(ComponentContract):
 
     def test_groups_keep_their_learning_rates(self) -> None:
         """Each group begins with the learning rate that the config gives its part of the model."""
-        share = 0.5 if self.own_learning_rates else 1.0
+        share = 0.5 if self.config.own_learning_rates else 1.0
         problem = Problem.fresh(self.config, text_encoder_lr=self.config.lr * share)
         assert [group["lr"] for group in problem.optimizer.param_groups] == [self.config.lr * share, self.config.lr]
 
@@ -127,7 +126,9 @@ class Problem:
             ParameterGroup(part, part, tuple(_parameter(shape, generator) for shape in shapes), rates[part])
             for part, shapes in SHAPES.items()
         ]
-        return cls(groups, config.build(groups))
+        problem = cls(groups, config.build(groups))
+        begin_training(problem.optimizer)
+        return problem
 
     def __attrs_post_init__(self) -> None:
         generator = torch.Generator().manual_seed(1)

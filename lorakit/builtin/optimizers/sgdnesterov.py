@@ -1,0 +1,47 @@
+"""The optimizer `sgdnesterov`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from attrs import field, frozen
+from attrs import validators as v
+
+from lorakit import hookimpl
+from lorakit.components import OptimizerConfig
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from lorakit.networks.network import ParameterGroup
+
+
+@frozen(kw_only=True)
+class SGDNesterovConfig(OptimizerConfig):
+    """Gradient descent with Nesterov's momentum, which looks one step ahead (Sutskever et al., 2013).
+
+    Its steps are as long as the gradient, so it wants a far higher learning rate than AdamW.
+    """
+
+    name = "sgdnesterov"
+
+    momentum: float = field(default=0.9, validator=[v.gt(0), v.lt(1)])
+    """Decay of the running sum of gradients."""
+    weight_decay: float = field(default=0.0, validator=v.ge(0))
+    """Share of each weight that is added to its gradient."""
+
+    def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
+        """PyTorch's, as one kernel for all parameters where the device has it."""
+        from torch.optim import SGD
+
+        from lorakit.networks.network import torch_groups
+
+        fused = all(p.device.type in {"cpu", "cuda"} for group in groups for p in group.parameters)
+        return SGD(torch_groups(groups), nesterov=True, fused=fused, **self.own_settings())
+
+
+@hookimpl
+def register_optimizers() -> list[type[OptimizerConfig]]:
+    """Gradient descent."""
+    return [SGDNesterovConfig]

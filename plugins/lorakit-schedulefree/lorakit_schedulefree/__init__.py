@@ -1,0 +1,1 @@
+"""The schedule-free optimizers for lorakit."""

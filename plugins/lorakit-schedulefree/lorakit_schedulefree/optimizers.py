@@ -1,0 +1,92 @@
+"""The optimizers `adamw_schedulefree`, `radam_schedulefree` and `sgd_schedulefree`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from attrs import field, frozen
+from attrs import validators as v
+
+from lorakit import hookimpl
+from lorakit.components import OptimizerConfig
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from lorakit.networks.network import ParameterGroup
+
+
+@frozen(kw_only=True)
+class ScheduleFreeConfig(OptimizerConfig):
+    """An optimizer of the package schedulefree; a subclass names the class and has its options as fields."""
+
+    requires = ("schedulefree",)
+    schedule_free = True
+    class_name: ClassVar[str]
+    """What it is called in `schedulefree`."""
+
+    weight_decay: float = field(default=0.0, validator=v.ge(0))
+    """Share of each weight, times the learning rate, that it loses at each step."""
+    r: float = field(default=0.0, validator=v.ge(0))
+    """Weight of later steps in the average: step^r."""
+    weight_lr_power: float = field(default=2.0, validator=v.ge(0))
+    """Weight of steps of the warm-up in the average: their learning rate to this power."""
+
+    def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
+        """The one of the package schedulefree."""
+        import schedulefree
+
+        from lorakit.networks.network import torch_groups
+
+        optimizer: Optimizer = getattr(schedulefree, self.class_name)(torch_groups(groups), **self.own_settings())
+        return optimizer
+
+
+@frozen(kw_only=True)
+class AdamWScheduleFreeConfig(ScheduleFreeConfig):
+    """AdamW without a schedule: it saves an average of the weights instead (Defazio et al., 2024, arXiv:2405.15682)."""
+
+    name = "adamw_schedulefree"
+    class_name = "AdamWScheduleFree"
+
+    betas: tuple[float, float] = field(default=(0.9, 0.999), validator=v.deep_iterable([v.gt(0), v.lt(1)]))
+    """How near to the average the gradient is taken, and decay of the running average of its square."""
+    eps: float = field(default=1e-8, validator=v.gt(0))
+    """Added to the denominator of the update, so that it never is zero."""
+    warmup_steps: int = field(default=0, validator=v.ge(0))
+    """Steps over which the learning rate rises from zero."""
+
+
+@frozen(kw_only=True)
+class RAdamScheduleFreeConfig(ScheduleFreeConfig):
+    """RAdam without a schedule, which needs no warm-up either (arXiv:1908.03265, arXiv:2405.15682)."""
+
+    name = "radam_schedulefree"
+    class_name = "RAdamScheduleFree"
+
+    betas: tuple[float, float] = field(default=(0.9, 0.999), validator=v.deep_iterable([v.gt(0), v.lt(1)]))
+    """How near to the average the gradient is taken, and decay of the running average of its square."""
+    eps: float = field(default=1e-8, validator=v.gt(0))
+    """Added to the denominator of the update, so that it never is zero."""
+    silent_sgd_phase: bool = True
+    """Take no steps as long as the average of squared gradients says too little; else steps of gradient descent."""
+
+
+@frozen(kw_only=True)
+class SGDScheduleFreeConfig(ScheduleFreeConfig):
+    """Gradient descent without a schedule (arXiv:2405.15682)."""
+
+    name = "sgd_schedulefree"
+    class_name = "SGDScheduleFree"
+
+    momentum: float = field(default=0.9, validator=[v.gt(0), v.lt(1)])
+    """How near to the average the gradient is taken."""
+    warmup_steps: int = field(default=0, validator=v.ge(0))
+    """Steps over which the learning rate rises from zero."""
+
+
+@hookimpl
+def register_optimizers() -> list[type[OptimizerConfig]]:
+    """All of the package schedulefree."""
+    return [AdamWScheduleFreeConfig, RAdamScheduleFreeConfig, SGDScheduleFreeConfig]
