@@ -105,17 +105,17 @@ def encode_latents(
     """Fill the cache with this process's share of the missing latents: `mean` and `std`, float32 [C, h, w] each.
 
     Where the loss is to count in parts of an image only, there is a `mask` too, float32 [1, h, w]. Images whose
-    pixels change from epoch to epoch are left out.
+    pixels change from epoch to epoch are left out, but decoded once, to find those that cannot be.
 
     The image encoder is read only if something is missing. Raises one DataError for all damaged
     images, after the whole ones are encoded, and one at once where the encoder gives NaN.
     """
     workers = encoding.workers or default_workers()
     with ThreadPoolExecutor(workers) as pool:
+        damaged = _damaged(_own(_augmented(datasets), encoding), cache, pool)
         keys, jobs = _latent_jobs(datasets, model.fingerprint("image_encoder"), cache, pool)
         missing = [_Job(job.example, _without_cached(job.keys, cache)) for job in _own(jobs, encoding)]
         missing = [job for job in missing if job.keys]
-        damaged: list[str] = []
         if missing:
             decoded = in_order(pool, _decode, missing, 2 * max(encoding.batch_size, workers))
             batches = _same_size(decoded, encoding.batch_size, damaged)
@@ -172,6 +172,30 @@ def _own(work: Sequence[T], encoding: Encoding) -> Sequence[T]:
 
 def _without_cached(keys: Mapping[bool, str], cache: Cache) -> dict[bool, str]:
     return {mirrored: key for mirrored, key in keys.items() if not cache.has(key)}
+
+
+def _augmented(datasets: Sequence[IndexedDataset]) -> list[Example]:
+    """One example of each image that is encoded later, each time it is used."""
+    examples = (example for dataset in datasets for example in dataset.examples if example.is_augmented)
+    return list({(example.image, example.mask): example for example in examples}.values())
+
+
+def _damaged(examples: Sequence[Example], cache: Cache, pool: Executor) -> list[str]:
+    """What is wrong with examples that cannot be decoded; files that were decoded once are not read again."""
+
+    def problem(example: Example) -> str | None:
+        def decode() -> str:
+            load_picture(example, example.placement)
+            return mask
+
+        try:
+            mask = cache.memo.digest(example.mask) if example.mask else "none"
+            cache.memo.remember(example.image, f"decodes with mask {mask}", decode)
+        except DataError as error:
+            return str(error)
+        return None
+
+    return [text for text in pool.map(problem, examples) if text]
 
 
 def _content(example: Example, cache: Cache) -> _Content:

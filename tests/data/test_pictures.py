@@ -275,6 +275,26 @@ def test_workers_and_order_change_nothing(cache: Cache, with_subset: WithSubset)
     assert not torch.equal(epochs[0], epochs[1])
 
 
+def test_damaged_images_are_told_before_training(cache: Cache, with_subset: WithSubset, masks: Path) -> None:
+    """Images and masks whose pixels cannot be decoded stop the run at the start; whole ones are decoded once only."""
+    dataset = with_subset(color_aug=True, conditioning_data_dir=masks)
+    model = TinyModel()
+
+    def encode() -> None:
+        encode_latents(index_datasets([dataset]), model, Cache(cache.folder), Encoding(device=CPU))
+
+    encode()
+    photograph, mask = dataset.subsets[0].image_dir / "coffee.png", masks / "rocket.png"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lorakit.data.pictures.load_pixels", lambda *_: pytest.fail("was decoded again"))
+        encode()
+    for path in (photograph, mask):
+        path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(DataError, match=r"(?s)2 problems.*coffee\.png: is damaged.*masks/rocket\.png: is damaged"):
+        encode()
+    assert model.touched == set()
+
+
 def test_live_overflow_is_told(cache: Cache, with_subset: WithSubset) -> None:
     """NaN from the encoder while training ends the run with the image's name and the cure."""
     loader = loader_of([with_subset(color_aug=True)], cache)
