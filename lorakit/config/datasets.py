@@ -151,8 +151,8 @@ class DataSection:
     cache_dir: Path | None = None
     """Folder for encoded images and captions, which runs may share; `cache` in the output folder when absent."""
     workers: int | None = field(default=None, validator=v.optional(v.ge(1)))
-    """Threads that decode images while they are encoded; one per processor core, at most 8, when absent."""
+    """Threads that decode images; one per processor core, at most 8, when absent."""
     encode_batch_size: int = field(default=1, validator=v.ge(1))
-    """Images that the VAE encodes at once while the cache is filled."""
+    """Images that the VAE encodes at once."""
     prior_loss_weight: float = field(default=1.0, validator=v.ge(0))
     """How much the loss of regularisation images counts, the subsets with `is_reg`."""

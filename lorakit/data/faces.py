@@ -52,11 +52,11 @@ def stem_without_face(path: Path) -> str:
 def around_face(
     face: Face, bucket: Size, times: tuple[float, float], generator: np.random.Generator, anywhere: bool
 ) -> Placement:
-    """A crop whose shorter side is between so many times as long as the face's longer one.
+    """A crop of the bucket's size whose shorter side is between so many `times` as long as the face's longer one.
 
-    It is as large as that when the image is never enlarged, but where it is smaller than the bucket. The
-    face is in its middle, about so where its size varies, or `anywhere` in the image, near the middle
-    more often, as far as the image reaches.
+    The image is enlarged only where it is smaller than the bucket, and always covers it, which may keep the face
+    smaller or larger than that. The face is in the middle of the crop, give or take a little where its size varies;
+    or `anywhere`, near the middle more often. Near a border the crop ends there.
     """
     covering = max(bucket[0] / face.image[0], bucket[1] / face.image[1])
     low, high = (

@@ -35,7 +35,7 @@ class Option:
     """Whether more than copying its value to `key` is to be done."""
 
 
-_ALWAYS = "images and captions are always encoded once and kept"
+_ALWAYS = "images and captions are encoded once and kept wherever they stay the same"
 _SAMPLES = "there are no previews during training yet"
 _FP8 = "the base model cannot be kept in 8 bits yet"
 _HALF = "the adapters stay float32"

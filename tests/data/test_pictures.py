@@ -13,7 +13,7 @@ from attrs import evolve
 from PIL import Image
 
 from lorakit.config.datasets import DatasetConfig, SubsetConfig
-from lorakit.data.batches import BatchLoader
+from lorakit.data.batches import BatchLoader, prefetch
 from lorakit.data.buckets import Placement
 from lorakit.data.cache import Cache
 from lorakit.data.encoding import Encoding, encode_captions, encode_latents
@@ -261,16 +261,19 @@ def test_live_is_as_cached(
 
 
 def test_workers_and_order_change_nothing(cache: Cache, with_subset: WithSubset) -> None:
-    """Batches made ahead by one thread or by three, or one at a time, backwards, are equal bit for bit."""
+    """Batches made ahead by one thread or by three, or one at a time, backwards, or in parts, are equal bit for bit."""
     dataset = evolve(with_subset(color_aug=True, random_crop=True, flip_aug=True), enable_bucket=False)
     datasets = [evolve(dataset, resolution=(64, 64), batch_size=2), with_subset()]
     one, three = loader_of(datasets, cache), loader_of(datasets, cache, workers=3)
     steps = [step for epoch in (1, 2) for step in plan_epoch(one.datasets, 7, epoch)]
     shares = [share for step in steps for share in step.shares(0, 1)]
     alone = [one.load(share) for share in reversed(shares)][::-1]
-    for batches in (list(one.batches(shares)), list(three.batches(shares))):
+    for batches in (list(one.batches(shares)), list(prefetch(three.batches(shares), 2))):
         assert [batch.images for batch in batches] == [batch.images for batch in alone]
         assert all(torch.equal(own.latents, other.latents) for own, other in zip(batches, alone, strict=True))
+    for step in plan_epoch(one.datasets, 7, 1, world_size=2):
+        parts = [one.load(share).latents for rank in range(2) for share in step.shares(rank, 2)]
+        assert torch.equal(torch.cat(parts), one.load(step.shares(0, 1)[0]).latents)
     epochs = [one.load(share_of(1, 2, 3, epoch=epoch)).latents for epoch in range(3)]
     assert not torch.equal(epochs[0], epochs[1])
 

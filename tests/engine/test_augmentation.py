@@ -144,6 +144,24 @@ def test_masked_places_are_not_learnt(make_config: MakeConfig, masks: Path, phot
     assert same(path, lorakit.train(make_config(output={"name": "unmasked"})))
 
 
+def test_transparency_in_a_run(make_config: MakeConfig, photographs: Path, tmp_path: Path) -> None:
+    """Images that are opaque all over train as without alpha_mask; transparent ones teach nothing."""
+    plain = lorakit.train(make_config(output={"name": "plain"}))
+    for value in (255, 0):
+        folder = tmp_path / str(value)
+        shutil.copytree(photographs, folder)
+        for path in folder.glob("*.png"):
+            with Image.open(path) as image:
+                picture = image.convert("RGB")
+            picture.putalpha(value)
+            picture.save(path)
+        data = {"image_dir": str(folder), "alpha_mask": True}
+        path = lorakit.train(make_config(data=data, output={"name": f"alpha{value}"}))
+        ups = [tensor for key, tensor in load_file(path).items() if "lora_up" in key]
+        assert same(path, plain) is (value == 255)
+        assert all(not tensor.any() for tensor in ups) is (value == 0)
+
+
 def test_missing_masks_stop_before_the_model_is_read(make_config: MakeConfig, masks: Path) -> None:
     """What is wrong with masks shows while files are looked at."""
     (masks / "beach.png").unlink()
