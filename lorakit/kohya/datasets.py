@@ -27,7 +27,7 @@ def write_data(command: Command, draft: Draft) -> None:
     if "max_data_loader_n_workers" in command.given and workers > 0:
         draft.set("data", "workers", command.setting("max_data_loader_n_workers"))
     shared = {key: setting for key, setting in own.items() if key not in SECTION_KEYS}
-    shared |= _resolution(command) | _face_crop(command)
+    shared |= _resolution(command) | _face_crop(command, draft)
     if command.get("dataset_config"):
         _from_file(command, draft, shared)
     elif command.get("train_data_dir"):
@@ -50,9 +50,12 @@ def _resolution(command: Command) -> Table:
     return {"resolution": command.setting("resolution", sides if len(sides) == 2 else sides[0])}
 
 
-def _face_crop(command: Command) -> Table:
+def _face_crop(command: Command, draft: Draft) -> Table:
     text = command.get("face_crop_aug_range")
     if text is None:
+        return {}
+    if command.get("enable_bucket"):
+        draft.remark("face_crop_aug_range", "has no effect beside --enable_bucket")
         return {}
     try:
         low, high = (float(number) for number in text.split(","))

@@ -104,7 +104,7 @@ DATA = (
     Option("conditioning_data_dir", "path", unneeded="it has no effect in train_network.py"),
     Option(
         "dataset_class", "text",
-        later="images and captions are encoded once and found by content, which code of a dataset's own would not tell",
+        later="lorakit finds images and captions itself; code that makes them up cannot be plugged in",
     ),
     Option("debug_dataset", "flag", False, unneeded="`lorakit check` looks at images and captions"),
     Option("max_data_loader_n_workers", "int", 8, key="data.workers", special=True),

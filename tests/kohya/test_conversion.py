@@ -354,6 +354,13 @@ def test_augmentations(converted: Convert, folder: Path, catalog: Catalog) -> No
     assert "resize_interpolation" not in converted(least=FOLDERS).tables()["data"]["datasets"][0]
 
 
+def test_faces_and_buckets(converted: Convert) -> None:
+    """sd-scripts does not crop around faces where it sorts into buckets, so the config does not either."""
+    draft = converted("--face_crop_aug_range=2,4", "--enable_bucket", least=FOLDERS)
+    assert "face_crop_aug_range" not in draft.tables()["data"]["datasets"][0]
+    assert "--face_crop_aug_range: has no effect beside --enable_bucket" in remarks(draft)
+
+
 @pytest.mark.parametrize("text", ["2", "2,4,6", "2,x"])
 def test_wrong_face_crops(text: str, converted: Convert) -> None:
     """What is not two numbers is an error, with the option."""
