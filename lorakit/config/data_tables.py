@@ -21,21 +21,24 @@ from lorakit.config.values import shown
 SUBSET_KEYS = field_names(SubsetConfig)
 DATASET_KEYS = [key for key in field_names(DatasetConfig) if key != "subsets"]
 SECTION_KEYS = [key for key in field_names(DataSection) if key != "datasets"]
-OWN_KEYS = ("image_dir", "metadata_file", "is_reg")
+OWN_KEYS = ("image_dir", "metadata_file", "is_reg", "conditioning_data_dir")
 """What belongs to one subset; the rest can be shared."""
 SHARED_KEYS = [key for key in (*DATASET_KEYS, *SUBSET_KEYS) if key not in OWN_KEYS]
 
 SWITCHED_OFF: Mapping[str, object] = {
-    "alpha_mask": False,
-    "color_aug": False,
-    "conditioning_data_dir": "",
     "custom_attributes": {},
-    "face_crop_aug_range": [],
-    "random_crop": False,
-    "resize_interpolation": "",
     "validation_split": 0,
 }
 """Options of sd-scripts' dataset files that lorakit does not have, with the value that changes nothing."""
+
+EMPTY: Mapping[str, object] = {
+    "conditioning_data_dir": "",
+    "face_crop_aug_range": [],
+    "resize_interpolation": "",
+}
+"""Keys that may be there with a value that says no more than if they were absent."""
+
+_NOTHING = object()
 
 WITHOUT_EFFECT = frozenset({"cache_info", "network_multiplier", "validation_seed"})
 """Options of sd-scripts' dataset files that change nothing in what is trained."""
@@ -140,12 +143,10 @@ def _dataset(
     for table, subset_place in subsets:
         elsewhere = {key: shared[key] for key in SUBSET_KEYS if key in shared and key not in table}
         own = {**_folder_of_metadata(table), **{key: value for key, value in table.items() if key in SUBSET_KEYS}}
-        subset = reader.structure(SubsetConfig, {**own, **_values(elsewhere)}, subset_place, _keys(elsewhere))
-        if subset and not os.path.isdir(subset.image_dir):  # noqa: PTH112 - `Path.is_dir` raises for overlong names
-            hint = f"relative paths are relative to the folder of {reader.file or 'the config file'}"
-            reader.report(f"{subset_place}.image_dir", f"{subset.image_dir} is not a folder", hint)
-        if subset and subset.metadata_file and not os.path.isfile(subset.metadata_file):  # noqa: PTH113 - likewise
-            reader.report(f"{subset_place}.metadata_file", f"{subset.metadata_file} is not a file")
+        said = {key: value for key, value in {**own, **_values(elsewhere)}.items() if value != EMPTY.get(key, _NOTHING)}
+        subset = reader.structure(SubsetConfig, said, subset_place, _keys(elsewhere))
+        if subset:
+            _refuse_missing(reader, subset, subset_place)
         made.append(subset)
     found = {key: shared[key] for key in DATASET_KEYS if key in shared}
     if "resolution" in found:
@@ -157,6 +158,17 @@ def _dataset(
         return None
     dataset = reader.instance(DatasetConfig, {**values, "subsets": complete}, place, _keys(found))
     return dataset if len(complete) == len(made) else None
+
+
+def _refuse_missing(reader: TableReader, subset: SubsetConfig, place: str) -> None:
+    """Note each folder and file that the subset names and that is not there."""
+    hint = f"relative paths are relative to the folder of {reader.file or 'the config file'}"
+    for key in ("image_dir", "conditioning_data_dir"):
+        folder = getattr(subset, key)
+        if folder and not os.path.isdir(folder):  # noqa: PTH112 - `Path.is_dir` raises for overlong names
+            reader.report(f"{place}.{key}", f"{folder} is not a folder", hint)
+    if subset.metadata_file and not os.path.isfile(subset.metadata_file):  # noqa: PTH113 - likewise
+        reader.report(f"{place}.metadata_file", f"{subset.metadata_file} is not a file")
 
 
 def _folder_of_metadata(table: Mapping[str, Any]) -> dict[str, Any]:

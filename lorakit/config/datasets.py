@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from attrs import field, frozen
 from attrs import validators as v
@@ -15,6 +16,9 @@ from lorakit.errors import Problem
 
 LARGEST_SIDE = 16384
 """Longest side of an image in pixels, as it is trained on."""
+
+Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
+"""How images are resampled; `linear`, `cubic` and `area` are other names of `bilinear`, `bicubic` and `box`."""
 
 
 @frozen(kw_only=True)
@@ -60,6 +64,19 @@ class SubsetConfig:
     """Tags in a caption at the start of `token_warmup_step`, those that keep their place apart."""
     flip_aug: bool = False
     """Mirror each image left to right in half of the epochs."""
+    color_aug: bool = False
+    """Change the hue or the gamma of each image a little in a third of the epochs."""
+    random_crop: bool = False
+    """Crop each image somewhere else in each epoch, not around its centre."""
+    face_crop_aug_range: tuple[float, float] | None = None
+    """Crop around the face that the file's name tells of (`…_x_y_width_height.png`, its centre and size in pixels),
+    with a shorter side between these two times as long as the face, anew in each epoch."""
+    resize_interpolation: Interpolation = "lanczos"
+    """How images are made larger or smaller; `area` and `box` average."""
+    alpha_mask: bool = False
+    """Learn from each part of an image as much as it is opaque; what is transparent keeps its colours."""
+    conditioning_data_dir: Path | None = None
+    """Folder with a mask for each image, of its name and size: the loss counts where the mask is white or red."""
     is_reg: bool = False
     """Regularisation images: as many as the dataset has others, and weighted by `data.prior_loss_weight`."""
 
@@ -75,6 +92,10 @@ class SubsetConfig:
         if self.secondary_separator and self.caption_separator in self.secondary_separator:
             message = f"must not contain caption_separator, {self.caption_separator!r}, which would cut it apart"
             yield Problem("secondary_separator", message, '";;;" is usual')
+        low, high = self.face_crop_aug_range or (1, 1)
+        if not 0 < low <= high:
+            message = f"must be two numbers above 0, the greater one last, not [{low:g}, {high:g}]"
+            yield Problem("face_crop_aug_range", message, "[2.0, 4.0] is usual")
 
 
 @frozen(kw_only=True)
@@ -103,6 +124,9 @@ class DatasetConfig:
         if all(subset.is_reg for subset in self.subsets):
             hint = "put them into the dataset of the images that they belong to, as a subset with is_reg"
             yield Problem("subsets", "are all regularisation images", hint)
+        if self.enable_bucket and any(subset.face_crop_aug_range for subset in self.subsets):
+            hint = "set enable_bucket to false, or put the images of the subset into a dataset of their own"
+            yield Problem("enable_bucket", "cannot stand beside face_crop_aug_range, which crops to one size", hint)
         if self.bucket_reso_steps % 8:
             yield Problem("bucket_reso_steps", f"must be a multiple of 8, not {self.bucket_reso_steps}", "64 is usual")
         shorter, longer = sorted(self.resolution)
@@ -127,8 +151,8 @@ class DataSection:
     cache_dir: Path | None = None
     """Folder for encoded images and captions, which runs may share; `cache` in the output folder when absent."""
     workers: int | None = field(default=None, validator=v.optional(v.ge(1)))
-    """Threads that decode images while they are encoded; one per processor core, at most 8, when absent."""
+    """Threads that decode images; one per processor core, at most 8, when absent."""
     encode_batch_size: int = field(default=1, validator=v.ge(1))
-    """Images that the VAE encodes at once while the cache is filled."""
+    """Images that the VAE encodes at once."""
     prior_loss_weight: float = field(default=1.0, validator=v.ge(0))
     """How much the loss of regularisation images counts, the subsets with `is_reg`."""

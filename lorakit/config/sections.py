@@ -163,5 +163,7 @@ def _data_warnings(data: DataSection) -> Iterator[Problem]:
         yield Problem("data.keep_tokens_separator", f"is taken out of captions and has no other effect {without}")
     if any(subset.token_warmup_min != 1 and not subset.token_warmup_step for subset in subsets):
         yield Problem("data.token_warmup_min", "has no effect without token_warmup_step")
+    if any(subset.alpha_mask and subset.conditioning_data_dir for subset in subsets):
+        yield Problem("data.alpha_mask", "has no effect in subsets with conditioning_data_dir, whose masks are used")
     if data.prior_loss_weight != 1 and not any(subset.is_reg for subset in subsets):
         yield Problem("data.prior_loss_weight", "has no effect without a subset with is_reg")

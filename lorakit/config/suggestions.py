@@ -18,6 +18,7 @@ KOHYA_NAMES: Mapping[str, str] = {
     "vae_batch_size": "data.encode_batch_size",
     "max_data_loader_n_workers": "data.workers",
     "caption_extention": "data.caption_extension",
+    "masked_loss": "data.conditioning_data_dir",
     "network_module": "network.name",
     "network_dim": "network.rank",
     "network_alpha": "network.alpha",

@@ -8,7 +8,7 @@ n chunks of 77 tokens in a caption.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -23,8 +23,11 @@ from lorakit.data.cache import Cache
 from lorakit.data.captions import CaptionUse, caption_in_use
 from lorakit.data.encoding import CaptionKeys, LatentKeys
 from lorakit.data.examples import Example, IndexedDataset
+from lorakit.data.latents import LiveEncoder
 from lorakit.data.noise import normal, perturbation, target_noise
+from lorakit.data.pictures import Picture, augmented_picture, is_mirrored
 from lorakit.data.planning import Share
+from lorakit.data.threads import in_order
 from lorakit.models.protocol import Conditioning
 from lorakit.randomness import Generators, derived_seed, keyed_generator
 
@@ -53,11 +56,17 @@ class Batch:
     """B as a part of the images in the global micro-batch."""
     perturbation: Tensor | None = None
     """Noise that is to be mixed in besides, and not to be predicted, float32 [B, C, h, w]; None where there is none."""
+    loss_mask: Tensor | None = None
+    """How much the loss counts at each place, 0 to 1, float32 [B, 1, h, w]; None where no image has a mask."""
 
     @property
     def input_noise(self) -> Tensor:
         """All the noise to mix in, float32 [B, C, h, w]."""
         return self.noise if self.perturbation is None else self.noise + self.perturbation
+
+    def masked(self, losses: Tensor) -> Tensor:
+        """Losses [B, C, h, w] as far as they count; they are not scaled up to make up for what does not."""
+        return losses if self.loss_mask is None else losses * self.loss_mask
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; the copy from pinned memory does not wait."""
@@ -97,14 +106,29 @@ class BatchLoader:
     """Weight of the loss of regularisation images."""
     loss: LossSection = field(factory=LossSection)
     """Which noise and which timesteps to draw."""
+    live: LiveEncoder | None = None
+    """What encodes images that change from epoch to epoch; None where there are none."""
 
     def load(self, share: Share) -> Batch:
-        """The batch of a share. Raises DataError where the cache was damaged since it was filled."""
-        samples = [
-            (self.datasets[item.dataset].examples[item.example], (share.epoch, item.repeat)) for item in share.items
-        ]
-        latents = [self._latents(example, when) for example, when in samples]
+        """The batch of a share. Raises DataError where an image, or the cache, was damaged since it was looked at."""
+        return self._batch(share, self._pictures(share))
+
+    def batches(self, shares: Iterable[Share]) -> Iterator[Batch]:
+        """The batches of shares, in order; images that change are decoded by threads, some shares ahead."""
+        if self.live is None:
+            yield from map(self.load, shares)
+            return
+        with ThreadPoolExecutor(self.live.workers) as pool:
+            prepared = in_order(pool, lambda share: (share, self._pictures(share)), shares, self.live.workers + 1)
+            for share, pictures in prepared:
+                yield self._batch(share, pictures)
+
+    def _batch(self, share: Share, pictures: Sequence[Picture]) -> Batch:
+        """The batch of a share; `pictures` has those of its images that change from epoch to epoch."""
+        samples = self._samples(share)
         drawing = [partial(self._generator, example=example, when=when) for example, when in samples]
+        entries = self._entries(samples, pictures)
+        latents = [_drawn(entry, draw) for entry, draw in zip(entries, drawing, strict=True)]
         noise = [target_noise(image, self.loss, draw) for image, draw in zip(latents, drawing, strict=True)]
         use = CaptionUse(share.epoch, share.step, self.total_steps)
         conditioning, tokens = self._texts(
@@ -124,7 +148,29 @@ class BatchLoader:
             images=tuple(example.image.name for example, _ in samples),
             share=share.fraction,
             perturbation=self._perturbation(latents, drawing),
+            loss_mask=_loss_mask(entries),
         )
+
+    def _samples(self, share: Share) -> list[tuple[Example, tuple[int, int]]]:
+        """The examples of a share, each with epoch and repeat."""
+        return [
+            (self.datasets[item.dataset].examples[item.example], (share.epoch, item.repeat)) for item in share.items
+        ]
+
+    def _pictures(self, share: Share) -> list[Picture]:
+        """Those images of a share that change from epoch to epoch, as they are this once."""
+        return [
+            augmented_picture(example, partial(self._generator, example=example, when=when))
+            for example, when in self._samples(share)
+            if example.is_augmented
+        ]
+
+    def _entries(
+        self, samples: Sequence[tuple[Example, tuple[int, int]]], pictures: Sequence[Picture]
+    ) -> list[Mapping[str, Tensor]]:
+        """The distribution of each image's latents, and its mask where it has one: made now, or from the cache."""
+        made = iter(self.live.entries(pictures) if self.live else ())
+        return [next(made) if own.is_augmented else self._cached(own, when) for own, when in samples]
 
     def _timestep(self, generator: np.random.Generator) -> int:
         """A timestep, all that are allowed equally likely."""
@@ -136,12 +182,10 @@ class BatchLoader:
         pairs = zip(latents, drawing, strict=True)
         return torch.stack([perturbation(image.shape, self.loss, draw("perturbation")) for image, draw in pairs])
 
-    def _latents(self, example: Example, when: tuple[int, int]) -> Tensor:
-        """A draw from the distribution of the image's latents, mirrored in half of all cases if it is to be."""
-        mirrored = example.subset.flip_aug and bool(self._generator("flip", example, when).integers(2))
-        posterior = self.cache.load(self.latent_keys[example.identity, mirrored])
-        mean, std = posterior["mean"].float(), posterior["std"].float()
-        return mean + std * normal(self._generator("posterior", example, when), mean.shape)
+    def _cached(self, example: Example, when: tuple[int, int]) -> Mapping[str, Tensor]:
+        """What the cache holds of an image, of its mirror image if that is to be used."""
+        mirrored = is_mirrored(example, partial(self._generator, example=example, when=when))
+        return self.cache.load(self.latent_keys[example.identity, mirrored])
 
     def _texts(self, texts: Sequence[str]) -> tuple[Conditioning | None, Tensor | None]:
         if not isinstance(self.captions, Mapping):
@@ -155,6 +199,19 @@ class BatchLoader:
 
     def _generator(self, purpose: str, example: Example, when: tuple[int, int]) -> np.random.Generator:
         return keyed_generator(*self._key(purpose, example, when))
+
+
+def _drawn(entry: Mapping[str, Tensor], draw: Generators) -> Tensor:
+    """A draw from the distribution of an image's latents, [C, h, w]."""
+    mean, std = entry["mean"].float(), entry["std"].float()
+    return mean + std * normal(draw("posterior"), mean.shape)
+
+
+def _loss_mask(entries: Sequence[Mapping[str, Tensor]]) -> Tensor | None:
+    """The masks of a batch; where only some images have one, the others' loss counts everywhere."""
+    if not any("mask" in entry for entry in entries):
+        return None
+    return torch.stack([entry.get("mask", torch.ones_like(entry["mean"][:1])) for entry in entries])
 
 
 def prefetch(batches: Iterable[Batch], depth: int, device: torch.device | None = None) -> Generator[Batch]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import lru_cache
 from math import inf, sqrt
 
-from attrs import frozen
+from attrs import Factory, field, frozen
 
 from lorakit.config.datasets import DatasetConfig
 from lorakit.errors import DataError, Problem
@@ -19,12 +19,19 @@ Size = tuple[int, int]
 
 @frozen
 class Placement:
-    """How an image is brought to the size of its bucket: resized, then cropped around its centre."""
+    """How an image is brought to the size of its bucket: resized, then cropped."""
 
     resized: Size
     """Size of the whole image after resizing; covers the bucket."""
     bucket: Size
     """Size of what is left after cropping."""
+    corner: Size = field(default=Factory(lambda self: self.middle, takes_self=True))
+    """What is left begins that far from the left and the top of the resized image; its middle is left by default."""
+
+    @property
+    def middle(self) -> Size:
+        """The corner with which as much is cropped on one side as on the other."""
+        return (self.resized[0] - self.bucket[0]) // 2, (self.resized[1] - self.bucket[1]) // 2
 
 
 @lru_cache(maxsize=64)

@@ -28,6 +28,13 @@ class NotFiniteError(ValueError):
     """Tensors with NaN or infinity, which are never stored."""
 
 
+def refuse_not_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise NotFiniteError where a tensor holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise NotFiniteError(f"its {name} holds NaN or infinity")
+
+
 class Cache:
     """A folder of tensors: one safetensors file for each key, in sub-folders named by the key's first two digits."""
 
@@ -63,9 +70,7 @@ class Cache:
         from safetensors.torch import save
         from torch import contiguous_format
 
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise NotFiniteError(f"its {name} holds NaN or infinity")
+        refuse_not_finite(tensors)
         # Copies, because a row of a batch would be written with the layout, and the memory, of the whole.
         entry = {name: tensor.detach().cpu().clone(memory_format=contiguous_format) for name, tensor in tensors.items()}
         write_atomically(self._path(key), save(entry))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lorakit.config.datasets import SubsetConfig
+from lorakit.data.faces import stem_without_face
 from lorakit.errors import DataError, Problem
 from lorakit.randomness import Generators, keyed_generator
 
@@ -48,10 +49,14 @@ class CaptionParts(NamedTuple):
 
 
 def find_caption(image: Path, subset: SubsetConfig, names: Container[str]) -> Path | None:
-    """The caption file of an image among the files of these names in its folder: that of the same stem."""
+    """The caption file of an image among the files of these names in its folder: that of the same stem.
+
+    Where names tell of faces, that of the name without the face's numbers will do too.
+    """
     wanted = subset.caption_extension
     extensions = EXTENSIONS if wanted is None else [wanted if "." in wanted else f".{wanted}"]
-    candidates = (image.stem + extension for extension in extensions)
+    stems = [image.stem, stem_without_face(image)] if subset.face_crop_aug_range else [image.stem]
+    candidates = (stem + extension for stem in stems for extension in extensions)
     return next((image.with_name(name) for name in candidates if name in names), None)
 
 

@@ -5,28 +5,27 @@ Shapes: B images or captions encoded together, H and W bucket sides in pixels.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TypeVar
 
-import numpy as np
 import torch
 from attrs import field, frozen
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lorakit.data.buckets import Placement
 from lorakit.data.cache import Cache, NotFiniteError, content_key
 from lorakit.data.captions import possible_captions
 from lorakit.data.examples import Example, IndexedDataset, default_workers
-from lorakit.data.images import load_pixels
+from lorakit.data.images import RESAMPLING
+from lorakit.data.latents import encode_pixels, latent_masks, not_encodable, on_device
+from lorakit.data.pictures import Picture, load_picture
 from lorakit.data.problems import data_error
-from lorakit.errors import DataError, Problem
+from lorakit.data.threads import in_order
+from lorakit.errors import DataError
 from lorakit.models.protocol import DiffusionModel
 
 T = TypeVar("T")
-R = TypeVar("R")
 
 LatentKeys = Mapping[tuple[str, bool], str]
 """Where the latents of an example are in the cache, by its identity and whether it is mirrored."""
@@ -58,6 +57,17 @@ class Encoding:
 
 
 @frozen
+class _Content:
+    """What there is to be seen in an image, as far as it can be told without decoding it."""
+
+    digest: str
+    """Key of the file's content."""
+    placement: Placement
+    more: tuple[str, ...]
+    """What is not as usual: resampling, and where the mask comes from."""
+
+
+@frozen
 class _Job:
     """An image to decode once, and the keys of the entries to make of it, by whether they are mirrored."""
 
@@ -72,11 +82,16 @@ class _Encoded:
     keys: Sequence[str]
     names: Sequence[str]
     tensors: Mapping[str, Tensor]
+    masks: Sequence[Tensor | None] = ()
+    """What only some of the entries have, already on the CPU."""
 
 
-def latent_key(digest: str, placement: Placement, mirrored: bool, fingerprint: str) -> str:
+def _latent_key(content: _Content, mirrored: bool, fingerprint: str) -> str:
     """Key of all that an image's latents depend on: its content, size, crop, mirroring and image encoder."""
-    return content_key("latents", _LATENT_FORMAT, digest, placement.resized, placement.bucket, mirrored, fingerprint)
+    placement, more = content.placement, content.more
+    return content_key(
+        "latents", _LATENT_FORMAT, content.digest, placement.resized, placement.bucket, mirrored, fingerprint, *more
+    )
 
 
 def caption_key(caption: str, fingerprint: str) -> str:
@@ -89,17 +104,20 @@ def encode_latents(
 ) -> LatentKeys:
     """Fill the cache with this process's share of the missing latents: `mean` and `std`, float32 [C, h, w] each.
 
+    Where the loss is to count in parts of an image only, there is a `mask` too, float32 [1, h, w]. Images whose
+    pixels change from epoch to epoch are left out, but decoded once, to find those that cannot be.
+
     The image encoder is read only if something is missing. Raises one DataError for all damaged
     images, after the whole ones are encoded, and one at once where the encoder gives NaN.
     """
     workers = encoding.workers or default_workers()
     with ThreadPoolExecutor(workers) as pool:
+        damaged = _damaged(_own(_augmented(datasets), encoding), cache, pool)
         keys, jobs = _latent_jobs(datasets, model.fingerprint("image_encoder"), cache, pool)
         missing = [_Job(job.example, _without_cached(job.keys, cache)) for job in _own(jobs, encoding)]
         missing = [job for job in missing if job.keys]
-        damaged: list[str] = []
         if missing:
-            decoded = _in_order(pool, _decode, missing, 2 * max(encoding.batch_size, workers))
+            decoded = in_order(pool, _decode, missing, 2 * max(encoding.batch_size, workers))
             batches = _same_size(decoded, encoding.batch_size, damaged)
             encoded = (entries for batch in batches for entries in _encode_images(batch, model, encoding.device))
             _store_all(encoded, cache, sum(len(job.keys) for job in missing), encoding)
@@ -134,14 +152,14 @@ def _latent_jobs(
     datasets: Sequence[IndexedDataset], fingerprint: str, cache: Cache, pool: Executor
 ) -> tuple[LatentKeys, list[_Job]]:
     """The keys of all latents, and one job for each distinct image and placement, bucket by bucket."""
-    examples = [example for dataset in datasets for example in dataset.examples]
-    digests = pool.map(cache.memo.digest, [example.image for example in examples])
+    examples = [example for dataset in datasets for example in dataset.examples if not example.is_augmented]
+    contents = pool.map(lambda example: _content(example, cache), examples)
     keys: dict[tuple[str, bool], str] = {}
-    jobs: dict[tuple[str, Placement], _Job] = {}
-    for example, digest in zip(examples, digests, strict=True):
-        job = jobs.setdefault((digest, example.placement), _Job(example))
+    jobs: dict[_Content, _Job] = {}
+    for example, content in zip(examples, contents, strict=True):
+        job = jobs.setdefault(content, _Job(example))
         for mirrored in (False, True) if example.subset.flip_aug else (False,):
-            key = latent_key(digest, example.placement, mirrored, fingerprint)
+            key = _latent_key(content, mirrored, fingerprint)
             keys[example.identity, mirrored] = job.keys[mirrored] = key
     cache.memo.save()
     return keys, sorted(jobs.values(), key=lambda job: job.example.placement.bucket)
@@ -156,58 +174,79 @@ def _without_cached(keys: Mapping[bool, str], cache: Cache) -> dict[bool, str]:
     return {mirrored: key for mirrored, key in keys.items() if not cache.has(key)}
 
 
-def _decode(job: _Job) -> tuple[_Job, NDArray[np.uint8] | DataError]:
+def _augmented(datasets: Sequence[IndexedDataset]) -> list[Example]:
+    """One example of each image that is encoded later, each time it is used."""
+    examples = (example for dataset in datasets for example in dataset.examples if example.is_augmented)
+    return list({(example.image, example.mask): example for example in examples}.values())
+
+
+def _damaged(examples: Sequence[Example], cache: Cache, pool: Executor) -> list[str]:
+    """What is wrong with examples that cannot be decoded; files that were decoded once are not read again."""
+
+    def problem(example: Example) -> str | None:
+        def decode() -> str:
+            load_picture(example, example.placement)
+            return mask
+
+        try:
+            mask = cache.memo.digest(example.mask) if example.mask else "none"
+            cache.memo.remember(example.image, f"decodes with mask {mask}", decode)
+        except DataError as error:
+            return str(error)
+        return None
+
+    return [text for text in pool.map(problem, examples) if text]
+
+
+def _content(example: Example, cache: Cache) -> _Content:
+    """What an example shows; reads its files only where they have changed."""
+    interpolation = example.subset.resize_interpolation
+    more = [] if interpolation == "lanczos" else [RESAMPLING[interpolation].name]
+    if example.mask is not None:
+        more.append(cache.memo.digest(example.mask))
+    elif example.subset.alpha_mask:
+        more.append("alpha")
+    return _Content(cache.memo.digest(example.image), example.placement, tuple(more))
+
+
+def _decode(job: _Job) -> tuple[_Job, Picture | DataError]:
     try:
-        return job, load_pixels(job.example.image, job.example.placement)
+        return job, load_picture(job.example, job.example.placement)
     except DataError as error:
         return job, error
 
 
-def _in_order(pool: Executor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """The results for the items, in their order; at most `ahead` items are taken before their results are."""
-    waiting: deque[Future[R]] = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
 def _same_size(
-    decoded: Iterable[tuple[_Job, NDArray[np.uint8] | DataError]], batch_size: int, damaged: list[str]
-) -> Iterator[list[tuple[_Job, NDArray[np.uint8]]]]:
+    decoded: Iterable[tuple[_Job, Picture | DataError]], batch_size: int, damaged: list[str]
+) -> Iterator[list[tuple[_Job, Picture]]]:
     """Batches of neighbours of one size; what could not be decoded is left out and noted."""
-    batch: list[tuple[_Job, NDArray[np.uint8]]] = []
-    for job, pixels in decoded:
-        if isinstance(pixels, DataError):
-            damaged.append(str(pixels))
+    batch: list[tuple[_Job, Picture]] = []
+    for job, picture in decoded:
+        if isinstance(picture, DataError):
+            damaged.append(str(picture))
             continue
-        if batch and (len(batch) == batch_size or batch[0][1].shape != pixels.shape):
+        if batch and (len(batch) == batch_size or batch[0][1].pixels.shape != picture.pixels.shape):
             yield batch
             batch = []
-        batch.append((job, pixels))
+        batch.append((job, picture))
     if batch:
         yield batch
 
 
 def _encode_images(
-    batch: Sequence[tuple[_Job, NDArray[np.uint8]]], model: DiffusionModel, device: torch.device
+    batch: Sequence[tuple[_Job, Picture]], model: DiffusionModel, device: torch.device
 ) -> Iterator[_Encoded]:
     """Latents of a batch as they are missing: once upright, once mirrored."""
-    pixels = torch.from_numpy(np.stack([image for _, image in batch]))
-    if device.type == "cuda":
-        pixels = pixels.pin_memory()
-    pixels = pixels.to(device, non_blocking=True)
+    pixels = on_device([picture.pixels for _, picture in batch], device)
     for mirrored in (False, True):
         rows = [row for row, (job, _) in enumerate(batch) if mirrored in job.keys]
         if rows:
-            images = pixels[rows].permute(0, 3, 1, 2).float() / 127.5 - 1  # [B, 3, H, W]
-            with torch.no_grad():
-                mean, std = model.image_encoder.encode(images.flip(3) if mirrored else images)
-            jobs = [batch[row][0] for row in rows]
-            names = [str(job.example.image) for job in jobs]
-            yield _Encoded([job.keys[mirrored] for job in jobs], names, {"mean": mean, "std": std})
+            tensors = encode_pixels(pixels[rows].flip(2) if mirrored else pixels[rows], model.image_encoder)
+            jobs, pictures = [batch[row][0] for row in rows], [batch[row][1] for row in rows]
+            masks = latent_masks([picture.mask for picture in pictures], tensors["mean"])
+            if mirrored:
+                masks = [None if mask is None else mask.flip(2) for mask in masks]
+            yield _Encoded([job.keys[mirrored] for job in jobs], [own.name for own in pictures], tensors, masks)
 
 
 def _encode_texts(captions: Sequence[str], keys: CaptionKeys, model: DiffusionModel, device: torch.device) -> _Encoded:
@@ -221,7 +260,7 @@ def _store_all(encoded: Iterable[_Encoded], cache: Cache, total: int, encoding: 
     """Store entries in a thread of their own, so that the encoder does not wait for the disk."""
     done = 0
     with ThreadPoolExecutor(1) as writer:
-        for stored in _in_order(writer, lambda entries: _store(entries, cache), encoded, ahead=4):
+        for stored in in_order(writer, lambda entries: _store(entries, cache), encoded, ahead=4):
             done += stored
             if encoding.progress:
                 encoding.progress(done, total)
@@ -231,11 +270,10 @@ def _store(encoded: _Encoded, cache: Cache) -> int:
     """Store a batch of entries and count them."""
     tensors = {name: tensor.cpu() for name, tensor in encoded.tensors.items()}
     for row, (key, name) in enumerate(zip(encoded.keys, encoded.names, strict=True)):
+        entry = {part: tensor[row] for part, tensor in tensors.items()}
+        mask = encoded.masks[row] if encoded.masks else None
         try:
-            cache.store(key, {part: tensor[row] for part, tensor in tensors.items()})
+            cache.store(key, entry if mask is None else {**entry, "mask": mask})
         except NotFiniteError as error:
-            hint = (
-                "the encoder's number format overflows: set training.mixed_precision to bf16 or no, or give model.vae"
-            )
-            raise DataError(str(Problem(name, f"cannot be encoded: {error}", hint))) from error
+            raise not_encodable(name, error) from error
     return len(encoded.keys)

@@ -17,7 +17,9 @@ from lorakit.config.datasets import DatasetConfig, SubsetConfig
 from lorakit.data.balancing import balanced_repeats
 from lorakit.data.buckets import Placement, place
 from lorakit.data.captions import find_caption, possible_captions, read_caption
+from lorakit.data.faces import Face, face_named
 from lorakit.data.images import EXTENSIONS, read_size
+from lorakit.data.masks import check_size, find_masks
 from lorakit.data.memo import StatMemo
 from lorakit.data.metadata_files import read_metadata_file
 from lorakit.data.problems import data_error
@@ -42,6 +44,16 @@ class Example:
     """Key of its randomness: the numbers of dataset and subset, and the file's name; the same on every machine."""
     repeats: int = field(default=Factory(lambda self: self.subset.num_repeats, takes_self=True))
     """How often it appears in an epoch."""
+    mask: Path | None = None
+    """The file that says where its loss counts."""
+    face: Face | None = None
+    """The face that it is to be cropped around."""
+
+    @property
+    def is_augmented(self) -> bool:
+        """Whether its pixels change from epoch to epoch, mirroring apart, so that it cannot be encoded once for all."""
+        is_cropped = self.subset.random_crop and self.placement.resized != self.placement.bucket
+        return self.subset.color_aug or is_cropped or self.face is not None
 
 
 @frozen
@@ -64,6 +76,7 @@ class _Found:
     dataset: DatasetConfig
     subset: SubsetConfig
     identity: str
+    mask: Path | None
 
 
 def default_workers() -> int:
@@ -96,6 +109,11 @@ def captions_vary(datasets: Sequence[IndexedDataset]) -> bool:
     return any(possible_captions(example.caption, example.subset) is None for example in examples)
 
 
+def any_augmented(datasets: Sequence[IndexedDataset]) -> bool:
+    """Whether the pixels of any image change from epoch to epoch, so that it cannot be encoded once for all."""
+    return any(example.is_augmented for dataset in datasets for example in dataset.examples)
+
+
 def _balanced(examples: Sequence[Example]) -> tuple[Example, ...]:
     """The examples, the regularisation images among them with their repeats; those that are not used left out."""
     regularising = [example for example in examples if example.subset.is_reg]
@@ -118,10 +136,13 @@ def _find_images(number: int, dataset: DatasetConfig, problems: list[str]) -> li
         except DataError as error:
             problems.append(str(error))
             continue
+        folder = subset.conditioning_data_dir
+        masks = find_masks(folder, [image for _, image, _ in listed], problems) if folder else {}
         for name, image, caption in listed:
             # File names need not be valid text, but keys of randomness must be.
             text = name.encode("utf-8", "backslashreplace").decode()
-            found.append(_Found(image, caption, dataset, subset, f"{number}/{subset_number}/{text}"))
+            identity = f"{number}/{subset_number}/{text}"
+            found.append(_Found(image, caption, dataset, subset, identity, masks.get(image.stem)))
     return found
 
 
@@ -151,8 +172,12 @@ def _files_in(folder: Path) -> set[str]:
 
 def _read(file: _Found, memo: StatMemo | None) -> Example | str:
     """The example, or what is wrong with it."""
+    size_of = memo.size if memo else read_size
     try:
-        size = memo.size(file.image) if memo else read_size(file.image)
+        size = size_of(file.image)
+        if file.mask:
+            check_size(file.mask, size_of(file.mask), file.image, size)
+        face = face_named(file.image, size) if file.subset.face_crop_aug_range else None
         written = (
             read_caption(file.caption, file.subset.enable_wildcard) if isinstance(file.caption, Path) else file.caption
         )
@@ -163,7 +188,7 @@ def _read(file: _Found, memo: StatMemo | None) -> Example | str:
     except DataError as error:
         return f"{file.image}: {error}"
     caption = (file.subset.class_tokens or "") if written is None else written
-    return Example(file.image, caption, file.subset, placement, file.identity)
+    return Example(file.image, caption, file.subset, placement, file.identity, mask=file.mask, face=face)
 
 
 def _warn_of_missing_captions(found: Sequence[_Found]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from lorakit.config.datasets import Interpolation
 from lorakit.data.buckets import Placement, Size
 from lorakit.errors import DataError, Problem
 
@@ -18,6 +19,18 @@ EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
 # Files are often misnamed, so the format is told by the content; Pillow's other readers stay shut to untrusted files.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+
+RESAMPLING: Mapping[Interpolation, Image.Resampling] = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "linear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "cubic": Image.Resampling.BICUBIC,
+    "area": Image.Resampling.BOX,
+    "box": Image.Resampling.BOX,
+}
+"""Pillow's filters, all but the nearest with a window that grows when an image shrinks."""
 
 _TO_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -40,44 +53,82 @@ def read_size(path: Path) -> Size:
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
-def load_pixels(path: Path, placement: Placement) -> NDArray[np.uint8]:
+def load_pixels(path: Path, placement: Placement, interpolation: Interpolation = "lanczos") -> NDArray[np.uint8]:
     """The pixels of an image brought to its bucket, RGB [H, W, 3], upright and on white.
 
-    Resampled with Pillow's Lanczos, whose window grows when an image shrinks: it keeps more detail than
-    area averaging and lets through less of what would alias, and it is as good for enlarging.
+    Resampled by default with Pillow's Lanczos, whose window grows when an image shrinks: it keeps more detail
+    than area averaging and lets through less of what would alias, and it is as good for enlarging.
 
     Raises DataError where the file is damaged.
     """
+    return _resized_crop(_upright(path, _on_white), placement, interpolation)
+
+
+def load_with_alpha(
+    path: Path, placement: Placement, interpolation: Interpolation = "lanczos"
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
+    """Pixels of an image as they would be without transparency, [H, W, 3], and how opaque each is, [H, W].
+
+    The latter is None where the file tells of no transparency. Raises DataError where the file is damaged.
+    """
+    picture = _upright(path, _with_alpha)
+    # Colours and alpha apart, because Pillow resamples what is transparent as black.
+    alpha = _resized_crop(picture.getchannel("A"), placement, interpolation) if picture.mode == "RGBA" else None
+    return _resized_crop(picture.convert("RGB"), placement, interpolation), alpha
+
+
+def load_mask(path: Path, placement: Placement, interpolation: Interpolation = "lanczos") -> NDArray[np.uint8]:
+    """The red channel of an image brought to its bucket, [H, W], upright. Raises DataError where it is damaged."""
+    red = _upright(path, lambda image: _in_eight_bits(image).convert("RGB").getchannel("R"))
+    return _resized_crop(red, placement, interpolation)
+
+
+def _upright(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """A decoded and converted image as it is seen."""
     with _opened(path) as image:
         orientation = _orientation(image)
-        flat = _on_white(image)
-        upright = flat.transpose(_TO_UPRIGHT[orientation]) if orientation in _TO_UPRIGHT else flat
-    return np.asarray(_resized_crop(upright, placement))
+        flat = convert(image)
+    return flat.transpose(_TO_UPRIGHT[orientation]) if orientation in _TO_UPRIGHT else flat
 
 
-def _resized_crop(image: Image.Image, placement: Placement) -> Image.Image:
-    """The centre of the resized image; what would be cropped away is never computed."""
+def _resized_crop(image: Image.Image, placement: Placement, interpolation: Interpolation) -> NDArray[np.uint8]:
+    """A part of the resized image; what would be cropped away is never computed."""
     (width, height), (bucket_width, bucket_height) = placement.resized, placement.bucket
-    left, top = (width - bucket_width) // 2, (height - bucket_height) // 2
+    left, top = placement.corner
     across, down = image.width / width, image.height / height
     box = (left * across, top * down, (left + bucket_width) * across, (top + bucket_height) * down)
     inside = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
-    return image.resize(placement.bucket, Image.Resampling.LANCZOS, box=inside)
+    return np.asarray(image.resize(placement.bucket, RESAMPLING[interpolation], box=inside))
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """The image in RGB; what is transparent shows white, and 16-bit grey is scaled to 8 bits."""
-    if image.mode.startswith("I"):
-        grey = np.asarray(image).clip(0, 65535).astype(np.uint32)
-        clear = image.info.get("transparency")
-        if isinstance(clear, int):
-            grey[grey == clear] = 65535
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    """The image in RGB; what is transparent shows white."""
+    picture = _with_alpha(image)
+    if picture.mode == "RGB":
+        return picture
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def _with_alpha(image: Image.Image) -> Image.Image:
+    """The image in RGBA, or in RGB where it tells of no transparency."""
+    flat = _in_eight_bits(image)
     if not image.has_transparency_data:
-        return image.convert("RGB")
-    picture = image.convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture).convert("RGB")
+        return flat.convert("RGB")
+    if flat is image:
+        return image.convert("RGBA")
+    clear = image.info.get("transparency")
+    opaque = np.asarray(image) != (clear if isinstance(clear, int) else -1)
+    picture = flat.convert("RGB")
+    picture.putalpha(Image.fromarray(np.where(opaque, 255, 0).astype(np.uint8)))
+    return picture
+
+
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    """The image itself, or, where it is grey of 16 bits, scaled to 8."""
+    if not image.mode.startswith("I"):
+        return image
+    grey = np.asarray(image).clip(0, 65535).astype(np.uint32)
+    return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
 
 
 def _orientation(image: Image.Image) -> int:

@@ -18,7 +18,8 @@ from lorakit.components import ObserverConfig
 from lorakit.config.sections import TrainConfig
 from lorakit.data.batches import BatchLoader
 from lorakit.data.encoding import CaptionKeys, Encoding, LatentKeys, encode_captions, encode_latents
-from lorakit.data.examples import captions_vary
+from lorakit.data.examples import any_augmented, captions_vary, default_workers
+from lorakit.data.latents import LiveEncoder
 from lorakit.engine.gradients import FlatGradients
 from lorakit.engine.metadata import run_metadata
 from lorakit.engine.observing import Observers
@@ -110,6 +111,7 @@ def assemble(prepared: PreparedRun, processes: Processes) -> Run:
         total_steps=schedule.total_steps,
         prior_loss_weight=config.data.prior_loss_weight,
         loss=config.loss,
+        live=_live_encoder(prepared, model, processes),
     )
     model.use_attention(config.attention.build())
     if config.training.gradient_checkpointing:
@@ -152,7 +154,8 @@ def _encoded(prepared: PreparedRun, model: DiffusionModel, processes: Processes)
     model.memo = cache.memo
     with _progress("encoding images", processes) as progress:
         latent_keys = encode_latents(datasets, model, cache, _encoding(config, processes, progress))
-    model.free("image_encoder")
+    if not any_augmented(datasets):
+        model.free("image_encoder")
     captions: Captions
     if "text_encoder" in config.trained_parts or captions_vary(datasets):
         captions = model.text_encoder.tokenize
@@ -163,6 +166,19 @@ def _encoded(prepared: PreparedRun, model: DiffusionModel, processes: Processes)
     cache.memo.save()
     processes.wait()
     return latent_keys, captions
+
+
+def _live_encoder(prepared: PreparedRun, model: DiffusionModel, processes: Processes) -> LiveEncoder | None:
+    """What encodes images that change from epoch to epoch; None where there are none."""
+    if not any_augmented(prepared.datasets):
+        return None
+    data = prepared.config.data
+    return LiveEncoder(
+        encoder=model.image_encoder,
+        device=processes.device,
+        batch_size=data.encode_batch_size,
+        workers=data.workers or default_workers(),
+    )
 
 
 def _encoding(config: TrainConfig, processes: Processes, progress: Callable[[int, int], None]) -> Encoding:

@@ -25,7 +25,7 @@ def denoising_loss(model: DiffusionModel, batch: Batch, conditioning: Conditioni
     prediction = model.predict(noisy_latents, batch.timesteps, conditioning)
     target = model.noise.target(batch.latents, batch.noise, batch.timesteps)  # ε or v
     distances = distance(prediction.float() - target.float(), loss, model.noise, batch.timesteps)
-    per_image = distances.flatten(1).mean(dim=1)  # [B]
+    per_image = batch.masked(distances).flatten(1).mean(dim=1)  # [B]
     return (per_image * batch.weights * timestep_weights(loss, model.noise, batch.timesteps)).mean()
 
 

@@ -21,13 +21,15 @@ from lorakit.config.datasets import SubsetConfig
 from lorakit.config.loss import LossSection
 from lorakit.config.sections import TrainConfig
 from lorakit.config.tables import field_names
-from lorakit.data.examples import Example, IndexedDataset
+from lorakit.data.examples import Example, IndexedDataset, any_augmented
 
 KOHYA_MODULE = "networks.lora"
 """The name that tools know LoRA networks by."""
 
 _SUBSET_KEYS = [
-    key for key in field_names(SubsetConfig) if key not in ("image_dir", "metadata_file", "caption_extension")
+    key
+    for key in field_names(SubsetConfig)
+    if key not in ("image_dir", "metadata_file", "caption_extension", "conditioning_data_dir")
 ]
 
 
@@ -80,7 +82,6 @@ def _training_values(config: TrainConfig) -> dict[str, Any]:
         "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
         "ss_gradient_checkpointing": training.gradient_checkpointing,
         "ss_mixed_precision": training.mixed_precision,
-        "ss_cache_latents": True,
     }
 
 
@@ -128,6 +129,7 @@ def _dataset_values(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
         for index, (size, count) in enumerate(sorted(buckets.items()))
     }
     return {
+        **_augmentation_values(datasets),
         "ss_resolution": (width, height),
         "modelspec.resolution": f"{width}x{height}",
         "ss_enable_bucket": datasets[0].config.enable_bucket,
@@ -136,6 +138,20 @@ def _dataset_values(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
         "ss_dataset_dirs": json.dumps(folders),
         "ss_tag_frequency": json.dumps(tags),
         "ss_datasets": json.dumps([_dataset_description(dataset) for dataset in datasets]),
+    }
+
+
+def _augmentation_values(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
+    """What changes images: whether any subset asks for it, and the numbers of the first one that gives some."""
+    subsets = [subset for dataset in datasets for subset in dataset.config.subsets]
+    ranges = [subset.face_crop_aug_range for subset in subsets if subset.face_crop_aug_range]
+    return {
+        "ss_cache_latents": not any_augmented(datasets),
+        "ss_color_aug": any(subset.color_aug for subset in subsets),
+        "ss_flip_aug": any(subset.flip_aug for subset in subsets),
+        "ss_random_crop": any(subset.random_crop for subset in subsets),
+        "ss_face_crop_aug_range": ranges[0] if ranges else None,
+        "ss_resize_interpolation": subsets[0].resize_interpolation,
     }
 
 

@@ -52,6 +52,4 @@ class Schedule:
 
     def batches_from(self, done: int, loader: BatchLoader) -> Iterator[Batch]:
         """The micro-batches of this process in those steps, in order."""
-        for step in self.steps_from(done):
-            for share in step.shares:
-                yield loader.load(share)
+        return loader.batches(share for step in self.steps_from(done) for share in step.shares)

@@ -15,7 +15,7 @@ from lorakit.kohya.states import State
 FOLDER_OPTIONS = ("train_data_dir", "reg_data_dir", "in_json")
 """What says on which images to train where there is no dataset file."""
 
-_PATHS = frozenset({"image_dir", "conditioning_data_dir", "metadata_file"})
+_PATHS = ("image_dir", "conditioning_data_dir", "metadata_file")
 """Keys of dataset files that hold paths."""
 
 
@@ -27,7 +27,7 @@ def write_data(command: Command, draft: Draft) -> None:
     if "max_data_loader_n_workers" in command.given and workers > 0:
         draft.set("data", "workers", command.setting("max_data_loader_n_workers"))
     shared = {key: setting for key, setting in own.items() if key not in SECTION_KEYS}
-    shared |= _resolution(command)
+    shared |= _resolution(command) | _face_crop(command, draft)
     if command.get("dataset_config"):
         _from_file(command, draft, shared)
     elif command.get("train_data_dir"):
@@ -48,6 +48,21 @@ def _resolution(command: Command) -> Table:
     if len(sides) not in (1, 2):
         raise ConfigError([Problem("--resolution", f"must be SIDE or WIDTH,HEIGHT in pixels, not {text!r}")])
     return {"resolution": command.setting("resolution", sides if len(sides) == 2 else sides[0])}
+
+
+def _face_crop(command: Command, draft: Draft) -> Table:
+    text = command.get("face_crop_aug_range")
+    if text is None:
+        return {}
+    if command.get("enable_bucket"):
+        draft.remark("face_crop_aug_range", "has no effect beside --enable_bucket")
+        return {}
+    try:
+        low, high = (float(number) for number in text.split(","))
+    except ValueError as error:
+        problem = Problem("--face_crop_aug_range", f"must be two numbers, such as 2.0,4.0, not {text!r}")
+        raise ConfigError([problem]) from error
+    return {"face_crop_aug_range": command.setting("face_crop_aug_range", [low, high])}
 
 
 def _caption_extension(command: Command) -> Table:
@@ -86,9 +101,9 @@ def _from_file(command: Command, draft: Draft, shared: Table) -> None:
 
 
 def _is_elsewhere(command: Command, path: Path, tables: Mapping[str, Any]) -> bool:
-    """Whether relative folders in a dataset file lead elsewhere from the file than from where sd-scripts is called."""
-    folders = [subset.get("image_dir") for _, subsets in _datasets(tables) for subset in subsets]
-    is_relative = any(isinstance(folder, str) and not Path(folder).is_absolute() for folder in folders)
+    """Whether relative paths in a dataset file lead elsewhere from the file than from where sd-scripts is called."""
+    paths = [subset.get(key) for _, subsets in _datasets(tables) for subset in subsets for key in _PATHS]
+    is_relative = any(isinstance(path, str) and not Path(path).is_absolute() for path in paths)
     return is_relative and path.absolute().parent != command.folder.absolute()
 
 

@@ -35,7 +35,7 @@ class Option:
     """Whether more than copying its value to `key` is to be done."""
 
 
-_ALWAYS = "images and captions are always encoded once and kept"
+_ALWAYS = "images and captions are encoded once and kept wherever they stay the same"
 _SAMPLES = "there are no previews during training yet"
 _FP8 = "the base model cannot be kept in 8 bits yet"
 _HALF = "the adapters stay float32"
@@ -83,7 +83,7 @@ DATA = (
     Option("token_warmup_step", "float", 0.0, key="data.token_warmup_step"),
     Option("color_aug", "flag", False, key="data.color_aug"),
     Option("flip_aug", "flag", False, key="data.flip_aug"),
-    Option("face_crop_aug_range", "text", later="images cannot be cropped around faces yet"),
+    Option("face_crop_aug_range", "text", key="data.face_crop_aug_range", special=True),
     Option("random_crop", "flag", False, key="data.random_crop"),
     Option("enable_bucket", "flag", False, key="data.enable_bucket"),
     Option("min_bucket_reso", "int", 256, key="data.min_bucket_reso"),
@@ -100,9 +100,12 @@ DATA = (
     Option("skip_cache_check", "flag", False, unneeded="the cache is found by content, so nothing has to be trusted"),
     Option("cache_info", "flag", False, unneeded="what was found out about images is always remembered"),
     Option("alpha_mask", "flag", False, key="data.alpha_mask"),
-    Option("masked_loss", "flag", False, key="loss.masked_loss"),
+    Option("masked_loss", "flag", False, unneeded="masks count wherever a subset names `conditioning_data_dir`"),
     Option("conditioning_data_dir", "path", unneeded="it has no effect in train_network.py"),
-    Option("dataset_class", "text", later="datasets of other classes cannot be used"),
+    Option(
+        "dataset_class", "text",
+        later="lorakit finds images and captions itself; code that makes them up cannot be plugged in",
+    ),
     Option("debug_dataset", "flag", False, unneeded="`lorakit check` looks at images and captions"),
     Option("max_data_loader_n_workers", "int", 8, key="data.workers", special=True),
     Option("persistent_data_loader_workers", "flag", False, unneeded="the threads that decode images are kept"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lorakit.config.data_tables import SWITCHED_OFF, WITHOUT_EFFECT
+from lorakit.config.data_tables import EMPTY, SWITCHED_OFF, WITHOUT_EFFECT
 from lorakit.config.datasets import DataSection, SubsetConfig
 from lorakit.config.sections import TrainConfig
 from tests.config.conftest import Tables
@@ -192,6 +192,74 @@ def test_options_of_sd_scripts_that_are_not_here(
     assert data_of({**table, name: SWITCHED_OFF[name]}) == data_of(table)
     found = data_problems({**table, name: "something"})
     assert "is an option of sd-scripts that lorakit does not have" in found[f"data.{name}"]
+
+
+@pytest.mark.parametrize("name", sorted(EMPTY))
+def test_empty_values_count_as_absent(
+    data_of: Callable[..., DataSection], data_problems: Callable[..., dict[str, str]], name: str
+) -> None:
+    """An empty value of a key that files of sd-scripts may leave empty says as much as none."""
+    subset = {"image_dir": "photos"}
+    assert data_of({"datasets": [{"resolution": 64, "subsets": [{**subset, name: EMPTY[name]}]}]}) == data_of(
+        {**subset, "resolution": 64}
+    )
+    assert list(data_problems({**subset, "resolution": 64, name: 5})) == [f"data.{name}"]
+
+
+AUGMENTATIONS = {
+    "color_aug": True,
+    "random_crop": True,
+    "face_crop_aug_range": [2.0, 4.0],
+    "resize_interpolation": "area",
+    "alpha_mask": True,
+}
+
+
+def test_augmentations_are_shared(data_of: Callable[..., DataSection], base: Path) -> None:
+    """They may stand in [general] for all subsets, and a subset may say otherwise; masks belong to one subset."""
+    subsets = [{"image_dir": "photos", "conditioning_data_dir": "more"}, {"image_dir": "photos", "random_crop": False}]
+    table = {"general": AUGMENTATIONS, "datasets": [{"resolution": 64, "subsets": subsets}]}
+    first, second = data_of(table).datasets[0].subsets
+    for subset in (first, second):
+        assert (subset.color_aug, subset.alpha_mask, subset.resize_interpolation) == (True, True, "area")
+        assert subset.face_crop_aug_range == (2.0, 4.0)
+    assert (first.random_crop, second.random_crop) == (True, False)
+    assert (first.conditioning_data_dir, second.conditioning_data_dir) == (base / "more", None)
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "message"),
+    [
+        ({"face_crop_aug_range": [4, 2]}, "data.face_crop_aug_range", "the greater one last, not [4, 2]"),
+        ({"face_crop_aug_range": [0, 2]}, "data.face_crop_aug_range", "two numbers above 0"),
+        ({"face_crop_aug_range": [2]}, "data.face_crop_aug_range", "must have 2 values"),
+        ({"face_crop_aug_range": [2, 4], "enable_bucket": True}, "data.enable_bucket", "beside face_crop_aug_range"),
+        ({"resize_interpolation": "sharp"}, "data.resize_interpolation", "must be one of 'lanczos', 'nearest'"),
+        ({"conditioning_data_dir": "nowhere"}, "data.conditioning_data_dir", "nowhere is not a folder"),
+        ({"color_aug": "yes"}, "data.color_aug", "must be true or false"),
+    ],
+)
+def test_wrong_augmentations(
+    data_problems: Callable[..., dict[str, str]], table: dict[str, Any], key: str, message: str
+) -> None:
+    """What cannot be meant is told with its key."""
+    found = data_problems({"image_dir": "photos", "resolution": 512, **table})
+    assert list(found) == [key]
+    assert message in found[key]
+
+
+def test_masks_belong_to_one_subset(data_problems: Callable[..., dict[str, str]]) -> None:
+    """The folder of masks cannot stand where several subsets would share it."""
+    general = {"resolution": 64, "conditioning_data_dir": "more"}
+    found = data_problems({"general": general, "datasets": [{"subsets": [{"image_dir": "photos"}]}]})
+    assert "write it in [[datasets.subsets]]" in found["data.general.conditioning_data_dir"]
+
+
+def test_masks_win_over_transparency(read: Read, tables: Tables) -> None:
+    """That alpha_mask has no effect beside a folder of masks is a warning."""
+    data = {"image_dir": "photos", "resolution": 64, "conditioning_data_dir": "more", "alpha_mask": True}
+    warnings = {warning.key: warning.message for warning in read({**tables, "data": data}).warnings()}
+    assert "has no effect" in warnings["data.alpha_mask"]
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_EFFECT))

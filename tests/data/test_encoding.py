@@ -231,8 +231,8 @@ def test_decoding_runs_ahead_of_encoding_within_bounds(
         Image.new("RGB", (96, 64), (number, 0, 0)).save(folder / f"{number:02}.png")
     decoded: list[Path] = []
     monkeypatch.setattr(
-        "lorakit.data.encoding.load_pixels",
-        lambda path, placement: (decoded.append(path), load_pixels(path, placement))[1],
+        "lorakit.data.pictures.load_pixels",
+        lambda path, *how: (decoded.append(path), load_pixels(path, *how))[1],
     )
     ahead: list[int] = []
     encoder = model.image_encoder

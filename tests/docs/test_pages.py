@@ -38,9 +38,9 @@ def command_after(mark: str) -> str:
 
 
 def image_folders(tables: Any) -> Iterator[str]:
-    """Every `image_dir` in tables."""
+    """Every folder of images or masks in tables."""
     for key, value in tables.items():
-        if key == "image_dir":
+        if key in ("image_dir", "conditioning_data_dir"):
             yield value
         for table in value if isinstance(value, list) else [value]:
             if isinstance(table, Mapping):

@@ -213,7 +213,7 @@ def test_varied_captions_resume_exactly(make_config, catalog: Catalog) -> None:
     whole = lorakit.train(make_config(**sections, output={"name": "whole"}))
     stopped = make_config(**sections)
     with pytest.raises(Interrupted, match="step 3 of 7"):
-        _train_until(assemble(prepare(stopped), Processes(torch.device("cpu"))), 3)
+        train_until(assemble(prepare(stopped), Processes(torch.device("cpu"))), 3)
     assert same(weights_of(whole), weights_of(train_prepared(prepare(stopped), catalog, resume=Path())))
     plain = lorakit.train(make_config(training={"max_steps": 7}, output={"name": "plain"}))
     assert not same(weights_of(whole), weights_of(plain))
@@ -233,13 +233,13 @@ def test_resumed_run_is_bit_equal(make_config, catalog: Catalog, optimizer: str)
     whole = lorakit.train(make_config(**sections, output={"name": "whole"}))
     stopped = make_config(**sections)
     with pytest.raises(Interrupted, match="step 3 of 6"):
-        _train_until(assemble(prepare(stopped), Processes(torch.device("cpu"))), 3)
+        train_until(assemble(prepare(stopped), Processes(torch.device("cpu"))), 3)
     assert not (stopped.output.dir / "test.safetensors").exists()
     resumed = train_prepared(prepare(stopped), catalog, resume=Path())
     assert same(weights_of(whole), weights_of(resumed))
 
 
-def _train_until(run: Run, last: int) -> None:
+def train_until(run: Run, last: int) -> None:
     """Train, with a request to stop that comes during a step."""
     finish = run.observers.tell
 
@@ -258,14 +258,14 @@ def test_stop_at_the_end_of_an_epoch_loses_no_save(make_config, catalog: Catalog
     assert run.schedule.steps_per_epoch == 4
     run.observers = build_observers(run, catalog)
     with pytest.raises(Interrupted, match="step 4 of 6"):
-        _train_until(run, 4)
+        train_until(run, 4)
     assert (config.output.dir / "test-000001.safetensors").exists()
 
 
 def test_state_of_another_config_is_refused(make_config, catalog: Catalog) -> None:
     """A state is not taken up by a run whose result would be neither of the two."""
     with pytest.raises(Interrupted):
-        _train_until(assemble(prepare(make_config()), Processes(torch.device("cpu"))), 2)
+        train_until(assemble(prepare(make_config()), Processes(torch.device("cpu"))), 2)
     with pytest.raises(ConfigError, match="another config"):
         train_prepared(prepare(make_config(optimizer={"lr": 2e-3})), catalog, resume=Path())
     with pytest.raises(ConfigError, match="no state"):

@@ -381,3 +381,61 @@ def test_metadata_files(converted: Convert) -> None:
     assert (subset["image_dir"], subset["num_repeats"]) == ("train", 3)
     told = any(remark.key == "--in_json=meta.json" for remark in draft.remarks)
     assert subset.get("metadata_file") == (None if told else "meta.json")
+
+
+AUGMENTING = (
+    "--color_aug",
+    "--random_crop",
+    "--face_crop_aug_range=2.0,4",
+    "--resize_interpolation=area",
+    "--alpha_mask",
+)
+
+
+def test_augmentations(converted: Convert, folder: Path, catalog: Catalog) -> None:
+    """Options that change images, and the resampling, hold for all folders."""
+    draft = converted(*AUGMENTING, least=FOLDERS)
+    expected = {
+        "color_aug": True,
+        "random_crop": True,
+        "face_crop_aug_range": [2.0, 4.0],
+        "resize_interpolation": "area",
+        "alpha_mask": True,
+    }
+    (dataset,) = draft.tables()["data"]["datasets"]
+    assert expected.items() <= dataset.items()
+    for subset in config_from_tables(draft.tables(), folder, catalog).data.datasets[0].subsets:
+        assert (subset.color_aug, subset.random_crop, subset.alpha_mask) == (True, True, True)
+        assert (subset.face_crop_aug_range, subset.resize_interpolation) == ((2.0, 4.0), "area")
+    assert not draft.remarks[2:]
+    assert "resize_interpolation" not in converted(least=FOLDERS).tables()["data"]["datasets"][0]
+
+
+def test_faces_and_buckets(converted: Convert) -> None:
+    """sd-scripts does not crop around faces where it sorts into buckets, so the config does not either."""
+    draft = converted("--face_crop_aug_range=2,4", "--enable_bucket", least=FOLDERS)
+    assert "face_crop_aug_range" not in draft.tables()["data"]["datasets"][0]
+    assert "--face_crop_aug_range: has no effect beside --enable_bucket" in remarks(draft)
+
+
+@pytest.mark.parametrize("text", ["2", "2,4,6", "2,x"])
+def test_wrong_face_crops(text: str, converted: Convert) -> None:
+    """What is not two numbers is an error, with the option."""
+    with pytest.raises(ConfigError, match=f"--face_crop_aug_range: must be two numbers, such as 2.0,4.0, not '{text}'"):
+        converted(f"--face_crop_aug_range={text}")
+
+
+def test_masks(converted: Convert, folder: Path, catalog: Catalog) -> None:
+    """--masked_loss needs no key: the dataset file's folder of masks says it, wherever the config is to be."""
+    (folder / "masks").mkdir()
+    (folder / "dataset.toml").write_text(
+        f'[[datasets]]\nresolution = 64\ncaption_extension = ".txt"\n[[datasets.subsets]]\n'
+        f'image_dir = "{folder}/train/2_dog"\nconditioning_data_dir = "masks"\n'
+    )
+    draft = converted("--masked_loss")
+    assert (draft.remarks, draft.tables()["data"]) == ([], {"config": "dataset.toml"})
+    (folder / "sets").mkdir()
+    (folder / "dataset.toml").rename(folder / "sets" / "dataset.toml")
+    moved = converted("--masked_loss", "--dataset_config=sets/dataset.toml")
+    (subset,) = config_from_tables(moved.tables(), folder, catalog).data.datasets[0].subsets
+    assert subset.conditioning_data_dir == folder / "masks"

@@ -29,6 +29,7 @@ OWN_VALUES: dict[str, list[str]] = {
     "network_args": ["conv_dim=2"],
     "optimizer_args": ["eps=1e-3"],
     "lr_scheduler_args": ["lr_end=0.5"],
+    "face_crop_aug_range": ["2.0,4.0"],
     "resolution": ["128,64"],
     "sample_every_n_steps": ["2"],
     "train_data_dir": ["train"],
