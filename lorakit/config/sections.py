@@ -20,6 +20,7 @@ from lorakit.components import (
 )
 from lorakit.config.datasets import DataSection
 from lorakit.config.loss import LossSection
+from lorakit.config.metadata import MetadataSection
 from lorakit.errors import Problem
 
 DEFAULT_MAX_STEPS = 1600
@@ -100,6 +101,8 @@ class TrainConfig:
     """The loss."""
     output: OutputSection
     """Where results go."""
+    metadata: MetadataSection
+    """What the files say of themselves."""
     saver: SaverConfig
     """The file format."""
     observers: tuple[ObserverConfig, ...] = ()

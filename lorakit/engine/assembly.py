@@ -116,7 +116,7 @@ def assemble(prepared: PreparedRun, processes: Processes) -> Run:
     network = _attached_network(config, model)
     groups = network.parameter_groups(config.optimizer.lr_of)
     optimizer = config.optimizer.build(groups)
-    metadata = run_metadata(config, prepared.datasets, started)
+    metadata = run_metadata(prepared, schedule, processes, optimizer, started)
     return Run(
         config=config,
         model=model,

@@ -28,7 +28,7 @@ from lorakit.config.writing import to_toml
 from lorakit.errors import ConfigError, OutputError, Problem
 from lorakit.files import flush_to_disk
 
-NEUTRAL_SECTIONS = ("output", "saver", "observers")
+NEUTRAL_SECTIONS = ("output", "metadata", "saver", "observers")
 """Sections that may differ between a state's config and the config of the run that takes it up."""
 
 NEUTRAL_KEYS = {
