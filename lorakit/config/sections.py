@@ -69,14 +69,31 @@ class OutputSection:
     """File name of the adapters, without extension."""
     save_every_n_epochs: int | None = field(default=None, validator=v.optional(v.ge(1)))
     """Save after every this many epochs."""
+    save_n_epoch_ratio: int | None = field(default=None, validator=v.optional(v.ge(1)))
+    """Save about so many times, evenly over the run's epochs; wins over `save_every_n_epochs`."""
     save_every_n_steps: int | None = field(default=None, validator=v.optional(v.ge(1)))
     """Save after every this many optimizer steps."""
     keep_last: int | None = field(default=None, validator=v.optional(v.ge(1)))
     """How many of the saves made along the way to keep; all when absent."""
     save_state: bool = False
     """With each save, save all that is needed to go on from there with `--resume`."""
+    save_state_at_end: bool = False
+    """Save that at the end of the run, even if `save_state` is not set."""
+    keep_last_states: int = field(default=1, validator=v.ge(1))
+    """How many states to keep; each is about three times as large as the adapters."""
     training_comment: str | None = None
     """A remark that is kept in the file's metadata."""
+
+    def warnings(self) -> Iterator[Problem]:
+        """Keys without effect; keys are field names."""
+        if self.keep_last and not (self.save_every_n_epochs or self.save_n_epoch_ratio or self.save_every_n_steps):
+            yield Problem("keep_last", "has no effect without save_every_n_epochs or save_every_n_steps")
+        if self.save_n_epoch_ratio and self.save_every_n_epochs:
+            yield Problem("save_every_n_epochs", "has no effect, because output.save_n_epoch_ratio is given")
+        if self.save_state and self.save_state_at_end:
+            yield Problem("save_state_at_end", "has no effect, because output.save_state is set")
+        if self.keep_last_states > 1 and not self.save_state:
+            yield Problem("keep_last_states", "has no effect without save_state")
 
 
 @frozen(kw_only=True)
@@ -145,8 +162,8 @@ class TrainConfig:
         for part in ("unet", "text_encoder"):
             if getattr(self.optimizer, f"{part}_lr", None) is not None and part not in self.network.parts:
                 yield Problem(f"optimizer.{part}_lr", f"has no effect, because {part!r} is not in network.parts")
-        if self.output.keep_last and not (self.output.save_every_n_epochs or self.output.save_every_n_steps):
-            yield Problem("output.keep_last", "has no effect without save_every_n_epochs or save_every_n_steps")
+        for warning in self.output.warnings():
+            yield evolve(warning, key=f"output.{warning.key}")
         yield from self.loss.warnings()
         yield from self.loss.warnings_with(self.prediction)
         yield from _data_warnings(self.data)
