@@ -123,7 +123,9 @@ class Run:
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        return write_state(self.config, self.step, self.network.tensors(), machinery)
+        folder = write_state(self.config, self.step, self.network.tensors(), machinery)
+        self.observers.tell("state_saved", folder)
+        return folder
 
     def load_state(self, folder: Path) -> None:
         """Put the run where it was when a state was saved."""

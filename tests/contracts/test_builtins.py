@@ -29,6 +29,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "cosine_with_restarts": {"num_cycles": 2},
     "polynomial": {"power": 2.0, "lr_end": 0.0},
     "tensorboard": {"dir": Path("logs")},
+    "hub": {"repo_id": "me/my-lora", "states": True},
 }
 """The settings to test each component with; the others are tested with their defaults."""
 
