@@ -57,6 +57,8 @@ class TrainingSection:
     """Longer gradients are scaled down to this norm; 0 leaves them as they are."""
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
     """Where to train; `auto` takes an accelerator where there is one."""
+    process_timeout: float | None = field(default=None, validator=v.optional(v.gt(0)))
+    """Minutes that processes wait for each other before they give up; 10 on accelerators and 30 on CPUs when absent."""
 
 
 @frozen(kw_only=True)

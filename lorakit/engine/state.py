@@ -33,7 +33,7 @@ NEUTRAL_SECTIONS = ("output", "metadata", "saver", "observers")
 
 NEUTRAL_KEYS = {
     "data": ("cache_dir", "workers", "encode_batch_size"),
-    "training": ("max_epochs", "max_steps", "device"),
+    "training": ("max_epochs", "max_steps", "device", "process_timeout"),
 }
 """Keys of other sections that may differ too."""
 
