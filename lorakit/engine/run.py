@@ -145,9 +145,10 @@ class Run:
                 yield
                 self.metrics.read()
                 self.observers.tell("run_finished")
+            # Before observers close: what they still send may take longer than processes wait for each other.
+            self.processes.wait()
         finally:
             self.observers.tell("closed")
-        self.processes.wait()
 
     def remaining_steps(self) -> Iterator[Step]:
         """The steps that are left, each with this process's batches, prepared ahead of time.

@@ -60,7 +60,7 @@ def test_all_logs_at_once(converted: Convert, folder: Path) -> None:
 
 
 def test_without_the_plugin(converted: Convert, catalog: Catalog) -> None:
-    """Where the plugin for Weights & Biases is not installed, its name is told, and the table is written all the same."""
+    """Where the plugin for Weights & Biases is not installed, it is named, and the table is written all the same."""
     own = tuple(found for found in catalog.registrations if found.provider.is_of("lorakit"))
     assert "wandb" not in Catalog(own).of_kind(ObserverConfig)
     assert "observers.run_name" not in known_keys(Catalog(own))
