@@ -158,7 +158,7 @@ def kohya_page() -> str:
         for option in options:
             state = state_of(option, keys)
             reasons = {
-                State.WORKS: f"`{option.key}`",
+                State.WORKS: f"`{option.key}`" + (f", with the plugin `{option.plugin}`" if option.plugin else ""),
                 State.NOT_NEEDED: option.unneeded,
                 State.LATER: option.later or "no key does the same yet",
             }

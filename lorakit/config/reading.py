@@ -24,6 +24,7 @@ from lorakit.components import (
 )
 from lorakit.config.data_tables import DATASET_KEYS, SECTION_KEYS, SUBSET_KEYS, read_data_section, read_toml
 from lorakit.config.loss import LossSection
+from lorakit.config.metadata import MetadataSection
 from lorakit.config.sections import OutputSection, TrainConfig, TrainingSection
 from lorakit.config.tables import TableReader, field_names
 from lorakit.config.values import shown
@@ -40,7 +41,12 @@ COMPONENT_SECTIONS: Mapping[str, tuple[type[Component], str]] = {
 }
 """Sections whose `name` key picks a component, with its kind and the name that counts when it is absent."""
 
-PLAIN_SECTIONS: Mapping[str, type] = {"training": TrainingSection, "loss": LossSection, "output": OutputSection}
+PLAIN_SECTIONS: Mapping[str, type] = {
+    "training": TrainingSection,
+    "loss": LossSection,
+    "output": OutputSection,
+    "metadata": MetadataSection,
+}
 """Sections that are the same whatever is installed."""
 
 SECTIONS = ("model", "data", *COMPONENT_SECTIONS, *PLAIN_SECTIONS, "observers")

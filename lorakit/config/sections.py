@@ -20,6 +20,7 @@ from lorakit.components import (
 )
 from lorakit.config.datasets import DataSection
 from lorakit.config.loss import LossSection
+from lorakit.config.metadata import MetadataSection
 from lorakit.errors import Problem
 
 DEFAULT_MAX_STEPS = 1600
@@ -56,6 +57,8 @@ class TrainingSection:
     """Longer gradients are scaled down to this norm; 0 leaves them as they are."""
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
     """Where to train; `auto` takes an accelerator where there is one."""
+    process_timeout: float | None = field(default=None, validator=v.optional(v.gt(0)))
+    """Minutes that processes wait for each other before they give up; 10 on accelerators and 30 on CPUs when absent."""
 
 
 @frozen(kw_only=True)
@@ -68,14 +71,31 @@ class OutputSection:
     """File name of the adapters, without extension."""
     save_every_n_epochs: int | None = field(default=None, validator=v.optional(v.ge(1)))
     """Save after every this many epochs."""
+    save_n_epoch_ratio: int | None = field(default=None, validator=v.optional(v.ge(1)))
+    """Save about so many times, evenly over the run's epochs; wins over `save_every_n_epochs`."""
     save_every_n_steps: int | None = field(default=None, validator=v.optional(v.ge(1)))
     """Save after every this many optimizer steps."""
     keep_last: int | None = field(default=None, validator=v.optional(v.ge(1)))
     """How many of the saves made along the way to keep; all when absent."""
     save_state: bool = False
     """With each save, save all that is needed to go on from there with `--resume`."""
+    save_state_at_end: bool = False
+    """Save that at the end of the run, even if `save_state` is not set."""
+    keep_last_states: int = field(default=1, validator=v.ge(1))
+    """How many states to keep; each is about three times as large as the adapters."""
     training_comment: str | None = None
     """A remark that is kept in the file's metadata."""
+
+    def warnings(self) -> Iterator[Problem]:
+        """Keys without effect; keys are field names."""
+        if self.keep_last and not (self.save_every_n_epochs or self.save_n_epoch_ratio or self.save_every_n_steps):
+            yield Problem("keep_last", "has no effect without save_every_n_epochs or save_every_n_steps")
+        if self.save_n_epoch_ratio and self.save_every_n_epochs:
+            yield Problem("save_every_n_epochs", "has no effect, because output.save_n_epoch_ratio is given")
+        if self.save_state and self.save_state_at_end:
+            yield Problem("save_state_at_end", "has no effect, because output.save_state is set")
+        if self.keep_last_states > 1 and not self.save_state:
+            yield Problem("keep_last_states", "has no effect without save_state")
 
 
 @frozen(kw_only=True)
@@ -100,6 +120,8 @@ class TrainConfig:
     """The loss."""
     output: OutputSection
     """Where results go."""
+    metadata: MetadataSection
+    """What the files say of themselves."""
     saver: SaverConfig
     """The file format."""
     observers: tuple[ObserverConfig, ...] = ()
@@ -145,8 +167,8 @@ class TrainConfig:
         if self.optimizer.schedule_free and not self.lr_scheduler.is_constant:
             hint = "A warm-up is optimizer.warmup_steps" if hasattr(self.optimizer, "warmup_steps") else ""
             yield Problem("lr_scheduler.name", f"hardly suits {self.optimizer.name}, which needs no schedule", hint)
-        if self.output.keep_last and not (self.output.save_every_n_epochs or self.output.save_every_n_steps):
-            yield Problem("output.keep_last", "has no effect without save_every_n_epochs or save_every_n_steps")
+        for warning in self.output.warnings():
+            yield evolve(warning, key=f"output.{warning.key}")
         yield from self.loss.warnings()
         yield from self.loss.warnings_with(self.prediction)
         yield from _data_warnings(self.data)

@@ -56,11 +56,16 @@ KOHYA_NAMES: Mapping[str, str] = {
     "save_precision": "saver.precision",
     "save_last_n_epochs": "output.keep_last",
     "save_last_n_steps": "output.keep_last",
-    "save_state_on_train_end": "output.save_state",
+    "save_state_on_train_end": "output.save_state_at_end",
+    "save_last_n_epochs_state": "output.keep_last_states",
+    "save_last_n_steps_state": "output.keep_last_states",
+    "no_metadata": "metadata.minimal",
     "resume": "the command's option --resume",
     "logging_dir": '[[observers]] with name = "tensorboard" and dir',
     "log_with": "[[observers]] with name",
     "log_prefix": '[[observers]] with name = "tensorboard" and prefix',
+    "huggingface_repo_id": '[[observers]] with name = "hub" and repo_id',
+    "ddp_timeout": "training.process_timeout",
 }
 """sd-scripts' option names, with the key that does the same here; options of the same name are left out."""
 

@@ -63,6 +63,7 @@ STARTER_VALUES: Mapping[str, Mapping[str, Any]] = {
     "training": {"max_epochs": 10, "mixed_precision": "no"},
     "loss": {},
     "output": {"dir": "out", "name": "my_lora", "save_every_n_epochs": 1},
+    "metadata": {},
     "saver": {"name": "safetensors"},
 }
 """What a starter config sets; every other key stands in it as a comment with its default."""

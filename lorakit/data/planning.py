@@ -96,12 +96,17 @@ def plan_epoch(
 
 def steps_per_epoch(datasets: Sequence[IndexedDataset], world_size: int = 1, accumulation: int = 1) -> int:
     """How many steps `plan_epoch` plans, the same in every epoch."""
+    return ceil(micro_batches_per_epoch(datasets, world_size) / accumulation)
+
+
+def micro_batches_per_epoch(datasets: Sequence[IndexedDataset], world_size: int = 1) -> int:
+    """How many micro-batches the steps of an epoch have together; each is of all processes."""
     micro_batches = 0
     for dataset in datasets:
         for _, examples in _buckets(dataset):
             images = sum(dataset.examples[example].repeats for example in examples)
             micro_batches += ceil(images / (dataset.config.batch_size * world_size))
-    return ceil(micro_batches / accumulation)
+    return micro_batches
 
 
 def _buckets(dataset: IndexedDataset) -> Iterator[tuple[Size, list[int]]]:

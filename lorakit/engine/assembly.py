@@ -21,6 +21,7 @@ from lorakit.data.encoding import CaptionKeys, Encoding, LatentKeys, encode_capt
 from lorakit.data.examples import any_augmented, captions_vary, default_workers
 from lorakit.data.latents import LiveEncoder
 from lorakit.engine.gradients import FlatGradients
+from lorakit.engine.hardware import doubts, fp16_on_cpu
 from lorakit.engine.metadata import run_metadata
 from lorakit.engine.observing import Observers
 from lorakit.engine.output import AdapterWriter
@@ -54,7 +55,7 @@ def train_prepared(prepared: PreparedRun, catalog: Catalog, resume: Path | None 
     """
     config = prepared.config
     state = find_state(config, None if resume == Path() else resume) if resume is not None else None
-    run = assemble(prepared, Processes.launched(config.training.device))
+    run = assemble(prepared, Processes.launched(config.training.device, config.training.process_timeout))
     if state is not None:
         run.load_state(state)
         log.info("going on from step %d of %d", run.step, run.schedule.total_steps)
@@ -71,7 +72,7 @@ def train_prepared(prepared: PreparedRun, catalog: Catalog, resume: Path | None 
 def fill_cache(prepared: PreparedRun) -> None:
     """Encode all images, and the captions where they stay the same over the run."""
     config = prepared.config
-    processes = Processes.launched(config.training.device)
+    processes = Processes.launched(config.training.device, config.training.process_timeout)
     _encoded(prepared, build_model(config, processes.device), processes)
 
 
@@ -95,8 +96,10 @@ def build_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
 def assemble(prepared: PreparedRun, processes: Processes) -> Run:
     """A run at its first step: caches filled, encoders freed, denoiser read, network attached."""
     config, started = prepared.config, time.time()
-    if config.training.mixed_precision == "fp16" and processes.device.type == "cpu":
-        log.warning('fp16 is slow on a CPU and may lack kernels; training.mixed_precision = "bf16" suits it better')
+    if processes.device.type == "cpu" and doubts(config.training) is None:
+        doubt = fp16_on_cpu(config.training, "PyTorch finds no accelerator")
+        if doubt:
+            log.warning("%s", doubt)
     model = build_model(config, processes.device)
     schedule = Schedule(prepared.datasets, config.training, processes)
     _rehearse(config, schedule.total_steps, processes.device)
@@ -120,7 +123,7 @@ def assemble(prepared: PreparedRun, processes: Processes) -> Run:
     groups = network.parameter_groups(config.optimizer.lr_of)
     _refuse_several_rates(config, [group.lr for group in groups])
     optimizer = config.optimizer.build(groups)
-    metadata = run_metadata(config, prepared.datasets, started)
+    metadata = run_metadata(prepared, schedule, processes, optimizer, started)
     return Run(
         config=config,
         model=model,

@@ -7,51 +7,54 @@ that are read, and by whom, are listed in the file format's documentation (`docs
 from __future__ import annotations
 
 import json
-import re
+import secrets
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
 from attrs import asdict
+from torch.optim import Optimizer
 
 import lorakit
-from lorakit.config.datasets import SubsetConfig
+from lorakit.components import OptimizerConfig
 from lorakit.config.loss import LossSection
 from lorakit.config.sections import TrainConfig
-from lorakit.config.tables import field_names
-from lorakit.data.examples import Example, IndexedDataset, any_augmented
+from lorakit.data.examples import any_augmented
+from lorakit.engine.data_metadata import data_metadata
+from lorakit.engine.preparation import PreparedRun
+from lorakit.engine.processes import Processes
+from lorakit.engine.schedule import Schedule
 
 KOHYA_MODULE = "networks.lora"
 """The name that tools know LoRA networks by."""
 
-_SUBSET_KEYS = [
-    key
-    for key in field_names(SubsetConfig)
-    if key not in ("image_dir", "metadata_file", "caption_extension", "conditioning_data_dir")
-]
+MINIMAL_KEYS = (
+    "ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args",
+)  # fmt: skip
+"""What `metadata.minimal` leaves of the keys that say how a file was trained: those that tools need to use it."""
 
 
-def run_metadata(config: TrainConfig, datasets: Sequence[IndexedDataset], started: float) -> dict[str, str]:
+def run_metadata(
+    prepared: PreparedRun, schedule: Schedule, processes: Processes, optimizer: Optimizer, started: float
+) -> dict[str, str]:
     """The metadata that stays the same over a run; `started` is in seconds since 1970."""
-    examples = [example for dataset in datasets for example in dataset.examples]
+    config = prepared.config
     values = {
         **_training_values(config),
+        **_length_values(config, schedule, processes),
         **_loss_values(config.loss),
         **_network_values(config),
-        **_dataset_values(datasets),
+        **data_metadata(prepared.datasets),
+        "ss_cache_latents": not any_augmented(prepared.datasets),
+        **_modelspec_values(config),
+        "ss_optimizer": _optimizer_description(config.optimizer, optimizer),
+        "ss_session_id": secrets.randbits(32),
         "ss_training_started_at": started,
         "ss_output_name": config.output.name,
-        "ss_num_train_images": _appearances(examples, is_reg=False),
-        "ss_num_reg_images": _appearances(examples, is_reg=True),
+        "ss_training_comment": config.output.training_comment,
         "ss_prior_loss_weight": config.data.prior_loss_weight,
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": config.output.name,
-        "modelspec.implementation_version": f"lorakit/{lorakit.__version__}",
     }
-    if config.output.training_comment is not None:
-        values["ss_training_comment"] = config.output.training_comment
     return {key: str(value) for key, value in values.items()}
 
 
@@ -66,6 +69,11 @@ def save_metadata(step: int, epoch: int) -> dict[str, str]:
     }
 
 
+def without_training(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata without how the file was trained."""
+    return {key: text for key, text in metadata.items() if not key.startswith("ss_") or key in MINIMAL_KEYS}
+
+
 def _training_values(config: TrainConfig) -> dict[str, Any]:
     training, optimizer = config.training, config.optimizer
     return {
@@ -73,16 +81,31 @@ def _training_values(config: TrainConfig) -> dict[str, Any]:
         "ss_learning_rate": optimizer.lr,
         "ss_unet_lr": optimizer.lr_of("unet"),
         "ss_text_encoder_lr": optimizer.lr_of("text_encoder"),
-        "ss_optimizer": optimizer.name,
         "ss_lr_scheduler": config.lr_scheduler.name,
         "ss_lr_warmup_steps": getattr(config.lr_scheduler, "warmup_steps", 0),
         "ss_max_grad_norm": training.max_grad_norm,
-        "ss_max_train_steps": training.max_steps,
-        "ss_num_epochs": training.max_epochs,
         "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
         "ss_gradient_checkpointing": training.gradient_checkpointing,
         "ss_mixed_precision": training.mixed_precision,
+        "ss_full_fp16": False,
     }
+
+
+def _length_values(config: TrainConfig, schedule: Schedule, processes: Processes) -> dict[str, Any]:
+    images = config.data.datasets[0].batch_size * processes.world_size
+    return {
+        "ss_max_train_steps": schedule.total_steps,
+        "ss_num_epochs": schedule.total_epochs,
+        "ss_num_batches_per_epoch": schedule.micro_batches_per_epoch,
+        "ss_total_batch_size": images * config.training.gradient_accumulation_steps,
+    }
+
+
+def _optimizer_description(config: OptimizerConfig, optimizer: Optimizer) -> str:
+    """Its class and settings, as sd-scripts writes them: `torch.optim.adamw.AdamW(weight_decay=0.01)`."""
+    cls = type(optimizer)
+    settings = ",".join(f"{name}={value}" for name, value in config.own_settings().items())
+    return f"{cls.__module__}.{cls.__qualname__}" + (f"({settings})" if settings else "")
 
 
 def _loss_values(loss: LossSection) -> dict[str, Any]:
@@ -109,73 +132,13 @@ def _network_values(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _dataset_values(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
-    width, height = datasets[0].config.resolution
-    buckets: Counter[tuple[int, int]] = Counter()
-    folders: dict[str, dict[str, int]] = {}
-    tags: dict[str, dict[str, int]] = {}
-    for dataset in datasets:
-        for example in dataset.examples:
-            subset = example.subset
-            buckets[example.placement.bucket] += example.repeats
-            folder = subset.image_dir.name
-            if not subset.is_reg:
-                folders.setdefault(folder, {"n_repeats": subset.num_repeats, "img_count": 0})["img_count"] += 1
-            counts = tags.setdefault(folder, {})
-            for tag in filter(None, (part.strip().lower() for part in re.split("[,\n]", example.caption))):
-                counts[tag] = counts.get(tag, 0) + 1
-    bucket_info = {
-        str(index): {"resolution": list(size), "count": count}
-        for index, (size, count) in enumerate(sorted(buckets.items()))
-    }
+def _modelspec_values(config: TrainConfig) -> dict[str, Any]:
+    first, last = config.loss.min_timestep, config.loss.max_timestep
+    span = f"{first or 0},{config.model.num_timesteps if last is None else last}"
     return {
-        **_augmentation_values(datasets),
-        "ss_resolution": (width, height),
-        "modelspec.resolution": f"{width}x{height}",
-        "ss_enable_bucket": datasets[0].config.enable_bucket,
-        "ss_batch_size_per_device": datasets[0].config.batch_size,
-        "ss_bucket_info": json.dumps({"buckets": bucket_info}),
-        "ss_dataset_dirs": json.dumps(folders),
-        "ss_tag_frequency": json.dumps(tags),
-        "ss_datasets": json.dumps([_dataset_description(dataset) for dataset in datasets]),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": config.output.name,
+        "modelspec.implementation_version": f"lorakit/{lorakit.__version__}",
+        **({} if first is last is None else {"modelspec.timestep_range": span}),
+        **config.metadata.entries(),
     }
-
-
-def _augmentation_values(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
-    """What changes images: whether any subset asks for it, and the numbers of the first one that gives some."""
-    subsets = [subset for dataset in datasets for subset in dataset.config.subsets]
-    ranges = [subset.face_crop_aug_range for subset in subsets if subset.face_crop_aug_range]
-    return {
-        "ss_cache_latents": not any_augmented(datasets),
-        "ss_color_aug": any(subset.color_aug for subset in subsets),
-        "ss_flip_aug": any(subset.flip_aug for subset in subsets),
-        "ss_random_crop": any(subset.random_crop for subset in subsets),
-        "ss_face_crop_aug_range": ranges[0] if ranges else None,
-        "ss_resize_interpolation": subsets[0].resize_interpolation,
-    }
-
-
-def _dataset_description(dataset: IndexedDataset) -> Mapping[str, Any]:
-    config = dataset.config
-    counts = Counter(example.subset for example in dataset.examples)
-    return {
-        "is_dreambooth": True,
-        "batch_size_per_device": config.batch_size,
-        "num_train_images": _appearances(dataset.examples, is_reg=False),
-        "num_reg_images": _appearances(dataset.examples, is_reg=True),
-        "resolution": list(config.resolution),
-        "enable_bucket": config.enable_bucket,
-        "min_bucket_reso": config.min_bucket_reso,
-        "max_bucket_reso": config.max_bucket_reso,
-        "subsets": [_subset_description(subset, counts[subset]) for subset in config.subsets],
-    }
-
-
-def _subset_description(subset: SubsetConfig, images: int) -> Mapping[str, Any]:
-    settings = {key: getattr(subset, key) for key in _SUBSET_KEYS}
-    return {"img_count": images, **settings, "image_dir": subset.image_dir.name}
-
-
-def _appearances(examples: Sequence[Example], is_reg: bool) -> int:
-    """How often the regularisation images, or the others, appear in an epoch."""
-    return sum(example.repeats for example in examples if example.subset.is_reg is is_reg)

@@ -82,6 +82,9 @@ class Observer:
     def adapter_saved(self, path: Path) -> None:
         """A file with adapters has been written."""
 
+    def state_saved(self, folder: Path) -> None:
+        """All that is needed to go on from here has been written."""
+
     def previews_drawn(self, step: int, paths: Sequence[Path]) -> None:
         """Pictures have been drawn with the adapters as they are after `step` steps, and written as PNG files."""
 

@@ -9,7 +9,7 @@ from attrs import frozen
 
 from lorakit.config.sections import TrainConfig
 from lorakit.config.writing import to_toml
-from lorakit.engine.metadata import save_metadata
+from lorakit.engine.metadata import save_metadata, without_training
 from lorakit.errors import TrainingDiverged
 from lorakit.files import write_atomically
 from lorakit.models.protocol import DiffusionModel
@@ -51,5 +51,7 @@ class AdapterWriter:
         path = self.path(stem)
         # Asked for here and not at the start: hashing a base model of some gigabytes takes seconds, once.
         metadata = {**self.metadata, **self.model.metadata(), **save_metadata(step, epoch)}
+        if self.config.metadata.minimal:
+            metadata = without_training(metadata)
         self.saver.save(AdapterFile(tensors, metadata), path)
         return path

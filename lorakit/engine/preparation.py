@@ -5,6 +5,7 @@ Writes nothing and reads no weights, so a mistake costs a moment and leaves no t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from attrs import frozen
@@ -12,8 +13,11 @@ from attrs import frozen
 from lorakit.config.sections import TrainConfig
 from lorakit.data.cache import Cache
 from lorakit.data.examples import IndexedDataset, index_datasets
+from lorakit.engine.hardware import doubts
 from lorakit.errors import OutputError
 from lorakit.files import why_unwritable
+
+log = logging.getLogger(__name__)
 
 
 @frozen
@@ -33,10 +37,13 @@ class PreparedRun:
 
 
 def prepare(config: TrainConfig) -> PreparedRun:
-    """Look at the output folder and index the data.
+    """Look at the machine and the output folder, and index the data.
 
     Raises OutputError or DataError; the latter lists all folders and files that cannot be used.
     """
+    doubt = doubts(config.training)
+    if doubt:
+        log.warning("%s", doubt)
     reason = why_unwritable(config.output.dir)
     if reason:
         raise OutputError(f"output.dir: {reason}")

@@ -6,6 +6,7 @@ Launching is accelerate's (`accelerate launch -m lorakit train …`); alone, not
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 from attrs import frozen
@@ -27,17 +28,17 @@ class Processes:
     """How many there are."""
 
     @classmethod
-    def launched(cls, device: str) -> Processes:
+    def launched(cls, device: str, timeout: float | None = None) -> Processes:
         """The processes as the launcher made them, on a device by name, or the best one for `auto`.
 
-        Raises ConfigError when the device is not there.
+        `timeout` is how many minutes they wait for each other. Raises ConfigError when the device is not there.
         """
         join_cpu_processes()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
             on_cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-            state = PartialState(cpu=on_cpu)
+            state = PartialState(cpu=on_cpu, **({"timeout": timedelta(minutes=timeout)} if timeout else {}))
             return cls(state.device, state.process_index, state.num_processes)
         return cls(_single_device(device))
 

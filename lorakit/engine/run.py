@@ -124,7 +124,9 @@ class Run:
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        return write_state(self.config, self.step, self.network.tensors(), machinery)
+        folder = write_state(self.config, self.step, self.network.tensors(), machinery)
+        self.observers.tell("state_saved", folder)
+        return folder
 
     def load_state(self, folder: Path) -> None:
         """Put the run where it was when a state was saved."""
@@ -144,9 +146,10 @@ class Run:
                 yield
                 self.metrics.read()
                 self.observers.tell("run_finished")
+            # Before observers close: what they still send may take longer than processes wait for each other.
+            self.processes.wait()
         finally:
             self.observers.tell("closed")
-        self.processes.wait()
 
     def remaining_steps(self) -> Iterator[Step]:
         """The steps that are left, each with this process's batches, prepared ahead of time.

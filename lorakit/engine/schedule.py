@@ -10,7 +10,7 @@ from attrs import frozen
 from lorakit.config.sections import DEFAULT_MAX_STEPS, TrainingSection
 from lorakit.data.batches import Batch, BatchLoader
 from lorakit.data.examples import IndexedDataset
-from lorakit.data.planning import PlannedStep, Share, plan_epoch, steps_per_epoch
+from lorakit.data.planning import PlannedStep, Share, micro_batches_per_epoch, plan_epoch, steps_per_epoch
 from lorakit.engine.processes import Processes
 
 
@@ -34,6 +34,7 @@ class Schedule:
         self._plan = lru_cache(maxsize=2)(
             lambda epoch: plan_epoch(datasets, training.seed, epoch, world_size, accumulation)
         )
+        self.micro_batches_per_epoch = micro_batches_per_epoch(datasets, world_size)
         self.steps_per_epoch = steps_per_epoch(datasets, world_size, accumulation)
         self.total_steps = (
             training.max_epochs * self.steps_per_epoch

@@ -28,12 +28,12 @@ from lorakit.config.writing import to_toml
 from lorakit.errors import ConfigError, OutputError, Problem
 from lorakit.files import flush_to_disk
 
-NEUTRAL_SECTIONS = ("output", "saver", "observers")
+NEUTRAL_SECTIONS = ("output", "metadata", "saver", "observers")
 """Sections that may differ between a state's config and the config of the run that takes it up."""
 
 NEUTRAL_KEYS = {
     "data": ("cache_dir", "workers", "encode_batch_size"),
-    "training": ("max_epochs", "max_steps", "device"),
+    "training": ("max_epochs", "max_steps", "device", "process_timeout"),
 }
 """Keys of other sections that may differ too."""
 
@@ -44,7 +44,10 @@ def state_folder(config: TrainConfig) -> Path:
 
 
 def write_state(config: TrainConfig, step: int, tensors: Mapping[str, Tensor], machinery: Mapping[str, Any]) -> Path:
-    """Write a state and remove older ones; gives its folder. Raises OutputError when it cannot be written."""
+    """Write a state, and remove older ones as the config says; gives its folder.
+
+    Those of later steps, of an earlier run in the same folder, stay. Raises OutputError when it cannot be written.
+    """
     folder = state_folder(config)
     final = folder / f"step{step:08d}"
     partial = folder / f".partial-{os.getpid()}-{step}"
@@ -61,7 +64,8 @@ def write_state(config: TrainConfig, step: int, tensors: Mapping[str, Tensor], m
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OutputError(f"the state cannot be written to {final}: {error.strerror}") from error
-    for older in whole_states(config)[:-1]:
+    so_far = [state for state in whole_states(config) if state.name <= final.name]
+    for older in so_far[: -config.output.keep_last_states]:
         shutil.rmtree(older, ignore_errors=True)
     return final
 
@@ -84,7 +88,7 @@ def whole_states(config: TrainConfig) -> list[Path]:
 
 
 def find_state(config: TrainConfig, folder: Path | None) -> Path:
-    """The state in a folder, or the run's newest one.
+    """The state in a folder, or the newest one that belongs to this config.
 
     Raises ConfigError when there is none, or when it belongs to another config.
     """
@@ -92,11 +96,12 @@ def find_state(config: TrainConfig, folder: Path | None) -> Path:
     if not states or not (states[-1] / "state.json").is_file():
         where = folder or state_folder(config)
         raise ConfigError([Problem("--resume", f"there is no state in {where}", "start without --resume")])
-    description = json.loads((states[-1] / "state.json").read_text(encoding="utf-8"))
-    if description["config"] != config_key(config):
-        problem = f"the state in {states[-1]} was saved by a run with another config"
-        raise ConfigError([Problem("--resume", problem, "use the config file beside the adapters it saved")])
-    return states[-1]
+    key = config_key(config)
+    for state in reversed(states):
+        if json.loads((state / "state.json").read_text(encoding="utf-8"))["config"] == key:
+            return state
+    problem = f"the state in {states[-1]} was saved by a run with another config"
+    raise ConfigError([Problem("--resume", problem, "use the config file beside the adapters it saved")])
 
 
 def config_key(config: TrainConfig) -> str:

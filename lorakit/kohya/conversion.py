@@ -14,12 +14,11 @@ from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.components import write_lr_scheduler, write_network, write_optimizer
 from lorakit.kohya.datasets import FOLDER_OPTIONS, write_data
 from lorakit.kohya.drafts import Command, Draft, Setting
+from lorakit.kohya.observers import write_observers
 from lorakit.kohya.options import OPTIONS, Option
+from lorakit.kohya.saving import write_saving
 from lorakit.kohya.states import State, known_keys, target_of
 from lorakit.plugins import Catalog
-
-PRECISIONS: Mapping[str, str] = {"float": "fp32", "fp16": "fp16", "bf16": "bf16"}
-"""lorakit's names of the number formats of --save_precision."""
 
 
 def convert(given: Mapping[str, Any], folder: Path, target: Path, catalog: Catalog) -> Draft:
@@ -39,8 +38,8 @@ def convert(given: Mapping[str, Any], folder: Path, target: Path, catalog: Catal
     write_lr_scheduler(command, draft, catalog)
     _attention(command, draft)
     _training(command, draft)
-    _saving(command, draft)
-    _logs(command, draft)
+    write_saving(command, draft)
+    write_observers(command, draft, catalog)
     return draft
 
 
@@ -115,54 +114,3 @@ def _training(command: Command, draft: Draft) -> None:
         )
     else:
         draft.set("training", "seed", command.setting("seed"))
-
-
-def _saving(command: Command, draft: Draft) -> None:
-    precision = PRECISIONS[command.get("save_precision")]
-    draft.set("saver", "precision", command.setting("save_precision", precision))
-    every_n_epochs, ratio = command.get("save_every_n_epochs"), command.get("save_n_epoch_ratio")
-    if ratio and command.get("max_train_epochs"):
-        every_n_epochs = max(1, command.get("max_train_epochs") // ratio)
-        draft.set("output", "save_every_n_epochs", command.setting("save_n_epoch_ratio", every_n_epochs))
-    elif every_n_epochs:
-        draft.set("output", "save_every_n_epochs", command.setting("save_every_n_epochs"))
-    if ratio and not command.get("max_train_epochs"):
-        draft.leave_out("save_n_epoch_ratio", ratio, "it can be counted only with --max_train_epochs")
-    _keep_last(command, draft, every_n_epochs)
-
-
-def _keep_last(command: Command, draft: Draft, every_n_epochs: int | None) -> None:
-    """How many saves stay; --save_last_n_steps counts steps, and keeps the save that many steps ago as well."""
-    epochs, steps, every = (
-        command.get(name) for name in ("save_last_n_epochs", "save_last_n_steps", "save_every_n_steps")
-    )
-    kept = {}
-    if epochs and every_n_epochs:
-        kept["save_last_n_epochs"] = epochs
-    if steps and every:
-        kept["save_last_n_steps"] = steps // every + 1
-    for name, value in (("save_last_n_epochs", epochs), ("save_last_n_steps", steps)):
-        if value and name not in kept:
-            draft.remark(name, "has no effect, as nothing is saved every so many epochs or steps")
-    if kept:
-        name, count = max(kept.items(), key=lambda item: item[1])
-        draft.set("output", "keep_last", command.setting(name, count))
-        if len(kept) > 1:
-            draft.remark(min(kept, key=lambda item: kept[item]), f"counts with --{name} here: {count} saves are kept")
-
-
-def _logs(command: Command, draft: Draft) -> None:
-    folder, kind = command.get("logging_dir"), command.get("log_with")
-    if kind in ("wandb", "all"):
-        draft.leave_out("log_with", kind, OPTIONS["wandb_run_name"].later)
-    if kind in ("tensorboard", "all") and not folder:
-        raise ConfigError([Problem("--log_with", f"{kind} needs --logging_dir")])
-    if not folder or kind == "wandb":
-        return
-    observer = {
-        "name": command.setting("logging_dir", "tensorboard"),
-        "dir": command.setting("logging_dir", command.path(folder)),
-    }
-    if command.get("log_prefix"):
-        observer["prefix"] = command.setting("log_prefix")
-    draft.observers.append(observer)

@@ -33,21 +33,21 @@ class Option:
     """All values that it may have, where they are few."""
     special: bool = False
     """Whether more than copying its value to `key` is to be done."""
+    plugin: str = ""
+    """The distribution that has the key, where it does not come with lorakit."""
 
 
 _ALWAYS = "images and captions are encoded once and kept wherever they stay the same"
 _SAMPLES = "there are no previews during training yet"
 _FP8 = "the base model cannot be kept in 8 bits yet"
-_HALF = "the adapters stay float32"
-_STATES = "a state of sd-scripts cannot be read; a run goes on from its own with `lorakit train CONFIG --resume`"
+_HALF = (
+    "the adapters are used in half precision, their float32 originals take a few MB, `saver.precision` is the file's"
+)
 _SKIP = "`lorakit train CONFIG --resume` goes on at exactly the step that was reached"
-_WANDB = "there are no logs for Weights & Biases yet"
-_METADATA = "this entry of the file's metadata cannot be set yet"
-_HUB = "there is no upload to the Hub yet"
+_WANDB = "lorakit-wandb"
 _DEEPSPEED = "DeepSpeed cannot be used"
 _DDP = "gradients are averaged without DistributedDataParallel"
 _VALIDATION = "there is no validation during training yet"
-_LOG = "messages go to standard error, and `--debug` shows more"
 
 MODEL = (
     Option("pretrained_model_name_or_path", "path", key="model.path", special=True),
@@ -154,11 +154,11 @@ TRAINING = (
     Option("max_train_epochs", "int", key="training.max_epochs"),
     Option("gradient_accumulation_steps", "int", 1, key="training.gradient_accumulation_steps"),
     Option("gradient_checkpointing", "flag", False, key="training.gradient_checkpointing"),
-    Option("cpu_offload_checkpointing", "flag", False, later="activations cannot be moved to the CPU"),
+    Option("cpu_offload_checkpointing", "flag", False, unneeded="train_network.py itself ends with an error with it"),
     Option("seed", "int", key="training.seed", special=True),
     Option("mixed_precision", "text", "no", key="training.mixed_precision", choices=("no", "fp16", "bf16")),
-    Option("full_fp16", "flag", False, later=_HALF),
-    Option("full_bf16", "flag", False, later=_HALF),
+    Option("full_fp16", "flag", False, unneeded=_HALF),
+    Option("full_bf16", "flag", False, unneeded=_HALF),
     Option("fp8_base", "flag", False, later=_FP8),
     Option("fp8_base_unet", "flag", False, later=_FP8),
     Option("xformers", "flag", False, key='attention.name = "sdpa"', special=True),
@@ -178,8 +178,8 @@ TRAINING = (
     Option("lowram", "flag", False, unneeded="weights are read straight to where they are needed"),
     Option("highvram", "flag", False, unneeded="the memory of the accelerator is not emptied after each batch"),
     Option("skip_until_initial_step", "flag", False, unneeded=_SKIP),
-    Option("initial_epoch", "int", later=_SKIP),
-    Option("initial_step", "int", later=_SKIP),
+    Option("initial_epoch", "int", unneeded=_SKIP),
+    Option("initial_step", "int", unneeded=_SKIP),
 )  # fmt: skip
 
 LOSS = (
@@ -210,31 +210,35 @@ OUTPUT = (
     Option("save_precision", "text", "float", key="saver.precision", choices=("float", "fp16", "bf16"), special=True),
     Option("save_every_n_epochs", "int", key="output.save_every_n_epochs", special=True),
     Option("save_every_n_steps", "int", key="output.save_every_n_steps"),
-    Option("save_n_epoch_ratio", "int", key="output.save_every_n_epochs", special=True),
+    Option("save_n_epoch_ratio", "int", key="output.save_n_epoch_ratio"),
     Option("save_last_n_epochs", "int", key="output.keep_last", special=True),
     Option("save_last_n_steps", "int", key="output.keep_last", special=True),
-    Option("save_last_n_epochs_state", "int", unneeded="only the newest state is kept"),
-    Option("save_last_n_steps_state", "int", unneeded="only the newest state is kept"),
+    Option("save_last_n_epochs_state", "int", key="output.keep_last_states", special=True),
+    Option("save_last_n_steps_state", "int", key="output.keep_last_states", special=True),
     Option("save_state", "flag", False, key="output.save_state"),
-    Option("save_state_on_train_end", "flag", False, key="output.save_state = true"),
-    Option("resume", "path", later=_STATES),
-    Option("no_metadata", "flag", False, later="the metadata cannot be left out"),
+    Option("save_state_on_train_end", "flag", False, key="output.save_state_at_end"),
+    Option("resume", "path", key="network.weights", special=True),
+    Option("no_metadata", "flag", False, key="metadata.minimal"),
 )
 
 LOGGING = (
     Option("logging_dir", "path", key="observers.dir", special=True),
     Option("log_with", "text", key="observers.name", choices=("tensorboard", "wandb", "all"), special=True),
     Option("log_prefix", "text", key="observers.prefix", special=True),
-    Option("log_tracker_name", "text", unneeded="TensorBoard's logs are told apart by the output name"),
-    Option("log_tracker_config", "path", later=_WANDB),
-    Option("wandb_run_name", "text", later=_WANDB),
-    Option("wandb_api_key", "text", later=_WANDB),
+    Option("log_tracker_name", "text", key="observers.project", special=True, plugin=_WANDB),
+    Option("log_tracker_config", "path", key="observers.tags", special=True, plugin=_WANDB),
+    Option("wandb_run_name", "text", key="observers.run_name", special=True, plugin=_WANDB),
+    Option("wandb_api_key", "text", unneeded="`wandb login` or WANDB_API_KEY say it, so that no file has to"),
     Option("log_config", "flag", False, unneeded="the config is always the first entry of the log"),
     Option(
-        "console_log_level", "text", "INFO", unneeded=_LOG, choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+        "console_log_level",
+        "text",
+        "INFO",
+        unneeded="there are few messages, and `--debug` shows more",
+        choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
     ),
-    Option("console_log_file", "path", unneeded=_LOG),
-    Option("console_log_simple", "flag", False, unneeded=_LOG),
+    Option("console_log_file", "path", unneeded="messages go to standard error, which a shell can write to a file"),
+    Option("console_log_simple", "flag", False, unneeded="messages are plain text"),
 )
 
 SAMPLES = (
@@ -245,21 +249,24 @@ SAMPLES = (
     Option("sample_sampler", "text", "ddim", later=_SAMPLES),
 )
 
-_METADATA_NAMES = (
-    "title", "author", "description", "license", "tags", "usage_hint", "thumbnail", "merged_from", "trigger_phrase",
-    "preprocessor", "is_negative_embedding",
+_METADATA_TEXTS = (
+    "title", "author", "description", "license", "tags", "usage_hint", "merged_from", "trigger_phrase", "preprocessor",
 )  # fmt: skip
-METADATA = tuple(Option(f"metadata_{name}", "text", later=_METADATA) for name in _METADATA_NAMES)
+METADATA = (
+    *(Option(f"metadata_{name}", "text", key=f"metadata.{name}") for name in _METADATA_TEXTS),
+    Option("metadata_thumbnail", "path", key="metadata.thumbnail"),
+    Option("metadata_is_negative_embedding", "text", key="metadata.is_negative_embedding", special=True),
+)
 
 HUB = (
-    Option("huggingface_repo_id", "text", later=_HUB),
-    Option("huggingface_repo_type", "text", later=_HUB),
-    Option("huggingface_path_in_repo", "text", later=_HUB),
-    Option("huggingface_token", "text", later=_HUB),
-    Option("huggingface_repo_visibility", "text", later=_HUB),
-    Option("save_state_to_huggingface", "flag", False, later=_HUB),
-    Option("resume_from_huggingface", "flag", False, later=_HUB),
-    Option("async_upload", "flag", False, later=_HUB),
+    Option("huggingface_repo_id", "text", key="observers.repo_id", special=True),
+    Option("huggingface_repo_type", "text", key="observers.repo_type", special=True),
+    Option("huggingface_path_in_repo", "text", key="observers.path_in_repo", special=True),
+    Option("huggingface_token", "text", unneeded="`hf auth login` or HF_TOKEN say it, so that no file has to"),
+    Option("huggingface_repo_visibility", "text", key="observers.private", special=True),
+    Option("save_state_to_huggingface", "flag", False, key="observers.states", special=True),
+    Option("resume_from_huggingface", "flag", False, later="fetch the state with `hf download`, and name its folder"),
+    Option("async_upload", "flag", False, unneeded="training never waits for uploads"),
 )
 
 PROCESSES = (
@@ -272,7 +279,7 @@ PROCESSES = (
     Option("zero3_init_flag", "flag", False, later=_DEEPSPEED),
     Option("zero3_save_16bit_model", "flag", False, later=_DEEPSPEED),
     Option("fp16_master_weights_and_gradients", "flag", False, later=_DEEPSPEED),
-    Option("ddp_timeout", "int", later="the time that processes wait for each other cannot be set"),
+    Option("ddp_timeout", "int", key="training.process_timeout"),
     Option("ddp_gradient_as_bucket_view", "flag", False, unneeded=_DDP),
     Option("ddp_static_graph", "flag", False, unneeded=_DDP),
 )

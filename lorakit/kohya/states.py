@@ -58,8 +58,10 @@ def _fields(section: str, classes: Iterable[type]) -> dict[str, object]:
 
 
 def state_of(option: Option, keys: Collection[str]) -> State:
-    """The state of an option where there are these keys."""
+    """The state of an option where there are these keys; those of plugins count as there."""
     key, _, value = option.key.partition(" = ")
+    if option.plugin:
+        return State.WORKS
     if key and key in keys and (not value or not key.endswith((".name", ".family")) or option.key in keys):
         return State.WORKS
     return State.NOT_NEEDED if option.unneeded else State.LATER

@@ -20,6 +20,7 @@ _SECTIONS = (
     "training",
     "loss",
     "output",
+    "metadata",
     "saver",
 )
 _COLUMN = 40

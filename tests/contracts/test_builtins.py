@@ -41,6 +41,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "torch.optim.RAdam": {"lr": 1e-2, "args": {"betas": [0.9, 0.99]}},
     "torch.optim.lr_scheduler.StepLR": {"args": {"step_size": 30, "gamma": 0.5}},
     "tensorboard": {"dir": Path("logs")},
+    "hub": {"repo_id": "me/my-lora", "states": True},
 }
 """The settings to test each component with; the others are tested with their defaults."""
 

@@ -31,6 +31,14 @@ resolution = 64
 image_dir = "train/2_dog"
 """
 
+TRACKER = """
+[wandb]
+name = "first"
+entity = "team"
+tags = ["a", "b"]
+job_type = "training"
+"""
+
 Convert = Callable[..., Draft]
 
 
@@ -45,6 +53,7 @@ def folder(tmp_path: Path) -> Path:
     """A folder with the header of a model, a dataset file, and folders of images with repeats in their names."""
     write_safetensors(tmp_path / "model.safetensors", SD1_SHAPES)
     (tmp_path / "dataset.toml").write_text(DATASET)
+    (tmp_path / "tracker.toml").write_text(TRACKER)
     for name in ("train/10_cat", "train/2_dog", "train/notes", "train/0_none"):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (80, 70), "teal").save(tmp_path / name / "image.png")
@@ -55,7 +64,9 @@ def folder(tmp_path: Path) -> Path:
 def converted(folder: Path, catalog: Catalog) -> Convert:
     """A function from words of a command line to the draft for a config in the same folder, or in `target`."""
 
-    def make(*words: str, least: tuple[str, ...] = LEAST, target: Path = folder) -> Draft:
-        return convert(read_arguments([*least, *words], folder), folder, target, catalog)
+    def make(
+        *words: str, least: tuple[str, ...] = LEAST, target: Path = folder, with_catalog: Catalog = catalog
+    ) -> Draft:
+        return convert(read_arguments([*least, *words], folder), folder, target, with_catalog)
 
     return make

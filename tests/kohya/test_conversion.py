@@ -243,9 +243,13 @@ def test_arguments_without_a_counterpart_are_told(converted: Convert) -> None:
 
 def test_secrets_are_not_shown(converted: Convert) -> None:
     """The keys to accounts stand neither in the file nor in a message."""
-    draft = converted("--wandb_api_key=hidden1", "--huggingface_token=hidden2")
-    assert len(draft.remarks) == 2
-    assert "hidden" not in to_text(draft)
+    draft = converted(
+        "--log_with=wandb", "--wandb_api_key=hidden1", "--huggingface_repo_id=me/x", "--huggingface_token=hidden2"
+    )
+    told = "".join(remarks(draft))
+    assert "set WANDB_API_KEY" in told
+    assert "set HF_TOKEN" in told
+    assert "hidden" not in to_text(draft) + told
 
 
 @pytest.mark.parametrize(

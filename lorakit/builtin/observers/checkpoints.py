@@ -38,15 +38,17 @@ class Checkpoints(Observer):
             self._save(f"{self._output.name}-step{step:08d}")
 
     def epoch_finished(self, epoch: int) -> None:
-        """Save when the epoch is a multiple of `save_every_n_epochs`; the last epoch is left to the end."""
+        """Save every so many epochs; the last epoch is left to the end."""
         every = self._output.save_every_n_epochs
+        if self._output.save_n_epoch_ratio:
+            every = max(1, self._run.total_epochs // self._output.save_n_epoch_ratio)
         if every and epoch % every == 0 and epoch < self._run.total_epochs:
             self._save(f"{self._output.name}-{epoch:06d}")
 
     def run_finished(self) -> None:
         """Save under the plain name."""
         self._run.save_adapter(self._output.name)
-        if self._output.save_state:
+        if self._output.save_state or self._output.save_state_at_end:
             self._run.save_state()
 
     def _save(self, stem: str) -> None:

@@ -54,6 +54,7 @@ class ObserverContract(ComponentContract):
             if step % 2 == 0:
                 observer.epoch_finished(step // 2)
                 observer.adapter_saved(run.save_adapter(f"lora-{step // 2:06d}"))
+                observer.state_saved(run.save_state())
         observer.run_finished()
         observer.closed()
 

@@ -1,0 +1,112 @@
+"""Logs and uploads: the tables [[observers]]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lorakit.components import ObserverConfig
+from lorakit.config.data_tables import read_toml
+from lorakit.errors import ConfigError, Problem
+from lorakit.kohya.drafts import Command, Draft, Setting, Table
+from lorakit.kohya.options import HUB, OPTIONS
+from lorakit.plugins import Catalog
+
+_TRACKER_KEYS: Mapping[str, type] = {"entity": str, "group": str, "tags": list, "notes": str}
+"""Settings of Weights & Biases in a file for --log_tracker_config that an observer has too."""
+
+_TRACKER_NAME = "network_train"
+"""sd-scripts' default project."""
+
+
+_OF_THE_HUB = tuple(option.name for option in HUB if option.key and option.name != "huggingface_repo_id")
+
+
+def write_observers(command: Command, draft: Draft, catalog: Catalog) -> None:
+    """TensorBoard, Weights & Biases and the Hub, as far as the options ask for them."""
+    folder, kind = command.get("logging_dir"), command.get("log_with")
+    if kind in ("tensorboard", "all") and not folder:
+        raise ConfigError([Problem("--log_with", f"{kind} needs --logging_dir")])
+    if folder and kind != "wandb":
+        draft.observers.append(_tensorboard(command, folder))
+    if kind in ("wandb", "all"):
+        draft.observers.append(_wandb(command, draft))
+        plugin = OPTIONS["wandb_run_name"].plugin
+        if "wandb" not in catalog.of_kind(ObserverConfig):
+            draft.remark("log_with", f"{kind} needs the plugin {plugin}: pip install {plugin}")
+    else:
+        _tell_unused(command, draft, "log_with=wandb", ("log_tracker_config", "wandb_run_name"))
+    if command.get("huggingface_repo_id"):
+        draft.observers.append(_hub(command, draft))
+    else:
+        _tell_unused(command, draft, "huggingface_repo_id", _OF_THE_HUB)
+
+
+def _tell_unused(command: Command, draft: Draft, missing: str, options: Iterable[str]) -> None:
+    for option in options:
+        if command.get(option):
+            draft.remark(option, f"has no effect without --{missing}")
+
+
+def _tensorboard(command: Command, folder: str) -> Table:
+    observer = {
+        "name": command.setting("logging_dir", "tensorboard"),
+        "dir": command.setting("logging_dir", command.path(folder)),
+    }
+    if command.get("log_prefix"):
+        observer["prefix"] = command.setting("log_prefix")
+    return observer
+
+
+def _wandb(command: Command, draft: Draft) -> Table:
+    observer = {
+        "name": command.setting("log_with", "wandb"),
+        "project": command.setting("log_tracker_name", command.get("log_tracker_name") or _TRACKER_NAME),
+    }
+    if command.get("logging_dir"):
+        observer["dir"] = command.setting("logging_dir", command.path(command.get("logging_dir")))
+    if command.get("log_tracker_config"):
+        observer |= _tracker_settings(command, draft)
+    if command.get("wandb_run_name"):
+        observer["run_name"] = command.setting("wandb_run_name")
+    if command.get("wandb_api_key"):
+        draft.remark("wandb_api_key", "is not written into a file: call `wandb login` once, or set WANDB_API_KEY")
+    return observer
+
+
+def _tracker_settings(command: Command, draft: Draft) -> Table:
+    """What the table [wandb] of the file says, with the option as its source; what has no key is told."""
+    name = command.get("log_tracker_config")
+    try:
+        settings: Any = read_toml(command.on_disk(name)).get("wandb", {})
+    except ValueError as error:
+        draft.remark("log_tracker_config", f"{name} {error}")
+        return {}
+    found: Table = {}
+    for key, value in settings.items() if isinstance(settings, Mapping) else ():
+        target = "run_name" if key == "name" else key
+        if isinstance(value, _TRACKER_KEYS.get(key, str if key == "name" else ())):
+            found[target] = Setting(value, f"--log_tracker_config {key}")
+        else:
+            draft.leave_out("log_tracker_config", name, f"its key {key} is left out")
+    return found
+
+
+def _hub(command: Command, draft: Draft) -> Table:
+    visibility = command.get("huggingface_repo_visibility")
+    observer = {
+        "name": command.setting("huggingface_repo_id", "hub"),
+        "repo_id": command.setting("huggingface_repo_id"),
+    }
+    if command.get("huggingface_repo_type"):
+        observer["repo_type"] = command.setting("huggingface_repo_type")
+    if command.get("huggingface_path_in_repo"):
+        folder = command.get("huggingface_path_in_repo").strip("/")
+        observer["path_in_repo"] = command.setting("huggingface_path_in_repo", folder)
+    if visibility:
+        observer["private"] = command.setting("huggingface_repo_visibility", visibility != "public")
+    if command.get("save_state_to_huggingface"):
+        observer["states"] = command.setting("save_state_to_huggingface")
+    if command.get("huggingface_token"):
+        draft.remark("huggingface_token", "is not written into a file: call `hf auth login` once, or set HF_TOKEN")
+    return observer

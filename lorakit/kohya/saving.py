@@ -1,0 +1,63 @@
+"""What is saved, how much of it is kept, and what it is continued from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lorakit.kohya.drafts import Command, Draft
+
+PRECISIONS: Mapping[str, str] = {"float": "fp32", "fp16": "fp16", "bf16": "bf16"}
+"""lorakit's names of the number formats of --save_precision."""
+
+_WEIGHTS_OF_A_STATE = "model.safetensors"
+"""The file in a state of sd-scripts that the network's weights are in, with the keys of a LoRA file."""
+
+
+def write_saving(command: Command, draft: Draft) -> None:
+    """[saver], and those keys of [output] and [metadata] that several options, or other values, become."""
+    precision = PRECISIONS[command.get("save_precision")]
+    draft.set("saver", "precision", command.setting("save_precision", precision))
+    if command.get("save_every_n_epochs") and not command.get("save_n_epoch_ratio"):
+        draft.set("output", "save_every_n_epochs", command.setting("save_every_n_epochs"))
+    _keep_last(command, draft, "keep_last", "")
+    _keep_last(command, draft, "keep_last_states", "_state")
+    _resume(command, draft)
+    is_negative = command.get("metadata_is_negative_embedding")
+    if is_negative:
+        value = is_negative.strip().lower() in ("true", "1", "yes")
+        draft.set("metadata", "is_negative_embedding", command.setting("metadata_is_negative_embedding", value))
+
+
+def _keep_last(command: Command, draft: Draft, key: str, ending: str) -> None:
+    """How many saves stay; --save_last_n_steps counts steps, and keeps the save that many steps ago as well."""
+    every_n_epochs = command.get("save_n_epoch_ratio") or command.get("save_every_n_epochs")
+    of_epochs, of_steps = f"save_last_n_epochs{ending}", f"save_last_n_steps{ending}"
+    epochs, steps, every = (command.get(name) for name in (of_epochs, of_steps, "save_every_n_steps"))
+    kept = {}
+    if epochs and every_n_epochs:
+        kept[of_epochs] = epochs
+    if steps and every:
+        kept[of_steps] = steps // every + 1
+    for name, value in ((of_epochs, epochs), (of_steps, steps)):
+        if value and name not in kept:
+            draft.remark(name, "has no effect, as nothing is saved every so many epochs or steps")
+    if kept:
+        name, count = max(kept.items(), key=lambda item: item[1])
+        draft.set("output", key, command.setting(name, count))
+        if len(kept) > 1:
+            draft.remark(min(kept, key=lambda item: kept[item]), f"counts with --{name} here: {count} saves are kept")
+
+
+def _resume(command: Command, draft: Draft) -> None:
+    """The weights of a state, which win over --network_weights as they do with sd-scripts."""
+    state = command.get("resume")
+    if not state:
+        return
+    if command.get("resume_from_huggingface"):
+        draft.leave_out("resume", state, "the state is on the Hub")
+        return
+    weights = command.setting("resume", command.path(f"{state.rstrip('/')}/{_WEIGHTS_OF_A_STATE}"))
+    draft.set("network", "weights", weights)
+    draft.remark("resume", "gives the weights alone: optimizer and schedule start anew, at the first step")
+    if command.get("network_weights"):
+        draft.remark("network_weights", "has no effect beside --resume")

@@ -1,0 +1,1 @@
+"""Logs of lorakit's runs on Weights & Biases: the observer `wandb`."""

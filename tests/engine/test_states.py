@@ -1,0 +1,84 @@
+"""Which states and saves a run leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lorakit
+from lorakit.engine.assembly import assemble, build_observers
+from lorakit.engine.preparation import prepare
+from lorakit.engine.processes import Processes
+from lorakit.engine.run import Run
+from lorakit.engine.state import find_state
+from lorakit.plugins import Catalog
+from tests.engine.conftest import MakeConfig
+
+
+def names(folder: Path, pattern: str) -> list[str]:
+    """The names of what is in a folder, sorted."""
+    return sorted(path.name for path in folder.glob(pattern))
+
+
+@pytest.mark.parametrize(
+    ("output", "steps"),
+    [
+        ({"save_state": True}, [6]),
+        ({"save_state": True, "keep_last_states": 2}, [4, 6]),
+        ({"save_state": True, "keep_last_states": 9}, [2, 4, 6]),
+        ({"save_state_at_end": True}, [6]),
+        ({}, []),
+    ],
+)
+def test_states_that_stay(output: dict[str, Any], steps: list[int], make_config: MakeConfig) -> None:
+    """The newest states stay, one where nothing is said; `save_state_at_end` saves none before."""
+    config = make_config(output={"save_every_n_steps": 2, **output})
+    lorakit.train(config)
+    assert names(config.output.dir / "test-state", "*") == [f"step{step:08d}" for step in steps]
+
+
+def test_a_run_anew_beside_later_states(make_config: MakeConfig) -> None:
+    """A run that starts anew where another had come further keeps its states and the other's; each resumes its own."""
+    config, other = make_config(), make_config(optimizer={"lr": 2e-3})
+    run = assemble(prepare(config), Processes(torch.device("cpu")))
+    later = _state(run, 500)
+    run.config = other
+    first, second = _state(run, 3), _state(run, 4)
+    assert [state.exists() for state in (later, first, second)] == [True, False, True]
+    assert find_state(config, None) == later
+    assert find_state(other, None) == second
+
+
+def _state(run: Run, step: int) -> Path:
+    run.step = step
+    return run.save_state()
+
+
+@pytest.mark.parametrize(("epochs", "ratio", "saved"), [(5, 2, [2, 4]), (5, 9, [1, 2, 3, 4]), (3, 1, []), (4, 2, [2])])
+def test_saves_by_ratio(epochs: int, ratio: int, saved: list[int], make_config: MakeConfig, catalog: Catalog) -> None:
+    """`save_n_epoch_ratio` saves after every ⌊epochs / ratio⌋ epochs, at least one; the last is the final file."""
+    config = make_config(output={"save_n_epoch_ratio": ratio}, training={"max_epochs": epochs})
+    run = assemble(prepare(config), Processes(torch.device("cpu")))
+    observers = build_observers(run, catalog)
+    for epoch in range(1, epochs + 1):
+        observers.tell("epoch_finished", epoch)
+    assert names(config.output.dir, "*.safetensors") == [f"test-{epoch:06d}.safetensors" for epoch in saved]
+
+
+@pytest.mark.parametrize(
+    ("output", "key"),
+    [
+        ({"keep_last": 1}, "output.keep_last"),
+        ({"save_n_epoch_ratio": 2, "save_every_n_epochs": 1}, "output.save_every_n_epochs"),
+        ({"save_state": True, "save_state_at_end": True}, "output.save_state_at_end"),
+        ({"keep_last_states": 2, "save_state_at_end": True}, "output.keep_last_states"),
+        ({"save_n_epoch_ratio": 2, "keep_last": 1, "save_state": True, "keep_last_states": 2}, None),
+    ],
+)
+def test_keys_without_effect(output: dict[str, Any], key: str | None, make_config: MakeConfig) -> None:
+    """A key of [output] that others leave without effect is told."""
+    warnings = [warning.key for warning in make_config(output=output).warnings()]
+    assert warnings == ([key] if key else [])
