@@ -27,6 +27,7 @@ class DAdaptationConfig(OptimizerConfig):
     """
 
     name = "dadaptation"
+    own_learning_rates = False
     requires = ("dadaptation",)
 
     lr: float = field(default=1.0, validator=v.ge(0))
@@ -46,10 +47,10 @@ class DAdaptationConfig(OptimizerConfig):
 
     def problems(self) -> Iterator[Problem]:
         """Says so if the parts' learning rates differ: it can adapt only one."""
-        rates = {"unet_lr": self.lr_of("unet"), "text_encoder_lr": self.lr_of("text_encoder")}
-        if len({rate for rate in rates.values() if rate > 0}) > 1:
-            for key, rate in rates.items():
-                if rate != self.lr:
+        rates = {f"{part}_lr": set(self.lrs_of(part)) - {0} for part in ("unet", "text_encoder")}
+        if len(set().union(*rates.values())) > 1:
+            for key, own in rates.items():
+                for rate in own - {self.lr}:
                     hint = f"Leave it out, or set {key} = 0 to leave this part out"
                     yield Problem(key, f"must be lr, {self.lr:g}, with dadaptation, not {rate:g}", hint)
 
