@@ -44,8 +44,8 @@ class BlockwiseLoRAConfig(LoRAConfig):
     size_keys: ClassVar[tuple[str, ...]] = (*LoRAConfig.size_keys, "block_ranks", "block_alphas")
 
     block_ranks: tuple[int, ...] | None = numbers_of_blocks(v.ge(0))
-    """Ranks for the blocks of the U-Net instead of `rank`, 25 for Stable Diffusion; a block of rank 0 gets no adapters.
-    See [Weight the blocks of the U-Net](../how-to/block-weights.md)."""
+    """Ranks for the blocks of the U-Net instead of `rank`, 25 for Stable Diffusion; a block of rank 0 gets no
+    adapters."""
     block_alphas: tuple[float, ...] | None = numbers_of_blocks(v.gt(0))
     """Alphas for the blocks of the U-Net instead of `alpha`, 25 for Stable Diffusion."""
     down_lr_weight: str | tuple[float, ...] | None = field(default=None, validator=_curve_or_numbers)
