@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 from attrs import field, fields, frozen
 from attrs import validators as v
 
+from lorakit.blocks import BlockLayout
 from lorakit.errors import Problem
 
 if TYPE_CHECKING:
@@ -69,6 +70,10 @@ class ModelFamilyConfig(Component):
     """The parts that adapters can be for."""
     num_timesteps: ClassVar[int] = 1000
     """Timesteps of the noise process."""
+    text_encoders: ClassVar[int] = 1
+    """How many text encoders its models have."""
+    layout: ClassVar[BlockLayout | None] = None
+    """How the blocks of its U-Net are numbered; None where they cannot be told apart."""
 
     path: str
     """The base model: a `.safetensors` or `.ckpt` file, a diffusers folder, or a Hugging Face Hub id."""
@@ -93,9 +98,25 @@ class NetworkConfig(Component):
     weights: Path | None = None
     """A LoRA file to continue from."""
 
+    def problems_with(self, model: ModelFamilyConfig, optimizer: OptimizerConfig) -> Iterator[Problem]:  # noqa: ARG002
+        """What does not suit the base model or the optimizer; keys are field names."""
+        return iter(())
+
+    def warnings(self) -> Iterator[Problem]:
+        """What has no effect; keys are field names."""
+        return iter(())
+
     def build(self, targets: Sequence[AdaptationTarget]) -> Network:
         """The adapters for those of the targets that this network adapts, attached to them."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+
+
+def _rates(_: object, __: object, value: float | tuple[float, ...] | None) -> None:
+    rates = value if isinstance(value, tuple) else (value,)
+    if not rates:
+        raise ValueError("must not be empty")
+    if any(rate is not None and rate < 0 for rate in rates):
+        raise ValueError(f"must be at least 0, not {min(rate for rate in rates if rate is not None):g}")
 
 
 @frozen(kw_only=True)
@@ -113,13 +134,26 @@ class OptimizerConfig(Component):
     """Learning rate of all parts that have none of their own."""
     unet_lr: float | None = field(default=None, validator=v.optional(v.ge(0)))
     """Learning rate of the U-Net's adapters; `lr` when absent."""
-    text_encoder_lr: float | None = field(default=None, validator=v.optional(v.ge(0)))
-    """Learning rate of the text encoder's adapters; `lr` when absent. Zero leaves them out."""
+    text_encoder_lr: tuple[float, ...] | float | None = field(default=None, validator=_rates)
+    """Learning rate of the text encoder's adapters; `lr` when absent. Zero leaves them out. For a model with several
+    text encoders, a list with one number for each."""
 
-    def lr_of(self, part: str) -> float:
-        """The learning rate of a part of the model, `unet` or `text_encoder`."""
-        own: float | None = getattr(self, f"{part}_lr", None)
-        return self.lr if own is None else own
+    @property
+    def keeps_lr_factors(self) -> bool:
+        """Whether a network may give some of its parameters a multiple of their part's learning rate."""
+        return self.own_learning_rates
+
+    def lrs_of(self, part: str) -> tuple[float, ...]:
+        """The learning rates of a part of the model, `unet` or `text_encoder`: one, or one for each text encoder."""
+        own: float | tuple[float, ...] | None = getattr(self, f"{part}_lr", None)
+        if isinstance(own, tuple):
+            return own
+        return (self.lr if own is None else own,)
+
+    def lr_of(self, part: str, text_encoder: int = 0) -> float:
+        """The learning rate of a part of the model, or of one of its text encoders, counted from 0."""
+        rates = self.lrs_of(part)
+        return rates[text_encoder] if len(rates) > 1 else rates[0]
 
     def own_settings(self) -> dict[str, Any]:
         """The values of the fields that this optimizer adds to those of every optimizer, by name."""
@@ -128,11 +162,11 @@ class OptimizerConfig(Component):
 
     def problems(self) -> Iterator[Problem]:
         """Says so if the parts' learning rates differ where only one can be had."""
-        rates = {"unet_lr": self.lr_of("unet"), "text_encoder_lr": self.lr_of("text_encoder")}
-        if self.own_learning_rates or len({rate for rate in rates.values() if rate > 0}) < 2:
+        rates = {f"{part}_lr": set(self.lrs_of(part)) - {0} for part in ("unet", "text_encoder")}
+        if self.own_learning_rates or len(set().union(*rates.values())) < 2:
             return
-        for key, rate in rates.items():
-            if rate != self.lr:
+        for key, own in rates.items():
+            for rate in own - {self.lr}:
                 hint = f"Leave it out, or set {key} = 0 to leave this part out"
                 yield Problem(key, f"must be lr, {self.lr:g}, with {self.name}, not {rate:g}", hint)
 

@@ -130,7 +130,7 @@ class TrainConfig:
     @property
     def trained_parts(self) -> tuple[str, ...]:
         """The parts of the model that get adapters and a learning rate above zero."""
-        return tuple(part for part in self.network.parts if self.optimizer.lr_of(part) > 0)
+        return tuple(part for part in self.network.parts if any(self.optimizer.lrs_of(part)))
 
     @property
     def cache_dir(self) -> Path:
@@ -150,16 +150,24 @@ class TrainConfig:
             yield Problem("network.parts", f"names no part of the model: {', '.join(unknown)}", hint)
         elif not self.trained_parts:
             yield Problem("optimizer.lr", "is zero for every part in network.parts, so nothing would be trained")
+        rates, encoders = self.optimizer.text_encoder_lr, self.model.text_encoders
+        if isinstance(rates, tuple) and len(rates) != encoders:
+            message = f"must have one number for each text encoder of {self.model.name}, that is {encoders}"
+            yield Problem("optimizer.text_encoder_lr", f"{message}, not {len(rates)}")
+        for problem in self.network.problems_with(self.model, self.optimizer):
+            yield evolve(problem, key=f"network.{problem.key}")
         yield from self.loss.problems_with(self.prediction, self.model.num_timesteps)
 
     def warnings(self) -> Iterator[Problem]:
         """Options that have no effect in this run, or hardly suit the model."""
         for warning in self.model.warnings():
             yield evolve(warning, key=f"model.{warning.key}")
+        for warning in self.network.warnings():
+            yield evolve(warning, key=f"network.{warning.key}")
         if self.training.max_epochs and self.training.max_steps:
             yield Problem("training.max_steps", "has no effect, because training.max_epochs is given")
         for part in self.network.parts:
-            if self.optimizer.lr_of(part) == 0:
+            if not any(self.optimizer.lrs_of(part)):
                 yield Problem("network.parts", f"{part!r} gets no adapters, because its learning rate is 0")
         for part in ("unet", "text_encoder"):
             if getattr(self.optimizer, f"{part}_lr", None) is not None and part not in self.network.parts:

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,9 +33,9 @@ from lorakit.engine.schedule import Schedule
 from lorakit.engine.state import find_state
 from lorakit.engine.trainer import train
 from lorakit.errors import ConfigError, Problem
-from lorakit.models.protocol import DiffusionModel
+from lorakit.models.protocol import AdaptationTarget, DiffusionModel
 from lorakit.networks.network import Network, ParameterGroup
-from lorakit.networks.saving import read_adapter
+from lorakit.networks.saving import starting_tensors
 from lorakit.plugins import Catalog
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def assemble(prepared: PreparedRun, processes: Processes) -> Run:
     if config.training.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     network = _attached_network(config, model)
-    groups = network.parameter_groups(config.optimizer.lr_of)
+    groups = network.parameter_groups(partial(_learning_rate, config))
     _refuse_several_rates(config, [group.lr for group in groups])
     optimizer = config.optimizer.build(groups)
     metadata = run_metadata(prepared, schedule, processes, optimizer, started)
@@ -231,8 +232,14 @@ def _refuse_several_rates(config: TrainConfig, rates: Sequence[float]) -> None:
 
 def _attached_network(config: TrainConfig, model: DiffusionModel) -> Network:
     """The adapters in their places, from the seed or from the file that the config names."""
-    network = config.network.build(model.targets(config.trained_parts))
+    targets = model.targets(config.trained_parts)
+    network = config.network.build([target for target in targets if _learning_rate(config, target)])
     network.initialize(config.training.seed)
     if config.network.weights is not None:
-        network.load_tensors(read_adapter(config.network.weights).tensors, str(config.network.weights))
+        network.load_tensors(starting_tensors(config.network.weights), str(config.network.weights))
     return network.train()
+
+
+def _learning_rate(config: TrainConfig, target: AdaptationTarget) -> float:
+    """The learning rate of the adapter of a layer."""
+    return config.optimizer.lr_of(target.part, target.position)

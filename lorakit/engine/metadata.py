@@ -25,6 +25,7 @@ from lorakit.engine.data_metadata import data_metadata
 from lorakit.engine.preparation import PreparedRun
 from lorakit.engine.processes import Processes
 from lorakit.engine.schedule import Schedule
+from lorakit.kohya.networks import NETWORK_ARGS
 
 KOHYA_MODULE = "networks.lora"
 """The name that tools know LoRA networks by."""
@@ -76,11 +77,12 @@ def without_training(metadata: Mapping[str, str]) -> dict[str, str]:
 
 def _training_values(config: TrainConfig) -> dict[str, Any]:
     training, optimizer = config.training, config.optimizer
+    encoders = optimizer.lrs_of("text_encoder")
     return {
         "ss_seed": training.seed,
         "ss_learning_rate": optimizer.lr,
         "ss_unet_lr": optimizer.lr_of("unet"),
-        "ss_text_encoder_lr": optimizer.lr_of("text_encoder"),
+        "ss_text_encoder_lr": list(encoders) if len(encoders) > 1 else encoders[0],
         "ss_lr_scheduler": config.lr_scheduler.name,
         "ss_lr_warmup_steps": getattr(config.lr_scheduler, "warmup_steps", 0),
         "ss_max_grad_norm": training.max_grad_norm,
@@ -116,20 +118,22 @@ def _loss_values(loss: LossSection) -> dict[str, Any]:
 
 def _network_values(config: TrainConfig) -> dict[str, Any]:
     network = config.network
-    arguments = {
-        "conv_dim": getattr(network, "conv_rank", None),
-        "conv_alpha": getattr(network, "conv_alpha", None),
-        "rank_dropout": getattr(network, "rank_dropout", None),
-        "module_dropout": getattr(network, "module_dropout", None),
-    }
-    given = {key: str(value) for key, value in arguments.items() if value}
+    keys = {name: argument.key for name, argument in NETWORK_ARGS.items()} | {"rank_stabilized": "rank_stabilized"}
+    values = {name: getattr(network, key, None) for name, key in keys.items()}
+    given = {name: _as_argument(value) for name, value in values.items() if value}
+    varies = getattr(network, "rank_from_weights", False)
     return {
         "ss_network_module": KOHYA_MODULE,
-        "ss_network_dim": getattr(network, "rank", None),
-        "ss_network_alpha": getattr(network, "alpha", None),
+        "ss_network_dim": "Dynamic" if varies else getattr(network, "rank", None),
+        "ss_network_alpha": "Dynamic" if varies else getattr(network, "alpha", None),
         "ss_network_dropout": getattr(network, "dropout", None),
         **({"ss_network_args": json.dumps(given)} if given else {}),
     }
+
+
+def _as_argument(value: object) -> str:
+    """A value as it stands in --network_args."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _modelspec_values(config: TrainConfig) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class AdapterWriter:
         Raises TrainingDiverged when a factor is not finite, so that a broken file never takes the
         place of a good one.
         """
-        tensors = self.network.tensors()
+        tensors = self.network.file_tensors()
         broken = next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None)
         if broken:
             raise TrainingDiverged(f"step {step}: {broken} is not finite; nothing was saved, earlier saves are kept")

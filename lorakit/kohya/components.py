@@ -1,12 +1,11 @@
-"""The network, the optimizer and the learning-rate schedule from sd-scripts' names and arguments."""
+"""The optimizer and the learning-rate schedule from sd-scripts' names and arguments."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from lorakit.components import Component, LRSchedulerConfig, NetworkConfig, OptimizerConfig
+from lorakit.components import Component, LRSchedulerConfig, OptimizerConfig
 from lorakit.config.tables import field_names
 from lorakit.errors import ConfigError, PluginError, Problem
 from lorakit.kohya.drafts import Command, Draft, Setting
@@ -47,69 +46,6 @@ IMPLIED_ARGS: Mapping[str, tuple[str, ...]] = {"sgdnesterov": ("nesterov",), "sg
 
 ADAFACTOR_DEFAULTS: Mapping[str, object] = {"relative_step": True, "scale_parameter": True}
 """What holds with sd-scripts' Adafactor and not with lorakit's, when nothing is said."""
-
-NETWORK_ARGS: Mapping[str, tuple[str, Callable[[str], object]]] = {
-    "conv_dim": ("conv_rank", int),
-    "conv_alpha": ("conv_alpha", float),
-    "rank_dropout": ("rank_dropout", float),
-    "module_dropout": ("module_dropout", float),
-    "block_dims": ("block_ranks", str),
-    "block_alphas": ("block_alphas", str),
-    "conv_block_dims": ("conv_block_ranks", str),
-    "conv_block_alphas": ("conv_block_alphas", str),
-    "down_lr_weight": ("down_lr_weight", str),
-    "mid_lr_weight": ("mid_lr_weight", str),
-    "up_lr_weight": ("up_lr_weight", str),
-    "block_lr_zero_threshold": ("block_lr_zero_threshold", float),
-    "loraplus_lr_ratio": ("loraplus_lr_ratio", float),
-    "loraplus_unet_lr_ratio": ("loraplus_unet_lr_ratio", float),
-    "loraplus_text_encoder_lr_ratio": ("loraplus_text_encoder_lr_ratio", float),
-}
-"""What networks.lora takes in --network_args, with lorakit's key and the type of the value."""
-
-
-def write_network(command: Command, draft: Draft, catalog: Catalog) -> None:
-    """[network]: LoRA-C3Lier where 3×3 convolutions get a rank, else LoRA-LierLa."""
-    module = command.get("network_module")
-    if not module:
-        raise ConfigError([Problem("--network_module", "is missing", "networks.lora is the usual one")])
-    args = command.pairs("network_args")
-    if module != "networks.lora":
-        draft.leave_out("network_module", module, "`lorakit check` refuses the config until [network] names another")
-        draft.set("network", "name", command.setting("network_module"))
-        for key, text in args.items():
-            draft.leave_out("network_args", f"{key}={text}")
-        return
-    values = {key: _network_value(key, text) for key, text in args.items()}
-    has_convolutions = bool(values.get("conv_dim"))
-    name = "c3lier" if has_convolutions else "lierla"
-    source = "--network_args conv_dim" if has_convolutions else "--network_module"
-    draft.set("network", "name", Setting(name, source))
-    component = _component(catalog, NetworkConfig, name)
-    for key, value in values.items():
-        target = NETWORK_ARGS[key][0]
-        if component and target in field_names(component):
-            draft.set("network", target, Setting(value, f"--network_args {key}"))
-        elif key in ("conv_dim", "conv_alpha"):
-            draft.remark("network_args", f"{key}={args[key]} has no effect without a conv_dim above 0")
-        else:
-            draft.leave_out("network_args", f"{key}={args[key]}")
-    if command.get("network_train_unet_only") and command.get("network_train_text_encoder_only"):
-        message = "cannot stand beside --network_train_text_encoder_only, as nothing would be trained"
-        raise ConfigError([Problem("--network_train_unet_only", message)])
-
-
-def _network_value(key: str, text: str) -> object:
-    if key not in NETWORK_ARGS:
-        near = difflib.get_close_matches(key, NETWORK_ARGS, n=1)
-        hint = f"did you mean {near[0]}?" if near else ""
-        raise ConfigError([Problem(f"--network_args {key}", "is not an argument of networks.lora", hint)])
-    convert = NETWORK_ARGS[key][1]
-    try:
-        return convert(text)
-    except ValueError as error:
-        kind = "a whole number" if convert is int else "a number"
-        raise ConfigError([Problem(f"--network_args {key}", f"must be {kind}, not {text!r}")]) from error
 
 
 def write_optimizer(command: Command, draft: Draft, catalog: Catalog) -> None:

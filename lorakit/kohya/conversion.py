@@ -11,9 +11,10 @@ import attrs
 from lorakit.config.reading import config_from_tables
 from lorakit.config.sections import TrainingSection
 from lorakit.errors import ConfigError, Problem
-from lorakit.kohya.components import write_lr_scheduler, write_network, write_optimizer
+from lorakit.kohya.components import write_lr_scheduler, write_optimizer
 from lorakit.kohya.datasets import FOLDER_OPTIONS, write_data
 from lorakit.kohya.drafts import Command, Draft, Setting
+from lorakit.kohya.networks import write_network
 from lorakit.kohya.observers import write_observers
 from lorakit.kohya.options import OPTIONS, Option
 from lorakit.kohya.saving import write_saving

@@ -13,6 +13,8 @@ from typing import Literal, Protocol
 from attrs import frozen
 from torch import Tensor, nn
 
+from lorakit.blocks import BlockLayout
+
 Conditioning = Mapping[str, Tensor]
 """What the denoiser is told about each image, by name; every tensor's first side is B."""
 
@@ -34,6 +36,10 @@ class AdaptationTarget:
     """The whole part that it belongs to."""
     path: str
     """Its dotted path in the root: `down_blocks.0.attentions.0.proj_in`."""
+    position: int = 0
+    """Number of the block of the U-Net, as `layout` counts them, or of the text encoder that it is in, from 0."""
+    layout: BlockLayout | None = None
+    """How the blocks of the U-Net are numbered; None elsewhere."""
 
     @property
     def parent(self) -> nn.Module:

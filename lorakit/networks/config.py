@@ -2,47 +2,135 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
-from attrs import field, frozen
+from attrs import field, fields, frozen
 from attrs import validators as v
 
-from lorakit.components import NetworkConfig
+from lorakit.components import ModelFamilyConfig, NetworkConfig, OptimizerConfig
+from lorakit.errors import Problem
 
 if TYPE_CHECKING:
     from lorakit.models.protocol import AdaptationTarget
+    from lorakit.networks.lora import LRFactors
     from lorakit.networks.network import Network
+
+Size = tuple[int, float, float]
+"""Rank of an adapter, its alpha, and the alpha that files hold for it."""
 
 
 @frozen(kw_only=True)
 class LoRAConfig(NetworkConfig):
     """A network of LoRA adapters; a subclass says which layers get one, and of which rank."""
 
+    size_keys: ClassVar[tuple[str, ...]] = ("rank", "alpha", "rank_stabilized")
+    """The fields that play no part when ranks and alphas are those of a file."""
+
     rank: int = field(default=4, validator=v.ge(1))
     """Rank of the learnt updates: a higher one learns more detail and makes a larger file. 4 to 128 are usual."""
     alpha: float = field(default=1.0, validator=v.gt(0))
     """Strength of the updates: they are multiplied by alpha / rank, so a higher alpha acts like a higher learning
     rate. From 1 to the rank."""
+    rank_stabilized: bool = False
+    """Multiply the updates by alpha / √rank instead, so that high ranks learn as fast as low ones (Kalajdzievski, 2023,
+    arXiv:2312.03732). What a file holds is the same for all tools."""
+    rank_from_weights: bool = False
+    """Take ranks and alphas of all adapters from the file that `weights` names; layers that are not in it get none."""
     dropout: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
     """Share of the numbers between the two factors that are dropped at random while training. 0.1 to 0.3 are usual."""
     rank_dropout: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
     """Share of the ranks that are dropped at random, for each image, while training."""
     module_dropout: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
     """Share of the adapters that are left out at random, for each image, while training."""
+    loraplus_lr_ratio: float | None = field(default=None, validator=v.optional(v.gt(0)))
+    """What multiplies the learning rate of the up factors, lora_up, as in LoRA+ (Hayou et al., 2024, arXiv:2402.12354).
+    4 to 16 are usual; 1 when absent."""
+    loraplus_unet_lr_ratio: float | None = field(default=None, validator=v.optional(v.gt(0)))
+    """The same for the U-Net alone; `loraplus_lr_ratio` when absent."""
+    loraplus_text_encoder_lr_ratio: float | None = field(default=None, validator=v.optional(v.gt(0)))
+    """The same for the text encoder alone; `loraplus_lr_ratio` when absent."""
 
     def rank_and_alpha(self, target: AdaptationTarget) -> tuple[int, float] | None:
         """Rank and alpha of the adapter that a layer gets, or None if it gets none."""
         raise NotImplementedError(f"{type(self).__name__} does not say which layers it adapts")
+
+    def adapts(self, target: AdaptationTarget) -> bool:
+        """Whether a layer may get an adapter at all: whether it is of one of the `parts`."""
+        return target.part in self.parts
+
+    def file_alpha(self, target: AdaptationTarget) -> float:  # noqa: ARG002
+        """The alpha that files hold for a layer: one for all, as some tools take the most common one for all."""
+        return self.alpha
+
+    def lr_factors(self, targets: Sequence[AdaptationTarget]) -> LRFactors:  # noqa: ARG002
+        """How the learning rates vary over the adapters of these layers."""
+        from lorakit.networks.lora import LRFactors
+
+        ratios = {part: self._loraplus_ratio(part) for part in self.parts}
+        return LRFactors(up={part: ratio for part, ratio in ratios.items() if ratio is not None})
 
     def build(self, targets: Sequence[AdaptationTarget]) -> Network:
         """The adapters, attached; all are of the given parts."""
         from lorakit.networks.dropout import DropoutRates
         from lorakit.networks.lora import LoRAModule, LoRANetwork
 
+        size_of = self._sizes_in_weights() if self.rank_from_weights else self._size
+
         def make(target: AdaptationTarget) -> LoRAModule | None:
-            size = self.rank_and_alpha(target) if target.part in self.parts else None
+            size = size_of(target) if self.adapts(target) else None
             return LoRAModule(target.key, target.module, *size) if size else None
 
         rates = DropoutRates(neuron=self.dropout, rank=self.rank_dropout, module=self.module_dropout)
-        return LoRANetwork(targets, make, rates).attach()
+        return LoRANetwork(targets, make, rates, self.lr_factors(targets)).attach()
+
+    def problems(self) -> Iterator[Problem]:
+        """What is wrong with the fields taken together."""
+        if self.rank_from_weights and self.weights is None:
+            yield Problem("rank_from_weights", "needs network.weights, a LoRA file to take the ranks from")
+
+    def problems_with(self, model: ModelFamilyConfig, optimizer: OptimizerConfig) -> Iterator[Problem]:  # noqa: ARG002
+        """Learning rates that vary where the optimizer can have only one."""
+        ratios = {key for part in self.parts if (key := self._loraplus_key(part))}
+        for key in sorted(ratios if not optimizer.keeps_lr_factors else ()):
+            if getattr(self, key) != 1:
+                hint = "leave it out, or choose another optimizer"
+                yield Problem(key, f"cannot be used with {optimizer.name}, which finds one learning rate for all", hint)
+
+    def warnings(self) -> Iterator[Problem]:
+        """Ratios that no part has, and sizes where those of a file count."""
+        used = {self._loraplus_key(part) for part in self.parts}
+        for key in ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"):
+            if getattr(self, key) is not None and key not in used:
+                yield Problem(key, "has no effect, because no part in network.parts uses it")
+        for own in fields(type(self)):
+            if self.rank_from_weights and own.name in self.size_keys and getattr(self, own.name) != own.default:
+                yield Problem(own.name, "has no effect with rank_from_weights, as the file says rank and alpha")
+
+    def _loraplus_key(self, part: str) -> str | None:
+        """The field with the ratio of a part, if there is one."""
+        keys = (f"loraplus_{part}_lr_ratio", "loraplus_lr_ratio")
+        return next((key for key in keys if getattr(self, key, None) is not None), None)
+
+    def _loraplus_ratio(self, part: str) -> float | None:
+        key = self._loraplus_key(part)
+        return getattr(self, key) if key else None
+
+    def _size(self, target: AdaptationTarget) -> Size | None:
+        size = self.rank_and_alpha(target)
+        if size is None:
+            return None
+        rank, alpha = size
+        return rank, alpha * math.sqrt(rank) if self.rank_stabilized else alpha, self.file_alpha(target)
+
+    def _sizes_in_weights(self) -> Callable[[AdaptationTarget], Size | None]:
+        """The sizes of the adapters in the file that `weights` names, whose most common alpha files will hold."""
+        from lorakit.networks.saving import ranks_and_alphas, starting_tensors
+
+        if self.weights is None:
+            raise ValueError("rank_from_weights needs weights")
+        found = ranks_and_alphas(starting_tensors(self.weights))
+        common = Counter(alpha for _, alpha in found.values()).most_common(1)
+        return lambda target: (*found[target.key], common[0][0]) if target.key in found else None

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
+from attrs import field, frozen
 from torch import Tensor, nn
 
 from lorakit.errors import AdapterError
@@ -30,12 +31,16 @@ class LoRAModule(AdapterModule):
     and stride; the up factor U is [out, rank], for convolutions [out, rank, 1, 1].
     """
 
-    def __init__(self, key: str, base: nn.Module, rank: int, alpha: float) -> None:
-        """An adapter with no effect yet. Raises `AdapterError` for layers of other kinds."""
+    def __init__(self, key: str, base: nn.Module, rank: int, alpha: float, file_alpha: float | None = None) -> None:
+        """An adapter with no effect yet; `file_alpha` is the alpha that files hold, if it is another one.
+
+        Raises `AdapterError` for layers of other kinds.
+        """
         super().__init__(key, base)
         if not isinstance(base, nn.Linear | nn.Conv2d) or not _is_plain(base):
             raise AdapterError(f"{key} cannot be adapted: it is neither a linear layer nor a plain 2-D convolution.")
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
+        self.file_alpha = alpha if file_alpha is None else file_alpha
         out, *inputs = base.weight.shape
         device = base.weight.device
         self.lora_down = nn.Parameter(torch.empty(rank, *inputs, dtype=torch.float32, device=device))
@@ -66,27 +71,60 @@ class LoRAModule(AdapterModule):
         alpha = torch.tensor(self.alpha, dtype=torch.float32)
         return {"lora_down.weight": self.lora_down, "lora_up.weight": self.lora_up, "alpha": alpha}
 
+    def file_tensors(self) -> dict[str, Tensor]:
+        """Both factors and the alpha of the file; what it lacks or has too much is in the up factor."""
+        tensors = self.tensors()
+        if self.file_alpha != self.alpha:
+            tensors["lora_up.weight"] = self.lora_up * (self.alpha / self.file_alpha)
+            tensors["alpha"] = torch.tensor(self.file_alpha, dtype=torch.float32)
+        return tensors
+
     def misfit(self, tensors: Mapping[str, Tensor]) -> str:
-        """Names rank and alpha where they differ, and shapes otherwise."""
+        """Names the rank where it differs, and shapes otherwise."""
         down, alpha = tensors["lora_down.weight"], tensors["alpha"]
         if down.ndim and len(down) != self.rank:
             return f"rank {len(down)} in the file, {self.rank} in the config"
-        if alpha.numel() == 1 and not math.isclose(alpha.item(), self.alpha, rel_tol=_ALPHA_TOLERANCE):
-            return f"alpha {alpha.item():g} in the file, {self.alpha:g} in the config"
+        if alpha.numel() == 1 and not math.isfinite(alpha.item()):
+            return f"alpha {alpha.item():g} in the file"
         return super().misfit(tensors)
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over all but alpha; where the file has another one, what that changes goes into the up factor."""
+        super().load_tensors(tensors)
+        factor = self._meant(tensors["alpha"].item()) / self.alpha
+        if factor != 1:
+            self.lora_up.mul_(factor)
+
+    def _meant(self, alpha: float) -> float:
+        """An alpha as it was before a file's number format rounded it, if it is one of this adapter's own."""
+        own = [near for near in (self.alpha, self.file_alpha) if math.isclose(alpha, near, rel_tol=_ALPHA_TOLERANCE)]
+        return min(own, key=lambda near: abs(near - alpha), default=alpha)
+
+
+@frozen
+class LRFactors:
+    """How learning rates vary over a network."""
+
+    blocks: Sequence[float] = ()
+    """What multiplies the learning rate in each block of the U-Net; with none, all of it is one parameter group."""
+    up: Mapping[str, float] = field(factory=dict)
+    """What multiplies the learning rate of the up factors, by part: LoRA+ (Hayou et al., 2024, arXiv:2402.12354)."""
 
 
 class LoRANetwork(Network):
-    """LoRA adapters, with dropout."""
+    """LoRA adapters, with dropout, and learning rates that may vary."""
 
     def __init__(
         self,
         targets: Sequence[AdaptationTarget],
         make: Callable[[AdaptationTarget], LoRAModule | None],
         rates: DropoutRates,
+        lr_factors: LRFactors = LRFactors(),
     ) -> None:
         """Make the adapters; `make` returns None for a layer that gets none."""
         super().__init__(targets, make)
+        self._lr_factors = lr_factors
         self._dropouts: Dropouts | None = None
         if rates:
             adapters = [adapter for adapter in self.adapters if isinstance(adapter, LoRAModule)]
@@ -94,6 +132,16 @@ class LoRANetwork(Network):
             self._dropouts = Dropouts(rates, [adapter.key for adapter in adapters], rank)
             for index, adapter in enumerate(adapters):
                 adapter.draw_mask = partial(self._dropouts.mask, index)
+
+    def group_of(self, target: AdaptationTarget, parameter_name: str) -> tuple[str, float]:
+        """Blocks of the U-Net, and up factors, have groups of their own where they have learning rates of their own."""
+        name, factor = super().group_of(target, parameter_name)
+        blocks, up = self._lr_factors.blocks, self._lr_factors.up.get(target.part)
+        if blocks and target.layout is not None:
+            name, factor = f"{name}_block{target.position}", factor * blocks[target.position]
+        if up is not None and parameter_name == "lora_up":
+            name, factor = f"{name} plus", factor * up
+        return name, factor
 
     def begin_batch(self, sample_seeds: Tensor) -> None:
         """Draw the micro-batch's dropouts from its images' seeds, int64 [B]."""

@@ -23,7 +23,7 @@ class ParameterGroup:
     """Parameters that share a learning rate."""
 
     name: str
-    """What logs call it: `unet`."""
+    """What logs call it: `unet`, `unet_block4`, `text_encoder plus`."""
     part: str
     """The part of the model that it adapts: `unet` or `text_encoder`."""
     parameters: tuple[nn.Parameter, ...]
@@ -58,8 +58,12 @@ class AdapterModule(nn.Module):
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a LoRA file holds of this adapter, by suffix: `lora_down.weight`. The trained ones are not copies."""
+        """All that is learnt, exactly, by suffix as in a file: `lora_down.weight`; the trained ones are no copies."""
         raise NotImplementedError
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """What a LoRA file holds: `tensors`, or others of the same names and effect that more tools understand."""
+        return self.tensors()
 
     def misfit(self, tensors: Mapping[str, Tensor]) -> str:
         """Why these tensors (by suffix, all there) cannot be loaded; empty if they can."""
@@ -147,17 +151,31 @@ class Network(nn.Module):
         adapters = zip(self._targets, self._by_key.values(), strict=True)
         return tuple(p for target, a in adapters if target.part == part for p in a.parameters() if p.requires_grad)
 
-    def parameter_groups(self, lr_of: Callable[[str], float]) -> list[ParameterGroup]:
-        """The trained parameters, in groups that each have a learning rate; here one for each part of the model."""
-        return [ParameterGroup(part, part, self.parameters_of(part), lr_of(part)) for part in self.parts]
+    def parameter_groups(self, lr_of: Callable[[AdaptationTarget], float]) -> list[ParameterGroup]:
+        """The trained parameters, in groups that each have a learning rate; `lr_of` gives that of a layer's adapter."""
+        groups: dict[tuple[str, str, float], list[nn.Parameter]] = {}
+        for target, adapter in zip(self._targets, self._by_key.values(), strict=True):
+            for parameter_name, parameter in adapter.named_parameters():
+                if parameter.requires_grad:
+                    name, factor = self.group_of(target, parameter_name)
+                    groups.setdefault((name, target.part, factor * lr_of(target)), []).append(parameter)
+        return [ParameterGroup(name, part, tuple(own), lr) for (name, part, lr), own in groups.items()]
+
+    def group_of(self, target: AdaptationTarget, parameter_name: str) -> tuple[str, float]:  # noqa: ARG002
+        """The parameter group of one of an adapter's parameters, and what multiplies the learning rate of its part.
+
+        Here there is one group for each part of the model, and each text encoder where there are several.
+        """
+        several = target.layout is None and any(other.position for other in self._targets if other.part == target.part)
+        return f"{target.part}_{target.position + 1}" if several else target.part, 1.0
 
     def tensors(self) -> dict[str, Tensor]:
+        """All that is learnt, exactly, by key: float32 copies on the CPU."""
+        return _copies({key: adapter.tensors() for key, adapter in self._by_key.items()})
+
+    def file_tensors(self) -> dict[str, Tensor]:
         """What a LoRA file holds, by key: float32 copies on the CPU."""
-        return {
-            f"{key}.{suffix}": tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-            for key, adapter in self._by_key.items()
-            for suffix, tensor in adapter.tensors().items()
-        }
+        return _copies({key: adapter.file_tensors() for key, adapter in self._by_key.items()})
 
     def load_tensors(self, tensors: Mapping[str, Tensor], origin: str = "The LoRA file") -> None:
         """Take over the tensors of a LoRA file; `origin` is what error messages call it.
@@ -187,6 +205,14 @@ class Network(nn.Module):
         for key, adapter in self._by_key.items():
             if misfit := adapter.misfit(by_adapter[key]):
                 yield f"{key}: {misfit}"
+
+
+def _copies(by_adapter: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {
+        f"{key}.{suffix}": tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        for key, own in by_adapter.items()
+        for suffix, tensor in own.items()
+    }
 
 
 def _some(what: str, names: Sequence[str]) -> str:

@@ -23,6 +23,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 """Number format of the weights in a file."""
 
 _DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_DOWN = ".lora_down.weight"
 _LEGACY_HASHED = slice(0x100000, 0x110000)
 
 
@@ -102,6 +103,29 @@ def read_adapter(path: Path) -> AdapterFile:
         return _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pickle(path)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{path} cannot be read: {error}. Get the file anew.") from error
+
+
+def starting_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a LoRA file to continue from, with the alphas that it lacks: as all tools do, those of scale 1.
+
+    Raises `AdapterError` as `read_adapter` does.
+    """
+    tensors = dict(read_adapter(path).tensors)
+    for key, down in list(tensors.items()):
+        if key.endswith(_DOWN) and down.ndim:
+            tensors.setdefault(f"{key.removesuffix(_DOWN)}.alpha", torch.tensor(float(len(down))))
+    return tensors
+
+
+def ranks_and_alphas(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of each LoRA adapter in a file's tensors, by the key of its layer; its rank for an alpha of 0."""
+    ranks = {key.removesuffix(_DOWN): len(down) for key, down in tensors.items() if key.endswith(_DOWN) and down.ndim}
+    alphas = {key: tensors.get(f"{key}.alpha") for key in ranks}
+    return {
+        key: (rank, float(alpha) or float(rank))
+        for key, rank in ranks.items()
+        if rank and (alpha := alphas[key]) is not None and alpha.numel() == 1
+    }
 
 
 def _read_safetensors(path: Path) -> AdapterFile:

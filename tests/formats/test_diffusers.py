@@ -122,6 +122,41 @@ def test_tiny_model_of_2x(tmp_path: Path, caplog: pytest.LogCaptureFixture, netw
     check(folder, file, 8, caplog)
 
 
+VARIED: dict[str, Any] = {
+    "name": "c3lier",
+    "alpha": 4.0,
+    "conv_alpha": 2.0,
+    "rank_stabilized": True,
+    "block_ranks": [1 + number % 5 for number in range(25)],
+    "block_alphas": [1.0 + number % 7 for number in range(25)],
+    "conv_block_ranks": [(number + 1) % 3 for number in range(25)],
+    "conv_block_alphas": [1.0 + number % 2 for number in range(25)],
+}
+"""A network whose scale is another in nearly every block."""
+
+
+def test_scales_that_vary(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With scales of all kinds the file holds one alpha, and diffusers' outputs are those of the trained network."""
+    folder = make_tiny_sd1(tmp_path / "model")
+    images = write_photographs(tmp_path / "images", 4, 96)
+    file = trained_file(folder, images, tmp_path / "out", network=VARIED, output={"save_state": True})
+    tensors = load_file(file)
+    assert {tensor.item() for name, tensor in tensors.items() if name.endswith("alpha")} == {4.0}
+    check(folder, file, 8, caplog)
+    (state,) = (tmp_path / "out").glob("*-state/step*/network.safetensors")
+    exact = load_file(state)
+    assert exact.keys() == tensors.keys()
+    scales = set()
+    for name in (name.removesuffix(".alpha") for name in exact if name.endswith(".alpha")):
+        rank = len(exact[f"{name}.lora_down.weight"])
+        trained, written = (own[f"{name}.alpha"].item() / rank for own in (exact, tensors))
+        scales.add(round(trained, 6))
+        assert torch.equal(exact[f"{name}.lora_down.weight"], tensors[f"{name}.lora_down.weight"])
+        up = tensors[f"{name}.lora_up.weight"].double() * written
+        assert torch.allclose(up, exact[f"{name}.lora_up.weight"].double() * trained, rtol=1e-6, atol=0)
+    assert len(scales) > 10
+
+
 @pytest.mark.slow
 def test_full_size_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The same with all of Stable Diffusion 1.5's layers, 24 photographs at 256 pixels, and buckets."""

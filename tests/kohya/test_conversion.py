@@ -17,6 +17,7 @@ from lorakit.kohya.writing import to_text
 from lorakit.plugins import Catalog
 from tests.kohya.conftest import LEAST, Convert
 
+DIMS = ",".join(map(str, range(25)))
 FOLDERS = (*LEAST[:3], "--train_data_dir=train", "--resolution=64")
 
 
@@ -64,6 +65,22 @@ def test_everything_is_read_back(converted: Convert, folder: Path, catalog: Cata
         (["--network_args", "conv_dim=4"], {"name": "c3lier", "conv_rank": 4}),
         (["--network_args", "rank_dropout=0.1", "module_dropout=0.2", "--network_dropout=0.3"],
          {"name": "lierla", "rank_dropout": 0.1, "module_dropout": 0.2, "dropout": 0.3}),
+        (["--network_args", "loraplus_lr_ratio=4", "loraplus_unet_lr_ratio=8", "loraplus_text_encoder_lr_ratio=2.5"],
+         {"name": "lierla", "loraplus_lr_ratio": 4.0, "loraplus_unet_lr_ratio": 8.0,
+          "loraplus_text_encoder_lr_ratio": 2.5}),
+        (["--network_args", "down_lr_weight=sine+.25", "mid_lr_weight=0.5", f"up_lr_weight={',1' * 11}",
+          "block_lr_zero_threshold=0.1"],
+         {"name": "lierla", "down_lr_weight": "sine+.25", "mid_lr_weight": [0.5], "up_lr_weight": [0.0] + [1.0] * 11,
+          "block_lr_zero_threshold": 0.1}),
+        (["--network_args", f"block_dims={DIMS}", f"block_alphas=0,0{',2' * 23}", "--network_dim=8"],
+         {"name": "lierla", "rank": 8, "block_ranks": [0, *range(1, 25)], "block_alphas": [1.0, 1.0] + [2.0] * 23}),
+        (["--network_args", "mid_lr_weight=1", f"block_alphas=0{',2' * 24}", "--network_dim=8"],
+         {"name": "lierla", "rank": 8, "mid_lr_weight": [1.0], "block_alphas": [8.0] + [2.0] * 24}),
+        (["--network_args", f"block_dims={DIMS}", f"conv_block_dims={DIMS}", f"conv_block_alphas=1{',3' * 24}"],
+         {"name": "c3lier", "block_ranks": list(range(25)), "conv_block_ranks": list(range(25)),
+          "conv_block_alphas": [1.0] + [3.0] * 24}),
+        (["--dim_from_weights", "--network_weights=a.safetensors", "--network_args", "loraplus_lr_ratio=4"],
+         {"name": "lierla", "weights": "a.safetensors", "rank_from_weights": True, "loraplus_lr_ratio": 4.0}),
         (["--network_train_unet_only"], {"name": "lierla", "parts": ["unet"]}),
         (["--network_train_text_encoder_only"], {"name": "lierla", "parts": ["text_encoder"]}),
     ],
@@ -231,14 +248,55 @@ def test_schedule_free_optimizers_have_no_schedule(converted: Convert) -> None:
 
 
 def test_arguments_without_a_counterpart_are_told(converted: Convert) -> None:
-    """Arguments of optimizers, schedules and networks that lorakit's do not take are told one by one."""
+    """Arguments of optimizers and schedules that lorakit's do not take are told one by one."""
     draft = converted(
-        "--optimizer_args", "amsgrad=True", "eps=1e-6", "--network_args", "loraplus_lr_ratio=4",
-        "--lr_scheduler_args", "last_epoch=3",
+        "--optimizer_args", "amsgrad=True", "eps=1e-6", "--lr_scheduler_args", "last_epoch=3",
     )  # fmt: skip
     assert {remark.key for remark in draft.remarks} == {
-        "--optimizer_args=amsgrad=True", "--network_args=loraplus_lr_ratio=4", "--lr_scheduler_args=last_epoch=3"
+        "--optimizer_args=amsgrad=True", "--lr_scheduler_args=last_epoch=3"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("block_alphas=1 conv_block_dims=2 conv_block_alphas=3", "block_alphas conv_block_dims conv_block_alphas"),
+        (f"block_dims={DIMS} conv_block_alphas=3 conv_alpha=2", "conv_block_alphas conv_alpha"),
+        ("conv_dim=0 conv_alpha=2", "conv_dim conv_alpha"),
+        (f"down_lr_weight={'1,' * 12}", "down_lr_weight"),
+        ("up_lr_weight=0,0", "up_lr_weight"),
+        ("mid_lr_weight=1,1", "mid_lr_weight"),
+    ],
+)
+def test_network_arguments_that_sd_scripts_passes_over(arguments: str, told: str, converted: Convert) -> None:
+    """What networks.lora ignores is left out and told, and lists that it pads or cuts get the length that it uses."""
+    draft = converted("--network_args", *arguments.split())
+    assert [remark.message.split("=")[0].split()[0] for remark in draft.remarks] == told.split()
+    network = draft.tables()["network"]
+    assert network.pop("name") == "lierla"
+    lengths = {"down_lr_weight": 12, "mid_lr_weight": 1, "up_lr_weight": 12}
+    assert {key: len(value) for key, value in network.items() if key in lengths} == {
+        key: length for key, length in lengths.items() if key in told
+    }
+    assert network.get("up_lr_weight", [0.0, 0.0] + [1.0] * 10) == [0.0, 0.0] + [1.0] * 10
+    assert network.keys() <= {*lengths, "block_ranks"}
+
+
+def test_sizes_from_weights(converted: Convert) -> None:
+    """With --dim_from_weights, ranks, alphas and dropouts have no effect in sd-scripts; they are left out and told."""
+    draft = converted(
+        "--dim_from_weights", "--network_weights=a.safetensors", "--network_dim=8", "--network_alpha=4",
+        "--network_dropout=0.1", "--network_args", "conv_dim=4", "rank_dropout=0.1", "down_lr_weight=linear",
+    )  # fmt: skip
+    expected = {"name": "lierla", "weights": "a.safetensors", "rank_from_weights": True, "down_lr_weight": "linear"}
+    assert draft.tables()["network"] == expected
+    assert sorted(remarks(draft)) == [
+        "--network_alpha: has no effect with --dim_from_weights",
+        "--network_args: conv_dim=4 has no effect with --dim_from_weights",
+        "--network_args: rank_dropout=0.1 has no effect with --dim_from_weights",
+        "--network_dim: has no effect with --dim_from_weights",
+        "--network_dropout: has no effect with --dim_from_weights",
+    ]
 
 
 def test_secrets_are_not_shown(converted: Convert) -> None:
@@ -266,6 +324,8 @@ def test_secrets_are_not_shown(converted: Convert) -> None:
         ),
         (["--network_args", "conv_dim=x"], "--network_args conv_dim: must be a whole number, not 'x'"),
         (["--network_args", "conv_dim"], "--network_args: must be key=value, not 'conv_dim'"),
+        (["--network_args", "up_lr_weight=0.5"], "or the name of a preset such as sine+0.25, not '0.5'"),
+        (["--network_args", "block_dims=1,x"], "block_dims: must be whole numbers with commas between them, not '1,x'"),
         (["--optimizer_args", "relative_step=true"], "--optimizer_args relative_step: is not a value of Python: true"),
         (["--log_with=tensorboard"], "--log_with: tensorboard needs --logging_dir"),
         (["--network_train_unet_only", "--network_train_text_encoder_only"], "as nothing would be trained"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 
@@ -86,6 +87,28 @@ def test_mistakes(tmp_path: Path) -> None:
 def test_imports_nothing_heavy(place: Path) -> None:
     """A config is converted without torch."""
     assert "torch" not in imported(place, "from-kohya", LINE)
+
+
+def test_trains_blocks_and_loraplus(tiny_sd1: Path, photographs: Path, tmp_path: Path) -> None:
+    """Ranks of blocks, factors of learning rates and LoRA+ in a command line train a LoRA of those blocks and ranks."""
+    (tmp_path / "my_dataset_config.toml").write_text(
+        '[general]\ncaption_extension = ".txt"\n[[datasets]]\nresolution = 64\n'
+        f"[[datasets.subsets]]\nimage_dir = '{photographs}'\n"
+    )
+    line = LINE.replace("model.safetensors", str(tiny_sd1)).replace("fp16", "no").replace("epochs=10", "epochs=1")
+    dims = ",".join(map(str, range(25)))
+    more = f" --network_args block_dims={dims} down_lr_weight=zeros up_lr_weight=linear loraplus_lr_ratio=4"
+    converted = run(tmp_path, "from-kohya", "-o", "config.toml", line + more)
+    assert (converted.returncode, converted.stderr) == (0, "")
+    trained = lorakit.train(tmp_path / "config.toml", overrides=["training.device=cpu"])
+    with safe_open(trained, "pt") as file:
+        ranks = {name.split(".")[0]: file.get_slice(name).get_shape()[0] for name in file.keys() if "lora_down" in name}  # noqa: SIM118
+        arguments = json.loads(file.metadata()["ss_network_args"])
+    assert {rank for name, rank in ranks.items() if "unet" in name} == {12, 16, 17, 19, 20, 22, 23}
+    assert {rank for name, rank in ranks.items() if "lora_te" in name} == {16}
+    assert arguments == {
+        "block_dims": dims, "down_lr_weight": "zeros", "up_lr_weight": "linear", "loraplus_lr_ratio": "4.0",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

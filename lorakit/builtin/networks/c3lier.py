@@ -9,22 +9,27 @@ from attrs import validators as v
 
 from lorakit import hookimpl
 from lorakit.components import NetworkConfig
-from lorakit.networks.config import LoRAConfig
+from lorakit.networks.blocks import BlockwiseLoRAConfig, numbers_of_blocks
 
 if TYPE_CHECKING:
     from lorakit.models.protocol import AdaptationTarget
 
 
 @frozen(kw_only=True)
-class C3LierConfig(LoRAConfig):
+class C3LierConfig(BlockwiseLoRAConfig):
     """LoRA-C3Lier: adapters for all that LoRA-LierLa adapts, and for the ResNet, down- and upsampling blocks."""
 
     name = "c3lier"
+    size_keys = (*BlockwiseLoRAConfig.size_keys, "conv_rank", "conv_alpha", "conv_block_ranks", "conv_block_alphas")
 
     conv_rank: int = field(default=4, validator=v.ge(1))
     """Rank of the updates of 3×3 convolutions."""
     conv_alpha: float = field(default=1.0, validator=v.gt(0))
     """Strength of the updates of 3×3 convolutions: they are multiplied by conv_alpha / conv_rank."""
+    conv_block_ranks: tuple[int, ...] | None = numbers_of_blocks(v.ge(0))
+    """Ranks of the updates of 3×3 convolutions for the blocks of the U-Net instead of `conv_rank`, as `block_ranks`."""
+    conv_block_alphas: tuple[float, ...] | None = numbers_of_blocks(v.gt(0))
+    """Alphas of 3×3 convolutions for the blocks of the U-Net instead of `conv_alpha`."""
 
     def rank_and_alpha(self, target: AdaptationTarget) -> tuple[int, float] | None:
         """Those of the linear layers and 1×1 convolutions of all blocks, and those of the other convolutions."""
@@ -33,9 +38,16 @@ class C3LierConfig(LoRAConfig):
         from lorakit.networks.functions import is_pointwise
 
         if is_pointwise(target.module):
-            return self.rank, self.alpha
-        is_conv = target.block in {"resnet", "sampler"} and isinstance(target.module, nn.Conv2d)
-        return (self.conv_rank, self.conv_alpha) if is_conv else None
+            return self.in_block(target, (self.rank, self.alpha), self.block_ranks, self.block_alphas)
+        if target.block not in {"resnet", "sampler"} or not isinstance(target.module, nn.Conv2d):
+            return None
+        return self.in_block(target, (self.conv_rank, self.conv_alpha), self.conv_block_ranks, self.conv_block_alphas)
+
+    def file_alpha(self, target: AdaptationTarget) -> float:
+        """That of 3×3 convolutions is `conv_alpha`, unless they might outnumber the other layers."""
+        from lorakit.networks.functions import is_pointwise
+
+        return self.alpha if is_pointwise(target.module) or self.conv_block_ranks else self.conv_alpha
 
 
 @hookimpl

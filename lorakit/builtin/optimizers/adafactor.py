@@ -50,9 +50,14 @@ class AdafactorConfig(OptimizerConfig):
         hint = "Leave it out, or set relative_step = false"
         if self.lr != fields(AdafactorConfig).lr.default:
             yield Problem("lr", "has no effect with relative_step = true", hint)
-        for key in ("unet_lr", "text_encoder_lr"):
-            if getattr(self, key):
-                yield Problem(key, "has no effect with relative_step = true", hint)
+        for part in ("unet", "text_encoder"):
+            if getattr(self, f"{part}_lr") is not None and any(self.lrs_of(part)):
+                yield Problem(f"{part}_lr", "has no effect with relative_step = true", hint)
+
+    @property
+    def keeps_lr_factors(self) -> bool:
+        """Not with `relative_step`, where no learning rate plays a part."""
+        return not self.relative_step
 
     def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
         """The one of transformers; with `relative_step` the groups' learning rate is the schedule's factor."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from attrs import field, frozen
 from attrs import validators as v
 
+from lorakit.blocks import STABLE_DIFFUSION, BlockLayout
 from lorakit.checkpoints import HubModel, describe, locate, traits_of
 from lorakit.components import ModelFamilyConfig
 from lorakit.errors import ModelError, Problem
@@ -28,6 +29,7 @@ class StableDiffusionConfig(ModelFamilyConfig):
 
     version: ClassVar[Literal["1.x", "2.x"]]
     """The version of Stable Diffusion."""
+    layout: ClassVar[BlockLayout | None] = STABLE_DIFFUSION
 
     prediction: Literal["epsilon", "v_prediction"] | None = None
     """What the U-Net predicts, the noise or the velocity; when absent, what the model's folder says, or the noise."""

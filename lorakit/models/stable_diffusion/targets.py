@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from lorakit.blocks import STABLE_DIFFUSION
 from lorakit.models.protocol import AdaptationTarget, Block
 
 _BLOCKS: dict[str, Block] = {
@@ -24,7 +25,8 @@ def unet_targets(unet: nn.Module) -> Iterator[AdaptationTarget]:
     for path in _adaptable(unet):
         block = next((_BLOCKS[step] for step in path.split(".") if step in _BLOCKS), None)
         if block is not None:
-            yield AdaptationTarget(f"lora_unet_{path.replace('.', '_')}", "unet", block, unet, path)
+            key = f"lora_unet_{path.replace('.', '_')}"
+            yield AdaptationTarget(key, "unet", block, unet, path, _block_number(path), STABLE_DIFFUSION)
 
 
 def text_encoder_targets(encoder: nn.Module) -> Iterator[AdaptationTarget]:
@@ -32,6 +34,15 @@ def text_encoder_targets(encoder: nn.Module) -> Iterator[AdaptationTarget]:
     for path in _adaptable(encoder):
         key = f"lora_te_text_model_{path.replace('.', '_')}"
         yield AdaptationTarget(key, "text_encoder", "text_encoder", encoder, path)
+
+
+def _block_number(path: str) -> int:
+    """The number of the block that a layer of the U-Net is in, by its path: `down_blocks.0.resnets.1.conv1`."""
+    side, level, kind, layer = path.split(".")[:4]
+    if side == "mid_block":
+        return STABLE_DIFFUSION.mid.start
+    first = STABLE_DIFFUSION.up.start if side == "up_blocks" else STABLE_DIFFUSION.down.start + 1
+    return first + 3 * int(level) + (2 if _BLOCKS[kind] == "sampler" else int(layer))
 
 
 def _adaptable(module: nn.Module) -> Iterator[str]:

@@ -120,6 +120,15 @@ class NetworkContract(ComponentContract):
         assert torch.equal(other.predict(), adapted.predict())
         assert not torch.equal(adapted.predict(), adapted.base_prediction)
 
+    def test_files_mean_the_same(self, adapted: Adapted, tiny_sd1: Path) -> None:
+        """Another network that takes over what a LoRA file holds, under the same keys, predicts the same."""
+        adapted.disturb()
+        tensors = adapted.network.file_tensors()
+        assert tensors.keys() == adapted.network.tensors().keys()
+        other = self.attached(tiny_sd1, seed=1)
+        other.network.load_tensors(tensors)
+        assert torch.allclose(other.predict(), adapted.predict(), rtol=1e-4, atol=1e-5)
+
     def test_refuses_what_does_not_fit(self, adapted: Adapted) -> None:
         """Tensors of which one is missing, or has another shape, are refused, and nothing is changed."""
         adapted.disturb()

@@ -1,0 +1,174 @@
+"""The network from sd-scripts' options and the arguments of its `networks.lora`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+
+from attrs import frozen
+
+from lorakit.blocks import STABLE_DIFFUSION, Side, curve
+from lorakit.components import NetworkConfig
+from lorakit.config.tables import field_names
+from lorakit.errors import ConfigError, PluginError, Problem
+from lorakit.kohya.drafts import Command, Draft, Setting
+from lorakit.plugins import Catalog
+
+Value = int | float | str | list[int] | list[float]
+
+
+def _whole_numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
+def _numbers_or_zero(text: str) -> list[float]:
+    return [float(number) if number.strip() else 0.0 for number in text.split(",")]
+
+
+def _numbers_or_curve(text: str) -> str | list[float]:
+    if "," in text:
+        return _numbers_or_zero(text)
+    curve(text, 2)
+    return text
+
+
+@frozen
+class Argument:
+    """One of the arguments of networks.lora."""
+
+    key: str
+    """The key of [network] that does the same."""
+    convert: Callable[[str], Value]
+    """What makes its value of a text; raises ValueError where the text is none."""
+    expected: str = "a number"
+    """What the text must be."""
+
+
+_WHOLE = "whole numbers with commas between them"
+_LIST = "numbers with commas between them"
+_WEIGHTS = "numbers with commas between them, or the name of a preset such as sine+0.25"
+
+NETWORK_ARGS: Mapping[str, Argument] = {
+    "conv_dim": Argument("conv_rank", int, "a whole number"),
+    "conv_alpha": Argument("conv_alpha", float),
+    "rank_dropout": Argument("rank_dropout", float),
+    "module_dropout": Argument("module_dropout", float),
+    "block_dims": Argument("block_ranks", _whole_numbers, _WHOLE),
+    "block_alphas": Argument("block_alphas", _numbers, _LIST),
+    "conv_block_dims": Argument("conv_block_ranks", _whole_numbers, _WHOLE),
+    "conv_block_alphas": Argument("conv_block_alphas", _numbers, _LIST),
+    "down_lr_weight": Argument("down_lr_weight", _numbers_or_curve, _WEIGHTS),
+    "mid_lr_weight": Argument("mid_lr_weight", _numbers_or_zero, _LIST),
+    "up_lr_weight": Argument("up_lr_weight", _numbers_or_curve, _WEIGHTS),
+    "block_lr_zero_threshold": Argument("block_lr_zero_threshold", float),
+    "loraplus_lr_ratio": Argument("loraplus_lr_ratio", float),
+    "loraplus_unet_lr_ratio": Argument("loraplus_unet_lr_ratio", float),
+    "loraplus_text_encoder_lr_ratio": Argument("loraplus_text_encoder_lr_ratio", float),
+}
+"""What networks.lora takes in --network_args."""
+
+_SIDES: Mapping[str, Side] = {"down_lr_weight": "down", "mid_lr_weight": "mid", "up_lr_weight": "up"}
+_BY_BLOCK = ("block_alphas", "conv_block_dims", "conv_block_alphas")
+_NOT_FROM_WEIGHTS = ("conv_dim", "conv_alpha", "rank_dropout", "module_dropout", "block_dims", *_BY_BLOCK)
+_OPTIONS_NOT_FROM_WEIGHTS = {"network_dim": "rank", "network_alpha": "alpha", "network_dropout": "dropout"}
+
+
+def write_network(command: Command, draft: Draft, catalog: Catalog) -> None:
+    """[network]: LoRA-C3Lier where 3×3 convolutions get a rank, else LoRA-LierLa."""
+    module = command.get("network_module")
+    if not module:
+        raise ConfigError([Problem("--network_module", "is missing", "networks.lora is the usual one")])
+    if command.get("network_train_unet_only") and command.get("network_train_text_encoder_only"):
+        message = "cannot stand beside --network_train_text_encoder_only, as nothing would be trained"
+        raise ConfigError([Problem("--network_train_unet_only", message)])
+    args = command.pairs("network_args")
+    if module != "networks.lora":
+        draft.leave_out("network_module", module, "`lorakit check` refuses the config until [network] names another")
+        draft.set("network", "name", command.setting("network_module"))
+        for key, text in args.items():
+            draft.leave_out("network_args", f"{key}={text}")
+        return
+    values = {key: _value(key, text) for key, text in args.items()}
+    for key, reason in _without_effect(values, command.get("dim_from_weights")):
+        del values[key]
+        draft.remark("network_args", f"{key}={args[key]} has no effect {reason}")
+    _drop_sizes(command, draft)
+    source = next((f"--network_args {key}" for key in ("conv_dim", "conv_block_dims") if key in values), "")
+    draft.set("network", "name", Setting("c3lier" if source else "lierla", source or "--network_module"))
+    _write_values(values, command, draft, catalog)
+
+
+def _value(key: str, text: str) -> Value:
+    if key not in NETWORK_ARGS:
+        near = difflib.get_close_matches(key, NETWORK_ARGS, n=1)
+        hint = f"did you mean {near[0]}?" if near else ""
+        raise ConfigError([Problem(f"--network_args {key}", "is not an argument of networks.lora", hint)])
+    argument = NETWORK_ARGS[key]
+    try:
+        return argument.convert(text)
+    except ValueError as error:
+        message = f"must be {argument.expected}, not {text!r}"
+        raise ConfigError([Problem(f"--network_args {key}", message)]) from error
+
+
+def _without_effect(values: Mapping[str, Value], from_weights: bool) -> Iterator[tuple[str, str]]:
+    """The arguments that networks.lora passes over, each with the reason."""
+    is_blockwise = "block_dims" in values or any(key in values for key in _SIDES)
+    has_convolutions = bool(values.get("conv_dim")) or (is_blockwise and "conv_block_dims" in values)
+    for key in tuple(values):
+        if from_weights and key in _NOT_FROM_WEIGHTS:
+            yield key, "with --dim_from_weights"
+        elif key in _BY_BLOCK and not is_blockwise:
+            yield key, "without block_dims, down_lr_weight, mid_lr_weight or up_lr_weight"
+        elif key == "conv_block_alphas" and "conv_block_dims" not in values:
+            yield key, "without conv_block_dims"
+        elif (key == "conv_alpha" and not has_convolutions) or (key == "conv_dim" and not values[key]):
+            yield key, "without a conv_dim above 0"
+
+
+def _drop_sizes(command: Command, draft: Draft) -> None:
+    """With --dim_from_weights, take what sd-scripts passes over out again."""
+    if command.get("dim_from_weights"):
+        for name, key in _OPTIONS_NOT_FROM_WEIGHTS.items():
+            if draft.sections.get("network", {}).pop(key, None) is not None and name in command.given:
+                draft.remark(name, "has no effect with --dim_from_weights")
+
+
+def _write_values(values: Mapping[str, Value], command: Command, draft: Draft, catalog: Catalog) -> None:
+    """Write the arguments, lists as long as Stable Diffusion's U-Net has blocks."""
+    try:
+        known = field_names(catalog.find(NetworkConfig, str(draft.sections["network"]["name"].value)))
+    except PluginError:
+        known = [argument.key for argument in NETWORK_ARGS.values()]
+    ranks = {"block_alphas": values.get("block_dims", command.get("network_dim"))}
+    ranks["conv_block_alphas"] = values.get("conv_block_dims", 0)
+    for key, given in values.items():
+        value = given
+        if key in _SIDES and isinstance(value, list):
+            value = _as_long_as_side(key, value, draft)
+        elif key in ranks and isinstance(value, list):
+            value = _alphas(value, ranks[key])
+        if NETWORK_ARGS[key].key in known:
+            draft.set("network", NETWORK_ARGS[key].key, Setting(value, f"--network_args {key}"))
+        else:
+            draft.leave_out("network_args", f"{key}={given}")
+
+
+def _as_long_as_side(key: str, numbers: list[int] | list[float], draft: Draft) -> list[float]:
+    """As sd-scripts does it: 1 for blocks that have no number, and numbers for blocks that there are not left out."""
+    length = len(STABLE_DIFFUSION.numbers(_SIDES[key]))
+    if len(numbers) != length:
+        done = "filled up with 1" if len(numbers) < length else "cut off"
+        draft.remark("network_args", f"{key} has {len(numbers)} numbers, which are {done} to make {length}")
+    return [float(number) for number in numbers[:length]] + [1.0] * (length - len(numbers))
+
+
+def _alphas(alphas: list[int] | list[float], ranks: object) -> list[float]:
+    """Alphas of blocks; for 0 the rank, as sd-scripts has it, and 1 where that is 0 too and nothing depends on it."""
+    of_blocks = ranks if isinstance(ranks, list) else [ranks] * len(alphas)
+    of_blocks += [1] * (len(alphas) - len(of_blocks))
+    return [float(alpha or rank or 1) for alpha, rank in zip(alphas, of_blocks, strict=False)]
