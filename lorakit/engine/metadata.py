@@ -25,10 +25,7 @@ from lorakit.engine.data_metadata import data_metadata
 from lorakit.engine.preparation import PreparedRun
 from lorakit.engine.processes import Processes
 from lorakit.engine.schedule import Schedule
-from lorakit.kohya.networks import NETWORK_ARGS
-
-KOHYA_MODULE = "networks.lora"
-"""The name that tools know LoRA networks by."""
+from lorakit.kohya.networks import LORA_MODULE, NETWORK_ARGS
 
 MINIMAL_KEYS = (
     "ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args",
@@ -120,10 +117,11 @@ def _network_values(config: TrainConfig) -> dict[str, Any]:
     network = config.network
     keys = {name: argument.key for name, argument in NETWORK_ARGS.items()} | {"rank_stabilized": "rank_stabilized"}
     values = {name: getattr(network, key, None) for name, key in keys.items()}
-    given = {name: _as_argument(value) for name, value in values.items() if value}
+    own = getattr(network, "args", {}) if network.by_path else {}
+    given = {name: _as_argument(value) for name, value in {**values, **own}.items() if value}
     varies = getattr(network, "rank_from_weights", False)
     return {
-        "ss_network_module": KOHYA_MODULE,
+        "ss_network_module": network.name if network.by_path else LORA_MODULE,
         "ss_network_dim": "Dynamic" if varies else getattr(network, "rank", None),
         "ss_network_alpha": "Dynamic" if varies else getattr(network, "alpha", None),
         "ss_network_dropout": getattr(network, "dropout", None),

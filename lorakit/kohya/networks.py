@@ -14,6 +14,9 @@ from lorakit.errors import ConfigError, PluginError, Problem
 from lorakit.kohya.drafts import Command, Draft, Setting
 from lorakit.plugins import Catalog
 
+LORA_MODULE = "networks.lora"
+"""sd-scripts' own network module, and the name that tools know LoRA networks by."""
+
 Value = int | float | str | list[int] | list[float]
 
 
@@ -86,11 +89,8 @@ def write_network(command: Command, draft: Draft, catalog: Catalog) -> None:
         message = "cannot stand beside --network_train_text_encoder_only, as nothing would be trained"
         raise ConfigError([Problem("--network_train_unet_only", message)])
     args = command.pairs("network_args")
-    if module != "networks.lora":
-        draft.leave_out("network_module", module, "`lorakit check` refuses the config until [network] names another")
-        draft.set("network", "name", command.setting("network_module"))
-        for key, text in args.items():
-            draft.leave_out("network_args", f"{key}={text}")
+    if module != LORA_MODULE:
+        _write_other(module, args, command, draft, catalog)
         return
     values = {key: _value(key, text) for key, text in args.items()}
     for key, reason in _without_effect(values, command.get("dim_from_weights")):
@@ -100,6 +100,18 @@ def write_network(command: Command, draft: Draft, catalog: Catalog) -> None:
     source = next((f"--network_args {key}" for key in ("conv_dim", "conv_block_dims") if key in values), "")
     draft.set("network", "name", Setting("c3lier" if source else "lierla", source or "--network_module"))
     _write_values(values, command, draft, catalog)
+
+
+def _write_other(module: str, args: Mapping[str, str], command: Command, draft: Draft, catalog: Catalog) -> None:
+    """A module of another package, which the plugin `lorakit-network-modules` takes by its path."""
+    draft.set("network", "name", command.setting("network_module"))
+    if args:
+        draft.set("network", "args", Setting(dict(args), "--network_args"))
+    try:
+        catalog.find(NetworkConfig, module)
+    except PluginError:
+        cure = "`lorakit check` refuses the config; install the plugin lorakit-network-modules"
+        draft.leave_out("network_module", module, cure)
 
 
 def _value(key: str, text: str) -> Value:

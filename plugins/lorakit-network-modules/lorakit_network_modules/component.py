@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
+from lorakit.class_paths import problems_of
 from lorakit.components import NetworkConfig
 from lorakit.errors import Problem
 
@@ -20,28 +20,26 @@ if TYPE_CHECKING:
 
 @frozen(kw_only=True)
 class NetworkModuleConfig(NetworkConfig):
-    """A Python module with a function `create_network`, as sd-scripts takes for --network_module."""
+    """Any Python module with a function `create_network`, as sd-scripts takes for --network_module: `lycoris.kohya`.
 
-    name = "network_module"
+    It is run as code, so take it from where you trust it.
+    """
 
-    module: str = field(validator=v.min_len(1))
-    """The module, with dots: `lycoris.kohya`. It is run as code, so take it from where you trust it."""
+    name = "package.module"
+    by_path = True
+
     rank: int = field(default=4, validator=v.ge(1))
     """Rank of the updates, where the module's algorithm has one."""
     alpha: float = field(default=1.0, validator=v.gt(0))
     """Strength of the updates: most algorithms multiply them by alpha / rank."""
     dropout: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
     """Share of the numbers inside the updates that are dropped at random while training."""
-    args: Mapping[str, bool | int | float | str] = field(factory=dict)
+    args: Mapping[str, Any] = field(factory=dict)
     """The module's own arguments, --network_args of sd-scripts: `{ algo = "loha", conv_dim = 8 }`."""
 
     def problems(self) -> Iterator[Problem]:
-        """Says so if the module's package is not installed."""
-        package = self.module.partition(".")[0]
-        if not package.isidentifier() or find_spec(package) is None:
-            yield Problem(
-                "module", f"names a package that is not installed: {package!r}", "check its name, or install it"
-            )
+        """Says so if there is no such module."""
+        yield from problems_of(self.name)
 
     def build(self, targets: Sequence[AdaptationTarget]) -> Network:
         """The module's adapters, attached."""

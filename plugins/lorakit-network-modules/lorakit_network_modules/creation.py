@@ -55,9 +55,9 @@ def create(config: NetworkModuleConfig, targets: Sequence[AdaptationTarget], see
 
 def _create_network(config: NetworkModuleConfig, text_encoder: Any, unet: nn.Module) -> Any:
     try:
-        make = import_module(config.module).create_network
+        make = import_module(config.name).create_network
     except (ImportError, AttributeError) as error:
-        raise AdapterError(f"network.module: {config.module} is no network module: {error}") from error
+        raise AdapterError(f"network.name: {config.name} is no network module: {error}") from error
     arguments = {key: str(value) for key, value in config.args.items()}
     arguments.setdefault("dropout", str(config.dropout))
     try:
@@ -65,7 +65,7 @@ def _create_network(config: NetworkModuleConfig, text_encoder: Any, unet: nn.Mod
             1.0, config.rank, config.alpha, None, text_encoder, unet, neuron_dropout=config.dropout, **arguments
         )
     except (TypeError, ValueError, KeyError, AssertionError) as error:
-        raise AdapterError(f"network.args: {config.module} refuses them: {error!r}") from error
+        raise AdapterError(f"network.args: {config.name} refuses them: {error!r}") from error
 
 
 def _taken_off(network: nn.Module, root: nn.Module) -> dict[str, Created]:

@@ -22,10 +22,10 @@ from lorakit.testing.contracts.denoising import make_batch, predict, read_model
 ALGORITHMS = {"loha": "hada_w1_a", "lokr": "lokr_w1"}
 
 
-def trained(tables: dict[str, Any], folder: Path, name: str = "lora", **network: Any) -> Path:
+def trained(tables: dict[str, Any], folder: Path, file: str = "lora", **network: Any) -> Path:
     """The file of a run with LyCORIS."""
-    section = {"name": "network_module", "module": "lycoris.kohya", "rank": 4, "alpha": 2.0, **network}
-    changed = {**tables, "network": section, "output": {**tables["output"], "name": name}}
+    section = {"name": "lycoris.kohya", "rank": 4, "alpha": 2.0, **network}
+    changed = {**tables, "network": section, "output": {**tables["output"], "name": file}}
     return lorakit.train(config_from_tables(changed, folder))
 
 
@@ -66,8 +66,8 @@ def test_lycoris_reads_the_file(train_tables: dict[str, Any], tmp_path: Path, ti
 
 def _prediction_of_ours(path: Path, folder: Path, algo: str) -> Tensor:
     model = read_model(folder)
-    component = Catalog.discover().find(NetworkConfig, "network_module")
-    config = component(module="lycoris.kohya", rank=4, alpha=2.0, parts=("unet",), args={"algo": algo})
+    component = Catalog.discover().find(NetworkConfig, "lycoris.kohya")
+    config = component(rank=4, alpha=2.0, parts=("unet",), args={"algo": algo})
     network = config.build(model.targets(("unet",)))
     network.load_tensors(load_file(path))
     with torch.no_grad():
@@ -97,14 +97,14 @@ def test_continues_from_a_file(train_tables: dict[str, Any], tmp_path: Path) -> 
 
 def test_a_package_that_is_missing(train_tables: dict[str, Any], tmp_path: Path) -> None:
     """A package that is not installed is named before anything is read."""
-    with pytest.raises(ConfigError, match=r"network\.module: names a package that is not installed: 'lycoriss'"):
-        trained(train_tables, tmp_path, module="lycoriss.kohya")
+    with pytest.raises(ConfigError, match=r"network\.name: the package 'lycoriss' is not installed"):
+        trained(train_tables, tmp_path, name="lycoriss.kohya")
 
 
 def test_a_module_that_is_none(train_tables: dict[str, Any], tmp_path: Path) -> None:
     """A module without `create_network`, and arguments that it refuses, are named."""
-    with pytest.raises(AdapterError, match=r"network\.module: lycoris\.config is no network module"):
-        trained(train_tables, tmp_path, module="lycoris.config")
+    with pytest.raises(AdapterError, match=r"network\.name: lycoris\.config is no network module"):
+        trained(train_tables, tmp_path, name="lycoris.config")
     with pytest.raises(AdapterError, match=r"network\.args: lycoris\.kohya refuses them: KeyError\('lohaa'\)"):
         trained(train_tables, tmp_path, args={"algo": "lohaa"})
 
@@ -112,8 +112,8 @@ def test_a_module_that_is_none(train_tables: dict[str, Any], tmp_path: Path) -> 
 def test_layers_get_their_forward_back(tiny_sd1: Path) -> None:
     """The module leaves no trace in the model's layers: detached, they are as they were read."""
     model = read_model(tiny_sd1)
-    component = Catalog.discover().find(NetworkConfig, "network_module")
-    network = component(module="lycoris.kohya", args={"algo": "loha"}).build(model.targets(("text_encoder", "unet")))
+    component = Catalog.discover().find(NetworkConfig, "lycoris.kohya")
+    network = component(args={"algo": "loha"}).build(model.targets(("text_encoder", "unet")))
     network.detach()
     layers: list[nn.Module] = [*model.denoiser.modules(), *model.text_encoder.module.modules()]
     assert not any("forward" in layer.__dict__ for layer in layers)
