@@ -130,5 +130,7 @@ class DataSection:
     """Threads that decode images while they are encoded; one per processor core, at most 8, when absent."""
     encode_batch_size: int = field(default=1, validator=v.ge(1))
     """Images that the VAE encodes at once while the cache is filled."""
+    weighted_captions: bool = False
+    """Let brackets in captions weigh words: `(red:1.3)` counts 1.3 times, `(red)` 1.1 times, `[red]` 1/1.1 times."""
     prior_loss_weight: float = field(default=1.0, validator=v.ge(0))
     """How much the loss of regularisation images counts, the subsets with `is_reg`."""

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,14 +31,14 @@ from lorakit.engine.schedule import Schedule
 from lorakit.engine.state import find_state
 from lorakit.engine.trainer import train
 from lorakit.errors import ConfigError
-from lorakit.models.protocol import DiffusionModel
+from lorakit.models.protocol import DiffusionModel, Tokens
 from lorakit.networks.network import Network
 from lorakit.networks.saving import read_adapter
 from lorakit.plugins import Catalog
 
 log = logging.getLogger(__name__)
 
-Captions = CaptionKeys | Callable[[Sequence[str]], torch.Tensor]
+Captions = CaptionKeys | Callable[[Sequence[str]], Tokens]
 """Where captions are in the cache, or what tokenizes them in each step."""
 
 EVERY_RUN_HAS = ("checkpoints", "progress")
@@ -153,7 +154,7 @@ def _encoded(prepared: PreparedRun, model: DiffusionModel, processes: Processes)
     model.free("image_encoder")
     captions: Captions
     if "text_encoder" in config.trained_parts or captions_vary(datasets):
-        captions = model.text_encoder.tokenize
+        captions = partial(model.text_encoder.tokenize, weighted=config.data.weighted_captions)
     else:
         with _progress("encoding captions", processes) as progress:
             captions = encode_captions(datasets, model, cache, _encoding(config, processes, progress))
@@ -170,6 +171,7 @@ def _encoding(config: TrainConfig, processes: Processes, progress: Callable[[int
         workers=config.data.workers,
         rank=processes.rank,
         world_size=processes.world_size,
+        weighted_captions=config.data.weighted_captions,
         progress=progress,
     )
 

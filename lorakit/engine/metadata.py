@@ -44,6 +44,7 @@ def run_metadata(config: TrainConfig, datasets: Sequence[IndexedDataset], starte
         "ss_num_train_images": _appearances(examples, is_reg=False),
         "ss_num_reg_images": _appearances(examples, is_reg=True),
         "ss_prior_loss_weight": config.data.prior_loss_weight,
+        "ss_weighted_captions": config.data.weighted_captions,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": config.output.name,
         "modelspec.implementation_version": f"lorakit/{lorakit.__version__}",
