@@ -33,11 +33,10 @@ SWITCHED_OFF: Mapping[str, object] = {
     "face_crop_aug_range": [],
     "random_crop": False,
     "resize_interpolation": "",
-    "validation_split": 0,
 }
 """Options of sd-scripts' dataset files that lorakit does not have, with the value that changes nothing."""
 
-WITHOUT_EFFECT = frozenset({"cache_info", "network_multiplier", "validation_seed"})
+WITHOUT_EFFECT = frozenset({"cache_info", "network_multiplier"})
 """Options of sd-scripts' dataset files that change nothing in what is trained."""
 
 

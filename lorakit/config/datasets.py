@@ -97,6 +97,10 @@ class DatasetConfig:
     """Sides of buckets are multiples of this many pixels."""
     bucket_no_upscale: bool = False
     """Never enlarge an image; its bucket is its own size, rounded down."""
+    validation_split: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
+    """Share of each subset's images that is not trained on but validated; at least one image stays."""
+    validation_seed: int | None = None
+    """Chooses the images that are validated, and their noise; `training.seed` when absent."""
 
     def problems(self) -> Iterator[Problem]:
         """Combinations that make no sense; keys are field names."""

@@ -152,6 +152,8 @@ class TrainConfig:
 def _data_warnings(data: DataSection) -> Iterator[Problem]:
     if any(dataset.bucket_no_upscale and not dataset.enable_bucket for dataset in data.datasets):
         yield Problem("data.bucket_no_upscale", "has no effect without enable_bucket")
+    if any(dataset.validation_seed is not None and not dataset.validation_split for dataset in data.datasets):
+        yield Problem("data.validation_seed", "has no effect without validation_split")
     subsets = [subset for dataset in data.datasets for subset in dataset.subsets]
     without = "without shuffle_caption, caption_tag_dropout_rate or token_warmup_step"
     if any(subset.keep_tokens and not subset.changes_tags for subset in subsets):
