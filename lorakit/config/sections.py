@@ -129,11 +129,14 @@ class TrainConfig:
         elif not self.trained_parts:
             yield Problem("optimizer.lr", "is zero for every part in network.parts, so nothing would be trained")
         yield from self.loss.problems_with(self.prediction, self.model.num_timesteps)
+        for number, observer in enumerate(self.observers):
+            yield from _placed(observer.problems_with(self), f"observers[{number}]")
 
     def warnings(self) -> Iterator[Problem]:
         """Options that have no effect in this run, or hardly suit the model."""
-        for warning in self.model.warnings():
-            yield evolve(warning, key=f"model.{warning.key}")
+        yield from _placed(self.model.warnings(), "model")
+        for number, observer in enumerate(self.observers):
+            yield from _placed(observer.warnings_with(self), f"observers[{number}]")
         if self.training.max_epochs and self.training.max_steps:
             yield Problem("training.max_steps", "has no effect, because training.max_epochs is given")
         for part in self.network.parts:
@@ -147,6 +150,11 @@ class TrainConfig:
         yield from self.loss.warnings()
         yield from self.loss.warnings_with(self.prediction)
         yield from _data_warnings(self.data)
+
+
+def _placed(problems: Iterator[Problem], section: str) -> Iterator[Problem]:
+    """The problems with the full paths of their keys."""
+    return (evolve(problem, key=f"{section}.{problem.key}") for problem in problems)
 
 
 def _data_warnings(data: DataSection) -> Iterator[Problem]:

@@ -30,6 +30,7 @@ from lorakit.engine.run import Run
 from lorakit.engine.schedule import Schedule
 from lorakit.engine.state import find_state
 from lorakit.engine.trainer import train
+from lorakit.engine.validation import ValidationSet
 from lorakit.errors import ConfigError
 from lorakit.models.protocol import DiffusionModel, Tokens
 from lorakit.networks.network import Network
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 Captions = CaptionKeys | Callable[[Sequence[str]], Tokens]
 """Where captions are in the cache, or what tokenizes them in each step."""
 
-EVERY_RUN_HAS = ("checkpoints", "progress")
+EVERY_RUN_HAS = ("checkpoints", "progress", "validation")
 """Observers that need not be named in the config; one that is replaces its default."""
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -130,6 +131,7 @@ def assemble(prepared: PreparedRun, processes: Processes) -> Run:
         loader=loader,
         processes=processes,
         writer=AdapterWriter(config, model, network, config.saver.build(), metadata),
+        validation=ValidationSet.of(loader, prepared.validation, config),
     )
 
 
@@ -147,7 +149,7 @@ def _encoded(prepared: PreparedRun, model: DiffusionModel, processes: Processes)
 
     For captions that are encoded in each step, it is the text encoder's `tokenize`.
     """
-    config, datasets, cache = prepared.config, prepared.datasets, prepared.cache
+    config, datasets, cache = prepared.config, (*prepared.datasets, *prepared.validation), prepared.cache
     model.memo = cache.memo
     with _progress("encoding images", processes) as progress:
         latent_keys = encode_latents(datasets, model, cache, _encoding(config, processes, progress))

@@ -33,6 +33,8 @@ def convert(given: Mapping[str, Any], folder: Path, target: Path, catalog: Catal
     for option in OPTIONS.values():
         _write_plainly(option, command, draft)
     _model(command, draft)
+    if command.get("validation_seed") is not None:
+        draft.set("data", "validation_seed", command.setting("validation_seed"))
     write_data(command, draft)
     write_network(command, draft, catalog)
     write_optimizer(command, draft, catalog)
@@ -41,6 +43,7 @@ def convert(given: Mapping[str, Any], folder: Path, target: Path, catalog: Catal
     _training(command, draft)
     _saving(command, draft)
     _logs(command, draft)
+    _validation(command, draft)
     return draft
 
 
@@ -166,3 +169,18 @@ def _logs(command: Command, draft: Draft) -> None:
     if command.get("log_prefix"):
         observer["prefix"] = command.setting("log_prefix")
     draft.observers.append(observer)
+
+
+def _validation(command: Command, draft: Draft) -> None:
+    """How often to validate, where that is not after each epoch on everything, which lorakit does by itself."""
+    options = {
+        "every_n_epochs": "validate_every_n_epochs",
+        "every_n_steps": "validate_every_n_steps",
+        "max_steps": "max_validation_steps",
+    }
+    given = {key: command.setting(name) for key, name in options.items() if command.get(name)}
+    if not given:
+        return
+    epochs = Setting(1, "sd-scripts validates after each epoch too, unless told otherwise")
+    name = Setting("validation", next(iter(given.values())).source)
+    draft.observers.append({"name": name, "every_n_epochs": epochs, **given})

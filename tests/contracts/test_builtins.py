@@ -29,6 +29,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "cosine_with_restarts": {"num_cycles": 2},
     "polynomial": {"power": 2.0, "lr_end": 0.0},
     "tensorboard": {"dir": Path("logs")},
+    "validation": {"every_n_steps": 1, "timesteps": (100, 900)},
 }
 """The settings to test each component with; the others are tested with their defaults."""
 
@@ -43,6 +44,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, Any]] = {
             "output": {"save_every_n_steps": 1, "save_every_n_epochs": 1, "keep_last": 2, "save_state": True}
         }
     },
+    "validation": {"run_settings": {"data": {"validation_split": 0.25}, "network": {"dropout": 0.2}}},
     "dadaptation": {"own_learning_rates": False},
     "ckpt": {"keeps_metadata": False},
     "pt": {"keeps_metadata": False},
