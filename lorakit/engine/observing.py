@@ -91,7 +91,10 @@ class Observer:
         """Pictures have been drawn with the adapters as they are after `step` steps, and written as PNG files."""
 
     def validated(self, step: int, losses: Mapping[str, float]) -> None:
-        """The loss on images that are not trained on has been measured after `step` steps; `losses` by their names."""
+        """The loss on images that are not trained on has been measured after `step` steps.
+
+        `losses` has their `average` and, once a step is done, how far it is above that of training, the `divergence`.
+        """
 
     def run_finished(self) -> None:
         """All steps are done."""

@@ -173,6 +173,8 @@ def _logs(command: Command, draft: Draft) -> None:
 
 def _validation(command: Command, draft: Draft) -> None:
     """How often to validate, where that is not after each epoch on everything, which lorakit does by itself."""
+    if command.get("in_json") and command.get("validation_split") and not command.get("dataset_config"):
+        draft.remark("validation_split", "holds out images here; sd-scripts trains on all images of --in_json")
     options = {
         "every_n_epochs": "validate_every_n_epochs",
         "every_n_steps": "validate_every_n_steps",

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from lorakit.config.datasets import DatasetConfig, SubsetConfig
+from lorakit.config.tables import field_names
 from lorakit.data.captions import possible_captions
 from lorakit.data.examples import Example, index_datasets
 from lorakit.errors import DataError
@@ -143,6 +144,20 @@ def test_what_is_held_out_stays_the_same(make_folder: MakeFolder) -> None:
     assert possible_captions(example.caption, example.subset) == ("a one, two, three",)
     assert (example.repeats, example.subset.flip_aug, example.subset.num_repeats) == (1, False, 1)
     assert indexed.examples[0].subset == varied
+
+
+def test_every_option_that_varies_images_is_known() -> None:
+    """Whatever a subset says is either left out of validation or the same in each epoch; a new option is neither."""
+    still = {
+        "image_dir", "metadata_file", "caption_extension", "class_tokens", "caption_separator", "keep_tokens",
+        "keep_tokens_separator", "secondary_separator", "enable_wildcard", "caption_prefix", "caption_suffix",
+        "token_warmup_min", "is_reg",
+    }  # fmt: skip
+    varying = {
+        "num_repeats", "shuffle_caption", "caption_dropout_rate", "caption_dropout_every_n_epochs",
+        "caption_tag_dropout_rate", "token_warmup_step", "flip_aug",
+    }  # fmt: skip
+    assert still | varying == set(field_names(SubsetConfig))
 
 
 def test_images_of_a_metadata_file_are_split_too(make_folder: MakeFolder) -> None:

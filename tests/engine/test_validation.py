@@ -169,7 +169,10 @@ def test_logs_and_metadata(make_config, catalog: Catalog, tmp_path: Path, capsys
     for step in (4, 8):
         recent = np.mean([training[own] for own in range(step - 3, step + 1)])
         assert divergence[step] == pytest.approx(average[step] - recent, rel=1e-4)
-    assert f"step 8: loss/validation/average {average[8]:.4f}" in capsys.readouterr().err
+    assert (
+        f"validation loss after step 8: average {average[8]:.4f}, divergence {divergence[8]:.4f}"
+        in capsys.readouterr().err
+    )
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     numbers = [metadata[f"ss_num_{kind}_images"] for kind in ("train", "validation", "reg")]

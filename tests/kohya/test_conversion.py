@@ -349,6 +349,15 @@ def test_validation(
     assert not list(config.warnings())
 
 
+def test_images_of_a_metadata_file_are_held_out(converted: Convert) -> None:
+    """sd-scripts splits no images of --in_json, lorakit does, which is said."""
+    draft = converted("--in_json=meta.json", "--validation_split=0.5", least=FOLDERS)
+    assert any(remark.startswith("--validation_split: holds out images here") for remark in remarks(draft))
+    assert not any(
+        "--validation_split" in remark for remark in remarks(converted("--validation_split=0.5", least=FOLDERS))
+    )
+
+
 def test_a_dataset_files_own_share_counts(converted: Convert, folder: Path, catalog: Catalog) -> None:
     """What a dataset file says of validation wins over the command line, whose seed fills the gap."""
     path = folder / "dataset.toml"

@@ -65,7 +65,7 @@ class Progress(Observer):
     def validated(self, step: int, losses: Mapping[str, float]) -> None:
         """Show the losses, above the bar."""
         shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        self._bar.write(f"step {step}: {shown}", file=sys.stderr)
+        self._bar.write(f"validation loss after step {step}: {shown}", file=sys.stderr)
 
     def closed(self) -> None:
         """Leave the bar as it is."""

@@ -59,7 +59,7 @@ class TensorBoard(Observer):
     def validated(self, step: int, losses: Mapping[str, float]) -> None:
         """Write one point of each curve."""
         for name, loss in losses.items():
-            self._writer.add_scalar(name, loss, step)
+            self._writer.add_scalar(f"loss/validation/{name}", loss, step)
 
     def closed(self) -> None:
         """Close the log."""

@@ -87,9 +87,9 @@ class Validation(Observer):
             return
         self._validated = self._step
         loss = self._measure(self._timesteps, self._config.max_steps)
-        losses = {"loss/validation/average": loss}
+        losses = {"average": loss}
         if self._recent:
-            losses["loss/validation/divergence"] = loss - sum(self._recent) / len(self._recent)
+            losses["divergence"] = loss - sum(self._recent) / len(self._recent)
         self._run.tell("validated", self._step, losses)
 
 

@@ -90,4 +90,4 @@ def _tell_of_step(observer: Observer, step: int, epoch: int) -> None:
     observer.step_finished(step)
     observer.metrics_read(StepMetrics(step=step, epoch=epoch, loss=1 / step, gradient_norm=0.5, learning_rates=rates))
     observer.previews_drawn(step, [])
-    observer.validated(step, {"loss/validation/average": 2 / step})
+    observer.validated(step, {"average": 2 / step, "divergence": 1 / step})
