@@ -60,8 +60,8 @@ The images and captions, in one of three forms:
 A key that a subset does not have is looked up in its dataset, and then in `general`."""
 
 OBSERVERS_INTRO = """\
-A list of tables, each with the `name` of an observer. `progress` and `checkpoints` are always there and need no table;
-`checkpoints` is set up by [`[output]`](#output)."""
+A list of tables, each with the `name` of an observer. `progress`, `checkpoints` and `validation` are always there and
+need no table; `checkpoints` is set up by [`[output]`](#output), and `validation` waits for `data.validation_split`."""
 
 COMMANDS_INTRO = """\
 # The commands

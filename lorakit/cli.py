@@ -106,8 +106,10 @@ def check(config: Path, overrides: tuple[str, ...]) -> None:
     checked = _checked(config, overrides, _catalog())
     from lorakit.engine.preparation import prepare
 
-    images = prepare(checked).images
-    click.echo(f"{config}: no problems; {images} image{'' if images == 1 else 's'}")
+    prepared = prepare(checked)
+    images, held_out = prepared.images, sum(len(dataset.examples) for dataset in prepared.validation)
+    validated = f", and {held_out} held out for validation" if held_out else ""
+    click.echo(f"{config}: no problems; {images} image{'' if images == 1 else 's'}{validated}")
 
 
 @cli.command(short_help="Encode images and captions into the cache.")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
+    from lorakit.config.sections import TrainConfig
     from lorakit.engine.observing import Observer, RunInfo
     from lorakit.models.protocol import AdaptationTarget, AttentionBackend, DiffusionModel
     from lorakit.networks.network import Network, ParameterGroup
@@ -222,6 +223,14 @@ class ObserverConfig(Component):
 
     essential: ClassVar[bool] = False
     """Whether the run stops when this observer fails; others are detached with a warning."""
+
+    def problems_with(self, config: TrainConfig) -> Iterator[Problem]:  # noqa: ARG002
+        """What is wrong with the fields in a run of this config; keys are field names."""
+        return iter(())
+
+    def warnings_with(self, config: TrainConfig) -> Iterator[Problem]:  # noqa: ARG002
+        """What has no effect in a run of this config; keys are field names."""
+        return iter(())
 
     def build(self, run_info: RunInfo) -> Observer:
         """The observer of one run; called on the main process only."""

@@ -85,6 +85,13 @@ def test_one_problem_is_one_line(folder: Path) -> None:
     assert (result.returncode, result.stderr) == (2, "error: nowhere.toml: cannot be read: No such file or directory\n")
 
 
+def test_check_counts_what_is_held_out(folder: Path) -> None:
+    """The images of the validation split are counted apart from those that are trained on."""
+    result = run(folder, "check", "config.toml", "--set", "data.validation_split=0.5")
+    expected = "config.toml: no problems; 1 image, and 1 held out for validation\n"
+    assert (result.returncode, result.stdout) == (0, expected)
+
+
 def test_check_looks_at_images(folder: Path) -> None:
     """Images that cannot be used are found by check, all of them."""
     for name in ("cat", "dog"):

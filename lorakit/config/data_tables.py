@@ -27,7 +27,6 @@ SHARED_KEYS = [key for key in (*DATASET_KEYS, *SUBSET_KEYS) if key not in OWN_KE
 
 SWITCHED_OFF: Mapping[str, object] = {
     "custom_attributes": {},
-    "validation_split": 0,
 }
 """Options of sd-scripts' dataset files that lorakit does not have, with the value that changes nothing."""
 
@@ -40,7 +39,7 @@ EMPTY: Mapping[str, object] = {
 
 _NOTHING = object()
 
-WITHOUT_EFFECT = frozenset({"cache_info", "network_multiplier", "validation_seed"})
+WITHOUT_EFFECT = frozenset({"cache_info", "network_multiplier"})
 """Options of sd-scripts' dataset files that change nothing in what is trained."""
 
 

@@ -118,6 +118,10 @@ class DatasetConfig:
     """Sides of buckets are multiples of this many pixels."""
     bucket_no_upscale: bool = False
     """Never enlarge an image; its bucket is its own size, rounded down."""
+    validation_split: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
+    """Share of each subset's images that is not trained on but validated; at least one image stays."""
+    validation_seed: int | None = None
+    """Chooses the images that are validated, and their noise; `training.seed` when absent."""
 
     def problems(self) -> Iterator[Problem]:
         """Combinations that make no sense; keys are field names."""
@@ -154,5 +158,7 @@ class DataSection:
     """Threads that decode images; one per processor core, at most 8, when absent."""
     encode_batch_size: int = field(default=1, validator=v.ge(1))
     """Images that the VAE encodes at once."""
+    weighted_captions: bool = False
+    """Let brackets in captions weigh words: `(red:1.3)` counts 1.3 times, `(red)` 1.1 times, `[red]` 1/1.1 times."""
     prior_loss_weight: float = field(default=1.0, validator=v.ge(0))
     """How much the loss of regularisation images counts, the subsets with `is_reg`."""

@@ -154,16 +154,17 @@ class TrainConfig:
         if isinstance(rates, tuple) and len(rates) != encoders:
             message = f"must have one number for each text encoder of {self.model.name}, that is {encoders}"
             yield Problem("optimizer.text_encoder_lr", f"{message}, not {len(rates)}")
-        for problem in self.network.problems_with(self.model, self.optimizer):
-            yield evolve(problem, key=f"network.{problem.key}")
+        yield from _placed(self.network.problems_with(self.model, self.optimizer), "network")
         yield from self.loss.problems_with(self.prediction, self.model.num_timesteps)
+        for number, observer in enumerate(self.observers):
+            yield from _placed(observer.problems_with(self), f"observers[{number}]")
 
     def warnings(self) -> Iterator[Problem]:
         """Options that have no effect in this run, or hardly suit the model."""
-        for warning in self.model.warnings():
-            yield evolve(warning, key=f"model.{warning.key}")
-        for warning in self.network.warnings():
-            yield evolve(warning, key=f"network.{warning.key}")
+        yield from _placed(self.model.warnings(), "model")
+        yield from _placed(self.network.warnings(), "network")
+        for number, observer in enumerate(self.observers):
+            yield from _placed(observer.warnings_with(self), f"observers[{number}]")
         if self.training.max_epochs and self.training.max_steps:
             yield Problem("training.max_steps", "has no effect, because training.max_epochs is given")
         for part in self.network.parts:
@@ -175,16 +176,22 @@ class TrainConfig:
         if self.optimizer.schedule_free and not self.lr_scheduler.is_constant:
             hint = "A warm-up is optimizer.warmup_steps" if hasattr(self.optimizer, "warmup_steps") else ""
             yield Problem("lr_scheduler.name", f"hardly suits {self.optimizer.name}, which needs no schedule", hint)
-        for warning in self.output.warnings():
-            yield evolve(warning, key=f"output.{warning.key}")
+        yield from _placed(self.output.warnings(), "output")
         yield from self.loss.warnings()
         yield from self.loss.warnings_with(self.prediction)
         yield from _data_warnings(self.data)
 
 
+def _placed(problems: Iterator[Problem], section: str) -> Iterator[Problem]:
+    """The problems with the full paths of their keys."""
+    return (evolve(problem, key=f"{section}.{problem.key}") for problem in problems)
+
+
 def _data_warnings(data: DataSection) -> Iterator[Problem]:
     if any(dataset.bucket_no_upscale and not dataset.enable_bucket for dataset in data.datasets):
         yield Problem("data.bucket_no_upscale", "has no effect without enable_bucket")
+    if any(dataset.validation_seed is not None and not dataset.validation_split for dataset in data.datasets):
+        yield Problem("data.validation_seed", "has no effect without validation_split")
     subsets = [subset for dataset in data.datasets for subset in dataset.subsets]
     without = "without shuffle_caption, caption_tag_dropout_rate or token_warmup_step"
     if any(subset.keep_tokens and not subset.changes_tags for subset in subsets):

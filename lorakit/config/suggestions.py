@@ -69,6 +69,9 @@ KOHYA_NAMES: Mapping[str, str] = {
     "log_prefix": '[[observers]] with name = "tensorboard" and prefix',
     "huggingface_repo_id": '[[observers]] with name = "hub" and repo_id',
     "ddp_timeout": "training.process_timeout",
+    "validate_every_n_epochs": '[[observers]] with name = "validation" and every_n_epochs',
+    "validate_every_n_steps": '[[observers]] with name = "validation" and every_n_steps',
+    "max_validation_steps": '[[observers]] with name = "validation" and max_steps',
 }
 """sd-scripts' option names, with the key that does the same here; options of the same name are left out."""
 

@@ -1,8 +1,7 @@
 """Batches: what the training loop computes a loss of, made ready ahead of time in the background.
 
 Every number drawn for an image depends on the seed, the epoch, the image and which of its repeats it
-is, and on nothing else. Shapes: B images in a micro-batch, C latent channels, h and w latent sides,
-n chunks of 77 tokens in a caption.
+is, and on nothing else. Shapes: B images in a micro-batch, C latent channels, h and w latent sides.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from lorakit.data.noise import normal, perturbation, target_noise
 from lorakit.data.pictures import Picture, augmented_picture, is_mirrored
 from lorakit.data.planning import Share
 from lorakit.data.threads import in_order
-from lorakit.models.protocol import Conditioning
+from lorakit.models.protocol import Conditioning, Tokens
 from lorakit.randomness import Generators, derived_seed, keyed_generator
 
 
@@ -48,8 +47,8 @@ class Batch:
     """Seeds of whatever else is drawn for each image, such as dropout, int64 [B]."""
     conditioning: Conditioning | None
     """The encoded captions, where they are encoded once for all; otherwise None."""
-    tokens: Tensor | None
-    """Token ids of the captions, int64 [B, n, 77], where they are encoded in each step; otherwise None."""
+    tokens: Tokens | None
+    """The tokenized captions, where they are encoded in each step; otherwise None."""
     images: tuple[str, ...]
     """The images' file names, for messages."""
     share: float
@@ -79,8 +78,9 @@ class Batch:
     def _mapped(self, move: Callable[[Tensor], Tensor]) -> Batch:
         values = {own.name: getattr(self, own.name) for own in fields(Batch)}
         moved: dict[str, Any] = {name: move(value) for name, value in values.items() if isinstance(value, Tensor)}
-        if self.conditioning is not None:
-            moved["conditioning"] = {name: move(tensor) for name, tensor in self.conditioning.items()}
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                moved[name] = {key: move(tensor) for key, tensor in value.items()}
         return evolve(self, **moved)
 
 
@@ -98,7 +98,7 @@ class BatchLoader:
     """Timesteps of the noise process."""
     latent_keys: LatentKeys
     """Where in the cache latents are."""
-    captions: CaptionKeys | Callable[[Sequence[str]], Tensor]
+    captions: CaptionKeys | Callable[[Sequence[str]], Tokens]
     """Where in the cache captions are; or the text encoder's `tokenize`, if they are encoded in each step."""
     total_steps: int
     """Steps of the run, of which `token_warmup_step` may be a share."""
@@ -187,7 +187,7 @@ class BatchLoader:
         mirrored = is_mirrored(example, partial(self._generator, example=example, when=when))
         return self.cache.load(self.latent_keys[example.identity, mirrored])
 
-    def _texts(self, texts: Sequence[str]) -> tuple[Conditioning | None, Tensor | None]:
+    def _texts(self, texts: Sequence[str]) -> tuple[Conditioning | None, Tokens | None]:
         if not isinstance(self.captions, Mapping):
             return None, self.captions(texts)
         entries = [self.cache.load(self.captions[text]) for text in texts]

@@ -52,6 +52,8 @@ class Encoding:
     """Number of this process."""
     world_size: int = 1
     """Processes that share the work; each must be given the same datasets."""
+    weighted_captions: bool = False
+    """Whether brackets in captions say how much the words in them count."""
     progress: Callable[[int, int], None] | None = None
     """Told after each batch how many of this process's missing entries are done, and how many there are."""
 
@@ -94,9 +96,10 @@ def _latent_key(content: _Content, mirrored: bool, fingerprint: str) -> str:
     )
 
 
-def caption_key(caption: str, fingerprint: str) -> str:
-    """Key of all that a caption's conditioning depends on: its text and the text encoder."""
-    return content_key("caption", _CAPTION_FORMAT, caption, fingerprint)
+def caption_key(caption: str, fingerprint: str, weighted: bool = False) -> str:
+    """Key of all that a caption's conditioning depends on: its text, what brackets in it mean, and the text encoder."""
+    kind = "weighted caption" if weighted else "caption"
+    return content_key(kind, _CAPTION_FORMAT, caption, fingerprint)
 
 
 def encode_latents(
@@ -139,11 +142,12 @@ def encode_captions(
     captions = dict.fromkeys(
         text for example in examples for text in possible_captions(example.caption, example.subset) or ()
     )
-    keys = {caption: caption_key(caption, fingerprint) for caption in captions}
+    weighted = encoding.weighted_captions
+    keys = {caption: caption_key(caption, fingerprint, weighted) for caption in captions}
     missing = [caption for caption in _own(list(keys), encoding) if not cache.has(keys[caption])]
     if missing:
         chunks = (missing[start : start + _CAPTIONS_AT_ONCE] for start in range(0, len(missing), _CAPTIONS_AT_ONCE))
-        encoded = (_encode_texts(chunk, keys, model, encoding.device) for chunk in chunks)
+        encoded = (_encode_texts(chunk, keys, model, encoding) for chunk in chunks)
         _store_all(encoded, cache, len(missing), encoding)
     return keys
 
@@ -249,10 +253,10 @@ def _encode_images(
             yield _Encoded([job.keys[mirrored] for job in jobs], [own.name for own in pictures], tensors, masks)
 
 
-def _encode_texts(captions: Sequence[str], keys: CaptionKeys, model: DiffusionModel, device: torch.device) -> _Encoded:
+def _encode_texts(captions: Sequence[str], keys: CaptionKeys, model: DiffusionModel, encoding: Encoding) -> _Encoded:
     with torch.no_grad():
-        tokens = model.text_encoder.tokenize(captions).to(device)
-        conditioning = model.text_encoder.encode(tokens)
+        tokens = model.text_encoder.tokenize(captions, encoding.weighted_captions)
+        conditioning = model.text_encoder.encode({name: tensor.to(encoding.device) for name, tensor in tokens.items()})
     return _Encoded([keys[caption] for caption in captions], [f"caption {text!r}" for text in captions], conditioning)
 
 

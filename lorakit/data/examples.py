@@ -23,6 +23,7 @@ from lorakit.data.masks import check_size, find_masks
 from lorakit.data.memo import StatMemo
 from lorakit.data.metadata_files import read_metadata_file
 from lorakit.data.problems import data_error
+from lorakit.data.validation import split_off
 from lorakit.errors import DataError, Problem
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ class IndexedDataset:
     """What was asked for."""
     examples: tuple[Example, ...]
     """Its images, subset by subset, each sorted by name; no more regularisation images than are used."""
+    held_out: tuple[Example, ...] = ()
+    """Images that are validated and not trained on, as `validation_split` says."""
 
 
 @frozen
@@ -85,11 +88,12 @@ def default_workers() -> int:
 
 
 def index_datasets(
-    datasets: Sequence[DatasetConfig], workers: int | None = None, memo: StatMemo | None = None
+    datasets: Sequence[DatasetConfig], workers: int | None = None, memo: StatMemo | None = None, seed: int = 0
 ) -> tuple[IndexedDataset, ...]:
     """The datasets with all their examples, sizes taken from the memo where it knows them.
 
-    Raises one DataError for all folders and files that cannot be used.
+    `seed` chooses what is held out of datasets without a validation seed of their own. Raises one DataError
+    for all folders and files that cannot be used.
     """
     problems: list[str] = []
     found = [_find_images(number, dataset, problems) for number, dataset in enumerate(datasets)]
@@ -99,8 +103,9 @@ def index_datasets(
     if problems:
         raise data_error(problems)
     _warn_of_missing_captions([file for files in found for file in files])
-    examples = [tuple(outcome for outcome in outcomes if isinstance(outcome, Example)) for outcomes in read]
-    return tuple(IndexedDataset(dataset, _balanced(own)) for dataset, own in zip(datasets, examples, strict=True))
+    examples = [[outcome for outcome in outcomes if isinstance(outcome, Example)] for outcomes in read]
+    parts = zip(datasets, *split_off(datasets, examples, seed), strict=True)
+    return tuple(IndexedDataset(dataset, _balanced(own), tuple(held_out)) for dataset, own, held_out in parts)
 
 
 def captions_vary(datasets: Sequence[IndexedDataset]) -> bool:

@@ -32,18 +32,19 @@ from lorakit.engine.run import Run
 from lorakit.engine.schedule import Schedule
 from lorakit.engine.state import find_state
 from lorakit.engine.trainer import train
+from lorakit.engine.validation import ValidationSet
 from lorakit.errors import ConfigError, Problem
-from lorakit.models.protocol import AdaptationTarget, DiffusionModel
+from lorakit.models.protocol import AdaptationTarget, DiffusionModel, Tokens
 from lorakit.networks.network import Network, ParameterGroup
 from lorakit.networks.saving import starting_tensors
 from lorakit.plugins import Catalog
 
 log = logging.getLogger(__name__)
 
-Captions = CaptionKeys | Callable[[Sequence[str]], torch.Tensor]
+Captions = CaptionKeys | Callable[[Sequence[str]], Tokens]
 """Where captions are in the cache, or what tokenizes them in each step."""
 
-EVERY_RUN_HAS = ("checkpoints", "progress")
+EVERY_RUN_HAS = ("checkpoints", "progress", "validation")
 """Observers that need not be named in the config; one that is replaces its default."""
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -137,6 +138,7 @@ def assemble(prepared: PreparedRun, processes: Processes) -> Run:
         loader=loader,
         processes=processes,
         writer=AdapterWriter(config, model, network, config.saver.build(), metadata),
+        validation=ValidationSet.of(loader, prepared.validation, config),
     )
 
 
@@ -154,7 +156,7 @@ def _encoded(prepared: PreparedRun, model: DiffusionModel, processes: Processes)
 
     For captions that are encoded in each step, it is the text encoder's `tokenize`.
     """
-    config, datasets, cache = prepared.config, prepared.datasets, prepared.cache
+    config, datasets, cache = prepared.config, (*prepared.datasets, *prepared.validation), prepared.cache
     model.memo = cache.memo
     with _progress("encoding images", processes) as progress:
         latent_keys = encode_latents(datasets, model, cache, _encoding(config, processes, progress))
@@ -162,7 +164,7 @@ def _encoded(prepared: PreparedRun, model: DiffusionModel, processes: Processes)
         model.free("image_encoder")
     captions: Captions
     if "text_encoder" in config.trained_parts or captions_vary(datasets):
-        captions = model.text_encoder.tokenize
+        captions = partial(model.text_encoder.tokenize, weighted=config.data.weighted_captions)
     else:
         with _progress("encoding captions", processes) as progress:
             captions = encode_captions(datasets, model, cache, _encoding(config, processes, progress))
@@ -192,6 +194,7 @@ def _encoding(config: TrainConfig, processes: Processes, progress: Callable[[int
         workers=config.data.workers,
         rank=processes.rank,
         world_size=processes.world_size,
+        weighted_captions=config.data.weighted_captions,
         progress=progress,
     )
 

@@ -50,8 +50,10 @@ def run_metadata(
         "ss_session_id": secrets.randbits(32),
         "ss_training_started_at": started,
         "ss_output_name": config.output.name,
+        "ss_num_validation_images": sum(len(dataset.held_out) for dataset in prepared.datasets),
         "ss_training_comment": config.output.training_comment,
         "ss_prior_loss_weight": config.data.prior_loss_weight,
+        "ss_weighted_captions": config.data.weighted_captions,
     }
     return {key: str(value) for key, value in values.items()}
 

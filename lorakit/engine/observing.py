@@ -35,6 +35,8 @@ class RunInfo:
     """Steps done before, more than zero in a resumed run."""
     total_epochs: int
     """Epochs of the whole run, the last one possibly cut short."""
+    steps_per_epoch: int
+    """Optimizer steps of a whole epoch."""
     images: int
     """Images in the dataset, repeats not counted."""
     save_adapter: Callable[[str], Path]
@@ -44,6 +46,9 @@ class RunInfo:
     evaluating: Callable[[], AbstractContextManager[DiffusionModel]]
     """The model as a saved file would make it, for a `with` block: no gradients, no dropout, the optimizer's evaluation
     weights. Whatever is done in the block, training goes on as if it had not been, as long as randomness is keyed."""
+    validation_loss: Callable[[Sequence[int], int | None], float] | None
+    """The mean loss on images that are held out from training, at these timesteps, with noise that is always the same;
+    of so many batches, or all where that is None. None where no images are held out."""
     tell: Callable[..., None]
     """Tells all observers of an event, by the name of its method: `tell("previews_drawn", step, paths)`."""
 
@@ -89,7 +94,10 @@ class Observer:
         """Pictures have been drawn with the adapters as they are after `step` steps, and written as PNG files."""
 
     def validated(self, step: int, losses: Mapping[str, float]) -> None:
-        """The loss on images that are not trained on has been measured after `step` steps; `losses` by their names."""
+        """The loss on images that are not trained on has been measured after `step` steps.
+
+        `losses` has their `average` and, once a step is done, how far it is above that of training, the `divergence`.
+        """
 
     def run_finished(self) -> None:
         """All steps are done."""

@@ -32,8 +32,15 @@ class PreparedRun:
 
     @property
     def images(self) -> int:
-        """How many images there are, repeats not counted."""
+        """How many images there are to train on, repeats not counted."""
         return sum(len(dataset.examples) for dataset in self.datasets)
+
+    @property
+    def validation(self) -> tuple[IndexedDataset, ...]:
+        """The datasets, each with the images that are held out of it and no others; nothing where none is."""
+        if not any(dataset.held_out for dataset in self.datasets):
+            return ()
+        return tuple(IndexedDataset(dataset.config, dataset.held_out) for dataset in self.datasets)
 
 
 def prepare(config: TrainConfig) -> PreparedRun:
@@ -48,4 +55,5 @@ def prepare(config: TrainConfig) -> PreparedRun:
     if reason:
         raise OutputError(f"output.dir: {reason}")
     cache = Cache(config.cache_dir)
-    return PreparedRun(config, index_datasets(config.data.datasets, config.data.workers, cache.memo), cache)
+    datasets = index_datasets(config.data.datasets, config.data.workers, cache.memo, config.training.seed)
+    return PreparedRun(config, datasets, cache)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from lorakit.engine.output import AdapterWriter
 from lorakit.engine.processes import Processes
 from lorakit.engine.schedule import Schedule, ScheduledStep
 from lorakit.engine.state import read_state, write_state
+from lorakit.engine.validation import ValidationSet, validation_loss
 from lorakit.errors import Interrupted
 from lorakit.models.protocol import Conditioning, DiffusionModel
 from lorakit.networks.network import Network
@@ -60,6 +62,8 @@ class Run:
     loader: BatchLoader
     processes: Processes
     writer: AdapterWriter
+    validation: ValidationSet | None = None
+    """Images that are held out from training."""
     observers: Observers = field(factory=Observers)
     stop: StopRequest = field(factory=StopRequest)
     step: int = 0
@@ -87,10 +91,12 @@ class Run:
             total_steps=self.schedule.total_steps,
             first_step=self.step,
             total_epochs=self.schedule.total_epochs,
+            steps_per_epoch=self.schedule.steps_per_epoch,
             images=sum(len(dataset.examples) for dataset in self.loader.datasets),
             save_adapter=self.save_adapter,
             save_state=self.save_state,
             evaluating=self.evaluating,
+            validation_loss=partial(self._validation_loss, self.validation) if self.validation else None,
             tell=self.tell,
         )
 
@@ -108,10 +114,18 @@ class Run:
         finally:
             self.network.train()
 
-    def save_adapter(self, stem: str) -> Path:
-        """Write the adapters as they are now under a file name without extension; gives the path."""
+    def _validation_loss(self, images: ValidationSet, timesteps: Sequence[int], max_batches: int | None) -> float:
+        self._read_metrics_alone()
+        return validation_loss(self, images, timesteps, max_batches)
+
+    def _read_metrics_alone(self) -> None:
+        """Read the numbers that wait, where that takes no other process."""
         if self.processes.world_size == 1:
             self.metrics.read()
+
+    def save_adapter(self, stem: str) -> Path:
+        """Write the adapters as they are now under a file name without extension; gives the path."""
+        self._read_metrics_alone()
         with self.evaluating():
             path = self.writer.write(stem, self.step, -(-self.step // self.schedule.steps_per_epoch))
         self.observers.tell("adapter_saved", path)
@@ -156,10 +170,7 @@ class Run:
 
         Raises Interrupted, when a whole state has been saved, after a request to stop.
         """
-        upcoming = self.schedule.batches_from(self.step, self.loader)
-        # On a CPU a second thread that computes would slow the first one's OpenMP threads down by a tenth.
-        depth = 0 if self.processes.device.type == "cpu" else PREFETCHED_BATCHES
-        batches = prefetch(upcoming, depth, self.processes.device)
+        batches = self.prefetched(self.schedule.batches_from(self.step, self.loader))
         try:
             for scheduled in self.schedule.steps_from(self.step):
                 images: list[str] = []
@@ -169,6 +180,12 @@ class Run:
                 self._stop_if_asked()
         finally:
             batches.close()
+
+    def prefetched(self, batches: Iterable[Batch]) -> Generator[Batch]:
+        """The batches, prepared ahead of time in memory from which the device takes them fastest."""
+        # On a CPU a second thread that computes would slow the first one's OpenMP threads down by a tenth.
+        depth = 0 if self.processes.device.type == "cpu" else PREFETCHED_BATCHES
+        return prefetch(batches, depth, self.processes.device)
 
     def _arriving(self, batches: Iterator[Batch], count: int, images: list[str]) -> Iterator[Batch]:
         for _ in range(count):
@@ -181,7 +198,7 @@ class Run:
         self.network.begin_batch(batch.sample_seeds)
         if batch.tokens is None:
             return batch.conditioning or {}
-        with torch.set_grad_enabled("text_encoder" in self.config.trained_parts):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and "text_encoder" in self.config.trained_parts):
             return self.model.text_encoder.encode(batch.tokens)
 
     def backward(self, loss: Tensor) -> None:

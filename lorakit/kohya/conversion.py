@@ -33,6 +33,8 @@ def convert(given: Mapping[str, Any], folder: Path, target: Path, catalog: Catal
     for option in OPTIONS.values():
         _write_plainly(option, command, draft)
     _model(command, draft)
+    if command.get("validation_seed") is not None:
+        draft.set("data", "validation_seed", command.setting("validation_seed"))
     write_data(command, draft)
     write_network(command, draft, catalog)
     write_optimizer(command, draft, catalog)

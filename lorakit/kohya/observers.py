@@ -40,6 +40,7 @@ def write_observers(command: Command, draft: Draft, catalog: Catalog) -> None:
         draft.observers.append(_hub(command, draft))
     else:
         _tell_unused(command, draft, "huggingface_repo_id", _OF_THE_HUB)
+    _write_validation(command, draft)
 
 
 def _tell_unused(command: Command, draft: Draft, missing: str, options: Iterable[str]) -> None:
@@ -110,3 +111,20 @@ def _hub(command: Command, draft: Draft) -> Table:
     if command.get("huggingface_token"):
         draft.remark("huggingface_token", "is not written into a file: call `hf auth login` once, or set HF_TOKEN")
     return observer
+
+
+def _write_validation(command: Command, draft: Draft) -> None:
+    """How often to validate, where that is not after each epoch on everything, which lorakit does by itself."""
+    if command.get("in_json") and command.get("validation_split") and not command.get("dataset_config"):
+        draft.remark("validation_split", "holds out images here; sd-scripts trains on all images of --in_json")
+    options = {
+        "every_n_epochs": "validate_every_n_epochs",
+        "every_n_steps": "validate_every_n_steps",
+        "max_steps": "max_validation_steps",
+    }
+    given = {key: command.setting(name) for key, name in options.items() if command.get(name)}
+    if not given:
+        return
+    epochs = Setting(1, "sd-scripts validates after each epoch too, unless told otherwise")
+    name = Setting("validation", next(iter(given.values())).source)
+    draft.observers.append({"name": name, "every_n_epochs": epochs, **given})

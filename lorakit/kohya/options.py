@@ -47,7 +47,6 @@ _SKIP = "`lorakit train CONFIG --resume` goes on at exactly the step that was re
 _WANDB = "lorakit-wandb"
 _DEEPSPEED = "DeepSpeed cannot be used"
 _DDP = "gradients are averaged without DistributedDataParallel"
-_VALIDATION = "there is no validation during training yet"
 
 MODEL = (
     Option("pretrained_model_name_or_path", "path", key="model.path", special=True),
@@ -285,11 +284,11 @@ PROCESSES = (
 )
 
 VALIDATION = (
-    Option("validation_split", "float", 0.0, later=_VALIDATION),
-    Option("validation_seed", "int", later=_VALIDATION),
-    Option("validate_every_n_steps", "int", later=_VALIDATION),
-    Option("validate_every_n_epochs", "int", later=_VALIDATION),
-    Option("max_validation_steps", "int", later=_VALIDATION),
+    Option("validation_split", "float", 0.0, key="data.validation_split"),
+    Option("validation_seed", "int", key="data.validation_seed", special=True),
+    Option("validate_every_n_steps", "int", key="observers.every_n_steps", special=True),
+    Option("validate_every_n_epochs", "int", key="observers.every_n_epochs", special=True),
+    Option("max_validation_steps", "int", key="observers.max_steps", special=True),
 )
 
 CONFIG_FILE = (

@@ -1,7 +1,7 @@
 """What the engine asks of a base model, whatever its family.
 
 Shapes: B images in a micro-batch, C latent channels, h and w latent sides, H and W image sides in
-pixels, n chunks of 77 tokens in a caption.
+pixels.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from lorakit.blocks import BlockLayout
 
 Conditioning = Mapping[str, Tensor]
 """What the denoiser is told about each image, by name; every tensor's first side is B."""
+
+Tokens = Mapping[str, Tensor]
+"""What a text encoder reads of each caption, by name; every tensor's first side is B."""
 
 Block = Literal["transformer", "resnet", "sampler", "text_encoder"]
 """The kind of block that a layer belongs to."""
@@ -75,12 +78,15 @@ class ImageEncoder(Protocol):
 class TextEncoder(Protocol):
     """Turns captions into conditioning."""
 
-    def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Token ids, int64 [B, n, 77], on the CPU; truncates what is longer than the model is set to."""
+    def tokenize(self, captions: Sequence[str], weighted: bool = False) -> Tokens:
+        """The captions as `encode` takes them, on the CPU; truncates what is longer than the model is set to.
+
+        With `weighted`, brackets are no words but say how much those in them count (`lorakit.models.weighting`).
+        """
         ...
 
-    def encode(self, tokens: Tensor) -> Conditioning:
-        """Conditioning of token ids [B, n, 77]; differentiable with respect to the encoder's adapters."""
+    def encode(self, tokens: Tokens) -> Conditioning:
+        """Conditioning of tokenized captions; differentiable with respect to the encoder's adapters."""
         ...
 
 

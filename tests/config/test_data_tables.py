@@ -359,3 +359,22 @@ def test_metadata_files(
     )
     general = {"general": {"metadata_file": "photos/meta.json"}, "datasets": [{"resolution": 64, "subsets": [{}]}]}
     assert "write it in [[datasets.subsets]]" in data_problems(general)["data.general.metadata_file"]
+
+
+def test_validation_is_of_datasets(
+    data_of: Callable[..., DataSection], data_problems: Callable[..., dict[str, str]]
+) -> None:
+    """Share and seed of the validation split stand in [general] or a dataset; in a subset the message says so."""
+    subset = {"image_dir": "photos"}
+    own = {"resolution": 64, "validation_split": 0.5, "subsets": [subset]}
+    tables = {
+        "general": {"validation_split": 0.1, "validation_seed": 0},
+        "datasets": [own, {**own, "validation_seed": 3}],
+    }
+    del tables["datasets"][1]["validation_split"]
+    found = data_of(tables).datasets
+    assert [(each.validation_split, each.validation_seed) for each in found] == [(0.5, 0), (0.1, 3)]
+    wrong = {"datasets": [{"resolution": 64, "validation_split": 1, "subsets": [{**subset, "validation_split": 0.1}]}]}
+    problems = data_problems(wrong)
+    assert "must be less than 1" in problems["data.datasets[0].validation_split"]
+    assert "write it in [[datasets]] or [general]" in problems["data.datasets[0].subsets[0].validation_split"]

@@ -265,7 +265,7 @@ def test_options_without_effect_are_warnings(read: Read, tables: Tables) -> None
         "training.max_steps",
     ]  # fmt: skip
     del tables["training"], tables["network"], tables["optimizer"], tables["output"]["keep_last"]
-    idle = {"keep_tokens_separator": "|||", "token_warmup_min": 2, "prior_loss_weight": 0.5}
+    idle = {"validation_seed": 1, "keep_tokens_separator": "|||", "token_warmup_min": 2, "prior_loss_weight": 0.5}
     tables["data"] = {"image_dir": "photos", "resolution": 64, **idle}
     assert [warning.key for warning in read(tables).warnings()] == [f"data.{key}" for key in idle]
     tables["data"] = {

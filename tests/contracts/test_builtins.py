@@ -42,6 +42,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "torch.optim.lr_scheduler.StepLR": {"args": {"step_size": 30, "gamma": 0.5}},
     "tensorboard": {"dir": Path("logs")},
     "hub": {"repo_id": "me/my-lora", "states": True},
+    "validation": {"every_n_steps": 1, "timesteps": (100, 900)},
 }
 """The settings to test each component with; the others are tested with their defaults."""
 
@@ -64,6 +65,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, Any]] = {
     },
     "torch.optim.lr_scheduler.StepLR": {"stretches": False},
     "inverse_sqrt": {"stretches": False},
+    "validation": {"run_settings": {"data": {"validation_split": 0.25}, "network": {"dropout": 0.2}}},
     "ckpt": {"keeps_metadata": False},
     "pt": {"keeps_metadata": False},
 }

@@ -181,17 +181,17 @@ def test_images_are_not_mirrored_unless_asked_for(cache: Cache, dataset: Dataset
 def test_tokens_of_shuffled_captions(cache: Cache, with_subset: WithSubset):
     """With `tokenize`, a batch has the tokens of the caption as this epoch shuffles it, and no conditioning."""
     loader = make_loader(with_subset(shuffle_caption=True, keep_tokens=1), cache, tokens=True)
-    tokens = [loader.load(share_of(1, epoch=epoch)).tokens for epoch in range(20)]
+    tokens = [loader.load(share_of(1, epoch=epoch)).tokens["ids"] for epoch in range(20)]
     texts = [bytes(row.flatten().tolist()).rstrip(b"\0").decode() for row in tokens]
     assert set(texts) == {"photo, chelsea, sharp", "photo, sharp, chelsea"}
-    assert torch.equal(loader.load(share_of(1, epoch=5)).tokens, tokens[5])
+    assert torch.equal(loader.load(share_of(1, epoch=5)).tokens["ids"], tokens[5])
     assert loader.load(share_of(1)).conditioning is None
     assert tokens[0].shape == (1, 1, 77)
 
 
 def text_of(batch: Batch) -> list[str]:
     """The captions whose tokens a batch has."""
-    return [bytes(row.flatten().tolist()).rstrip(b"\0").decode() for row in batch.tokens]
+    return [bytes(row.flatten().tolist()).rstrip(b"\0").decode() for row in batch.tokens["ids"]]
 
 
 def test_dropped_captions_are_encoded_once_too(cache: Cache, with_subset: WithSubset):

@@ -209,6 +209,19 @@ def test_captions_are_encoded_once_each(cache: Cache, dataset: DatasetConfig, fo
         torch.testing.assert_close(cache.load(key), {name: tensor[0].detach() for name, tensor in expected.items()})
 
 
+def test_weighted_captions_have_entries_of_their_own(cache: Cache, dataset: DatasetConfig, folder: Path):
+    """With weights, captions are encoded as the text encoder weighs them, and what was encoded without is not used."""
+    (folder / "coffee.txt").write_text("a (photo)")
+    datasets, model = index_datasets([dataset]), TinyModel()
+    plain = encode_captions(datasets, model, cache, Encoding(device=CPU))
+    weighted = encode_captions(datasets, model, cache, Encoding(device=CPU, weighted_captions=True))
+    assert plain.keys() == weighted.keys()
+    assert not set(plain.values()) & set(weighted.values())
+    expected = model.text_encoder.encode(model.text_encoder.tokenize(["a photo"]))["hidden_states"][0]
+    assert torch.equal(cache.load(weighted["a (photo)"])["hidden_states"], expected)
+    assert not torch.equal(cache.load(plain["a (photo)"])["hidden_states"], expected)
+
+
 def test_changed_caption_and_text_encoder_are_noticed(cache: Cache, dataset: DatasetConfig, folder: Path):
     """An edited caption is encoded anew, and all are for another text encoder."""
 

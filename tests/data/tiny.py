@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -35,15 +35,16 @@ class TinyTextEncoder(nn.Module):
         self.embedding = nn.Embedding(256, 6)
         self.batch_sizes: list[int] = []
 
-    def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """The captions' bytes."""
-        rows = [list(caption.encode()[:77].ljust(77, b"\0")) for caption in captions]
-        return torch.tensor(rows, dtype=torch.int64).unsqueeze(1)
+    def tokenize(self, captions: Sequence[str], weighted: bool = False) -> dict[str, Tensor]:
+        """The captions' bytes; where they are weighted, those of captions without round brackets."""
+        plain = [caption.translate({ord("("): None, ord(")"): None}) for caption in captions] if weighted else captions
+        rows = [list(caption.encode()[:77].ljust(77, b"\0")) for caption in plain]
+        return {"ids": torch.tensor(rows, dtype=torch.int64).unsqueeze(1)}
 
-    def encode(self, tokens: Tensor) -> dict[str, Tensor]:
+    def encode(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Hidden states and their mean."""
-        self.batch_sizes.append(len(tokens))
-        hidden = self.embedding(tokens.flatten(1))
+        self.batch_sizes.append(len(tokens["ids"]))
+        hidden = self.embedding(tokens["ids"].flatten(1))
         return {"hidden_states": hidden, "pooled": hidden.mean(dim=1)}
 
 

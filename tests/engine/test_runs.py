@@ -337,16 +337,21 @@ def test_signal_saves_a_state(tables: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_two_processes_equal_one(tables: dict[str, Any], tmp_path: Path, accumulation: int) -> None:
-    """Two processes with batch size 1 give what one with batch size 2 gives, up to the order of summation."""
+    """Two processes with batch size 1 give what one with batch size 2 gives, up to the order of summation.
+
+    Between the epochs one of them validates while the other waits.
+    """
     training = {"max_steps": 4, "gradient_accumulation_steps": accumulation}
     # With its usual eps, Adam takes full steps where a gradient is nothing but rounding.
-    path = write_config(tables, tmp_path, training=training, network={"rank_dropout": 0.2}, optimizer={"eps": 0.01})
+    sections = {"network": {"rank_dropout": 0.2}, "optimizer": {"eps": 0.01}, "data": {"validation_split": 0.25}}
+    path = write_config(tables, tmp_path, training=training, **sections)
     alone = run_lorakit("train", path, "--set", "data.batch_size=2", "--set", "output.name=alone")
     assert alone.returncode == 0, alone.stderr
     options = ("--cpu", "--num_processes", "2", "--main_process_port", str(_free_port()))
     launcher = ("-m", "accelerate.commands.launch", *options)
     together = run_lorakit("train", path, launcher=launcher)
     assert together.returncode == 0, together.stderr
+    assert alone.stderr.count("validation loss") == together.stderr.count("validation loss") >= 2
     left = weights_of(tmp_path / "out" / "alone.safetensors")
     right = weights_of(tmp_path / "out" / "test.safetensors")
     assert left.keys() == right.keys()

@@ -503,3 +503,52 @@ def test_masks(converted: Convert, folder: Path, catalog: Catalog) -> None:
     moved = converted("--masked_loss", "--dataset_config=sets/dataset.toml")
     (subset,) = config_from_tables(moved.tables(), folder, catalog).data.datasets[0].subsets
     assert subset.conditioning_data_dir == folder / "masks"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], None),
+        (["--validate_every_n_steps=50"], {"every_n_epochs": 1, "every_n_steps": 50}),
+        (["--validate_every_n_epochs=3"], {"every_n_epochs": 3}),
+        (["--max_validation_steps=4"], {"every_n_epochs": 1, "max_steps": 4}),
+        (["--validate_every_n_steps=50", "--validate_every_n_epochs=3", "--max_validation_steps=4"],
+         {"every_n_epochs": 3, "every_n_steps": 50, "max_steps": 4}),
+    ],
+)  # fmt: skip
+def test_validation(
+    words: list[str], expected: dict[str, int] | None, converted: Convert, folder: Path, catalog: Catalog
+) -> None:
+    """Share and seed, zero included, are those of all datasets; as in sd-scripts, each epoch is validated too."""
+    draft = converted("--validation_split=0.2", "--validation_seed=0", *words, least=FOLDERS)
+    config = config_from_tables(draft.tables(), folder, catalog)
+    assert [(own.validation_split, own.validation_seed) for own in config.data.datasets] == [(0.2, 0)]
+    found = [{"name": "validation", **expected}] if expected else []
+    assert draft.tables().get("observers", []) == found
+    assert not list(config.warnings())
+
+
+def test_images_of_a_metadata_file_are_held_out(converted: Convert) -> None:
+    """sd-scripts splits no images of --in_json, lorakit does, which is said."""
+    draft = converted("--in_json=meta.json", "--validation_split=0.5", least=FOLDERS)
+    assert any(remark.startswith("--validation_split: holds out images here") for remark in remarks(draft))
+    assert not any(
+        "--validation_split" in remark for remark in remarks(converted("--validation_split=0.5", least=FOLDERS))
+    )
+
+
+def test_a_dataset_files_own_share_counts(converted: Convert, folder: Path, catalog: Catalog) -> None:
+    """What a dataset file says of validation wins over the command line, whose seed fills the gap."""
+    path = folder / "dataset.toml"
+    path.write_text(path.read_text().replace("resolution = 64", "resolution = 64\nvalidation_split = 0.4"))
+    draft = converted("--validation_split=0.2", "--validation_seed=7")
+    (dataset,) = config_from_tables(draft.tables(), folder, catalog).data.datasets
+    assert (dataset.validation_split, dataset.validation_seed) == (0.4, 7)
+
+
+def test_weighted_captions(converted: Convert, folder: Path, catalog: Catalog) -> None:
+    """One switch for all captions, beside a dataset file too."""
+    for least in (LEAST, FOLDERS):
+        draft = converted("--weighted_captions", least=least)
+        assert config_from_tables(draft.tables(), folder, catalog).data.weighted_captions
+    assert not config_from_tables(converted().tables(), folder, catalog).data.weighted_captions

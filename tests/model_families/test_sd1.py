@@ -162,7 +162,7 @@ def test_options_reach_the_model(file: Path) -> None:
     """Chunks, number format and device are those asked for."""
     model = SD1Config(path=str(file), max_token_length=150).build(CPU, torch.bfloat16)
     tokens = model.text_encoder.tokenize(["a cat"])
-    assert tokens.shape == (1, 2, 77)
+    assert tokens["ids"].shape == (1, 2, 77)
     assert model.text_encoder.encode(tokens)["hidden_states"].dtype == torch.bfloat16
 
 

@@ -176,7 +176,7 @@ def test_options_reach_the_model(file: Path) -> None:
     """Chunks, padding, number format and device are those asked for."""
     model = SD2Config(path=str(file), max_token_length=150).build(CPU, torch.bfloat16)
     tokens = model.text_encoder.tokenize(["a cat"])
-    assert tokens[0, :, -1].tolist() == [0, 0]
+    assert tokens["ids"][0, :, -1].tolist() == [0, 0]
     assert model.text_encoder.encode(tokens)["hidden_states"].dtype == torch.bfloat16
 
 

@@ -27,7 +27,7 @@ def test_hidden_states_are_those_of_transformers(tiny_file: Path, reference: CLI
     """`clip_skip` k reads the k-th layer from the end through the last normalisation; 1 is the usual output."""
     encoder = stable_diffusion(tiny_file, clip_skip=clip_skip).text_encoder
     tokens = encoder.tokenize([CAPTION, "two dogs"])
-    output = reference(tokens[:, 0], output_hidden_states=True)
+    output = reference(tokens["ids"][:, 0], output_hidden_states=True)
     expected = reference.final_layer_norm(output.hidden_states[-clip_skip])
     torch.testing.assert_close(encoder.encode(tokens)["hidden_states"], expected)
     if clip_skip == 1:
@@ -42,7 +42,7 @@ def test_chunks_are_encoded_alone_and_joined(tiny_file: Path, reference: CLIPTex
     states = encoder.encode(tokens)["hidden_states"]
     assert states.shape == (2, 75 * chunks + 2, 32)
     for row in range(2):
-        alone = [reference(tokens[row, index : index + 1]).last_hidden_state[0] for index in range(chunks)]
+        alone = [reference(tokens["ids"][row, index : index + 1]).last_hidden_state[0] for index in range(chunks)]
         expected = torch.cat([alone[0][:1], *(chunk[1:-1] for chunk in alone), alone[-1][-1:]])
         torch.testing.assert_close(states[row], expected)
 

@@ -254,7 +254,7 @@ def test_wrong_shapes_are_named(tiny_file: Path, tmp_path: Path) -> None:
 def test_only_the_part_asked_for_is_needed(tiny_file: Path, tmp_path: Path) -> None:
     """The text encoder is read from a file whose U-Net is incomplete."""
     path = changed(tiny_file, tmp_path / "x.safetensors", lambda tensors: tensors.pop(NORM))
-    tokens = torch.full((1, 1, 77), 49407)
+    tokens = {"ids": torch.full((1, 1, 77), 49407)}
     assert stable_diffusion(path).text_encoder.encode(tokens)["hidden_states"].shape == (1, 77, 32)
 
 

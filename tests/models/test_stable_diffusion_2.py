@@ -117,7 +117,7 @@ def test_every_form_predicts_as_diffusers_does(
     text = CLIPTextModel.from_pretrained(tiny_sd2_folder / "text_encoder").eval()
     tokens = model.text_encoder.tokenize(["a cat", "two dogs"])
     latents, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([1, 900])
-    hidden = text(tokens[:, 0]).last_hidden_state
+    hidden = text(tokens["ids"][:, 0]).last_hidden_state
     conditioning = model.text_encoder.encode(tokens)
     torch.testing.assert_close(conditioning["hidden_states"], hidden)
     prediction = model.predict(latents, timesteps, conditioning)
@@ -134,7 +134,7 @@ def test_clip_skip_counts_from_the_last_layer_that_is_read(
     encoder = sd2(tiny_sd2_file, clip_skip=clip_skip).text_encoder
     text = CLIPTextModel.from_pretrained(tiny_sd2_folder / "text_encoder").eval()
     tokens = encoder.tokenize(["a cat"])
-    layers = text(tokens[:, 0], output_hidden_states=True).hidden_states
+    layers = text(tokens["ids"][:, 0], output_hidden_states=True).hidden_states
     torch.testing.assert_close(encoder.encode(tokens)["hidden_states"], text.final_layer_norm(layers[-clip_skip]))
 
 
@@ -144,12 +144,12 @@ def test_tokens_are_those_of_the_models_tokenizer(tiny_sd2_file: Path, tiny_sd2_
     assert (reference.pad_token, reference.pad_token_id) == ("!", 0)
     padded = reference(CAPTIONS, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
     for path in (tiny_sd2_file, tiny_sd2_folder):
-        assert torch.equal(sd2(path).text_encoder.tokenize(CAPTIONS)[:, 0], padded)
+        assert torch.equal(sd2(path).text_encoder.tokenize(CAPTIONS)["ids"][:, 0], padded)
 
 
 def test_exclamation_marks_are_no_padding(tiny_sd2_file: Path) -> None:
     """Though token 0 is written `!`, an exclamation mark is the token of a word of its own, as OpenCLIP has it."""
-    tokens = sd2(tiny_sd2_file).text_encoder.tokenize(["hey!", "a ! b"])
+    tokens = sd2(tiny_sd2_file).text_encoder.tokenize(["hey!", "a ! b"])["ids"]
     assert tokens[0, 0, :5].tolist() == [49406, 2189, 256, 49407, 0]
     assert tokens[1, 0, :6].tolist() == [49406, 320, 256, 321, 49407, 0]
 
@@ -161,7 +161,7 @@ def test_long_captions_end_where_the_caption_does(tiny_sd2_file: Path, tiny_sd2_
     caption = " ".join(["cat"] * words)
     ids = reference(caption, padding="max_length", max_length=152, truncation=True).input_ids
     for index, chunk in enumerate(
-        sd2(tiny_sd2_file, max_token_length=150).text_encoder.tokenize([caption])[0].tolist()
+        sd2(tiny_sd2_file, max_token_length=150).text_encoder.tokenize([caption])["ids"][0].tolist()
     ):
         expected = [49406, *ids[1 + 75 * index : 76 + 75 * index], ids[-1]]
         expected[76] = 49407 if expected[75] not in (0, 49407) else expected[76]

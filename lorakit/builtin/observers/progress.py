@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ class Progress(Observer):
         """Say where, above the bar."""
         if self._bar is not None:
             self._bar.write(f"saved {path}", file=sys.stderr)
+
+    def validated(self, step: int, losses: Mapping[str, float]) -> None:
+        """Show the losses, above the bar."""
+        shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        self._bar.write(f"validation loss after step {step}: {shown}", file=sys.stderr)
 
     def closed(self) -> None:
         """Leave the bar as it is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,11 @@ class TensorBoard(Observer):
         self._writer.add_scalar("gradient_norm", metrics.gradient_norm, metrics.step)
         for name, rate in metrics.learning_rates.items():
             self._writer.add_scalar(f"lr/{name}", rate, metrics.step)
+
+    def validated(self, step: int, losses: Mapping[str, float]) -> None:
+        """Write one point of each curve."""
+        for name, loss in losses.items():
+            self._writer.add_scalar(f"loss/validation/{name}", loss, step)
 
     def closed(self) -> None:
         """Close the log."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lorakit.models.protocol import Conditioning
+from lorakit.models.protocol import Conditioning, Tokens
 from lorakit.models.stable_diffusion.parts import StoredPart
 from lorakit.models.stable_diffusion.reading import read_module
 from lorakit.models.stable_diffusion.tokenizer import CaptionTokenizer
@@ -24,18 +24,27 @@ class ClipTextEncoder:
         self.tokenizer = tokenizer
         self.clip_skip = clip_skip
 
-    def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Token ids, int64 [B, n, 77], on the CPU; captions are cut off at the longest length."""
-        return self.tokenizer(captions)
+    def tokenize(self, captions: Sequence[str], weighted: bool = False) -> Tokens:
+        """`ids`, int64 [B, n, 77], on the CPU; captions are cut off at the longest length.
 
-    def encode(self, tokens: Tensor) -> Conditioning:
-        """Hidden states [B, 75n+2, D] of token ids [B, n, 77], each chunk encoded alone.
+        With `weighted` also `weights`, float32 of the same shape: what brackets in the captions say.
+        """
+        if not weighted:
+            return {"ids": self.tokenizer(captions)}
+        ids, weights = self.tokenizer.weighted(captions)
+        return {"ids": ids, "weights": weights}
+
+    def encode(self, tokens: Tokens) -> Conditioning:
+        """Hidden states [B, 75n+2, D] of token ids [B, n, 77], each chunk encoded alone, times the weights.
 
         Of several chunks, only the first keeps its start token and only the last its end token.
         """
+        ids = tokens["ids"]
         device = next(self.module.parameters()).device
-        states = self._hidden_states(tokens.flatten(0, 1).to(device))
-        chunks = states.view(*tokens.shape, states.shape[-1])
+        states = self._hidden_states(ids.flatten(0, 1).to(device))
+        chunks = states.view(*ids.shape, states.shape[-1])
+        if "weights" in tokens:
+            chunks = (chunks * tokens["weights"].to(device).unsqueeze(-1)).to(states.dtype)
         inner = chunks[:, :, 1:-1].flatten(1, 2)
         return {"hidden_states": torch.cat([chunks[:, 0, :1], inner, chunks[:, -1, -1:]], dim=1)}
 

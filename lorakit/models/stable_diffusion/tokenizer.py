@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lorakit.errors import ModelError
+from lorakit.models.weighting import weighted_fragments
 
 CHUNK = 75
 """Tokens of the caption in one chunk."""
@@ -51,10 +53,31 @@ class CaptionTokenizer:
 
         A chunk ends with the end token if the caption goes on behind it, or else with padding.
         """
-        encodings = self.tokenizer.encode_batch(list(captions), add_special_tokens=False)
+        return self._in_chunks(self._ids(captions))
+
+    def weighted(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids as for captions without brackets, and their weights, float32 [B, n, 77].
+
+        The words of each weight are tokenized alone. Tokens that stand for no words have the weight 1.
+        """
+        fragments = [weighted_fragments(caption) for caption in captions]
+        ids_of = iter(self._ids([words for own in fragments for words, _ in own]))
+        tokens = [[(token, weight) for _, weight in own for token in next(ids_of)] for own in fragments]
+        ids = self._in_chunks([[token for token, _ in own] for own in tokens])
+        weights = torch.ones(len(captions), self.max_length)
+        for row, own in zip(weights, tokens, strict=True):
+            kept = own[: self.max_length]
+            row[: len(kept)] = torch.tensor([weight for _, weight in kept])
+        return ids, pad(weights.view(len(captions), -1, CHUNK), (1, 1), value=1.0)
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def _in_chunks(self, captions: Sequence[Sequence[int]]) -> Tensor:
+        """Token ids, int64 [B, n, 77], of the ids of captions of any length."""
         stream = torch.full((len(captions), self.max_length + 1), self.pad, dtype=torch.int64)
-        for row, encoding in zip(stream, encodings, strict=True):
-            ids = [*encoding.ids[: self.max_length], self.end]
+        for row, own in zip(stream, captions, strict=True):
+            ids = [*own[: self.max_length], self.end]
             row[: len(ids)] = torch.tensor(ids)
         body = stream[:, :-1].reshape(len(stream), -1, CHUNK).clone()
         goes_on = (body[..., -1] != self.end) & (body[..., -1] != self.pad)

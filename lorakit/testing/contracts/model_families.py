@@ -1,6 +1,6 @@
 """What every model family must do.
 
-B images, C latent channels, h and w latent sides, n chunks of 77 tokens in a caption.
+B images, C latent channels, h and w latent sides.
 """
 
 from __future__ import annotations
@@ -82,17 +82,31 @@ class ModelFamilyContract(ComponentContract):
         torch.testing.assert_close(encoder.encode(pictures(2)[1:])[0], mean[1:], rtol=1e-4, atol=1e-5)
 
     def test_text_encoder(self) -> None:
-        """Tokens are int64 [B, n, 77] on the CPU; conditioning has the captions as its first side, and differs."""
+        """Tokens, on the CPU, and conditioning have the captions as their first side; captions differ in it."""
         encoder = self.built().text_encoder
         tokens = encoder.tokenize(CAPTIONS)
-        assert tokens.dtype == torch.int64
-        assert (len(tokens), tokens.shape[2], tokens.device) == (len(CAPTIONS), 77, CPU)
+        assert {(len(tensor), tensor.device) for tensor in tokens.values()} == {(len(CAPTIONS), CPU)}
         conditioning = encoder.encode(tokens)
         assert conditioning
         for tensor in conditioning.values():
             assert len(tensor) == len(CAPTIONS)
             assert tensor.is_floating_point()
             assert not torch.equal(tensor[0], tensor[1]), "different captions give the same conditioning"
+
+    def test_weighted_captions(self) -> None:
+        """Brackets are words, unless they are to weigh; then the weight of 1 changes nothing, and another does."""
+        encoder = self.built().text_encoder
+
+        def encoded(*captions: str, weighted: bool = True) -> list[Tensor]:
+            return list(encoder.encode(encoder.tokenize(captions, weighted=weighted)).values())
+
+        plain = encoded("a red hat", "a red hat", weighted=False)
+        for words, same, other in zip(
+            plain, encoded("a red hat", "a (red:1) hat"), encoded("a (red) hat", "[a] red hat"), strict=True
+        ):
+            torch.testing.assert_close(same, words)
+            assert not torch.allclose(other, words)
+        assert not torch.equal(encoded("a (red) hat", weighted=False)[0], encoded("a (red) hat")[0])
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_predicts(self, dtype: torch.dtype) -> None:
@@ -105,8 +119,9 @@ class ModelFamilyContract(ComponentContract):
             assert prediction.dtype == dtype
             assert prediction.isfinite().all()
             assert batch.tokens is not None
-            for changed in ({"timesteps": batch.timesteps // 2}, {"tokens": batch.tokens.flip(0)}):
-                assert not torch.equal(predict(model, attrs.evolve(batch, **changed)), prediction)  # type: ignore[arg-type]
+            others = {name: tensor.flip(0) for name, tensor in batch.tokens.items()}
+            for changed in ({"timesteps": batch.timesteps // 2}, {"tokens": others}):
+                assert not torch.equal(predict(model, attrs.evolve(batch, **changed)), prediction)
 
     def test_noise_process(self) -> None:
         """Later timesteps are noisier, from almost no noise to hardly any signal."""
