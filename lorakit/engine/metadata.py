@@ -104,6 +104,7 @@ def _network_values(config: TrainConfig) -> dict[str, Any]:
         "ss_network_dim": getattr(network, "rank", None),
         "ss_network_alpha": getattr(network, "alpha", None),
         "ss_network_dropout": getattr(network, "dropout", None),
+        "ss_scale_weight_norms": getattr(network, "scale_weight_norms", None),
         **({"ss_network_args": json.dumps(given)} if given else {}),
     }
 

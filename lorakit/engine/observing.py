@@ -62,6 +62,8 @@ class StepMetrics:
     """L2 norm of the gradients before clipping."""
     learning_rates: Mapping[str, float] = field(factory=dict)
     """Learning rate of each parameter group in this step."""
+    values: Mapping[str, float] = field(factory=dict)
+    """What else the network has measured after this step, by the names of curves: `norm/avg_key_norm`."""
 
 
 class Observer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,6 +68,8 @@ class Run:
     """Loss of the step so far: this process's part of the mean, a scalar on the device."""
     gradient_norm: Tensor = field(init=False)
     """Norm of the last step's gradients, a scalar on the device."""
+    values: Mapping[str, Tensor] = field(factory=dict)
+    """What the network has measured after the last step, scalars on the device."""
     metrics: MetricsReader = field(init=False)
     """Reads the numbers of finished steps and tells the observers."""
 
@@ -192,6 +194,7 @@ class Run:
         self.gradient_norm = self.gradients.clip(self.config.training.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.values = self.network.after_update()
         self.gradients.zero()
 
     def step_finished(self, step: Step) -> None:
@@ -200,7 +203,9 @@ class Run:
         rates = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
         self.lr_scheduler.step()
         epoch = step.scheduled.planned.epoch
-        self.metrics.add(PendingStep(self.step, epoch, tuple(step.images), rates, self.loss, self.gradient_norm))
+        self.metrics.add(
+            PendingStep(self.step, epoch, tuple(step.images), rates, self.loss, self.gradient_norm, self.values)
+        )
         self.loss = torch.zeros_like(self.loss)
         self.observers.tell("step_finished", self.step)
 

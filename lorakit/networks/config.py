@@ -31,6 +31,10 @@ class LoRAConfig(NetworkConfig):
     module_dropout: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
     """Share of the adapters that are left out at random, for each image, while training."""
 
+    scale_weight_norms: float | None = field(default=None, validator=v.optional(v.gt(0)))
+    """Largest norm of a layer's update: one that has grown beyond it is scaled back after each step, so that no layer
+    overpowers the others. 1 is usual; no limit when absent."""
+
     def rank_and_alpha(self, target: AdaptationTarget) -> tuple[int, float] | None:
         """Rank and alpha of the adapter that a layer gets, or None if it gets none."""
         raise NotImplementedError(f"{type(self).__name__} does not say which layers it adapts")
@@ -45,4 +49,4 @@ class LoRAConfig(NetworkConfig):
             return LoRAModule(target.key, target.module, *size) if size else None
 
         rates = DropoutRates(neuron=self.dropout, rank=self.rank_dropout, module=self.module_dropout)
-        return LoRANetwork(targets, make, rates).attach()
+        return LoRANetwork(targets, make, rates, self.scale_weight_norms).attach()

@@ -16,6 +16,7 @@ from lorakit.errors import AdapterError
 from lorakit.models.protocol import AdaptationTarget
 from lorakit.networks.dropout import DropoutRates, Dropouts
 from lorakit.networks.functions import DrawMask, operation_for
+from lorakit.networks.max_norm import MaxNorm
 from lorakit.networks.network import AdapterModule, Network
 from lorakit.randomness import keyed_generator
 
@@ -84,12 +85,17 @@ class LoRANetwork(Network):
         targets: Sequence[AdaptationTarget],
         make: Callable[[AdaptationTarget], LoRAModule | None],
         rates: DropoutRates,
+        max_norm: float | None = None,
     ) -> None:
-        """Make the adapters; `make` returns None for a layer that gets none."""
+        """Make the adapters; `make` returns None for a layer that gets none.
+
+        `max_norm` is the largest norm that updates may have after a step.
+        """
         super().__init__(targets, make)
+        adapters = [adapter for adapter in self.adapters if isinstance(adapter, LoRAModule)]
+        self._max_norm = MaxNorm(adapters, max_norm) if max_norm else None
         self._dropouts: Dropouts | None = None
         if rates:
-            adapters = [adapter for adapter in self.adapters if isinstance(adapter, LoRAModule)]
             rank = max(adapter.rank for adapter in adapters)
             self._dropouts = Dropouts(rates, [adapter.key for adapter in adapters], rank)
             for index, adapter in enumerate(adapters):
@@ -100,6 +106,10 @@ class LoRANetwork(Network):
         if self._dropouts is not None:
             device = next(self.adapters.parameters()).device
             self._dropouts.begin_batch(sample_seeds.to(device, non_blocking=True))
+
+    def after_update(self) -> Mapping[str, Tensor]:
+        """Scale updates back that have grown beyond the largest norm; gives the norms for logs."""
+        return self._max_norm.apply() if self._max_norm else {}
 
 
 def _is_plain(base: nn.Linear | nn.Conv2d) -> bool:

@@ -126,6 +126,13 @@ class Network(nn.Module):
     def begin_batch(self, sample_seeds: Tensor) -> None:
         """Be told, before a training micro-batch of B images, their seeds, int64 [B], for whatever is random in it."""
 
+    def after_update(self) -> Mapping[str, Tensor]:
+        """Be told that the optimizer has moved the parameters; gives numbers for logs, scalars on the device.
+
+        The names are those of curves: `norm/avg_key_norm`. Nothing in here should wait for the device.
+        """
+        return {}
+
     @property
     def multiplier(self) -> float:
         """How strongly the adapters act: 1 as trained, 0 not at all."""

@@ -54,6 +54,8 @@ class TensorBoard(Observer):
         self._writer.add_scalar("gradient_norm", metrics.gradient_norm, metrics.step)
         for name, rate in metrics.learning_rates.items():
             self._writer.add_scalar(f"lr/{name}", rate, metrics.step)
+        for name, value in metrics.values.items():
+            self._writer.add_scalar(name, value, metrics.step)
 
     def closed(self) -> None:
         """Close the log."""
