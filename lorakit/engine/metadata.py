@@ -97,6 +97,7 @@ def _network_values(config: TrainConfig) -> dict[str, Any]:
         "conv_alpha": getattr(network, "conv_alpha", None),
         "rank_dropout": getattr(network, "rank_dropout", None),
         "module_dropout": getattr(network, "module_dropout", None),
+        "dora_wd": getattr(network, "dora", None),
     }
     given = {key: str(value) for key, value in arguments.items() if value}
     return {

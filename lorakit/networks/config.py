@@ -31,6 +31,9 @@ class LoRAConfig(NetworkConfig):
     module_dropout: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
     """Share of the adapters that are left out at random, for each image, while training."""
 
+    dora: bool = False
+    """Train the magnitude of each output apart from its direction (DoRA, Liu et al., 2024, arXiv:2402.09353): often
+    better at low ranks, slower, and not read alike by all tools."""
     scale_weight_norms: float | None = field(default=None, validator=v.optional(v.gt(0)))
     """Largest norm of a layer's update: one that has grown beyond it is scaled back after each step, so that no layer
     overpowers the others. 1 is usual; no limit when absent."""
@@ -41,12 +44,15 @@ class LoRAConfig(NetworkConfig):
 
     def build(self, targets: Sequence[AdaptationTarget]) -> Network:
         """The adapters, attached; all are of the given parts."""
+        from lorakit.networks.dora import DoRAModule
         from lorakit.networks.dropout import DropoutRates
         from lorakit.networks.lora import LoRAModule, LoRANetwork
 
+        module = DoRAModule if self.dora else LoRAModule
+
         def make(target: AdaptationTarget) -> LoRAModule | None:
             size = self.rank_and_alpha(target) if target.part in self.parts else None
-            return LoRAModule(target.key, target.module, *size) if size else None
+            return module(target.key, target.module, *size) if size else None
 
         rates = DropoutRates(neuron=self.dropout, rank=self.rank_dropout, module=self.module_dropout)
         return LoRANetwork(targets, make, rates, self.scale_weight_norms).attach()

@@ -43,7 +43,7 @@ class LoRAModule(AdapterModule):
         self.lora_up = nn.Parameter(torch.empty(out, rank, *[1] * len(inputs[1:]), dtype=torch.float32, device=device))
         self.draw_mask: DrawMask | None = None
         self._operation = operation_for(base)
-        self.initialize(0)
+        LoRAModule.initialize(self, 0)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
@@ -61,6 +61,10 @@ class LoRAModule(AdapterModule):
             return output
         draw_mask = self.draw_mask if self.training else None
         return self._operation(x, self.lora_down, self.lora_up, self.base, scale, draw_mask)
+
+    def use_dropouts(self, dropouts: Dropouts, index: int) -> None:
+        """Drop at random while training, as adapter number `index` of the dropouts' adapters."""
+        self.draw_mask = partial(dropouts.mask, index)
 
     def tensors(self) -> dict[str, Tensor]:
         """Both factors and alpha, a number."""
@@ -99,7 +103,7 @@ class LoRANetwork(Network):
             rank = max(adapter.rank for adapter in adapters)
             self._dropouts = Dropouts(rates, [adapter.key for adapter in adapters], rank)
             for index, adapter in enumerate(adapters):
-                adapter.draw_mask = partial(self._dropouts.mask, index)
+                adapter.use_dropouts(self._dropouts, index)
 
     def begin_batch(self, sample_seeds: Tensor) -> None:
         """Draw the micro-batch's dropouts from its images' seeds, int64 [B]."""
