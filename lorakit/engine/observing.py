@@ -44,6 +44,8 @@ class RunInfo:
     evaluating: Callable[[], AbstractContextManager[DiffusionModel]]
     """The model as a saved file would make it, for a `with` block: no gradients, no dropout, the optimizer's evaluation
     weights. Whatever is done in the block, training goes on as if it had not been, as long as randomness is keyed."""
+    paths: Mapping[str, str] = field(factory=dict)
+    """The place in a pipeline of diffusers of each adapted layer, `unet.mid_block.…`, by its key in LoRA files."""
     tell: Callable[..., None]
     """Tells all observers of an event, by the name of its method: `tell("previews_drawn", step, paths)`."""
 

@@ -92,6 +92,7 @@ class Run:
             save_adapter=self.save_adapter,
             save_state=self.save_state,
             evaluating=self.evaluating,
+            paths=self.network.paths,
             tell=self.tell,
         )
 

@@ -34,6 +34,8 @@ class AdaptationTarget:
     """The module that holds it."""
     attribute: str
     """Its name in the parent: `to_q`, or `0` in a sequence."""
+    path: str = ""
+    """Its place in a pipeline of diffusers, `unet.down_blocks.0.attentions.0.proj_in`; empty where it has none."""
 
     @property
     def module(self) -> nn.Module:

@@ -149,6 +149,11 @@ class Network(nn.Module):
         """The parts of the model that have adapters, in the order of the targets."""
         return tuple(dict.fromkeys(target.part for target in self._targets))
 
+    @property
+    def paths(self) -> Mapping[str, str]:
+        """The place in a pipeline of diffusers of each layer that has an adapter, by its key in LoRA files."""
+        return {target.key: target.path for target in self._targets}
+
     def parameters_of(self, part: str) -> tuple[nn.Parameter, ...]:
         """The trained parameters of one part of the model."""
         adapters = zip(self._targets, self._by_key.values(), strict=True)

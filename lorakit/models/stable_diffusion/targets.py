@@ -34,13 +34,14 @@ def unet_targets(unet: nn.Module) -> Iterator[AdaptationTarget]:
     for path, parent, attribute in _adaptable(unet):
         block = next((_BLOCKS[step] for step in path.split(".") if step in _BLOCKS), None)
         if block is not None:
-            yield AdaptationTarget(unet_key(path), "unet", block, parent, attribute)
+            yield AdaptationTarget(unet_key(path), "unet", block, parent, attribute, f"unet.{path}")
 
 
 def text_encoder_targets(encoder: nn.Module) -> Iterator[AdaptationTarget]:
     """Projections and MLPs of every layer of a CLIP text encoder, those above the layer that is read included."""
     for path, parent, attribute in _adaptable(encoder):
-        yield AdaptationTarget(text_encoder_key(path), "text_encoder", "text_encoder", parent, attribute)
+        key, place = text_encoder_key(path), f"text_encoder.text_model.{path}"
+        yield AdaptationTarget(key, "text_encoder", "text_encoder", parent, attribute, place)
 
 
 def _adaptable(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
