@@ -22,11 +22,10 @@ from lorakit.models.protocol import AdaptationTarget, AttentionBackend, Conditio
 from lorakit.models.stable_diffusion.attention import use_backend
 from lorakit.models.stable_diffusion.image import VaeEncoder, read_vae_encoder
 from lorakit.models.stable_diffusion.parts import TOKENIZER_FILES, StoredModel, StoredPart
-from lorakit.models.stable_diffusion.reading import read_unet, unet_module
+from lorakit.models.stable_diffusion.reading import empty_module, read_unet, unet_module
 from lorakit.models.stable_diffusion.targets import text_encoder_key, text_encoder_targets, unet_key, unet_targets
 from lorakit.models.stable_diffusion.text import ClipTextEncoder, checkpoint_layers, clip_module, read_clip
 from lorakit.models.stable_diffusion.tokenizer import CaptionTokenizer
-from lorakit.models.weights import without_weights
 
 _PROCESS_MEMO = ProcessMemo()
 _NOTHING_MERGED = Merging(())
@@ -195,8 +194,9 @@ class StableDiffusion:
 
     def _layers(self) -> dict[str, tuple[int, ...]]:
         """Shape of the weights of each layer that LoRA files may be for, by key; reads no weights."""
-        encoder = without_weights(partial(clip_module, self.stored.part("text_encoder")))
-        unet = without_weights(partial(unet_module, self.stored.part("unet")))
+        text_part, unet_part = self.stored.part("text_encoder"), self.stored.part("unet")
+        encoder = empty_module(text_part, partial(clip_module, text_part))
+        unet = empty_module(unet_part, partial(unet_module, unet_part))
         targets = (*text_encoder_targets(encoder), *unet_targets(unet))
         return {target.key: tuple(target.module.get_parameter("weight").shape) for target in targets}
 

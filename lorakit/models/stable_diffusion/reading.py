@@ -13,6 +13,17 @@ from lorakit.models.stable_diffusion.parts import StoredPart
 from lorakit.models.weights import EditTensor, load_weights, shapes_of, without_weights
 
 
+def empty_module(part: StoredPart, build: Callable[[], nn.Module]) -> nn.Module:
+    """The module that `build` makes, its parameters without memory; a `ModelError` if the settings make none."""
+    try:
+        return without_weights(build)
+    except Exception as error:  # the libraries raise all kinds of exceptions for settings that they cannot use
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"{part} has settings that make no sense ({reason}); it is damaged or of another kind"
+        ) from error
+
+
 def read_module(
     part: StoredPart,
     build: Callable[[], nn.Module],
@@ -26,13 +37,7 @@ def read_module(
     `edit` may change weights as they are read. A `ModelError` if the part's settings make no module, or its weights do
     not fit the module.
     """
-    try:
-        module = without_weights(build)
-    except Exception as error:  # the libraries raise all kinds of exceptions for settings that they cannot use
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"{part} has settings that make no sense ({reason}); it is damaged or of another kind"
-        ) from error
+    module = empty_module(part, build)
     part.check_complete(shapes_of(module))
     for child in without:
         delattr(module, child)
