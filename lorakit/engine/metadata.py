@@ -117,7 +117,8 @@ def _loss_values(loss: LossSection) -> dict[str, Any]:
 
 def _network_values(config: TrainConfig) -> dict[str, Any]:
     network = config.network
-    keys = {name: argument.key for name, argument in NETWORK_ARGS.items()} | {"rank_stabilized": "rank_stabilized"}
+    keys = {name: argument.key for name, argument in NETWORK_ARGS.items()}
+    keys |= {"rank_stabilized": "rank_stabilized", "dora_wd": "dora"}
     values = {name: getattr(network, key, None) for name, key in keys.items()}
     own = getattr(network, "args", {}) if network.by_path else {}
     given = {name: _as_argument(value) for name, value in {**values, **own}.items() if value}
@@ -127,6 +128,7 @@ def _network_values(config: TrainConfig) -> dict[str, Any]:
         "ss_network_dim": "Dynamic" if varies else getattr(network, "rank", None),
         "ss_network_alpha": "Dynamic" if varies else getattr(network, "alpha", None),
         "ss_network_dropout": getattr(network, "dropout", None),
+        "ss_scale_weight_norms": getattr(network, "scale_weight_norms", None),
         **({"ss_network_args": json.dumps(given)} if given else {}),
     }
 

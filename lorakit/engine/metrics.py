@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 from torch import Tensor
 
 from lorakit.engine.observing import StepMetrics
@@ -41,6 +41,8 @@ class PendingStep:
     learning_rates: Mapping[str, float]
     loss: Tensor
     gradient_norm: Tensor
+    values: Mapping[str, Tensor] = field(factory=dict)
+    """What else was measured, the same on all processes: scalars on the device."""
 
 
 class MetricsReader:
@@ -74,9 +76,12 @@ class MetricsReader:
             return
         losses = self._processes.sum(torch.stack([pending.loss for pending in self._pending]))
         norms = torch.stack([pending.gradient_norm for pending in self._pending])
-        values = torch.stack([losses, norms]).tolist()
+        others = [value.float().view(1) for pending in self._pending for value in pending.values.values()]
+        numbers = torch.cat([losses, norms, *others]).tolist()
         pending_steps, self._pending = self._pending, []
-        for pending, loss, norm in zip(pending_steps, *values, strict=True):
+        count = len(pending_steps)
+        values = iter(numbers[2 * count :])
+        for pending, loss, norm in zip(pending_steps, numbers[:count], numbers[count : 2 * count], strict=True):
             self._refuse_divergence(pending, loss, norm)
             self._report(
                 StepMetrics(
@@ -85,6 +90,7 @@ class MetricsReader:
                     loss=loss,
                     gradient_norm=norm,
                     learning_rates=pending.learning_rates,
+                    values={name: next(values) for name in pending.values},
                 )
             )
 

@@ -49,6 +49,8 @@ class RunInfo:
     validation_loss: Callable[[Sequence[int], int | None], float] | None
     """The mean loss on images that are held out from training, at these timesteps, with noise that is always the same;
     of so many batches, or all where that is None. None where no images are held out."""
+    paths: Mapping[str, str] = field(factory=dict)
+    """The place in a pipeline of diffusers of each adapted layer, `unet.mid_block.…`, by its key in LoRA files."""
     tell: Callable[..., None]
     """Tells all observers of an event, by the name of its method: `tell("previews_drawn", step, paths)`."""
 
@@ -67,6 +69,8 @@ class StepMetrics:
     """L2 norm of the gradients before clipping."""
     learning_rates: Mapping[str, float] = field(factory=dict)
     """Learning rate of each parameter group in this step."""
+    values: Mapping[str, float] = field(factory=dict)
+    """What else the network has measured after this step, by the names of curves: `norm/avg_key_norm`."""
 
 
 class Observer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -72,6 +72,8 @@ class Run:
     """Loss of the step so far: this process's part of the mean, a scalar on the device."""
     gradient_norm: Tensor = field(init=False)
     """Norm of the last step's gradients, a scalar on the device."""
+    values: Mapping[str, Tensor] = field(factory=dict)
+    """What the network has measured after the last step, scalars on the device."""
     metrics: MetricsReader = field(init=False)
     """Reads the numbers of finished steps and tells the observers."""
 
@@ -97,6 +99,7 @@ class Run:
             save_state=self.save_state,
             evaluating=self.evaluating,
             validation_loss=partial(self._validation_loss, self.validation) if self.validation else None,
+            paths=self.network.paths,
             tell=self.tell,
         )
 
@@ -213,6 +216,7 @@ class Run:
         self.gradient_norm = self.gradients.clip(self.config.training.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.values = self.network.after_update()
         self.gradients.zero()
 
     def step_finished(self, step: Step) -> None:
@@ -221,7 +225,9 @@ class Run:
         rates = {group["name"]: effective_rate(group) for group in self.optimizer.param_groups}
         self.lr_scheduler.step()
         epoch = step.scheduled.planned.epoch
-        self.metrics.add(PendingStep(self.step, epoch, tuple(step.images), rates, self.loss, self.gradient_norm))
+        self.metrics.add(
+            PendingStep(self.step, epoch, tuple(step.images), rates, self.loss, self.gradient_norm, self.values)
+        )
         self.loss = torch.zeros_like(self.loss)
         self.observers.tell("step_finished", self.step)
 

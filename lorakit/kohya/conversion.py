@@ -39,6 +39,7 @@ def convert(given: Mapping[str, Any], folder: Path, target: Path, catalog: Catal
     write_network(command, draft, catalog)
     write_optimizer(command, draft, catalog)
     write_lr_scheduler(command, draft, catalog)
+    _base_weights(command, draft)
     _attention(command, draft)
     _training(command, draft)
     write_saving(command, draft)
@@ -96,6 +97,21 @@ def _model(command: Command, draft: Draft) -> None:
         is_velocity = command.get("v_parameterization")
         source = "--v_parameterization" + ("" if is_velocity else " is absent")
         draft.set("model", "prediction", Setting("v_prediction" if is_velocity else "epsilon", source))
+
+
+def _base_weights(command: Command, draft: Draft) -> None:
+    """LoRA files to merge; sd-scripts merges those for which there is no number with 1, and leaves numbers over."""
+    if command.state("base_weights") is not State.WORKS:
+        return
+    paths, multipliers = command.get("base_weights"), command.get("base_weights_multiplier")
+    if paths:
+        draft.set("model", "base_weights", command.setting("base_weights", [command.path(path) for path in paths]))
+    used, left = list(multipliers[: len(paths)]), multipliers[len(paths) :]
+    if used:
+        draft.set("model", "base_weights_multipliers", command.setting("base_weights_multiplier", used))
+    if left:
+        numbers = " ".join(f"{number:g}" for number in left)
+        draft.remark("base_weights_multiplier", f"{numbers} has no effect, as --base_weights names no more files")
 
 
 def _attention(command: Command, draft: Draft) -> None:

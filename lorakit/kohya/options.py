@@ -121,9 +121,9 @@ NETWORK = (
     Option("dim_from_weights", "flag", False, key="network.rank_from_weights"),
     Option("network_train_unet_only", "flag", False, key='network.parts = ["unet"]'),
     Option("network_train_text_encoder_only", "flag", False, key='network.parts = ["text_encoder"]'),
-    Option("base_weights", "texts", (), later="other LoRAs cannot be merged into the base model yet"),
-    Option("base_weights_multiplier", "floats", (), later="other LoRAs cannot be merged into the base model yet"),
-    Option("scale_weight_norms", "float", later="the norms of the updates cannot be limited yet"),
+    Option("base_weights", "texts", (), key="model.base_weights", special=True),
+    Option("base_weights_multiplier", "floats", (), key="model.base_weights_multipliers", special=True),
+    Option("scale_weight_norms", "float", key="network.scale_weight_norms"),
     Option("training_comment", "text", key="output.training_comment"),
 )
 

@@ -43,6 +43,8 @@ class AdaptationTarget:
     """Number of the block of the U-Net, as `layout` counts them, or of the text encoder that it is in, from 0."""
     layout: BlockLayout | None = None
     """How the blocks of the U-Net are numbered; None elsewhere."""
+    place: str = ""
+    """Its path in a pipeline of diffusers, `unet.down_blocks.0.attentions.0.proj_in`; empty where it has none."""
 
     @property
     def parent(self) -> nn.Module:

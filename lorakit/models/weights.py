@@ -17,6 +17,9 @@ from lorakit.models.places import Place
 ReadTensor = Callable[[Place], Tensor]
 """The tensor at that place, on the CPU, in the file's number format; its bytes are read when they are used."""
 
+EditTensor = Callable[[str, Tensor], Tensor]
+"""A tensor of a module, by its name there, as it is to be used, in any number format; made from the file's."""
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -62,16 +65,23 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def load_weights(
-    module: nn.Module, file: Path, names: Mapping[str, Place], device: torch.device, dtype: torch.dtype
+    module: nn.Module,
+    file: Path,
+    names: Mapping[str, Place],
+    device: torch.device,
+    dtype: torch.dtype,
+    edit: EditTensor | None = None,
 ) -> None:
     """Fill a module that has no weights from a file; `names` has the place in the file of each of its tensors.
 
-    The module is frozen and in evaluation mode afterwards. On the CPU, tensors that are stored in the
-    number format asked for stay views of the mapped file: they take no memory of their own.
+    `edit` may change each tensor, on the device, before it is put in the number format `dtype`. The module is frozen
+    and in evaluation mode afterwards. On the CPU, tensors that are stored in the number format asked for stay views of
+    the mapped file: they take no memory of their own.
     """
     read = open_tensors(file)
-    state = {
-        name: read(names[name]).reshape(empty.shape).to(device).to(dtype) for name, empty in module.state_dict().items()
-    }
+    state = {}
+    for name, empty in module.state_dict().items():
+        tensor = read(names[name]).reshape(empty.shape).to(device)
+        state[name] = (edit(name, tensor) if edit else tensor).to(dtype)
     module.load_state_dict(state, assign=True)
     module.requires_grad_(requires_grad=False).eval()

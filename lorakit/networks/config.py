@@ -52,6 +52,12 @@ class LoRAConfig(NetworkConfig):
     """The same for the U-Net alone; `loraplus_lr_ratio` when absent."""
     loraplus_text_encoder_lr_ratio: float | None = field(default=None, validator=v.optional(v.gt(0)))
     """The same for the text encoder alone; `loraplus_lr_ratio` when absent."""
+    dora: bool = False
+    """Train the magnitude of each output apart from its direction (DoRA, Liu et al., 2024, arXiv:2402.09353): often
+    better at low ranks, slower, and not read alike by all tools."""
+    scale_weight_norms: float | None = field(default=None, validator=v.optional(v.gt(0)))
+    """Largest norm of a layer's update: one that has grown beyond it is scaled back after each step, so that no layer
+    overpowers the others. 1 is usual; no limit when absent."""
 
     def rank_and_alpha(self, target: AdaptationTarget) -> tuple[int, float] | None:
         """Rank and alpha of the adapter that a layer gets, or None if it gets none."""
@@ -74,17 +80,19 @@ class LoRAConfig(NetworkConfig):
 
     def build(self, targets: Sequence[AdaptationTarget]) -> Network:
         """The adapters, attached; all are of the given parts."""
+        from lorakit.networks.dora import DoRAModule
         from lorakit.networks.dropout import DropoutRates
         from lorakit.networks.lora import LoRAModule, LoRANetwork
 
+        module = DoRAModule if self.dora else LoRAModule
         size_of = self._sizes_in_weights() if self.rank_from_weights else self._size
 
         def make(target: AdaptationTarget) -> LoRAModule | None:
             size = size_of(target) if self.adapts(target) else None
-            return LoRAModule(target.key, target.module, *size) if size else None
+            return module(target.key, target.module, *size) if size else None
 
         rates = DropoutRates(neuron=self.dropout, rank=self.rank_dropout, module=self.module_dropout)
-        return LoRANetwork(targets, make, rates, self.lr_factors(targets)).attach()
+        return LoRANetwork(targets, make, rates, self.lr_factors(targets), self.scale_weight_norms).attach()
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the fields taken together."""

@@ -45,22 +45,24 @@ class Dropouts:
 
     def __init__(self, rates: DropoutRates, keys: Sequence[str], rank: int) -> None:
         """Masks for the adapters of these keys, of at most this rank."""
-        self._rates = rates
+        self.rates = rates
         self._rank = rank
         self._salts = torch.tensor([derived_seed("dropout", key) for key in keys])  # [A]
         self._streams: Tensor | None = None
         self._factors: Tensor | None = None
+        self._kept: Tensor | None = None
 
     def begin_batch(self, sample_seeds: Tensor) -> None:
         """Make the masks of B images from now on; their seeds are int64 [B]."""
         self._salts = self._salts.to(sample_seeds.device)
         self._streams = _mix(self._salts[:, None] ^ sample_seeds)  # [A, B]
-        if self._rates.rank or self._rates.module:
+        if self.rates.rank or self.rates.module:
             places = torch.arange(1 + self._rank, device=sample_seeds.device)
             numbers = _numbers(self._streams, places)  # [A, B, 1 + rank]
             module, ranks = numbers[:, :, :1], numbers[:, :, 1:]
-            kept = _survives(module, self._rates.module) & _survives(ranks, self._rates.rank)
-            self._factors = (kept.float() / (1 - self._rates.rank)).unsqueeze(2)  # [A, B, 1, rank]
+            self._kept = _survives(module, self.rates.module)
+            kept = self._kept & _survives(ranks, self.rates.rank)
+            self._factors = (kept.float() / (1 - self.rates.rank)).unsqueeze(2)  # [A, B, 1, rank]
 
     def mask(self, adapter: int, hidden: Tensor) -> Tensor:
         """What to multiply an adapter's rank-r activations [n·B, L, r] by; an image's n rows follow one another."""
@@ -75,12 +77,19 @@ class Dropouts:
         factors = self._factors[adapter, ..., :rank].to(hidden.dtype)
         if rows > images:
             factors = factors.repeat_interleave(rows // images, dim=0)
-        return factors * self._neurons(self._streams[adapter], hidden) if self._rates.neuron else factors
+        return factors * self._neurons(self._streams[adapter], hidden) if self.rates.neuron else factors
+
+    def kept(self, adapter: int, rows: int) -> Tensor:
+        """Which of an adapter's n·B rows are of images that it is not left out for, bool [n·B]."""
+        if self._kept is None:
+            raise RuntimeError("Network.begin_batch must be told the samples' seeds before the forward pass")
+        kept = self._kept[adapter, :, 0]
+        return kept.repeat_interleave(rows // len(kept)) if rows > len(kept) else kept
 
     def _neurons(self, stream: Tensor, hidden: Tensor) -> Tensor:
         places = torch.arange(_FIRST_NEURON, _FIRST_NEURON + hidden.numel() // len(stream), device=stream.device)
-        kept = _survives(_numbers(stream, places), self._rates.neuron)
-        return kept.view(hidden.shape).to(hidden.dtype).div_(1 - self._rates.neuron)
+        kept = _survives(_numbers(stream, places), self.rates.neuron)
+        return kept.view(hidden.shape).to(hidden.dtype).div_(1 - self.rates.neuron)
 
 
 def _numbers(streams: Tensor, places: Tensor) -> Tensor:

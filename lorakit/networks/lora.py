@@ -17,6 +17,7 @@ from lorakit.errors import AdapterError
 from lorakit.models.protocol import AdaptationTarget
 from lorakit.networks.dropout import DropoutRates, Dropouts
 from lorakit.networks.functions import DrawMask, operation_for
+from lorakit.networks.max_norm import MaxNorm
 from lorakit.networks.network import AdapterModule, Network
 from lorakit.randomness import keyed_generator
 
@@ -47,7 +48,7 @@ class LoRAModule(AdapterModule):
         self.lora_up = nn.Parameter(torch.empty(out, rank, *[1] * len(inputs[1:]), dtype=torch.float32, device=device))
         self.draw_mask: DrawMask | None = None
         self._operation = operation_for(base)
-        self.initialize(0)
+        LoRAModule.initialize(self, 0)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
@@ -65,6 +66,10 @@ class LoRAModule(AdapterModule):
             return output
         draw_mask = self.draw_mask if self.training else None
         return self._operation(x, self.lora_down, self.lora_up, self.base, scale, draw_mask)
+
+    def use_dropouts(self, dropouts: Dropouts, index: int) -> None:
+        """Drop at random while training, as adapter number `index` of the dropouts' adapters."""
+        self.draw_mask = partial(dropouts.mask, index)
 
     def tensors(self) -> dict[str, Tensor]:
         """Both factors and alpha, a number."""
@@ -121,17 +126,22 @@ class LoRANetwork(Network):
         make: Callable[[AdaptationTarget], LoRAModule | None],
         rates: DropoutRates,
         lr_factors: LRFactors = LRFactors(),
+        max_norm: float | None = None,
     ) -> None:
-        """Make the adapters; `make` returns None for a layer that gets none."""
+        """Make the adapters; `make` returns None for a layer that gets none.
+
+        `max_norm` is the largest norm that updates may have after a step.
+        """
         super().__init__(targets, make)
         self._lr_factors = lr_factors
+        adapters = [adapter for adapter in self.adapters if isinstance(adapter, LoRAModule)]
+        self._max_norm = MaxNorm(adapters, max_norm) if max_norm else None
         self._dropouts: Dropouts | None = None
         if rates:
-            adapters = [adapter for adapter in self.adapters if isinstance(adapter, LoRAModule)]
             rank = max(adapter.rank for adapter in adapters)
             self._dropouts = Dropouts(rates, [adapter.key for adapter in adapters], rank)
             for index, adapter in enumerate(adapters):
-                adapter.draw_mask = partial(self._dropouts.mask, index)
+                adapter.use_dropouts(self._dropouts, index)
 
     def group_of(self, target: AdaptationTarget, parameter_name: str) -> tuple[str, float]:
         """Blocks of the U-Net, and up factors, have groups of their own where they have learning rates of their own."""
@@ -148,6 +158,10 @@ class LoRANetwork(Network):
         if self._dropouts is not None:
             device = next(self.adapters.parameters()).device
             self._dropouts.begin_batch(sample_seeds.to(device, non_blocking=True))
+
+    def after_update(self) -> Mapping[str, Tensor]:
+        """Scale updates back that have grown beyond the largest norm; gives the norms for logs."""
+        return self._max_norm.apply() if self._max_norm else {}
 
 
 def _is_plain(base: nn.Linear | nn.Conv2d) -> bool:

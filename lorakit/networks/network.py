@@ -130,6 +130,13 @@ class Network(nn.Module):
     def begin_batch(self, sample_seeds: Tensor) -> None:
         """Be told, before a training micro-batch of B images, their seeds, int64 [B], for whatever is random in it."""
 
+    def after_update(self) -> Mapping[str, Tensor]:
+        """Be told that the optimizer has moved the parameters; gives numbers for logs, scalars on the device.
+
+        The names are those of curves: `norm/avg_key_norm`. Nothing in here should wait for the device.
+        """
+        return {}
+
     @property
     def multiplier(self) -> float:
         """How strongly the adapters act: 1 as trained, 0 not at all."""
@@ -145,6 +152,11 @@ class Network(nn.Module):
     def parts(self) -> tuple[str, ...]:
         """The parts of the model that have adapters, in the order of the targets."""
         return tuple(dict.fromkeys(target.part for target in self._targets))
+
+    @property
+    def paths(self) -> Mapping[str, str]:
+        """The place in a pipeline of diffusers of each layer that has an adapter, by its key in LoRA files."""
+        return {target.key: target.place for target in self._targets}
 
     def parameters_of(self, part: str) -> tuple[nn.Parameter, ...]:
         """The trained parameters of one part of the model."""

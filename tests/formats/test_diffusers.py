@@ -45,7 +45,7 @@ def trained_file(model: Path, images: Path, out: Path, /, **sections: Any) -> Pa
         "output": {"dir": str(out)},
     }
     for section, values in sections.items():
-        tables[section] = {**tables.get(section, {}), **values}
+        tables[section] = {**tables.get(section, {}), **values} if isinstance(values, dict) else values
     return lorakit.train(config_from_tables(tables, out))
 
 
@@ -61,18 +61,28 @@ def outputs(pipeline: Any, side: int) -> dict[str, Tensor]:
 
 
 def merge_by_hand(pipeline: Any, tensors: dict[str, Tensor]) -> None:
-    """W ← W + alpha/rank · U·D in every layer that the file names, in float64."""
+    """W ← W + alpha/rank · U·D in every layer that the file names, in float64.
+
+    Where there are magnitudes, each output's weights are then scaled to have theirs as their norm.
+    """
     layers = {t.key: t.module for t in (*text_encoder_targets(pipeline.text_encoder), *unet_targets(pipeline.unet))}
     for key in {name.split(".")[0] for name in tensors}:
         layer = layers[key]
         assert isinstance(layer, nn.Linear | nn.Conv2d)
         down, up = tensors[f"{key}.lora_down.weight"].double(), tensors[f"{key}.lora_up.weight"].double()
         update = torch.einsum("or,r...->o...", up.flatten(1), down) * (tensors[f"{key}.alpha"].item() / len(down))
-        layer.weight.data = (layer.weight.double() + update.view(layer.weight.shape)).to(layer.weight.dtype)
+        weight = layer.weight.double() + update.view(layer.weight.shape)
+        if f"{key}.dora_scale" in tensors:
+            norms = weight.flatten(1).norm(dim=1).view_as(tensors[f"{key}.dora_scale"])
+            weight *= tensors[f"{key}.dora_scale"].double() / norms
+        layer.weight.data = weight.to(layer.weight.dtype)
 
 
-def check(folder: Path, file: Path, side: int, caplog: pytest.LogCaptureFixture) -> None:
-    """Diffusers takes every key, and its outputs are those of the weights merged by hand."""
+def check(folder: Path, file: Path, side: int, caplog: pytest.LogCaptureFixture, given: Path | None = None) -> None:
+    """Diffusers takes every key, and its outputs are those of the weights merged by hand.
+
+    It is given the file, or another one that should mean the same.
+    """
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
 
@@ -81,7 +91,7 @@ def check(folder: Path, file: Path, side: int, caplog: pytest.LogCaptureFixture)
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     base = outputs(pipeline, side)
     with caplog.at_level(logging.WARNING):
-        pipeline.load_lora_weights(file)
+        pipeline.load_lora_weights(given or file)
     assert "keys" not in caplog.text
     loaded = sum(hasattr(m, "lora_A") for part in (pipeline.unet, pipeline.text_encoder) for m in part.modules())
     assert loaded == len({name.split(".")[0] for name in tensors})
@@ -155,6 +165,34 @@ def test_scales_that_vary(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         up = tensors[f"{name}.lora_up.weight"].double() * written
         assert torch.allclose(up, exact[f"{name}.lora_up.weight"].double() * trained, rtol=1e-6, atol=0)
     assert len(scales) > 10
+
+
+@pytest.mark.parametrize(
+    ("make", "network", "saver"),
+    [
+        (make_tiny_sd1, {"name": "lierla", "dora": True}, {}),
+        (make_tiny_sd2, {"name": "c3lier", "dora": True, "conv_rank": 4, "conv_alpha": 2.0}, {"name": "pt"}),
+        (make_tiny_sd1, {"name": "c3lier", "conv_rank": 4, "conv_alpha": 2.0}, {}),
+    ],
+    ids=["dora", "dora with convolutions", "lora"],
+)
+def test_copies_for_diffusers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Any, network: dict[str, Any], saver: dict[str, Any]
+) -> None:
+    """The copy beside a file means in diffusers what the file means, magnitudes of both parts included."""
+    folder = make(tmp_path / "model")
+    images = write_photographs(tmp_path / "images", 4, 96)
+    output = {"save_every_n_steps": 1, "keep_last": 2}
+    file = trained_file(
+        folder, images, tmp_path / "out", network=network, saver=saver, output=output, observers=[{"name": "diffusers"}]
+    )
+    copy = tmp_path / "out" / "lora.diffusers.safetensors"
+    check(folder, file, 8, caplog, given=copy)
+    magnitudes = [name for name in load_file(copy) if ".lora_magnitude_vector" in name]
+    assert bool(magnitudes) == network.get("dora", False)
+    stems = ("lora", "lora-step00000004", "lora-step00000005")
+    kept = {f"{stem}{suffix}" for stem in stems for suffix in (file.suffix, ".diffusers.safetensors")}
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.suffix in (".pt", ".safetensors")} == kept
 
 
 @pytest.mark.slow

@@ -438,6 +438,27 @@ def test_odd_dataset_files(text: str, converted: Convert, folder: Path, catalog:
         assert check(converted(*words), folder, catalog)
 
 
+def test_base_weights(converted: Convert, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """LoRA files to merge keep their order and numbers, as paths from the config; numbers for no file are told."""
+    words = ["--base_weights", "a.safetensors", "sub/b.pt", "--base_weights_multiplier", "0.5"]
+    assert converted(*words).tables()["model"]["base_weights"] == ["a.safetensors", "sub/b.pt"]
+    assert converted(*words).tables()["model"]["base_weights_multipliers"] == [0.5]
+    elsewhere = converted(*words, target=folder / "configs").tables()["model"]["base_weights"]
+    assert elsewhere == ["../a.safetensors", "../sub/b.pt"]
+    draft = converted(*words, "0.25", "2", "3")
+    assert draft.tables()["model"]["base_weights_multipliers"] == [0.5, 0.25]
+    assert remarks(draft) == [
+        "--base_weights_multiplier: 2 3 has no effect, as --base_weights names no more files",
+    ]
+    assert "base_weights" not in converted("--base_weights_multiplier=1.0").tables()["model"]
+
+
+def test_scale_weight_norms(converted: Convert) -> None:
+    """The limit keeps its value; zero, with which sd-scripts scales nothing, is left out."""
+    assert converted("--scale_weight_norms=1.5").tables()["network"]["scale_weight_norms"] == 1.5
+    assert "scale_weight_norms" not in converted("--scale_weight_norms=0").tables()["network"]
+
+
 def test_metadata_files(converted: Convert) -> None:
     """With --in_json, --train_data_dir is the folder of the images itself, repeated as --dataset_repeats says."""
     draft = converted("--in_json=meta.json", "--dataset_repeats=3", least=FOLDERS)

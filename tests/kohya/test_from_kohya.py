@@ -64,15 +64,15 @@ def test_writes_a_file(place: Path) -> None:
 
 def test_missing_files_are_warnings(tmp_path: Path) -> None:
     """Where model and dataset are not there yet, the config is written all the same, and what is missing is said."""
-    result = run(tmp_path, "from-kohya", "-o", "config.toml", f"{LINE} --noise_offset=0.1 --scale_weight_norms 1")
+    result = run(tmp_path, "from-kohya", "-o", "config.toml", f"{LINE} --noise_offset=0.1 --fp8_base")
     assert result.returncode == 0
     lines = result.stderr.splitlines()
     assert all(line.startswith("warning: ") for line in lines)
-    assert [line for line in lines if line.startswith("warning: --scale_weight_norms=1.0: has no counterpart yet")]
+    assert [line for line in lines if line.startswith("warning: --fp8_base: has no counterpart yet")]
     assert [line for line in lines if "model.safetensors does not exist" in line]
     assert [line for line in lines if "my_dataset_config.toml cannot be read" in line]
     text = (tmp_path / "config.toml").read_text()
-    assert "#   --scale_weight_norms=1.0: has no counterpart yet" in text
+    assert "#   --fp8_base: has no counterpart yet" in text
 
 
 def test_mistakes(tmp_path: Path) -> None:
@@ -135,3 +135,32 @@ def test_trains(more: str, tiny_sd1: Path, photographs: Path, tmp_path: Path) ->
         ranks = {file.get_slice(name).get_shape()[0] for name in convolutions}
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("16", "1.0")
     assert ranks == ({4} if more else set())
+
+
+def test_trains_with_limits_on_a_merged_model(tiny_sd1: Path, photographs: Path, tmp_path: Path) -> None:
+    """A line with --scale_weight_norms keeps updates within the limit; with --base_weights another run starts there."""
+    (tmp_path / "my_dataset_config.toml").write_text(
+        '[general]\ncaption_extension = ".txt"\n[[datasets]]\nresolution = 64\nbatch_size = 2\n'
+        f"[[datasets.subsets]]\nimage_dir = '{photographs}'\n"
+    )
+    line = LINE.replace("model.safetensors", str(tiny_sd1)).replace("fp16", "no").replace("epochs=10", "epochs=1")
+    line = line.replace("1e-4", "1e-2")
+    trained = {}
+    for name, more in {
+        "first": " --scale_weight_norms 0.01",
+        "second": " --base_weights out/first.safetensors --base_weights_multiplier 2",
+    }.items():
+        converted = run(tmp_path, "from-kohya", "-o", f"{name}.toml", line.replace("my_lora", name) + more)
+        assert (converted.returncode, converted.stderr) == (0, "")
+        file = lorakit.train(tmp_path / f"{name}.toml", overrides=["training.device=cpu"])
+        with safe_open(file, "pt") as stream:
+            trained[name] = (stream.metadata(), {key: stream.get_tensor(key) for key in stream.keys()})  # noqa: SIM118
+    metadata, tensors = trained["first"]
+    assert metadata["ss_scale_weight_norms"] == "0.01"
+    keys = {key.split(".")[0] for key in tensors}
+    norms = [
+        (tensors[f"{key}.lora_up.weight"].flatten(1) @ tensors[f"{key}.lora_down.weight"].flatten(1)).norm() / 16
+        for key in keys
+    ]
+    assert float(max(norms)) == pytest.approx(0.01, rel=1e-4)
+    assert '"multiplier": 2.0' in trained["second"][0]["ss_base_weights"]

@@ -41,6 +41,7 @@ OWN_VALUES: dict[str, list[str]] = {
 """Values for options that do not take any text or number."""
 
 CONTEXT: dict[str, list[str]] = {
+    "base_weights_multiplier": ["--base_weights=a.safetensors"],
     "lr_warmup_steps": ["--lr_scheduler=linear"],
     "lr_scheduler_num_cycles": ["--lr_scheduler=cosine_with_restarts"],
     "lr_scheduler_power": ["--lr_scheduler=polynomial"],

@@ -55,6 +55,8 @@ class TensorBoard(Observer):
         self._writer.add_scalar("gradient_norm", metrics.gradient_norm, metrics.step)
         for name, rate in metrics.learning_rates.items():
             self._writer.add_scalar(f"lr/{name}", rate, metrics.step)
+        for name, value in metrics.values.items():
+            self._writer.add_scalar(name, value, metrics.step)
 
     def validated(self, step: int, losses: Mapping[str, float]) -> None:
         """Write one point of each curve."""

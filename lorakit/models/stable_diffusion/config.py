@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -10,7 +11,7 @@ from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit.blocks import STABLE_DIFFUSION, BlockLayout
-from lorakit.checkpoints import HubModel, describe, locate, traits_of
+from lorakit.checkpoints import HubModel, describe, locate, summarize, traits_of
 from lorakit.components import ModelFamilyConfig
 from lorakit.errors import ModelError, Problem
 from lorakit.models.stable_diffusion.parts import StoredModel
@@ -39,9 +40,14 @@ class StableDiffusionConfig(ModelFamilyConfig):
     """Which layer of the text encoder is read, counted from the last, which is 1."""
     max_token_length: Literal[75, 150, 225] = 75
     """Longest caption in tokens; what is longer is cut off."""
+    base_weights: tuple[Path, ...] = ()
+    """LoRA files that are merged into the model before training, in this order."""
+    base_weights_multipliers: tuple[float, ...] = ()
+    """How strongly each of `base_weights` is merged; 1 for those without a number here."""
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the files, as far as it shows without reading weights; keys are field names."""
+        yield from self._problems_of_base_weights()
         try:
             stored = self.stored()
             stored.check()
@@ -55,12 +61,15 @@ class StableDiffusionConfig(ModelFamilyConfig):
 
     def build(self, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
         """The model, its weights not read yet: each part is read when it is first asked for."""
+        from lorakit.models.merging import MergedFile, Merging
         from lorakit.models.stable_diffusion.model import StableDiffusion
 
         stored = self.stored()
         stated = stored.scheduler_settings().get("prediction_type")
         prediction = self.prediction or ("v_prediction" if stated == "v_prediction" else "epsilon")
-        return StableDiffusion(stored, self.variant(prediction), device, dtype)
+        multipliers = chain(self.base_weights_multipliers, repeat(1.0))
+        merging = Merging([MergedFile(path, next(multipliers)) for path in self.base_weights])
+        return StableDiffusion(stored, self.variant(prediction), device, dtype, merging=merging)
 
     def variant(self, prediction: Prediction) -> Variant:
         """How this family's models are run, and what LoRA files call them."""
@@ -69,3 +78,16 @@ class StableDiffusionConfig(ModelFamilyConfig):
     def stored(self) -> StoredModel:
         """Where the model's parts are; a `ModelError` if the path leads nowhere."""
         return StoredModel(locate(self.path, Path()), self.vae)
+
+    def _problems_of_base_weights(self) -> Iterator[Problem]:
+        for index, path in enumerate(self.base_weights):
+            try:
+                tensors = summarize(path).tensors
+            except ModelError as error:
+                yield Problem(f"base_weights[{index}]", str(error))
+                continue
+            if not any(name.endswith(".lora_up.weight") for name in tensors):
+                hint = "give LoRA files, with keys as sd-scripts has them"
+                yield Problem(f"base_weights[{index}]", f"{path} holds no LoRA", hint)
+        if len(self.base_weights_multipliers) > len(self.base_weights):
+            yield Problem("base_weights_multipliers", "has more numbers than base_weights has files")

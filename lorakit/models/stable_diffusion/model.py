@@ -16,17 +16,19 @@ from torch import Tensor, nn
 from lorakit.checkpoints import HubModel
 from lorakit.errors import ModelError
 from lorakit.models.hashing import ProcessMemo, hash_of_file, hash_of_weights, short_hash_of_file
+from lorakit.models.merging import Merging
 from lorakit.models.noise import DiscreteNoise, Prediction
 from lorakit.models.protocol import AdaptationTarget, AttentionBackend, Conditioning, Memo, NoiseProcess
 from lorakit.models.stable_diffusion.attention import use_backend
 from lorakit.models.stable_diffusion.image import VaeEncoder, read_vae_encoder
 from lorakit.models.stable_diffusion.parts import TOKENIZER_FILES, StoredModel, StoredPart
-from lorakit.models.stable_diffusion.reading import read_unet
-from lorakit.models.stable_diffusion.targets import text_encoder_targets, unet_targets
-from lorakit.models.stable_diffusion.text import ClipTextEncoder, checkpoint_layers, read_clip
+from lorakit.models.stable_diffusion.reading import empty_module, read_unet, unet_module
+from lorakit.models.stable_diffusion.targets import text_encoder_key, text_encoder_targets, unet_key, unet_targets
+from lorakit.models.stable_diffusion.text import ClipTextEncoder, checkpoint_layers, clip_module, read_clip
 from lorakit.models.stable_diffusion.tokenizer import CaptionTokenizer
 
 _PROCESS_MEMO = ProcessMemo()
+_NOTHING_MERGED = Merging(())
 
 
 @frozen(kw_only=True)
@@ -57,7 +59,12 @@ class StableDiffusion:
         device: torch.device,
         dtype: torch.dtype,
         memo: Memo = _PROCESS_MEMO,
+        merging: Merging = _NOTHING_MERGED,
     ) -> None:
+        """A model of which nothing is read yet; `merging` has LoRA files that become part of its weights.
+
+        An `AdapterError` if those do not fit it.
+        """
         self.stored = stored
         self.variant = variant
         self.device = device
@@ -70,6 +77,9 @@ class StableDiffusion:
         self._unet: nn.Module | None = None
         self._attention: AttentionBackend | None = None
         self._recomputes = False
+        self._merging = merging
+        if merging:
+            merging.check(self._layers())
 
     def fingerprint(self, part: Literal["image_encoder", "text_encoder"]) -> str:
         """A short key of all that the part's output depends on: weights, number format, settings.
@@ -88,6 +98,7 @@ class StableDiffusion:
                 self.variant.max_token_length,
                 self.variant.pad_token,
                 self._tokenizer_hash(),
+                *self._merging.fingerprint("lora_te", self.memo),
             ]
         weights = self.memo.remember(stored.file, part, partial(hash_of_weights, stored.file, names))
         text = json.dumps([weights, str(self.dtype), dict(stored.settings), options], sort_keys=True)
@@ -105,7 +116,7 @@ class StableDiffusion:
         """The text encoder with its tokenizer, read on first use."""
         if self._text_encoder is None:
             part = self.stored.part("text_encoder")
-            module = read_clip(part, self.device, self.dtype)
+            module = read_clip(part, self.device, self.dtype, self._merging.edit(text_encoder_key))
             if self._recomputes:
                 checkpoint_layers(module)
             self._text_encoder = ClipTextEncoder(module, self._tokenizer(part), self.variant.clip_skip)
@@ -115,7 +126,8 @@ class StableDiffusion:
     def denoiser(self) -> nn.Module:
         """The U-Net, read on first use, frozen."""
         if self._unet is None:
-            self._unet = read_unet(self.stored.part("unet"), self.device, self.dtype)
+            edit = self._merging.edit(unet_key)
+            self._unet = read_unet(self.stored.part("unet"), self.device, self.dtype, edit)
             if self._attention is not None:
                 use_backend(self._unet, self._attention)
             if self._recomputes:
@@ -178,7 +190,15 @@ class StableDiffusion:
             entries |= self._hashes(location, "sd_model")
         if self.stored.vae is not None:
             entries |= {"ss_vae_name": self.stored.vae.name, **self._hashes(self.stored.vae, "vae")}
-        return entries
+        return {**entries, **self._merging.metadata(self.memo)}
+
+    def _layers(self) -> dict[str, tuple[int, ...]]:
+        """Shape of the weights of each layer that LoRA files may be for, by key; reads no weights."""
+        text_part, unet_part = self.stored.part("text_encoder"), self.stored.part("unet")
+        encoder = empty_module(text_part, partial(clip_module, text_part))
+        unet = empty_module(unet_part, partial(unet_module, unet_part))
+        targets = (*text_encoder_targets(encoder), *unet_targets(unet))
+        return {target.key: tuple(target.module.get_parameter("weight").shape) for target in targets}
 
     def _hashes(self, path: Path, name: str) -> dict[str, str]:
         """Both hashes of a file by which web UIs find it; none of a folder."""

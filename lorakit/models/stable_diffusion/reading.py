@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
 from lorakit.errors import ModelError
 from lorakit.models.stable_diffusion.parts import StoredPart
-from lorakit.models.weights import load_weights, shapes_of, without_weights
+from lorakit.models.weights import EditTensor, load_weights, shapes_of, without_weights
+
+
+def empty_module(part: StoredPart, build: Callable[[], nn.Module]) -> nn.Module:
+    """The module that `build` makes, its parameters without memory; a `ModelError` if the settings make none."""
+    try:
+        return without_weights(build)
+    except Exception as error:  # the libraries raise all kinds of exceptions for settings that they cannot use
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"{part} has settings that make no sense ({reason}); it is damaged or of another kind"
+        ) from error
 
 
 def read_module(
@@ -18,27 +30,29 @@ def read_module(
     device: torch.device,
     dtype: torch.dtype,
     without: Sequence[str] = (),
+    edit: EditTensor | None = None,
 ) -> nn.Module:
     """The module that `build` makes, frozen, with the part's weights; those of the children `without` are not read.
 
-    A `ModelError` if the part's settings make no module, or its weights do not fit the module.
+    `edit` may change weights as they are read. A `ModelError` if the part's settings make no module, or its weights do
+    not fit the module.
     """
-    try:
-        module = without_weights(build)
-    except Exception as error:  # the libraries raise all kinds of exceptions for settings that they cannot use
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"{part} has settings that make no sense ({reason}); it is damaged or of another kind"
-        ) from error
+    module = empty_module(part, build)
     part.check_complete(shapes_of(module))
     for child in without:
         delattr(module, child)
-    load_weights(module, part.file, part.find(shapes_of(module)), device, dtype)
+    load_weights(module, part.file, part.find(shapes_of(module)), device, dtype, edit)
     return module
 
 
-def read_unet(part: StoredPart, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The U-Net's module with its weights, frozen; a `ModelError` if they do not fit."""
+def unet_module(part: StoredPart) -> nn.Module:
+    """A module for the U-Net, its weights still to be read."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    return read_module(part, lambda: UNet2DConditionModel.from_config(dict(part.settings)), device, dtype)
+    module: nn.Module = UNet2DConditionModel.from_config(dict(part.settings))
+    return module
+
+
+def read_unet(part: StoredPart, device: torch.device, dtype: torch.dtype, edit: EditTensor | None = None) -> nn.Module:
+    """The U-Net's module with its weights, frozen; a `ModelError` if they do not fit."""
+    return read_module(part, partial(unet_module, part), device, dtype, edit=edit)

@@ -17,6 +17,16 @@ _BLOCKS: dict[str, Block] = {
 }
 
 
+def unet_key(path: str) -> str:
+    """The name in LoRA files of a layer, by its path in the U-Net."""
+    return f"lora_unet_{path.replace('.', '_')}"
+
+
+def text_encoder_key(path: str) -> str:
+    """The name in LoRA files of a layer, by its path in the text encoder."""
+    return f"lora_te_text_model_{path.replace('.', '_')}"
+
+
 def unet_targets(unet: nn.Module) -> Iterator[AdaptationTarget]:
     """Linear layers and convolutions in the transformers, ResNet blocks and samplers of a U-Net.
 
@@ -25,15 +35,16 @@ def unet_targets(unet: nn.Module) -> Iterator[AdaptationTarget]:
     for path in _adaptable(unet):
         block = next((_BLOCKS[step] for step in path.split(".") if step in _BLOCKS), None)
         if block is not None:
-            key = f"lora_unet_{path.replace('.', '_')}"
-            yield AdaptationTarget(key, "unet", block, unet, path, _block_number(path), STABLE_DIFFUSION)
+            yield AdaptationTarget(
+                unet_key(path), "unet", block, unet, path, _block_number(path), STABLE_DIFFUSION, f"unet.{path}"
+            )
 
 
 def text_encoder_targets(encoder: nn.Module) -> Iterator[AdaptationTarget]:
     """Projections and MLPs of every layer of a CLIP text encoder, those above the layer that is read included."""
     for path in _adaptable(encoder):
-        key = f"lora_te_text_model_{path.replace('.', '_')}"
-        yield AdaptationTarget(key, "text_encoder", "text_encoder", encoder, path)
+        key, place = text_encoder_key(path), f"text_encoder.text_model.{path}"
+        yield AdaptationTarget(key, "text_encoder", "text_encoder", encoder, path, place=place)
 
 
 def _block_number(path: str) -> int:

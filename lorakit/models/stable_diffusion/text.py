@@ -6,6 +6,7 @@ B captions, n chunks of 77 tokens, D channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from lorakit.models.protocol import Conditioning, Tokens
 from lorakit.models.stable_diffusion.parts import StoredPart
 from lorakit.models.stable_diffusion.reading import read_module
 from lorakit.models.stable_diffusion.tokenizer import CaptionTokenizer
+from lorakit.models.weights import EditTensor
 
 
 class ClipTextEncoder:
@@ -58,12 +60,17 @@ class ClipTextEncoder:
         return normalised
 
 
-def read_clip(part: StoredPart, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The text encoder's module with its weights, frozen; a `ModelError` if they do not fit."""
+def clip_module(part: StoredPart) -> nn.Module:
+    """A module for the text encoder, its weights still to be read."""
     from transformers.models.clip.configuration_clip import CLIPTextConfig
     from transformers.models.clip.modeling_clip import CLIPTextModel
 
-    module = read_module(part, lambda: CLIPTextModel(CLIPTextConfig.from_dict(dict(part.settings))), device, dtype)
+    return CLIPTextModel(CLIPTextConfig.from_dict(dict(part.settings)))
+
+
+def read_clip(part: StoredPart, device: torch.device, dtype: torch.dtype, edit: EditTensor | None = None) -> nn.Module:
+    """The text encoder's module with its weights, frozen; a `ModelError` if they do not fit."""
+    module = read_module(part, partial(clip_module, part), device, dtype, edit=edit)
     positions = torch.arange(part.shape_of("embeddings.position_embedding.weight")[0], device=device)
     module.get_submodule("embeddings").position_ids = positions.unsqueeze(0)
     return module

@@ -1,0 +1,131 @@
+"""DoRA: a low-rank update of a layer's direction, and a trained magnitude of each of its outputs.
+
+y = m/‖W + s·U·D‖ ∘ (W + s·U·D)·x + b, with one magnitude m and one norm for each output (Liu et al., 2024,
+arXiv:2402.09353). As the paper says in section 4.3, the norm counts as a constant in the backward pass.
+
+The norm is found without building W + s·U·D:
+‖W + s·U·D‖² = ‖W‖² + 2s Σ (W·Dᵀ) ∘ U + s² Σ (U·D·Dᵀ) ∘ U, with sums over the rank, and ‖W‖² computed once.
+
+Shapes: B images or texts, L positions in each, r rank, I inputs (times the kernel's size) and O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from lorakit.networks.dropout import Dropouts
+from lorakit.networks.lora import LoRAModule
+
+
+class DoRAModule(LoRAModule):
+    """A DoRA adapter of a linear layer or a convolution.
+
+    Its magnitudes are [out, 1], for convolutions [out, 1, 1, 1].
+    """
+
+    base_squares: Tensor
+    """Squared norms of the base layer's weights for each output, float32 [O]."""
+
+    def __init__(self, key: str, base: nn.Module, rank: int, alpha: float, file_alpha: float | None = None) -> None:
+        """An adapter with no effect yet. Raises `AdapterError` for layers of other kinds."""
+        super().__init__(key, base, rank, alpha, file_alpha)
+        weight = self._weight()
+        self.register_buffer("base_squares", weight.square().sum(1), persistent=False)
+        ones = [1] * (self.lora_down.ndim - 1)
+        self.dora_scale = nn.Parameter(self.base_squares.sqrt().view(-1, *ones))
+        self._draw_kept: Callable[[int], Tensor] | None = None
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Factors as LoRA's, and magnitudes that are the norms of the base layer's weights."""
+        super().initialize(seed)
+        self.dora_scale.copy_(self.base_squares.sqrt().view_as(self.dora_scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The base layer's output, or the adapted layer's, or what is `multiplier` of the way from one to the other."""
+        if self.multiplier == 0:
+            output: Tensor = self.base(x)
+            return output
+        draw_mask = self.draw_mask if self.training else None
+        out = self._operation(x, self.lora_down, self.lora_up, self.base, self.scale, draw_mask)
+        bias = cast("Tensor | None", self.base.bias)
+        out = _scale_outputs(out, self._gains(len(x)), bias, isinstance(self.base, nn.Conv2d))
+        return out if self.multiplier == 1 else torch.lerp(self.base(x), out, self.multiplier)
+
+    def use_dropouts(self, dropouts: Dropouts, index: int) -> None:
+        """Drop at random; an adapter that is left out leaves the magnitudes as they were, too."""
+        super().use_dropouts(dropouts, index)
+        self._draw_kept = partial(dropouts.kept, index) if dropouts.rates.module else None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Both factors, alpha and the magnitudes, under the name that LyCORIS gave them."""
+        return {**super().tensors(), "dora_scale": self.dora_scale}
+
+    def _gains(self, rows: int) -> Tensor:
+        """What to multiply the outputs by, float32 [O]; [rows, O] where the adapter is left out for some images."""
+        gains = self.dora_scale.flatten() / self._norms()
+        if self._draw_kept is None or not self.training:
+            return gains
+        return torch.where(self._draw_kept(rows)[:, None], gains, 1.0)
+
+    @torch.no_grad()
+    def _norms(self) -> Tensor:
+        """Norms of the adapted layer's weights for each output, float32 [O]."""
+        down, up = self.lora_down.flatten(1), self.lora_up.flatten(1)
+        with torch.autocast(up.device.type, enabled=False):
+            products = self._weight() @ down.t()  # [O, r]
+            products = torch.addmm(products, up, down @ down.t(), beta=2, alpha=self.scale)
+            squares = torch.add(self.base_squares, (products * up).sum(1), alpha=self.scale)
+        return squares.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+
+    def _weight(self) -> Tensor:
+        """The base layer's weights, float32 [O, I]."""
+        return self.base.weight.detach().flatten(1).float()  # type: ignore[operator]
+
+
+class _OutputScaling(Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, gains: Tensor, bias: Tensor | None) -> Tensor:
+        """(out - bias)·gains + bias in the dtype of out, with gains and bias broadcastable to it."""
+        scaled = torch.empty_like(out)
+        if bias is None:
+            torch.mul(out, gains, out=scaled)
+        else:
+            torch.addcmul((1 - gains) * bias, gains, out, out=scaled)
+        ctx.save_for_backward(scaled, gains, bias)
+        return scaled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        scaled, gains, bias = ctx.saved_tensors
+        grad_gains = None
+        if ctx.needs_input_grad[1]:
+            # What was multiplied by the gains is found from the result, which what comes next keeps too, as a rule.
+            products = grad_out * (scaled if bias is None else scaled - bias)
+            sums = _sum_to(products, gains.shape)
+            grad_gains = torch.where(gains == 0, 0.0, sums / gains)
+        return (grad_out * gains).to(grad_out.dtype), grad_gains, None
+
+
+def _scale_outputs(out: Tensor, gains: Tensor, bias: Tensor | None, is_image: bool) -> Tensor:
+    """Multiply a layer's outputs, without its bias, by gains [O] or [rows, O]."""
+    if is_image:
+        gains, bias = gains[..., None, None], None if bias is None else bias[:, None, None]
+    elif gains.ndim == 2 and out.ndim == 3:
+        gains = gains[:, None]
+    return cast("Tensor", _OutputScaling.apply(out, gains, bias))  # type: ignore[no-untyped-call]
+
+
+def _sum_to(products: Tensor, shape: torch.Size) -> Tensor:
+    """The sum over the axes along which a tensor of this shape is broadcast; float32 of that shape."""
+    padded = (1,) * (products.ndim - len(shape)) + tuple(shape)
+    axes = [axis for axis, size in enumerate(padded) if size == 1]
+    return (products.sum(axes, dtype=torch.float32) if axes else products.float()).view(shape)

@@ -1,0 +1,105 @@
+"""The layout of diffusers and PEFT: names, shapes, and where alpha goes."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorakit.builtin.networks.c3lier import C3LierConfig
+from lorakit.builtin.observers.diffusers import DiffusersConfig
+from lorakit.builtin.savers.safetensors import SafetensorsConfig
+from lorakit.errors import AdapterError
+from lorakit.networks.diffusers_format import to_diffusers
+from lorakit.networks.saving import AdapterFile
+
+PATHS = {"lora_unet_a_b": "unet.a.b", "lora_te_c": "text_encoder.c"}
+
+
+def tensors_of_two_layers() -> dict[str, torch.Tensor]:
+    """A 3×3 convolution of the U-Net and a linear layer of the text encoder, both DoRA."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "lora_unet_a_b": {"lora_down.weight": (4, 3, 3, 3), "lora_up.weight": (8, 4, 1, 1), "dora_scale": (8, 1, 1, 1)},
+        "lora_te_c": {"lora_down.weight": (2, 6), "lora_up.weight": (5, 2), "dora_scale": (5, 1)},
+    }
+    tensors = {
+        f"{key}.{suffix}": torch.randn(shape, generator=generator)
+        for key, own in shapes.items()
+        for suffix, shape in own.items()
+    }
+    return {**tensors, "lora_unet_a_b.alpha": torch.tensor(1.0), "lora_te_c.alpha": torch.tensor(3.0)}
+
+
+def test_layout() -> None:
+    """`lora_A` is down, `lora_B` alpha/rank times up, and magnitudes have PEFT's shapes and names."""
+    given = tensors_of_two_layers()
+    made = to_diffusers(given, PATHS)
+    expected = {
+        "unet.a.b.lora_A.weight": given["lora_unet_a_b.lora_down.weight"],
+        "unet.a.b.lora_B.weight": given["lora_unet_a_b.lora_up.weight"] / 4,
+        "unet.a.b.lora_magnitude_vector": given["lora_unet_a_b.dora_scale"].view(1, 8, 1, 1),
+        "text_encoder.c.lora_A.weight": given["lora_te_c.lora_down.weight"],
+        "text_encoder.c.lora_B.weight": given["lora_te_c.lora_up.weight"] * 1.5,
+        "text_encoder.c.lora_magnitude_vector.weight": given["lora_te_c.dora_scale"].view(5),
+    }
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[name], tensor) for name, tensor in expected.items())
+
+
+def test_number_format_stays() -> None:
+    """Tensors of a half-precision file stay in its number format."""
+    given = {name: tensor.half() for name, tensor in tensors_of_two_layers().items()}
+    assert {tensor.dtype for tensor in to_diffusers(given, PATHS).values()} == {torch.float16}
+
+
+def test_what_has_no_place() -> None:
+    """Other algorithms, and layers that no pipeline has, are refused by name."""
+    with pytest.raises(AdapterError, match=r"lora_te_c\.hada_w1_a is no part of a LoRA"):
+        to_diffusers(tensors_of_two_layers() | {"lora_te_c.hada_w1_a": torch.ones(2, 2)}, PATHS)
+    with pytest.raises(AdapterError, match="lora_te_c is at a place"):
+        to_diffusers(tensors_of_two_layers(), {**PATHS, "lora_te_c": ""})
+
+
+def test_observer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Copies go with the files that they are of; a network without a place in the layout is a warning, not the end."""
+    saver = SafetensorsConfig(precision="bf16")
+    observer = DiffusersConfig().build(SimpleNamespace(paths=PATHS, config=SimpleNamespace(saver=saver)))
+    for name in ("one", "two.b"):
+        saver.build().save(AdapterFile(tensors_of_two_layers(), {"ss_seed": "4"}), tmp_path / f"{name}.safetensors")
+        observer.adapter_saved(tmp_path / f"{name}.safetensors")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "one.diffusers.safetensors").values()} == {torch.bfloat16}
+    (tmp_path / "one.safetensors").unlink()
+    other = AdapterFile({"lora_te_c.hada_w1_a": torch.ones(2, 2)})
+    saver.build().save(other, tmp_path / "three.safetensors")
+    with caplog.at_level(logging.WARNING):
+        observer.adapter_saved(tmp_path / "three.safetensors")
+    assert "no copy of three.safetensors for diffusers: lora_te_c.hada_w1_a" in caplog.text
+    observer.closed()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "three.safetensors",
+        "two.b.diffusers.safetensors",
+        "two.b.safetensors",
+    ]
+
+
+def test_paths_are_those_of_the_model(tiny_sd1: Path) -> None:
+    """Each adapted layer's path leads to a layer with its weights' shape in the modules that a pipeline holds."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    from lorakit.testing.contracts.denoising import read_model
+
+    network = C3LierConfig(rank=2).build(read_model(tiny_sd1).targets(("text_encoder", "unet")))
+    unet = UNet2DConditionModel.from_pretrained(tiny_sd1 / "unet")
+    text = CLIPTextModel.from_pretrained(tiny_sd1 / "text_encoder")
+    assert set(network.paths) == {adapter.key for adapter in network.adapters}
+    for adapter in network.adapters:
+        part, _, path = network.paths[adapter.key].partition(".")
+        module = unet if part == "unet" else getattr(text, "text_model", text)
+        layer = module.get_submodule(path.removeprefix("text_model."))
+        assert torch.equal(layer.weight, adapter.base.weight), adapter.key
