@@ -29,7 +29,7 @@ from lorakit.engine.run import Run
 from lorakit.engine.schedule import Schedule
 from lorakit.engine.state import find_state
 from lorakit.engine.trainer import train
-from lorakit.errors import ConfigError, Problem
+from lorakit.errors import ConfigError
 from lorakit.models.protocol import DiffusionModel
 from lorakit.networks.network import Network, ParameterGroup
 from lorakit.networks.saving import read_adapter
@@ -116,7 +116,9 @@ def assemble(prepared: PreparedRun, processes: Processes) -> Run:
         model.enable_gradient_checkpointing()
     network = _attached_network(config, model)
     groups = network.parameter_groups(config.optimizer.lr_of)
-    _refuse_several_rates(config, [group.lr for group in groups])
+    problems = list(config.optimizer.problems_with([group.lr for group in groups]))
+    if problems:
+        raise ConfigError(problems)
     optimizer = config.optimizer.build(groups)
     metadata = run_metadata(config, prepared.datasets, started)
     return Run(
@@ -200,14 +202,6 @@ def _rehearse(config: TrainConfig, total_steps: int, device: torch.device) -> No
         for part in config.trained_parts
     ]
     config.lr_scheduler.build(config.optimizer.build(groups), total_steps)
-
-
-def _refuse_several_rates(config: TrainConfig, rates: Sequence[float]) -> None:
-    """Raises ConfigError where the network asks for learning rates that the optimizer cannot have."""
-    different = sorted({rate for rate in rates if rate > 0})
-    if len(different) > 1 and not config.optimizer.own_learning_rates:
-        message = f"{config.optimizer.name} has one learning rate, but the network asks for {len(different)}"
-        raise ConfigError([Problem("optimizer.name", message, "choose another, or one rate for all layers")])
 
 
 def _attached_network(config: TrainConfig, model: DiffusionModel) -> Network:

@@ -213,6 +213,14 @@ def test_dadaptation_wants_one_learning_rate() -> None:
     assert not list(DAdaptationConfig(text_encoder_lr=0).problems())
 
 
+def test_dadaptation_refuses_rates_of_single_layers() -> None:
+    """Layers with rates of their own, as networks may ask for, are a problem; layers left out are none."""
+    (problem,) = DAdaptLionConfig().problems_with([1.0, 16.0, 0.0])
+    assert problem.key == "optimizer.name"
+    assert not list(DAdaptLionConfig().problems_with([1.0, 1.0, 0.0]))
+    assert not list(AdamWConfig().problems_with([1.0, 16.0]))
+
+
 def test_relative_steps_are_adafactors_own_times_the_schedule() -> None:
     """With relative_step the steps are those of transformers' Adafactor, and a schedule at ½ halves them."""
     ours, half = group("unet", 1e-4), group("unet", 1e-4)
