@@ -221,7 +221,7 @@ def _default(field: attrs.Attribute[Any]) -> str:
         return "—"
     if field.default is None:
         return "absent"
-    if isinstance(field.default, attrs.Factory):  # type: ignore[arg-type]
+    if isinstance(field.default, attrs.Factory):
         return f"`{tomlkit.item(field.default.factory()).as_string()}`"
     value = list(field.default) if isinstance(field.default, tuple) else field.default
     return f"`{tomlkit.item(value).as_string()}`"

@@ -171,6 +171,13 @@ class OptimizerConfig(Component):
                 hint = f"Leave it out, or set {key} = 0 to leave this part out"
                 yield Problem(key, f"must be lr, {self.lr:g}, with {self.name}, not {rate:g}", hint)
 
+    def problems_with(self, rates: Sequence[float]) -> Iterator[Problem]:
+        """What is wrong with the learning rates that a network asks for; keys are full."""
+        different = {rate for rate in rates if rate > 0}
+        if len(different) > 1 and not self.own_learning_rates:
+            message = f"{self.name} has one learning rate for all layers, but the network asks for {len(different)}"
+            yield Problem("optimizer.name", message, "choose another, or leave out what gives layers their own")
+
     def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
         """The optimizer over the groups, each with its own learning rate."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")

@@ -33,7 +33,7 @@ from lorakit.engine.schedule import Schedule
 from lorakit.engine.state import find_state
 from lorakit.engine.trainer import train
 from lorakit.engine.validation import ValidationSet
-from lorakit.errors import ConfigError, Problem
+from lorakit.errors import ConfigError
 from lorakit.models.protocol import AdaptationTarget, DiffusionModel, Tokens
 from lorakit.networks.network import Network, ParameterGroup
 from lorakit.networks.saving import starting_tensors
@@ -123,7 +123,9 @@ def assemble(prepared: PreparedRun, processes: Processes) -> Run:
         model.enable_gradient_checkpointing()
     network = _attached_network(config, model)
     groups = network.parameter_groups(partial(_learning_rate, config))
-    _refuse_several_rates(config, [group.lr for group in groups])
+    problems = list(config.optimizer.problems_with([group.lr for group in groups]))
+    if problems:
+        raise ConfigError(problems)
     optimizer = config.optimizer.build(groups)
     metadata = run_metadata(prepared, schedule, processes, optimizer, started)
     return Run(
@@ -223,14 +225,6 @@ def _rehearse(config: TrainConfig, total_steps: int, device: torch.device) -> No
         for part in config.trained_parts
     ]
     config.lr_scheduler.build(config.optimizer.build(groups), total_steps)
-
-
-def _refuse_several_rates(config: TrainConfig, rates: Sequence[float]) -> None:
-    """Raises ConfigError where the network asks for learning rates that the optimizer cannot have."""
-    different = sorted({rate for rate in rates if rate > 0})
-    if len(different) > 1 and not config.optimizer.own_learning_rates:
-        message = f"{config.optimizer.name} has one learning rate, but the network asks for {len(different)}"
-        raise ConfigError([Problem("optimizer.name", message, "choose another, or one rate for all layers")])
 
 
 def _attached_network(config: TrainConfig, model: DiffusionModel) -> Network:

@@ -161,12 +161,16 @@ def test_names_of_sd_scripts_lead_to_keys_that_exist(tables: Tables, base: Path,
     every_component = {
         "network": "c3lier", "optimizer": "adamw", "lr_scheduler": "polynomial", "saver": "safetensors",
     }  # fmt: skip
+    schedules = {
+        "num_cycles": "cosine_with_restarts", "timescale": "inverse_sqrt", "decay_steps": "warmup_stable_decay",
+        "min_lr_ratio": "warmup_stable_decay",
+    }  # fmt: skip
     for meant in KOHYA_NAMES.values():
         section, _, rest = meant.partition(".")
         key = rest.split(" ")[0].rstrip(",")
         if not key.isidentifier() or not section.isidentifier() or key == "name" or meant == "data.config":
             continue
-        name = "cosine_with_restarts" if key == "num_cycles" else every_component.get(section)
+        name = schedules.get(key, every_component.get(section))
         table = {**tables.get(section, {}), **({"name": name} if name else {}), key: object()}
         with pytest.raises(ConfigError) as caught:
             config_from_tables({**tables, section: table}, base, catalog)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
+import lorakit
 from lorakit.engine.assembly import assemble
 from lorakit.engine.evaluation import evaluation_weights
 from lorakit.engine.observing import Observer, Observers
@@ -40,6 +41,33 @@ def test_evaluation_weights_are_taken_back_exactly() -> None:
     with evaluation_weights(optimizer):
         assert torch.allclose(parameter, before + torch.sin(before) / 3)
     assert torch.equal(parameter, before)
+
+
+class Strict(SGD):
+    """Takes steps only once it was told that training begins, and after each evaluation again."""
+
+    is_training = False
+
+    def eval(self) -> None:
+        """No steps from now on."""
+        self.is_training = False
+
+    def train(self) -> None:
+        """Steps from now on."""
+        self.is_training = True
+
+    def step(self, closure=None):
+        """One step, or an error."""
+        assert self.is_training
+        return super().step(closure)
+
+
+def test_optimizers_are_told_when_training_begins(make_config) -> None:
+    """Such an optimizer is told before the first step, and after each save."""
+    config = make_config(
+        optimizer={"name": f"{__name__}.Strict"}, training={"max_steps": 3}, output={"save_every_n_steps": 1}
+    )
+    assert lorakit.train(config).is_file()
 
 
 class Looker(Observer):

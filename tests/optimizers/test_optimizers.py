@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -40,6 +41,7 @@ from lorakit.builtin.optimizers.dadaptation import (
 from lorakit.builtin.optimizers.lion import LionConfig
 from lorakit.builtin.optimizers.sgdnesterov import SGDNesterovConfig
 from lorakit.components import OptimizerConfig
+from lorakit.config.reading import config_from_tables
 from lorakit.networks.network import ParameterGroup
 
 CONFIGS = [
@@ -213,6 +215,14 @@ def test_dadaptation_wants_one_learning_rate() -> None:
     assert not list(DAdaptationConfig(text_encoder_lr=0).problems())
 
 
+def test_dadaptation_refuses_rates_of_single_layers() -> None:
+    """Layers with rates of their own, as networks may ask for, are a problem; layers left out are none."""
+    (problem,) = DAdaptLionConfig().problems_with([1.0, 16.0, 0.0])
+    assert problem.key == "optimizer.name"
+    assert not list(DAdaptLionConfig().problems_with([1.0, 1.0, 0.0]))
+    assert not list(AdamWConfig().problems_with([1.0, 16.0]))
+
+
 def test_relative_steps_are_adafactors_own_times_the_schedule() -> None:
     """With relative_step the steps are those of transformers' Adafactor, and a schedule at ½ halves them."""
     ours, half = group("unet", 1e-4), group("unet", 1e-4)
@@ -333,3 +343,21 @@ def test_equals_dadaptations(config: OptimizerConfig, cls: Any) -> None:
     assert isinstance(estimate, float)
     assert estimate == pytest.approx(float(reference.param_groups[0]["d"]), rel=1e-5)
     assert estimate > 1e-6
+
+
+@attrs.frozen(kw_only=True)
+class FreeConfig(AdamWConfig):
+    """An optimizer that does without a schedule."""
+
+    name = "free"
+    schedule_free = True
+
+
+def test_schedules_beside_schedule_free_optimizers(train_tables: dict[str, Any], tmp_path: Path) -> None:
+    """A schedule beside an optimizer that does without one is a warning; the constant one is none."""
+    keys = {}
+    for name in ("constant", "cosine"):
+        config = config_from_tables({**train_tables, "lr_scheduler": {"name": name}}, tmp_path)
+        assert not list(config.warnings())
+        keys[name] = [warning.key for warning in attrs.evolve(config, optimizer=FreeConfig()).warnings()]
+    assert keys == {"constant": [], "cosine": ["lr_scheduler.name"]}
