@@ -103,7 +103,9 @@ class Network(nn.Module):
         super().__init__()
         pairs = [(target, adapter) for target in targets if (adapter := make(target)) is not None]
         if not pairs:
-            raise AdapterError("The network adapts no layer of this model: check network.name and network.parts.")
+            raise AdapterError(
+                "The network adapts no layer of this model: check network.name and network.parts, and what sets ranks."
+            )
         self._targets = [target for target, _ in pairs]
         self.adapters = nn.ModuleList(adapter for _, adapter in pairs)
         self._by_key: dict[str, AdapterModule] = {adapter.key: adapter for _, adapter in pairs}
@@ -199,7 +201,8 @@ class Network(nn.Module):
             missing, unexpected = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
             raise AdapterError(
                 f"{origin} is not of this network.{_some('Missing', missing)}{_some('Unexpected', unexpected)}"
-                " Set network.name and network.parts as the file was trained, on the same kind of base model."
+                " Set network.name and network.parts, and ranks and learning rates of blocks, as the file was trained,"
+                " on the same kind of base model."
             )
         by_adapter = {
             key: {suffix: tensors[f"{key}.{suffix}"] for suffix in adapter.tensors()}

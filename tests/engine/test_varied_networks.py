@@ -33,6 +33,8 @@ VARIED: dict[str, Any] = {
     "loraplus_lr_ratio": 4.0,
     "dropout": 0.1,
 }
+EQUAL_RATES: dict[str, Any] = {"rank_stabilized": True, "rank": 9, "up_lr_weight": "zeros", "mid_lr_weight": [1.0]}
+"""A network of many groups that all have the same learning rate."""
 
 
 def updates(file: Path) -> dict[str, Tensor]:
@@ -82,20 +84,29 @@ class StopAfter(Observer):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "scheduler"),
-    [("adamw", "cosine"), ("adamw8bit", "polynomial"), ("lion", "cosine_with_restarts"), ("adafactor", "linear")],
+    ("optimizer", "scheduler", "groups"),
+    [
+        ({"name": "adamw"}, "cosine", 10),
+        ({"name": "adamw8bit"}, "polynomial", 10),
+        ({"name": "lion"}, "cosine_with_restarts", 10),
+        ({"name": "adafactor"}, "linear", 10),
+        ({"name": "adafactor", "relative_step": True, "lr": 1e-4}, "constant_with_warmup", 5),
+        ({"name": "dadaptation", "lr": 1.0}, "cosine", 5),
+    ],
 )
-def test_resumed_run_is_bit_equal(make_config, catalog: Catalog, optimizer: str, scheduler: str) -> None:
+def test_resumed_run_is_bit_equal(
+    make_config, catalog: Catalog, optimizer: dict[str, Any], scheduler: str, groups: int
+) -> None:
     """With many parameter groups and scales a run goes on from its state bit for bit, whatever moves the weights."""
     sections = {
-        "network": VARIED,
-        "optimizer": {"name": optimizer},
+        "network": VARIED if groups == 10 else EQUAL_RATES,
+        "optimizer": optimizer,
         "lr_scheduler": {"name": scheduler, "warmup_steps": 1},
         "training": {"max_steps": 4},
     }
     whole = lorakit.train(make_config(**sections, output={"name": "whole"}))
     run = assemble(prepare(make_config(**sections)), Processes(CPU))
-    assert len(run.optimizer.param_groups) == 10
+    assert len(run.optimizer.param_groups) == groups
     run.observers = Observers([("stop", True, StopAfter(run, 2))])
     with pytest.raises(Interrupted, match="step 2 of 4"):
         train(run)

@@ -132,6 +132,24 @@ def test_alpha_of_a_half_precision_file_fits(model: nn.Module) -> None:
     assert network.tensors()["lora_te_text.alpha"] == pytest.approx(0.7)
 
 
+def test_files_hold_the_alphas_of_the_config(model: nn.Module) -> None:
+    """With the scale alpha/√rank a file has the config's alphas, conv_alpha too, and √rank is in the up factors."""
+    config = C3LierConfig(rank=3, alpha=0.7, conv_rank=2, conv_alpha=0.5, rank_stabilized=True)
+    network = config.build(model.targets())
+    randomize(network)
+    exact, written = network.tensors(), network.file_tensors()
+    for key, rank, alpha in (("lora_te_text", 3, 0.7), ("lora_unet_blocks_1", 2, 0.5)):
+        assert exact[f"{key}.alpha"].item() == pytest.approx(alpha * rank**0.5)
+        assert written[f"{key}.alpha"].item() == pytest.approx(alpha)
+        assert torch.equal(written[f"{key}.lora_down.weight"], exact[f"{key}.lora_down.weight"])
+        torch.testing.assert_close(written[f"{key}.lora_up.weight"], exact[f"{key}.lora_up.weight"] * rank**0.5)
+    network.load_tensors({key: tensor.bfloat16() if tensor.ndim == 0 else tensor for key, tensor in written.items()})
+    for key, tensor in network.tensors().items():
+        torch.testing.assert_close(tensor, exact[key], rtol=1e-6, atol=1e-6)
+    network.load_tensors(exact)
+    assert all(torch.equal(tensor, exact[key]) for key, tensor in network.tensors().items())
+
+
 def test_wrong_files_change_nothing(model: nn.Module) -> None:
     """Missing, left-over and misshapen tensors, another rank, no number as alpha: an error, before any change."""
     network = CONFIG.build(model.targets())

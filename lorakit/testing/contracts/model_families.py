@@ -163,6 +163,13 @@ class ModelFamilyContract(ComponentContract):
         for part in order:
             assert [target.key for target in model.targets((part,))] == [t.key for t in targets if t.part == part]
 
+    def test_targets_know_their_places(self) -> None:
+        """Each layer has the number of a block of the U-Net that the config's layout has, or of a text encoder."""
+        counts = {"unet": self.config.layout.count if self.config.layout else 1}
+        for target in self.built().targets(self.config.parts):
+            assert 0 <= target.position < counts.get(target.part, self.config.text_encoders)
+            assert target.layout == (self.config.layout if target.part == "unet" else None)
+
     def test_is_frozen_until_adapted(self) -> None:
         """No parameter of denoiser or text encoder asks for a gradient, and nothing is left to chance by dropout."""
         model = self.built()
