@@ -73,7 +73,7 @@ def test_check_of_a_bad_config(folder: Path) -> None:
     assert result.stderr.splitlines() == [
         "3 problems:",
         "  x: is not a known key (known here: model, data, network, optimizer, lr_scheduler, attention, saver, "
-        "training, loss, output, observers)",
+        "training, loss, output, metadata, observers)",
         "  network.rank: must be at least 1, not 0",
         "  optimizer.lrr: is not a known key (did you mean optimizer.lr?)",
     ]

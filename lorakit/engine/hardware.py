@@ -24,7 +24,7 @@ def fp16_on_cpu(training: TrainingSection, because: str) -> Problem | None:
     """A warning where fp16 meets a CPU, which is known `because` of something."""
     if training.mixed_precision != "fp16":
         return None
-    message = f'"fp16" is slow on a CPU and may lack kernels, and {because}'
+    message = f'{because}, and "fp16" is slow on a CPU and may lack kernels'
     return Problem("training.mixed_precision", message, 'use "no", or "bf16" for less memory')
 
 

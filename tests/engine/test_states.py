@@ -13,7 +13,7 @@ from lorakit.engine.assembly import assemble, build_observers
 from lorakit.engine.preparation import prepare
 from lorakit.engine.processes import Processes
 from lorakit.engine.run import Run
-from lorakit.engine.state import find_state
+from lorakit.engine.state import config_key, find_state
 from lorakit.plugins import Catalog
 from tests.engine.conftest import MakeConfig
 
@@ -55,6 +55,16 @@ def test_a_run_anew_beside_later_states(make_config: MakeConfig) -> None:
 def _state(run: Run, step: int) -> Path:
     run.step = step
     return run.save_state()
+
+
+def test_what_a_state_does_not_depend_on(make_config: MakeConfig) -> None:
+    """A state is taken up though the file is to say something else, and is saved in another way."""
+    changed = make_config(
+        metadata={"title": "other", "minimal": True},
+        output={"save_n_epoch_ratio": 2, "save_state_at_end": True, "keep_last_states": 3},
+        training={"process_timeout": 5},
+    )
+    assert config_key(changed) == config_key(make_config())
 
 
 @pytest.mark.parametrize(("epochs", "ratio", "saved"), [(5, 2, [2, 4]), (5, 9, [1, 2, 3, 4]), (3, 1, []), (4, 2, [2])])
