@@ -134,6 +134,8 @@ class TrainConfig:
         """Options that have no effect in this run, or hardly suit the model."""
         for warning in self.model.warnings():
             yield evolve(warning, key=f"model.{warning.key}")
+        if getattr(self.model, "no_half_vae", False) and self.training.mixed_precision == "no":
+            yield Problem("model.no_half_vae", "has no effect without training.mixed_precision")
         if self.training.max_epochs and self.training.max_steps:
             yield Problem("training.max_steps", "has no effect, because training.max_epochs is given")
         for part in self.network.parts:

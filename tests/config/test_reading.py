@@ -259,12 +259,14 @@ def test_options_without_effect_are_warnings(read: Read, tables: Tables) -> None
     tables["network"] = {"parts": ["unet"]}
     tables["optimizer"] = {"text_encoder_lr": 1e-5}
     tables["output"]["keep_last"] = 3
+    tables["model"]["no_half_vae"] = True
     keys = [warning.key for warning in read(tables).warnings()]
     assert sorted(keys) == [
-        "data.bucket_no_upscale", "data.keep_tokens", "optimizer.text_encoder_lr", "output.keep_last",
-        "training.max_steps",
+        "data.bucket_no_upscale", "data.keep_tokens", "model.no_half_vae", "optimizer.text_encoder_lr",
+        "output.keep_last", "training.max_steps",
     ]  # fmt: skip
     del tables["training"], tables["network"], tables["optimizer"], tables["output"]["keep_last"]
+    del tables["model"]["no_half_vae"]
     idle = {"keep_tokens_separator": "|||", "token_warmup_min": 2, "prior_loss_weight": 0.5}
     tables["data"] = {"image_dir": "photos", "resolution": 64, **idle}
     assert [warning.key for warning in read(tables).warnings()] == [f"data.{key}" for key in idle]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from attrs import validators as v
 
 from lorakit.checkpoints import HubModel, describe, locate, traits_of
@@ -33,6 +33,8 @@ class StableDiffusionConfig(ModelFamilyConfig):
     """What the U-Net predicts, the noise or the velocity; when absent, what the model's folder says, or the noise."""
     vae: Path | None = None
     """A VAE to use instead of the model's own: a file, or a diffusers folder."""
+    no_half_vae: bool = False
+    """Encode images in float32 whatever `training.mixed_precision` is; for a VAE that half precision harms."""
     clip_skip: int = field(default=1, validator=v.ge(1))
     """Which layer of the text encoder is read, counted from the last, which is 1."""
     max_token_length: Literal[75, 150, 225] = 75
@@ -58,7 +60,8 @@ class StableDiffusionConfig(ModelFamilyConfig):
         stored = self.stored()
         stated = stored.scheduler_settings().get("prediction_type")
         prediction = self.prediction or ("v_prediction" if stated == "v_prediction" else "epsilon")
-        return StableDiffusion(stored, self.variant(prediction), device, dtype)
+        variant = evolve(self.variant(prediction), no_half_vae=self.no_half_vae)
+        return StableDiffusion(stored, variant, device, dtype)
 
     def variant(self, prediction: Prediction) -> Variant:
         """How this family's models are run, and what LoRA files call them."""

@@ -45,6 +45,8 @@ class Variant:
     """Longest caption in tokens, a multiple of 75."""
     pad_token: int | None = None
     """Token id that fills short captions up; the end token when absent."""
+    no_half_vae: bool = False
+    """Whether the VAE computes in float32 where the rest does not."""
 
 
 class StableDiffusion:
@@ -79,25 +81,32 @@ class StableDiffusion:
         if part == "image_encoder":
             stored = self.stored.part("vae")
             names = {bare: name for bare, name in stored.file_names.items() if bare.startswith(("encoder.", "quant_"))}
-            options: list[object] = []
+            dtype, options = self._vae_dtype, list[object]()
         else:
             stored = self.stored.part("text_encoder")
             names = dict(stored.file_names)
-            options = [
-                self.variant.clip_skip,
-                self.variant.max_token_length,
-                self.variant.pad_token,
-                self._tokenizer_hash(),
-            ]
+            dtype, options = (
+                self.dtype,
+                [
+                    self.variant.clip_skip,
+                    self.variant.max_token_length,
+                    self.variant.pad_token,
+                    self._tokenizer_hash(),
+                ],
+            )
         weights = self.memo.remember(stored.file, part, partial(hash_of_weights, stored.file, names))
-        text = json.dumps([weights, str(self.dtype), dict(stored.settings), options], sort_keys=True)
+        text = json.dumps([weights, str(dtype), dict(stored.settings), options], sort_keys=True)
         return sha256(text.encode()).hexdigest()[:32]
+
+    @property
+    def _vae_dtype(self) -> torch.dtype:
+        return torch.float32 if self.variant.no_half_vae else self.dtype
 
     @property
     def image_encoder(self) -> VaeEncoder:
         """The VAE's encoder, read on first use."""
         if self._image_encoder is None:
-            self._image_encoder = read_vae_encoder(self.stored.part("vae"), self.device, self.dtype)
+            self._image_encoder = read_vae_encoder(self.stored.part("vae"), self.device, self._vae_dtype)
         return self._image_encoder
 
     @property
