@@ -50,6 +50,9 @@ class TrainingSection:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Number format of the base model and of activations; the adapters stay float32."""
+    fp8_base: tuple[str, ...] = ()
+    """Parts of the base model whose weights are kept in 8 bits: `unet`, `text_encoder`, or both. They take half the
+    memory of bf16, and some time; adapters, activations and the number format to compute in stay as they are."""
     seed: int = field(default=42, validator=v.ge(0))
     """Where all randomness starts: the same seed gives the same run."""
     max_grad_norm: float = field(default=1.0, validator=v.ge(0))
@@ -122,11 +125,12 @@ class TrainConfig:
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the sections taken together."""
-        unknown = [part for part in self.network.parts if part not in self.model.parts]
-        if unknown:
-            hint = f"{self.model.name} has {', '.join(self.model.parts)}"
-            yield Problem("network.parts", f"names no part of the model: {', '.join(unknown)}", hint)
-        elif not self.trained_parts:
+        for key, parts in {"network.parts": self.network.parts, "training.fp8_base": self.training.fp8_base}.items():
+            unknown = [part for part in parts if part not in self.model.parts]
+            if unknown:
+                hint = f"{self.model.name} has {', '.join(self.model.parts)}"
+                yield Problem(key, f"names no part of the model: {', '.join(unknown)}", hint)
+        if not self.trained_parts:
             yield Problem("optimizer.lr", "is zero for every part in network.parts, so nothing would be trained")
         yield from self.loss.problems_with(self.prediction, self.model.num_timesteps)
 

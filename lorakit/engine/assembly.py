@@ -29,7 +29,7 @@ from lorakit.engine.run import Run
 from lorakit.engine.schedule import Schedule
 from lorakit.engine.state import find_state
 from lorakit.engine.trainer import train
-from lorakit.errors import ConfigError
+from lorakit.errors import ConfigError, Problem
 from lorakit.models.protocol import DiffusionModel
 from lorakit.networks.network import Network
 from lorakit.networks.saving import read_adapter
@@ -77,9 +77,13 @@ def fill_cache(prepared: PreparedRun) -> None:
 def build_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
     """The base model with the noise process that the loss asks for, its weights not read yet.
 
-    Raises ConfigError where the loss does not suit what the model predicts.
+    Raises ConfigError where the loss does not suit what the model predicts, or the device cannot do what is asked.
     """
     model = config.model.build(device, DTYPES[config.training.mixed_precision])
+    if config.training.fp8_base:
+        if device.type == "mps":
+            raise ConfigError([Problem("training.fp8_base", "cannot be used on mps, which lacks the number format")])
+        model.keep_in_8_bits(config.training.fp8_base)
     problems = list(config.loss.problems_with(model.noise.prediction, model.noise.num_timesteps))
     if problems:
         raise ConfigError(problems)

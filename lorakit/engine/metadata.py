@@ -80,6 +80,8 @@ def _training_values(config: TrainConfig) -> dict[str, Any]:
         "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
         "ss_gradient_checkpointing": training.gradient_checkpointing,
         "ss_mixed_precision": training.mixed_precision,
+        "ss_fp8_base": {"unet", "text_encoder"} <= set(training.fp8_base),
+        "ss_fp8_base_unet": training.fp8_base == ("unet",),
         "ss_cache_latents": True,
     }
 

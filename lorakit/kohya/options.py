@@ -37,7 +37,6 @@ class Option:
 
 _ALWAYS = "images and captions are always encoded once and kept"
 _SAMPLES = "there are no previews during training yet"
-_FP8 = "the base model cannot be kept in 8 bits yet"
 _HALF = "the adapters stay float32"
 _STATES = "a state of sd-scripts cannot be read; a run goes on from its own with `lorakit train CONFIG --resume`"
 _SKIP = "`lorakit train CONFIG --resume` goes on at exactly the step that was reached"
@@ -156,8 +155,8 @@ TRAINING = (
     Option("mixed_precision", "text", "no", key="training.mixed_precision", choices=("no", "fp16", "bf16")),
     Option("full_fp16", "flag", False, later=_HALF),
     Option("full_bf16", "flag", False, later=_HALF),
-    Option("fp8_base", "flag", False, later=_FP8),
-    Option("fp8_base_unet", "flag", False, later=_FP8),
+    Option("fp8_base", "flag", False, key='training.fp8_base = ["unet", "text_encoder"]'),
+    Option("fp8_base_unet", "flag", False, key='training.fp8_base = ["unet"]'),
     Option("xformers", "flag", False, key='attention.name = "sdpa"', special=True),
     Option("sdpa", "flag", False, key='attention.name = "sdpa"', special=True),
     Option("mem_eff_attn", "flag", False, key='attention.name = "sdpa"', special=True),

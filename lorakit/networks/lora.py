@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import AdapterError
+from lorakit.models.layers import is_plain
 from lorakit.models.protocol import AdaptationTarget
 from lorakit.networks.dropout import DropoutRates, Dropouts
 from lorakit.networks.functions import DrawMask, operation_for
@@ -33,11 +34,11 @@ class LoRAModule(AdapterModule):
     def __init__(self, key: str, base: nn.Module, rank: int, alpha: float) -> None:
         """An adapter with no effect yet. Raises `AdapterError` for layers of other kinds."""
         super().__init__(key, base)
-        if not isinstance(base, nn.Linear | nn.Conv2d) or not _is_plain(base):
+        if not is_plain(base):
             raise AdapterError(f"{key} cannot be adapted: it is neither a linear layer nor a plain 2-D convolution.")
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
-        out, *inputs = base.weight.shape
-        device = base.weight.device
+        weight = base.weight
+        device, (out, *inputs) = weight.device, weight.shape
         self.lora_down = nn.Parameter(torch.empty(rank, *inputs, dtype=torch.float32, device=device))
         self.lora_up = nn.Parameter(torch.empty(out, rank, *[1] * len(inputs[1:]), dtype=torch.float32, device=device))
         self.draw_mask: DrawMask | None = None
@@ -100,10 +101,3 @@ class LoRANetwork(Network):
         if self._dropouts is not None:
             device = next(self.adapters.parameters()).device
             self._dropouts.begin_batch(sample_seeds.to(device, non_blocking=True))
-
-
-def _is_plain(base: nn.Linear | nn.Conv2d) -> bool:
-    """Whether a layer is one that the operations compute: for convolutions, ungrouped and padded with zeros."""
-    if isinstance(base, nn.Linear):
-        return True
-    return base.groups == 1 and base.padding_mode == "zeros" and not isinstance(base.padding, str)

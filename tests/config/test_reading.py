@@ -247,6 +247,7 @@ def test_combinations_that_make_no_sense(problems: Problems, tables: Tables) -> 
     assert set(found) == {"data.resolution", "data.bucket_reso_steps"}
     assert set(problems({**tables, "optimizer": {"lr": 0}})) == {"optimizer.lr"}
     assert "did" not in problems({**tables, "network": {"parts": ["unett"]}})["network.parts"]
+    assert "names no part" in problems({**tables, "training": {"fp8_base": ["vae"]}})["training.fp8_base"]
     assert set(problems({**tables, "optimizer": {"name": "adafactor", "warmup_init": True}})) == {
         "optimizer.warmup_init"
     }

@@ -324,3 +324,18 @@ def test_metadata_files(converted: Convert) -> None:
     assert (subset["image_dir"], subset["num_repeats"]) == ("train", 3)
     told = any(remark.key == "--in_json=meta.json" for remark in draft.remarks)
     assert subset.get("metadata_file") == (None if told else "meta.json")
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--fp8_base"], ["unet", "text_encoder"]),
+        (["--fp8_base_unet"], ["unet"]),
+        (["--fp8_base_unet", "--fp8_base"], ["unet"]),
+    ],
+)
+def test_base_model_in_8_bits(words: list[str], parts: list[str], converted: Convert, folder: Path) -> None:
+    """The options name the parts, and of both the one for the U-Net alone counts, as in sd-scripts."""
+    tables = converted(*words).tables()
+    assert tables["training"]["fp8_base"] == parts
+    assert config_from_tables(tables, folder).training.fp8_base == tuple(parts)

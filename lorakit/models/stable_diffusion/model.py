@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.checkpoints import HubModel
 from lorakit.errors import ModelError
+from lorakit.models.float8 import keep_in_8_bits
 from lorakit.models.hashing import ProcessMemo, hash_of_file, hash_of_weights, short_hash_of_file
 from lorakit.models.noise import DiscreteNoise, Prediction
 from lorakit.models.protocol import AdaptationTarget, AttentionBackend, Conditioning, Memo, NoiseProcess
@@ -26,7 +27,11 @@ from lorakit.models.stable_diffusion.targets import text_encoder_targets, unet_t
 from lorakit.models.stable_diffusion.text import ClipTextEncoder, checkpoint_layers, read_clip
 from lorakit.models.stable_diffusion.tokenizer import CaptionTokenizer
 
+ReadModule = Callable[[StoredPart, torch.device, torch.dtype], nn.Module]
+"""Reads a stored part to a device, in a number format."""
+
 _PROCESS_MEMO = ProcessMemo()
+_TARGETS = {"unet": unet_targets, "text_encoder": text_encoder_targets}
 
 
 @frozen(kw_only=True)
@@ -72,6 +77,7 @@ class StableDiffusion:
         self._unet: nn.Module | None = None
         self._attention: AttentionBackend | None = None
         self._recomputes = False
+        self._in_8_bits: tuple[str, ...] = ()
 
     def fingerprint(self, part: Literal["image_encoder", "text_encoder"]) -> str:
         """A short key of all that the part's output depends on: weights, number format, settings.
@@ -81,20 +87,19 @@ class StableDiffusion:
         if part == "image_encoder":
             stored = self.stored.part("vae")
             names = {bare: name for bare, name in stored.file_names.items() if bare.startswith(("encoder.", "quant_"))}
-            dtype, options = self._vae_dtype, list[object]()
+            options: list[object] = []
         else:
             stored = self.stored.part("text_encoder")
             names = dict(stored.file_names)
-            dtype, options = (
-                self.dtype,
-                [
-                    self.variant.clip_skip,
-                    self.variant.max_token_length,
-                    self.variant.pad_token,
-                    self._tokenizer_hash(),
-                ],
-            )
+            options = [
+                self.variant.clip_skip,
+                self.variant.max_token_length,
+                self.variant.pad_token,
+                self._tokenizer_hash(),
+                *(["8 bits"] if part in self._in_8_bits else []),
+            ]
         weights = self.memo.remember(stored.file, part, partial(hash_of_weights, stored.file, names))
+        dtype = self._vae_dtype if part == "image_encoder" else self.dtype
         text = json.dumps([weights, str(dtype), dict(stored.settings), options], sort_keys=True)
         return sha256(text.encode()).hexdigest()[:32]
 
@@ -114,7 +119,7 @@ class StableDiffusion:
         """The text encoder with its tokenizer, read on first use."""
         if self._text_encoder is None:
             part = self.stored.part("text_encoder")
-            module = read_clip(part, self.device, self.dtype)
+            module = self._read("text_encoder", read_clip)
             if self._recomputes:
                 checkpoint_layers(module)
             self._text_encoder = ClipTextEncoder(module, self._tokenizer(part), self.variant.clip_skip)
@@ -124,7 +129,7 @@ class StableDiffusion:
     def denoiser(self) -> nn.Module:
         """The U-Net, read on first use, frozen."""
         if self._unet is None:
-            self._unet = read_unet(self.stored.part("unet"), self.device, self.dtype)
+            self._unet = self._read("unet", read_unet)
             if self._attention is not None:
                 use_backend(self._unet, self._attention)
             if self._recomputes:
@@ -152,6 +157,14 @@ class StableDiffusion:
         self._attention = backend
         if self._unet is not None:
             use_backend(self._unet, backend)
+
+    def keep_in_8_bits(self, parts: Sequence[str]) -> None:
+        """Keep the weights of the layers of `unet`, `text_encoder` or both in 8 bits from now on."""
+        self._in_8_bits = tuple(parts)
+        if self._unet is not None:
+            self._shrink("unet", self._unet)
+        if self._text_encoder is not None:
+            self._shrink("text_encoder", self._text_encoder.module)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations of U-Net and text encoder in the backward pass instead of keeping them."""
@@ -188,6 +201,20 @@ class StableDiffusion:
         if self.stored.vae is not None:
             entries |= {"ss_vae_name": self.stored.vae.name, **self._hashes(self.stored.vae, "vae")}
         return entries
+
+    def _read(self, part: Literal["unet", "text_encoder"], read: ReadModule) -> nn.Module:
+        """A part's module on the device."""
+        in_8_bits = part in self._in_8_bits
+        # What is to shrink goes to the device shrunk, so that the device never has to hold the whole.
+        module = read(self.stored.part(part), torch.device("cpu") if in_8_bits else self.device, self.dtype)
+        return self._shrink(part, module).to(self.device) if in_8_bits else module
+
+    def _shrink(self, part: Literal["unet", "text_encoder"], module: nn.Module) -> nn.Module:
+        """The same module, its layers in 8 bits if those of the part are to be."""
+        if part in self._in_8_bits:
+            for target in _TARGETS[part](module):
+                keep_in_8_bits(target.module, self.device)
+        return module
 
     def _hashes(self, path: Path, name: str) -> dict[str, str]:
         """Both hashes of a file by which web UIs find it; none of a folder."""
