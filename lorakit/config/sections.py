@@ -53,6 +53,11 @@ class TrainingSection:
     fp8_base: tuple[str, ...] = ()
     """Parts of the base model whose weights are kept in 8 bits: `unet`, `text_encoder`, or both. They take half the
     memory of bf16, and some time; adapters, activations and the number format to compute in stay as they are."""
+    compile: bool = False
+    """Let torch.compile make the denoiser faster. The first steps take longer, and so does the first of each size of
+    images."""
+    compile_backend: str = "inductor"
+    """What torch.compile compiles with; `inductor` needs a C++ compiler on CPUs, and Triton on GPUs."""
     seed: int = field(default=42, validator=v.ge(0))
     """Where all randomness starts: the same seed gives the same run."""
     max_grad_norm: float = field(default=1.0, validator=v.ge(0))
@@ -142,6 +147,8 @@ class TrainConfig:
             yield Problem("model.no_half_vae", "has no effect without training.mixed_precision")
         if self.training.max_epochs and self.training.max_steps:
             yield Problem("training.max_steps", "has no effect, because training.max_epochs is given")
+        if self.training.compile_backend != "inductor" and not self.training.compile:
+            yield Problem("training.compile_backend", "has no effect without training.compile")
         for part in self.network.parts:
             if self.optimizer.lr_of(part) == 0:
                 yield Problem("network.parts", f"{part!r} gets no adapters, because its learning rate is 0")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from lorakit.components import ObserverConfig
-from lorakit.config.sections import TrainConfig
+from lorakit.config.sections import TrainConfig, TrainingSection
 from lorakit.data.batches import BatchLoader
 from lorakit.data.encoding import CaptionKeys, Encoding, LatentKeys, encode_captions, encode_latents
 from lorakit.data.examples import captions_vary
@@ -30,6 +30,7 @@ from lorakit.engine.schedule import Schedule
 from lorakit.engine.state import find_state
 from lorakit.engine.trainer import train
 from lorakit.errors import ConfigError, Problem
+from lorakit.models.compilation import why_not
 from lorakit.models.protocol import DiffusionModel
 from lorakit.networks.network import Network
 from lorakit.networks.saving import read_adapter
@@ -81,10 +82,11 @@ def build_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
     """
     model = config.model.build(device, DTYPES[config.training.mixed_precision])
     if config.training.fp8_base:
-        if device.type == "mps":
-            raise ConfigError([Problem("training.fp8_base", "cannot be used on mps, which lacks the number format")])
         model.keep_in_8_bits(config.training.fp8_base)
-    problems = list(config.loss.problems_with(model.noise.prediction, model.noise.num_timesteps))
+    problems = [
+        *config.loss.problems_with(model.noise.prediction, model.noise.num_timesteps),
+        *_problems_of_the_device(config.training, device),
+    ]
     if problems:
         raise ConfigError(problems)
     if config.prediction is None:
@@ -93,6 +95,14 @@ def build_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
     if config.loss.zero_terminal_snr:
         model.noise = model.noise.with_zero_terminal_snr()
     return model
+
+
+def _problems_of_the_device(training: TrainingSection, device: torch.device) -> Iterator[Problem]:
+    if training.fp8_base and device.type == "mps":
+        yield Problem("training.fp8_base", "cannot be used on mps, which lacks the number format")
+    if training.compile and (reason := why_not(training.compile_backend, device)):
+        key = "compile" if training.compile_backend == "inductor" else "compile_backend"
+        yield Problem(f"training.{key}", reason)
 
 
 def assemble(prepared: PreparedRun, processes: Processes) -> Run:
@@ -117,6 +127,8 @@ def assemble(prepared: PreparedRun, processes: Processes) -> Run:
     model.use_attention(config.attention.build())
     if config.training.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    if config.training.compile:
+        model.compile(config.training.compile_backend)
     network = _attached_network(config, model)
     groups = network.parameter_groups(config.optimizer.lr_of)
     optimizer = config.optimizer.build(groups)

@@ -39,6 +39,7 @@ def convert(given: Mapping[str, Any], folder: Path, target: Path, catalog: Catal
     write_lr_scheduler(command, draft, catalog)
     _attention(command, draft)
     _training(command, draft)
+    _compiling(command, draft)
     _saving(command, draft)
     _logs(command, draft)
     return draft
@@ -115,6 +116,19 @@ def _training(command: Command, draft: Draft) -> None:
         )
     else:
         draft.set("training", "seed", command.setting("seed"))
+
+
+def _compiling(command: Command, draft: Draft) -> None:
+    backend = command.get("dynamo_backend")
+    if not command.get("torch_compile"):
+        if "dynamo_backend" in command.given:
+            draft.remark("dynamo_backend", "has no effect without --torch_compile")
+    elif backend == "no":
+        draft.remark("torch_compile", "has no effect with --dynamo_backend=no")
+    else:
+        draft.set("training", "compile", command.setting("torch_compile"))
+        if "dynamo_backend" in command.given:
+            draft.set("training", "compile_backend", command.setting("dynamo_backend"))
 
 
 def _saving(command: Command, draft: Draft) -> None:

@@ -160,9 +160,9 @@ TRAINING = (
     Option("xformers", "flag", False, key='attention.name = "sdpa"', special=True),
     Option("sdpa", "flag", False, key='attention.name = "sdpa"', special=True),
     Option("mem_eff_attn", "flag", False, key='attention.name = "sdpa"', special=True),
-    Option("torch_compile", "flag", False, key="training.compile"),
+    Option("torch_compile", "flag", False, key="training.compile", special=True),
     Option(
-        "dynamo_backend", "text", "inductor", later="there is no torch.compile yet",
+        "dynamo_backend", "text", "inductor", key="training.compile_backend", special=True,
         choices=(
             "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt",
             "onnxrt", "tensorrt", "ipex", "tvm", "no",

@@ -40,47 +40,67 @@ class DropoutRates:
         return bool(self.neuron or self.rank or self.module)
 
 
+class AdapterDropout:
+    """The dropout masks of one adapter, for one micro-batch after another.
+
+    It holds its own tensors rather than its number, for which torch.compile would compile each adapter anew.
+    """
+
+    def __init__(self, rate: float) -> None:
+        """Masks that drop this share of the rank-r activations, beside what `begin_batch` says."""
+        self._rate = rate
+        self._stream: Tensor | None = None
+        self._factors: Tensor | None = None
+
+    def begin_batch(self, stream: Tensor, factors: Tensor | None) -> None:
+        """Make the masks from streams [B] from now on; factors [B, 1, rank] are for all positions of an image."""
+        self._stream, self._factors = stream, factors
+
+    def mask(self, hidden: Tensor) -> Tensor:
+        """What to multiply the rank-r activations [n·B, L, r] by; an image's n rows follow one another."""
+        if self._stream is None:
+            raise RuntimeError("Network.begin_batch must be told the samples' seeds before the forward pass")
+        rows, _, rank = hidden.shape
+        images = len(self._stream)
+        if rows % images:
+            raise ValueError(f"an adapter got {rows} rows, but the micro-batch has {images} images")
+        if self._factors is None:
+            return self._neurons(self._stream, hidden)
+        factors = self._factors[..., :rank].to(hidden.dtype)
+        if rows > images:
+            factors = factors.repeat_interleave(rows // images, dim=0)
+        return factors * self._neurons(self._stream, hidden) if self._rate else factors
+
+    def _neurons(self, stream: Tensor, hidden: Tensor) -> Tensor:
+        places = torch.arange(_FIRST_NEURON, _FIRST_NEURON + hidden.numel() // len(stream), device=stream.device)
+        kept = _survives(_numbers(stream, places), self._rate)
+        return kept.view(hidden.shape).to(hidden.dtype).div_(1 - self._rate)
+
+
 class Dropouts:
     """The dropout masks of all adapters of a network, for one micro-batch after another."""
 
     def __init__(self, rates: DropoutRates, keys: Sequence[str], rank: int) -> None:
         """Masks for the adapters of these keys, of at most this rank."""
+        self.adapters = [AdapterDropout(rates.neuron) for _ in keys]
+        """Those of each adapter."""
         self._rates = rates
         self._rank = rank
         self._salts = torch.tensor([derived_seed("dropout", key) for key in keys])  # [A]
-        self._streams: Tensor | None = None
-        self._factors: Tensor | None = None
 
     def begin_batch(self, sample_seeds: Tensor) -> None:
         """Make the masks of B images from now on; their seeds are int64 [B]."""
         self._salts = self._salts.to(sample_seeds.device)
-        self._streams = _mix(self._salts[:, None] ^ sample_seeds)  # [A, B]
+        streams = _mix(self._salts[:, None] ^ sample_seeds)  # [A, B]
+        factors: Sequence[Tensor | None] = [None] * len(streams)
         if self._rates.rank or self._rates.module:
             places = torch.arange(1 + self._rank, device=sample_seeds.device)
-            numbers = _numbers(self._streams, places)  # [A, B, 1 + rank]
+            numbers = _numbers(streams, places)  # [A, B, 1 + rank]
             module, ranks = numbers[:, :, :1], numbers[:, :, 1:]
             kept = _survives(module, self._rates.module) & _survives(ranks, self._rates.rank)
-            self._factors = (kept.float() / (1 - self._rates.rank)).unsqueeze(2)  # [A, B, 1, rank]
-
-    def mask(self, adapter: int, hidden: Tensor) -> Tensor:
-        """What to multiply an adapter's rank-r activations [n·B, L, r] by; an image's n rows follow one another."""
-        if self._streams is None:
-            raise RuntimeError("Network.begin_batch must be told the samples' seeds before the forward pass")
-        rows, _, rank = hidden.shape
-        images = self._streams.shape[1]
-        if rows % images:
-            raise ValueError(f"an adapter got {rows} rows, but the micro-batch has {images} images")
-        if self._factors is None:
-            return self._neurons(self._streams[adapter], hidden)
-        factors = self._factors[adapter, ..., :rank].to(hidden.dtype)
-        if rows > images:
-            factors = factors.repeat_interleave(rows // images, dim=0)
-        return factors * self._neurons(self._streams[adapter], hidden) if self._rates.neuron else factors
-
-    def _neurons(self, stream: Tensor, hidden: Tensor) -> Tensor:
-        places = torch.arange(_FIRST_NEURON, _FIRST_NEURON + hidden.numel() // len(stream), device=stream.device)
-        kept = _survives(_numbers(stream, places), self._rates.neuron)
-        return kept.view(hidden.shape).to(hidden.dtype).div_(1 - self._rates.neuron)
+            factors = (kept.float() / (1 - self._rates.rank)).unsqueeze(2).unbind()  # A of [B, 1, rank]
+        for adapter, stream, own in zip(self.adapters, streams.unbind(), factors, strict=True):
+            adapter.begin_batch(stream, own)
 
 
 def _numbers(streams: Tensor, places: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -93,8 +92,8 @@ class LoRANetwork(Network):
             adapters = [adapter for adapter in self.adapters if isinstance(adapter, LoRAModule)]
             rank = max(adapter.rank for adapter in adapters)
             self._dropouts = Dropouts(rates, [adapter.key for adapter in adapters], rank)
-            for index, adapter in enumerate(adapters):
-                adapter.draw_mask = partial(self._dropouts.mask, index)
+            for adapter, dropout in zip(adapters, self._dropouts.adapters, strict=True):
+                adapter.draw_mask = dropout.mask
 
     def begin_batch(self, sample_seeds: Tensor) -> None:
         """Draw the micro-batch's dropouts from its images' seeds, int64 [B]."""

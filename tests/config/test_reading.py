@@ -255,7 +255,7 @@ def test_combinations_that_make_no_sense(problems: Problems, tables: Tables) -> 
 
 def test_options_without_effect_are_warnings(read: Read, tables: Tables) -> None:
     """An option that does nothing in this run is said, once, and the config is good."""
-    tables["training"] = {"max_epochs": 1, "max_steps": 1}
+    tables["training"] = {"max_epochs": 1, "max_steps": 1, "compile_backend": "eager"}
     tables["data"] |= {"keep_tokens": 1, "bucket_no_upscale": True}
     tables["network"] = {"parts": ["unet"]}
     tables["optimizer"] = {"text_encoder_lr": 1e-5}
@@ -264,7 +264,7 @@ def test_options_without_effect_are_warnings(read: Read, tables: Tables) -> None
     keys = [warning.key for warning in read(tables).warnings()]
     assert sorted(keys) == [
         "data.bucket_no_upscale", "data.keep_tokens", "model.no_half_vae", "optimizer.text_encoder_lr",
-        "output.keep_last", "training.max_steps",
+        "output.keep_last", "training.compile_backend", "training.max_steps",
     ]  # fmt: skip
     del tables["training"], tables["network"], tables["optimizer"], tables["output"]["keep_last"]
     del tables["model"]["no_half_vae"]

@@ -339,3 +339,20 @@ def test_base_model_in_8_bits(words: list[str], parts: list[str], converted: Con
     tables = converted(*words).tables()
     assert tables["training"]["fp8_base"] == parts
     assert config_from_tables(tables, folder).training.fp8_base == tuple(parts)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected", "told"),
+    [
+        (["--torch_compile"], {"compile": True}, ""),
+        (["--torch_compile", "--dynamo_backend=aot_eager"], {"compile": True, "compile_backend": "aot_eager"}, ""),
+        (["--torch_compile", "--dynamo_backend=no"], {}, "--torch_compile: has no effect with --dynamo_backend=no"),
+        (["--dynamo_backend=eager"], {}, "--dynamo_backend: has no effect without --torch_compile"),
+    ],
+)
+def test_compiling(words: list[str], expected: dict[str, Any], told: str, converted: Convert) -> None:
+    """Compiling keeps its backend; where sd-scripts would not compile, nothing does, and it is told."""
+    draft = converted(*words)
+    training = draft.tables()["training"]
+    assert {key: value for key, value in training.items() if key.startswith("compile")} == expected
+    assert remarks(draft) == [told] * bool(told)

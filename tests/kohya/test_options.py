@@ -41,6 +41,7 @@ CONTEXT: dict[str, list[str]] = {
     "lr_scheduler_num_cycles": ["--lr_scheduler=cosine_with_restarts"],
     "lr_scheduler_power": ["--lr_scheduler=polynomial"],
     "lr_scheduler_args": ["--lr_scheduler=polynomial"],
+    "dynamo_backend": ["--torch_compile"],
     "log_with": ["--logging_dir=logs"],
     "log_prefix": ["--logging_dir=logs"],
     "save_n_epoch_ratio": ["--max_train_epochs=9"],

@@ -22,7 +22,7 @@ from lorakit.models.protocol import AdaptationTarget, AttentionBackend, Conditio
 from lorakit.models.stable_diffusion.attention import use_backend
 from lorakit.models.stable_diffusion.image import VaeEncoder, read_vae_encoder
 from lorakit.models.stable_diffusion.parts import TOKENIZER_FILES, StoredModel, StoredPart
-from lorakit.models.stable_diffusion.reading import read_unet
+from lorakit.models.stable_diffusion.reading import compile_unet, read_unet
 from lorakit.models.stable_diffusion.targets import text_encoder_targets, unet_targets
 from lorakit.models.stable_diffusion.text import ClipTextEncoder, checkpoint_layers, read_clip
 from lorakit.models.stable_diffusion.tokenizer import CaptionTokenizer
@@ -78,6 +78,7 @@ class StableDiffusion:
         self._attention: AttentionBackend | None = None
         self._recomputes = False
         self._in_8_bits: tuple[str, ...] = ()
+        self._compiler: str | None = None
 
     def fingerprint(self, part: Literal["image_encoder", "text_encoder"]) -> str:
         """A short key of all that the part's output depends on: weights, number format, settings.
@@ -134,6 +135,8 @@ class StableDiffusion:
                 use_backend(self._unet, self._attention)
             if self._recomputes:
                 self._unet.enable_gradient_checkpointing()  # type: ignore[operator]
+            if self._compiler is not None:
+                compile_unet(self._unet, self._compiler)
         return self._unet
 
     def free(self, part: Literal["image_encoder", "text_encoder"]) -> None:
@@ -165,6 +168,12 @@ class StableDiffusion:
             self._shrink("unet", self._unet)
         if self._text_encoder is not None:
             self._shrink("text_encoder", self._text_encoder.module)
+
+    def compile(self, backend: str) -> None:
+        """Compile the U-Net's ResNet and transformer blocks, adapters included, with this backend of torch.compile."""
+        self._compiler = backend
+        if self._unet is not None:
+            compile_unet(self._unet, backend)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations of U-Net and text encoder in the backward pass instead of keeping them."""
