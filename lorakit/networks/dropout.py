@@ -50,30 +50,31 @@ class AdapterDropout:
         """Masks that drop this share of the rank-r activations, beside what `begin_batch` says."""
         self._rate = rate
         self._stream: Tensor | None = None
+        self._gamma: Tensor | None = None
         self._factors: Tensor | None = None
 
-    def begin_batch(self, stream: Tensor, factors: Tensor | None) -> None:
-        """Make the masks from streams [B] from now on; factors [B, 1, rank] are for all positions of an image."""
-        self._stream, self._factors = stream, factors
+    def begin_batch(self, stream: Tensor, gamma: Tensor, factors: Tensor | None) -> None:
+        """Make the masks from streams [B] with step γ from now on; factors [B, 1, rank] are for whole images."""
+        self._stream, self._gamma, self._factors = stream, gamma, factors
 
     def mask(self, hidden: Tensor) -> Tensor:
         """What to multiply the rank-r activations [n·B, L, r] by; an image's n rows follow one another."""
-        if self._stream is None:
+        if self._stream is None or self._gamma is None:
             raise RuntimeError("Network.begin_batch must be told the samples' seeds before the forward pass")
         rows, _, rank = hidden.shape
         images = len(self._stream)
         if rows % images:
             raise ValueError(f"an adapter got {rows} rows, but the micro-batch has {images} images")
         if self._factors is None:
-            return self._neurons(self._stream, hidden)
+            return self._neurons(self._stream, self._gamma, hidden)
         factors = self._factors[..., :rank].to(hidden.dtype)
         if rows > images:
             factors = factors.repeat_interleave(rows // images, dim=0)
-        return factors * self._neurons(self._stream, hidden) if self._rate else factors
+        return factors * self._neurons(self._stream, self._gamma, hidden) if self._rate else factors
 
-    def _neurons(self, stream: Tensor, hidden: Tensor) -> Tensor:
+    def _neurons(self, stream: Tensor, gamma: Tensor, hidden: Tensor) -> Tensor:
         places = torch.arange(_FIRST_NEURON, _FIRST_NEURON + hidden.numel() // len(stream), device=stream.device)
-        kept = _survives(_numbers(stream, places), self._rate)
+        kept = _survives(_numbers(stream, gamma, places), self._rate)
         return kept.view(hidden.shape).to(hidden.dtype).div_(1 - self._rate)
 
 
@@ -87,25 +88,28 @@ class Dropouts:
         self._rates = rates
         self._rank = rank
         self._salts = torch.tensor([derived_seed("dropout", key) for key in keys])  # [A]
+        # A tensor, because as a constant it overflows inductor's arithmetic of indices.
+        self._gamma = torch.tensor(_GOLDEN_GAMMA)
 
     def begin_batch(self, sample_seeds: Tensor) -> None:
         """Make the masks of B images from now on; their seeds are int64 [B]."""
-        self._salts = self._salts.to(sample_seeds.device)
+        device = sample_seeds.device
+        self._salts, self._gamma = self._salts.to(device), self._gamma.to(device)
         streams = _mix(self._salts[:, None] ^ sample_seeds)  # [A, B]
         factors: Sequence[Tensor | None] = [None] * len(streams)
         if self._rates.rank or self._rates.module:
-            places = torch.arange(1 + self._rank, device=sample_seeds.device)
-            numbers = _numbers(streams, places)  # [A, B, 1 + rank]
+            places = torch.arange(1 + self._rank, device=device)
+            numbers = _numbers(streams, self._gamma, places)  # [A, B, 1 + rank]
             module, ranks = numbers[:, :, :1], numbers[:, :, 1:]
             kept = _survives(module, self._rates.module) & _survives(ranks, self._rates.rank)
             factors = (kept.float() / (1 - self._rates.rank)).unsqueeze(2).unbind()  # A of [B, 1, rank]
         for adapter, stream, own in zip(self.adapters, streams.unbind(), factors, strict=True):
-            adapter.begin_batch(stream, own)
+            adapter.begin_batch(stream, self._gamma, own)
 
 
-def _numbers(streams: Tensor, places: Tensor) -> Tensor:
-    """The numbers at `places` [n] of streams [...]: uniform int64 [..., n]."""
-    return _mix(streams.unsqueeze(-1) + places * _GOLDEN_GAMMA)
+def _numbers(streams: Tensor, gamma: Tensor, places: Tensor) -> Tensor:
+    """The numbers at `places` [n] of streams [...] with step γ: uniform int64 [..., n]."""
+    return _mix(streams.unsqueeze(-1) + places * gamma)
 
 
 def _survives(numbers: Tensor, rate: float) -> Tensor:
