@@ -1,4 +1,4 @@
-"""Number formats in whole runs: the VAE in float32, and a base model kept in 8 bits."""
+"""How runs compute: the VAE in float32, a base model kept in 8 bits, and compiled blocks."""
 
 from __future__ import annotations
 
@@ -57,3 +57,18 @@ def test_8_bits_on_a_device_without_them(make_config) -> None:
     """A device that lacks the format is an error that names the key, before anything is read."""
     with pytest.raises(ConfigError, match=r"training\.fp8_base: cannot be used on mps"):
         build_model(make_config(training={"fp8_base": ["unet"]}), torch.device("mps"))
+
+
+def test_compiled_run(make_config) -> None:
+    """A run that compiles gives the file of one that does not, here with a backend that changes no rounding."""
+    sections = {"network": {"parts": ["unet"]}, "training": {"max_steps": 1}}
+    plain = weights_of(lorakit.train(make_config(**sections)))
+    sections["training"] |= {"compile": True, "compile_backend": "eager"}
+    assert same(weights_of(lorakit.train(make_config(**sections, output={"name": "compiled"}))), plain)
+
+
+def test_backend_that_is_not_there(make_config) -> None:
+    """A backend that this PyTorch lacks is an error at its key, with those that it has, before anything is read."""
+    config = make_config(training={"compile": True, "compile_backend": "nvfuser"})
+    with pytest.raises(ConfigError, match=r"training\.compile_backend: must be a backend .*inductor.*not 'nvfuser'"):
+        build_model(config, torch.device("cpu"))
