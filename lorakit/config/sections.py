@@ -51,6 +51,14 @@ class TrainingSection:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Number format of the base model and of activations; the adapters stay float32."""
+    fp8_base: tuple[str, ...] = ()
+    """Parts of the base model whose weights are kept in 8 bits: `unet`, `text_encoder`, or both. They take half the
+    memory of bf16, and some time; adapters, activations and the number format to compute in stay as they are."""
+    compile: bool = False
+    """Let torch.compile make the denoiser faster. The first steps take longer, and so does the first of each size of
+    images."""
+    compile_backend: str = "inductor"
+    """What torch.compile compiles with; `inductor` needs a C++ compiler on CPUs, and Triton on GPUs."""
     seed: int = field(default=42, validator=v.ge(0))
     """Where all randomness starts: the same seed gives the same run."""
     max_grad_norm: float = field(default=1.0, validator=v.ge(0))
@@ -144,11 +152,12 @@ class TrainConfig:
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the sections taken together."""
-        unknown = [part for part in self.network.parts if part not in self.model.parts]
-        if unknown:
-            hint = f"{self.model.name} has {', '.join(self.model.parts)}"
-            yield Problem("network.parts", f"names no part of the model: {', '.join(unknown)}", hint)
-        elif not self.trained_parts:
+        for key, parts in {"network.parts": self.network.parts, "training.fp8_base": self.training.fp8_base}.items():
+            unknown = [part for part in parts if part not in self.model.parts]
+            if unknown:
+                hint = f"{self.model.name} has {', '.join(self.model.parts)}"
+                yield Problem(key, f"names no part of the model: {', '.join(unknown)}", hint)
+        if not self.trained_parts:
             yield Problem("optimizer.lr", "is zero for every part in network.parts, so nothing would be trained")
         rates, encoders = self.optimizer.text_encoder_lr, self.model.text_encoders
         if isinstance(rates, tuple) and len(rates) != encoders:
@@ -165,8 +174,12 @@ class TrainConfig:
         yield from _placed(self.network.warnings(), "network")
         for number, observer in enumerate(self.observers):
             yield from _placed(observer.warnings_with(self), f"observers[{number}]")
+        if getattr(self.model, "no_half_vae", False) and self.training.mixed_precision == "no":
+            yield Problem("model.no_half_vae", "has no effect without training.mixed_precision")
         if self.training.max_epochs and self.training.max_steps:
             yield Problem("training.max_steps", "has no effect, because training.max_epochs is given")
+        if self.training.compile_backend != "inductor" and not self.training.compile:
+            yield Problem("training.compile_backend", "has no effect without training.compile")
         for part in self.network.parts:
             if not any(self.optimizer.lrs_of(part)):
                 yield Problem("network.parts", f"{part!r} gets no adapters, because its learning rate is 0")

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from lorakit.components import ObserverConfig
-from lorakit.config.sections import TrainConfig
+from lorakit.config.sections import TrainConfig, TrainingSection
 from lorakit.data.batches import BatchLoader
 from lorakit.data.encoding import CaptionKeys, Encoding, LatentKeys, encode_captions, encode_latents
 from lorakit.data.examples import any_augmented, captions_vary, default_workers
@@ -33,7 +33,8 @@ from lorakit.engine.schedule import Schedule
 from lorakit.engine.state import find_state
 from lorakit.engine.trainer import train
 from lorakit.engine.validation import ValidationSet
-from lorakit.errors import ConfigError
+from lorakit.errors import ConfigError, Problem
+from lorakit.models.compilation import why_not
 from lorakit.models.protocol import AdaptationTarget, DiffusionModel, Tokens
 from lorakit.networks.network import Network, ParameterGroup
 from lorakit.networks.saving import starting_tensors
@@ -81,10 +82,15 @@ def fill_cache(prepared: PreparedRun) -> None:
 def build_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
     """The base model with the noise process that the loss asks for, its weights not read yet.
 
-    Raises ConfigError where the loss does not suit what the model predicts.
+    Raises ConfigError where the loss does not suit what the model predicts, or the device cannot do what is asked.
     """
     model = config.model.build(device, DTYPES[config.training.mixed_precision])
-    problems = list(config.loss.problems_with(model.noise.prediction, model.noise.num_timesteps))
+    if config.training.fp8_base:
+        model.keep_in_8_bits(config.training.fp8_base)
+    problems = [
+        *config.loss.problems_with(model.noise.prediction, model.noise.num_timesteps),
+        *_problems_of_the_device(config.training, device),
+    ]
     if problems:
         raise ConfigError(problems)
     if config.prediction is None:
@@ -93,6 +99,14 @@ def build_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
     if config.loss.zero_terminal_snr:
         model.noise = model.noise.with_zero_terminal_snr()
     return model
+
+
+def _problems_of_the_device(training: TrainingSection, device: torch.device) -> Iterator[Problem]:
+    if training.fp8_base and device.type == "mps":
+        yield Problem("training.fp8_base", "cannot be used on mps, which lacks the number format")
+    if training.compile and (reason := why_not(training.compile_backend, device)):
+        key = "compile" if training.compile_backend == "inductor" else "compile_backend"
+        yield Problem(f"training.{key}", reason)
 
 
 def assemble(prepared: PreparedRun, processes: Processes) -> Run:
@@ -121,6 +135,8 @@ def assemble(prepared: PreparedRun, processes: Processes) -> Run:
     model.use_attention(config.attention.build())
     if config.training.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    if config.training.compile:
+        model.compile(config.training.compile_backend)
     network = _attached_network(config, model)
     groups = network.parameter_groups(partial(_learning_rate, config))
     problems = list(config.optimizer.problems_with([group.lr for group in groups]))

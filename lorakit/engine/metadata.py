@@ -89,6 +89,8 @@ def _training_values(config: TrainConfig) -> dict[str, Any]:
         "ss_gradient_checkpointing": training.gradient_checkpointing,
         "ss_mixed_precision": training.mixed_precision,
         "ss_full_fp16": False,
+        "ss_fp8_base": {"unet", "text_encoder"} <= set(training.fp8_base),
+        "ss_fp8_base_unet": training.fp8_base == ("unet",),
     }
 
 

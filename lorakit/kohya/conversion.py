@@ -42,6 +42,7 @@ def convert(given: Mapping[str, Any], folder: Path, target: Path, catalog: Catal
     _base_weights(command, draft)
     _attention(command, draft)
     _training(command, draft)
+    _compiling(command, draft)
     write_saving(command, draft)
     write_observers(command, draft, catalog)
     return draft
@@ -133,3 +134,16 @@ def _training(command: Command, draft: Draft) -> None:
         )
     else:
         draft.set("training", "seed", command.setting("seed"))
+
+
+def _compiling(command: Command, draft: Draft) -> None:
+    backend = command.get("dynamo_backend")
+    if not command.get("torch_compile"):
+        if "dynamo_backend" in command.given:
+            draft.remark("dynamo_backend", "has no effect without --torch_compile")
+    elif backend == "no":
+        draft.remark("torch_compile", "has no effect with --dynamo_backend=no")
+    else:
+        draft.set("training", "compile", command.setting("torch_compile"))
+        if "dynamo_backend" in command.given:
+            draft.set("training", "compile_backend", command.setting("dynamo_backend"))

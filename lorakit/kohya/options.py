@@ -39,7 +39,6 @@ class Option:
 
 _ALWAYS = "images and captions are encoded once and kept wherever they stay the same"
 _SAMPLES = "there are no previews during training yet"
-_FP8 = "the base model cannot be kept in 8 bits yet"
 _HALF = (
     "the adapters are used in half precision, their float32 originals take a few MB, `saver.precision` is the file's"
 )
@@ -158,14 +157,14 @@ TRAINING = (
     Option("mixed_precision", "text", "no", key="training.mixed_precision", choices=("no", "fp16", "bf16")),
     Option("full_fp16", "flag", False, unneeded=_HALF),
     Option("full_bf16", "flag", False, unneeded=_HALF),
-    Option("fp8_base", "flag", False, later=_FP8),
-    Option("fp8_base_unet", "flag", False, later=_FP8),
+    Option("fp8_base", "flag", False, key='training.fp8_base = ["unet", "text_encoder"]'),
+    Option("fp8_base_unet", "flag", False, key='training.fp8_base = ["unet"]'),
     Option("xformers", "flag", False, key='attention.name = "sdpa"', special=True),
     Option("sdpa", "flag", False, key='attention.name = "sdpa"', special=True),
     Option("mem_eff_attn", "flag", False, key='attention.name = "sdpa"', special=True),
-    Option("torch_compile", "flag", False, key="training.compile"),
+    Option("torch_compile", "flag", False, key="training.compile", special=True),
     Option(
-        "dynamo_backend", "text", "inductor", later="there is no torch.compile yet",
+        "dynamo_backend", "text", "inductor", key="training.compile_backend", special=True,
         choices=(
             "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt",
             "onnxrt", "tensorrt", "ipex", "tvm", "no",

@@ -161,6 +161,14 @@ class DiffusionModel(Protocol):
         """Compute the denoiser's attention with this backend."""
         ...
 
+    def keep_in_8_bits(self, parts: Sequence[str]) -> None:
+        """Keep the weights of the layers of these parts that can be adapted in 8 bits (`lorakit.models.float8`)."""
+        ...
+
+    def compile(self, backend: str) -> None:
+        """Compile the denoiser's blocks, with the adapters in them, with a backend of torch.compile."""
+        ...
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of keeping them (non-reentrant)."""
         ...

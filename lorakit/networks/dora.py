@@ -12,7 +12,6 @@ Shapes: B images or texts, L positions in each, r rank, I inputs (times the kern
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lorakit.networks.dropout import Dropouts
+from lorakit.networks.dropout import AdapterDropout, DropoutRates
 from lorakit.networks.lora import LoRAModule
 
 
@@ -59,10 +58,10 @@ class DoRAModule(LoRAModule):
         out = _scale_outputs(out, self._gains(len(x)), bias, isinstance(self.base, nn.Conv2d))
         return out if self.multiplier == 1 else torch.lerp(self.base(x), out, self.multiplier)
 
-    def use_dropouts(self, dropouts: Dropouts, index: int) -> None:
+    def use_dropout(self, dropout: AdapterDropout, rates: DropoutRates) -> None:
         """Drop at random; an adapter that is left out leaves the magnitudes as they were, too."""
-        super().use_dropouts(dropouts, index)
-        self._draw_kept = partial(dropouts.kept, index) if dropouts.rates.module else None
+        super().use_dropout(dropout, rates)
+        self._draw_kept = dropout.kept if rates.module else None
 
     def tensors(self) -> dict[str, Tensor]:
         """Both factors, alpha and the magnitudes, under the name that LyCORIS gave them."""

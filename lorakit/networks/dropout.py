@@ -40,61 +40,90 @@ class DropoutRates:
         return bool(self.neuron or self.rank or self.module)
 
 
+class AdapterDropout:
+    """The dropout masks of one adapter, for one micro-batch after another.
+
+    It holds its own tensors rather than its number, for which torch.compile would compile each adapter anew.
+    """
+
+    def __init__(self, rate: float) -> None:
+        """Masks that drop this share of the rank-r activations, beside what `begin_batch` says."""
+        self._rate = rate
+        self._stream: Tensor | None = None
+        self._gamma: Tensor | None = None
+        self._factors: Tensor | None = None
+        self._kept: Tensor | None = None
+
+    def begin_batch(self, stream: Tensor, gamma: Tensor, factors: Tensor | None, kept: Tensor | None = None) -> None:
+        """Make the masks from streams [B] with step γ from now on.
+
+        Factors [B, 1, rank] are for whole images; `kept` [B] says which images the adapter is not left out for.
+        """
+        self._stream, self._gamma, self._factors, self._kept = stream, gamma, factors, kept
+
+    def mask(self, hidden: Tensor) -> Tensor:
+        """What to multiply the rank-r activations [n·B, L, r] by; an image's n rows follow one another."""
+        if self._stream is None or self._gamma is None:
+            raise RuntimeError("Network.begin_batch must be told the samples' seeds before the forward pass")
+        rows, _, rank = hidden.shape
+        images = len(self._stream)
+        if rows % images:
+            raise ValueError(f"an adapter got {rows} rows, but the micro-batch has {images} images")
+        if self._factors is None:
+            return self._neurons(self._stream, self._gamma, hidden)
+        factors = self._factors[..., :rank].to(hidden.dtype)
+        if rows > images:
+            factors = factors.repeat_interleave(rows // images, dim=0)
+        return factors * self._neurons(self._stream, self._gamma, hidden) if self._rate else factors
+
+    def kept(self, rows: int) -> Tensor:
+        """Which of n·B rows are of images that the adapter is not left out for, bool [n·B]."""
+        if self._kept is None:
+            raise RuntimeError("Network.begin_batch must be told the samples' seeds before the forward pass")
+        images = len(self._kept)
+        return self._kept.repeat_interleave(rows // images) if rows > images else self._kept
+
+    def _neurons(self, stream: Tensor, gamma: Tensor, hidden: Tensor) -> Tensor:
+        places = torch.arange(_FIRST_NEURON, _FIRST_NEURON + hidden.numel() // len(stream), device=stream.device)
+        kept = _survives(_numbers(stream, gamma, places), self._rate)
+        return kept.view(hidden.shape).to(hidden.dtype).div_(1 - self._rate)
+
+
 class Dropouts:
     """The dropout masks of all adapters of a network, for one micro-batch after another."""
 
     def __init__(self, rates: DropoutRates, keys: Sequence[str], rank: int) -> None:
         """Masks for the adapters of these keys, of at most this rank."""
+        self.adapters = [AdapterDropout(rates.neuron) for _ in keys]
+        """Those of each adapter."""
         self.rates = rates
         self._rank = rank
         self._salts = torch.tensor([derived_seed("dropout", key) for key in keys])  # [A]
-        self._streams: Tensor | None = None
-        self._factors: Tensor | None = None
-        self._kept: Tensor | None = None
+        # A tensor, because as a constant it overflows inductor's arithmetic of indices.
+        self._gamma = torch.tensor(_GOLDEN_GAMMA)
 
     def begin_batch(self, sample_seeds: Tensor) -> None:
         """Make the masks of B images from now on; their seeds are int64 [B]."""
-        self._salts = self._salts.to(sample_seeds.device)
-        self._streams = _mix(self._salts[:, None] ^ sample_seeds)  # [A, B]
+        device = sample_seeds.device
+        self._salts, self._gamma = self._salts.to(device), self._gamma.to(device)
+        streams = _mix(self._salts[:, None] ^ sample_seeds)  # [A, B]
+        factors: Sequence[Tensor | None] = [None] * len(streams)
+        kept: Sequence[Tensor | None] = factors
         if self.rates.rank or self.rates.module:
-            places = torch.arange(1 + self._rank, device=sample_seeds.device)
-            numbers = _numbers(self._streams, places)  # [A, B, 1 + rank]
+            places = torch.arange(1 + self._rank, device=device)
+            numbers = _numbers(streams, self._gamma, places)  # [A, B, 1 + rank]
             module, ranks = numbers[:, :, :1], numbers[:, :, 1:]
-            self._kept = _survives(module, self.rates.module)
-            kept = self._kept & _survives(ranks, self.rates.rank)
-            self._factors = (kept.float() / (1 - self.rates.rank)).unsqueeze(2)  # [A, B, 1, rank]
-
-    def mask(self, adapter: int, hidden: Tensor) -> Tensor:
-        """What to multiply an adapter's rank-r activations [n·B, L, r] by; an image's n rows follow one another."""
-        if self._streams is None:
-            raise RuntimeError("Network.begin_batch must be told the samples' seeds before the forward pass")
-        rows, _, rank = hidden.shape
-        images = self._streams.shape[1]
-        if rows % images:
-            raise ValueError(f"an adapter got {rows} rows, but the micro-batch has {images} images")
-        if self._factors is None:
-            return self._neurons(self._streams[adapter], hidden)
-        factors = self._factors[adapter, ..., :rank].to(hidden.dtype)
-        if rows > images:
-            factors = factors.repeat_interleave(rows // images, dim=0)
-        return factors * self._neurons(self._streams[adapter], hidden) if self.rates.neuron else factors
-
-    def kept(self, adapter: int, rows: int) -> Tensor:
-        """Which of an adapter's n·B rows are of images that it is not left out for, bool [n·B]."""
-        if self._kept is None:
-            raise RuntimeError("Network.begin_batch must be told the samples' seeds before the forward pass")
-        kept = self._kept[adapter, :, 0]
-        return kept.repeat_interleave(rows // len(kept)) if rows > len(kept) else kept
-
-    def _neurons(self, stream: Tensor, hidden: Tensor) -> Tensor:
-        places = torch.arange(_FIRST_NEURON, _FIRST_NEURON + hidden.numel() // len(stream), device=stream.device)
-        kept = _survives(_numbers(stream, places), self.rates.neuron)
-        return kept.view(hidden.shape).to(hidden.dtype).div_(1 - self.rates.neuron)
+            survivors = _survives(module, self.rates.module)
+            surviving_ranks = survivors & _survives(ranks, self.rates.rank)
+            factors = (surviving_ranks.float() / (1 - self.rates.rank)).unsqueeze(2).unbind()  # A of [B, 1, rank]
+            kept = survivors.squeeze(2).unbind()  # A of [B]
+        for adapter, stream, own, own_kept in zip(self.adapters, streams.unbind(), factors, kept, strict=True):
+            adapter.begin_batch(stream, self._gamma, own, own_kept)
 
 
-def _numbers(streams: Tensor, places: Tensor) -> Tensor:
-    """The numbers at `places` [n] of streams [...]: uniform int64 [..., n]."""
-    return _mix(streams.unsqueeze(-1) + places * _GOLDEN_GAMMA)
+def _numbers(streams: Tensor, gamma: Tensor, places: Tensor) -> Tensor:
+    """The numbers at `places` [n] of streams [...] with step γ: uniform int64 [..., n]."""
+    return _mix(streams.unsqueeze(-1) + places * gamma)
 
 
 def _survives(numbers: Tensor, rate: float) -> Tensor:

@@ -2,7 +2,8 @@
 
 Written by hand because it is the innermost loop: the update is added to the base layer's output in
 place, the activations are never copied to the factors' float32, and only the input and the rank-r
-activations are kept for the backward pass.
+activations are kept for the backward pass. The base layer's weight is asked for in both passes, as a
+layer may keep it in another form.
 
 Shapes: N rows, that is, all positions of all images; B images or texts, L positions in each, r rank,
 C input and O output channels. "Rows" are [B, L, channels], a view in either memory format.
@@ -39,14 +40,14 @@ class _Linear(Function):
             mask = draw_mask(rows)
             rows.mul_(mask)
         out.view(-1, len(up)).addmm_(hidden, up.t())
-        ctx.save_for_backward(x, hidden, base.weight, down, up, mask)
-        ctx.scale = scale
+        ctx.save_for_backward(x, hidden, down, up, mask)
+        ctx.base, ctx.scale = base, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, weight, down, up, mask = ctx.saved_tensors
+        x, hidden, down, up, mask = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
             grad = grad_out.reshape(-1, len(up))
             grad_hidden = torch.addmm(up.new_empty(()), grad, up, beta=0, alpha=ctx.scale)
@@ -56,7 +57,7 @@ class _Linear(Function):
             grad_down = grad_hidden.t() @ x.reshape(-1, x.shape[-1])
             grad_x = None
             if ctx.needs_input_grad[0]:
-                grad_x = (grad @ weight.to(grad.dtype)).addmm_(grad_hidden, down).view(x.shape)
+                grad_x = (grad @ ctx.base.weight.to(grad.dtype)).addmm_(grad_hidden, down).view(x.shape)
         return grad_x, grad_down, grad_up, None, None, None
 
 
@@ -74,14 +75,14 @@ class _PointwiseConv2d(Function):
             mask = draw_mask(hidden)
             hidden.mul_(mask)
         _add_product(_rows(out), hidden, up.flatten(1).t())
-        ctx.save_for_backward(x, hidden, base.weight, down, up, mask)
-        ctx.scale = scale
+        ctx.save_for_backward(x, hidden, down, up, mask)
+        ctx.base, ctx.scale = base, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, weight, down, up, mask = ctx.saved_tensors
+        x, hidden, down, up, mask = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
             grad = _rows(grad_out)
             grad_hidden = torch.empty_like(hidden)
@@ -93,7 +94,7 @@ class _PointwiseConv2d(Function):
             grad_x = None
             if ctx.needs_input_grad[0]:
                 grad_x = torch.empty_like(x, memory_format=_memory_format(x))
-                _add_product(_rows(grad_x), grad, weight.to(x.dtype).flatten(1), beta=0)
+                _add_product(_rows(grad_x), grad, ctx.base.weight.to(x.dtype).flatten(1), beta=0)
                 _add_product(_rows(grad_x), grad_hidden, down.flatten(1))
         return grad_x, grad_down, grad_up, None, None, None
 
@@ -110,14 +111,14 @@ class _Conv2d(Function):
             mask = draw_mask(_rows(hidden))
             _rows(hidden).mul_(mask)
         _add_product(_rows(out), _rows(hidden), up.flatten(1).t())
-        ctx.save_for_backward(x, hidden, base.weight, down, up, mask)
-        ctx.scale, ctx.geometry = scale, (base.stride, base.padding, base.dilation, False, (0, 0), 1)
+        ctx.save_for_backward(x, hidden, down, up, mask)
+        ctx.base, ctx.scale, ctx.geometry = base, scale, (base.stride, base.padding, base.dilation, False, (0, 0), 1)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, weight, down, up, mask = ctx.saved_tensors
+        x, hidden, down, up, mask = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
             grad = _rows(grad_out)
             grad_hidden = torch.empty_like(hidden)
@@ -128,7 +129,7 @@ class _Conv2d(Function):
             wants_x = ctx.needs_input_grad[0]
             grad_x, grad_down, _ = _conv_backward(grad_hidden, x, down, None, *ctx.geometry, (wants_x, True, False))
             if wants_x:
-                weight = weight.to(x.dtype)
+                weight = ctx.base.weight.to(x.dtype)
                 grad_x += _conv_backward(grad_out, x, weight, None, *ctx.geometry, (True, False, False))[0]
         return grad_x, grad_down, grad_up, None, None, None
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 from attrs import field, frozen
 from torch import Tensor, nn
 
 from lorakit.errors import AdapterError
+from lorakit.models.layers import is_plain
 from lorakit.models.protocol import AdaptationTarget
-from lorakit.networks.dropout import DropoutRates, Dropouts
+from lorakit.networks.dropout import AdapterDropout, DropoutRates, Dropouts
 from lorakit.networks.functions import DrawMask, operation_for
 from lorakit.networks.max_norm import MaxNorm
 from lorakit.networks.network import AdapterModule, Network
@@ -38,12 +38,12 @@ class LoRAModule(AdapterModule):
         Raises `AdapterError` for layers of other kinds.
         """
         super().__init__(key, base)
-        if not isinstance(base, nn.Linear | nn.Conv2d) or not _is_plain(base):
+        if not is_plain(base):
             raise AdapterError(f"{key} cannot be adapted: it is neither a linear layer nor a plain 2-D convolution.")
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
         self.file_alpha = alpha if file_alpha is None else file_alpha
-        out, *inputs = base.weight.shape
-        device = base.weight.device
+        weight = base.weight
+        device, (out, *inputs) = weight.device, weight.shape
         self.lora_down = nn.Parameter(torch.empty(rank, *inputs, dtype=torch.float32, device=device))
         self.lora_up = nn.Parameter(torch.empty(out, rank, *[1] * len(inputs[1:]), dtype=torch.float32, device=device))
         self.draw_mask: DrawMask | None = None
@@ -67,9 +67,9 @@ class LoRAModule(AdapterModule):
         draw_mask = self.draw_mask if self.training else None
         return self._operation(x, self.lora_down, self.lora_up, self.base, scale, draw_mask)
 
-    def use_dropouts(self, dropouts: Dropouts, index: int) -> None:
-        """Drop at random while training, as adapter number `index` of the dropouts' adapters."""
-        self.draw_mask = partial(dropouts.mask, index)
+    def use_dropout(self, dropout: AdapterDropout, rates: DropoutRates) -> None:  # noqa: ARG002
+        """Drop at random while training, at these rates."""
+        self.draw_mask = dropout.mask
 
     def tensors(self) -> dict[str, Tensor]:
         """Both factors and alpha, a number."""
@@ -140,8 +140,8 @@ class LoRANetwork(Network):
         if rates:
             rank = max(adapter.rank for adapter in adapters)
             self._dropouts = Dropouts(rates, [adapter.key for adapter in adapters], rank)
-            for index, adapter in enumerate(adapters):
-                adapter.use_dropouts(self._dropouts, index)
+            for adapter, dropout in zip(adapters, self._dropouts.adapters, strict=True):
+                adapter.use_dropout(dropout, rates)
 
     def group_of(self, target: AdaptationTarget, parameter_name: str) -> tuple[str, float]:
         """Blocks of the U-Net, and up factors, have groups of their own where they have learning rates of their own."""
@@ -162,10 +162,3 @@ class LoRANetwork(Network):
     def after_update(self) -> Mapping[str, Tensor]:
         """Scale updates back that have grown beyond the largest norm; gives the norms for logs."""
         return self._max_norm.apply() if self._max_norm else {}
-
-
-def _is_plain(base: nn.Linear | nn.Conv2d) -> bool:
-    """Whether a layer is one that the operations compute: for convolutions, ungrouped and padded with zeros."""
-    if isinstance(base, nn.Linear):
-        return True
-    return base.groups == 1 and base.padding_mode == "zeros" and not isinstance(base.padding, str)

@@ -251,6 +251,7 @@ def test_combinations_that_make_no_sense(problems: Problems, tables: Tables) -> 
     assert set(found) == {"data.resolution", "data.bucket_reso_steps"}
     assert set(problems({**tables, "optimizer": {"lr": 0}})) == {"optimizer.lr"}
     assert "did" not in problems({**tables, "network": {"parts": ["unett"]}})["network.parts"]
+    assert "names no part" in problems({**tables, "training": {"fp8_base": ["vae"]}})["training.fp8_base"]
     assert set(problems({**tables, "optimizer": {"name": "adafactor", "warmup_init": True}})) == {
         "optimizer.warmup_init"
     }
@@ -258,17 +259,19 @@ def test_combinations_that_make_no_sense(problems: Problems, tables: Tables) -> 
 
 def test_options_without_effect_are_warnings(read: Read, tables: Tables) -> None:
     """An option that does nothing in this run is said, once, and the config is good."""
-    tables["training"] = {"max_epochs": 1, "max_steps": 1}
+    tables["training"] = {"max_epochs": 1, "max_steps": 1, "compile_backend": "eager"}
     tables["data"] |= {"keep_tokens": 1, "bucket_no_upscale": True}
     tables["network"] = {"parts": ["unet"]}
     tables["optimizer"] = {"text_encoder_lr": 1e-5}
     tables["output"]["keep_last"] = 3
+    tables["model"]["no_half_vae"] = True
     keys = [warning.key for warning in read(tables).warnings()]
     assert sorted(keys) == [
-        "data.bucket_no_upscale", "data.keep_tokens", "optimizer.text_encoder_lr", "output.keep_last",
-        "training.max_steps",
+        "data.bucket_no_upscale", "data.keep_tokens", "model.no_half_vae", "optimizer.text_encoder_lr",
+        "output.keep_last", "training.compile_backend", "training.max_steps",
     ]  # fmt: skip
     del tables["training"], tables["network"], tables["optimizer"], tables["output"]["keep_last"]
+    del tables["model"]["no_half_vae"]
     idle = {"validation_seed": 1, "keep_tokens_separator": "|||", "token_warmup_min": 2, "prior_loss_weight": 0.5}
     tables["data"] = {"image_dir": "photos", "resolution": 64, **idle}
     assert [warning.key for warning in read(tables).warnings()] == [f"data.{key}" for key in idle]

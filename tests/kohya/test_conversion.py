@@ -573,3 +573,35 @@ def test_weighted_captions(converted: Convert, folder: Path, catalog: Catalog) -
         draft = converted("--weighted_captions", least=least)
         assert config_from_tables(draft.tables(), folder, catalog).data.weighted_captions
     assert not config_from_tables(converted().tables(), folder, catalog).data.weighted_captions
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--fp8_base"], ["unet", "text_encoder"]),
+        (["--fp8_base_unet"], ["unet"]),
+        (["--fp8_base_unet", "--fp8_base"], ["unet"]),
+    ],
+)
+def test_base_model_in_8_bits(words: list[str], parts: list[str], converted: Convert, folder: Path) -> None:
+    """The options name the parts, and of both the one for the U-Net alone counts, as in sd-scripts."""
+    tables = converted(*words).tables()
+    assert tables["training"]["fp8_base"] == parts
+    assert config_from_tables(tables, folder).training.fp8_base == tuple(parts)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected", "told"),
+    [
+        (["--torch_compile"], {"compile": True}, ""),
+        (["--torch_compile", "--dynamo_backend=aot_eager"], {"compile": True, "compile_backend": "aot_eager"}, ""),
+        (["--torch_compile", "--dynamo_backend=no"], {}, "--torch_compile: has no effect with --dynamo_backend=no"),
+        (["--dynamo_backend=eager"], {}, "--dynamo_backend: has no effect without --torch_compile"),
+    ],
+)
+def test_compiling(words: list[str], expected: dict[str, Any], told: str, converted: Convert) -> None:
+    """Compiling keeps its backend; where sd-scripts would not compile, nothing does, and it is told."""
+    draft = converted(*words)
+    training = draft.tables()["training"]
+    assert {key: value for key, value in training.items() if key.startswith("compile")} == expected
+    assert remarks(draft) == [told] * bool(told)

@@ -49,6 +49,7 @@ CONTEXT: dict[str, list[str]] = {
     "lr_decay_steps": ["--lr_scheduler=warmup_stable_decay"],
     "lr_scheduler_timescale": ["--lr_scheduler=inverse_sqrt"],
     "lr_scheduler_min_lr_ratio": ["--lr_scheduler=warmup_stable_decay"],
+    "dynamo_backend": ["--torch_compile"],
     "log_with": ["--logging_dir=logs"],
     "log_prefix": ["--logging_dir=logs"],
     "log_tracker_name": ["--log_with=wandb"],

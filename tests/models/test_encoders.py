@@ -96,3 +96,15 @@ def test_overflow_in_half_precision_is_mended_per_image(tiny_file: Path) -> None
     # Half precision rounds differently in batches of other sizes.
     torch.testing.assert_close(mean[:1], alone, rtol=2e-3, atol=2e-3)
     assert encoder.module.encoder.conv_in.weight.dtype == torch.float16
+
+
+def test_vae_in_float32(tiny_file: Path) -> None:
+    """With `no_half_vae` latents are those of a float32 model, bit for bit, and so is their key; captions stay half."""
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    half, mixed = (stable_diffusion(tiny_file, torch.bfloat16, no_half_vae=on) for on in (False, True))
+    full = stable_diffusion(tiny_file)
+    exact, _ = full.image_encoder.encode(images)
+    assert torch.equal(mixed.image_encoder.encode(images)[0], exact)
+    assert not torch.equal(half.image_encoder.encode(images)[0], exact)
+    assert mixed.fingerprint("image_encoder") == full.fingerprint("image_encoder") != half.fingerprint("image_encoder")
+    assert mixed.fingerprint("text_encoder") == half.fingerprint("text_encoder")

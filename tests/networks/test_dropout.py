@@ -46,7 +46,7 @@ def test_neuron_rate(rate: float) -> None:
     """The share `dropout` of the activations is zero, independently; the others are scaled so that the mean is kept."""
     dropouts = Dropouts(DropoutRates(neuron=rate), ["a", "b"], 16)
     dropouts.begin_batch(seeds(8))
-    mask = dropouts.mask(1, torch.empty(8, 500, 16))
+    mask = dropouts.adapters[1].mask(torch.empty(8, 500, 16))
     assert mask.shape == (8, 500, 16)
     kept = mask > 0
     deviation = (rate * (1 - rate)) ** 0.5
@@ -68,14 +68,14 @@ def test_rank_and_module_rates(rate: float) -> None:
 
     ranks = Dropouts(DropoutRates(rank=rate), keys, 16)
     ranks.begin_batch(seeds(32))
-    mask = torch.stack([ranks.mask(index, hidden) for index in range(len(keys))])
+    mask = torch.stack([ranks.adapters[index].mask(hidden) for index in range(len(keys))])
     assert mask.shape == (200, 32, 1, 16)
     assert float((mask > 0).double().mean()) == pytest.approx(1 - rate, abs=tolerance / mask.numel() ** 0.5)
     assert mask.unique().tolist() == pytest.approx([0.0, 1 / (1 - rate)])
 
     modules = Dropouts(DropoutRates(module=rate), keys, 16)
     modules.begin_batch(seeds(32))
-    mask = torch.stack([modules.mask(index, hidden) for index in range(len(keys))])
+    mask = torch.stack([modules.adapters[index].mask(hidden) for index in range(len(keys))])
     assert set(mask.unique().tolist()) == {0.0, 1.0}
     assert torch.equal(mask, mask[..., :1].expand_as(mask))
     assert float(mask.mean()) == pytest.approx(1 - rate, abs=tolerance / (200 * 32) ** 0.5)
@@ -88,7 +88,7 @@ def test_kinds_multiply() -> None:
     for names in (["neuron"], ["rank"], ["module"], list(rates)):
         dropouts = Dropouts(DropoutRates(**{name: rates[name] for name in names}), ["a"], 8)
         dropouts.begin_batch(seeds(6))
-        masks[" ".join(names)] = dropouts.mask(0, torch.empty(6, 5, 8))
+        masks[" ".join(names)] = dropouts.adapters[0].mask(torch.empty(6, 5, 8))
     assert torch.allclose(masks["neuron rank module"], masks["neuron"] * masks["rank"] * masks["module"])
 
 
@@ -96,14 +96,14 @@ def test_text_chunks_share_their_images_seed() -> None:
     """Of n rows per image, all have the image's ranks and module, and neurons of their own."""
     dropouts = Dropouts(DropoutRates(neuron=0.5, rank=0.5), ["a"], 8)
     dropouts.begin_batch(seeds(2))
-    mask = dropouts.mask(0, torch.empty(6, 50, 8)) > 0
+    mask = dropouts.adapters[0].mask(torch.empty(6, 50, 8)) > 0
     ranks = mask.any(dim=1)
     assert torch.equal(ranks[0], ranks[1])
     assert torch.equal(ranks[3], ranks[5])
     assert not torch.equal(ranks[0], ranks[3])
     assert not torch.equal(mask[0], mask[1])
     with pytest.raises(ValueError, match="5 rows"):
-        dropouts.mask(0, torch.empty(5, 50, 8))
+        dropouts.adapters[0].mask(torch.empty(5, 50, 8))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,7 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from attrs import validators as v
 
 from lorakit.blocks import STABLE_DIFFUSION, BlockLayout
@@ -36,6 +36,8 @@ class StableDiffusionConfig(ModelFamilyConfig):
     """What the U-Net predicts, the noise or the velocity; when absent, what the model's folder says, or the noise."""
     vae: Path | None = None
     """A VAE to use instead of the model's own: a file, or a diffusers folder."""
+    no_half_vae: bool = False
+    """Encode images in float32 whatever `training.mixed_precision` is; for a VAE that half precision harms."""
     clip_skip: int = field(default=1, validator=v.ge(1))
     """Which layer of the text encoder is read, counted from the last, which is 1."""
     max_token_length: Literal[75, 150, 225] = 75
@@ -69,7 +71,8 @@ class StableDiffusionConfig(ModelFamilyConfig):
         prediction = self.prediction or ("v_prediction" if stated == "v_prediction" else "epsilon")
         multipliers = chain(self.base_weights_multipliers, repeat(1.0))
         merging = Merging([MergedFile(path, next(multipliers)) for path in self.base_weights])
-        return StableDiffusion(stored, self.variant(prediction), device, dtype, merging=merging)
+        variant = evolve(self.variant(prediction), no_half_vae=self.no_half_vae)
+        return StableDiffusion(stored, variant, device, dtype, merging=merging)
 
     def variant(self, prediction: Prediction) -> Variant:
         """How this family's models are run, and what LoRA files call them."""

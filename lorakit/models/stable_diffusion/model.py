@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.checkpoints import HubModel
 from lorakit.errors import ModelError
+from lorakit.models.float8 import keep_in_8_bits
 from lorakit.models.hashing import ProcessMemo, hash_of_file, hash_of_weights, short_hash_of_file
 from lorakit.models.merging import Merging
 from lorakit.models.noise import DiscreteNoise, Prediction
@@ -22,13 +23,19 @@ from lorakit.models.protocol import AdaptationTarget, AttentionBackend, Conditio
 from lorakit.models.stable_diffusion.attention import use_backend
 from lorakit.models.stable_diffusion.image import VaeEncoder, read_vae_encoder
 from lorakit.models.stable_diffusion.parts import TOKENIZER_FILES, StoredModel, StoredPart
-from lorakit.models.stable_diffusion.reading import empty_module, read_unet, unet_module
+from lorakit.models.stable_diffusion.reading import compile_unet, empty_module, read_unet, unet_module
 from lorakit.models.stable_diffusion.targets import text_encoder_key, text_encoder_targets, unet_key, unet_targets
 from lorakit.models.stable_diffusion.text import ClipTextEncoder, checkpoint_layers, clip_module, read_clip
 from lorakit.models.stable_diffusion.tokenizer import CaptionTokenizer
+from lorakit.models.weights import EditTensor
+
+ReadModule = Callable[[StoredPart, torch.device, torch.dtype, EditTensor | None], nn.Module]
+"""Reads a stored part to a device, in a number format, its weights edited."""
 
 _PROCESS_MEMO = ProcessMemo()
 _NOTHING_MERGED = Merging(())
+_TARGETS = {"unet": unet_targets, "text_encoder": text_encoder_targets}
+_KEYS = {"unet": unet_key, "text_encoder": text_encoder_key}
 
 
 @frozen(kw_only=True)
@@ -47,6 +54,8 @@ class Variant:
     """Longest caption in tokens, a multiple of 75."""
     pad_token: int | None = None
     """Token id that fills short captions up; the end token when absent."""
+    no_half_vae: bool = False
+    """Whether the VAE computes in float32 where the rest does not."""
 
 
 class StableDiffusion:
@@ -77,6 +86,8 @@ class StableDiffusion:
         self._unet: nn.Module | None = None
         self._attention: AttentionBackend | None = None
         self._recomputes = False
+        self._in_8_bits: tuple[str, ...] = ()
+        self._compiler: str | None = None
         self._merging = merging
         if merging:
             merging.check(self._layers())
@@ -99,16 +110,22 @@ class StableDiffusion:
                 self.variant.pad_token,
                 self._tokenizer_hash(),
                 *self._merging.fingerprint("lora_te", self.memo),
+                *(["8 bits"] if part in self._in_8_bits else []),
             ]
         weights = self.memo.remember(stored.file, part, partial(hash_of_weights, stored.file, names))
-        text = json.dumps([weights, str(self.dtype), dict(stored.settings), options], sort_keys=True)
+        dtype = self._vae_dtype if part == "image_encoder" else self.dtype
+        text = json.dumps([weights, str(dtype), dict(stored.settings), options], sort_keys=True)
         return sha256(text.encode()).hexdigest()[:32]
+
+    @property
+    def _vae_dtype(self) -> torch.dtype:
+        return torch.float32 if self.variant.no_half_vae else self.dtype
 
     @property
     def image_encoder(self) -> VaeEncoder:
         """The VAE's encoder, read on first use."""
         if self._image_encoder is None:
-            self._image_encoder = read_vae_encoder(self.stored.part("vae"), self.device, self.dtype)
+            self._image_encoder = read_vae_encoder(self.stored.part("vae"), self.device, self._vae_dtype)
         return self._image_encoder
 
     @property
@@ -116,7 +133,7 @@ class StableDiffusion:
         """The text encoder with its tokenizer, read on first use."""
         if self._text_encoder is None:
             part = self.stored.part("text_encoder")
-            module = read_clip(part, self.device, self.dtype, self._merging.edit(text_encoder_key))
+            module = self._read("text_encoder", read_clip)
             if self._recomputes:
                 checkpoint_layers(module)
             self._text_encoder = ClipTextEncoder(module, self._tokenizer(part), self.variant.clip_skip)
@@ -126,12 +143,13 @@ class StableDiffusion:
     def denoiser(self) -> nn.Module:
         """The U-Net, read on first use, frozen."""
         if self._unet is None:
-            edit = self._merging.edit(unet_key)
-            self._unet = read_unet(self.stored.part("unet"), self.device, self.dtype, edit)
+            self._unet = self._read("unet", read_unet)
             if self._attention is not None:
                 use_backend(self._unet, self._attention)
             if self._recomputes:
                 self._unet.enable_gradient_checkpointing()  # type: ignore[operator]
+            if self._compiler is not None:
+                compile_unet(self._unet, self._compiler)
         return self._unet
 
     def free(self, part: Literal["image_encoder", "text_encoder"]) -> None:
@@ -155,6 +173,20 @@ class StableDiffusion:
         self._attention = backend
         if self._unet is not None:
             use_backend(self._unet, backend)
+
+    def keep_in_8_bits(self, parts: Sequence[str]) -> None:
+        """Keep the weights of the layers of `unet`, `text_encoder` or both in 8 bits from now on."""
+        self._in_8_bits = tuple(parts)
+        if self._unet is not None:
+            self._shrink("unet", self._unet)
+        if self._text_encoder is not None:
+            self._shrink("text_encoder", self._text_encoder.module)
+
+    def compile(self, backend: str) -> None:
+        """Compile the U-Net's ResNet and transformer blocks, adapters included, with this backend of torch.compile."""
+        self._compiler = backend
+        if self._unet is not None:
+            compile_unet(self._unet, backend)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations of U-Net and text encoder in the backward pass instead of keeping them."""
@@ -199,6 +231,21 @@ class StableDiffusion:
         unet = empty_module(unet_part, partial(unet_module, unet_part))
         targets = (*text_encoder_targets(encoder), *unet_targets(unet))
         return {target.key: tuple(target.module.get_parameter("weight").shape) for target in targets}
+
+    def _read(self, part: Literal["unet", "text_encoder"], read: ReadModule) -> nn.Module:
+        """A part's module on the device."""
+        in_8_bits = part in self._in_8_bits
+        # What is to shrink goes to the device shrunk, so that the device never has to hold the whole.
+        device = torch.device("cpu") if in_8_bits else self.device
+        module = read(self.stored.part(part), device, self.dtype, self._merging.edit(_KEYS[part]))
+        return self._shrink(part, module).to(self.device) if in_8_bits else module
+
+    def _shrink(self, part: Literal["unet", "text_encoder"], module: nn.Module) -> nn.Module:
+        """The same module, its layers in 8 bits if those of the part are to be."""
+        if part in self._in_8_bits:
+            for target in _TARGETS[part](module):
+                keep_in_8_bits(target.module, self.device)
+        return module
 
     def _hashes(self, path: Path, name: str) -> dict[str, str]:
         """Both hashes of a file by which web UIs find it; none of a folder."""

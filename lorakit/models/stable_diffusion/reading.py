@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lorakit.errors import ModelError
+from lorakit.models.compilation import compile_blocks
 from lorakit.models.stable_diffusion.parts import StoredPart
 from lorakit.models.weights import EditTensor, load_weights, shapes_of, without_weights
 
@@ -43,6 +44,14 @@ def read_module(
         delattr(module, child)
     load_weights(module, part.file, part.find(shapes_of(module)), device, dtype, edit)
     return module
+
+
+def compile_unet(unet: nn.Module, backend: str) -> None:
+    """Let torch.compile compile a U-Net's ResNet and transformer blocks when they first run."""
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.resnet import ResnetBlock2D
+
+    compile_blocks(unet, (ResnetBlock2D, BasicTransformerBlock), backend)
 
 
 def unet_module(part: StoredPart) -> nn.Module:

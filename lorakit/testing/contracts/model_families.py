@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lorakit.checkpoints import locate, summarize
 from lorakit.components import ModelFamilyConfig, NetworkConfig
 from lorakit.errors import ModelError
+from lorakit.models.float8 import Float8Layer
 from lorakit.models.protocol import AttentionBackend, DiffusionModel
 from lorakit.plugins import Catalog
 from lorakit.testing.contracts.attention import reference
@@ -212,6 +213,23 @@ class ModelFamilyContract(ComponentContract):
         assert sum(bool(gradient.any()) for gradient in kept) > 0.8 * len(kept)
         for old, new in zip(kept, recomputed, strict=True):
             torch.testing.assert_close(new, old)
+
+    def test_keeps_parts_in_8_bits(self) -> None:
+        """In 8 bits, read before or after that is asked for, it predicts about the same, and captions get a new key."""
+        whole, early, late = self.built(), self.built(), self.built()
+        batch = make_batch(whole)
+        with torch.no_grad():
+            exact = predict(whole, batch)
+            predict(late, batch)
+            for model in (early, late):
+                model.keep_in_8_bits(self.config.parts)
+            small = predict(early, batch)
+            assert torch.equal(predict(late, batch), small)
+        assert 0 < (small - exact).norm() < 0.2 * exact.norm()
+        assert all(isinstance(target.module, Float8Layer) for target in early.targets(self.config.parts))
+        assert early.fingerprint("text_encoder") != whole.fingerprint("text_encoder")
+        late.keep_in_8_bits(())
+        assert late.fingerprint("text_encoder") == whole.fingerprint("text_encoder")
 
     def test_uses_the_attention_backend(self) -> None:
         """All attention of the denoiser goes through the backend, set before the denoiser is read or afterwards."""

@@ -1,0 +1,74 @@
+"""How runs compute: the VAE in float32, a base model kept in 8 bits, and compiled blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lorakit
+from lorakit.engine.assembly import assemble, build_model
+from lorakit.engine.preparation import prepare
+from lorakit.engine.processes import Processes
+from lorakit.errors import ConfigError
+from lorakit.models.float8 import FLOAT8, Float8Layer
+from tests.engine.test_runs import same, weights_of
+
+
+def test_vae_in_float32(make_config) -> None:
+    """`no_half_vae` reaches the latents of a mixed-precision run, and has no effect without mixed precision."""
+
+    def trained(mixed_precision: str, no_half_vae: bool) -> dict:
+        training = {"mixed_precision": mixed_precision, "max_steps": 2}
+        return weights_of(lorakit.train(make_config(model={"no_half_vae": no_half_vae}, training=training)))
+
+    assert not same(trained("bf16", False), trained("bf16", True))
+    assert same(trained("no", False), trained("no", True))
+
+
+def test_base_model_in_8_bits(make_config) -> None:
+    """A run on a base model in 8 bits gives a plain LoRA, close to that of a run on the whole one, and not the same."""
+    sections = {"network": {"name": "c3lier", "dropout": 0.1}, "training": {"gradient_checkpointing": True}}
+    whole = weights_of(lorakit.train(make_config(**sections)))
+    sections["training"]["fp8_base"] = ["unet", "text_encoder"]
+    path = lorakit.train(make_config(**sections, output={"name": "small"}))
+    small = weights_of(path)
+    assert small.keys() == whole.keys()
+    assert not same(small, whole)
+    updates = [torch.cat([w[key].flatten() for key in sorted(w) if "lora_up" in key]) for w in (small, whole)]
+    assert torch.cosine_similarity(*updates, dim=0) > 0.8
+    again = lorakit.train(path.with_name("small.config.toml"), overrides=["output.name=again"])
+    assert same(weights_of(again), small)
+
+
+@pytest.mark.parametrize("parts", [["unet"], ["unet", "text_encoder"]])
+def test_parts_in_8_bits(parts: list[str], make_config) -> None:
+    """The layers with adapters, and those without, of the parts named take one byte a weight; the others are whole."""
+    config = make_config(training={"fp8_base": parts, "mixed_precision": "bf16"})
+    run = assemble(prepare(config), Processes(torch.device("cpu")))
+    for part, module in (("unet", run.model.denoiser), ("text_encoder", run.model.text_encoder.module)):
+        layers = [layer for layer in module.modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)]
+        small = [layer for layer in layers if isinstance(layer, Float8Layer)]
+        assert all(layer.stored.dtype == FLOAT8 for layer in small)
+        share = sum(layer.weight.numel() for layer in small) / sum(layer.weight.numel() for layer in layers)
+        assert share > 0.95 if part in parts else share == 0
+
+
+def test_8_bits_on_a_device_without_them(make_config) -> None:
+    """A device that lacks the format is an error that names the key, before anything is read."""
+    with pytest.raises(ConfigError, match=r"training\.fp8_base: cannot be used on mps"):
+        build_model(make_config(training={"fp8_base": ["unet"]}), torch.device("mps"))
+
+
+def test_compiled_run(make_config) -> None:
+    """A run that compiles gives the file of one that does not, here with a backend that changes no rounding."""
+    sections = {"network": {"parts": ["unet"]}, "training": {"max_steps": 1}}
+    plain = weights_of(lorakit.train(make_config(**sections)))
+    sections["training"] |= {"compile": True, "compile_backend": "eager"}
+    assert same(weights_of(lorakit.train(make_config(**sections, output={"name": "compiled"}))), plain)
+
+
+def test_backend_that_is_not_there(make_config) -> None:
+    """A backend that this PyTorch lacks is an error at its key, with those that it has, before anything is read."""
+    config = make_config(training={"compile": True, "compile_backend": "nvfuser"})
+    with pytest.raises(ConfigError, match=r"training\.compile_backend: must be a backend .*inductor.*not 'nvfuser'"):
+        build_model(config, torch.device("cpu"))

@@ -1,0 +1,132 @@
+"""Compiled blocks: the same loss and gradients as without torch.compile, and few graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+from lorakit.components import NetworkConfig
+from lorakit.models.compilation import compile_blocks, why_not
+from lorakit.models.float8 import keep_in_8_bits
+from lorakit.models.stable_diffusion.attention import BackendProcessor
+from lorakit.models.stable_diffusion.targets import unet_targets
+from lorakit.networks.network import Network
+from lorakit.plugins import Catalog
+from tests.models.building import stable_diffusion
+
+CPU = torch.device("cpu")
+KINDS = (ResnetBlock2D, BasicTransformerBlock)
+
+
+class Blocks(nn.Module):
+    """Two ResNet and two transformer blocks of a U-Net, one after the other, recomputed in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock2D(in_channels=16, temb_channels=8, groups=4) for _ in range(2))
+        self.attentions = nn.ModuleList(BasicTransformerBlock(16, 2, 8, cross_attention_dim=8) for _ in range(2))
+        for block in self.attentions:
+            for attention in (block.attn1, block.attn2):
+                attention.set_processor(BackendProcessor(F.scaled_dot_product_attention))
+
+    def forward(self, images: Tensor, times: Tensor, texts: Tensor) -> Tensor:
+        """[B, 16, h, w] of images of that shape, times [B, 8] and texts [B, n, 8]."""
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            hidden = checkpoint(resnet, images, times, use_reentrant=False)
+            rows = hidden.flatten(2).transpose(1, 2)
+            rows = checkpoint(attention, rows, encoder_hidden_states=texts, use_reentrant=False)
+            images = rows.transpose(1, 2).reshape(hidden.shape).contiguous()
+        return images
+
+
+@pytest.fixture(autouse=True)
+def _compiles_from_scratch(lorakit_one_thread: None) -> Iterator[None]:
+    """Forgets what other tests compiled, and puts the limits back."""
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
+        yield
+    torch._dynamo.reset()
+
+
+def adapted(fp8: bool = False) -> tuple[Blocks, Network]:
+    """The blocks, the same each time, with adapters of all kinds of layers that have an effect, and all dropouts."""
+    torch.manual_seed(0)
+    blocks = Blocks().requires_grad_(False)
+    if fp8:
+        for layer in list(blocks.modules()):
+            keep_in_8_bits(layer, CPU)
+    config = Catalog.discover().find(NetworkConfig, "c3lier")
+    rates = {"dropout": 0.1, "rank_dropout": 0.1, "module_dropout": 0.1}
+    network = config(parts=("unet",), **rates).build(list(unet_targets(blocks))).train()
+    for adapter in network.adapters:
+        nn.init.normal_(adapter.lora_up, std=0.1)
+    return blocks, network
+
+
+def step(blocks: Blocks, network: Network, height: int = 4, width: int = 6) -> list[Tensor]:
+    """Loss, and gradients of input and adapters, of a micro-batch with images of that size."""
+    generator = torch.Generator().manual_seed(height)
+    shapes = ((2, 16, height, width), (2, 8), (2, 5, 8))
+    images, times, texts = (torch.randn(shape, generator=generator) for shape in shapes)
+    network.begin_batch(torch.tensor([11, 12]))
+    loss = blocks(images.requires_grad_(), times, texts).square().mean()
+    return [loss.detach(), *torch.autograd.grad(loss, [images, *network.parameters_of("unet")])]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_is_as_exact_as_not(backend: str) -> None:
+    """With dropout, recomputed activations and 8-bit weights, loss and gradients are those without; nothing is left."""
+    if reason := why_not(backend, CPU):
+        pytest.skip(reason)
+    (blocks, network), expected = adapted(fp8=True), step(*adapted(fp8=True))
+    compile_blocks(blocks, KINDS, backend)
+    for new, old in zip(step(blocks, network), expected, strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-3, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+    assert counters["frames"]["total"] == counters["frames"]["ok"]
+
+
+def test_blocks_share_graphs() -> None:
+    """Blocks of a kind share a graph though their adapters drop differently; after two sizes, sizes are variables."""
+    blocks, network = adapted()
+    compile_blocks(blocks, KINDS, "eager")
+    graphs = []
+    for height, width in ((4, 6), (6, 8), (4, 10)):
+        for new, old in zip(step(blocks, network, height, width), step(*adapted(), height, width), strict=True):
+            torch.testing.assert_close(new, old)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [2, 4, 4]
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+def test_blocks_of_a_unet(tiny_file: Path, is_read: bool) -> None:
+    """All ResNet and transformer blocks are compiled, whether the U-Net is read before or after it is asked for."""
+    model = stable_diffusion(tiny_file)
+    before = model.denoiser if is_read else None
+    model.compile("eager")
+    assert before in (None, model.denoiser)
+    blocks = [module for module in model.denoiser.modules() if isinstance(module, KINDS)]
+    compiled = [module for module in model.denoiser.modules() if module._compiled_call_impl is not None]
+    assert compiled == blocks
+    assert len(blocks) > 20
+
+
+def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that is not there, and a compiler that is not, are told beforehand; eager needs nothing."""
+    assert why_not("eager", CPU) == ""
+    assert "'nvfuser'" in why_not("nvfuser", CPU)
+    assert "inductor" in why_not("nvfuser", CPU)
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/g++",))
+    assert "install g++" in why_not("inductor", CPU)
