@@ -106,6 +106,7 @@ class TestTemporary(NetworkContract):
         "test_lowers_the_loss",
         "test_keys_are_those_of_the_layers",
         "test_reads_what_it_wrote",
+        "test_files_mean_the_same",
         "test_refuses_what_does_not_fit",
         "test_detaches",
         "test_parameters_stay_float32",
@@ -139,9 +140,10 @@ SD1 = Catalog.discover().find(ModelFamilyConfig, "sd1")
 
 @attrs.frozen(kw_only=True)
 class ForgetfulModelConfig(SD1):
-    """Builds `ForgetfulModel`."""
+    """Builds `ForgetfulModel`, and does not say how its blocks are numbered."""
 
     name = "forgetful-model"
+    layout = None
 
     def build(self, device, dtype):
         model = super().build(device, dtype)
@@ -156,6 +158,7 @@ class TestForgetfulModel(ModelFamilyContract):
         "test_predicts[dtype0]",
         "test_predicts[dtype1]",
         "test_targets_are_unique_and_in_order",
+        "test_targets_know_their_places",
         "test_fingerprints",
         "test_frees_and_reads_again",
         "test_uses_the_attention_backend",
