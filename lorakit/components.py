@@ -42,6 +42,10 @@ class Component:
         """What is wrong with the fields taken together; keys are field names."""
         return iter(())
 
+    def warnings(self) -> Iterator[Problem]:
+        """What can be used as it is but has no effect or may not be meant; keys are field names."""
+        return iter(())
+
 
 @frozen(kw_only=True)
 class ModelFamilyConfig(Component):
@@ -55,10 +59,6 @@ class ModelFamilyConfig(Component):
 
     path: str
     """The base model: a `.safetensors` or `.ckpt` file, a diffusers folder, or a Hugging Face Hub id."""
-
-    def warnings(self) -> Iterator[Problem]:
-        """What can be used as it is but may not be meant; keys are field names."""
-        return iter(())
 
     def build(self, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
         """The model, its weights not read yet: each part is read when it is first asked for."""

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from attrs import evolve, field, frozen
+from attrs import evolve, field, fields, frozen
 from attrs import validators as v
 
 from lorakit.components import (
     AttentionConfig,
+    Component,
     LRSchedulerConfig,
     ModelFamilyConfig,
     NetworkConfig,
@@ -132,8 +133,9 @@ class TrainConfig:
 
     def warnings(self) -> Iterator[Problem]:
         """Options that have no effect in this run, or hardly suit the model."""
-        for warning in self.model.warnings():
-            yield evolve(warning, key=f"model.{warning.key}")
+        for section, component in self._components():
+            for warning in component.warnings():
+                yield evolve(warning, key=f"{section}.{warning.key}")
         if self.training.max_epochs and self.training.max_steps:
             yield Problem("training.max_steps", "has no effect, because training.max_epochs is given")
         for part in self.network.parts:
@@ -147,6 +149,12 @@ class TrainConfig:
         yield from self.loss.warnings()
         yield from self.loss.warnings_with(self.prediction)
         yield from _data_warnings(self.data)
+
+    def _components(self) -> Iterator[tuple[str, Component]]:
+        """All components, each with its section."""
+        sections = {own.name: getattr(self, own.name) for own in fields(TrainConfig)}
+        sections |= {f"observers[{index}]": observer for index, observer in enumerate(self.observers)}
+        return ((section, value) for section, value in sections.items() if isinstance(value, Component))
 
 
 def _data_warnings(data: DataSection) -> Iterator[Problem]:

@@ -87,6 +87,7 @@ class Run:
             first_step=self.step,
             total_epochs=self.schedule.total_epochs,
             images=sum(len(dataset.examples) for dataset in self.loader.datasets),
+            encodes_captions=callable(self.loader.captions),
             save_adapter=self.save_adapter,
             save_state=self.save_state,
             evaluating=self.evaluating,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ class Progress(Observer):
         """Say where, above the bar."""
         if self._bar is not None:
             self._bar.write(f"saved {path}", file=sys.stderr)
+
+    def previews_drawn(self, step: int, paths: Sequence[Path]) -> None:
+        """Say where, above the bar."""
+        if self._bar is not None and paths:
+            self._bar.write(f"{len(paths)} previews of step {step} in {paths[0].parent}", file=sys.stderr)
 
     def closed(self) -> None:
         """Leave the bar as it is."""
