@@ -56,6 +56,11 @@ KOHYA_NAMES: Mapping[str, str] = {
     "resume": "the command's option --resume",
     "logging_dir": '[[observers]] with name = "tensorboard" and dir',
     "log_with": "[[observers]] with name",
+    "sample_prompts": '[[observers]] with name = "samples" and prompts',
+    "sample_every_n_epochs": '[[observers]] with name = "samples" and every_n_epochs',
+    "sample_every_n_steps": '[[observers]] with name = "samples" and every_n_steps',
+    "sample_at_first": '[[observers]] with name = "samples" and at_first',
+    "sample_sampler": '[[observers]] with name = "samples" and sampler',
     "log_prefix": '[[observers]] with name = "tensorboard" and prefix',
 }
 """sd-scripts' option names, with the key that does the same here; options of the same name are left out."""

@@ -36,7 +36,6 @@ class Option:
 
 
 _ALWAYS = "images and captions are always encoded once and kept"
-_SAMPLES = "there are no previews during training yet"
 _FP8 = "the base model cannot be kept in 8 bits yet"
 _HALF = "the adapters stay float32"
 _STATES = "a state of sd-scripts cannot be read; a run goes on from its own with `lorakit train CONFIG --resume`"
@@ -235,12 +234,18 @@ LOGGING = (
 )
 
 SAMPLES = (
-    Option("sample_every_n_steps", "int", later=_SAMPLES),
-    Option("sample_every_n_epochs", "int", later=_SAMPLES),
-    Option("sample_at_first", "flag", False, later=_SAMPLES),
-    Option("sample_prompts", "path", later=_SAMPLES),
-    Option("sample_sampler", "text", "ddim", later=_SAMPLES),
-)
+    Option("sample_every_n_steps", "int", key="observers.every_n_steps", special=True),
+    Option("sample_every_n_epochs", "int", key="observers.every_n_epochs", special=True),
+    Option("sample_at_first", "flag", False, key="observers.at_first", special=True),
+    Option("sample_prompts", "path", key="observers.prompts", special=True),
+    Option(
+        "sample_sampler", "text", "ddim", key="observers.sampler", special=True,
+        choices=(
+            "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++",
+            "dpmsingle", "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
+        ),
+    ),
+)  # fmt: skip
 
 _METADATA_NAMES = (
     "title", "author", "description", "license", "tags", "usage_hint", "thumbnail", "merged_from", "trigger_phrase",

@@ -29,6 +29,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "cosine_with_restarts": {"num_cycles": 2},
     "polynomial": {"power": 2.0, "lr_end": 0.0},
     "tensorboard": {"dir": Path("logs")},
+    "samples": {"prompts": Path("prompts.txt"), "every_n_steps": 1, "at_first": True, "sampler": "euler_a"},
 }
 """The settings to test each component with; the others are tested with their defaults."""
 
@@ -43,6 +44,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, Any]] = {
             "output": {"save_every_n_steps": 1, "save_every_n_epochs": 1, "keep_last": 2, "save_state": True}
         }
     },
+    "samples": {"files": {"prompts.txt": "a beach --w 64 --h 64 --s 2\n"}},
     "dadaptation": {"own_learning_rates": False},
     "ckpt": {"keeps_metadata": False},
     "pt": {"keeps_metadata": False},

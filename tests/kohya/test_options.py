@@ -30,7 +30,6 @@ OWN_VALUES: dict[str, list[str]] = {
     "optimizer_args": ["eps=1e-3"],
     "lr_scheduler_args": ["lr_end=0.5"],
     "resolution": ["128,64"],
-    "sample_every_n_steps": ["2"],
     "train_data_dir": ["train"],
     "save_last_n_steps": ["7"],
 }
@@ -46,6 +45,11 @@ CONTEXT: dict[str, list[str]] = {
     "save_n_epoch_ratio": ["--max_train_epochs=9"],
     "save_last_n_epochs": ["--save_every_n_epochs=1"],
     "save_last_n_steps": ["--save_every_n_steps=2"],
+    "sample_prompts": ["--sample_prompts=others.txt", "--sample_at_first"],
+    "sample_every_n_steps": ["--sample_prompts=prompts.txt"],
+    "sample_every_n_epochs": ["--sample_prompts=prompts.txt"],
+    "sample_at_first": ["--sample_prompts=prompts.txt"],
+    "sample_sampler": ["--sample_prompts=prompts.txt", "--sample_at_first"],
     "xformers": ["--seed=1"],
 }
 """Options that others need beside them to mean anything."""
