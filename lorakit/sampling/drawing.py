@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorakit.sampling.prompts import Picture
+from lorakit.sampling.pictures import Picture
 from lorakit.sampling.samplers import SAMPLERS, build_scheduler
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 
 from lorakit.sampling.drawing import Texts, decode, draw_latents, encode_texts
-from lorakit.sampling.png import description, write_png
+from lorakit.sampling.pictures import Picture, description, with_seeds, write_png
 from lorakit.sampling.prompt_files import read_prompts
-from lorakit.sampling.prompts import Picture, PromptSettings, with_seeds
+from lorakit.sampling.prompts import PromptSettings
 
 if TYPE_CHECKING:
     from lorakit.models.protocol import Conditioning, DiffusionModel

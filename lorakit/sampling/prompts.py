@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit.randomness import derived_seed
 from lorakit.sampling.samplers import SamplerName, missing_package
 
 MOST_STEPS = 999
 """Most steps of a picture: samplers have a thousand timesteps to choose from, and leave one of them out."""
-
-SEEDS = 2**32
-"""How many seeds there are to be made: those that web UIs take too."""
 
 
 def _whole_latents(pixels: int) -> int:
@@ -54,21 +48,3 @@ class Prompt(PromptSettings):
 
     prompt: str = field(validator=v.min_len(1))
     """What is to be seen."""
-
-
-@frozen(kw_only=True)
-class Picture:
-    """A picture to draw, with the noise that it starts from settled."""
-
-    prompt: Prompt
-    seed: int
-    """Seed of the noise: the prompt's own, or one made for it."""
-
-
-def with_seeds(prompts: Iterable[Prompt], seed: int) -> list[Picture]:
-    """The pictures of prompts; those without a seed of their own get one from the run's seed and their place."""
-    pictures = []
-    for index, prompt in enumerate(prompts):
-        made = derived_seed(seed, "preview", index) % SEEDS
-        pictures.append(Picture(prompt=prompt, seed=made if prompt.seed is None else prompt.seed))
-    return pictures

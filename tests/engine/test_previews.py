@@ -22,7 +22,8 @@ from lorakit.engine.trainer import train
 from lorakit.errors import ConfigError
 from lorakit.plugins import Catalog
 from lorakit.sampling.drawing import decode, draw_latents, encode_texts
-from lorakit.sampling.prompts import Picture, Prompt
+from lorakit.sampling.pictures import Picture
+from lorakit.sampling.prompts import Prompt
 
 SMALL = "--w 64 --h 64 --s 2"
 

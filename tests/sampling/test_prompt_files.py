@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attrs
 import pytest
 
 from lorakit.errors import ConfigError
+from lorakit.sampling.pictures import with_seeds
 from lorakit.sampling.prompt_files import PromptFile, read_prompts
-from lorakit.sampling.prompts import Prompt, PromptSettings, with_seeds
+from lorakit.sampling.prompts import Prompt, PromptSettings
+from lorakit.sampling.samplers import SAMPLERS
 
 DEFAULTS = PromptSettings(negative_prompt="blurry", width=256, steps=20, sampler="euler")
 
@@ -162,6 +165,14 @@ def test_options_of_other_models_are_passed_over(read) -> None:
     ]
 
 
+def test_samplers_that_need_a_package(read, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sampler whose package is not installed is refused with the command that installs it."""
+    monkeypatch.setitem(SAMPLERS, "lms", attrs.evolve(SAMPLERS["lms"], package="no_such_package"))  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError) as raised:
+        read("a.txt", "a --ss lms")
+    assert "line 1: --ss: needs the package 'no_such_package' for 'lms'; pip install no_such" in str(raised.value)
+
+
 def test_seeds_that_are_made() -> None:
     """A prompt without a seed gets one from the run's seed and its place; one with a seed keeps it."""
     prompts = [Prompt(prompt="a"), Prompt(prompt="a", seed=5), Prompt(prompt="a")]
@@ -174,5 +185,5 @@ def test_seeds_that_are_made() -> None:
 
 def test_checking_imports_no_torch() -> None:
     """Prompt files are read before anything heavy is imported."""
-    code = "import sys, lorakit.sampling.prompt_files, lorakit.sampling.png; print('torch' in sys.modules)"
+    code = "import sys, lorakit.sampling.prompt_files, lorakit.sampling.pictures; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lorakit.models.noise import DiscreteNoise
 from lorakit.sampling.drawing import draw_latents
-from lorakit.sampling.prompts import MOST_STEPS, Picture, Prompt
+from lorakit.sampling.pictures import Picture
+from lorakit.sampling.prompts import MOST_STEPS, Prompt
 from lorakit.sampling.samplers import SAMPLERS, SamplerName, build_scheduler
 
 STOCHASTIC = {name for name, sampler in SAMPLERS.items() if sampler.is_stochastic}

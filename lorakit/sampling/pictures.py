@@ -1,17 +1,42 @@
-"""Pictures as PNG files that say how they were drawn. Imports no torch."""
+"""Pictures to draw, and the PNG files that they become, which say how they were drawn. Imports no torch."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attrs import frozen
+
 from lorakit.files import write_atomically
-from lorakit.sampling.prompts import Picture
+from lorakit.randomness import derived_seed
+from lorakit.sampling.prompts import Prompt
 from lorakit.sampling.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     import numpy as np
+
+SEEDS = 2**32
+"""How many seeds there are to be made: those that web UIs take too."""
+
+
+@frozen(kw_only=True)
+class Picture:
+    """A picture to draw, with the noise that it starts from settled."""
+
+    prompt: Prompt
+    seed: int
+    """Seed of the noise: the prompt's own, or one made for it."""
+
+
+def with_seeds(prompts: Iterable[Prompt], seed: int) -> list[Picture]:
+    """The pictures of prompts; those without a seed of their own get one from the run's seed and their place."""
+    pictures = []
+    for index, prompt in enumerate(prompts):
+        made = derived_seed(seed, "preview", index) % SEEDS
+        pictures.append(Picture(prompt=prompt, seed=made if prompt.seed is None else prompt.seed))
+    return pictures
 
 
 def write_png(path: Path, pixels: np.ndarray[Any, np.dtype[np.uint8]], texts: dict[str, str]) -> None:
