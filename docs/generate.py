@@ -144,7 +144,8 @@ def hooks_page() -> str:
         parts += [f"## {name}", _code(hook), inspect.getdoc(hook) or ""]
         if name in REGISTRATION_HOOKS:
             parts += _base_class(REGISTRATION_HOOKS[name])
-    parts += ["## What every component has", *_class_variables(Component), *_method(Component, "problems")]
+    parts += ["## What every component has", *_class_variables(Component)]
+    parts += [text for name in ("problems", "warnings") for text in _method(Component, name)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -49,6 +49,10 @@ class Component:
         """What is wrong with the fields taken together; keys are field names."""
         return iter(())
 
+    def warnings(self) -> Iterator[Problem]:
+        """What can be used as it is but has no effect or may not be meant; keys are field names."""
+        return iter(())
+
 
 def named(component: type[ComponentT], path: str) -> type[ComponentT]:
     """A component with a dotted path as its name, where it is `by_path`; any other as it is."""
@@ -79,10 +83,6 @@ class ModelFamilyConfig(Component):
     path: str
     """The base model: a `.safetensors` or `.ckpt` file, a diffusers folder, or a Hugging Face Hub id."""
 
-    def warnings(self) -> Iterator[Problem]:
-        """What can be used as it is but may not be meant; keys are field names."""
-        return iter(())
-
     def build(self, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
         """The model, its weights not read yet: each part is read when it is first asked for."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
@@ -101,10 +101,6 @@ class NetworkConfig(Component):
 
     def problems_with(self, model: ModelFamilyConfig, optimizer: OptimizerConfig) -> Iterator[Problem]:  # noqa: ARG002
         """What does not suit the base model or the optimizer; keys are field names."""
-        return iter(())
-
-    def warnings(self) -> Iterator[Problem]:
-        """What has no effect; keys are field names."""
         return iter(())
 
     def build(self, targets: Sequence[AdaptationTarget]) -> Network:

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from attrs import evolve, field, frozen
+from attrs import evolve, field, fields, frozen
 from attrs import validators as v
 
 from lorakit.components import (
     AttentionConfig,
+    Component,
     LRSchedulerConfig,
     ModelFamilyConfig,
     NetworkConfig,
@@ -67,6 +68,13 @@ class TrainingSection:
     """Where to train; `auto` takes an accelerator where there is one."""
     process_timeout: float | None = field(default=None, validator=v.optional(v.gt(0)))
     """Minutes that processes wait for each other before they give up; 10 on accelerators and 30 on CPUs when absent."""
+
+    def warnings(self) -> Iterator[Problem]:
+        """Keys without effect; keys are field names."""
+        if self.max_epochs and self.max_steps:
+            yield Problem("max_steps", "has no effect, because training.max_epochs is given")
+        if self.compile_backend != "inductor" and not self.compile:
+            yield Problem("compile_backend", "has no effect without training.compile")
 
 
 @frozen(kw_only=True)
@@ -170,16 +178,21 @@ class TrainConfig:
 
     def warnings(self) -> Iterator[Problem]:
         """Options that have no effect in this run, or hardly suit the model."""
-        yield from _placed(self.model.warnings(), "model")
-        yield from _placed(self.network.warnings(), "network")
+        for section, component in self._components():
+            yield from _placed(component.warnings(), section)
         for number, observer in enumerate(self.observers):
             yield from _placed(observer.warnings_with(self), f"observers[{number}]")
         if getattr(self.model, "no_half_vae", False) and self.training.mixed_precision == "no":
             yield Problem("model.no_half_vae", "has no effect without training.mixed_precision")
-        if self.training.max_epochs and self.training.max_steps:
-            yield Problem("training.max_steps", "has no effect, because training.max_epochs is given")
-        if self.training.compile_backend != "inductor" and not self.training.compile:
-            yield Problem("training.compile_backend", "has no effect without training.compile")
+        yield from self._rate_warnings()
+        yield from _placed(self.training.warnings(), "training")
+        yield from _placed(self.output.warnings(), "output")
+        yield from self.loss.warnings()
+        yield from self.loss.warnings_with(self.prediction)
+        yield from _data_warnings(self.data)
+
+    def _rate_warnings(self) -> Iterator[Problem]:
+        """Learning rates of parts without adapters, and schedules that do not suit the optimizer."""
         for part in self.network.parts:
             if not any(self.optimizer.lrs_of(part)):
                 yield Problem("network.parts", f"{part!r} gets no adapters, because its learning rate is 0")
@@ -189,10 +202,12 @@ class TrainConfig:
         if self.optimizer.schedule_free and not self.lr_scheduler.is_constant:
             hint = "A warm-up is optimizer.warmup_steps" if hasattr(self.optimizer, "warmup_steps") else ""
             yield Problem("lr_scheduler.name", f"hardly suits {self.optimizer.name}, which needs no schedule", hint)
-        yield from _placed(self.output.warnings(), "output")
-        yield from self.loss.warnings()
-        yield from self.loss.warnings_with(self.prediction)
-        yield from _data_warnings(self.data)
+
+    def _components(self) -> Iterator[tuple[str, Component]]:
+        """All components, each with its section."""
+        sections = {own.name: getattr(self, own.name) for own in fields(TrainConfig)}
+        sections |= {f"observers[{index}]": observer for index, observer in enumerate(self.observers)}
+        return ((section, value) for section, value in sections.items() if isinstance(value, Component))
 
 
 def _placed(problems: Iterator[Problem], section: str) -> Iterator[Problem]:

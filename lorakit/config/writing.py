@@ -68,6 +68,9 @@ STARTER_VALUES: Mapping[str, Mapping[str, Any]] = {
 }
 """What a starter config sets; every other key stands in it as a comment with its default."""
 
+STARTER_OBSERVERS: Mapping[str, Any] = {"dir": "logs", "prompts": "prompts.txt", "every_n_epochs": 1}
+"""What the commented observers of a starter config set, each what it has of these."""
+
 _PREAMBLE = """\
 # A training run of lorakit:  lorakit train THIS_FILE
 #
@@ -111,7 +114,7 @@ def _commented_observers(catalog: Catalog) -> list[str]:
         component = registration.component
         if any(field.default is attrs.NOTHING for field in attrs.fields(component)):
             lines = ["# [[observers]]", *_line(f'# name = "{name}"', (component.__doc__ or "").split("\n")[0])]
-            tables.append("\n".join(lines + _field_lines([component], {"dir": "logs"}, "# ")))
+            tables.append("\n".join(lines + _field_lines([component], STARTER_OBSERVERS, "# ")))
     return tables
 
 

@@ -39,6 +39,8 @@ class RunInfo:
     """Optimizer steps of a whole epoch."""
     images: int
     """Images in the dataset, repeats not counted."""
+    encodes_captions: bool
+    """Whether captions are encoded in each step, for which the text encoder stays in memory; else it is freed."""
     save_adapter: Callable[[str], Path]
     """Writes the adapters as they are now under a file name without extension; gives the path."""
     save_state: Callable[[], Path]

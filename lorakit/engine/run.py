@@ -95,6 +95,7 @@ class Run:
             total_epochs=self.schedule.total_epochs,
             steps_per_epoch=self.schedule.steps_per_epoch,
             images=sum(len(dataset.examples) for dataset in self.loader.datasets),
+            encodes_captions=callable(self.loader.captions),
             save_adapter=self.save_adapter,
             save_state=self.save_state,
             evaluating=self.evaluating,

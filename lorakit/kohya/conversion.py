@@ -17,6 +17,7 @@ from lorakit.kohya.drafts import Command, Draft, Setting
 from lorakit.kohya.networks import write_network
 from lorakit.kohya.observers import write_observers
 from lorakit.kohya.options import OPTIONS, Option
+from lorakit.kohya.previews import write_previews
 from lorakit.kohya.saving import write_saving
 from lorakit.kohya.states import State, known_keys, target_of
 from lorakit.plugins import Catalog
@@ -45,6 +46,7 @@ def convert(given: Mapping[str, Any], folder: Path, target: Path, catalog: Catal
     _compiling(command, draft)
     write_saving(command, draft)
     write_observers(command, draft, catalog)
+    write_previews(command, draft)
     return draft
 
 

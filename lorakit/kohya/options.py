@@ -38,7 +38,6 @@ class Option:
 
 
 _ALWAYS = "images and captions are encoded once and kept wherever they stay the same"
-_SAMPLES = "there are no previews during training yet"
 _HALF = (
     "the adapters are used in half precision, their float32 originals take a few MB, `saver.precision` is the file's"
 )
@@ -240,12 +239,18 @@ LOGGING = (
 )
 
 SAMPLES = (
-    Option("sample_every_n_steps", "int", later=_SAMPLES),
-    Option("sample_every_n_epochs", "int", later=_SAMPLES),
-    Option("sample_at_first", "flag", False, later=_SAMPLES),
-    Option("sample_prompts", "path", later=_SAMPLES),
-    Option("sample_sampler", "text", "ddim", later=_SAMPLES),
-)
+    Option("sample_every_n_steps", "int", key="observers.every_n_steps", special=True),
+    Option("sample_every_n_epochs", "int", key="observers.every_n_epochs", special=True),
+    Option("sample_at_first", "flag", False, key="observers.at_first", special=True),
+    Option("sample_prompts", "path", key="observers.prompts", special=True),
+    Option(
+        "sample_sampler", "text", "ddim", key="observers.sampler", special=True,
+        choices=(
+            "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++",
+            "dpmsingle", "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
+        ),
+    ),
+)  # fmt: skip
 
 _METADATA_TEXTS = (
     "title", "author", "description", "license", "tags", "usage_hint", "merged_from", "trigger_phrase", "preprocessor",

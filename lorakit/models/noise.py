@@ -33,6 +33,9 @@ class DiscreteNoise:
         if zero_terminal_snr:
             signal = signal_power.sqrt()
             signal_power = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2
+        before = torch.cat([torch.ones_like(signal_power[:1]), signal_power[:-1]])
+        self.betas = 1 - signal_power / before
+        """βₜ = 1 − ᾱₜ / ᾱₜ₋₁, float64 [T], on the CPU; 1 where no signal is left."""
         ratio = signal_power / (1 - signal_power)
         table = torch.stack([signal_power.sqrt(), (1 - signal_power).sqrt(), ratio]).float()
         self._tables = {torch.device("cpu"): table}

@@ -77,6 +77,14 @@ class ImageEncoder(Protocol):
         ...
 
 
+class ImageDecoder(Protocol):
+    """Turns latents into images."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images, float32 [B, 3, H, W] in [-1, 1], of scaled latents [B, C, h, w]."""
+        ...
+
+
 class TextEncoder(Protocol):
     """Turns captions into conditioning."""
 
@@ -97,6 +105,8 @@ class NoiseProcess(Protocol):
 
     num_timesteps: int
     prediction: Literal["epsilon", "v_prediction"]
+    betas: Tensor
+    """Share of the signal's power that each timestep takes away, float64 [T], on the CPU; 1 where none is left."""
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Latents [B, C, h, w] with noise of the same shape mixed in as of timesteps [B]."""
@@ -140,6 +150,11 @@ class DiffusionModel(Protocol):
         ...
 
     @property
+    def image_decoder(self) -> ImageDecoder:
+        """The image decoder, read on first use."""
+        ...
+
+    @property
     def text_encoder(self) -> TextEncoder:
         """The text encoder, read on first use."""
         ...
@@ -149,8 +164,12 @@ class DiffusionModel(Protocol):
         """The denoiser, read on first use, frozen."""
         ...
 
-    def free(self, part: Literal["image_encoder", "text_encoder"]) -> None:
+    def free(self, part: Literal["image_encoder", "image_decoder", "text_encoder"]) -> None:
         """Forget a part's weights; it is read again if it is asked for again."""
+        ...
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """Shape [C, h, w] of the latents of an image of that size in pixels; reads no weights."""
         ...
 
     def targets(self, parts: Sequence[str]) -> list[AdaptationTarget]:

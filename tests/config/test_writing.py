@@ -103,8 +103,9 @@ def test_the_starter_shows_the_defaults(base: Path, catalog: Catalog) -> None:
     expected = config_from_tables(tomllib.loads(text), base, catalog)
     switched_on = re.sub(r"^# (\w+ = [^ ])", r"\1", text, flags=re.MULTILINE)
     assert switched_on.count("\n# ") < text.count("\n# ")
+    (base / "prompts.txt").write_text("a cat")
     config = config_from_tables(tomllib.loads(switched_on.replace("# [[observers]]", "[[observers]]")), base, catalog)
-    assert [observer.name for observer in config.observers] == ["tensorboard"]
+    assert {observer.name for observer in config.observers} == {"tensorboard", "samples"}
     assert attrs.evolve(config, observers=()) == expected
 
 

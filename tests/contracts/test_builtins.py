@@ -43,6 +43,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "tensorboard": {"dir": Path("logs")},
     "hub": {"repo_id": "me/my-lora", "states": True},
     "validation": {"every_n_steps": 1, "timesteps": (100, 900)},
+    "samples": {"prompts": Path("prompts.txt"), "every_n_steps": 1, "at_first": True, "sampler": "euler_a"},
 }
 """The settings to test each component with; the others are tested with their defaults."""
 
@@ -66,6 +67,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, Any]] = {
     "torch.optim.lr_scheduler.StepLR": {"stretches": False},
     "inverse_sqrt": {"stretches": False},
     "validation": {"run_settings": {"data": {"validation_split": 0.25}, "network": {"dropout": 0.2}}},
+    "samples": {"files": {"prompts.txt": "a beach --w 64 --h 64 --s 2\n"}},
     "ckpt": {"keeps_metadata": False},
     "pt": {"keeps_metadata": False},
 }

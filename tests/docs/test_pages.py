@@ -62,6 +62,11 @@ def with_files(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
         (folder / name).mkdir(parents=True, exist_ok=True)
     if "metadata_file" in whole["data"]:
         (folder / whole["data"]["metadata_file"]).touch()
+    for observer in whole.get("observers", []):
+        if "prompts" in observer:
+            prompts = folder / observer["prompts"]
+            prompts.parent.mkdir(parents=True, exist_ok=True)
+            prompts.write_text("a cat", encoding="utf-8")
     if "weights" in whole.get("network", {}):
         weights = folder / whole["network"]["weights"]
         weights.parent.mkdir(parents=True, exist_ok=True)

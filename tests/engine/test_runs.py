@@ -339,7 +339,7 @@ def test_signal_saves_a_state(tables: dict[str, Any], tmp_path: Path) -> None:
 def test_two_processes_equal_one(tables: dict[str, Any], tmp_path: Path, accumulation: int) -> None:
     """Two processes with batch size 1 give what one with batch size 2 gives, up to the order of summation.
 
-    Between the epochs one of them validates while the other waits.
+    Between the epochs one of them validates while the other waits, and draws previews, of which there is one set.
     """
     training = {"max_steps": 4, "gradient_accumulation_steps": accumulation}
     # With its usual eps, Adam takes full steps where a gradient is nothing but rounding.
@@ -349,9 +349,12 @@ def test_two_processes_equal_one(tables: dict[str, Any], tmp_path: Path, accumul
     assert alone.returncode == 0, alone.stderr
     options = ("--cpu", "--num_processes", "2", "--main_process_port", str(_free_port()))
     launcher = ("-m", "accelerate.commands.launch", *options)
-    together = run_lorakit("train", path, launcher=launcher)
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 1")
+    previews = 'observers=[{ name = "samples", prompts = "prompts.txt", every_n_steps = 2 }]'
+    together = run_lorakit("train", path, "--set", previews, launcher=launcher)
     assert together.returncode == 0, together.stderr
     assert alone.stderr.count("validation loss") == together.stderr.count("validation loss") >= 2
+    assert len(list((tmp_path / "out" / "sample").glob("test_*_00_*.png"))) == 2
     left = weights_of(tmp_path / "out" / "alone.safetensors")
     right = weights_of(tmp_path / "out" / "test.safetensors")
     assert left.keys() == right.keys()

@@ -31,7 +31,6 @@ OWN_VALUES: dict[str, list[str]] = {
     "lr_scheduler_args": ["lr_end=0.5"],
     "face_crop_aug_range": ["2.0,4.0"],
     "resolution": ["128,64"],
-    "sample_every_n_steps": ["2"],
     "train_data_dir": ["train"],
     "save_last_n_steps": ["7"],
     "save_last_n_steps_state": ["7"],
@@ -63,6 +62,11 @@ CONTEXT: dict[str, list[str]] = {
     "huggingface_path_in_repo": ["--huggingface_repo_id=me/x"],
     "huggingface_repo_visibility": ["--huggingface_repo_id=me/x"],
     "save_state_to_huggingface": ["--huggingface_repo_id=me/x"],
+    "sample_prompts": ["--sample_prompts=others.txt", "--sample_at_first"],
+    "sample_every_n_steps": ["--sample_prompts=prompts.txt"],
+    "sample_every_n_epochs": ["--sample_prompts=prompts.txt"],
+    "sample_at_first": ["--sample_prompts=prompts.txt"],
+    "sample_sampler": ["--sample_prompts=prompts.txt", "--sample_at_first"],
     "xformers": ["--seed=1"],
 }
 """Options that others need beside them to mean anything."""

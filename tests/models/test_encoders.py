@@ -10,7 +10,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from transformers import CLIPTextModel
 
 from lorakit.errors import ModelError
-from lorakit.models.stable_diffusion.image import VaeEncoder
+from lorakit.models.stable_diffusion.image import VaeDecoder, VaeEncoder
 from tests.models.building import read, stable_diffusion
 
 CAPTION = "a photo of a cat"
@@ -63,6 +63,40 @@ def test_latents_are_those_of_diffusers(tiny_file: Path, tiny_folder: Path) -> N
     torch.testing.assert_close(deviation, expected.std * 0.18215)
     assert mean.shape == (2, 4, 8, 6)
     assert mean.dtype == deviation.dtype == torch.float32
+
+
+def test_images_are_those_of_diffusers(tiny_file: Path, tiny_folder: Path) -> None:
+    """Decoded images are those of diffusers' VAE for the unscaled latents, in float32, cut off at -1 and 1."""
+    latents = torch.randn(2, 4, 8, 6, generator=torch.Generator().manual_seed(0)) * 0.18215
+    images = stable_diffusion(tiny_file).image_decoder.decode(latents)
+    with torch.no_grad():
+        expected = AutoencoderKL.from_pretrained(tiny_folder / "vae").decode(latents / 0.18215).sample
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(images, expected.clamp(-1, 1))
+    assert images.shape == (2, 3, 64, 48)
+    assert images.dtype == torch.float32
+
+
+def test_only_the_decoder_is_read(tiny_file: Path) -> None:
+    """The decoder comes without the encoder's weights."""
+    names = {name.partition(".")[0] for name in stable_diffusion(tiny_file).image_decoder.module.state_dict()}
+    assert names == {"decoder", "post_quant_conv"}
+
+
+def test_decoding_that_overflows_half_precision_is_mended(tiny_file: Path) -> None:
+    """An image that overflows float16 is decoded again in float32, its neighbour is left as it is."""
+    decoder = stable_diffusion(tiny_file, torch.float16).image_decoder
+    decoder.module.decoder.conv_in.weight.mul_(3000)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.001
+    latents[1] *= 2000
+    half = decoder.module.decoder(decoder.module.post_quant_conv(latents.half() / 0.18215))
+    assert [image.isfinite().all().item() for image in half] == [True, False]
+    images = decoder.decode(latents)
+    exact = stable_diffusion(tiny_file, torch.float16).image_decoder.module.float()
+    exact.decoder.conv_in.weight.mul_(3000)
+    torch.testing.assert_close(images, VaeDecoder(exact, 0.18215).decode(latents), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(images[:1], decoder.decode(latents[:1]), rtol=1e-2, atol=1e-2)
+    assert decoder.module.decoder.conv_in.weight.dtype == torch.float16
 
 
 def test_scaling_factor_of_a_folder_is_used(tiny_folder: Path, tmp_path: Path) -> None:

@@ -78,6 +78,16 @@ def test_other_latent_shapes_are_mixed_alike() -> None:
     assert torch.equal(flat.view_as(latents), noise.add_noise(latents, drawn, steps))
 
 
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_betas_are_those_of_diffusers(rescaled: bool) -> None:
+    """Each β agrees with diffusers' at every timestep, also where no signal is left at the end."""
+    scheduler = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=rescaled
+    )
+    noise = DiscreteNoise().with_zero_terminal_snr() if rescaled else DiscreteNoise()
+    torch.testing.assert_close(noise.betas.float(), scheduler.betas, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize(("timestep", "expected"), ZERO_TERMINAL.items())
 def test_zero_terminal_schedule_has_the_reference_values(timestep: int, expected: float) -> None:
     """Signal, noise and their ratio are those of the changed schedule, to all digits of the reference."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,11 @@ class Progress(Observer):
         """Show the losses, above the bar."""
         shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         self._bar.write(f"validation loss after step {step}: {shown}", file=sys.stderr)
+
+    def previews_drawn(self, step: int, paths: Sequence[Path]) -> None:
+        """Say where, above the bar."""
+        if self._bar is not None and paths:
+            self._bar.write(f"{len(paths)} previews of step {step} in {paths[0].parent}", file=sys.stderr)
 
     def closed(self) -> None:
         """Leave the bar as it is."""

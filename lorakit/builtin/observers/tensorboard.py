@@ -1,8 +1,8 @@
-"""TensorBoard: loss, learning rates and gradient norm of each step."""
+"""TensorBoard: loss, learning rates and gradient norm of each step, and previews."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class TensorBoardConfig(ObserverConfig):
 
 
 class TensorBoard(Observer):
-    """Writes scalars as they are read."""
+    """Writes scalars and pictures as they come."""
 
     def __init__(self, folder: Path) -> None:
         """`folder` is made when the first number arrives."""
@@ -62,6 +62,16 @@ class TensorBoard(Observer):
         """Write one point of each curve."""
         for name, loss in losses.items():
             self._writer.add_scalar(f"loss/validation/{name}", loss, step)
+
+    def previews_drawn(self, step: int, paths: Sequence[Path]) -> None:
+        """Show the pictures, each under its place in the prompt file, and what they were drawn from."""
+        import numpy as np
+        from PIL import Image
+
+        for index, path in enumerate(paths):
+            with Image.open(path) as image:
+                self._writer.add_image(f"previews/{index:02d}", np.asarray(image), step, dataformats="HWC")
+                self._writer.add_text(f"previews/{index:02d}", image.info.get("parameters", ""), step)
 
     def closed(self) -> None:
         """Close the log."""

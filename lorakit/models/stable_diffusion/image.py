@@ -1,4 +1,4 @@
-"""The image encoder: images to the distribution of their latents.
+"""The two halves of a VAE: images to the distribution of their latents, and latents to images.
 
 B images, C latent channels, H and W image sides in pixels, h = H/8 and w = W/8 latent sides.
 """
@@ -6,6 +6,7 @@ B images, C latent channels, H and W image sides in pixels, h = H/8 and w = W/8 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -18,12 +19,28 @@ from lorakit.models.stable_diffusion.settings import SCALING_FACTOR
 _LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 
-class VaeEncoder:
-    """The encoder half of a VAE (Kingma & Welling, 2014; Rombach et al., 2022)."""
+class _Half:
+    """One half of a VAE (Kingma & Welling, 2014; Rombach et al., 2022)."""
 
     def __init__(self, module: nn.Module, scaling_factor: float) -> None:
         self.module = module
         self.scaling_factor = scaling_factor
+
+    @cached_property
+    def _exact_module(self) -> nn.Module:
+        return copy.deepcopy(self.module).float()
+
+    def _finite(self, compute: Callable[[nn.Module, Tensor], Tensor], given: Tensor) -> Tensor:
+        """What `compute` makes of the module and each entry given; in float32 where the number format overflows."""
+        computed = compute(self.module, given)
+        overflowing = ~computed.flatten(1).isfinite().all(dim=1)
+        if overflowing.any():
+            computed[overflowing] = compute(self._exact_module, given[overflowing])
+        return computed
+
+
+class VaeEncoder(_Half):
+    """The encoder half of a VAE."""
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,17 +48,21 @@ class VaeEncoder:
 
         Images whose latents overflow the number format are encoded again in float32.
         """
-        moments = _moments(self.module, images)
-        overflowing = ~moments.flatten(1).isfinite().all(dim=1)
-        if overflowing.any():
-            moments[overflowing] = _moments(self._exact_module, images[overflowing])
-        mean, log_variance = moments.chunk(2, dim=1)
+        mean, log_variance = self._finite(_moments, images).chunk(2, dim=1)
         deviation = torch.exp(0.5 * log_variance.clamp(*_LOG_VARIANCE_RANGE))
         return mean * self.scaling_factor, deviation * self.scaling_factor
 
-    @cached_property
-    def _exact_module(self) -> nn.Module:
-        return copy.deepcopy(self.module).float()
+
+class VaeDecoder(_Half):
+    """The decoder half of a VAE."""
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images, float32 [B, 3, H, W] in [-1, 1], of scaled latents [B, C, h, w].
+
+        Those that overflow the number format are decoded again in float32.
+        """
+        return self._finite(_decoded, latents / self.scaling_factor).clamp(-1, 1)
 
 
 def _moments(vae: nn.Module, images: Tensor) -> Tensor:
@@ -53,10 +74,28 @@ def _moments(vae: nn.Module, images: Tensor) -> Tensor:
     return moments.float()
 
 
+def _decoded(vae: nn.Module, latents: Tensor) -> Tensor:
+    """Images, float32 [B, 3, H, W], of unscaled latents."""
+    parameter = next(vae.parameters())
+    projection = getattr(vae, "post_quant_conv", None)
+    hidden = latents.to(parameter.device, parameter.dtype)
+    images: Tensor = vae.get_submodule("decoder")(hidden if projection is None else projection(hidden))
+    return images.float()
+
+
 def read_vae_encoder(part: StoredPart, device: torch.device, dtype: torch.dtype) -> VaeEncoder:
     """The encoder half of a VAE with its weights, frozen; the decoder's are not read."""
+    module = _read_without(("decoder", "post_quant_conv"), part, device, dtype)
+    return VaeEncoder(module, part.settings.get("scaling_factor", SCALING_FACTOR))
+
+
+def read_vae_decoder(part: StoredPart, device: torch.device, dtype: torch.dtype) -> VaeDecoder:
+    """The decoder half of a VAE with its weights, frozen; the encoder's are not read."""
+    module = _read_without(("encoder", "quant_conv"), part, device, dtype)
+    return VaeDecoder(module, part.settings.get("scaling_factor", SCALING_FACTOR))
+
+
+def _read_without(children: Sequence[str], part: StoredPart, device: torch.device, dtype: torch.dtype) -> nn.Module:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    decoder = ("decoder", "post_quant_conv")
-    module = read_module(part, lambda: AutoencoderKL.from_config(dict(part.settings)), device, dtype, without=decoder)
-    return VaeEncoder(module, part.settings.get("scaling_factor", SCALING_FACTOR))
+    return read_module(part, lambda: AutoencoderKL.from_config(dict(part.settings)), device, dtype, without=children)

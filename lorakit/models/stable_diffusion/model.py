@@ -21,9 +21,10 @@ from lorakit.models.merging import Merging
 from lorakit.models.noise import DiscreteNoise, Prediction
 from lorakit.models.protocol import AdaptationTarget, AttentionBackend, Conditioning, Memo, NoiseProcess
 from lorakit.models.stable_diffusion.attention import use_backend
-from lorakit.models.stable_diffusion.image import VaeEncoder, read_vae_encoder
+from lorakit.models.stable_diffusion.image import VaeDecoder, VaeEncoder, read_vae_decoder, read_vae_encoder
 from lorakit.models.stable_diffusion.parts import TOKENIZER_FILES, StoredModel, StoredPart
 from lorakit.models.stable_diffusion.reading import compile_unet, empty_module, read_unet, unet_module
+from lorakit.models.stable_diffusion.settings import DOWNSCALING, LATENT_CHANNELS
 from lorakit.models.stable_diffusion.targets import text_encoder_key, text_encoder_targets, unet_key, unet_targets
 from lorakit.models.stable_diffusion.text import ClipTextEncoder, checkpoint_layers, clip_module, read_clip
 from lorakit.models.stable_diffusion.tokenizer import CaptionTokenizer
@@ -59,7 +60,7 @@ class Variant:
 
 
 class StableDiffusion:
-    """A U-Net, a VAE's encoder and a CLIP text encoder, each read when it is first asked for."""
+    """A U-Net, the two halves of a VAE and a CLIP text encoder, each read when it is first asked for."""
 
     def __init__(
         self,
@@ -82,6 +83,7 @@ class StableDiffusion:
         """Remembers hashes of files; one that outlives the process makes the next start faster."""
         self.noise: NoiseProcess = DiscreteNoise(variant.prediction)
         self._image_encoder: VaeEncoder | None = None
+        self._image_decoder: VaeDecoder | None = None
         self._text_encoder: ClipTextEncoder | None = None
         self._unet: nn.Module | None = None
         self._attention: AttentionBackend | None = None
@@ -129,6 +131,13 @@ class StableDiffusion:
         return self._image_encoder
 
     @property
+    def image_decoder(self) -> VaeDecoder:
+        """The VAE's decoder, read on first use."""
+        if self._image_decoder is None:
+            self._image_decoder = read_vae_decoder(self.stored.part("vae"), self.device, self._vae_dtype)
+        return self._image_decoder
+
+    @property
     def text_encoder(self) -> ClipTextEncoder:
         """The text encoder with its tokenizer, read on first use."""
         if self._text_encoder is None:
@@ -152,12 +161,13 @@ class StableDiffusion:
                 compile_unet(self._unet, self._compiler)
         return self._unet
 
-    def free(self, part: Literal["image_encoder", "text_encoder"]) -> None:
+    def free(self, part: Literal["image_encoder", "image_decoder", "text_encoder"]) -> None:
         """Forget a part's weights; it is read again if it is asked for again."""
-        if part == "image_encoder":
-            self._image_encoder = None
-        else:
-            self._text_encoder = None
+        setattr(self, f"_{part}", None)
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """Shape [C, h, w] of the latents of an image of that size in pixels."""
+        return LATENT_CHANNELS, height // DOWNSCALING, width // DOWNSCALING
 
     def targets(self, parts: Sequence[str]) -> list[AdaptationTarget]:
         """The layers of `text_encoder` and `unet` that can be adapted, in this order whatever the order of `parts`."""

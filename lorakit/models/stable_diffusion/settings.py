@@ -16,6 +16,12 @@ from lorakit.checkpoints import Shapes
 SCALING_FACTOR = 0.18215
 """What latents of the VAEs of Stable Diffusion 1.x and 2.x are multiplied by to get unit variance."""
 
+LATENT_CHANNELS = 4
+"""Channels of latents."""
+
+DOWNSCALING = 8
+"""How many times smaller than the image's sides the latents' are."""
+
 SD2_TEXT_LAYERS = 23
 """Layers of OpenCLIP's text encoder, 24 in all, that Stable Diffusion 2.x reads."""
 

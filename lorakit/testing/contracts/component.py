@@ -55,6 +55,8 @@ class ComponentContract:
 
     config: Component
     """The component to test, with the settings to test it with."""
+    files: Mapping[str, str] = {}
+    """Files that the settings name, relative to the folder, with their texts."""
 
     @pytest.fixture(autouse=True)
     def _in_a_folder_of_its_own(
@@ -64,6 +66,8 @@ class ComponentContract:
         lorakit_one_thread: None,  # noqa: ARG002
     ) -> None:
         monkeypatch.chdir(tmp_path)
+        for name, text in self.files.items():
+            Path(name).write_text(text, encoding="utf-8")
         paths = {name: value for name, value in _values(self.config).items() if isinstance(value, Path)}
         self.config = attrs.evolve(self.config, **{name: path.absolute() for name, path in paths.items()})
 

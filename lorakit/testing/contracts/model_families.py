@@ -82,6 +82,20 @@ class ModelFamilyContract(ComponentContract):
         assert (deviation > 0).all()
         torch.testing.assert_close(encoder.encode(pictures(2)[1:])[0], mean[1:], rtol=1e-4, atol=1e-5)
 
+    def test_image_decoder(self) -> None:
+        """Latents of the told shape become images of the same size as encoded, float32 in [-1, 1], each as if alone."""
+        model = self.built()
+        latents, _ = model.image_encoder.encode(pictures(2))
+        height, width = pictures().shape[2:]
+        assert tuple(latents.shape[1:]) == model.latent_shape(width, height)
+        assert model.latent_shape(2 * width, height)[1:] == (latents.shape[2], 2 * latents.shape[3])
+        images = model.image_decoder.decode(latents)
+        assert images.shape == pictures(2).shape
+        assert images.dtype == torch.float32
+        assert images.abs().max() <= 1
+        assert images.std() > 0
+        torch.testing.assert_close(model.image_decoder.decode(latents[1:]), images[1:], rtol=1e-4, atol=1e-4)
+
     def test_text_encoder(self) -> None:
         """Tokens, on the CPU, and conditioning have the captions as their first side; captions differ in it."""
         encoder = self.built().text_encoder
@@ -132,6 +146,8 @@ class ModelFamilyContract(ComponentContract):
         assert (ratios.diff() < 0).all()
         assert ratios[0] > 100
         assert 0 <= ratios[-1] < 0.01
+        remaining = torch.cumprod(1 - noise.betas, dim=0)
+        torch.testing.assert_close(ratios.double(), remaining / (1 - remaining), rtol=1e-3, atol=1e-6)
         latents = pictures(2)
         clean = noise.add_noise(latents, torch.zeros_like(latents), torch.tensor([0, noise.num_timesteps - 1]))
         assert clean.square().mean((1, 2, 3)).diff() < 0
@@ -148,6 +164,7 @@ class ModelFamilyContract(ComponentContract):
         assert (after.diff() < 0).all()
         assert after[-1] == 0
         torch.testing.assert_close(after[0], before[0])
+        assert changed.betas[-1] == 1
 
     def test_targets_are_unique_and_in_order(self) -> None:
         """Each layer that can be adapted has its own key, in the same order each time: text encoder first."""
@@ -192,14 +209,14 @@ class ModelFamilyContract(ComponentContract):
             assert changed.fingerprint("text_encoder") != model.fingerprint("text_encoder")
 
     def test_frees_and_reads_again(self) -> None:
-        """An encoder that was freed is read again when it is asked for, and puts out the same, bit for bit."""
+        """A part that was freed is read again when it is asked for, and puts out the same, bit for bit."""
         model = self.built()
         before = _encodings(model)
-        encoders = model.image_encoder, model.text_encoder
-        for part in ENCODERS:
+        parts = model.image_encoder, model.image_decoder, model.text_encoder
+        for part in (*ENCODERS, "image_decoder"):
             model.free(part)
-        assert model.image_encoder is not encoders[0]
-        assert model.text_encoder is not encoders[1]
+        again = model.image_encoder, model.image_decoder, model.text_encoder
+        assert all(old is not new for old, new in zip(parts, again, strict=True))
         assert all(torch.equal(old, new) for old, new in zip(before, _encodings(model), strict=True))
 
     def test_gradient_checkpointing_changes_no_gradient(self) -> None:
@@ -269,7 +286,8 @@ class _Counting:
 def _encodings(model: DiffusionModel) -> list[Tensor]:
     with torch.no_grad():
         conditioning = model.text_encoder.encode(model.text_encoder.tokenize(CAPTIONS))
-        return [*model.image_encoder.encode(pictures()), *conditioning.values()]
+        mean, deviation = model.image_encoder.encode(pictures())
+        return [mean, deviation, model.image_decoder.decode(mean), *conditioning.values()]
 
 
 def _loss_and_gradients(model: DiffusionModel, parts: tuple[str, ...]) -> list[Tensor]:

@@ -1,0 +1,128 @@
+"""Samples: pictures drawn with the adapters while they are trained."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attrs import field, frozen
+from attrs import validators as v
+
+from lorakit import hookimpl
+from lorakit.components import ObserverConfig
+from lorakit.engine.observing import Observer, RunInfo
+from lorakit.errors import ConfigError, LorakitError, Problem
+from lorakit.sampling.prompts import PromptSettings
+
+if TYPE_CHECKING:
+    from lorakit.sampling.previews import Previewer
+
+log = logging.getLogger(__name__)
+
+
+@frozen(kw_only=True)
+class SamplesConfig(ObserverConfig, PromptSettings):
+    """Previews: pictures drawn with the adapters as they are, in `sample` in the output folder."""
+
+    name = "samples"
+
+    prompts: Path
+    """File with what to draw: a `.txt` with a prompt in each line, a `.toml` or a `.json`; it may be edited during the
+    run. What it leaves open is as the keys here say."""
+    every_n_epochs: int | None = field(default=None, validator=v.optional(v.ge(1)))
+    """Draw after every this many epochs; wins over `every_n_steps`."""
+    every_n_steps: int | None = field(default=None, validator=v.optional(v.ge(1)))
+    """Draw after every this many optimizer steps."""
+    at_first: bool = False
+    """Draw before the first step, too."""
+    batch_size: int = field(default=1, validator=v.ge(1))
+    """How many pictures of equal size, steps, sampler and scale are drawn at once; more is faster and takes more
+    memory."""
+
+    def problems(self) -> Iterator[Problem]:
+        """What is wrong with the prompt file."""
+        from lorakit.sampling.prompt_files import read_prompts
+
+        try:
+            read_prompts(self.prompts, self)
+        except ConfigError as error:
+            yield from (Problem("prompts", str(problem)) for problem in error.problems)
+
+    def warnings(self) -> Iterator[Problem]:
+        """What has no effect here or in the prompt file."""
+        from lorakit.sampling.prompt_files import read_prompts
+
+        if self.every_n_epochs and self.every_n_steps:
+            yield Problem("every_n_steps", "has no effect, because every_n_epochs is given")
+        if not (self.every_n_epochs or self.every_n_steps or self.at_first):
+            yield Problem("prompts", "has no effect without every_n_epochs, every_n_steps or at_first")
+        for warning in read_prompts(self.prompts, self).warnings:
+            yield Problem("prompts", str(warning))
+
+    def build(self, run_info: RunInfo) -> Samples:
+        """The previews of one run."""
+        from lorakit.sampling.previews import Previewer
+
+        previewer = Previewer(
+            prompts=self.prompts,
+            settings=self,
+            seed=run_info.config.training.seed,
+            batch_size=self.batch_size,
+            texts_change="text_encoder" in run_info.config.trained_parts,
+            frees_text_encoder=not run_info.encodes_captions,
+        )
+        return Samples(self, run_info, previewer)
+
+
+class Samples(Observer):
+    """Draws when it is time; what is wrong with prompts or files by then is a warning, and the run goes on."""
+
+    def __init__(self, config: SamplesConfig, run: RunInfo, previewer: Previewer) -> None:
+        """Encodes the prompts now where that is done once, so that the text encoder is free before the first step."""
+        self._config = config
+        self._run = run
+        self._previewer = previewer
+        self._step = run.first_step
+        with self._warning(), run.evaluating() as model:
+            previewer.prepare(model)
+
+    def run_started(self, run: RunInfo) -> None:
+        """Draw what the untrained adapters give, unless the run is resumed."""
+        if self._config.at_first and run.first_step == 0:
+            self._draw("e000000" if self._config.every_n_epochs else "000000")
+
+    def step_finished(self, step: int) -> None:
+        """Draw when the step is a multiple of `every_n_steps`."""
+        self._step = step
+        every = self._config.every_n_steps
+        if every and not self._config.every_n_epochs and step % every == 0:
+            self._draw(f"{step:06d}")
+
+    def epoch_finished(self, epoch: int) -> None:
+        """Draw when the epoch is a multiple of `every_n_epochs`."""
+        every = self._config.every_n_epochs
+        if every and epoch % every == 0:
+            self._draw(f"e{epoch:06d}")
+
+    def _draw(self, when: str) -> None:
+        output = self._run.config.output
+        with self._warning():
+            with self._run.evaluating() as model:
+                paths = self._previewer.draw(model, output.dir / "sample", f"{output.name}_{when}", self._step)
+            self._run.tell("previews_drawn", self._step, paths)
+
+    @contextmanager
+    def _warning(self) -> Iterator[None]:
+        try:
+            yield
+        except LorakitError as error:
+            log.warning("there are no previews at step %d: %s", self._step, error)
+
+
+@hookimpl
+def register_observers() -> list[type[ObserverConfig]]:
+    """Samples."""
+    return [SamplesConfig]

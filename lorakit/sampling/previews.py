@@ -1,0 +1,78 @@
+"""Previews: the pictures of a prompt file, drawn again and again with a model that is being trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attrs import field, frozen
+
+from lorakit.sampling.drawing import Texts, decode, draw_latents, encode_texts
+from lorakit.sampling.pictures import Picture, description, with_seeds, write_png
+from lorakit.sampling.prompt_files import read_prompts
+from lorakit.sampling.prompts import PromptSettings
+
+if TYPE_CHECKING:
+    from lorakit.models.protocol import Conditioning, DiffusionModel
+
+
+@frozen(kw_only=True)
+class Previewer:
+    """Draws what a prompt file says, as it is at that time."""
+
+    prompts: Path
+    """The prompt file."""
+    settings: PromptSettings
+    """What holds for prompts that say nothing else."""
+    seed: int
+    """Seed of the run, for prompts without one."""
+    batch_size: int
+    """How many pictures are drawn at once."""
+    texts_change: bool
+    """Whether the text encoder is trained, so that texts have to be encoded anew each time."""
+    frees_text_encoder: bool
+    """Whether nothing else needs the text encoder."""
+    _texts: dict[str, Conditioning] = field(factory=dict, init=False)
+    """What was encoded, where that is done once."""
+
+    def prepare(self, model: DiffusionModel) -> None:
+        """Encode the prompts where that is done once. Raises ConfigError where the file cannot be used."""
+        if not self.texts_change:
+            self._encoded(model, self._pictures())
+
+    def draw(self, model: DiffusionModel, folder: Path, stem: str, step: int) -> list[Path]:
+        """Draw all prompts after so many training steps; gives the files, whose names start with `stem`.
+
+        Raises ConfigError where the prompt file cannot be used, and OutputError where a picture cannot be written.
+        """
+        pictures = self._pictures()
+        latents = draw_latents(model, pictures, self._encoded(model, pictures), self.batch_size)
+        time = datetime.now().astimezone().strftime("%Y%m%d%H%M%S")
+        paths = []
+        try:
+            for index, pixels in enumerate(decode(model, latents)):
+                own_seed = pictures[index].prompt.seed
+                ending = "" if own_seed is None else f"_{own_seed}"
+                path = folder / f"{stem}_{index:02d}_{time}{ending}.png"
+                write_png(path, pixels, description(pictures[index], step))
+                paths.append(path)
+        finally:
+            model.free("image_decoder")
+        return paths
+
+    def _pictures(self) -> list[Picture]:
+        return with_seeds(read_prompts(self.prompts, self.settings).prompts, self.seed)
+
+    def _encoded(self, model: DiffusionModel, pictures: Sequence[Picture]) -> Texts:
+        """The pictures' texts, encoded; the text encoder is read only where one of them is new."""
+        texts = [text for own in pictures for text in (own.prompt.prompt, own.prompt.negative_prompt)]
+        if self.texts_change:
+            return encode_texts(model, texts)
+        new = [text for text in texts if text not in self._texts]
+        if new:
+            self._texts.update(encode_texts(model, new))
+            if self.frees_text_encoder:
+                model.free("text_encoder")
+        return self._texts

@@ -1,0 +1,81 @@
+"""Previews of sd-scripts: prompts, when they are drawn, and what sd-scripts stops at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lorakit
+from lorakit.config.reading import config_from_tables
+from lorakit.errors import ConfigError
+from lorakit.kohya.conversion import check
+from lorakit.kohya.options import OPTIONS
+from lorakit.plugins import Catalog
+from lorakit.sampling.samplers import SAMPLERS
+from tests.kohya.conftest import Convert
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--sample_every_n_steps=50"], {"every_n_steps": 50}),
+        (["--sample_every_n_epochs=2", "--sample_at_first"], {"every_n_epochs": 2, "at_first": True}),
+        (["--sample_at_first", "--sample_sampler=k_euler_a"], {"at_first": True, "sampler": "k_euler_a"}),
+        (["--sample_every_n_epochs=2", "--sample_every_n_steps=50"], {"every_n_epochs": 2}),
+        (["--sample_every_n_epochs=0", "--sample_every_n_steps=50"], {"every_n_steps": 50}),
+    ],
+)
+def test_previews(
+    words: list[str], expected: dict[str, Any], converted: Convert, folder: Path, catalog: Catalog
+) -> None:
+    """Each option becomes a key of the observer, and the config is whole; epochs win over steps."""
+    (folder / "prompts.txt").write_text("a cat")
+    draft = converted("--sample_prompts=prompts.txt", *words)
+    assert draft.tables()["observers"] == [{"name": "samples", "prompts": "prompts.txt", **expected}]
+    assert check(draft, folder, catalog) == ()
+
+
+def test_prompts_elsewhere(converted: Convert, folder: Path) -> None:
+    """For a config in another folder, the path of the prompts is turned round."""
+    draft = converted("--sample_prompts=p.toml", "--sample_at_first", target=folder / "configs")
+    assert draft.tables()["observers"][0]["prompts"] == "../p.toml"
+
+
+@pytest.mark.parametrize("option", ["--sample_every_n_steps=1", "--sample_every_n_epochs=1", "--sample_at_first"])
+def test_previews_without_prompts(option: str, converted: Convert) -> None:
+    """What sd-scripts stops at in the middle of a run is said at once."""
+    with pytest.raises(ConfigError, match=f"{option.partition('=')[0]}: needs --sample_prompts"):
+        converted(option)
+
+
+def test_what_has_no_effect_is_told(converted: Convert) -> None:
+    """Counts of zero and less mean never, and prompts that are never drawn mean nothing."""
+    draft = converted("--sample_prompts=p.txt", "--sample_every_n_steps=-1", "--sample_every_n_epochs=0")
+    assert "observers" not in draft.tables()
+    without = "has no effect without --sample_every_n_epochs or --sample_every_n_steps"
+    assert [str(remark) for remark in draft.remarks] == [
+        "--sample_every_n_epochs: 0 means never",
+        "--sample_every_n_steps: -1 means never",
+        f"--sample_prompts: {without}",
+    ]
+    both = converted("--sample_prompts=p.txt", "--sample_every_n_steps=1", "--sample_every_n_epochs=1")
+    assert [str(remark) for remark in both.remarks] == [
+        "--sample_every_n_steps: has no effect beside --sample_every_n_epochs"
+    ]
+
+
+def test_samplers_are_those_of_sd_scripts() -> None:
+    """Each name that sd-scripts takes is a sampler here."""
+    assert set(OPTIONS["sample_sampler"].choices) == set(SAMPLERS)
+
+
+def test_converted_previews_are_drawn(converted: Convert, folder: Path, train_tables: dict[str, Any]) -> None:
+    """A run with the converted observer leaves its pictures, named after the epochs."""
+    (folder / "prompts.txt").write_text("a cat --w 64 --h 64 --s 1 --d 3")
+    words = ["--sample_prompts=prompts.txt", "--sample_every_n_epochs=2", "--sample_at_first"]
+    observers = converted(*words, "--sample_sampler=heun").tables()["observers"]
+    path = lorakit.train(config_from_tables({**train_tables, "observers": observers}, folder))
+    names = sorted(file.name for file in (path.parent / "sample").iterdir())
+    assert [(name[:15], name[-6:]) for name in names] == [("lora_e000000_00", "_3.png"), ("lora_e000002_00", "_3.png")]
