@@ -52,6 +52,7 @@ class RestlessConfig(LoRAConfig):
 
 class TestRestless(NetworkContract):
     config = RestlessConfig()
+    lr = 3e-2
     violates = (
         "test_starts_without_effect",
         "test_trains_the_adapters_alone",
