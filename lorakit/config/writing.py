@@ -68,7 +68,12 @@ STARTER_VALUES: Mapping[str, Mapping[str, Any]] = {
 }
 """What a starter config sets; every other key stands in it as a comment with its default."""
 
-STARTER_OBSERVERS: Mapping[str, Any] = {"dir": "logs", "prompts": "prompts.txt", "every_n_epochs": 1}
+STARTER_OBSERVERS: Mapping[str, Any] = {
+    "dir": "logs",
+    "prompts": "prompts.txt",
+    "every_n_epochs": 1,
+    "repo_id": "me/my-lora",
+}
 """What the commented observers of a starter config set, each what it has of these."""
 
 _PREAMBLE = """\

@@ -105,7 +105,7 @@ def test_the_starter_shows_the_defaults(base: Path, catalog: Catalog) -> None:
     assert switched_on.count("\n# ") < text.count("\n# ")
     (base / "prompts.txt").write_text("a cat")
     config = config_from_tables(tomllib.loads(switched_on.replace("# [[observers]]", "[[observers]]")), base, catalog)
-    assert {observer.name for observer in config.observers} == {"tensorboard", "samples"}
+    assert {observer.name for observer in config.observers} == {"tensorboard", "samples", "hub"}
     assert attrs.evolve(config, observers=()) == expected
 
 

@@ -64,15 +64,15 @@ def test_writes_a_file(place: Path) -> None:
 
 def test_missing_files_are_warnings(tmp_path: Path) -> None:
     """Where model and dataset are not there yet, the config is written all the same, and what is missing is said."""
-    result = run(tmp_path, "from-kohya", "-o", "config.toml", f"{LINE} --noise_offset=0.1 --fp8_base")
+    result = run(tmp_path, "from-kohya", "-o", "config.toml", f"{LINE} --noise_offset=0.1 --deepspeed")
     assert result.returncode == 0
     lines = result.stderr.splitlines()
     assert all(line.startswith("warning: ") for line in lines)
-    assert [line for line in lines if line.startswith("warning: --fp8_base: has no counterpart yet")]
+    assert [line for line in lines if line.startswith("warning: --deepspeed: has no counterpart yet")]
     assert [line for line in lines if "model.safetensors does not exist" in line]
     assert [line for line in lines if "my_dataset_config.toml cannot be read" in line]
     text = (tmp_path / "config.toml").read_text()
-    assert "#   --fp8_base: has no counterpart yet" in text
+    assert "#   --deepspeed: has no counterpart yet" in text
 
 
 def test_mistakes(tmp_path: Path) -> None:
