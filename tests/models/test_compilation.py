@@ -67,7 +67,9 @@ def adapted(fp8: bool = False) -> tuple[Blocks, Network]:
             keep_in_8_bits(layer, CPU)
     config = Catalog.discover().find(NetworkConfig, "c3lier")
     rates = {"dropout": 0.1, "rank_dropout": 0.1, "module_dropout": 0.1}
-    network = config(parts=("unet",), **rates).build(list(unet_targets(blocks))).train()
+    unet = nn.Module()
+    unet.add_module("mid_block", blocks)
+    network = config(parts=("unet",), **rates).build(list(unet_targets(unet))).train()
     for adapter in network.adapters:
         nn.init.normal_(adapter.lora_up, std=0.1)
     return blocks, network

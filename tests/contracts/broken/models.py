@@ -161,6 +161,7 @@ class TestForgetfulModel(ModelFamilyContract):
         "test_targets_are_unique_and_in_order",
         "test_targets_know_their_places",
         "test_fingerprints",
+        "test_keeps_parts_in_8_bits",
         "test_frees_and_reads_again",
         "test_uses_the_attention_backend",
         "test_metadata",
