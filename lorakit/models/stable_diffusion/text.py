@@ -81,6 +81,9 @@ def checkpoint_layers(module: nn.Module) -> None:
 
     transformers recomputes only what is in training mode, so the layers are, but not what is in them.
     """
-    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    # Newer versions of transformers warn of the older name.
+    name = "activation" if hasattr(module, "activation_checkpointing_enable") else "gradient"
+    enable = getattr(module, f"{name}_checkpointing_enable")
+    enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
     for layer in module.get_submodule("encoder.layers").children():
         layer.training = True
