@@ -160,14 +160,14 @@ class Run:
         """Listen for requests to stop and tell the observers of start and end."""
         try:
             with self.stop.listening():
-                self.observers.tell("run_started", self.info)
+                self.observers.start(self.info)
                 yield
                 self.metrics.read()
                 self.observers.tell("run_finished")
             # Before observers close: what they still send may take longer than processes wait for each other.
             self.processes.wait()
         finally:
-            self.observers.tell("closed")
+            self.observers.close()
 
     def remaining_steps(self) -> Iterator[Step]:
         """The steps that are left, each with this process's batches, prepared ahead of time.
