@@ -111,6 +111,9 @@ class Run:
     @contextmanager
     def evaluating(self) -> Iterator[DiffusionModel]:
         """The model as a saved file would make it: no gradients, no dropout, the optimizer's evaluation weights."""
+        if not self.network.training:  # inside such a block: the outer one ends it
+            yield self.model
+            return
         self.network.eval()
         try:
             with torch.no_grad(), evaluation_weights(self.optimizer):
