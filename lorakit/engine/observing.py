@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 
 from lorakit.config.sections import TrainConfig
-from lorakit.errors import LorakitError
+from lorakit.errors import TrainingDiverged
 
 if TYPE_CHECKING:
     from lorakit.models.protocol import DiffusionModel
@@ -156,7 +156,7 @@ class Observers:
         name, essential, observer = entry
         try:
             getattr(observer, event)(*values)
-        except LorakitError:
+        except TrainingDiverged:
             raise
         except Exception as error:
             if essential:

@@ -13,7 +13,7 @@ from lorakit.engine.assembly import assemble
 from lorakit.engine.observing import Observer, Observers, RunInfo
 from lorakit.engine.preparation import prepare
 from lorakit.engine.processes import Processes
-from lorakit.errors import OutputError
+from lorakit.errors import OutputError, TrainingDiverged
 
 
 class Scripted(Observer):
@@ -96,16 +96,36 @@ def test_an_observer_that_fails_twice(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_all_are_closed() -> None:
     """At the end all are told, those that were detached too, whichever of them fails at that."""
-
-    def refuse() -> None:
-        raise OutputError("the disk is full")
-
-    observers = [Scripted(closed=refuse), Scripted(step_finished=fail), Scripted(closed=fail), Scripted()]
-    told = watching(*observers)
+    observers = [Scripted(closed=fail), Scripted(step_finished=fail), Scripted(closed=fail), Scripted()]
+    told = Observers((str(index), index == 0, observer) for index, observer in enumerate(observers))
     told.tell("step_finished", 1)
-    with pytest.raises(OutputError):
+    with pytest.raises(ValueError, match="broken"):
         told.close()
     assert [observer.told[-1] for observer in observers] == ["closed"] * 4
+
+
+def refuse() -> None:
+    """What an observer does that cannot write its file."""
+    raise OutputError("the disk is full")
+
+
+def test_a_file_that_cannot_be_written(caplog: pytest.LogCaptureFixture) -> None:
+    """Hours of training do not end because a log cannot be written; they do if the run needs the observer."""
+    watching(Scripted(step_finished=refuse)).tell("step_finished", 1)
+    assert "the disk is full" in caplog.text
+    with pytest.raises(OutputError):
+        Observers([("saves", True, Scripted(step_finished=refuse))]).tell("step_finished", 1)
+
+
+def diverge() -> None:
+    """What a save does when the weights are not finite."""
+    raise TrainingDiverged("not finite")
+
+
+def test_divergence_ends_the_run() -> None:
+    """That training has failed is not the fault of the observer that comes upon it."""
+    with pytest.raises(TrainingDiverged):
+        watching(Scripted(step_finished=diverge)).tell("step_finished", 1)
 
 
 def test_who_tells_of_an_unknown_event_is_to_blame() -> None:
