@@ -138,6 +138,23 @@ def test_saves_by_ratio(epochs: int, ratio: int, saved: list[int], make_config: 
     assert names(config.output.dir, "*.safetensors") == [f"test-{epoch:06d}.safetensors" for epoch in saved]
 
 
+def test_saves_that_a_resumed_run_keeps(make_config: MakeConfig) -> None:
+    """A run that was stopped leaves the files that it would have left without the stop, and what is not its own."""
+    output = {"save_every_n_steps": 1, "save_every_n_epochs": 1, "keep_last": 3, "save_state_at_end": True}
+    stopped, config = (make_config(output=output, training={"max_steps": steps}) for steps in (4, 6))
+    foreign = config.output.dir / "test-step00000009.safetensors"
+    foreign.parent.mkdir()
+    foreign.touch()
+    lorakit.train(stopped)
+    assert [name[5:-12] for name in names(foreign.parent, "test-*.safetensors")] == [
+        *(f"step{step:08d}" for step in (1, 2, 3, 9))
+    ]
+    lorakit.train(config, resume=foreign.parent / "test-state" / "step00000004")
+    assert [name[5:-12] for name in names(foreign.parent, "test-*.safetensors")] == [
+        *(f"step{step:08d}" for step in (2, 3, 5, 9))
+    ]
+
+
 @pytest.mark.parametrize(
     ("output", "key"),
     [
