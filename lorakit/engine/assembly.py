@@ -154,7 +154,7 @@ def _attached_network(config: TrainConfig, model: DiffusionModel) -> Network:
 def _parameter_groups(config: TrainConfig, network: Network) -> list[ParameterGroup]:
     """What is trained, with its learning rates. Raises ConfigError where the optimizer cannot have those."""
     groups = network.parameter_groups(partial(_learning_rate, config))
-    problems = list(config.optimizer.problems_with([group.lr for group in groups]))
+    problems = list(config.optimizer.problems_of_rates([group.lr for group in groups]))
     if problems:
         raise ConfigError(problems)
     return groups
