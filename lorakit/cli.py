@@ -124,7 +124,8 @@ def cache(config: Path, overrides: tuple[str, ...]) -> None:
     from lorakit.engine.assembly import fill_cache
 
     fill_cache(prepared)
-    click.echo(f"Done: {checked.cache_dir}")
+    if _is_main_process():
+        click.echo(f"Done: {checked.cache_dir}")
 
 
 @cli.command(short_help="Write a commented config file to start from.")

@@ -167,7 +167,7 @@ class OptimizerConfig(Component):
                 hint = f"Leave it out, or set {key} = 0 to leave this part out"
                 yield Problem(key, f"must be lr, {self.lr:g}, with {self.name}, not {rate:g}", hint)
 
-    def problems_with(self, rates: Sequence[float]) -> Iterator[Problem]:
+    def problems_of_rates(self, rates: Sequence[float]) -> Iterator[Problem]:
         """What is wrong with the learning rates that a network asks for; keys are full."""
         different = {rate for rate in rates if rate > 0}
         if len(different) > 1 and not self.own_learning_rates:

@@ -20,7 +20,7 @@ from torch import Tensor
 from lorakit.config.loss import LossSection
 from lorakit.data.cache import Cache
 from lorakit.data.captions import CaptionUse, caption_in_use
-from lorakit.data.encoding import CaptionKeys, LatentKeys
+from lorakit.data.encoding import Captions, LatentKeys
 from lorakit.data.examples import Example, IndexedDataset
 from lorakit.data.latents import LiveEncoder
 from lorakit.data.noise import normal, perturbation, target_noise
@@ -98,8 +98,8 @@ class BatchLoader:
     """Timesteps of the noise process."""
     latent_keys: LatentKeys
     """Where in the cache latents are."""
-    captions: CaptionKeys | Callable[[Sequence[str]], Tokens]
-    """Where in the cache captions are; or the text encoder's `tokenize`, if they are encoded in each step."""
+    captions: Captions
+    """Where in the cache captions are, or what tokenizes them in each step."""
     total_steps: int
     """Steps of the run, of which `token_warmup_step` may be a share."""
     prior_loss_weight: float = 1.0

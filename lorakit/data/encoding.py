@@ -23,7 +23,7 @@ from lorakit.data.pictures import Picture, load_picture
 from lorakit.data.problems import data_error
 from lorakit.data.threads import in_order
 from lorakit.errors import DataError
-from lorakit.models.protocol import DiffusionModel
+from lorakit.models.protocol import DiffusionModel, Tokens
 
 T = TypeVar("T")
 
@@ -32,6 +32,9 @@ LatentKeys = Mapping[tuple[str, bool], str]
 
 CaptionKeys = Mapping[str, str]
 """Where the conditioning of a caption is in the cache, by the caption."""
+
+Captions = CaptionKeys | Callable[[Sequence[str]], Tokens]
+"""Where captions are in the cache; or the text encoder's `tokenize`, if they are encoded in each step."""
 
 _LATENT_FORMAT = 1
 _CAPTION_FORMAT = 1

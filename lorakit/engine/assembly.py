@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from lorakit.components import ObserverConfig
-from lorakit.config.sections import TrainConfig, TrainingSection
+from lorakit.config.sections import TrainConfig
 from lorakit.data.batches import BatchLoader
-from lorakit.data.encoding import CaptionKeys, Encoding, LatentKeys, encode_captions, encode_latents
-from lorakit.data.examples import any_augmented, captions_vary, default_workers
-from lorakit.data.latents import LiveEncoder
+from lorakit.engine.base_model import build_model
+from lorakit.engine.caching import encode_data
 from lorakit.engine.gradients import FlatGradients
-from lorakit.engine.hardware import doubts, fp16_on_cpu
 from lorakit.engine.metadata import run_metadata
 from lorakit.engine.observing import Observers
 from lorakit.engine.output import AdapterWriter
@@ -33,22 +29,16 @@ from lorakit.engine.schedule import Schedule
 from lorakit.engine.state import find_state
 from lorakit.engine.trainer import train
 from lorakit.engine.validation import ValidationSet
-from lorakit.errors import ConfigError, Problem
-from lorakit.models.compilation import why_not
-from lorakit.models.protocol import AdaptationTarget, DiffusionModel, Tokens
+from lorakit.errors import ConfigError
+from lorakit.models.protocol import AdaptationTarget, DiffusionModel
 from lorakit.networks.network import Network, ParameterGroup
 from lorakit.networks.saving import starting_tensors
 from lorakit.plugins import Catalog
 
 log = logging.getLogger(__name__)
 
-Captions = CaptionKeys | Callable[[Sequence[str]], Tokens]
-"""Where captions are in the cache, or what tokenizes them in each step."""
-
 EVERY_RUN_HAS = ("checkpoints", "progress", "validation")
 """Observers that need not be named in the config; one that is replaces its default."""
-
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def train_prepared(prepared: PreparedRun, catalog: Catalog, resume: Path | None = None) -> Path:
@@ -76,72 +66,19 @@ def fill_cache(prepared: PreparedRun) -> None:
     """Encode all images, and the captions where they stay the same over the run."""
     config = prepared.config
     processes = Processes.launched(config.training.device, config.training.process_timeout)
-    _encoded(prepared, build_model(config, processes.device), processes)
-
-
-def build_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
-    """The base model with the noise process that the loss asks for, its weights not read yet.
-
-    Raises ConfigError where the loss does not suit what the model predicts, or the device cannot do what is asked.
-    """
-    model = config.model.build(device, DTYPES[config.training.mixed_precision])
-    if config.training.fp8_base:
-        model.keep_in_8_bits(config.training.fp8_base)
-    problems = [
-        *config.loss.problems_with(model.noise.prediction, model.noise.num_timesteps),
-        *_problems_of_the_device(config.training, device),
-    ]
-    if problems:
-        raise ConfigError(problems)
-    if config.prediction is None:
-        for warning in config.loss.warnings_with(model.noise.prediction):
-            log.warning("%s", warning)
-    if config.loss.zero_terminal_snr:
-        model.noise = model.noise.with_zero_terminal_snr()
-    return model
-
-
-def _problems_of_the_device(training: TrainingSection, device: torch.device) -> Iterator[Problem]:
-    if training.fp8_base and device.type == "mps":
-        yield Problem("training.fp8_base", "cannot be used on mps, which lacks the number format")
-    if training.compile and (reason := why_not(training.compile_backend, device)):
-        key = "compile" if training.compile_backend == "inductor" else "compile_backend"
-        yield Problem(f"training.{key}", reason)
+    encode_data(prepared, build_model(config, processes.device), processes)
 
 
 def assemble(prepared: PreparedRun, processes: Processes) -> Run:
     """A run at its first step: caches filled, encoders freed, denoiser read, network attached."""
     config, started = prepared.config, time.time()
-    if processes.device.type == "cpu" and doubts(config.training) is None:
-        doubt = fp16_on_cpu(config.training, "PyTorch finds no accelerator")
-        if doubt:
-            log.warning("%s", doubt)
     model = build_model(config, processes.device)
     schedule = Schedule(prepared.datasets, config.training, processes)
     _rehearse(config, schedule.total_steps, processes.device)
-    latent_keys, captions = _encoded(prepared, model, processes)
-    loader = BatchLoader(
-        datasets=prepared.datasets,
-        cache=prepared.cache,
-        seed=config.training.seed,
-        num_timesteps=model.noise.num_timesteps,
-        latent_keys=latent_keys,
-        captions=captions,
-        total_steps=schedule.total_steps,
-        prior_loss_weight=config.data.prior_loss_weight,
-        loss=config.loss,
-        live=_live_encoder(prepared, model, processes),
-    )
-    model.use_attention(config.attention.build())
-    if config.training.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    if config.training.compile:
-        model.compile(config.training.compile_backend)
+    loader = _loader(prepared, model, schedule, processes)
+    _set_up(model, config)
     network = _attached_network(config, model)
-    groups = network.parameter_groups(partial(_learning_rate, config))
-    problems = list(config.optimizer.problems_with([group.lr for group in groups]))
-    if problems:
-        raise ConfigError(problems)
+    groups = _parameter_groups(config, network)
     optimizer = config.optimizer.build(groups)
     metadata = run_metadata(prepared, schedule, processes, optimizer, started)
     return Run(
@@ -169,71 +106,6 @@ def build_observers(run: Run, catalog: Catalog) -> Observers:
     )
 
 
-def _encoded(prepared: PreparedRun, model: DiffusionModel, processes: Processes) -> tuple[LatentKeys, Captions]:
-    """Where in the cache latents and captions are, once they are encoded; frees encoders that are not needed any more.
-
-    For captions that are encoded in each step, it is the text encoder's `tokenize`.
-    """
-    config, datasets, cache = prepared.config, (*prepared.datasets, *prepared.validation), prepared.cache
-    model.memo = cache.memo
-    with _progress("encoding images", processes) as progress:
-        latent_keys = encode_latents(datasets, model, cache, _encoding(config, processes, progress))
-    if not any_augmented(datasets):
-        model.free("image_encoder")
-    captions: Captions
-    if "text_encoder" in config.trained_parts or captions_vary(datasets):
-        captions = partial(model.text_encoder.tokenize, weighted=config.data.weighted_captions)
-    else:
-        with _progress("encoding captions", processes) as progress:
-            captions = encode_captions(datasets, model, cache, _encoding(config, processes, progress))
-        model.free("text_encoder")
-    cache.memo.save()
-    processes.wait()
-    return latent_keys, captions
-
-
-def _live_encoder(prepared: PreparedRun, model: DiffusionModel, processes: Processes) -> LiveEncoder | None:
-    """What encodes images that change from epoch to epoch; None where there are none."""
-    if not any_augmented(prepared.datasets):
-        return None
-    data = prepared.config.data
-    return LiveEncoder(
-        encoder=model.image_encoder,
-        device=processes.device,
-        batch_size=data.encode_batch_size,
-        workers=data.workers or default_workers(),
-    )
-
-
-def _encoding(config: TrainConfig, processes: Processes, progress: Callable[[int, int], None]) -> Encoding:
-    return Encoding(
-        device=processes.device,
-        batch_size=config.data.encode_batch_size,
-        workers=config.data.workers,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        weighted_captions=config.data.weighted_captions,
-        progress=progress,
-    )
-
-
-@contextmanager
-def _progress(title: str, processes: Processes) -> Iterator[Callable[[int, int], None]]:
-    """A callback that draws a progress bar from its first call on; on the main process only."""
-    from tqdm import tqdm
-
-    bar = tqdm(desc=title, disable=not processes.is_main, delay=0.5, dynamic_ncols=True)
-
-    def show(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-
-    try:
-        yield show
-    finally:
-        bar.close()
-
-
 def _rehearse(config: TrainConfig, total_steps: int, device: torch.device) -> None:
     """Build optimizer and LR schedule for one number, so that what they refuse shows before anything is encoded."""
     groups = [
@@ -241,6 +113,32 @@ def _rehearse(config: TrainConfig, total_steps: int, device: torch.device) -> No
         for part in config.trained_parts
     ]
     config.lr_scheduler.build(config.optimizer.build(groups), total_steps)
+
+
+def _loader(prepared: PreparedRun, model: DiffusionModel, schedule: Schedule, processes: Processes) -> BatchLoader:
+    """What makes batches of the data, once that is encoded."""
+    config, encoded = prepared.config, encode_data(prepared, model, processes)
+    return BatchLoader(
+        datasets=prepared.datasets,
+        cache=prepared.cache,
+        seed=config.training.seed,
+        num_timesteps=model.noise.num_timesteps,
+        latent_keys=encoded.latent_keys,
+        captions=encoded.captions,
+        total_steps=schedule.total_steps,
+        prior_loss_weight=config.data.prior_loss_weight,
+        loss=config.loss,
+        live=encoded.live,
+    )
+
+
+def _set_up(model: DiffusionModel, config: TrainConfig) -> None:
+    """Say how the model is to compute."""
+    model.use_attention(config.attention.build())
+    if config.training.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if config.training.compile:
+        model.compile(config.training.compile_backend)
 
 
 def _attached_network(config: TrainConfig, model: DiffusionModel) -> Network:
@@ -251,6 +149,15 @@ def _attached_network(config: TrainConfig, model: DiffusionModel) -> Network:
     if config.network.weights is not None:
         network.load_tensors(starting_tensors(config.network.weights), str(config.network.weights))
     return network.train()
+
+
+def _parameter_groups(config: TrainConfig, network: Network) -> list[ParameterGroup]:
+    """What is trained, with its learning rates. Raises ConfigError where the optimizer cannot have those."""
+    groups = network.parameter_groups(partial(_learning_rate, config))
+    problems = list(config.optimizer.problems_of_rates([group.lr for group in groups]))
+    if problems:
+        raise ConfigError(problems)
+    return groups
 
 
 def _learning_rate(config: TrainConfig, target: AdaptationTarget) -> float:

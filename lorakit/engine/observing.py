@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 
 from lorakit.config.sections import TrainConfig
-from lorakit.errors import LorakitError
+from lorakit.errors import TrainingDiverged
 
 if TYPE_CHECKING:
     from lorakit.models.protocol import DiffusionModel
@@ -118,17 +118,50 @@ class Observers:
     def __init__(self, observers: Iterable[tuple[str, bool, Observer]] = ()) -> None:
         """`observers` gives each one's name, whether the run needs it, and itself."""
         self._observers = list(observers)
+        self._detached: list[tuple[str, bool, Observer]] = []
+        self._held_back: list[tuple[str, tuple[object, ...]]] | None = None
+
+    def start(self, run: RunInfo) -> None:
+        """Tell all that a run starts; what one of them tells meanwhile, the others hear when they know of the run."""
+        held_back: list[tuple[str, tuple[object, ...]]] = []
+        self._held_back = held_back
+        try:
+            self._tell_all("run_started", run)
+        finally:
+            self._held_back = None
+        for event, values in held_back:
+            self.tell(event, *values)
 
     def tell(self, event: str, *values: object) -> None:
-        """Call the method named `event` of each observer."""
+        """Call the method named `event` of each observer. Raises ValueError if there is no such event."""
+        if not hasattr(Observer, event):
+            raise ValueError(f"there is no event {event!r}")
+        if self._held_back is None:
+            self._tell_all(event, *values)
+        else:
+            self._held_back.append((event, values))
+
+    def close(self) -> None:
+        """Tell all that the run is over, those that were detached too, whatever one of them raises."""
+        with ExitStack() as stack:
+            for entry in reversed([*self._observers, *self._detached]):
+                stack.callback(self._tell, entry, "closed")
+
+    def _tell_all(self, event: str, *values: object) -> None:
         for entry in list(self._observers):
-            name, essential, observer = entry
-            try:
-                getattr(observer, event)(*values)
-            except LorakitError:
+            if entry not in self._detached:
+                self._tell(entry, event, *values)
+
+    def _tell(self, entry: tuple[str, bool, Observer], event: str, *values: object) -> None:
+        name, essential, observer = entry
+        try:
+            getattr(observer, event)(*values)
+        except TrainingDiverged:
+            raise
+        except Exception as error:
+            if essential:
                 raise
-            except Exception as error:
-                if essential:
-                    raise
+            if entry not in self._detached:
                 self._observers.remove(entry)
+                self._detached.append(entry)
                 log.warning("observer %r failed and is detached: %s: %s", name, type(error).__name__, error)

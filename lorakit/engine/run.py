@@ -81,9 +81,7 @@ class Run:
         self.loss = torch.zeros((), device=self.processes.device)
         self.gradient_norm = torch.zeros_like(self.loss)
         begin_training(self.optimizer)
-        self.metrics = MetricsReader(
-            self.processes, self.scaler.is_enabled(), lambda metrics: self.observers.tell("metrics_read", metrics)
-        )
+        self.metrics = MetricsReader(self.processes, self.scaler.is_enabled(), partial(self.tell, "metrics_read"))
 
     @property
     def info(self) -> RunInfo:
@@ -111,6 +109,9 @@ class Run:
     @contextmanager
     def evaluating(self) -> Iterator[DiffusionModel]:
         """The model as a saved file would make it: no gradients, no dropout, the optimizer's evaluation weights."""
+        if not self.network.training:  # inside such a block: the outer one ends it
+            yield self.model
+            return
         self.network.eval()
         try:
             with torch.no_grad(), evaluation_weights(self.optimizer):
@@ -132,7 +133,7 @@ class Run:
         self._read_metrics_alone()
         with self.evaluating():
             path = self.writer.write(stem, self.step, -(-self.step // self.schedule.steps_per_epoch))
-        self.observers.tell("adapter_saved", path)
+        self.tell("adapter_saved", path)
         return path
 
     def save_state(self) -> Path:
@@ -143,7 +144,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
         }
         folder = write_state(self.config, self.step, self.network.tensors(), machinery)
-        self.observers.tell("state_saved", folder)
+        self.tell("state_saved", folder)
         return folder
 
     def load_state(self, folder: Path) -> None:
@@ -160,14 +161,14 @@ class Run:
         """Listen for requests to stop and tell the observers of start and end."""
         try:
             with self.stop.listening():
-                self.observers.tell("run_started", self.info)
+                self.observers.start(self.info)
                 yield
                 self.metrics.read()
-                self.observers.tell("run_finished")
+                self.tell("run_finished")
             # Before observers close: what they still send may take longer than processes wait for each other.
             self.processes.wait()
         finally:
-            self.observers.tell("closed")
+            self.observers.close()
 
     def remaining_steps(self) -> Iterator[Step]:
         """The steps that are left, each with this process's batches, prepared ahead of time.
@@ -180,7 +181,7 @@ class Run:
                 images: list[str] = []
                 yield Step(scheduled, self._arriving(batches, len(scheduled.shares), images), images)
                 if scheduled.ends_epoch:
-                    self.observers.tell("epoch_finished", scheduled.planned.epoch)
+                    self.tell("epoch_finished", scheduled.planned.epoch)
                 self._stop_if_asked()
         finally:
             batches.close()
@@ -230,7 +231,7 @@ class Run:
             PendingStep(self.step, epoch, tuple(step.images), rates, self.loss, self.gradient_norm, self.values)
         )
         self.loss = torch.zeros_like(self.loss)
-        self.observers.tell("step_finished", self.step)
+        self.tell("step_finished", self.step)
 
     def _stop_if_asked(self) -> None:
         asked = self.stop.made

@@ -11,7 +11,8 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,16 @@ from lorakit.config.writing import to_toml
 from lorakit.errors import ConfigError, OutputError, Problem
 from lorakit.files import flush_to_disk
 
-NEUTRAL_SECTIONS = ("output", "metadata", "saver", "observers")
+NEUTRAL_SECTIONS = ("output", "metadata", "saver", "observers", "attention")
 """Sections that may differ between a state's config and the config of the run that takes it up."""
 
 NEUTRAL_KEYS = {
     "data": ("cache_dir", "workers", "encode_batch_size"),
-    "training": ("max_epochs", "max_steps", "device", "process_timeout"),
-}
-"""Keys of other sections that may differ too."""
+    "training": (
+        "max_epochs", "max_steps", "device", "process_timeout", "gradient_checkpointing", "compile", "compile_backend",
+    ),
+}  # fmt: skip
+"""Keys of other sections that may differ too: what is trained does not depend on them, but for rounding."""
 
 
 def state_folder(config: TrainConfig) -> Path:
@@ -72,14 +75,27 @@ def write_state(config: TrainConfig, step: int, tensors: Mapping[str, Tensor], m
 
 def read_state(folder: Path, device: torch.device) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
     """The step, the factors and the machinery of a state. Raises ConfigError when it is damaged."""
-    try:
-        step = json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"]
+    step, _ = _described(folder)
+    with _damage_told(folder):
         tensors = load_file(folder / "network.safetensors")
         machinery = torch.load(folder / "machinery.pt", map_location=device, weights_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        problem = f"the state in {folder} is damaged: {error}"
-        raise ConfigError([Problem("--resume", problem, "give another state's folder")]) from error
     return step, tensors, machinery
+
+
+def _described(folder: Path) -> tuple[int, str]:
+    """The step of a state, and the `config_key` of its run. Raises ConfigError when it is damaged."""
+    with _damage_told(folder):
+        description = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return int(description["step"]), str(description["config"])
+
+
+@contextmanager
+def _damage_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        problem = f"the state in {folder} is damaged: {type(error).__name__}: {error}"
+        raise ConfigError([Problem("--resume", problem, "give another state's folder")]) from error
 
 
 def whole_states(config: TrainConfig) -> list[Path]:
@@ -90,7 +106,7 @@ def whole_states(config: TrainConfig) -> list[Path]:
 def find_state(config: TrainConfig, folder: Path | None) -> Path:
     """The state in a folder, or the newest one that belongs to this config.
 
-    Raises ConfigError when there is none, or when it belongs to another config.
+    Raises ConfigError when there is none, or when it is damaged or belongs to another config.
     """
     states = [folder] if folder else whole_states(config)
     if not states or not (states[-1] / "state.json").is_file():
@@ -98,7 +114,7 @@ def find_state(config: TrainConfig, folder: Path | None) -> Path:
         raise ConfigError([Problem("--resume", f"there is no state in {where}", "start without --resume")])
     key = config_key(config)
     for state in reversed(states):
-        if json.loads((state / "state.json").read_text(encoding="utf-8"))["config"] == key:
+        if _described(state)[1] == key:
             return state
     problem = f"the state in {states[-1]} was saved by a run with another config"
     raise ConfigError([Problem("--resume", problem, "use the config file beside the adapters it saved")])

@@ -22,10 +22,13 @@ Texts = Mapping[str, "Conditioning"]
 """Encoded texts, by text, each with one row."""
 
 
-def encode_texts(model: DiffusionModel, texts: Iterable[str]) -> dict[str, Conditioning]:
-    """Conditioning of each text, one row each; cut off at the length that the model is set to."""
+def encode_texts(model: DiffusionModel, texts: Iterable[str], weighted: bool = False) -> dict[str, Conditioning]:
+    """Conditioning of each text, one row each; cut off at the length that the model is set to.
+
+    With `weighted`, brackets say how much words count.
+    """
     encoder = model.text_encoder
-    return {text: encoder.encode(encoder.tokenize([text])) for text in dict.fromkeys(texts)}
+    return {text: encoder.encode(encoder.tokenize([text], weighted)) for text in dict.fromkeys(texts)}
 
 
 def draw_latents(model: DiffusionModel, pictures: Sequence[Picture], texts: Texts, batch_size: int) -> list[Tensor]:

@@ -34,6 +34,8 @@ class Previewer:
     """Whether the text encoder is trained, so that texts have to be encoded anew each time."""
     frees_text_encoder: bool
     """Whether nothing else needs the text encoder."""
+    weighted: bool = False
+    """Whether brackets in prompts say how much words count."""
     _texts: dict[str, Conditioning] = field(factory=dict, init=False)
     """What was encoded, where that is done once."""
 
@@ -69,10 +71,10 @@ class Previewer:
         """The pictures' texts, encoded; the text encoder is read only where one of them is new."""
         texts = [text for own in pictures for text in (own.prompt.prompt, own.prompt.negative_prompt)]
         if self.texts_change:
-            return encode_texts(model, texts)
+            return encode_texts(model, texts, self.weighted)
         new = [text for text in texts if text not in self._texts]
         if new:
-            self._texts.update(encode_texts(model, new))
+            self._texts.update(encode_texts(model, new, self.weighted))
             if self.frees_text_encoder:
                 model.free("text_encoder")
         return self._texts

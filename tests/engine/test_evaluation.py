@@ -70,6 +70,22 @@ def test_optimizers_are_told_when_training_begins(make_config) -> None:
     assert lorakit.train(config).is_file()
 
 
+def test_a_save_while_the_model_is_read(make_config) -> None:
+    """What is saved or measured inside the block leaves the model in it as it is to be read."""
+    config = make_config(optimizer={"name": f"{__name__}.Averaging"}, network={"dropout": 0.5})
+    run = assemble(prepare(config), Processes(torch.device("cpu")))
+    for parameter in run.network.parameters_of("unet"):
+        nn.init.ones_(parameter)
+    before = run.network.tensors()
+    with run.evaluating():
+        read = run.network.tensors()
+        run.save_adapter("within")
+        assert all(torch.equal(read[key], tensor) for key, tensor in run.network.tensors().items())
+        assert not any(adapter.training for adapter in run.network.adapters)
+    assert any(not torch.equal(before[key], tensor) for key, tensor in read.items())
+    assert all(torch.equal(before[key], tensor) for key, tensor in run.network.tensors().items())
+
+
 class Looker(Observer):
     """Reads the model in the middle of the run, and tells the others of it."""
 

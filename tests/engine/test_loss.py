@@ -11,7 +11,8 @@ from attrs import evolve
 from torch import Tensor
 
 from lorakit.config.loss import LossSection
-from lorakit.engine.assembly import assemble, build_model
+from lorakit.engine.assembly import assemble
+from lorakit.engine.base_model import build_model
 from lorakit.engine.loss import denoising_loss, distance, huber_threshold, timestep_weights
 from lorakit.engine.preparation import prepare
 from lorakit.engine.processes import Processes

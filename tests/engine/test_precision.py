@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import lorakit
-from lorakit.engine.assembly import assemble, build_model
+from lorakit.engine.assembly import assemble
+from lorakit.engine.base_model import build_model
 from lorakit.engine.preparation import prepare
 from lorakit.engine.processes import Processes
 from lorakit.errors import ConfigError

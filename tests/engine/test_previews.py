@@ -234,6 +234,21 @@ def test_parts_are_freed(make_config, catalog: Catalog, prompts: Path) -> None:
         assert (run.model._text_encoder is not None) == captions_vary == run.info.encodes_captions
 
 
+def test_brackets_mean_what_they_mean_in_captions(make_config, catalog: Catalog, prompts: Path) -> None:
+    """With weighted captions a weight of 1 in a prompt changes nothing, and another does; else brackets are words."""
+    prompts.write_text("".join(f"a {cat} {SMALL} --d 7\n" for cat in ("cat", "(cat:1.0)", "(cat:1.5)")))
+    for weighted in (False, True):
+        config = make_config(
+            network={"parts": ["unet"]}, data={"weighted_captions": weighted}, training={"max_steps": 1},
+            output={"name": f"weighted{weighted}"}, observers=observer(prompts, at_first=True),
+        )  # fmt: skip
+        run, _ = trained(config, catalog)
+        paths = sorted((run.config.output.dir / "sample").glob(f"weighted{weighted}_*"))
+        plain, by_one, heavier = (np.asarray(Image.open(path)) for path in paths)
+        assert np.array_equal(plain, by_one) is weighted
+        assert not np.array_equal(plain, heavier)
+
+
 def test_previews_follow_the_training(make_config, catalog: Catalog, prompts: Path) -> None:
     """Pictures of one prompt start from the same noise: equal where nothing was learned, else different."""
     pictures = {}

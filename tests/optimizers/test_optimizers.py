@@ -217,10 +217,10 @@ def test_dadaptation_wants_one_learning_rate() -> None:
 
 def test_dadaptation_refuses_rates_of_single_layers() -> None:
     """Layers with rates of their own, as networks may ask for, are a problem; layers left out are none."""
-    (problem,) = DAdaptLionConfig().problems_with([1.0, 16.0, 0.0])
+    (problem,) = DAdaptLionConfig().problems_of_rates([1.0, 16.0, 0.0])
     assert problem.key == "optimizer.name"
-    assert not list(DAdaptLionConfig().problems_with([1.0, 1.0, 0.0]))
-    assert not list(AdamWConfig().problems_with([1.0, 16.0]))
+    assert not list(DAdaptLionConfig().problems_of_rates([1.0, 1.0, 0.0]))
+    assert not list(AdamWConfig().problems_of_rates([1.0, 16.0]))
 
 
 def test_relative_steps_are_adafactors_own_times_the_schedule() -> None:

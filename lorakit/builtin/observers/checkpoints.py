@@ -29,21 +29,21 @@ class Checkpoints(Observer):
     def __init__(self, run: RunInfo) -> None:
         self._run = run
         self._output = run.config.output
-        self._saved: list[Path] = []
+        ratio = self._output.save_n_epoch_ratio
+        self._every_n_epochs = max(1, run.total_epochs // ratio) if ratio else self._output.save_every_n_epochs
+        self._saved = self._earlier_saves()
 
     def step_finished(self, step: int) -> None:
         """Save when the step is a multiple of `save_every_n_steps`; the last step is left to the end."""
         every = self._output.save_every_n_steps
         if every and step % every == 0 and step < self._run.total_steps:
-            self._save(f"{self._output.name}-step{step:08d}")
+            self._save(self._stem_of_step(step))
 
     def epoch_finished(self, epoch: int) -> None:
         """Save every so many epochs; the last epoch is left to the end."""
-        every = self._output.save_every_n_epochs
-        if self._output.save_n_epoch_ratio:
-            every = max(1, self._run.total_epochs // self._output.save_n_epoch_ratio)
+        every = self._every_n_epochs
         if every and epoch % every == 0 and epoch < self._run.total_epochs:
-            self._save(f"{self._output.name}-{epoch:06d}")
+            self._save(self._stem_of_epoch(epoch))
 
     def run_finished(self) -> None:
         """Save under the plain name."""
@@ -57,6 +57,27 @@ class Checkpoints(Observer):
             self._run.save_state()
         while self._output.keep_last and len(self._saved) > self._output.keep_last:
             self._saved.pop(0).unlink(missing_ok=True)
+
+    def _earlier_saves(self) -> list[Path]:
+        """The saves that are there of the steps before a resumed run's first one, oldest first."""
+        done, per_epoch = self._run.first_step, self._run.steps_per_epoch
+        stems = {self._stem_of_step(step): step for step in _multiples(self._output.save_every_n_steps, done)}
+        epochs = _multiples(self._every_n_epochs, done // per_epoch)
+        stems |= {self._stem_of_epoch(epoch): epoch * per_epoch for epoch in epochs}
+        suffix = self._run.config.saver.build().suffix
+        paths = [self._output.dir / f"{stem}{suffix}" for stem in sorted(stems, key=stems.__getitem__)]
+        return [path for path in paths if path.exists()]
+
+    def _stem_of_step(self, step: int) -> str:
+        return f"{self._output.name}-step{step:08d}"
+
+    def _stem_of_epoch(self, epoch: int) -> str:
+        return f"{self._output.name}-{epoch:06d}"
+
+
+def _multiples(every: int | None, last: int) -> range:
+    """The multiples of a number up to the last one that counts."""
+    return range(every, last + 1, every) if every else range(0)
 
 
 @hookimpl

@@ -59,23 +59,26 @@ class Progress(Observer):
 
     def adapter_saved(self, path: Path) -> None:
         """Say where, above the bar."""
-        if self._bar is not None:
-            self._bar.write(f"saved {path}", file=sys.stderr)
+        self._say(f"saved {path}")
 
     def validated(self, step: int, losses: Mapping[str, float]) -> None:
         """Show the losses, above the bar."""
         shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        self._bar.write(f"validation loss after step {step}: {shown}", file=sys.stderr)
+        self._say(f"validation loss after step {step}: {shown}")
 
     def previews_drawn(self, step: int, paths: Sequence[Path]) -> None:
         """Say where, above the bar."""
-        if self._bar is not None and paths:
-            self._bar.write(f"{len(paths)} previews of step {step} in {paths[0].parent}", file=sys.stderr)
+        if paths:
+            self._say(f"{len(paths)} previews of step {step} in {paths[0].parent}")
 
     def closed(self) -> None:
         """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()
+
+    def _say(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
 
 
 @hookimpl

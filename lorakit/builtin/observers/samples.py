@@ -73,6 +73,7 @@ class SamplesConfig(ObserverConfig, PromptSettings):
             batch_size=self.batch_size,
             texts_change="text_encoder" in run_info.config.trained_parts,
             frees_text_encoder=not run_info.encodes_captions,
+            weighted=run_info.config.data.weighted_captions,
         )
         return Samples(self, run_info, previewer)
 

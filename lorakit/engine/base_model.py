@@ -1,0 +1,57 @@
+"""The base model of a run, with what the run asks of it and of the device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import torch
+
+from lorakit.config.sections import TrainConfig, TrainingSection
+from lorakit.engine.hardware import doubts, fp16_on_cpu
+from lorakit.errors import ConfigError, Problem
+from lorakit.models.compilation import why_not
+from lorakit.models.protocol import DiffusionModel
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def build_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
+    """The base model with the noise process that the loss asks for, its weights not read yet.
+
+    Raises ConfigError where the loss does not suit what the model predicts, or the device cannot do what is asked.
+    """
+    training, loss = config.training, config.loss
+    model = config.model.build(device, DTYPES[training.mixed_precision])
+    if training.fp8_base:
+        model.keep_in_8_bits(training.fp8_base)
+    problems = [
+        *loss.problems_with(model.noise.prediction, model.noise.num_timesteps),
+        *_problems_of_the_device(training, device),
+    ]
+    if problems:
+        raise ConfigError(problems)
+    for warning in _new_warnings(config, model, device):
+        log.warning("%s", warning)
+    if loss.zero_terminal_snr:
+        model.noise = model.noise.with_zero_terminal_snr()
+    return model
+
+
+def _problems_of_the_device(training: TrainingSection, device: torch.device) -> Iterator[Problem]:
+    if training.fp8_base and device.type == "mps":
+        yield Problem("training.fp8_base", "cannot be used on mps, which lacks the number format")
+    if training.compile and (reason := why_not(training.compile_backend, device)):
+        key = "compile" if training.compile_backend == "inductor" else "compile_backend"
+        yield Problem(f"training.{key}", reason)
+
+
+def _new_warnings(config: TrainConfig, model: DiffusionModel, device: torch.device) -> Iterator[Problem]:
+    """What could not be told from the config alone."""
+    if device.type == "cpu" and doubts(config.training) is None:
+        doubt = fp16_on_cpu(config.training, "PyTorch finds no accelerator")
+        yield from [doubt] if doubt else []
+    if config.prediction is None:
+        yield from config.loss.warnings_with(model.noise.prediction)
