@@ -105,7 +105,7 @@ to standard output.
   [Train on several processes](several-processes.md).
 - Noise and the order of images are drawn in lorakit's own way, so no weight is equal bit for bit.
 
-Below are all options, by what they are about. “not yet” means that the option is left out with a warning."""
+Below are all options, by what they are about. “later” means that the option is left out with a warning."""
 
 
 def config_page() -> str:

@@ -22,7 +22,7 @@ class State(Enum):
     """A key does the same."""
     NOT_NEEDED = "not needed"
     """Nothing has to be done for it."""
-    LATER = "not yet"
+    LATER = "later"
     """Nothing does the same."""
 
 

@@ -203,8 +203,8 @@ class Network(nn.Module):
             missing, unexpected = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
             raise AdapterError(
                 f"{origin} is not of this network.{_some('Missing', missing)}{_some('Unexpected', unexpected)}"
-                " Set network.name and network.parts, and ranks and learning rates of blocks, as the file was trained,"
-                " on the same kind of base model."
+                " Set network.name, network.parts and network.dora, and ranks and learning rates of blocks, as the file"
+                " was trained, on the same kind of base model."
             )
         by_adapter: dict[str, dict[str, Tensor]] = {key: {} for key in self._by_key}
         for name, tensor in tensors.items():
