@@ -42,7 +42,7 @@ class Created:
 def create(config: NetworkModuleConfig, targets: Sequence[AdaptationTarget], seed: int) -> dict[str, Created]:
     """The adapters of one part of the model, by key, their weights a function of the seed and the part.
 
-    Raises `AdapterError` where the module is none, or where it does not take the config's arguments.
+    Raises `AdapterError` where the module is none, does not take the config's arguments, or empties layers.
     """
     first = targets[0]
     shown = _under(first.root, _levels(first))
@@ -52,7 +52,16 @@ def create(config: NetworkModuleConfig, targets: Sequence[AdaptationTarget], see
         torch.manual_seed(derived_seed(seed, "network_module", first.part))
         network = _create_network(config, encoder, unet)
         network.apply_to(encoder, unet, not is_unet, is_unet)
-    return _taken_off(network, first.root, _lr_factors(network))
+    created = _taken_off(network, first.root, _lr_factors(network))
+    emptied = next(
+        (one.key for one in created.values() if not hasattr(first.root.get_submodule(one.path), "weight")), ""
+    )
+    if emptied:
+        raise AdapterError(
+            f"network.args: {config.name} takes the weights out of {emptied}, as LyCORIS' algo=full does, rather than"
+            " add to them. Choose another algorithm."
+        )
+    return created
 
 
 def _create_network(config: NetworkModuleConfig, text_encoder: Any, unet: nn.Module) -> Any:

@@ -146,6 +146,10 @@ def test_a_module_that_is_none(train_tables: dict[str, Any], tmp_path: Path) -> 
         trained(train_tables, tmp_path, name="lycoris.config")
     with pytest.raises(AdapterError, match=r"network\.args: lycoris\.kohya refuses them: KeyError\('lohaa'\)"):
         trained(train_tables, tmp_path, args={"algo": "lohaa"})
+    with pytest.raises(
+        AdapterError, match=r"network\.args: lycoris\.kohya takes the weights out of lora_te_text_model"
+    ):
+        trained(train_tables, tmp_path, args={"algo": "full"})
 
 
 def test_layers_get_their_forward_back(tiny_sd1: Path) -> None:
