@@ -7,7 +7,7 @@ component imports nothing heavy: torch and optional packages are imported inside
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -98,6 +98,10 @@ class NetworkConfig(Component):
     """What gets adapters: `unet`, `text_encoder`, or both."""
     weights: Path | None = None
     """A LoRA file to continue from."""
+
+    def metadata(self) -> Mapping[str, object]:
+        """What files say of the network, in keys that tools read, such as `ss_network_module` and `ss_network_dim`."""
+        return {"ss_network_module": self.name}
 
     def problems_with(self, model: ModelFamilyConfig, optimizer: OptimizerConfig) -> Iterator[Problem]:  # noqa: ARG002
         """What does not suit the base model or the optimizer; keys are field names."""

@@ -6,7 +6,6 @@ that are read, and by whom, are listed in the file format's documentation (`docs
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import Mapping
@@ -25,7 +24,6 @@ from lorakit.engine.data_metadata import data_metadata
 from lorakit.engine.preparation import PreparedRun
 from lorakit.engine.processes import Processes
 from lorakit.engine.schedule import Schedule
-from lorakit.kohya.networks import LORA_MODULE, NETWORK_ARGS
 
 MINIMAL_KEYS = (
     "ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args",
@@ -42,7 +40,7 @@ def run_metadata(
         **_training_values(config),
         **_length_values(config, schedule, processes),
         **_loss_values(config.loss),
-        **_network_values(config),
+        **config.network.metadata(),
         **data_metadata(prepared.datasets),
         "ss_cache_latents": not any_augmented(prepared.datasets),
         **_modelspec_values(config),
@@ -115,29 +113,6 @@ def _loss_values(loss: LossSection) -> dict[str, Any]:
     """All options of the loss under the names that sd-scripts has for them."""
     values = {f"ss_{name}": value for name, value in asdict(loss).items()}
     return {**values, "ss_loss_type": values.pop("ss_type")}
-
-
-def _network_values(config: TrainConfig) -> dict[str, Any]:
-    network = config.network
-    keys = {name: argument.key for name, argument in NETWORK_ARGS.items()}
-    keys |= {"rank_stabilized": "rank_stabilized", "dora_wd": "dora"}
-    values = {name: getattr(network, key, None) for name, key in keys.items()}
-    own = getattr(network, "args", {}) if network.by_path else {}
-    given = {name: _as_argument(value) for name, value in {**values, **own}.items() if value}
-    varies = getattr(network, "rank_from_weights", False)
-    return {
-        "ss_network_module": network.name if network.by_path else LORA_MODULE,
-        "ss_network_dim": "Dynamic" if varies else getattr(network, "rank", None),
-        "ss_network_alpha": "Dynamic" if varies else getattr(network, "alpha", None),
-        "ss_network_dropout": getattr(network, "dropout", None),
-        "ss_scale_weight_norms": getattr(network, "scale_weight_norms", None),
-        **({"ss_network_args": json.dumps(given)} if given else {}),
-    }
-
-
-def _as_argument(value: object) -> str:
-    """A value as it stands in --network_args."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _modelspec_values(config: TrainConfig) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def _from_toml(option: Option, value: Any) -> Any:
         fits = isinstance(value, types) and (option.kind == "flag" or not isinstance(value, bool))
     if not fits:
         raise ValueError(f"must be {_WORDS[option.kind]}, not {shown(value)}")
-    if option.choices and value not in option.choices:
+    if option.choices and value not in (*option.choices, *option.in_files):
         raise ValueError(_not_a_choice(option, value))
     return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Iterator, Mapping
 
 from attrs import frozen
@@ -74,9 +75,29 @@ NETWORK_ARGS: Mapping[str, Argument] = {
 }
 """What networks.lora takes in --network_args."""
 
+FILE_ARGS: Mapping[str, str] = {
+    **{name: argument.key for name, argument in NETWORK_ARGS.items()},
+    "rank_stabilized": "rank_stabilized",
+    "dora_wd": "dora",
+}
+"""Arguments of networks that files name, and the keys of [network] that do the same."""
+
+
+def network_args(values: Mapping[str, object]) -> dict[str, str]:
+    """The entry `ss_network_args` of a file for those of the values that are not off; none where all are."""
+    given = {name: _as_argument(value) for name, value in values.items() if value}
+    return {"ss_network_args": json.dumps(given)} if given else {}
+
+
+def _as_argument(value: object) -> str:
+    """A value as it stands in --network_args."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 _SIDES: Mapping[str, Side] = {"down_lr_weight": "down", "mid_lr_weight": "mid", "up_lr_weight": "up"}
 _BY_BLOCK = ("block_alphas", "conv_block_dims", "conv_block_alphas")
 _NOT_FROM_WEIGHTS = ("conv_dim", "conv_alpha", "rank_dropout", "module_dropout", "block_dims", *_BY_BLOCK)
+_OF_LORA_ALONE = {"scale_weight_norms": "scale_weight_norms", "dim_from_weights": "rank_from_weights"}
 _OPTIONS_NOT_FROM_WEIGHTS = {"network_dim": "rank", "network_alpha": "alpha", "network_dropout": "dropout"}
 
 
@@ -89,6 +110,7 @@ def write_network(command: Command, draft: Draft, catalog: Catalog) -> None:
         message = "cannot stand beside --network_train_text_encoder_only, as nothing would be trained"
         raise ConfigError([Problem("--network_train_unet_only", message)])
     args = command.pairs("network_args")
+    _alpha_of_zero(command, draft)
     if module != LORA_MODULE:
         _write_other(module, args, command, draft, catalog)
         return
@@ -102,9 +124,18 @@ def write_network(command: Command, draft: Draft, catalog: Catalog) -> None:
     _write_values(values, command, draft, catalog)
 
 
+def _alpha_of_zero(command: Command, draft: Draft) -> None:
+    """With sd-scripts an alpha of 0 stands for the rank."""
+    if not command.get("network_alpha"):
+        draft.set("network", "alpha", command.setting("network_alpha", float(command.get("network_dim"))))
+
+
 def _write_other(module: str, args: Mapping[str, str], command: Command, draft: Draft, catalog: Catalog) -> None:
     """A module of another package, which the plugin `lorakit-network-modules` takes by its path."""
     draft.set("network", "name", command.setting("network_module"))
+    for option, key in _OF_LORA_ALONE.items():
+        if draft.sections["network"].pop(key, None) is not None:
+            draft.leave_out(option, command.get(option), f"the adapters of {module} have nothing like it")
     if args:
         draft.set("network", "args", Setting(dict(args), "--network_args"))
     try:
@@ -162,6 +193,8 @@ def _write_values(values: Mapping[str, Value], command: Command, draft: Draft, c
         value = given
         if key in _SIDES and isinstance(value, list):
             value = _as_long_as_side(key, value, draft)
+        elif key == "conv_alpha":
+            value = value or values.get("conv_dim", 1)
         elif key in ranks and isinstance(value, list):
             value = _alphas(value, ranks[key])
         if NETWORK_ARGS[key].key in known:

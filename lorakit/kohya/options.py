@@ -31,6 +31,8 @@ class Option:
     """Why there is nothing like it yet, or what to do instead."""
     choices: tuple[object, ...] = ()
     """All values that it may have, where they are few."""
+    in_files: tuple[object, ...] = ()
+    """Other values that it may have in a file for --config_file, where sd-scripts does not look at `choices`."""
     special: bool = False
     """Whether more than copying its value to `key` is to be done."""
     plugin: str = ""
@@ -169,7 +171,7 @@ TRAINING = (
             "onnxrt", "tensorrt", "ipex", "tvm", "no",
         ),
     ),
-    Option("max_token_length", "int", key="model.max_token_length", choices=(150, 225)),
+    Option("max_token_length", "int", key="model.max_token_length", choices=(150, 225), in_files=(75,)),
     Option("clip_skip", "int", key="model.clip_skip"),
     Option("weighted_captions", "flag", False, key="data.weighted_captions"),
     Option("lowram", "flag", False, unneeded="weights are read straight to where they are needed"),
@@ -268,7 +270,7 @@ HUB = (
     Option("huggingface_token", "text", unneeded="`hf auth login` or HF_TOKEN say it, so that no file has to"),
     Option("huggingface_repo_visibility", "text", key="observers.private", special=True),
     Option("save_state_to_huggingface", "flag", False, key="observers.states", special=True),
-    Option("resume_from_huggingface", "flag", False, later="fetch the state with `hf download`, and name its folder"),
+    Option("resume_from_huggingface", "flag", False, unneeded="`hf download` fetches it, `--resume` names its folder"),
     Option("async_upload", "flag", False, unneeded="training never waits for uploads"),
 )
 

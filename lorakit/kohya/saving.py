@@ -54,7 +54,7 @@ def _resume(command: Command, draft: Draft) -> None:
     if not state:
         return
     if command.get("resume_from_huggingface"):
-        draft.leave_out("resume", state, "the state is on the Hub")
+        draft.leave_out("resume", state, "the state is on the Hub: fetch it with `hf download`, and name its folder")
         return
     weights = command.setting("resume", command.path(f"{state.rstrip('/')}/{_WEIGHTS_OF_A_STATE}"))
     draft.set("network", "weights", weights)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
+import torch
 from attrs import frozen
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from lorakit.models.hashing import hash_of_file, hash_of_weights
 from lorakit.models.protocol import Memo
 from lorakit.models.weights import EditTensor, ReadTensor, open_tensors
 
+_TINY = torch.finfo(torch.float32).tiny
 _UP, _DOWN, _ALPHA, _MAGNITUDE = "lora_up.weight", "lora_down.weight", "alpha", "dora_scale"
 
 
@@ -133,6 +135,6 @@ def _merged(file: MergedFile, key: str, read: ReadTensor, weight: Tensor) -> Ten
         update *= tensor(_ALPHA) / len(down)
     if f"{key}.{_MAGNITUDE}" in file.shapes:
         changed = (weight + update).flatten(1)
-        changed *= tensor(_MAGNITUDE).view(-1, 1) / changed.norm(dim=1, keepdim=True)
+        changed *= tensor(_MAGNITUDE).view(-1, 1) / changed.norm(dim=1, keepdim=True).clamp(min=_TINY)
         update = changed.view_as(weight) - weight
     return weight + file.multiplier * update

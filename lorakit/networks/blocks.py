@@ -58,6 +58,11 @@ class BlockwiseLoRAConfig(LoRAConfig):
     block_lr_zero_threshold: float = field(default=0.0, validator=v.ge(0))
     """Blocks that multiply the learning rate by no more than this get no adapters."""
 
+    @property
+    def varies_by_block(self) -> bool:
+        """Whether anything is given for single blocks of the U-Net, which may leave some without adapters."""
+        return any(getattr(self, key) is not None for key in (*self._lists(), *LR_WEIGHTS.values()))
+
     def in_block(
         self,
         target: AdaptationTarget,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from attrs import field, fields, frozen
@@ -77,6 +77,20 @@ class LoRAConfig(NetworkConfig):
 
         ratios = {part: self._loraplus_ratio(part) for part in self.parts}
         return LRFactors(up={part: ratio for part, ratio in ratios.items() if ratio is not None})
+
+    def metadata(self) -> Mapping[str, object]:
+        """The network as sd-scripts has it: that of `networks.lora`, with what is not at its default as arguments."""
+        from lorakit.kohya.networks import FILE_ARGS, LORA_MODULE, network_args
+
+        own = {own.name: getattr(self, own.name) for own in fields(type(self))}
+        return {
+            "ss_network_module": LORA_MODULE,
+            "ss_network_dim": "Dynamic" if self.rank_from_weights else self.rank,
+            "ss_network_alpha": "Dynamic" if self.rank_from_weights else self.alpha,
+            "ss_network_dropout": self.dropout,
+            "ss_scale_weight_norms": self.scale_weight_norms,
+            **network_args({name: own.get(key) for name, key in FILE_ARGS.items()}),
+        }
 
     def build(self, targets: Sequence[AdaptationTarget]) -> Network:
         """The adapters, attached; all are of the given parts."""

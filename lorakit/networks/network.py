@@ -62,12 +62,13 @@ class AdapterModule(nn.Module):
         raise NotImplementedError
 
     def file_tensors(self) -> dict[str, Tensor]:
-        """What a LoRA file holds: `tensors`, or others of the same names and effect that more tools understand."""
+        """What a LoRA file holds: `tensors`, or others of the same effect that more tools understand."""
         return self.tensors()
 
     def misfit(self, tensors: Mapping[str, Tensor]) -> str:
         """Why these tensors (by suffix, all there) cannot be loaded; empty if they can."""
-        for suffix, own in self.tensors().items():
+        held = self.tensors()
+        for suffix, own in (held if held.keys() == tensors.keys() else self.file_tensors()).items():
             if tensors[suffix].shape != own.shape:
                 return f"{suffix} is {list(tensors[suffix].shape)} in the file, {list(own.shape)} in the network"
         return ""
@@ -192,22 +193,23 @@ class Network(nn.Module):
         return _copies({key: adapter.file_tensors() for key, adapter in self._by_key.items()})
 
     def load_tensors(self, tensors: Mapping[str, Tensor], origin: str = "The LoRA file") -> None:
-        """Take over the tensors of a LoRA file; `origin` is what error messages call it.
+        """Take over what `tensors` or `file_tensors` gave; `origin` is what error messages call the file.
 
         Raises `AdapterError`, before anything is changed, unless all fit and none is missing or left over.
         """
-        expected = {f"{key}.{suffix}" for key, adapter in self._by_key.items() for suffix in adapter.tensors()}
-        if tensors.keys() != expected:
+        held = {f"{key}.{suffix}" for key, adapter in self._by_key.items() for suffix in adapter.tensors()}
+        expected = {f"{key}.{suffix}" for key, adapter in self._by_key.items() for suffix in adapter.file_tensors()}
+        if tensors.keys() not in (held, expected):
             missing, unexpected = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
             raise AdapterError(
                 f"{origin} is not of this network.{_some('Missing', missing)}{_some('Unexpected', unexpected)}"
-                " Set network.name and network.parts, and ranks and learning rates of blocks, as the file was trained,"
-                " on the same kind of base model."
+                " Set network.name, network.parts and network.dora, and ranks and learning rates of blocks, as the file"
+                " was trained, on the same kind of base model."
             )
-        by_adapter = {
-            key: {suffix: tensors[f"{key}.{suffix}"] for suffix in adapter.tensors()}
-            for key, adapter in self._by_key.items()
-        }
+        by_adapter: dict[str, dict[str, Tensor]] = {key: {} for key in self._by_key}
+        for name, tensor in tensors.items():
+            key, _, suffix = name.partition(".")
+            by_adapter[key][suffix] = tensor
         if misfits := list(self._misfits(by_adapter)):
             raise AdapterError(
                 f"{origin} does not fit this network.{_some('Misfits', misfits)}"

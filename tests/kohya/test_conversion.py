@@ -218,12 +218,15 @@ def test_options_without_effect_are_told(converted: Convert) -> None:
         (["--network_module=lycoris.kohya"], "network.name"),
     ],
 )
-def test_components_that_are_not_there(words: list[str], key: str, converted: Convert, folder: Path) -> None:
+def test_components_that_are_not_there(
+    words: list[str], key: str, converted: Convert, folder: Path, catalog: Catalog
+) -> None:
     """A component without a counterpart is told, and never replaced by another: the config is refused with it."""
     least = tuple(word for word in LEAST if not word.startswith(words[0].partition("=")[0]))
-    draft = converted(*words, least=least)
+    own = Catalog(tuple(found for found in catalog.registrations if found.provider.is_of("lorakit")))
+    draft = converted(*words, least=least, with_catalog=own)
     assert [remark.message for remark in draft.remarks] == ["has no counterpart yet"]
-    assert key in [problem.key for problem in check(draft, folder, Catalog.discover())]
+    assert key in [problem.key for problem in check(draft, folder, own)]
 
 
 @pytest.mark.parametrize(
@@ -280,6 +283,32 @@ def test_network_arguments_that_sd_scripts_passes_over(arguments: str, told: str
     }
     assert network.get("up_lr_weight", [0.0, 0.0] + [1.0] * 10) == [0.0, 0.0] + [1.0] * 10
     assert network.keys() <= {*lengths, "block_ranks"}
+
+
+def test_alpha_of_zero(converted: Convert) -> None:
+    """An alpha of 0 is the rank, as with sd-scripts, whatever the network's module."""
+    assert converted("--network_alpha=0").tables()["network"]["alpha"] == 4.0
+    assert converted("--network_alpha=0", "--network_dim=16").tables()["network"]["alpha"] == 16.0
+    tables = converted("--network_args", "conv_dim=8", "conv_alpha=0").tables()
+    assert (tables["network"]["conv_rank"], tables["network"]["conv_alpha"]) == (8, 8)
+
+
+def test_other_modules_have_less(converted: Convert) -> None:
+    """What adapters of other packages have nothing like is told, and not written."""
+    least = tuple(word for word in LEAST if "network_module" not in word)
+    words = ("--network_module=lycoris.kohya", "--dim_from_weights", "--scale_weight_norms=1", "--network_dim=8")
+    draft = converted(*words, least=least)
+    assert draft.tables()["network"] == {"name": "lycoris.kohya", "rank": 8}
+    told = [remark.key for remark in draft.remarks]
+    assert told[:2] == ["--scale_weight_norms=1.0", "--dim_from_weights"]
+
+
+def test_longest_captions_in_an_options_file(converted: Convert, folder: Path) -> None:
+    """A file for --config_file may say 75, as those do that user interfaces write, which is the model's own length."""
+    (folder / "options.toml").write_text("max_token_length = 75\nnetwork_args = ['conv_dim=2']\ntext_encoder_lr = 1e-5")
+    tables = converted("--config_file=options.toml").tables()
+    assert (tables["model"]["max_token_length"], tables["network"]["conv_rank"]) == (75, 2)
+    assert tables["optimizer"]["text_encoder_lr"] == 1e-5
 
 
 def test_sizes_from_weights(converted: Convert) -> None:

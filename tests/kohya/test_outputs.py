@@ -133,7 +133,7 @@ def test_resume_wins_over_weights(converted: Convert) -> None:
     ]
     draft = converted("--resume=me/x/state", "--resume_from_huggingface")
     assert "weights" not in draft.tables()["network"]
-    assert [remark.key for remark in draft.remarks] == ["--resume_from_huggingface", "--resume=me/x/state"]
+    assert [remark.key for remark in draft.remarks] == ["--resume=me/x/state"]
 
 
 def test_trains_on_from_a_state(tiny_sd1: Path, photographs: Path, tmp_path: Path, catalog: Catalog) -> None:

@@ -58,7 +58,7 @@ def _compiles_from_scratch(lorakit_one_thread: None) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def adapted(fp8: bool = False) -> tuple[Blocks, Network]:
+def adapted(fp8: bool = False, dora: bool = False) -> tuple[Blocks, Network]:
     """The blocks, the same each time, with adapters of all kinds of layers that have an effect, and all dropouts."""
     torch.manual_seed(0)
     blocks = Blocks().requires_grad_(False)
@@ -69,7 +69,7 @@ def adapted(fp8: bool = False) -> tuple[Blocks, Network]:
     rates = {"dropout": 0.1, "rank_dropout": 0.1, "module_dropout": 0.1}
     unet = nn.Module()
     unet.add_module("mid_block", blocks)
-    network = config(parts=("unet",), **rates).build(list(unet_targets(unet))).train()
+    network = config(parts=("unet",), dora=dora, **rates).build(list(unet_targets(unet))).train()
     for adapter in network.adapters:
         nn.init.normal_(adapter.lora_up, std=0.1)
     return blocks, network
@@ -97,6 +97,16 @@ def test_compiled_is_as_exact_as_not(backend: str) -> None:
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
     assert counters["frames"]["total"] == counters["frames"]["ok"]
+
+
+def test_compiled_dora() -> None:
+    """DoRA's magnitudes and norms, of 8-bit weights too, are compiled with the blocks, and as exact."""
+    (blocks, network), expected = adapted(fp8=True, dora=True), step(*adapted(fp8=True, dora=True))
+    compile_blocks(blocks, KINDS, "aot_eager")
+    for new, old in zip(step(blocks, network), expected, strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-3, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
 
 
 def test_blocks_share_graphs() -> None:

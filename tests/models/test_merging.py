@@ -15,6 +15,7 @@ from lorakit.builtin.model_families.sd1 import SD1Config
 from lorakit.builtin.networks.c3lier import C3LierConfig
 from lorakit.builtin.networks.lierla import LierlaConfig
 from lorakit.errors import AdapterError
+from lorakit.models.merging import MergedFile, Merging
 from lorakit.models.stable_diffusion.model import StableDiffusion
 from lorakit.networks.config import LoRAConfig
 from tests.models.building import CPU
@@ -201,3 +202,14 @@ def test_linear_layers_and_pointwise_convolutions(tiny_folder: Path, tmp_path: P
     save_file(flat, tmp_path / "flat.safetensors")
     one, other = (weights_of(merged(tiny_folder, tmp_path / f"{name}.safetensors")) for name in ("plain", "flat"))
     assert all(torch.equal(weight, other[key]) for key, weight in one.items())
+
+
+def test_outputs_without_weights(tmp_path: Path) -> None:
+    """An output whose weights are all zero stays as it is when a file with magnitudes is merged, as in training."""
+    layer = {"down": torch.ones(2, 3), "up": torch.zeros(4, 2), "scale": torch.tensor([[0.0], [2.0], [2.0], [2.0]])}
+    names = {"down": "lora_down.weight", "up": "lora_up.weight", "scale": "dora_scale"}
+    save_file({f"key.{names[name]}": tensor for name, tensor in layer.items()}, tmp_path / "dora.safetensors")
+    edit = Merging([MergedFile(tmp_path / "dora.safetensors")]).edit(lambda _: "key")
+    weight = torch.eye(4, 3).roll(1, 0)
+    assert edit is not None
+    assert torch.equal(edit("layer.weight", weight), 2 * weight)

@@ -116,6 +116,22 @@ def test_ranks_of_convolutions_in_blocks(targets: list[AdaptationTarget]) -> Non
     assert "lora_unet_down_blocks_0_resnets_0_conv1" not in found
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"down_lr_weight": (0.0,) * 9 + (1.0,) * 3, "mid_lr_weight": (0.0,), "up_lr_weight": "zeros"},
+        {"block_ranks": (0,) * 24 + (5,)},
+        {"conv_block_ranks": (2,) * 25},
+    ],
+)
+def test_alphas_in_files_are_one_where_blocks_vary(targets: list[AdaptationTarget], settings: dict[str, Any]) -> None:
+    """The most common alpha of a file, which some tools take for all, is that of linear layers in few blocks too."""
+    config = C3LierConfig(alpha=3.0, conv_alpha=2.0, parts=("unet",), **settings)
+    network = config.build(targets)
+    network.detach()
+    assert {adapter.file_alpha for adapter in network.adapters} == {3.0}
+
+
 def test_learning_rates_of_blocks(targets: list[AdaptationTarget]) -> None:
     """Each block is a group with the U-Net's rate times its factor; blocks at the threshold have no adapters."""
     down = tuple(0.1 * number for number in range(12))

@@ -44,10 +44,10 @@ class C3LierConfig(BlockwiseLoRAConfig):
         return self.in_block(target, (self.conv_rank, self.conv_alpha), self.conv_block_ranks, self.conv_block_alphas)
 
     def file_alpha(self, target: AdaptationTarget) -> float:
-        """That of 3×3 convolutions is `conv_alpha`, unless they might outnumber the other layers."""
+        """That of 3×3 convolutions is `conv_alpha`, unless they might outnumber the others, as in single blocks."""
         from lorakit.networks.functions import is_pointwise
 
-        return self.alpha if is_pointwise(target.module) or self.conv_block_ranks else self.conv_alpha
+        return self.alpha if is_pointwise(target.module) or self.varies_by_block else self.conv_alpha
 
 
 @hookimpl

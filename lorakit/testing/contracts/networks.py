@@ -121,10 +121,9 @@ class NetworkContract(ComponentContract):
         assert not torch.equal(adapted.predict(), adapted.base_prediction)
 
     def test_files_mean_the_same(self, adapted: Adapted, tiny_sd1: Path) -> None:
-        """Another network that takes over what a LoRA file holds, under the same keys, predicts the same."""
+        """Another network that takes over what a LoRA file holds predicts the same."""
         adapted.disturb()
         tensors = adapted.network.file_tensors()
-        assert tensors.keys() == adapted.network.tensors().keys()
         other = self.attached(tiny_sd1, seed=1)
         other.network.load_tensors(tensors)
         assert torch.allclose(other.predict(), adapted.predict(), rtol=1e-4, atol=1e-5)

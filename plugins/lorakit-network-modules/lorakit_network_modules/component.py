@@ -12,6 +12,7 @@ from lorakit import hookimpl
 from lorakit.class_paths import problems_of
 from lorakit.components import NetworkConfig
 from lorakit.errors import Problem
+from lorakit.kohya.networks import network_args
 
 if TYPE_CHECKING:
     from lorakit.models.protocol import AdaptationTarget
@@ -40,6 +41,16 @@ class NetworkModuleConfig(NetworkConfig):
     def problems(self) -> Iterator[Problem]:
         """Says so if there is no such module."""
         yield from problems_of(self.name)
+
+    def metadata(self) -> Mapping[str, object]:
+        """The module and its arguments, as sd-scripts has them."""
+        return {
+            "ss_network_module": self.name,
+            "ss_network_dim": self.rank,
+            "ss_network_alpha": self.alpha,
+            "ss_network_dropout": self.dropout,
+            **network_args(self.args),
+        }
 
     def build(self, targets: Sequence[AdaptationTarget]) -> Network:
         """The module's adapters, attached."""

@@ -35,12 +35,14 @@ class Created:
     """Where in its part the layer is that it adapts."""
     module: nn.Module
     """The adapter; its `forward` takes the layer's input and gives the layer's output with what was learnt."""
+    lr_factors: Mapping[str, float]
+    """What multiplies the learning rate of each parameter that the network module wants trained, by its name."""
 
 
 def create(config: NetworkModuleConfig, targets: Sequence[AdaptationTarget], seed: int) -> dict[str, Created]:
     """The adapters of one part of the model, by key, their weights a function of the seed and the part.
 
-    Raises `AdapterError` where the module is none, or where it does not take the config's arguments.
+    Raises `AdapterError` where the module is none, does not take the config's arguments, or empties layers.
     """
     first = targets[0]
     shown = _under(first.root, _levels(first))
@@ -50,7 +52,16 @@ def create(config: NetworkModuleConfig, targets: Sequence[AdaptationTarget], see
         torch.manual_seed(derived_seed(seed, "network_module", first.part))
         network = _create_network(config, encoder, unet)
         network.apply_to(encoder, unet, not is_unet, is_unet)
-    return _taken_off(network, first.root)
+    created = _taken_off(network, first.root, _lr_factors(network))
+    emptied = next(
+        (one.key for one in created.values() if not hasattr(first.root.get_submodule(one.path), "weight")), ""
+    )
+    if emptied:
+        raise AdapterError(
+            f"network.args: {config.name} takes the weights out of {emptied}, as LyCORIS' algo=full does, rather than"
+            " add to them. Choose another algorithm."
+        )
+    return created
 
 
 def _create_network(config: NetworkModuleConfig, text_encoder: Any, unet: nn.Module) -> Any:
@@ -68,7 +79,15 @@ def _create_network(config: NetworkModuleConfig, text_encoder: Any, unet: nn.Mod
         raise AdapterError(f"network.args: {config.name} refuses them: {error!r}") from error
 
 
-def _taken_off(network: nn.Module, root: nn.Module) -> dict[str, Created]:
+def _lr_factors(network: Any) -> dict[int, float]:
+    """The learning rates that a network module gives its parameters where that of its part is 1, by their ids."""
+    groups = network.prepare_optimizer_params(1.0, 1.0, 1.0)
+    if isinstance(groups, tuple):  # with descriptions
+        groups = groups[0]
+    return {id(parameter): float(group.get("lr", 1.0)) for group in groups for parameter in group["params"]}
+
+
+def _taken_off(network: nn.Module, root: nn.Module, lr_factors: Mapping[int, float]) -> dict[str, Created]:
     """The adapters whose `forward` stands in for that of a layer of the root, which gets its own back."""
     names = {id(module): name for name, module in network.named_modules()}
     created = {}
@@ -77,7 +96,8 @@ def _taken_off(network: nn.Module, root: nn.Module) -> dict[str, Created]:
         if changed is not None:
             module = changed.__self__
             key = names[id(module)]
-            created[key] = Created(key, path, module)
+            own = {name: lr_factors[id(p)] for name, p in module.named_parameters() if id(p) in lr_factors}
+            created[key] = Created(key, path, module, own)
     return created
 
 

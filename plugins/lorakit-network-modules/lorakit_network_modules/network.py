@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from attrs import evolve
 from torch import Tensor, nn
 
 from lorakit.models.protocol import AdaptationTarget
@@ -24,6 +25,10 @@ class ModuleAdapter(AdapterModule):
     def __init__(self, created: Created, base: nn.Module) -> None:
         super().__init__(created.key, base)
         self.module = created.module
+        self.lr_factors = {f"module.{name}": factor for name, factor in created.lr_factors.items()}
+        """What multiplies the learning rate of each parameter that is trained, by its name."""
+        for name, parameter in self.module.named_parameters():
+            parameter.requires_grad_(name in created.lr_factors)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output with what was learnt, in the input's number format."""
@@ -36,19 +41,26 @@ class ModuleAdapter(AdapterModule):
         return output.to(x.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
+        """What the module holds, as it holds it; a file may have other numbers, or other names."""
+        return dict(nn.Module.state_dict(self.module))
+
+    def file_tensors(self) -> dict[str, Tensor]:
         """What the module says belongs into a file."""
         return dict(self.module.state_dict())
 
     def misfit(self, tensors: Mapping[str, Tensor]) -> str:
         """Names alpha where it differs, as the module would go on with its own, and shapes otherwise."""
-        own = self.tensors()
-        if "alpha" in own and not math.isclose(own["alpha"].item(), tensors["alpha"].item(), rel_tol=2**-8):
-            return f"alpha {tensors['alpha'].item():g} in the file, {own['alpha'].item():g} in the config"
+        own, other = self.tensors().get("alpha"), tensors.get("alpha")
+        if own is not None and other is not None and not math.isclose(own.item(), other.item(), rel_tol=2**-8):
+            return f"alpha {other.item():g} in the file, {own.item():g} in the config"
         return super().misfit(tensors)
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over tensors as the module does."""
-        self.module.load_state_dict(dict(tensors))
+        """Take over what the module held, exactly, or what is in a file, as the module does."""
+        if tensors.keys() == self.tensors().keys():
+            super().load_tensors(tensors)
+        else:
+            self.module.load_state_dict(dict(tensors))
 
     @torch.no_grad()
     def start_as(self, other: nn.Module) -> None:
@@ -67,10 +79,11 @@ class ModuleNetwork(Network):
         self._has_dropout = bool(config.dropout) or any("dropout" in key for key in config.args)
         adapted: list[AdaptationTarget] = []
         created: dict[str, Created] = {}
-        for part, own in self._parts.items():
+        for own in self._parts.values():
             made = create(config, own, seed=0)
             created |= made
-            adapted += [AdaptationTarget(key, part, own[0].block, own[0].root, one.path) for key, one in made.items()]
+            known = {target.path: target for target in own}
+            adapted += [_target(one, known.get(one.path), own[0]) for one in made.values()]
         super().__init__(adapted, lambda target: ModuleAdapter(created[target.key], target.module))
 
     def initialize(self, seed: int) -> None:
@@ -83,7 +96,21 @@ class ModuleNetwork(Network):
                 adapter.start_as(fresh.module)
         self.attach()
 
+    def group_of(self, target: AdaptationTarget, parameter_name: str) -> tuple[str, float]:
+        """Parameters whose learning rate the module multiplies, as for LoRA+, are in groups of their own."""
+        name, factor = super().group_of(target, parameter_name)
+        adapter = self._by_key[target.key]
+        own = adapter.lr_factors[parameter_name] if isinstance(adapter, ModuleAdapter) else 1.0
+        return (name, factor) if own == 1 else (f"{name} plus", factor * own)
+
     def begin_batch(self, sample_seeds: Tensor) -> None:
         """Seed what the module draws from PyTorch's own generator, its dropouts, from the images' seeds."""
         if self._has_dropout:
             torch.manual_seed(derived_seed("network_module", *sample_seeds.tolist()))
+
+
+def _target(created: Created, layer: AdaptationTarget | None, sibling: AdaptationTarget) -> AdaptationTarget:
+    """What an adapter is for: a layer that the model names, or another one of the same part as a sibling."""
+    if layer is not None:
+        return evolve(layer, key=created.key)
+    return evolve(sibling, key=created.key, path=created.path, place="")

@@ -36,3 +36,9 @@ class TestLoCon(NetworkContract):
     """LoCon with dropouts."""
 
     config = lycoris("locon", dropout=0.1, rank_dropout=0.1)
+
+
+class TestWithScalars(NetworkContract):
+    """LoHa with a trained scalar, which is part of the other tensors in files."""
+
+    config = lycoris("loha", use_scalar=True)

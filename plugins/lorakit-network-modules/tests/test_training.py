@@ -19,6 +19,7 @@ from lorakit.errors import AdapterError, ConfigError
 from lorakit.plugins import Catalog
 from lorakit.testing.contracts.denoising import make_batch, predict, read_model
 
+PRESET = Path(__file__).with_name("transformers.toml")
 ALGORITHMS = {"loha": "hada_w1_a", "lokr": "lokr_w1"}
 
 
@@ -95,6 +96,44 @@ def test_continues_from_a_file(train_tables: dict[str, Any], tmp_path: Path) -> 
         trained(train_tables, tmp_path, "other", args={"algo": "lokr"}, weights=str(path), alpha=1.0)
 
 
+@pytest.mark.parametrize("args", [{"algo": "loha", "use_scalar": True}, {"dora_wd": True}])
+def test_resumes_exactly(train_tables: dict[str, Any], tmp_path: Path, args: dict[str, Any]) -> None:
+    """A run that goes on from its state ends as one that was not stopped, though files hold other numbers or names."""
+    train_tables["output"]["save_state"] = True
+    args = {"preset": str(PRESET), **args}
+    whole = load_file(trained(train_tables, tmp_path, "whole", args=args))
+    train_tables["training"]["max_epochs"] = 1
+    trained(train_tables, tmp_path, "part", args=args)
+    section = {"name": "lycoris.kohya", "rank": 4, "alpha": 2.0, "args": args}
+    train_tables["training"]["max_epochs"] = 2
+    tables = {**train_tables, "network": section, "output": {**train_tables["output"], "name": "part"}}
+    resumed = load_file(lorakit.train(config_from_tables(tables, tmp_path), resume=Path()))
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+def test_loraplus(tiny_sd1: Path) -> None:
+    """The learning rates that a module gives its parameters are those they get, as LoRA+ of LyCORIS."""
+    model = read_model(tiny_sd1)
+    component = Catalog.discover().find(NetworkConfig, "lycoris.kohya")
+    args = {"loraplus_lr_ratio": 4, "loraplus_unet_lr_ratio": 8, "preset": "full"}
+    network = component(args=args).build(model.targets(("text_encoder", "unet")))
+    groups = network.parameter_groups(lambda _: 0.5)
+    assert {group.name: group.lr for group in groups} == {
+        "text_encoder": 0.5, "text_encoder plus": 2.0, "unet": 0.5, "unet plus": 4.0,
+    }  # fmt: skip
+    assert sum(len(group.parameters) for group in groups) == sum(1 for p in network.parameters() if p.requires_grad)
+
+
+def test_copies_for_diffusers(train_tables: dict[str, Any], tmp_path: Path) -> None:
+    """Where a module's adapters are LoRA's, of layers that pipelines have names for, there is a copy for diffusers."""
+    train_tables["observers"] = [{"name": "diffusers"}]
+    path = trained(train_tables, tmp_path, args={"algo": "lora", "preset": str(PRESET)})
+    copy = load_file(path.with_name("lora.diffusers.safetensors"))
+    assert "unet.mid_block.attentions.0.proj_in.lora_A.weight" in copy
+    assert len(copy) == len(load_file(path)) * 2 / 3
+
+
 def test_a_package_that_is_missing(train_tables: dict[str, Any], tmp_path: Path) -> None:
     """A package that is not installed is named before anything is read."""
     with pytest.raises(ConfigError, match=r"network\.name: the package 'lycoriss' is not installed"):
@@ -107,6 +146,10 @@ def test_a_module_that_is_none(train_tables: dict[str, Any], tmp_path: Path) -> 
         trained(train_tables, tmp_path, name="lycoris.config")
     with pytest.raises(AdapterError, match=r"network\.args: lycoris\.kohya refuses them: KeyError\('lohaa'\)"):
         trained(train_tables, tmp_path, args={"algo": "lohaa"})
+    with pytest.raises(
+        AdapterError, match=r"network\.args: lycoris\.kohya takes the weights out of lora_te_text_model"
+    ):
+        trained(train_tables, tmp_path, args={"algo": "full"})
 
 
 def test_layers_get_their_forward_back(tiny_sd1: Path) -> None:
