@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from parts import Average, Budget, set_rate
+from pace import Average, Budget, set_rate
 from pictures import draw, medley, training_picture
 from scenes import held_out_scene
 from torch import Tensor, nn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from autoencoder import as_tensor, latents_of
-from parts import Average, Budget, set_rate
+from pace import Average, Budget, set_rate
 from pictures import training_caption, training_picture
 from torch import Tensor, nn
 

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from autoencoder import quality, train_vae
 from denoiser import Denoiser, learning_material, train_denoiser
-from parts import Budget, build, load, save
+from pace import Budget
+from parts import build, load, save
 from score import score
 
 HERE = Path(__file__).parent
-VAE_STEPS, UNET_STEPS = 16_000, 16_000
+VAE_STEPS, UNET_STEPS = 24_000, 10_000
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from autoencoder import SCALING, as_tensor, latents_of, normalise, quality, train_vae
 from denoiser import Denoiser, alphas, learning_material, train_denoiser
-from parts import SETTINGS, Average, Budget, build, load, save
+from pace import Average, Budget, set_rate
+from parts import SETTINGS, build, load, save
 from pictures import training_caption, training_picture
 from PIL import Image
 from safetensors.torch import load_file
@@ -192,3 +193,24 @@ def test_loading_gives_what_was_saved(folder: Path) -> None:
     stored = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
     assert loaded.keys() == stored.keys()
     assert all(torch.equal(loaded[name], tensor.float()) for name, tensor in stored.items())
+
+
+def test_latents_differ_more_than_their_noise_from_the_start() -> None:
+    """Before any training pictures' latents are further apart than the noise that is added to them."""
+    latents = build("vae", 0).encode(as_tensor([training_picture(0, index) for index in range(16)])).latent_dist
+    assert (latents.mean.std((0, 2, 3)) > 3 * latents.std.mean((0, 2, 3))).all()
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    """A linear rise over the warm-up, then half a cosine of the share of steps made, down to a hundredth."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    for done, expected in ((0, 0.01), (49, 0.5 * (0.01 + 0.99 * 0.99847)), (500, 0.505), (1000, 0.01)):
+        set_rate(optimizer, 2.0, Budget(2000 if done < 100 else 1000, done=done))
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(2 * expected, rel=1e-3)
+
+
+def test_a_budget_of_minutes_ends_by_the_clock() -> None:
+    """With minutes given the steps do not count."""
+    assert Budget(4, done=3).progress() == 0.75
+    assert Budget(4, minutes=1e-9, done=0).progress() >= 1
+    assert Budget(4, minutes=60, done=9).progress() < 0.01
