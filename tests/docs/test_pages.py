@@ -153,10 +153,10 @@ def test_examples_are_valid(example: Path, tmp_path: Path) -> None:
 
 
 def test_there_are_examples() -> None:
-    """Every folder in `examples` has a config."""
+    """Every folder in `examples` has a config to train with, or a page that says what it is instead."""
     folders = [path for path in (ROOT / "examples").iterdir() if path.is_dir()]
-    assert folders
-    assert len(EXAMPLES) == len(folders)
+    assert EXAMPLES
+    assert all((folder / "config.toml").exists() or (folder / "README.md").exists() for folder in folders)
 
 
 def test_python_blocks_can_be_run() -> None:

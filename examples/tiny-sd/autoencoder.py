@@ -1,0 +1,97 @@
+"""Trains the VAE: pictures of 64 pixels to latents of 4 × 8 × 8 numbers and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pace import Average, Budget, set_rate
+from pictures import draw, medley, training_picture
+from scenes import held_out_scene
+from torch import Tensor, nn
+
+from lorakit.randomness import derived_seed, keyed_generator
+
+SCALING = 0.18215
+"""What Stable Diffusion multiplies latents by to make their deviation 1."""
+
+
+def as_tensor(pictures: list[NDArray[np.uint8]]) -> Tensor:
+    """Pictures as the VAE takes them: float32 [B, 3, 64, 64] from -1 to 1."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def train_vae(vae: nn.Module, budget: Budget, seed: int, batch: int = 8, peak: float = 1.5e-3) -> None:
+    """Train the VAE on pictures of scenes, three to each medley, and leave the mean of its weights in it.
+
+    The loss is the absolute error of pixels and of differences between neighbours, which keeps edges sharp, and some
+    KL divergence. Ends with latents of mean 0 and deviation 1 / 0.18215.
+    """
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-4)
+    average, device = Average(vae), next(vae.parameters()).device
+    while budget.progress() < 1:
+        pictures = as_tensor(_pictures(seed, budget.done * batch, batch)).to(device)
+        set_rate(optimizer, peak, budget)
+        loss = _loss(vae, pictures, derived_seed(seed, "VAE noise", budget.done))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        average.update()
+        budget.done += 1
+        if budget.is_time_to_tell():
+            print(f"VAE: {budget}, loss {loss.item():.4f}, {quality(vae):.1f} dB", flush=True)
+    average.apply()
+    normalise(vae, seed)
+
+
+def _pictures(seed: int, first: int, count: int) -> list[NDArray[np.uint8]]:
+    """Pictures of which every fourth one is a medley."""
+    return [(training_picture if index % 4 else medley)(seed, index) for index in range(first, first + count)]
+
+
+def _loss(vae: nn.Module, pictures: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.autocast(pictures.device.type, torch.bfloat16):
+        latents = vae.encode(pictures).latent_dist
+        mean, log_variance = latents.mean.float(), latents.logvar.float()
+        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+        painted = vae.decode(mean + noise * (log_variance / 2).exp()).sample.float()
+    error = painted - pictures
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    divergence = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
+    return error.abs().mean() + 0.5 * edges + 1e-5 * divergence
+
+
+@torch.no_grad()
+def quality(vae: nn.Module, count: int = 64, seed: int = 1) -> float:
+    """How well the VAE paints pictures of held-out scenes: the mean over pictures of the PSNR, in dB."""
+    pictures = as_tensor(
+        [draw(held_out_scene(seed, index), keyed_generator(seed, "test", index)) for index in range(count)]
+    ).to(next(vae.parameters()).device)
+    painted = vae.decode(vae.encode(pictures).latent_dist.mean).sample.clamp(-1, 1)
+    errors = ((painted - pictures) / 2).square().mean((1, 2, 3))
+    return float((-10 * errors.log10()).mean())
+
+
+@torch.no_grad()
+def latents_of(vae: nn.Module, pictures: Tensor) -> Tensor:
+    """The latents' means, scaled for the U-Net, float32 [B, 4, 8, 8]."""
+    return torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(64)]) * SCALING
+
+
+@torch.no_grad()
+def normalise(vae: nn.Module, seed: int) -> None:
+    """Fold each latent channel's mean and deviation into the 1×1 convolutions on both sides of the latents.
+
+    They then have the scale of Stable Diffusion's, whose factor single files take for granted.
+    """
+    device = next(vae.parameters()).device
+    latents = latents_of(vae, as_tensor(_pictures(seed, 0, 512)).to(device)) / SCALING
+    mean, scale = latents.mean((0, 2, 3)), latents.std((0, 2, 3)) * SCALING
+    into, out_of = vae.quant_conv, vae.post_quant_conv
+    into.bias[:4] = (into.bias[:4] - mean) / scale
+    into.weight[:4] /= scale[:, None, None, None]
+    into.bias[4:] -= 2 * scale.log()
+    out_of.bias += (out_of.weight[:, :, 0, 0] * mean).sum(1)
+    out_of.weight *= scale[None, :, None, None]

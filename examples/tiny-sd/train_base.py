@@ -1,0 +1,63 @@
+"""Trains a small Stable Diffusion from scratch, on pictures drawn here, and writes it as a diffusers folder.
+
+    python examples/tiny-sd/train_base.py
+
+First the VAE learns, then the text encoder and the U-Net together. Given steps, the result depends on the seed and the
+machine's arithmetic alone; given minutes, on its speed as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from autoencoder import quality, train_vae
+from denoiser import Denoiser, learning_material, train_denoiser
+from pace import Budget
+from parts import build, load, save
+from score import score
+
+HERE = Path(__file__).parent
+VAE_STEPS, UNET_STEPS = 24_000, 10_000
+
+
+def main() -> None:
+    """Train, write and score the model."""
+    options = _parser().parse_args()
+    device = torch.device(options.device)
+    if options.vae:
+        vae = load(options.vae, "vae").to(device)
+    else:
+        vae = build("vae", options.seed).to(device)
+        train_vae(vae, Budget(options.vae_steps, options.vae_minutes), options.seed)
+        save(options.folder, {"vae": vae})
+    print(f"The VAE reconstructs at {quality(vae):.1f} dB.", flush=True)
+    text_encoder, unet = (build(part, options.seed).to(device) for part in ("text_encoder", "unet"))
+    material = learning_material(vae, options.seed, options.pictures)
+    train_denoiser(
+        Denoiser(text_encoder, unet), material, Budget(options.unet_steps, options.unet_minutes), options.seed
+    )
+    save(options.folder, {"vae": vae, "text_encoder": text_encoder, "unet": unet})
+    print(f"Wrote {options.folder}.")
+    if options.score:
+        print(score(options.folder, options.score, device=options.device))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=HERE / "model", help="where to write the model")
+    parser.add_argument("--seed", type=int, default=0, help="decides the first weights, the pictures and the noise")
+    parser.add_argument("--vae", type=Path, help="take the VAE of this folder, and do not train one")
+    parser.add_argument("--pictures", type=int, default=20_000, help="how many pictures the U-Net learns from")
+    parser.add_argument("--score", type=int, default=200, help="how many held-out prompts to judge at the end")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    for part, steps in (("vae", VAE_STEPS), ("unet", UNET_STEPS)):
+        length = parser.add_mutually_exclusive_group()
+        length.add_argument(f"--{part}-steps", type=int, default=steps, help=f"steps of the {part} (%(default)s)")
+        length.add_argument(f"--{part}-minutes", type=float, help=f"minutes for the {part} instead")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
