@@ -53,6 +53,14 @@ class Component:
         """What can be used as it is but has no effect or may not be meant; keys are field names."""
         return iter(())
 
+    def problems_with(self, config: TrainConfig) -> Iterator[Problem]:  # noqa: ARG002
+        """What is wrong with the fields in a run of this config; keys are field names."""
+        return iter(())
+
+    def warnings_with(self, config: TrainConfig) -> Iterator[Problem]:  # noqa: ARG002
+        """What has no effect, or may not be meant, in a run of this config; keys are field names."""
+        return iter(())
+
 
 def named(component: type[ComponentT], path: str) -> type[ComponentT]:
     """A component with a dotted path as its name, where it is `by_path`; any other as it is."""
@@ -102,10 +110,6 @@ class NetworkConfig(Component):
     def metadata(self) -> Mapping[str, object]:
         """What files say of the network, in keys that tools read, such as `ss_network_module` and `ss_network_dim`."""
         return {"ss_network_module": self.name}
-
-    def problems_with(self, model: ModelFamilyConfig, optimizer: OptimizerConfig) -> Iterator[Problem]:  # noqa: ARG002
-        """What does not suit the base model or the optimizer; keys are field names."""
-        return iter(())
 
     def build(self, targets: Sequence[AdaptationTarget]) -> Network:
         """The adapters for those of the targets that this network adapts, attached to them."""
@@ -230,14 +234,6 @@ class ObserverConfig(Component):
 
     essential: ClassVar[bool] = False
     """Whether the run stops when this observer fails; others are detached with a warning."""
-
-    def problems_with(self, config: TrainConfig) -> Iterator[Problem]:  # noqa: ARG002
-        """What is wrong with the fields in a run of this config; keys are field names."""
-        return iter(())
-
-    def warnings_with(self, config: TrainConfig) -> Iterator[Problem]:  # noqa: ARG002
-        """What has no effect in a run of this config; keys are field names."""
-        return iter(())
 
     def build(self, run_info: RunInfo) -> Observer:
         """The observer of one run; called on the main process only."""

@@ -171,19 +171,15 @@ class TrainConfig:
         if isinstance(rates, tuple) and len(rates) != encoders:
             message = f"must have one number for each text encoder of {self.model.name}, that is {encoders}"
             yield Problem("optimizer.text_encoder_lr", f"{message}, not {len(rates)}")
-        yield from _placed(self.network.problems_with(self.model, self.optimizer), "network")
         yield from self.loss.problems_with(self.prediction, self.model.num_timesteps)
-        for number, observer in enumerate(self.observers):
-            yield from _placed(observer.problems_with(self), f"observers[{number}]")
+        for section, component in self._components():
+            yield from _placed(component.problems_with(self), section)
 
     def warnings(self) -> Iterator[Problem]:
         """Options that have no effect in this run, or hardly suit the model."""
         for section, component in self._components():
             yield from _placed(component.warnings(), section)
-        for number, observer in enumerate(self.observers):
-            yield from _placed(observer.warnings_with(self), f"observers[{number}]")
-        if getattr(self.model, "no_half_vae", False) and self.training.mixed_precision == "no":
-            yield Problem("model.no_half_vae", "has no effect without training.mixed_precision")
+            yield from _placed(component.warnings_with(self), section)
         yield from self._rate_warnings()
         yield from _placed(self.training.warnings(), "training")
         yield from _placed(self.output.warnings(), "output")

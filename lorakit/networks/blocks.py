@@ -12,11 +12,12 @@ from attrs import evolve, field, frozen
 from attrs import validators as v
 
 from lorakit.blocks import BlockLayout, Side, curve
-from lorakit.components import ModelFamilyConfig, OptimizerConfig
+from lorakit.components import ModelFamilyConfig
 from lorakit.errors import Problem
 from lorakit.networks.config import LoRAConfig
 
 if TYPE_CHECKING:
+    from lorakit.config.sections import TrainConfig
     from lorakit.models.protocol import AdaptationTarget
     from lorakit.networks.lora import LRFactors
 
@@ -88,9 +89,10 @@ class BlockwiseLoRAConfig(LoRAConfig):
         factors = self._block_factors(layout) if layout else None
         return evolve(super().lr_factors(targets), blocks=factors or ())
 
-    def problems_with(self, model: ModelFamilyConfig, optimizer: OptimizerConfig) -> Iterator[Problem]:
+    def problems_with(self, config: TrainConfig) -> Iterator[Problem]:
         """Lists that are not as long as the U-Net has blocks, and learning rates that the optimizer cannot have."""
-        yield from super().problems_with(model, optimizer)
+        model, optimizer = config.model, config.optimizer
+        yield from super().problems_with(config)
         wrong = list(self._wrong_lists(model))
         yield from wrong
         if wrong or model.layout is None:

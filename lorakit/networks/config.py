@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, ClassVar
 from attrs import field, fields, frozen
 from attrs import validators as v
 
-from lorakit.components import ModelFamilyConfig, NetworkConfig, OptimizerConfig
+from lorakit.components import NetworkConfig
 from lorakit.errors import Problem
 
 if TYPE_CHECKING:
+    from lorakit.config.sections import TrainConfig
     from lorakit.models.protocol import AdaptationTarget
     from lorakit.networks.lora import LRFactors
     from lorakit.networks.network import Network
@@ -113,8 +114,9 @@ class LoRAConfig(NetworkConfig):
         if self.rank_from_weights and self.weights is None:
             yield Problem("rank_from_weights", "needs network.weights, a LoRA file to take the ranks from")
 
-    def problems_with(self, model: ModelFamilyConfig, optimizer: OptimizerConfig) -> Iterator[Problem]:  # noqa: ARG002
+    def problems_with(self, config: TrainConfig) -> Iterator[Problem]:
         """Learning rates that vary where the optimizer can have only one."""
+        optimizer = config.optimizer
         ratios = {key for part in self.parts if (key := self._loraplus_key(part))}
         for key in sorted(ratios if not optimizer.keeps_lr_factors else ()):
             if getattr(self, key) != 1:

@@ -177,11 +177,20 @@ def test_several_text_encoders() -> None:
     ]  # fmt: skip
 
 
+@attrs.frozen
+class Beside:
+    """What a network looks at of the config that it is part of."""
+
+    model: ModelFamilyConfig
+    optimizer: OptimizerConfig
+
+
 def problems(
     config: BlockwiseLoRAConfig, optimizer: OptimizerConfig | None = None, model: ModelFamilyConfig | None = None
 ) -> dict[str, str]:
     """What is wrong with a network beside an optimizer and a model."""
-    found = [*config.problems(), *config.problems_with(model or SD1Config(path="x"), optimizer or AdamWConfig())]
+    run = Beside(model or SD1Config(path="x"), optimizer or AdamWConfig())
+    found = [*config.problems(), *config.problems_with(run)]
     return {problem.key: problem.message for problem in found}
 
 

@@ -19,6 +19,7 @@ from lorakit.models.stable_diffusion.parts import StoredModel
 if TYPE_CHECKING:
     import torch
 
+    from lorakit.config.sections import TrainConfig
     from lorakit.models.noise import Prediction
     from lorakit.models.protocol import DiffusionModel
     from lorakit.models.stable_diffusion.model import Variant
@@ -73,6 +74,11 @@ class StableDiffusionConfig(ModelFamilyConfig):
         merging = Merging([MergedFile(path, next(multipliers)) for path in self.base_weights])
         variant = evolve(self.variant(prediction), no_half_vae=self.no_half_vae)
         return StableDiffusion(stored, variant, device, dtype, merging=merging)
+
+    def warnings_with(self, config: TrainConfig) -> Iterator[Problem]:
+        """A VAE in full precision in a run that has no other."""
+        if self.no_half_vae and config.training.mixed_precision == "no":
+            yield Problem("no_half_vae", "has no effect without training.mixed_precision")
 
     def variant(self, prediction: Prediction) -> Variant:
         """How this family's models are run, and what LoRA files call them."""
