@@ -37,14 +37,14 @@ ABOUT_TEXTS = {"kohya", "config", "docs"}
 
 
 @cache
-def tests_of_runs() -> str:
+def sources_of_runs() -> str:
     """The source of all tests but those that read and write configs."""
     files = [*(ROOT / "tests").rglob("test_*.py"), *(ROOT / "plugins").rglob("test_*.py")]
     return "\n".join(path.read_text(encoding="utf-8") for path in files if not ABOUT_TEXTS & set(path.parts))
 
 
 @cache
-def tests_of_conversions() -> str:
+def sources_of_conversions() -> str:
     """The source of the tests of conversions, but for those that go through the table."""
     files = [path for path in Path(__file__).parent.glob("test_*.py") if path.stem != "test_options"]
     return "\n".join(path.read_text(encoding="utf-8") for path in files)
@@ -55,10 +55,10 @@ def test_options_that_work_are_tested(name: str) -> None:
     """A test of what an option acts on names its key; one that picks a component is in a test of conversions."""
     key = OPTIONS[name].key.partition(" = ")[0].rpartition(".")[2]
     if key in PICKING:
-        assert re.search(rf"--{name}\b", tests_of_conversions())
+        assert re.search(rf"--{name}\b", sources_of_conversions())
     else:
         here = Path(__file__).read_text(encoding="utf-8")
-        assert re.search(rf"\b{key}\b", tests_of_runs()) or f"--{name}" in here
+        assert re.search(rf"\b{key}\b", sources_of_runs()) or f"--{name}" in here
 
 
 Configure = Callable[..., TrainConfig]
