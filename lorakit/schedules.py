@@ -6,6 +6,7 @@ learning rate 0, and step w is the first with the whole one. Without a warm-up, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,14 @@ def problem_of_length(key: str, length: float) -> Iterator[Problem]:
     """Says so if a length is neither whole steps nor a share."""
     if length > 1 and length % 1:
         yield Problem(key, f"must be whole steps, or a share below 1, not {length}")
+
+
+def half_waves(progress: float, count: int = 1, lowest: float = 0.0) -> float:
+    """A cosine that falls from 1 to m as `progress` goes from 0 to 1, and rises again in every second half wave.
+
+    m + (1 − m)·½(1 + cos π·n·progress), with m for `lowest` and n for `count`.
+    """
+    return lowest + (1.0 - lowest) * 0.5 * (1.0 + math.cos(math.pi * count * progress))
 
 
 @frozen(kw_only=True)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 from attrs import frozen
 
 from lorakit import hookimpl
 from lorakit.components import LRSchedulerConfig
-from lorakit.schedules import WarmupConfig
+from lorakit.schedules import WarmupConfig, half_waves
 
 
 @frozen(kw_only=True)
@@ -19,7 +17,7 @@ class CosineConfig(WarmupConfig):
 
     def factor(self, progress: float, lr: float) -> float:  # noqa: ARG002
         """½(1 + cos π·progress)."""
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
+        return half_waves(progress)
 
 
 @hookimpl

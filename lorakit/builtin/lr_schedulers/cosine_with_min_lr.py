@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
 from lorakit.components import LRSchedulerConfig
-from lorakit.schedules import WarmupConfig
+from lorakit.schedules import WarmupConfig, half_waves
 
 
 @frozen(kw_only=True)
@@ -25,8 +23,7 @@ class CosineWithMinLRConfig(WarmupConfig):
 
     def factor(self, progress: float, lr: float) -> float:  # noqa: ARG002
         """Factor m + (1 − m)·½(1 + cos π·n·progress), with m for `min_lr_ratio` and n for `num_cycles`."""
-        wave = 0.5 * (1.0 + math.cos(math.pi * self.num_cycles * progress))
-        return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * wave
+        return half_waves(progress, self.num_cycles, self.min_lr_ratio)
 
 
 @hookimpl

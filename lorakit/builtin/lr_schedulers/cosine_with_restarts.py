@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
 from lorakit.components import LRSchedulerConfig
-from lorakit.schedules import WarmupConfig
+from lorakit.schedules import WarmupConfig, half_waves
 
 
 @frozen(kw_only=True)
@@ -25,7 +23,7 @@ class CosineWithRestartsConfig(WarmupConfig):
         """½(1 + cos π·p), with p the progress within the cycle; 0 at the end of the run."""
         if progress >= 1:
             return 0.0
-        return 0.5 * (1.0 + math.cos(math.pi * (self.num_cycles * progress % 1)))
+        return half_waves(self.num_cycles * progress % 1)
 
 
 @hookimpl

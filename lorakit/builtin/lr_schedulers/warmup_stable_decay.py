@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 from attrs import field, frozen
@@ -11,7 +10,7 @@ from attrs import validators as v
 from lorakit import hookimpl
 from lorakit.components import LRSchedulerConfig
 from lorakit.errors import Problem
-from lorakit.schedules import WarmupConfig, problem_of_length, whole_steps
+from lorakit.schedules import WarmupConfig, half_waves, problem_of_length, whole_steps
 
 
 @frozen(kw_only=True)
@@ -37,8 +36,7 @@ class WarmupStableDecayConfig(WarmupConfig):
 
         def factor(step: int) -> float:
             progress = min(1.0, max(0, step - start) / max(1, decay))
-            wave = 0.5 * (1.0 + math.cos(math.pi * self.num_cycles * progress))
-            return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * wave
+            return half_waves(progress, self.num_cycles, self.min_lr_ratio)
 
         return factor
 
