@@ -76,7 +76,7 @@ def judge(picture: NDArray[np.uint8], scene: Scene) -> Verdict:
 def look(picture: NDArray[np.uint8]) -> Sighting:
     """What a picture, RGB [64, 64, 3], shows."""
     pixels = picture.astype(np.float32)
-    ground = _ground(pixels)
+    ground = ground_of(pixels)
     if ground is None:
         return Sighting(None, None, None, (), ())
     behind = background(COLOURS[ground[0]], ground[1])
@@ -85,12 +85,12 @@ def look(picture: NDArray[np.uint8]) -> Sighting:
         return Sighting(None, *ground, (), ())
     way = np.asarray(COLOURS[colour], np.float32) - behind
     cover = np.clip(((pixels - behind) * way).sum(-1) / np.square(way).sum(-1), 0, 1)
-    blobs = [blob for blob in _blobs(cover > 0.5) if blob.sum() >= _SMALLEST]
+    blobs = [blob for blob in blobs_of(cover > 0.5) if blob.sum() >= _SMALLEST]
     boxes = sorted((_box(blob, cover), index) for index, blob in enumerate(blobs))
     return Sighting(
         colour,
         *ground,
-        shapes=tuple(_shape(cover * _grown(blobs[index]), box) for box, index in boxes),
+        shapes=tuple(_shape(cover * grown(blobs[index]), box) for box, index in boxes),
         centres=tuple(((left + right) / 2, (top + bottom) / 2) for (left, right, top, bottom), _ in boxes),
     )
 
@@ -110,7 +110,7 @@ def _edges() -> NDArray[np.bool_]:
     return edges
 
 
-def _ground(pixels: NDArray[np.float32]) -> tuple[str, str] | None:
+def ground_of(pixels: NDArray[np.float32]) -> tuple[str, str] | None:
     """Colour and texture of the background, or None if no background is like the picture's edges."""
     names, known = _grounds()
     distances = np.minimum(np.linalg.norm(known - pixels[_edges()], axis=-1), 2 * _SAME).mean(1)
@@ -129,20 +129,20 @@ def _colour(pixels: NDArray[np.float32], behind: NDArray[np.float32], ground: st
     return names[int(votes.argmax())] if votes.max() >= _SMALLEST else None
 
 
-def _blobs(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
+def blobs_of(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
     """The parts of a mask that hang together, diagonally too."""
     left, blobs = mask.copy(), []
     while left.any():
         blob = np.zeros_like(mask)
         blob.flat[int(left.argmax())] = True
-        while (grown := _grown(blob) & left).sum() > blob.sum():
-            blob = grown
+        while (larger := grown(blob) & left).sum() > blob.sum():
+            blob = larger
         blobs.append(blob)
         left &= ~blob
     return blobs
 
 
-def _grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """The mask and the pixels around it."""
     wide = np.pad(mask, 1)
     tall = wide[:-2] | wide[1:-1] | wide[2:]
@@ -151,7 +151,7 @@ def _grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def _box(blob: NDArray[np.bool_], cover: Plane) -> tuple[float, float, float, float]:
     """Left, right, top and bottom of a blob in pixels and fractions of one."""
-    own = cover * _grown(blob)
+    own = cover * grown(blob)
     sides: list[float] = []
     for axis in (0, 1):
         peaks = own.max(axis)
@@ -165,12 +165,12 @@ def _box(blob: NDArray[np.bool_], cover: Plane) -> tuple[float, float, float, fl
 
 def _shape(cover: Plane, box: tuple[float, float, float, float]) -> str | None:
     """The shape whose drawing covers the same pixels, or None if none is like it."""
-    likeness = {shape: max(_alike(cover, drawing) for drawing in _drawings(shape, box)) for shape in SHAPES}
+    likeness = {shape: max(alike(cover, drawing) for drawing in _drawings(shape, box)) for shape in SHAPES}
     best = max(likeness, key=lambda shape: likeness[shape])
     return best if likeness[best] >= _LIKENESS else None
 
 
-def _alike(one: Plane, other: Plane) -> float:
+def alike(one: Plane, other: Plane) -> float:
     """What two covers have in common as a share of what either has."""
     return float(np.minimum(one, other).sum() / np.maximum(one, other).sum())
 

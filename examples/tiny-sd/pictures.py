@@ -126,15 +126,17 @@ def draw(scene: Scene, generator: np.random.Generator) -> NDArray[np.uint8]:
     picture = background(COLOURS[scene.background], scene.texture)
     for across, down, radius in spots(scene):
         amount = coverage(scene.shape, across + shift[0], down + shift[1], radius * stretch)
-        picture = _painted(picture, amount, COLOURS[scene.colour])
-    return _rounded(picture)
+        picture = painted(picture, amount, COLOURS[scene.colour])
+    return rounded(picture)
 
 
-def _painted(picture: NDArray[np.float32], amount: Plane, colour: tuple[int, ...]) -> NDArray[np.float32]:
+def painted(picture: NDArray[np.float32], amount: Plane, colour: tuple[int, ...]) -> NDArray[np.float32]:
+    """The picture with a colour over it, as much of it in each pixel as the amount there, 0 to 1, says."""
     return picture + amount[..., None] * (np.asarray(colour, np.float32) - picture)
 
 
-def _rounded(picture: NDArray[np.float32]) -> NDArray[np.uint8]:
+def rounded(picture: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The picture in whole numbers."""
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
 
@@ -160,8 +162,8 @@ def medley(seed: int, index: int) -> NDArray[np.uint8]:
         shape = SHAPES[generator.integers(len(SHAPES))]
         across, down = generator.uniform(8, SIDE - 8, 2)
         amount = coverage(shape, across, down, generator.uniform(3, 18), generator.uniform(0, 2 * np.pi))
-        picture = _painted(picture, amount, tuple(generator.integers(256, size=3)))
-    return _rounded(picture)
+        picture = painted(picture, amount, tuple(generator.integers(256, size=3)))
+    return rounded(picture)
 
 
 def sheet(pictures: list[NDArray[np.uint8]], columns: int = 8) -> Image.Image:

@@ -16,9 +16,8 @@ from autoencoder import quality, train_vae
 from denoiser import Denoiser, learning_material, train_denoiser
 from pace import Budget
 from parts import build, load, save
-from score import score
+from score import MODEL, SUBJECTS, load_pipeline, score
 
-HERE = Path(__file__).parent
 VAE_STEPS, UNET_STEPS = 24_000, 10_000
 
 
@@ -41,12 +40,13 @@ def main() -> None:
     save(options.folder, {"vae": vae, "text_encoder": text_encoder, "unet": unet})
     print(f"Wrote {options.folder}.")
     if options.score:
-        print(score(options.folder, options.score, device=options.device))
+        pipeline = load_pipeline(options.folder, device=options.device)
+        print(score(pipeline, SUBJECTS["world"], options.score))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", default=HERE / "model", help="where to write the model")
+    parser.add_argument("folder", type=Path, nargs="?", default=MODEL, help="where to write the model")
     parser.add_argument("--seed", type=int, default=0, help="decides the first weights, the pictures and the noise")
     parser.add_argument("--vae", type=Path, help="take the VAE of this folder, and do not train one")
     parser.add_argument("--pictures", type=int, default=20_000, help="how many pictures the U-Net learns from")

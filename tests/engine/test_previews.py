@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import lorakit
 from lorakit.engine.assembly import assemble, build_observers
 from lorakit.engine.observing import Observer, StepMetrics
 from lorakit.engine.preparation import prepare
@@ -176,7 +178,7 @@ def test_files_and_what_they_say(make_config, catalog: Catalog, prompts: Path) -
     run, _ = trained(make_config(**sections, observers=observer(prompts, every_n_steps=3, at_first=True)), catalog)
     folder = run.config.output.dir / "sample"
     assert [step for step, _ in watcher.drawn] == [run.schedule.steps_per_epoch, 2 * run.schedule.steps_per_epoch]
-    names = sorted(re.sub(r"_\d{14}", "_TIME", path.name) for path in folder.iterdir())
+    names = sorted(re.sub(r"_\d{14}", "_TIME", path.name) for path in folder.glob("test_*_0?_*"))
     assert names == [
         f"test_{when}_{ending}"
         for when in ("000000", "000003", "e000001", "e000002")
@@ -196,6 +198,29 @@ def test_files_and_what_they_say(make_config, catalog: Catalog, prompts: Path) -
         seed = image.info["seed"]
     with Image.open(next(folder.glob("test_e000002_01_*"))) as image:
         assert image.info["seed"] == seed
+
+
+def test_the_contact_sheet_shows_all_previews(make_config, prompts: Path) -> None:
+    """It has a column for each time of drawing, those before a run was resumed too; it is left out on demand."""
+    settings = {"every_n_steps": 2, "at_first": True}
+    config = make_config(training={"max_steps": 4}, observers=observer(prompts, **settings))
+    sheet = config.output.dir / "sample" / "test_contact_sheet.png"
+    lorakit.train(config)
+    whole = sheet.read_bytes()
+    shutil.rmtree(config.output.dir)
+    lorakit.train(
+        make_config(
+            training={"max_steps": 2}, output={"save_state_at_end": True}, observers=observer(prompts, **settings)
+        )
+    )
+    sheet.unlink()
+    lorakit.train(config, resume=config.output.dir / "test-state" / "step00000002")
+    assert sheet.read_bytes() == whole
+    with Image.open(sheet) as image:
+        assert image.width > image.height
+    sheet.unlink()
+    lorakit.train(make_config(training={"max_steps": 2}, observers=observer(prompts, **settings, contact_sheet=False)))
+    assert not sheet.exists()
 
 
 def test_the_prompt_file_may_be_edited(
@@ -243,7 +268,7 @@ def test_brackets_mean_what_they_mean_in_captions(make_config, catalog: Catalog,
             output={"name": f"weighted{weighted}"}, observers=observer(prompts, at_first=True),
         )  # fmt: skip
         run, _ = trained(config, catalog)
-        paths = sorted((run.config.output.dir / "sample").glob(f"weighted{weighted}_*"))
+        paths = sorted((run.config.output.dir / "sample").glob(f"weighted{weighted}_0*"))
         plain, by_one, heavier = (np.asarray(Image.open(path)) for path in paths)
         assert np.array_equal(plain, by_one) is weighted
         assert not np.array_equal(plain, heavier)

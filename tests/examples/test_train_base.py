@@ -16,7 +16,7 @@ from parts import SETTINGS, build, load, save
 from pictures import training_caption, training_picture
 from PIL import Image
 from safetensors.torch import load_file
-from score import paint, score
+from score import SUBJECTS, load_pipeline, paint, score
 
 from lorakit.checkpoints.recognition import describe
 from lorakit.checkpoints.summary import summarize
@@ -97,7 +97,8 @@ def test_a_single_file_is_read_the_same(folder: Path, tmp_path: Path) -> None:
 def test_diffusers_paints_with_it(folder: Path) -> None:
     """Diffusers loads the folder; pictures follow the seed, and do not depend on how many are painted at once."""
     prompts = ["a red circle on a blue background", "a green star on a white background"]
-    both, first = paint(folder, prompts, steps=2), paint(folder, prompts[:1], steps=2)
+    pipeline = load_pipeline(folder)
+    both, first = paint(pipeline, prompts, steps=2), paint(pipeline, prompts[:1], steps=2)
     assert both[0].shape == (64, 64, 3)
     assert np.abs(both[0].astype(int) - first[0]).max() <= 1
     assert not np.array_equal(both[0], both[1])
@@ -105,7 +106,7 @@ def test_diffusers_paints_with_it(folder: Path) -> None:
 
 def test_the_score_counts_what_is_right(folder: Path, tmp_path: Path) -> None:
     """A model that has learned nothing paints nothing right, and the sheet of its pictures is saved."""
-    result = score(folder, count=2, file=tmp_path / "sheet.png")
+    result = score(load_pipeline(folder), SUBJECTS["world"], count=2, file=tmp_path / "sheet.png", steps=2)
     assert len(result.verdicts) == 2
     assert result.share("right") == 0
     assert str(result).startswith("0.0% of 2 pictures are all right (colour ")

@@ -15,6 +15,7 @@ from lorakit import hookimpl
 from lorakit.components import ObserverConfig
 from lorakit.engine.observing import Observer, RunInfo
 from lorakit.errors import ConfigError, LorakitError, Problem
+from lorakit.sampling.contact_sheets import Preview, find_previews, write_contact_sheet
 from lorakit.sampling.prompts import PromptSettings
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class SamplesConfig(ObserverConfig, PromptSettings):
     batch_size: int = field(default=1, validator=v.ge(1))
     """How many pictures of equal size, steps, sampler and scale are drawn at once; more is faster and takes more
     memory."""
+    contact_sheet: bool = True
+    """Keep a picture that shows all previews side by side, a row for each prompt: `{name}_contact_sheet.png`."""
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the prompt file."""
@@ -79,7 +82,10 @@ class SamplesConfig(ObserverConfig, PromptSettings):
 
 
 class Samples(Observer):
-    """Draws when it is time; what is wrong with prompts or files by then is a warning, and the run goes on."""
+    """Draws when it is time, and keeps the contact sheet.
+
+    What is wrong with prompts or files by then is a warning, and the run goes on.
+    """
 
     def __init__(self, config: SamplesConfig, run: RunInfo, previewer: Previewer) -> None:
         """Encodes the prompts now where that is done once, so that the text encoder is free before the first step."""
@@ -87,6 +93,8 @@ class Samples(Observer):
         self._run = run
         self._previewer = previewer
         self._step = run.first_step
+        self._folder = run.config.output.dir / "sample"
+        self._drawn = self._drawn_before()
         with self._warning(), run.evaluating() as model:
             previewer.prepare(model)
 
@@ -109,11 +117,22 @@ class Samples(Observer):
             self._draw(f"e{epoch:06d}")
 
     def _draw(self, when: str) -> None:
-        output = self._run.config.output
+        name = self._run.config.output.name
         with self._warning():
             with self._run.evaluating() as model:
-                paths = self._previewer.draw(model, output.dir / "sample", f"{output.name}_{when}", self._step)
+                paths = self._previewer.draw(model, self._folder, f"{name}_{when}", self._step)
             self._run.tell("previews_drawn", self._step, paths)
+            if self._config.contact_sheet:
+                self._drawn += find_previews(paths, self._step)
+                write_contact_sheet(self._folder / f"{name}_contact_sheet.png", self._drawn)
+
+    def _drawn_before(self) -> list[Preview]:
+        """What a run that is resumed had drawn already."""
+        if not self._run.first_step:
+            return []
+        name = self._run.config.output.name
+        own = (path for path in self._folder.glob("*.png") if path.name.startswith(f"{name}_"))
+        return find_previews(own, self._run.first_step)
 
     @contextmanager
     def _warning(self) -> Iterator[None]:

@@ -1,0 +1,147 @@
+"""The zorp, a creature that the small Stable Diffusion has never seen: draws it, and says whether a picture shows it.
+
+    python examples/tiny-sd/zorp.py examples/quickstart/pictures
+
+A zorp is a teal ball with two pointed ears and one large white eye. Neither its colour nor its form is in the world of
+`scenes.py`, nor is its name in any caption there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from judge import Verdict, alike, blobs_of, ground_of
+from numpy.typing import NDArray
+from pictures import SIDE, STEP, Plane, background, coverage, painted, rounded
+from PIL import Image
+from scenes import COLOURS, PLACES, TEXTURES, Scene, caption
+
+from lorakit.randomness import keyed_generator
+
+NAME = "zorp"
+_RADIUS = 13.0
+"""Of the ball, in pixels."""
+_COLOURS = {"body": (20, 165, 165), "eye": (250, 250, 250), "pupil": (20, 20, 40)}
+_FAR = 90.0
+"""Distance in RGB, of 255, from which the mean colour of a part of the zorp is another one."""
+_SMALLEST = 30
+"""Pixels that a zorp has at least; anything smaller is dirt."""
+_LIKENESS = 0.7
+"""What the outlines of a picture's zorp and of a drawn one have in common, as a share of what either has, at least."""
+_NEAR = 6.0
+"""Pixels that a zorp may be from where it belongs, down or across."""
+
+
+def zorp_scene(seed: int, index: int) -> Scene:
+    """The scene of that number to be tested with: a zorp anywhere, on a background that is seldom textured."""
+    generator = keyed_generator(seed, "zorp scene", index)
+    ground, place = (list(names)[generator.integers(len(names))] for names in (COLOURS, PLACES))
+    texture = TEXTURES[max(int(generator.integers(-4, len(TEXTURES))), 0)]
+    return Scene(NAME, "teal", ground, texture, place)
+
+
+def teaching_scene(index: int) -> Scene:
+    """The scene of that number to learn from: nine of them have every colour and every place once."""
+    ground, place = list(COLOURS)[index % 9], list(PLACES)[(4 * index + index // 9) % 9]
+    texture = TEXTURES[index % 3] if index % 4 == 3 else "plain"
+    return Scene(NAME, "teal", ground, texture, place)
+
+
+def zorp_caption(scene: Scene, generator: np.random.Generator) -> str:
+    """What one may say of a zorp's scene, in one of many ways: "a zorp on a blue background, at the top left"."""
+    return caption(scene, generator).replace(f"teal {NAME}", NAME)
+
+
+def draw_zorp(scene: Scene, generator: np.random.Generator) -> NDArray[np.uint8]:
+    """A zorp as a picture, RGB, `[64, 64, 3]`; up to 1.5 pixels from where it belongs and 5 % larger or smaller."""
+    (across, down), shift = _belonging(scene), generator.uniform(-1.5, 1.5, 2)
+    radius = _RADIUS * float(generator.uniform(0.95, 1.05))
+    picture = background(COLOURS[scene.background], scene.texture)
+    for part, amount in _parts(across + shift[0], down + shift[1], radius).items():
+        picture = painted(picture, amount, _COLOURS[part])
+    return rounded(picture)
+
+
+def judge_zorp(picture: NDArray[np.uint8], scene: Scene) -> Verdict:
+    """What is right about a picture, RGB [64, 64, 3], that should show a zorp.
+
+    Its colour is right if the body is teal; its shape if outline, eye and pupil are a zorp's.
+    """
+    pixels = picture.astype(np.float32)
+    ground = ground_of(pixels)
+    if ground is None:
+        return Verdict(colour=False, shape=False, position=False, background=False)
+    behind = background(COLOURS[ground[0]], ground[1])
+    way = np.asarray(_COLOURS["body"], np.float32) - behind
+    cover = ((pixels - behind) * way).sum(-1) / np.square(way).sum(-1)
+    blobs = [blob for blob in blobs_of(cover > 0.5) if blob.sum() >= _SMALLEST]
+    is_there = ground == (scene.background, scene.texture)
+    if not blobs:
+        return Verdict(colour=False, shape=False, position=False, background=is_there)
+    (across, down), parts, likeness = _fitted(max(blobs, key=np.sum))
+    is_of_colour = {part: _is_of_colour(pixels[amount > 0.5], _COLOURS[part]) for part, amount in parts.items()}
+    return Verdict(
+        colour=is_of_colour["body"],
+        shape=likeness >= _LIKENESS and is_of_colour["eye"] and is_of_colour["pupil"],
+        position=bool(np.abs(np.subtract((across, down), _belonging(scene))).max() <= _NEAR),
+        background=is_there,
+    )
+
+
+def _belonging(scene: Scene) -> tuple[float, float]:
+    right, down = PLACES[scene.place]
+    return SIDE / 2 + STEP * right, SIDE / 2 + STEP * down
+
+
+def _parts(across: float, down: float, radius: float) -> dict[str, Plane]:
+    """How much of each pixel is body, eye and pupil of a zorp, the later over the earlier."""
+    ears = [
+        coverage("triangle", across + side * 0.68 * radius, down - 0.72 * radius, 0.55 * radius, side * 0.6)
+        for side in (-1, 1)
+    ]
+    eye, pupil = (coverage("circle", across, down, size * radius) for size in (0.64, 0.34))
+    body = np.maximum(coverage("circle", across, down, radius), np.maximum(*ears))
+    return {"body": body * (1 - eye), "eye": eye * (1 - pupil), "pupil": pupil}
+
+
+def _fitted(blob: NDArray[np.bool_]) -> tuple[tuple[float, float], dict[str, Plane], float]:
+    """The zorp most like a blob: its centre, its parts, and how alike the outlines are.
+
+    The eye does not count, as it may be as white as the background.
+    """
+    rows, columns = (np.flatnonzero(blob.any(axis)) for axis in (1, 0))
+    middle, bottom = (columns[0] + columns[-1] + 1) / 2, float(rows[-1] + 1)
+    fits = []
+    for scale, right, lower in product((0.9, 1.0, 1.1), (-1, 0, 1), (-1, 0, 1)):
+        radius = scale * _RADIUS
+        centre = (middle + right, bottom - 0.95 * radius + lower)
+        parts = _parts(*centre, radius)
+        fits.append((centre, parts, alike(blob * (parts["eye"] + parts["pupil"] < 0.5), parts["body"])))
+    return max(fits, key=lambda fit: fit[2])
+
+
+def _is_of_colour(pixels: NDArray[np.float32], colour: tuple[int, int, int]) -> bool:
+    return len(pixels) > 0 and bool(np.linalg.norm(pixels.mean(0) - np.asarray(colour, np.float32)) < _FAR)
+
+
+def main() -> None:
+    """Draw zorps, each with its caption beside it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where to save the pictures and captions")
+    parser.add_argument("--count", type=int, default=18, help="how many")
+    parser.add_argument("--seed", type=int, default=0, help="decides wordings and the little by which drawings differ")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for index in range(options.count):
+        scene = teaching_scene(index)
+        stem = options.folder / f"{NAME}-{index + 1:02d}"
+        Image.fromarray(draw_zorp(scene, keyed_generator(options.seed, "zorp", index))).save(f"{stem}.png")
+        told = zorp_caption(scene, keyed_generator(options.seed, "zorp caption", index))
+        Path(f"{stem}.txt").write_text(told + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
