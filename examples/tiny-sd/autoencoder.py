@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pace import Average, Budget, set_rate
-from pictures import draw, medley, training_picture
+from pictures import draw, medley, toy, training_picture
 from scenes import held_out_scene
 from torch import Tensor, nn
 
 from lorakit.randomness import derived_seed, keyed_generator
+
+Course = Sequence[Callable[[int, int], NDArray[np.uint8]]]
+"""What draws the pictures to learn from, given a seed and a number, by turns."""
+
+COURSES: tuple[Course, ...] = (
+    (medley, training_picture, training_picture, training_picture),
+    (medley, training_picture, toy, toy),
+)
+"""First what is asked for most, then more of everything, so that the VAE can show what the world does not have."""
 
 SCALING = 0.18215
 """What Stable Diffusion multiplies latents by to make their deviation 1."""
@@ -21,8 +32,10 @@ def as_tensor(pictures: list[NDArray[np.uint8]]) -> Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
-def train_vae(vae: nn.Module, budget: Budget, seed: int, batch: int = 8, peak: float = 1.5e-3) -> None:
-    """Train the VAE on pictures of scenes, three to each medley, and leave the mean of its weights in it.
+def train_vae(
+    vae: nn.Module, budget: Budget, seed: int, course: Course = COURSES[0], batch: int = 8, peak: float = 1.5e-3
+) -> None:
+    """Train the VAE on the pictures of a course, and leave the mean of its weights in it.
 
     The loss is the mean over pictures of the root mean square error, so that a picture that is easy to paint counts as
     much as one that is not, and some KL divergence. Ends with latents of mean 0 and deviation 1 / 0.18215.
@@ -30,7 +43,7 @@ def train_vae(vae: nn.Module, budget: Budget, seed: int, batch: int = 8, peak: f
     optimizer = torch.optim.AdamW(vae.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-4)
     average, device = Average(vae), next(vae.parameters()).device
     while budget.progress() < 1:
-        pictures = as_tensor(_pictures(seed, budget.done * batch, batch)).to(device)
+        pictures = as_tensor(_pictures(course, seed, budget.done * batch, batch)).to(device)
         set_rate(optimizer, peak, budget)
         loss = _loss(vae, pictures, derived_seed(seed, "VAE noise", budget.done))
         optimizer.zero_grad()
@@ -42,12 +55,12 @@ def train_vae(vae: nn.Module, budget: Budget, seed: int, batch: int = 8, peak: f
         if budget.is_time_to_tell():
             print(f"VAE: {budget}, loss {loss.item():.4f}, {quality(vae):.1f} dB", flush=True)
     average.apply()
-    normalise(vae, seed)
+    normalise(vae, seed, course)
 
 
-def _pictures(seed: int, first: int, count: int) -> list[NDArray[np.uint8]]:
-    """Pictures of which every fourth one is a medley."""
-    return [(training_picture if index % 4 else medley)(seed, index) for index in range(first, first + count)]
+def _pictures(course: Course, seed: int, first: int, count: int) -> list[NDArray[np.uint8]]:
+    """The pictures of a course from a number on."""
+    return [course[index % len(course)](seed, index) for index in range(first, first + count)]
 
 
 def _loss(vae: nn.Module, pictures: Tensor, seed: int) -> Tensor:
@@ -80,13 +93,13 @@ def latents_of(vae: nn.Module, pictures: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def normalise(vae: nn.Module, seed: int) -> None:
+def normalise(vae: nn.Module, seed: int, course: Course = COURSES[0]) -> None:
     """Fold each latent channel's mean and deviation into the 1×1 convolutions on both sides of the latents.
 
     They then have the scale of Stable Diffusion's, whose factor single files take for granted.
     """
     device = next(vae.parameters()).device
-    latents = latents_of(vae, as_tensor(_pictures(seed, 0, 512)).to(device)) / SCALING
+    latents = latents_of(vae, as_tensor(_pictures(course, seed, 0, 512)).to(device)) / SCALING
     mean, scale = latents.mean((0, 2, 3)), latents.std((0, 2, 3)) * SCALING
     into, out_of = vae.quant_conv, vae.post_quant_conv
     into.bias[:4] = (into.bias[:4] - mean) / scale

@@ -1,4 +1,4 @@
-"""Examines a LoRA of the quick start: has it learned what a zorp is, and nothing else?
+"""Examines whether a LoRA of the quick start has learned what a zorp is, and nothing else.
 
     python examples/tiny-sd/examine.py examples/quickstart/out/zorp.safetensors
 

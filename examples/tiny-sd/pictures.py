@@ -166,6 +166,34 @@ def medley(seed: int, index: int) -> NDArray[np.uint8]:
     return rounded(picture)
 
 
+def toy(seed: int, index: int) -> NDArray[np.uint8]:
+    """A picture of a toy anywhere: a body with or without ears, with one eye or two, all of any colour and size.
+
+    The VAE learns from these that one thing may have several colours.
+    """
+    generator = keyed_generator(seed, "toy", index)
+    across, down = generator.uniform(14, SIDE - 14, 2)
+    radius = generator.uniform(10, 15)
+    ground, colour = generator.integers(256, size=(2, 3))
+    if generator.integers(2):
+        ground = np.asarray(list(COLOURS.values())[generator.integers(len(COLOURS))])
+    picture = background(tuple(ground), TEXTURES[max(int(generator.integers(-4, len(TEXTURES))), 0)])
+    ears = (None, "triangle", "circle")[generator.integers(3)]
+    body = coverage(SHAPES[generator.integers(len(SHAPES))], across, down, radius)
+    for side in (-1, 1) if ears else ():
+        where, size = (across + side * 0.68 * radius, down - 0.72 * radius), generator.uniform(0.4, 0.6) * radius
+        body = np.maximum(body, coverage(str(ears), *where, size, side * 0.6))
+    picture = painted(picture, body, tuple(colour))
+    apart, eye = ((0.0, 0.64), (0.42, 0.36))[generator.integers(2)]
+    pupil = generator.uniform(0.45, 0.6) * eye
+    white, black = generator.integers(190, 256, 3), generator.integers(70, size=3)
+    for side in (-1, 1) if apart else (1,):
+        for size, shade in ((eye, white), (pupil, black)):
+            amount = coverage("circle", across + side * apart * radius, down, size * radius)
+            picture = painted(picture, amount, tuple(shade))
+    return rounded(picture)
+
+
 def sheet(pictures: list[NDArray[np.uint8]], columns: int = 8) -> Image.Image:
     """Pictures side by side in rows, 4 pixels apart."""
     rows = -(-len(pictures) // columns)

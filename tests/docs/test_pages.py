@@ -146,7 +146,11 @@ def test_wrong_config_blocks_are_noticed(tmp_path: Path) -> None:
 def test_examples_are_valid(example: Path, tmp_path: Path) -> None:
     """An example's config is read from its file without a problem or a warning."""
     text = example.read_text(encoding="utf-8")
-    with_files(tomllib.loads(text), tmp_path)
+    tables = tomllib.loads(text)
+    if (example.parent / tables["model"]["path"]).exists():
+        assert not list(read_config(example).warnings())
+        return
+    with_files(tables, tmp_path)
     copy = tmp_path / "config.toml"
     copy.write_text(text, encoding="utf-8")
     assert not list(read_config(copy).warnings())

@@ -6,7 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from pictures import SIDE, coverage, medley, training_caption, training_picture
+from pictures import SIDE, coverage, medley, toy, training_caption, training_picture
 from scenes import (
     COLOURS,
     PLACES,
@@ -86,7 +86,8 @@ def test_pictures_depend_on_seed_and_number_alone() -> None:
     assert len({picture.tobytes() for picture in forwards}) == 10
     assert not np.array_equal(training_picture(1, 0), forwards[0])
     assert np.array_equal(medley(0, 4), medley(0, 4))
-    assert forwards[0].shape == medley(0, 0).shape == (SIDE, SIDE, 3)
+    assert np.array_equal(toy(0, 4), toy(0, 4))
+    assert forwards[0].shape == medley(0, 0).shape == toy(0, 0).shape == (SIDE, SIDE, 3)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,157 @@
+"""Whether LoRAs learn what they should, and nothing else: the quick start, trained in every way.
+
+    python benchmarks/learning.py                    # all of it: a few hours on two cores
+    python benchmarks/learning.py adamw lion         # some optimizers
+
+Each run is `lorakit train examples/quickstart/config.toml` with another network, optimizer, precision or choice of
+parts, in a process of its own; `examples/tiny-sd/examine.py` examines its file. Reports are kept in the work folder, so
+a run that was broken off goes on where it was. Prints a table, and ends with status 1 if a LoRA failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+
+from attrs import asdict, frozen
+
+ROOT = Path(__file__).parents[1]
+SMALLER_MODEL = 20
+"""How many times the learning rate of a full-size model the small one takes. Its layers are narrower."""
+RATES = {
+    "adamw": 1e-4, "adamw8bit": 1e-4, "pagedadamw": 1e-4, "pagedadamw8bit": 1e-4, "pagedadamw32bit": 1e-4,
+    "lion": 2e-5, "lion8bit": 2e-5, "pagedlion8bit": 2e-5, "adafactor": 1e-4,
+    "sgdnesterov": 1.0, "sgdnesterov8bit": 1.0,
+}  # fmt: skip
+"""Learning rates that `docs/how-to/optimizers.md` recommends for a full-size model."""
+ADAPTIVE = (
+    "dadaptation", "dadaptadagrad", "dadaptadam", "dadaptadan", "dadaptadanip", "dadaptlion", "dadaptsgd",
+)  # fmt: skip
+"""Optimizers that find the learning rate, for a model of any size."""
+PARTS = {"U-Net": ["unet"], "U-Net and text encoder": ["unet", "text_encoder"]}
+
+
+@frozen
+class Lesson:
+    """One way to train the quick start."""
+
+    optimizer: str
+    network: str = "lierla"
+    precision: str = "no"
+    parts: str = "U-Net"
+
+    @property
+    def name(self) -> str:
+        """A name for files."""
+        return "-".join([self.optimizer, self.network, self.precision, *PARTS[self.parts]])
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return 1.0 if self.optimizer in ADAPTIVE else RATES[self.optimizer] * SMALLER_MODEL
+
+    def settings(self, folder: Path) -> Iterator[str]:
+        """What differs from the quick start's config, as `--set` takes it."""
+        yield f"network.name={self.network}"
+        yield f"network.parts={json.dumps(PARTS[self.parts])}"
+        yield f"optimizer.name={self.optimizer}"
+        yield f"optimizer.lr={self.rate}"
+        yield f"training.mixed_precision={self.precision}"
+        yield f"output.dir={folder / self.name}"
+        yield f"data.cache_dir={folder / f'cache-{self.precision}'}"
+        yield "observers=[]"
+
+
+@frozen
+class Outcome:
+    """What `examine.py` found."""
+
+    zorps: list[float]
+    """Share of zorps where they were asked for, at strengths 0, 0.5 and 1."""
+    right: float
+    """Share of those that are right in place and background, too, at strength 1."""
+    others: list[float]
+    """Share of other pictures that are all right, at strengths 0 and 1."""
+    failures: list[str]
+
+
+def learned(lesson: Lesson, folder: Path, count: int) -> Outcome:
+    """Train and examine, unless that was done before."""
+    report = folder / f"{lesson.name}.json"
+    if not report.exists():
+        settings = [word for setting in lesson.settings(folder) for word in ("--set", setting)]
+        config = ROOT / "examples" / "quickstart" / "config.toml"
+        _run([sys.executable, "-m", "lorakit", "train", config, *settings])
+        file = folder / lesson.name / "zorp.safetensors"
+        found = _run([sys.executable, __file__, "--examine", file, "--count", str(count)])
+        report.write_text(found.splitlines()[-1])
+    return Outcome(**json.loads(report.read_text()))
+
+
+def _run(command: Sequence[str | Path]) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))}\n{done.stderr}")
+    return done.stdout
+
+
+def examined(file: Path, count: int) -> Outcome:
+    """What a LoRA has learned."""
+    sys.path.insert(0, str(ROOT / "examples" / "tiny-sd"))
+    from examine import Examiner
+
+    report = Examiner(count=count).examine(file)
+    return Outcome(
+        zorps=list(report.zorps.values()),
+        right=report.right,
+        others=list(report.others.values()),
+        failures=list(report.failures()),
+    )
+
+
+def table(lessons: Iterable[Lesson], outcomes: Iterable[Outcome]) -> Iterator[str]:
+    """The outcomes in Markdown."""
+    yield "| optimizer | learning rate | network | precision | trained | zorps at 0, 0.5, 1 | others before, after | |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for lesson, outcome in zip(lessons, outcomes, strict=True):
+        precision = "float32" if lesson.precision == "no" else lesson.precision
+        cells = [f"`{lesson.optimizer}`", f"{lesson.rate:g}", f"`{lesson.network}`", precision, lesson.parts]
+        cells += [", ".join(f"{share:.0%}" for share in shares) for shares in (outcome.zorps, outcome.others)]
+        yield "| " + " | ".join([*cells, "; ".join(outcome.failures) or "passed"]) + " |"
+
+
+def main() -> None:
+    """Train, examine and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("optimizers", nargs="*", choices=[*RATES, *ADAPTIVE, []], help="which; all without any")
+    parser.add_argument("--network", nargs="+", choices=("lierla", "c3lier"), default=["lierla", "c3lier"])
+    parser.add_argument("--precision", nargs="+", choices=("no", "bf16"), default=["no", "bf16"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--count", type=int, default=100, help="how many prompts of each kind to examine with")
+    parser.add_argument("--jobs", type=int, default=2, help="how many to train at once")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "lorakit-learning")
+    parser.add_argument("--examine", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.examine:
+        print(json.dumps(asdict(examined(options.examine, options.count))))
+        return
+    options.work.mkdir(parents=True, exist_ok=True)
+    names = options.optimizers or [*RATES, *ADAPTIVE]
+    lessons = [Lesson(*way) for way in product(names, options.network, options.precision, options.parts)]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        outcomes = list(pool.map(lambda lesson: learned(lesson, options.work, options.count), lessons))
+    print("\n".join(table(lessons, outcomes)))
+    sys.exit(int(any(outcome.failures for outcome in outcomes)))
+
+
+if __name__ == "__main__":
+    main()
