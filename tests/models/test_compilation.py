@@ -7,18 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch.utils.checkpoint import checkpoint
 
 from lorakit.components import NetworkConfig
 from lorakit.models.compilation import compile_blocks, why_not
 from lorakit.models.float8 import keep_in_8_bits
-from lorakit.models.stable_diffusion.attention import BackendProcessor
 from lorakit.models.stable_diffusion.targets import unet_targets
+from lorakit.models.stable_diffusion.unet import BasicTransformerBlock, ResnetBlock2D, recompute_blocks
 from lorakit.networks.network import Network
 from lorakit.plugins import Catalog
 from tests.models.building import stable_diffusion
@@ -32,18 +28,15 @@ class Blocks(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock2D(in_channels=16, temb_channels=8, groups=4) for _ in range(2))
-        self.attentions = nn.ModuleList(BasicTransformerBlock(16, 2, 8, cross_attention_dim=8) for _ in range(2))
-        for block in self.attentions:
-            for attention in (block.attn1, block.attn2):
-                attention.set_processor(BackendProcessor(F.scaled_dot_product_attention))
+        self.resnets = nn.ModuleList(ResnetBlock2D(16, 16, time_channels=8, groups=4) for _ in range(2))
+        self.attentions = nn.ModuleList(BasicTransformerBlock(16, 8, heads=2) for _ in range(2))
+        recompute_blocks(self)
 
     def forward(self, images: Tensor, times: Tensor, texts: Tensor) -> Tensor:
         """[B, 16, h, w] of images of that shape, times [B, 8] and texts [B, n, 8]."""
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            hidden = checkpoint(resnet, images, times, use_reentrant=False)
-            rows = hidden.flatten(2).transpose(1, 2)
-            rows = checkpoint(attention, rows, encoder_hidden_states=texts, use_reentrant=False)
+            hidden = resnet(images, times)
+            rows = attention(hidden.flatten(2).transpose(1, 2), texts)
             images = rows.transpose(1, 2).reshape(hidden.shape).contiguous()
         return images
 

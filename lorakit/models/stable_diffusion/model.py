@@ -20,7 +20,6 @@ from lorakit.models.hashing import ProcessMemo, hash_of_file, hash_of_weights, s
 from lorakit.models.merging import Merging
 from lorakit.models.noise import DiscreteNoise, Prediction
 from lorakit.models.protocol import AdaptationTarget, AttentionBackend, Conditioning, Memo, NoiseProcess
-from lorakit.models.stable_diffusion.attention import use_backend
 from lorakit.models.stable_diffusion.image import VaeDecoder, VaeEncoder, read_vae_decoder, read_vae_encoder
 from lorakit.models.stable_diffusion.parts import TOKENIZER_FILES, StoredModel, StoredPart
 from lorakit.models.stable_diffusion.reading import compile_unet, empty_module, read_unet, unet_module
@@ -28,6 +27,7 @@ from lorakit.models.stable_diffusion.settings import DOWNSCALING, LATENT_CHANNEL
 from lorakit.models.stable_diffusion.targets import text_encoder_key, text_encoder_targets, unet_key, unet_targets
 from lorakit.models.stable_diffusion.text import ClipTextEncoder, checkpoint_layers, clip_module, read_clip
 from lorakit.models.stable_diffusion.tokenizer import CaptionTokenizer
+from lorakit.models.stable_diffusion.unet import recompute_blocks, use_backend
 from lorakit.models.weights import EditTensor
 
 ReadModule = Callable[[StoredPart, torch.device, torch.dtype, EditTensor | None], nn.Module]
@@ -156,7 +156,7 @@ class StableDiffusion:
             if self._attention is not None:
                 use_backend(self._unet, self._attention)
             if self._recomputes:
-                self._unet.enable_gradient_checkpointing()  # type: ignore[operator]
+                recompute_blocks(self._unet)
             if self._compiler is not None:
                 compile_unet(self._unet, self._compiler)
         return self._unet
@@ -202,14 +202,14 @@ class StableDiffusion:
         """Recompute activations of U-Net and text encoder in the backward pass instead of keeping them."""
         self._recomputes = True
         if self._unet is not None:
-            self._unet.enable_gradient_checkpointing()  # type: ignore[operator]
+            recompute_blocks(self._unet)
         if self._text_encoder is not None:
             checkpoint_layers(self._text_encoder.module)
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The U-Net's output, [B, 4, h, w], for noisy latents of that shape, timesteps [B] and `hidden_states`."""
         context = conditioning["hidden_states"].to(self.dtype)
-        prediction: Tensor = self.denoiser(noisy_latents.to(self.dtype), timesteps, context, return_dict=False)[0]
+        prediction: Tensor = self.denoiser(noisy_latents.to(self.dtype), timesteps, context)
         return prediction
 
     def metadata(self) -> Mapping[str, str]:
