@@ -40,6 +40,11 @@ def unet_targets(unet: nn.Module) -> Iterator[AdaptationTarget]:
             )
 
 
+def unet_blocks(unet: nn.Module) -> list[nn.Module]:
+    """The ResNet blocks and transformers of a U-Net."""
+    return [module for path, module in unet.named_modules() if path.split(".")[-2:-1] in (["resnets"], ["attentions"])]
+
+
 def text_encoder_targets(encoder: nn.Module) -> Iterator[AdaptationTarget]:
     """Projections and MLPs of every layer of a CLIP text encoder, those above the layer that is read included."""
     for path in _adaptable(encoder):
