@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,10 @@ def recompute(blocks: Sequence[nn.Module], share: float = 1.0) -> None:
     """
     choice = _Choice(share, len(blocks))
     for block in blocks:
-        block.__dict__["_choice"] = choice
         # Another class for the same object, so that its path and whatever else is known of it stay.
         if not isinstance(block, _Recomputing):
             block.__class__ = _recomputing(type(block))  # type: ignore[arg-type]
+        cast("_Recomputing", block)._choice = choice
 
 
 def bytes_kept(block: nn.Module, run: Callable[[], object], inputs: Sequence[object]) -> int:
