@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from lorakit.builtin.attention.eager import EagerConfig
 from lorakit.builtin.attention.sdpa import SdpaConfig
 from lorakit.components import AttentionConfig
+from lorakit.models.recomputation import recompute
+from lorakit.models.stable_diffusion.targets import unet_blocks
 from lorakit.models.stable_diffusion.unet import (
     BasicTransformerBlock,
     ResnetBlock2D,
     UNet,
     UNetSettings,
-    recompute_blocks,
     use_backend,
 )
 from lorakit.models.stable_diffusion.unet.unet import sinusoids
@@ -141,7 +142,7 @@ def test_recomputing_changes_nothing(settings: dict[str, Any]) -> None:
     _, unet = both(settings)
     inputs = made_up(settings, torch.float32, 2, 8, 8)
     expected = results(unet, inputs)
-    recompute_blocks(unet)
+    recompute(unet_blocks(unet))
     blocks = [module for module in unet.modules() if isinstance(module, ResnetBlock2D | BasicTransformerBlock)]
     runs = dict.fromkeys(unet.modules(), 0)
     for module in runs:

@@ -5,7 +5,6 @@ the ones, and modules for other trainers find the layers that they adapt by the 
 """
 
 from lorakit.models.stable_diffusion.unet.attention import Attention, use_backend
-from lorakit.models.stable_diffusion.unet.recomputing import recompute_blocks
 from lorakit.models.stable_diffusion.unet.resnet import ResnetBlock2D
 from lorakit.models.stable_diffusion.unet.settings import UNetSettings
 from lorakit.models.stable_diffusion.unet.transformer import BasicTransformerBlock
@@ -17,6 +16,5 @@ __all__ = [
     "ResnetBlock2D",
     "UNet",
     "UNetSettings",
-    "recompute_blocks",
     "use_backend",
 ]

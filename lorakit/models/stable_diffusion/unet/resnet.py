@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from lorakit.models.stable_diffusion.unet.recomputing import RecomputableBlock
+from lorakit.models.recomputation import RecomputableBlock
 
 
 class ResnetBlock2D(RecomputableBlock):

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from lorakit.models.recomputation import RecomputableBlock
 from lorakit.models.stable_diffusion.unet.attention import Attention
-from lorakit.models.stable_diffusion.unet.recomputing import RecomputableBlock
 from lorakit.models.stable_diffusion.unet.settings import Level, UNetSettings
 
 
