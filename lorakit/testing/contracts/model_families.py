@@ -29,6 +29,10 @@ from lorakit.testing.contracts.denoising import CAPTIONS, CPU, loss_of, make_bat
 ENCODERS: tuple[Literal["image_encoder"], Literal["text_encoder"]] = ("image_encoder", "text_encoder")
 
 
+_ERRORS = {"fp8": 0.2, "int8": 0.2, "nf4": 0.8}
+"""How far predictions may be from those with whole weights, relatively; small random models forgive little."""
+
+
 class ModelFamilyContract(ComponentContract):
     """What every model family must do.
 
@@ -245,7 +249,7 @@ class ModelFamilyContract(ComponentContract):
                 model.quantize(dict.fromkeys(self.config.parts, weight_format))
             small = predict(early, batch)
             assert torch.equal(predict(late, batch), small)
-        assert 0 < (small - exact).norm() < 0.5 * exact.norm()
+        assert 0 < (small - exact).norm() < _ERRORS[weight_format] * exact.norm()
         assert all(isinstance(target.module, QuantizedLayer) for target in early.targets(self.config.parts))
         assert early.fingerprint("text_encoder") != whole.fingerprint("text_encoder")
         late.quantize({})
