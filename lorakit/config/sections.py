@@ -25,6 +25,8 @@ from lorakit.config.metadata import MetadataSection
 from lorakit.errors import Problem
 
 DEFAULT_MAX_STEPS = 1600
+BASE_KEYS = ("fp8_base", "int8_base", "nf4_base")
+"""Keys of `[training]` that name parts of the base model to keep in fewer bits, each after the form for that."""
 
 
 def _plain_file_name(_: object, __: object, value: str) -> None:
@@ -38,6 +40,11 @@ def _plain_file_name(_: object, __: object, value: str) -> None:
         raise ValueError(f"must be a plain file name, without folders, not {value!r}")
 
 
+def _share(_: object, __: object, value: float) -> None:
+    if not isinstance(value, bool) and not 0 < value < 1:
+        raise ValueError(f"must be true, false or a share between 0 and 1, not {value:g}")
+
+
 @frozen(kw_only=True)
 class TrainingSection:
     """How long and how exactly to train."""
@@ -48,13 +55,19 @@ class TrainingSection:
     """Optimizer steps; 1600 when neither this nor `max_epochs` is given."""
     gradient_accumulation_steps: int = field(default=1, validator=v.ge(1))
     """Micro-batches whose gradients are averaged for one optimizer step."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | float = field(default=False, validator=_share)
+    """Recompute activations in the backward pass: less memory, about a third more time. With a share such as 0.5, only
+    in that share of the denoiser's blocks, those that keep the most."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Number format of the base model and of activations; the adapters stay float32."""
     fp8_base: tuple[str, ...] = ()
-    """Parts of the base model whose weights are kept in 8 bits: `unet`, `text_encoder`, or both. They take half the
-    memory of bf16, and some time; adapters, activations and the number format to compute in stay as they are."""
+    """Parts of the base model whose weights are kept as 8-bit floating-point numbers: `unet`, `text_encoder`, or both.
+    They take half the memory of bf16, and some time; adapters, activations and the number format to compute in stay as
+    they are."""
+    int8_base: tuple[str, ...] = ()
+    """Parts whose weights are kept as 8-bit whole numbers: as small as with `fp8_base`, and mostly more exact."""
+    nf4_base: tuple[str, ...] = ()
+    """Parts whose weights are kept in 4 bits: little more than half the memory of 8 bits, and less exact."""
     compile: bool = False
     """Let torch.compile make the denoiser faster. The first steps take longer, and so does the first of each size of
     images."""
@@ -68,6 +81,20 @@ class TrainingSection:
     """Where to train; `auto` takes an accelerator where there is one."""
     process_timeout: float | None = field(default=None, validator=v.optional(v.gt(0)))
     """Minutes that processes wait for each other before they give up; 10 on accelerators and 30 on CPUs when absent."""
+
+    @property
+    def base_formats(self) -> dict[str, str]:
+        """The form of the weights of each part of the base model that is kept in fewer bits: `{"unet": "nf4"}`."""
+        return {part: key.removesuffix("_base") for key in BASE_KEYS for part in getattr(self, key)}
+
+    def problems(self) -> Iterator[Problem]:
+        """Keys that contradict each other; keys are field names."""
+        keys: dict[str, str] = {}
+        for key in BASE_KEYS:
+            for part in dict.fromkeys(getattr(self, key)):
+                if part in keys:
+                    yield Problem(key, f"names {part!r}, as training.{keys[part]} does", "leave it in one of them")
+                keys.setdefault(part, key)
 
     def warnings(self) -> Iterator[Problem]:
         """Keys without effect; keys are field names."""
@@ -160,7 +187,8 @@ class TrainConfig:
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the sections taken together."""
-        for key, parts in {"network.parts": self.network.parts, "training.fp8_base": self.training.fp8_base}.items():
+        parts_of = {f"training.{key}": getattr(self.training, key) for key in BASE_KEYS}
+        for key, parts in {"network.parts": self.network.parts, **parts_of}.items():
             unknown = [part for part in parts if part not in self.model.parts]
             if unknown:
                 hint = f"{self.model.name} has {', '.join(self.model.parts)}"

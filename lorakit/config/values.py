@@ -125,11 +125,16 @@ def _mapping(value: Any, type_: Any, converter: Converter) -> dict[str, Any]:
 
 
 def _union(value: Any, type_: Any, converter: Converter) -> Any:
-    error = ValueError(f"must not be {shown(value)}")
+    """The value as the first type that takes it; what is wrong with it says what any of them would take."""
+    problems = []
     for member in get_args(type_):
         if member is not type(None):
             try:
                 return converter.structure(value, member)
             except ValueError as problem:
-                error = problem
-    raise error
+                problems.append(str(problem))
+    start, end = "must be ", f", not {shown(value)}"
+    if all(problem.startswith(start) and problem.endswith(end) for problem in problems):
+        wanted = (problem.removeprefix(start).removesuffix(end) for problem in problems)
+        raise ValueError(start + ", or ".join(wanted) + end)
+    raise ValueError(problems[-1])

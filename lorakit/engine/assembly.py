@@ -136,7 +136,7 @@ def _set_up(model: DiffusionModel, config: TrainConfig) -> None:
     """Say how the model is to compute."""
     model.use_attention(config.attention.build())
     if config.training.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing(float(config.training.gradient_checkpointing))
     if config.training.compile:
         model.compile(config.training.compile_backend)
 

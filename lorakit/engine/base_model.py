@@ -25,8 +25,8 @@ def build_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
     """
     training, loss = config.training, config.loss
     model = config.model.build(device, DTYPES[training.mixed_precision])
-    if training.fp8_base:
-        model.keep_in_8_bits(training.fp8_base)
+    if training.base_formats:
+        model.quantize(training.base_formats)
     problems = [
         *loss.problems_with(model.noise.prediction, model.noise.num_timesteps),
         *_problems_of_the_device(training, device),

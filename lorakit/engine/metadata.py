@@ -84,7 +84,7 @@ def _training_values(config: TrainConfig) -> dict[str, Any]:
         "ss_lr_warmup_steps": getattr(config.lr_scheduler, "warmup_steps", 0),
         "ss_max_grad_norm": training.max_grad_norm,
         "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
-        "ss_gradient_checkpointing": training.gradient_checkpointing,
+        "ss_gradient_checkpointing": bool(training.gradient_checkpointing),
         "ss_mixed_precision": training.mixed_precision,
         "ss_full_fp16": False,
         "ss_fp8_base": {"unet", "text_encoder"} <= set(training.fp8_base),

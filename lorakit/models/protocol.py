@@ -180,16 +180,22 @@ class DiffusionModel(Protocol):
         """Compute the denoiser's attention with this backend."""
         ...
 
-    def keep_in_8_bits(self, parts: Sequence[str]) -> None:
-        """Keep the weights of the layers of these parts that can be adapted in 8 bits (`lorakit.models.float8`)."""
+    def quantize(self, formats: Mapping[str, str]) -> None:
+        """Keep the weights of the layers that can be adapted in fewer bits.
+
+        `formats` has the form for each part for which that is asked, a name in `lorakit.models.weight_formats.FORMATS`.
+        """
         ...
 
     def compile(self, backend: str) -> None:
         """Compile the denoiser's blocks, with the adapters in them, with a backend of torch.compile."""
         ...
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass instead of keeping them (non-reentrant)."""
+    def enable_gradient_checkpointing(self, share: float = 1.0) -> None:
+        """Recompute activations in the backward pass instead of keeping them (non-reentrant).
+
+        With a share below 1, only in that share of the denoiser's blocks, those that keep the most.
+        """
         ...
 
     def metadata(self) -> Mapping[str, str]:

@@ -66,8 +66,11 @@ def test_every_section_is_read(read: Read, tables: Tables, base: Path) -> None:
         ("training", "seed", 10**30, "must be a whole number, not a number of more than 18 digits"),
         ("training", "seed", -1, "must be at least 0, not -1"),
         ("training", "max_steps", 0, "must be at least 1, not 0"),
-        ("training", "gradient_checkpointing", "false", "must be true or false, not 'false'"),
-        ("training", "gradient_checkpointing", 0, "must be true or false, not 0"),
+        ("training", "process_timeout", "5", "must be a number, not '5'"),
+        ("training", "gradient_checkpointing", "false", "must be true or false, or a number, not 'false'"),
+        ("training", "gradient_checkpointing", 0, "must be true, false or a share between 0 and 1, not 0"),
+        ("training", "gradient_checkpointing", 1, "must be true, false or a share between 0 and 1, not 1"),
+        ("training", "gradient_checkpointing", float("nan"), "must be true or false, or a finite number, not nan"),
         ("training", "mixed_precision", "fp8", "must be one of 'no', 'fp16', 'bf16', not 'fp8'"),
         ("training", "mixed_precision", False, "must be one of 'no', 'fp16', 'bf16', not false"),
         ("training", "max_grad_norm", "1", "must be a number, not '1'"),
@@ -252,7 +255,12 @@ def test_combinations_that_make_no_sense(problems: Problems, tables: Tables) -> 
     assert set(found) == {"data.resolution", "data.bucket_reso_steps"}
     assert set(problems({**tables, "optimizer": {"lr": 0}})) == {"optimizer.lr"}
     assert "did" not in problems({**tables, "network": {"parts": ["unett"]}})["network.parts"]
-    assert "names no part" in problems({**tables, "training": {"fp8_base": ["vae"]}})["training.fp8_base"]
+    for key in ("fp8_base", "int8_base", "nf4_base"):
+        assert "names no part" in problems({**tables, "training": {key: ["vae"]}})[f"training.{key}"]
+    twice = {"fp8_base": ["unet"], "nf4_base": ["text_encoder", "unet", "unet"]}
+    found = problems({**tables, "training": twice})
+    assert set(found) == {"training.nf4_base"}
+    assert "names 'unet', as training.fp8_base does" in found["training.nf4_base"]
     assert set(problems({**tables, "optimizer": {"name": "adafactor", "warmup_init": True}})) == {
         "optimizer.warmup_init"
     }

@@ -1,4 +1,4 @@
-"""How runs compute: the VAE in float32, a base model kept in 8 bits, and compiled blocks."""
+"""How runs compute: the VAE in float32, a base model kept in fewer bits, and compiled blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from lorakit.engine.base_model import build_model
 from lorakit.engine.preparation import prepare
 from lorakit.engine.processes import Processes
 from lorakit.errors import ConfigError
-from lorakit.models.float8 import FLOAT8, Float8Layer
+from lorakit.models.quantization import QuantizedLayer
+from lorakit.models.weight_formats import FORMATS
 from tests.engine.test_runs import same, weights_of
 
 
@@ -26,32 +27,40 @@ def test_vae_in_float32(make_config) -> None:
     assert same(trained("no", False), trained("no", True))
 
 
-def test_base_model_in_8_bits(make_config) -> None:
-    """A run on a base model in 8 bits gives a plain LoRA, close to that of a run on the whole one, and not the same."""
+def test_base_model_in_fewer_bits(make_config) -> None:
+    """A run on a base model in fewer bits gives a plain LoRA like one of the whole base model, and can be resumed."""
     sections = {"network": {"name": "c3lier", "dropout": 0.1}, "training": {"gradient_checkpointing": True}}
     whole = weights_of(lorakit.train(make_config(**sections)))
-    sections["training"]["fp8_base"] = ["unet", "text_encoder"]
-    path = lorakit.train(make_config(**sections, output={"name": "small"}))
-    small = weights_of(path)
-    assert small.keys() == whole.keys()
-    assert not same(small, whole)
-    updates = [torch.cat([w[key].flatten() for key in sorted(w) if "lora_up" in key]) for w in (small, whole)]
-    assert torch.cosine_similarity(*updates, dim=0) > 0.8
-    again = lorakit.train(path.with_name("small.config.toml"), overrides=["output.name=again"])
-    assert same(weights_of(again), small)
+    states = {"save_every_n_steps": 3, "save_state": True, "keep_last_states": 2}
+    for weight_format, least in (("fp8", 0.8), ("int8", 0.9), ("nf4", 0.3)):
+        training = {**sections["training"], f"{weight_format}_base": ["unet", "text_encoder"]}
+        config = make_config(network=sections["network"], training=training, output={"name": weight_format, **states})
+        path = lorakit.train(config)
+        small = weights_of(path)
+        assert small.keys() == whole.keys()
+        assert not same(small, whole)
+        updates = [torch.cat([w[key].flatten() for key in sorted(w) if "lora_up" in key]) for w in (small, whole)]
+        assert torch.cosine_similarity(*updates, dim=0) > least
+    state = path.parent / "nf4-state" / "step00000003"
+    assert same(weights_of(lorakit.train(path.with_name("nf4.config.toml"), resume=state)), small)
 
 
-@pytest.mark.parametrize("parts", [["unet"], ["unet", "text_encoder"]])
-def test_parts_in_8_bits(parts: list[str], make_config) -> None:
-    """The layers with adapters, and those without, of the parts named take one byte a weight; the others are whole."""
-    config = make_config(training={"fp8_base": parts, "mixed_precision": "bf16"})
+@pytest.mark.parametrize(
+    "formats",
+    [{"unet": "fp8"}, {"unet": "nf4", "text_encoder": "int8"}, {"unet": "nf4", "text_encoder": "nf4"}],
+)
+def test_parts_in_fewer_bits(formats: dict[str, str], make_config) -> None:
+    """The layers with adapters, and those without, of each part named are in its form; the others are whole."""
+    keys = {form: [part for part in formats if formats[part] == form] for form in FORMATS}
+    training = {f"{form}_base": parts for form, parts in keys.items()}
+    config = make_config(training={**training, "mixed_precision": "bf16"})
     run = assemble(prepare(config), Processes(torch.device("cpu")))
     for part, module in (("unet", run.model.denoiser), ("text_encoder", run.model.text_encoder.module)):
         layers = [layer for layer in module.modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)]
-        small = [layer for layer in layers if isinstance(layer, Float8Layer)]
-        assert all(layer.stored.dtype == FLOAT8 for layer in small)
+        small = [layer for layer in layers if isinstance(layer, QuantizedLayer)]
+        assert all(layer.format is FORMATS[formats[part]] for layer in small)
         share = sum(layer.weight.numel() for layer in small) / sum(layer.weight.numel() for layer in layers)
-        assert share > 0.95 if part in parts else share == 0
+        assert share > 0.95 if part in formats else share == 0
 
 
 def test_8_bits_on_a_device_without_them(make_config) -> None:

@@ -64,7 +64,7 @@ def test_what_a_state_does_not_depend_on(make_config: MakeConfig) -> None:
     changed = make_config(
         metadata={"title": "other", "minimal": True},
         output={"save_n_epoch_ratio": 2, "save_state_at_end": True, "keep_last_states": 3},
-        training={"process_timeout": 5, "gradient_checkpointing": True, "compile": True, "compile_backend": "eager"},
+        training={"process_timeout": 5, "gradient_checkpointing": 0.5, "compile": True, "compile_backend": "eager"},
         attention={"name": "eager"},
         observers=[{"name": "validation", "every_n_steps": 1}],
     )
@@ -78,6 +78,7 @@ def test_what_a_state_does_not_depend_on(make_config: MakeConfig) -> None:
         {"data": {"validation_split": 0.25}},
         {"data": {"random_crop": True}},
         {"training": {"fp8_base": ["unet"]}},
+        {"training": {"nf4_base": ["unet"]}},
         {"training": {"mixed_precision": "bf16"}},
         {"training": {"gradient_accumulation_steps": 2}},
         {"network": {"scale_weight_norms": 1.0}},

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.attention_processor import Attention as DiffusersAttention
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lorakit.models.stable_diffusion.attention import BackendProcessor
+from lorakit.models.stable_diffusion.unet import Attention
 from tests.models.building import stable_diffusion
 
 
@@ -31,31 +32,28 @@ class Recorder:
 def test_attention_is_that_of_diffusers(context: int | None) -> None:
     """Self- and cross-attention agree with diffusers' plain processor."""
     torch.manual_seed(0)
-    attention = Attention(query_dim=32, cross_attention_dim=context, heads=4, dim_head=8).eval()
+    theirs = DiffusersAttention(query_dim=32, cross_attention_dim=context, heads=4, dim_head=8).eval()
+    theirs.set_processor(AttnProcessor())
+    attention = Attention(32, context or 32, heads=4)
+    attention.load_state_dict(theirs.state_dict())
+    attention.backend = backend = Recorder()
     hidden = torch.randn(2, 10, 32)
     states = None if context is None else torch.randn(2, 7, context)
-    attention.set_processor(AttnProcessor())
-    expected = attention(hidden, encoder_hidden_states=states)
-    backend = Recorder()
-    attention.set_processor(BackendProcessor(backend))
-    torch.testing.assert_close(attention(hidden, encoder_hidden_states=states), expected)
+    expected = theirs(hidden, encoder_hidden_states=states)
+    torch.testing.assert_close(attention(hidden, hidden if states is None else states), expected)
     assert backend.calls == [((2, 4, 10, 8), (2, 4, 10 if context is None else 7, 8), torch.float32)]
 
 
-def test_upcast_attention_is_computed_in_float32() -> None:
-    """Where the model asks for it, the backend gets float32 and the result has the model's number format."""
-    attention = Attention(query_dim=32, heads=4, dim_head=8, upcast_attention=True).eval().bfloat16()
-    backend = Recorder()
-    attention.set_processor(BackendProcessor(backend))
-    assert attention(torch.randn(1, 5, 32).bfloat16()).dtype == torch.bfloat16
-    assert backend.calls[0][2] == torch.float32
-
-
-def test_a_mask_is_refused() -> None:
-    """A mask, which the U-Net never has, is not silently left out."""
-    attention = Attention(query_dim=32, heads=4, dim_head=8, processor=BackendProcessor(Recorder()))
-    with pytest.raises(ValueError, match="no mask"):
-        attention(torch.randn(1, 5, 32), attention_mask=torch.ones(1, 5))
+@pytest.mark.parametrize(
+    ("dtype", "upcast"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2]
+)
+def test_upcast_attention_is_computed_in_float32(dtype: torch.dtype, upcast: torch.dtype) -> None:
+    """Where the model asks for it, the backend gets float32 at least and the result has the model's number format."""
+    attention = Attention(32, 32, heads=4, upcasts=True).to(dtype)
+    attention.backend = backend = Recorder()
+    tokens = torch.randn(1, 5, 32, dtype=dtype)
+    assert attention(tokens, tokens).dtype == dtype
+    assert backend.calls[0][2] == upcast
 
 
 @pytest.mark.parametrize("before_reading", [True, False])

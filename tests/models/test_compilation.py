@@ -7,18 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch.utils.checkpoint import checkpoint
 
 from lorakit.components import NetworkConfig
 from lorakit.models.compilation import compile_blocks, why_not
-from lorakit.models.float8 import keep_in_8_bits
-from lorakit.models.stable_diffusion.attention import BackendProcessor
-from lorakit.models.stable_diffusion.targets import unet_targets
+from lorakit.models.quantization import quantize
+from lorakit.models.recomputation import recompute
+from lorakit.models.stable_diffusion.targets import unet_blocks, unet_targets
+from lorakit.models.stable_diffusion.unet import BasicTransformerBlock, ResnetBlock2D
+from lorakit.models.weight_formats import FORMATS
 from lorakit.networks.network import Network
 from lorakit.plugins import Catalog
 from tests.models.building import stable_diffusion
@@ -32,18 +30,15 @@ class Blocks(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock2D(in_channels=16, temb_channels=8, groups=4) for _ in range(2))
-        self.attentions = nn.ModuleList(BasicTransformerBlock(16, 2, 8, cross_attention_dim=8) for _ in range(2))
-        for block in self.attentions:
-            for attention in (block.attn1, block.attn2):
-                attention.set_processor(BackendProcessor(F.scaled_dot_product_attention))
+        self.resnets = nn.ModuleList(ResnetBlock2D(16, 16, time_channels=8, groups=4) for _ in range(2))
+        self.attentions = nn.ModuleList(BasicTransformerBlock(16, 8, heads=2) for _ in range(2))
+        recompute(unet_blocks(self))
 
     def forward(self, images: Tensor, times: Tensor, texts: Tensor) -> Tensor:
         """[B, 16, h, w] of images of that shape, times [B, 8] and texts [B, n, 8]."""
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            hidden = checkpoint(resnet, images, times, use_reentrant=False)
-            rows = hidden.flatten(2).transpose(1, 2)
-            rows = checkpoint(attention, rows, encoder_hidden_states=texts, use_reentrant=False)
+            hidden = resnet(images, times)
+            rows = attention(hidden.flatten(2).transpose(1, 2), texts)
             images = rows.transpose(1, 2).reshape(hidden.shape).contiguous()
         return images
 
@@ -58,13 +53,13 @@ def _compiles_from_scratch(lorakit_one_thread: None) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def adapted(fp8: bool = False, dora: bool = False) -> tuple[Blocks, Network]:
+def adapted(weight_format: str = "", dora: bool = False) -> tuple[Blocks, Network]:
     """The blocks, the same each time, with adapters of all kinds of layers that have an effect, and all dropouts."""
     torch.manual_seed(0)
     blocks = Blocks().requires_grad_(False)
-    if fp8:
+    if weight_format:
         for layer in list(blocks.modules()):
-            keep_in_8_bits(layer, CPU)
+            quantize(layer, weight_format, CPU)
     config = Catalog.discover().find(NetworkConfig, "c3lier")
     rates = {"dropout": 0.1, "rank_dropout": 0.1, "module_dropout": 0.1}
     unet = nn.Module()
@@ -85,12 +80,13 @@ def step(blocks: Blocks, network: Network, height: int = 4, width: int = 6) -> l
     return [loss.detach(), *torch.autograd.grad(loss, [images, *network.parameters_of("unet")])]
 
 
+@pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_is_as_exact_as_not(backend: str) -> None:
-    """With dropout, recomputed activations and 8-bit weights, loss and gradients are those without; nothing is left."""
+def test_compiled_is_as_exact_as_not(backend: str, weight_format: str) -> None:
+    """With dropout, recomputed activations and small weights, loss and gradients are those without; nothing is left."""
     if reason := why_not(backend, CPU):
         pytest.skip(reason)
-    (blocks, network), expected = adapted(fp8=True), step(*adapted(fp8=True))
+    (blocks, network), expected = adapted(weight_format), step(*adapted(weight_format))
     compile_blocks(blocks, KINDS, backend)
     for new, old in zip(step(blocks, network), expected, strict=True):
         torch.testing.assert_close(new, old, rtol=1e-3, atol=1e-5)
@@ -101,7 +97,7 @@ def test_compiled_is_as_exact_as_not(backend: str) -> None:
 
 def test_compiled_dora() -> None:
     """DoRA's magnitudes and norms, of 8-bit weights too, are compiled with the blocks, and as exact."""
-    (blocks, network), expected = adapted(fp8=True, dora=True), step(*adapted(fp8=True, dora=True))
+    (blocks, network), expected = adapted("fp8", dora=True), step(*adapted("fp8", dora=True))
     compile_blocks(blocks, KINDS, "aot_eager")
     for new, old in zip(step(blocks, network), expected, strict=True):
         torch.testing.assert_close(new, old, rtol=1e-3, atol=1e-5)

@@ -17,6 +17,7 @@ from lorakit.builtin.networks.lierla import LierlaConfig
 from lorakit.errors import AdapterError
 from lorakit.models.merging import MergedFile, Merging
 from lorakit.models.stable_diffusion.model import StableDiffusion
+from lorakit.models.weight_formats import FORMATS
 from lorakit.networks.config import LoRAConfig
 from tests.models.building import CPU
 from tests.models.test_stable_diffusion import INPUTS
@@ -85,6 +86,16 @@ def content(file: Path) -> Tensors:
     from lorakit.networks.saving import read_adapter
 
     return dict(read_adapter(file).tensors)
+
+
+def test_merged_before_weights_shrink(tiny_folder: Path, files: dict[str, Path]) -> None:
+    """Of a base model that is kept in fewer bits, what is kept is the merged weights, in each part's form."""
+    whole, small = (merged(tiny_folder, files["both"]) for _ in range(2))
+    formats = {"unet": "nf4", "text_encoder": "int8"}
+    small.quantize(formats)
+    for one, other in zip(*(model.targets(tuple(formats)) for model in (whole, small)), strict=True):
+        form, weight = FORMATS[formats[one.part]], one.module.weight.data
+        assert torch.equal(other.module.weight, form.unpack(form.pack(weight), weight.shape, weight.dtype))
 
 
 def test_equals_the_formula(tiny_folder: Path, files: dict[str, Path]) -> None:

@@ -15,19 +15,26 @@ from torch import Tensor, nn
 
 from lorakit.checkpoints import HubModel
 from lorakit.errors import ModelError
-from lorakit.models.float8 import keep_in_8_bits
 from lorakit.models.hashing import ProcessMemo, hash_of_file, hash_of_weights, short_hash_of_file
 from lorakit.models.merging import Merging
 from lorakit.models.noise import DiscreteNoise, Prediction
 from lorakit.models.protocol import AdaptationTarget, AttentionBackend, Conditioning, Memo, NoiseProcess
-from lorakit.models.stable_diffusion.attention import use_backend
+from lorakit.models.quantization import quantize
+from lorakit.models.recomputation import recompute
 from lorakit.models.stable_diffusion.image import VaeDecoder, VaeEncoder, read_vae_decoder, read_vae_encoder
 from lorakit.models.stable_diffusion.parts import TOKENIZER_FILES, StoredModel, StoredPart
 from lorakit.models.stable_diffusion.reading import compile_unet, empty_module, read_unet, unet_module
 from lorakit.models.stable_diffusion.settings import DOWNSCALING, LATENT_CHANNELS
-from lorakit.models.stable_diffusion.targets import text_encoder_key, text_encoder_targets, unet_key, unet_targets
+from lorakit.models.stable_diffusion.targets import (
+    text_encoder_key,
+    text_encoder_targets,
+    unet_blocks,
+    unet_key,
+    unet_targets,
+)
 from lorakit.models.stable_diffusion.text import ClipTextEncoder, checkpoint_layers, clip_module, read_clip
 from lorakit.models.stable_diffusion.tokenizer import CaptionTokenizer
+from lorakit.models.stable_diffusion.unet import use_backend
 from lorakit.models.weights import EditTensor
 
 ReadModule = Callable[[StoredPart, torch.device, torch.dtype, EditTensor | None], nn.Module]
@@ -87,8 +94,8 @@ class StableDiffusion:
         self._text_encoder: ClipTextEncoder | None = None
         self._unet: nn.Module | None = None
         self._attention: AttentionBackend | None = None
-        self._recomputes = False
-        self._in_8_bits: tuple[str, ...] = ()
+        self._recomputed = 0.0
+        self._formats: Mapping[str, str] = {}
         self._compiler: str | None = None
         self._merging = merging
         if merging:
@@ -112,7 +119,7 @@ class StableDiffusion:
                 self.variant.pad_token,
                 self._tokenizer_hash(),
                 *self._merging.fingerprint("lora_te", self.memo),
-                *(["8 bits"] if part in self._in_8_bits else []),
+                *([self._formats[part]] if part in self._formats else []),
             ]
         weights = self.memo.remember(stored.file, part, partial(hash_of_weights, stored.file, names))
         dtype = self._vae_dtype if part == "image_encoder" else self.dtype
@@ -143,7 +150,7 @@ class StableDiffusion:
         if self._text_encoder is None:
             part = self.stored.part("text_encoder")
             module = self._read("text_encoder", read_clip)
-            if self._recomputes:
+            if self._recomputed == 1:
                 checkpoint_layers(module)
             self._text_encoder = ClipTextEncoder(module, self._tokenizer(part), self.variant.clip_skip)
         return self._text_encoder
@@ -155,8 +162,8 @@ class StableDiffusion:
             self._unet = self._read("unet", read_unet)
             if self._attention is not None:
                 use_backend(self._unet, self._attention)
-            if self._recomputes:
-                self._unet.enable_gradient_checkpointing()  # type: ignore[operator]
+            if self._recomputed:
+                recompute(unet_blocks(self._unet), self._recomputed)
             if self._compiler is not None:
                 compile_unet(self._unet, self._compiler)
         return self._unet
@@ -184,9 +191,9 @@ class StableDiffusion:
         if self._unet is not None:
             use_backend(self._unet, backend)
 
-    def keep_in_8_bits(self, parts: Sequence[str]) -> None:
-        """Keep the weights of the layers of `unet`, `text_encoder` or both in 8 bits from now on."""
-        self._in_8_bits = tuple(parts)
+    def quantize(self, formats: Mapping[str, str]) -> None:
+        """Keep the weights of the layers of `unet`, `text_encoder` or both in these forms from now on."""
+        self._formats = dict(formats)
         if self._unet is not None:
             self._shrink("unet", self._unet)
         if self._text_encoder is not None:
@@ -198,18 +205,21 @@ class StableDiffusion:
         if self._unet is not None:
             compile_unet(self._unet, backend)
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations of U-Net and text encoder in the backward pass instead of keeping them."""
-        self._recomputes = True
+    def enable_gradient_checkpointing(self, share: float = 1.0) -> None:
+        """Recompute activations of U-Net and text encoder in the backward pass instead of keeping them.
+
+        With a share below 1, only in that share of the U-Net's ResNet blocks and transformers, those that keep most.
+        """
+        self._recomputed = share
         if self._unet is not None:
-            self._unet.enable_gradient_checkpointing()  # type: ignore[operator]
-        if self._text_encoder is not None:
+            recompute(unet_blocks(self._unet), share)
+        if self._text_encoder is not None and share == 1:
             checkpoint_layers(self._text_encoder.module)
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The U-Net's output, [B, 4, h, w], for noisy latents of that shape, timesteps [B] and `hidden_states`."""
         context = conditioning["hidden_states"].to(self.dtype)
-        prediction: Tensor = self.denoiser(noisy_latents.to(self.dtype), timesteps, context, return_dict=False)[0]
+        prediction: Tensor = self.denoiser(noisy_latents.to(self.dtype), timesteps, context)
         return prediction
 
     def metadata(self) -> Mapping[str, str]:
@@ -244,17 +254,17 @@ class StableDiffusion:
 
     def _read(self, part: Literal["unet", "text_encoder"], read: ReadModule) -> nn.Module:
         """A part's module on the device."""
-        in_8_bits = part in self._in_8_bits
+        shrinks = part in self._formats
         # What is to shrink goes to the device shrunk, so that the device never has to hold the whole.
-        device = torch.device("cpu") if in_8_bits else self.device
+        device = torch.device("cpu") if shrinks else self.device
         module = read(self.stored.part(part), device, self.dtype, self._merging.edit(_KEYS[part]))
-        return self._shrink(part, module).to(self.device) if in_8_bits else module
+        return self._shrink(part, module).to(self.device) if shrinks else module
 
     def _shrink(self, part: Literal["unet", "text_encoder"], module: nn.Module) -> nn.Module:
-        """The same module, its layers in 8 bits if those of the part are to be."""
-        if part in self._in_8_bits:
+        """The same module, its layers in fewer bits if those of the part are to be."""
+        if part in self._formats:
             for target in _TARGETS[part](module):
-                keep_in_8_bits(target.module, self.device)
+                quantize(target.module, self._formats[part], self.device)
         return module
 
     def _hashes(self, path: Path, name: str) -> dict[str, str]:

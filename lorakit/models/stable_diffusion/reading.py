@@ -11,6 +11,7 @@ from torch import nn
 from lorakit.errors import ModelError
 from lorakit.models.compilation import compile_blocks
 from lorakit.models.stable_diffusion.parts import StoredPart
+from lorakit.models.stable_diffusion.unet import BasicTransformerBlock, ResnetBlock2D, UNet, UNetSettings
 from lorakit.models.weights import EditTensor, load_weights, shapes_of, without_weights
 
 
@@ -48,18 +49,12 @@ def read_module(
 
 def compile_unet(unet: nn.Module, backend: str) -> None:
     """Let torch.compile compile a U-Net's ResNet and transformer blocks when they first run."""
-    from diffusers.models.attention import BasicTransformerBlock
-    from diffusers.models.resnet import ResnetBlock2D
-
     compile_blocks(unet, (ResnetBlock2D, BasicTransformerBlock), backend)
 
 
-def unet_module(part: StoredPart) -> nn.Module:
+def unet_module(part: StoredPart) -> UNet:
     """A module for the U-Net, its weights still to be read."""
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    module: nn.Module = UNet2DConditionModel.from_config(dict(part.settings))
-    return module
+    return UNet(UNetSettings.of(part.settings))
 
 
 def read_unet(part: StoredPart, device: torch.device, dtype: torch.dtype, edit: EditTensor | None = None) -> nn.Module:

@@ -1,7 +1,8 @@
 """Settings of a model's parts, inferred from the shapes of their tensors where no config file says them.
 
-The results are the constructor arguments of diffusers' and transformers' modules. For the shapes of
-Stable Diffusion 1.5 they are that model's published configs; what shapes cannot tell is taken from there.
+The results are the constructor arguments of diffusers' and transformers' modules, which are what config files hold.
+For the shapes of Stable Diffusion 1.5 they are that model's published configs; what shapes cannot tell is taken from
+there.
 Each function raises a `KeyError` with the name of a tensor that should be there and is not.
 """
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from lorakit.blocks import STABLE_DIFFUSION
 from lorakit.models.protocol import AdaptationTarget, Block
+from lorakit.models.recomputation import RecomputableBlock
 
 _BLOCKS: dict[str, Block] = {
     "attentions": "transformer",
@@ -38,6 +39,11 @@ def unet_targets(unet: nn.Module) -> Iterator[AdaptationTarget]:
             yield AdaptationTarget(
                 unet_key(path), "unet", block, unet, path, _block_number(path), STABLE_DIFFUSION, f"unet.{path}"
             )
+
+
+def unet_blocks(unet: nn.Module) -> list[RecomputableBlock]:
+    """The ResNet and transformer blocks of a U-Net."""
+    return [module for module in unet.modules() if isinstance(module, RecomputableBlock)]
 
 
 def text_encoder_targets(encoder: nn.Module) -> Iterator[AdaptationTarget]:

@@ -18,14 +18,19 @@ from torch import Tensor, nn
 from lorakit.checkpoints import locate, summarize
 from lorakit.components import ModelFamilyConfig, NetworkConfig
 from lorakit.errors import ModelError
-from lorakit.models.float8 import Float8Layer
 from lorakit.models.protocol import AttentionBackend, DiffusionModel
+from lorakit.models.quantization import QuantizedLayer
+from lorakit.models.weight_formats import FORMATS
 from lorakit.plugins import Catalog
 from lorakit.testing.contracts.attention import reference
 from lorakit.testing.contracts.component import ComponentContract
 from lorakit.testing.contracts.denoising import CAPTIONS, CPU, loss_of, make_batch, pictures, predict
 
 ENCODERS: tuple[Literal["image_encoder"], Literal["text_encoder"]] = ("image_encoder", "text_encoder")
+
+
+_ERRORS = {"fp8": 0.2, "int8": 0.2, "nf4": 0.8}
+"""How far predictions may be from those with whole weights, relatively; small random models forgive little."""
 
 
 class ModelFamilyContract(ComponentContract):
@@ -219,11 +224,12 @@ class ModelFamilyContract(ComponentContract):
         assert all(old is not new for old, new in zip(parts, again, strict=True))
         assert all(torch.equal(old, new) for old, new in zip(before, _encodings(model), strict=True))
 
-    def test_gradient_checkpointing_changes_no_gradient(self) -> None:
-        """Recomputing activations gives the loss and the gradients that keeping them gives, in all parts."""
+    @pytest.mark.parametrize("share", [1.0, 0.5])
+    def test_gradient_checkpointing_changes_no_gradient(self, share: float) -> None:
+        """Recomputing activations, all or some, gives the loss and the gradients that keeping them gives."""
         kept = _loss_and_gradients(self.built(), self.config.parts)
         recomputing = self.built()
-        recomputing.enable_gradient_checkpointing()
+        recomputing.enable_gradient_checkpointing(share)
         recomputed = _loss_and_gradients(recomputing, self.config.parts)
         assert len(kept) == len(recomputed) > 2
         # Where a small picture leaves attention a single key, query and key have no effect, and no gradient.
@@ -231,21 +237,22 @@ class ModelFamilyContract(ComponentContract):
         for old, new in zip(kept, recomputed, strict=True):
             torch.testing.assert_close(new, old)
 
-    def test_keeps_parts_in_8_bits(self) -> None:
-        """In 8 bits, read before or after that is asked for, it predicts about the same, and captions get a new key."""
+    @pytest.mark.parametrize("weight_format", FORMATS)
+    def test_keeps_parts_in_fewer_bits(self, weight_format: str) -> None:
+        """So kept, read before or after that is asked for, it predicts about the same, and captions get a new key."""
         whole, early, late = self.built(), self.built(), self.built()
         batch = make_batch(whole)
         with torch.no_grad():
             exact = predict(whole, batch)
             predict(late, batch)
             for model in (early, late):
-                model.keep_in_8_bits(self.config.parts)
+                model.quantize(dict.fromkeys(self.config.parts, weight_format))
             small = predict(early, batch)
             assert torch.equal(predict(late, batch), small)
-        assert 0 < (small - exact).norm() < 0.2 * exact.norm()
-        assert all(isinstance(target.module, Float8Layer) for target in early.targets(self.config.parts))
+        assert 0 < (small - exact).norm() < _ERRORS[weight_format] * exact.norm()
+        assert all(isinstance(target.module, QuantizedLayer) for target in early.targets(self.config.parts))
         assert early.fingerprint("text_encoder") != whole.fingerprint("text_encoder")
-        late.keep_in_8_bits(())
+        late.quantize({})
         assert late.fingerprint("text_encoder") == whole.fingerprint("text_encoder")
 
     def test_uses_the_attention_backend(self) -> None:

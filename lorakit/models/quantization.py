@@ -1,9 +1,4 @@
-"""Frozen layers whose weights take 8 bits, made whole where they are used.
-
-A weight is kept as float8 e4m3 (Micikevicius et al., 2022, arXiv:2209.05433) with one float32 scale for
-each output channel, so that the channel's largest weight is the format's largest number: a weight is
-wrong by at most a sixteenth, or by a 458,752nd of the largest in its channel where that is more.
-"""
+"""Frozen layers whose weights take fewer bits, made whole where they are used."""
 
 from __future__ import annotations
 
@@ -18,45 +13,41 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
 from lorakit.models.layers import is_plain
-
-FLOAT8 = torch.float8_e4m3fn
-_LARGEST = torch.finfo(FLOAT8).max
+from lorakit.models.weight_formats import FORMATS, WeightFormat
 
 
-class Float8Layer(nn.Module):
-    """A layer that keeps `weight` in 8 bits, [out, …], and makes it anew whenever it is asked for."""
+class QuantizedLayer(nn.Module):
+    """A layer that keeps its weight in another form, as buffers, and makes it anew whenever it is asked for."""
 
-    stored: Tensor
-    """The weight divided by `scale`, float8 [out, …]."""
-    scale: Tensor
-    """Float32 [out, 1, …]."""
+    format: WeightFormat
+    """The form."""
+    shape: tuple[int, ...]
+    """The weight's shape, [out, …]."""
     dtype: torch.dtype
     """The number format to compute in."""
 
-    def store(self, weight: Tensor, device: torch.device) -> None:
-        """Keep this weight, on that device."""
-        self.dtype = weight.dtype
-        exact = weight.detach().to(device, torch.float32)
-        largest = exact.abs().amax(dim=tuple(range(1, exact.ndim)), keepdim=True)
-        scale = torch.where(largest > 0, largest / _LARGEST, 1.0)
-        self.register_buffer("stored", (exact / scale).to(FLOAT8))
-        self.register_buffer("scale", scale)
+    def store(self, weight: Tensor, device: torch.device, weight_format: WeightFormat) -> None:
+        """Keep this weight, in that form, on that device."""
+        self.format, self.shape, self.dtype = weight_format, tuple(weight.shape), weight.dtype
+        for name, tensor in weight_format.pack(weight.detach().to(device)).items():
+            self.register_buffer(name, tensor)
 
     @property
     def weight(self) -> Tensor:
         """The weight in the format to compute in; a new tensor each time, so changing it changes nothing."""
-        return self.stored.to(self.dtype).mul_(self.scale)
+        return self.format.unpack(self._buffers, self.shape, self.dtype)  # type: ignore[arg-type]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        kept = {name: self._buffers.pop(name) for name in ("stored", "scale")}
+        kept = dict(self._buffers)
+        self._buffers.clear()
         self.dtype = fn(torch.empty((), dtype=self.dtype)).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._buffers |= {name: tensor.to(fn(tensor).device) for name, tensor in kept.items() if tensor is not None}
         return self
 
 
-class Float8Linear(Float8Layer, nn.Linear):  # type: ignore[override]
-    """A linear layer, frozen, whose weight is kept in 8 bits."""
+class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[override]
+    """A linear layer, frozen, whose weight is kept in another form."""
 
     def forward(self, x: Tensor) -> Tensor:
         """What the linear layer puts out, [..., out], for [..., in]; differentiable in x."""
@@ -64,8 +55,8 @@ class Float8Linear(Float8Layer, nn.Linear):  # type: ignore[override]
         return out
 
 
-class Float8Conv2d(Float8Layer, nn.Conv2d):  # type: ignore[override]
-    """A plain 2-D convolution, frozen, whose weight is kept in 8 bits."""
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[override]
+    """A plain 2-D convolution, frozen, whose weight is kept in another form."""
 
     def forward(self, x: Tensor) -> Tensor:
         """What the convolution puts out, [B, out, h', w'], for [B, in, h, w]; differentiable in x."""
@@ -73,25 +64,25 @@ class Float8Conv2d(Float8Layer, nn.Conv2d):  # type: ignore[override]
         return out
 
 
-def keep_in_8_bits(layer: nn.Module, device: torch.device) -> None:
-    """Make a layer one that keeps its weight in 8 bits, on that device; it computes in the format it had.
+def quantize(layer: nn.Module, weight_format: str, device: torch.device) -> None:
+    """Make a layer one that keeps its weight in a form of `FORMATS`, on that device; it computes in the format it had.
 
-    A layer that is neither linear nor a plain convolution, and one that is in 8 bits already, stays as it is.
+    A layer that is neither linear nor a plain convolution, and one that keeps its weight so already, stays as it is.
     """
-    if not is_plain(layer) or isinstance(layer, Float8Layer):
+    if not is_plain(layer) or isinstance(layer, QuantizedLayer):
         return
     weight = layer.weight
     del layer.weight
     # Another class for the same object, so that whatever else is known of the layer need not be copied.
-    layer.__class__ = Float8Linear if isinstance(layer, nn.Linear) else Float8Conv2d
-    cast("Float8Layer", layer).store(weight, device)
+    layer.__class__ = QuantizedLinear if isinstance(layer, nn.Linear) else QuantizedConv2d
+    cast("QuantizedLayer", layer).store(weight, device, FORMATS[weight_format])
 
 
 class _Linear(Function):
     """Keeps nothing for the backward pass but the layer: autograd by itself would keep the whole weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Float8Linear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
         return F.linear(x, layer.weight, layer.bias)
 
@@ -103,14 +94,14 @@ class _Linear(Function):
 
 class _Conv2d(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Float8Conv2d) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: QuantizedConv2d) -> Tensor:
         ctx.layer, ctx.shape = layer, x.shape
         return F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
-        layer: Float8Conv2d = ctx.layer
+        layer: QuantizedConv2d = ctx.layer
         weight = layer.weight.to(grad_out.dtype)
         grad_x: Tensor = conv2d_input(  # type: ignore[no-untyped-call]
             ctx.shape, weight, grad_out, layer.stride, layer.padding, layer.dilation

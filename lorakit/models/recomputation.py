@@ -1,0 +1,89 @@
+"""Blocks that compute their activations again in the backward pass instead of keeping them.
+
+Chen et al., 2016, arXiv:1604.06174, for some of a denoiser's blocks: those that keep the most bytes, as blocks that
+see large images do, are worth the time of computing them twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+
+class RecomputableBlock(nn.Module):
+    """A block that keeps its activations for the backward pass, unless it is chosen to recompute them.
+
+    What is recomputed is the call, not `forward`, so that a compiled block stays one graph.
+    """
+
+    choice: Choice | None = None
+    """Which blocks recompute; None if none does."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What `forward` gives."""
+        run, choice = super().__call__, self.choice
+        if choice is None or not torch.is_grad_enabled():
+            return run(*args, **kwargs)
+        recomputes = self in choice
+        if not choice.is_all and self not in choice.kept:
+            choice.kept[self] = bytes_kept(self, partial(run, *args, **kwargs), (*args, *kwargs.values()))
+            recomputes = True
+        if not recomputes:
+            return run(*args, **kwargs)
+        # Imports the compiler, which takes longer than all else that a run imports.
+        from torch.utils.checkpoint import checkpoint
+
+        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+
+def recompute(blocks: Sequence[RecomputableBlock], share: float = 1.0) -> None:
+    """Let blocks keep nothing but their inputs for the backward pass, where they run again.
+
+    With a share below 1, only that share of the blocks does so, rounded up: those that keep the most. How much that is
+    shows when they first run with gradients; until then, each recomputes. The same blocks may be given another share.
+    """
+    choice = Choice(share, len(blocks))
+    for block in blocks:
+        block.choice = choice
+
+
+def bytes_kept(block: nn.Module, run: Callable[[], object], inputs: Sequence[object]) -> int:
+    """Bytes that calling `run`, which runs a block, keeps for the backward pass; its weights and inputs do not count.
+
+    Draws no random numbers that others would miss.
+    """
+    own = [*block.parameters(), *block.buffers(), *(tensor for tensor in inputs if isinstance(tensor, Tensor))]
+    without = {tensor.untyped_storage().data_ptr() for tensor in own}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    device = next(block.parameters()).device
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=device.type),
+        saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
+        _output = run()  # held until all is counted, so that no address is given out twice
+    return sum(size for address, size in kept.items() if address not in without)
+
+
+class Choice:
+    """Which of some blocks recompute."""
+
+    def __init__(self, share: float, blocks: int) -> None:
+        self.number = math.ceil(share * blocks)
+        self.is_all = self.number >= blocks
+        self.kept: dict[RecomputableBlock, int] = {}
+        """Bytes that blocks would keep, for those that have run."""
+
+    def __contains__(self, block: RecomputableBlock) -> bool:
+        return self.is_all or block in sorted(self.kept, key=self.kept.__getitem__, reverse=True)[: self.number]
