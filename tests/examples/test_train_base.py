@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from pictures import training_caption, training_picture
 from PIL import Image
 from safetensors.torch import load_file
 from score import SUBJECTS, load_pipeline, paint, score
+from train_base import trained_vae
 
 from lorakit.checkpoints.recognition import describe
 from lorakit.checkpoints.summary import summarize
@@ -47,8 +49,8 @@ def test_the_folder_is_small_and_in_float16(folder: Path) -> None:
 
 def test_the_script_is_reproducible(folder: Path, tmp_path: Path) -> None:
     """The script's functions give, with the same seed, the very weights that it wrote; another seed does not."""
-    vae, text_encoder, unet = (build(part, 0) for part in ("vae", "text_encoder", "unet"))
-    train_vae(vae, Budget(2), 0)
+    options = Namespace(seed=0, vae_steps=2, vae_minutes=None, device="cpu", folder=tmp_path)
+    vae, text_encoder, unet = trained_vae(options), build("text_encoder", 0), build("unet", 0)
     train_denoiser(Denoiser(text_encoder, unet), learning_material(vae, 0, 8), Budget(2), 0)
     again = save(tmp_path, {"vae": vae, "text_encoder": text_encoder, "unet": unet})
     for file in folder.rglob("*.safetensors"):
