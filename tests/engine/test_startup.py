@@ -16,8 +16,8 @@ COMMAND = (
 
 ENCODERS = {"diffusers", "transformers"}
 """Where the encoders of images and captions come from."""
-OTHERS = {"accelerate", "bitsandbytes", "huggingface_hub", "peft", "scipy", "tensorboard"}
-"""What these libraries import in turn, and what only other configs need."""
+OTHERS = {"accelerate", "bitsandbytes", "huggingface_hub", "peft", "scipy", "sympy", "tensorboard"}
+"""What these libraries and PyTorch's compiler import in turn, and what only other configs need."""
 
 
 def imported(folder: Path, *arguments: str) -> set[str]:

@@ -34,10 +34,12 @@ class AdamWConfig(OptimizerConfig):
         """PyTorch's, as one kernel for all parameters where the device has it."""
         from torch.optim import AdamW
 
+        from lorakit.fused_adamw import FusedAdamW
         from lorakit.networks.network import torch_groups
 
-        fused = all(p.device.type in {"cpu", "cuda"} for group in groups for p in group.parameters)
-        return AdamW(torch_groups(groups), betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=fused)
+        is_fused = all(p.device.type in {"cpu", "cuda"} for group in groups for p in group.parameters)
+        kind = FusedAdamW if is_fused else AdamW
+        return kind(torch_groups(groups), betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
 
 
 @hookimpl
