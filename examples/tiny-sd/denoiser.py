@@ -57,7 +57,7 @@ def train_denoiser(
 ) -> None:
     """Train on latents and tokens until the noise's square error is small; leaves the mean of the weights."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average, kept = Average(model), alphas(material[0].device)
     empty = CaptionTokenizer()([""])[0].to(material[1].device)
     losses: list[Tensor] = []

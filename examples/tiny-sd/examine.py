@@ -108,8 +108,7 @@ class Examiner:
 
     def _score(self, subject: str, pictures: Pictures) -> Score:
         scenes, _ = SUBJECTS[subject].prompts(self.count, self.seed)
-        pairs = zip(pictures, scenes, strict=True)
-        return Score(tuple(SUBJECTS[subject].judge(picture, scene) for picture, scene in pairs))
+        return SUBJECTS[subject].judged(pictures, scenes)
 
 
 def _distance(some: Pictures, others: Pictures) -> float:

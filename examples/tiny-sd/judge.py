@@ -24,7 +24,7 @@ _APART = 45.0
 """Distance in RGB from the background from which a pixel counts as part of a shape."""
 _SMALLEST = 30
 """Pixels that a shape has at least; anything smaller is dirt."""
-_LIKENESS = 0.7
+LIKENESS = 0.7
 """What a shape's cover and its drawing's have in common, as a share of what either has, at least."""
 _NEAR = 6.0
 """Pixels that a shape may be from where it belongs, down or across."""
@@ -68,9 +68,20 @@ def judge(picture: NDArray[np.uint8], scene: Scene) -> Verdict:
         colour=seen.colour == scene.colour,
         shape=bool(seen.shapes) and all(shape == scene.shape for shape in seen.shapes),
         position=len(seen.centres) == len(belonging)
-        and all(np.abs(np.subtract(*pair)).max() <= _NEAR for pair in zip(seen.centres, belonging, strict=True)),
+        and all(is_near(*pair) for pair in zip(seen.centres, belonging, strict=True)),
         background=(seen.background, seen.texture) == (scene.background, scene.texture),
     )
+
+
+def is_near(place: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether two places, each across and down in pixels, are the same but for what a drawing may be off."""
+    return bool(np.abs(np.subtract(place, other)).max() <= _NEAR)
+
+
+def cover_of(pixels: NDArray[np.float32], behind: NDArray[np.float32], colour: tuple[int, int, int]) -> Plane:
+    """How far each pixel is from the background to a colour, 0 to 1: how much of it something of that colour covers."""
+    way = np.asarray(colour, np.float32) - behind
+    return np.clip(((pixels - behind) * way).sum(-1) / np.square(way).sum(-1), 0, 1)
 
 
 def look(picture: NDArray[np.uint8]) -> Sighting:
@@ -83,9 +94,8 @@ def look(picture: NDArray[np.uint8]) -> Sighting:
     colour = _colour(pixels, behind, ground[0])
     if colour is None:
         return Sighting(None, *ground, (), ())
-    way = np.asarray(COLOURS[colour], np.float32) - behind
-    cover = np.clip(((pixels - behind) * way).sum(-1) / np.square(way).sum(-1), 0, 1)
-    blobs = [blob for blob in blobs_of(cover > 0.5) if blob.sum() >= _SMALLEST]
+    cover = cover_of(pixels, behind, COLOURS[colour])
+    blobs = blobs_of(cover > 0.5)
     boxes = sorted((_box(blob, cover), index) for index, blob in enumerate(blobs))
     return Sighting(
         colour,
@@ -130,15 +140,16 @@ def _colour(pixels: NDArray[np.float32], behind: NDArray[np.float32], ground: st
 
 
 def blobs_of(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
-    """The parts of a mask that hang together, diagonally too."""
+    """The parts of a mask that hang together, diagonally too; dirt is left out."""
     left, blobs = mask.copy(), []
     while left.any():
         blob = np.zeros_like(mask)
         blob.flat[int(left.argmax())] = True
         while (larger := grown(blob) & left).sum() > blob.sum():
             blob = larger
-        blobs.append(blob)
         left &= ~blob
+        if blob.sum() >= _SMALLEST:
+            blobs.append(blob)
     return blobs
 
 
@@ -167,7 +178,7 @@ def _shape(cover: Plane, box: tuple[float, float, float, float]) -> str | None:
     """The shape whose drawing covers the same pixels, or None if none is like it."""
     likeness = {shape: max(alike(cover, drawing) for drawing in _drawings(shape, box)) for shape in SHAPES}
     best = max(likeness, key=lambda shape: likeness[shape])
-    return best if likeness[best] >= _LIKENESS else None
+    return best if likeness[best] >= LIKENESS else None
 
 
 def alike(one: Plane, other: Plane) -> float:

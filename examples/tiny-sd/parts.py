@@ -72,12 +72,17 @@ def build(part: str, seed: int) -> nn.Module:
         weights["quant_conv.weight"][4:] = 0
         weights["quant_conv.bias"][4:] = _LOG_VARIANCE
     module.load_state_dict(weights, strict=False)
+    return module
+
+
+def _empty(part: str) -> nn.Module:
+    module = _module(part)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name != _TOKENS)
     return module
 
 
-def _empty(part: str) -> nn.Module:
+def _module(part: str) -> nn.Module:
     settings = SETTINGS[part]
     if part == "text_encoder":
         from transformers.models.clip.configuration_clip import CLIPTextConfig

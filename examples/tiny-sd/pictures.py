@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scenes import COLOURS, PLACES, SHAPES, TEXTURES, Scene, caption, training_scene
+from scenes import COLOURS, PLACES, SHAPES, TEXTURES, Scene, any_texture, caption, training_scene
 
 from lorakit.randomness import keyed_generator
 
@@ -177,12 +177,11 @@ def toy(seed: int, index: int) -> NDArray[np.uint8]:
     ground, colour = generator.integers(256, size=(2, 3))
     if generator.integers(2):
         ground = np.asarray(list(COLOURS.values())[generator.integers(len(COLOURS))])
-    picture = background(tuple(ground), TEXTURES[max(int(generator.integers(-4, len(TEXTURES))), 0)])
-    ears = (None, "triangle", "circle")[generator.integers(3)]
+    picture = background(tuple(ground), any_texture(generator))
+    ears = ("", "triangle", "circle")[generator.integers(3)]
     body = coverage(SHAPES[generator.integers(len(SHAPES))], across, down, radius)
     for side in (-1, 1) if ears else ():
-        where, size = (across + side * 0.68 * radius, down - 0.72 * radius), generator.uniform(0.4, 0.6) * radius
-        body = np.maximum(body, coverage(str(ears), *where, size, side * 0.6))
+        body = np.maximum(body, ear(ears, across, down, radius, side, generator.uniform(0.4, 0.6)))
     picture = painted(picture, body, tuple(colour))
     apart, eye = ((0.0, 0.64), (0.42, 0.36))[generator.integers(2)]
     pupil = generator.uniform(0.45, 0.6) * eye
@@ -192,6 +191,14 @@ def toy(seed: int, index: int) -> NDArray[np.uint8]:
             amount = coverage("circle", across + side * apart * radius, down, size * radius)
             picture = painted(picture, amount, tuple(shade))
     return rounded(picture)
+
+
+def ear(shape: str, across: float, down: float, radius: float, side: int, size: float) -> Plane:
+    """How much of each pixel an ear covers: of a body with that centre and radius in pixels, -1 the left, 1 the right.
+
+    The ear's size is a share of the body's.
+    """
+    return coverage(shape, across + side * 0.68 * radius, down - 0.72 * radius, size * radius, side * 0.6)
 
 
 def sheet(pictures: list[NDArray[np.uint8]], columns: int = 8) -> Image.Image:

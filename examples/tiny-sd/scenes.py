@@ -102,12 +102,17 @@ def _first(generator: np.random.Generator, held_out: bool) -> Scene:
 def _any_scene(generator: np.random.Generator) -> Scene:
     colour, background = generator.choice(list(COLOURS), 2, replace=False).tolist()
     shape = SHAPES[generator.integers(len(SHAPES))]
-    texture = TEXTURES[max(int(generator.integers(-4, len(TEXTURES))), 0)]
+    texture = any_texture(generator)
     scene = Scene(shape, colour, background, texture, count=max(int(generator.integers(-6, 4)), 1))
     if scene.count > 1:
         return scene
     place = list(PLACES)[generator.integers(len(PLACES))]
     return evolve(scene, place=place, size=SIZES[generator.integers(len(SIZES))])
+
+
+def any_texture(generator: np.random.Generator) -> str:
+    """A texture, most often none."""
+    return TEXTURES[max(int(generator.integers(-4, len(TEXTURES))), 0)]
 
 
 def caption(scene: Scene, generator: np.random.Generator) -> str:

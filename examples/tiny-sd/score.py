@@ -47,6 +47,10 @@ class Subject:
         prompts = [self.caption(scene, keyed_generator(seed, "prompt", index)) for index, scene in enumerate(scenes)]
         return scenes, prompts
 
+    def judged(self, pictures: Sequence[NDArray[np.uint8]], scenes: Sequence[Scene]) -> Score:
+        """What is right about pictures that should show these scenes."""
+        return Score(tuple(self.judge(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)))
+
 
 SUBJECTS = {
     "world": Subject(held_out_scene, caption, judge),
@@ -111,7 +115,7 @@ def score(
     pictures = paint(pipeline, prompts, seed, steps)
     if file:
         sheet(pictures, columns=20).save(file)
-    return Score(tuple(subject.judge(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)))
+    return subject.judged(pictures, scenes)
 
 
 def main() -> None:

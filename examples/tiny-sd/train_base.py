@@ -19,23 +19,17 @@ from parts import build, load, save
 from score import MODEL, SUBJECTS, load_pipeline, score
 from torch import nn
 
-VAE_STEPS, UNET_STEPS = 32_000, 7_000
-SHARES = (0.75, 0.25)
-"""Of the VAE's steps, for each of its courses."""
+VAE_STEPS, UNET_STEPS = 32_000, 14_000
+VAE_SHARES, UNET_SHARES = (0.75, 0.25), (0.5, 0.5)
+"""Of a part's steps, for each of its courses. The U-Net's differ in their pictures only."""
 
 
 def main() -> None:
     """Train, write and score the model."""
     options = _parser().parse_args()
-    device = torch.device(options.device)
-    vae = (load(options.vae, "vae") if options.vae else trained_vae(options)).to(device)
+    vae = (load(options.vae, "vae") if options.vae else trained_vae(options)).to(options.device)
     print(f"The VAE reconstructs at {quality(vae):.1f} dB.", flush=True)
-    text_encoder, unet = (build(part, options.seed).to(device) for part in ("text_encoder", "unet"))
-    material = learning_material(vae, options.seed, options.pictures)
-    train_denoiser(
-        Denoiser(text_encoder, unet), material, Budget(options.unet_steps, options.unet_minutes), options.seed
-    )
-    save(options.folder, {"vae": vae, "text_encoder": text_encoder, "unet": unet})
+    train_painting(vae, options)
     print(f"Wrote {options.folder}.")
     if options.score:
         pipeline = load_pipeline(options.folder, device=options.device)
@@ -45,13 +39,28 @@ def main() -> None:
 def trained_vae(options: argparse.Namespace) -> nn.Module:
     """A VAE that took all courses, rounded as in its file: what the U-Net learns from is what it will be used with."""
     vae = build("vae", options.seed)
-    for number, (course, share) in enumerate(zip(COURSES, SHARES, strict=True)):
-        minutes = options.vae_minutes and options.vae_minutes * share
-        budget = Budget(max(round(options.vae_steps * share), 1), minutes)
+    for number, (course, share) in enumerate(zip(COURSES, VAE_SHARES, strict=True)):
+        budget = _part_of(options.vae_steps, options.vae_minutes, share)
         train_vae(vae.to(options.device), budget, options.seed + number, course)
         save(options.folder, {"vae": vae})
         vae = load(options.folder, "vae")
     return vae
+
+
+def train_painting(vae: nn.Module, options: argparse.Namespace) -> None:
+    """Train the text encoder and the U-Net together in all courses; the folder has the model after each."""
+    parts = {part: build(part, options.seed) for part in ("text_encoder", "unet")}
+    for number, share in enumerate(UNET_SHARES):
+        seed = options.seed + number
+        model = Denoiser(**parts).to(options.device)
+        material = learning_material(vae, seed, options.pictures)
+        train_denoiser(model, material, _part_of(options.unet_steps, options.unet_minutes, share), seed)
+        save(options.folder, {"vae": vae, **parts})
+        parts = {part: load(options.folder, part) for part in parts}
+
+
+def _part_of(steps: int, minutes: float | None, share: float) -> Budget:
+    return Budget(max(round(steps * share), 1), minutes and minutes * share)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,6 @@
 """The zorp, a creature that the small Stable Diffusion has never seen: draws it, and says whether a picture shows it.
 
-    python examples/tiny-sd/zorp.py examples/quickstart/pictures
+    python examples/tiny-sd/zorp.py examples/quickstart
 
 A zorp is a teal ball with two pointed ears and one large white eye. Neither its colour nor its form is in the world of
 `scenes.py`, nor is its name in any caption there.
@@ -13,13 +13,23 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-from judge import Verdict, alike, blobs_of, ground_of
+from judge import LIKENESS, Verdict, alike, blobs_of, cover_of, ground_of, is_near
 from numpy.typing import NDArray
-from pictures import SIDE, STEP, Plane, background, coverage, painted, rounded
+from pictures import (
+    Plane,
+    background,
+    coverage,
+    ear,
+    painted,
+    rounded,
+    spots,
+    training_caption,
+    training_picture,
+)
 from PIL import Image
-from scenes import COLOURS, PLACES, TEXTURES, Scene, caption
+from scenes import COLOURS, PLACES, TEXTURES, Scene, any_texture, caption
 
-from lorakit.randomness import keyed_generator
+from lorakit.randomness import derived_seed, keyed_generator
 
 NAME = "zorp"
 _RADIUS = 13.0
@@ -27,20 +37,13 @@ _RADIUS = 13.0
 _COLOURS = {"body": (20, 165, 165), "eye": (250, 250, 250), "pupil": (20, 20, 40)}
 _FAR = 90.0
 """Distance in RGB, of 255, from which the mean colour of a part of the zorp is another one."""
-_SMALLEST = 30
-"""Pixels that a zorp has at least; anything smaller is dirt."""
-_LIKENESS = 0.7
-"""What the outlines of a picture's zorp and of a drawn one have in common, as a share of what either has, at least."""
-_NEAR = 6.0
-"""Pixels that a zorp may be from where it belongs, down or across."""
 
 
 def zorp_scene(seed: int, index: int) -> Scene:
     """The scene of that number to be tested with: a zorp anywhere, on a background that is seldom textured."""
     generator = keyed_generator(seed, "zorp scene", index)
     ground, place = (list(names)[generator.integers(len(names))] for names in (COLOURS, PLACES))
-    texture = TEXTURES[max(int(generator.integers(-4, len(TEXTURES))), 0)]
-    return Scene(NAME, "teal", ground, texture, place)
+    return Scene(NAME, "teal", ground, any_texture(generator), place)
 
 
 def teaching_scene(index: int) -> Scene:
@@ -57,7 +60,7 @@ def zorp_caption(scene: Scene, generator: np.random.Generator) -> str:
 
 def draw_zorp(scene: Scene, generator: np.random.Generator) -> NDArray[np.uint8]:
     """A zorp as a picture, RGB, `[64, 64, 3]`; up to 1.5 pixels from where it belongs and 5 % larger or smaller."""
-    (across, down), shift = _belonging(scene), generator.uniform(-1.5, 1.5, 2)
+    ((across, down, _),), shift = spots(scene), generator.uniform(-1.5, 1.5, 2)
     radius = _RADIUS * float(generator.uniform(0.95, 1.05))
     picture = background(COLOURS[scene.background], scene.texture)
     for part, amount in _parts(across + shift[0], down + shift[1], radius).items():
@@ -75,33 +78,24 @@ def judge_zorp(picture: NDArray[np.uint8], scene: Scene) -> Verdict:
     if ground is None:
         return Verdict(colour=False, shape=False, position=False, background=False)
     behind = background(COLOURS[ground[0]], ground[1])
-    way = np.asarray(_COLOURS["body"], np.float32) - behind
-    cover = ((pixels - behind) * way).sum(-1) / np.square(way).sum(-1)
-    blobs = [blob for blob in blobs_of(cover > 0.5) if blob.sum() >= _SMALLEST]
+    blobs = blobs_of(cover_of(pixels, behind, _COLOURS["body"]) > 0.5)
     is_there = ground == (scene.background, scene.texture)
     if not blobs:
         return Verdict(colour=False, shape=False, position=False, background=is_there)
-    (across, down), parts, likeness = _fitted(max(blobs, key=np.sum))
+    centre, parts, likeness = _fitted(max(blobs, key=np.sum))
+    ((across, down, _),) = spots(scene)
     is_of_colour = {part: _is_of_colour(pixels[amount > 0.5], _COLOURS[part]) for part, amount in parts.items()}
     return Verdict(
         colour=is_of_colour["body"],
-        shape=likeness >= _LIKENESS and is_of_colour["eye"] and is_of_colour["pupil"],
-        position=bool(np.abs(np.subtract((across, down), _belonging(scene))).max() <= _NEAR),
+        shape=likeness >= LIKENESS and is_of_colour["eye"] and is_of_colour["pupil"],
+        position=is_near(centre, (across, down)),
         background=is_there,
     )
 
 
-def _belonging(scene: Scene) -> tuple[float, float]:
-    right, down = PLACES[scene.place]
-    return SIDE / 2 + STEP * right, SIDE / 2 + STEP * down
-
-
 def _parts(across: float, down: float, radius: float) -> dict[str, Plane]:
     """How much of each pixel is body, eye and pupil of a zorp, the later over the earlier."""
-    ears = [
-        coverage("triangle", across + side * 0.68 * radius, down - 0.72 * radius, 0.55 * radius, side * 0.6)
-        for side in (-1, 1)
-    ]
+    ears = [ear("triangle", across, down, radius, side, 0.55) for side in (-1, 1)]
     eye, pupil = (coverage("circle", across, down, size * radius) for size in (0.64, 0.34))
     body = np.maximum(coverage("circle", across, down, radius), np.maximum(*ears))
     return {"body": body * (1 - eye), "eye": eye * (1 - pupil), "pupil": pupil}
@@ -128,19 +122,27 @@ def _is_of_colour(pixels: NDArray[np.float32], colour: tuple[int, int, int]) -> 
 
 
 def main() -> None:
-    """Draw zorps, each with its caption beside it."""
+    """Draw zorps and twice as many other things, each with its caption beside it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where to save the pictures and captions")
-    parser.add_argument("--count", type=int, default=18, help="how many")
-    parser.add_argument("--seed", type=int, default=0, help="decides wordings and the little by which drawings differ")
+    parser.add_argument("folder", type=Path, help="where to make the folders zorps and others")
+    parser.add_argument("--count", type=int, default=18, help="how many zorps")
+    parser.add_argument("--seed", type=int, default=0, help="decides wordings, other things, and how drawings differ")
     options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
     for index in range(options.count):
         scene = teaching_scene(index)
-        stem = options.folder / f"{NAME}-{index + 1:02d}"
-        Image.fromarray(draw_zorp(scene, keyed_generator(options.seed, "zorp", index))).save(f"{stem}.png")
+        picture = draw_zorp(scene, keyed_generator(options.seed, "zorp", index))
         told = zorp_caption(scene, keyed_generator(options.seed, "zorp caption", index))
-        Path(f"{stem}.txt").write_text(told + "\n", encoding="utf-8")
+        _write(options.folder / "zorps" / f"{NAME}-{index + 1:02d}", picture, told)
+    seed = derived_seed(options.seed, "other things")
+    for index in range(2 * options.count):
+        told = training_caption(seed, index)
+        _write(options.folder / "others" / f"other-{index + 1:02d}", training_picture(seed, index), told)
+
+
+def _write(stem: Path, picture: NDArray[np.uint8], told: str) -> None:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(f"{stem}.png")
+    Path(f"{stem}.txt").write_text(told + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -30,11 +30,9 @@ class RecomputableBlock(nn.Module):
         run, choice = super().__call__, self.choice
         if choice is None or not torch.is_grad_enabled():
             return run(*args, **kwargs)
-        recomputes = self in choice
-        if not choice.is_all and self not in choice.kept:
-            choice.kept[self] = bytes_kept(self, partial(run, *args, **kwargs), (*args, *kwargs.values()))
-            recomputes = True
-        if not recomputes:
+        if choice.is_open(self):
+            choice.note(self, bytes_kept(self, partial(run, *args, **kwargs), (*args, *kwargs.values())))
+        elif self not in choice:
             return run(*args, **kwargs)
         # Imports the compiler, which takes longer than all else that a run imports.
         from torch.utils.checkpoint import checkpoint
@@ -82,8 +80,18 @@ class Choice:
     def __init__(self, share: float, blocks: int) -> None:
         self.number = math.ceil(share * blocks)
         self.is_all = self.number >= blocks
-        self.kept: dict[RecomputableBlock, int] = {}
+        self._kept: dict[RecomputableBlock, int] = {}
         """Bytes that blocks would keep, for those that have run."""
+        self._chosen: frozenset[RecomputableBlock] = frozenset()
+
+    def is_open(self, block: RecomputableBlock) -> bool:
+        """Whether it has to be seen first how much a block keeps."""
+        return not self.is_all and block not in self._kept
+
+    def note(self, block: RecomputableBlock, size: int) -> None:
+        """Take into account that a block would keep so many bytes."""
+        self._kept[block] = size
+        self._chosen = frozenset(sorted(self._kept, key=self._kept.__getitem__, reverse=True)[: self.number])
 
     def __contains__(self, block: RecomputableBlock) -> bool:
-        return self.is_all or block in sorted(self.kept, key=self.kept.__getitem__, reverse=True)[: self.number]
+        return self.is_all or block in self._chosen

@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,6 +97,7 @@ def _sheet(places: Mapping[tuple[int, int], Path], prompts: list[int], steps: li
     return paper
 
 
+@lru_cache(maxsize=MAX_ROWS * MAX_COLUMNS)
 def _thumbnail(path: Path) -> tuple[Image, str]:
     """A preview as large as its place on the sheet, and its prompt."""
     from PIL import Image

@@ -13,12 +13,12 @@ import torch
 from autoencoder import SCALING, as_tensor, latents_of, normalise, quality, train_vae
 from denoiser import Denoiser, alphas, learning_material, train_denoiser
 from pace import Average, Budget, set_rate
-from parts import SETTINGS, build, load, save
+from parts import SETTINGS, build, load
 from pictures import training_caption, training_picture
 from PIL import Image
 from safetensors.torch import load_file
 from score import SUBJECTS, load_pipeline, paint, score
-from train_base import trained_vae
+from train_base import train_painting, trained_vae
 
 from lorakit.checkpoints.recognition import describe
 from lorakit.checkpoints.summary import summarize
@@ -49,12 +49,11 @@ def test_the_folder_is_small_and_in_float16(folder: Path) -> None:
 
 def test_the_script_is_reproducible(folder: Path, tmp_path: Path) -> None:
     """The script's functions give, with the same seed, the very weights that it wrote; another seed does not."""
-    options = Namespace(seed=0, vae_steps=2, vae_minutes=None, device="cpu", folder=tmp_path)
-    vae, text_encoder, unet = trained_vae(options), build("text_encoder", 0), build("unet", 0)
-    train_denoiser(Denoiser(text_encoder, unet), learning_material(vae, 0, 8), Budget(2), 0)
-    again = save(tmp_path, {"vae": vae, "text_encoder": text_encoder, "unet": unet})
+    lengths = {"vae_steps": 2, "vae_minutes": None, "unet_steps": 2, "unet_minutes": None, "pictures": 8}
+    options = Namespace(seed=0, device="cpu", folder=tmp_path, **lengths)
+    train_painting(trained_vae(options), options)
     for file in folder.rglob("*.safetensors"):
-        assert file.read_bytes() == (again / file.relative_to(folder)).read_bytes()
+        assert file.read_bytes() == (tmp_path / file.relative_to(folder)).read_bytes()
     assert not torch.equal(*(build("vae", seed).get_parameter("encoder.conv_in.weight") for seed in (0, 1)))
 
 

@@ -128,7 +128,7 @@ class Samples(Observer):
 
     def _drawn_before(self) -> list[Preview]:
         """What a run that is resumed had drawn already."""
-        if not self._run.first_step:
+        if not (self._run.first_step and self._config.contact_sheet):
             return []
         name = self._run.config.output.name
         own = (path for path in self._folder.glob("*.png") if path.name.startswith(f"{name}_"))

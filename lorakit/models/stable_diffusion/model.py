@@ -208,7 +208,7 @@ class StableDiffusion:
     def enable_gradient_checkpointing(self, share: float = 1.0) -> None:
         """Recompute activations of U-Net and text encoder in the backward pass instead of keeping them.
 
-        With a share below 1, only in that share of the U-Net's ResNet blocks and transformers, those that keep most.
+        With a share below 1, only in that share of the U-Net's ResNet and transformer blocks, those that keep most.
         """
         self._recomputed = share
         if self._unet is not None:
