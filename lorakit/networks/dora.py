@@ -20,6 +20,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lorakit.networks.dropout import AdapterDropout, DropoutRates
+from lorakit.networks.functions import low_rank_operation
 from lorakit.networks.lora import LoRAModule
 
 
@@ -53,7 +54,7 @@ class DoRAModule(LoRAModule):
             output: Tensor = self.base(x)
             return output
         draw_mask = self.draw_mask if self.training else None
-        out = self._operation(x, self.lora_down, self.lora_up, self.base, self.scale, draw_mask)
+        out = low_rank_operation(x, self.lora_down, self.lora_up, self.base, self.scale, draw_mask)
         bias = cast("Tensor | None", self.base.bias)
         out = _scale_outputs(out, self._gains(len(x)), bias, isinstance(self.base, nn.Conv2d))
         return out if self.multiplier == 1 else torch.lerp(self.base(x), out, self.multiplier)

@@ -1,12 +1,12 @@
-"""A frozen layer plus a low-rank update, y = W·x + b + scale·U·(D·x), each kind of layer as one operation.
+"""A frozen layer plus a low-rank update, y = W·x + b + scale·U·(D·x), as one operation.
 
 Written by hand because it is the innermost loop: the update is added to the base layer's output in
 place, the activations are never copied to the factors' float32, and only the input and the rank-r
 activations are kept for the backward pass. The base layer's weight is asked for in both passes, as a
 layer may keep it in another form.
 
-Shapes: N rows, that is, all positions of all images; B images or texts, L positions in each, r rank,
-C input and O output channels. "Rows" are [B, L, channels], a view in either memory format.
+Shapes: B images or texts, L positions in each, r rank. "Rows" are [B, L, channels], a view in either
+memory format.
 """
 
 from __future__ import annotations
@@ -23,58 +23,26 @@ from torch.autograd.function import once_differentiable
 DrawMask = Callable[[Tensor], Tensor]
 """Given the rank-r activations as rows [B, L, r], what to multiply them by, in their dtype, broadcastable to them."""
 
+Layer = nn.Linear | nn.Conv2d
+"""What can be adapted."""
+
 LowRankOperation = Callable[[Tensor, Tensor, Tensor, nn.Module, float, DrawMask | None], Tensor]
 """Output of input, down and up factor, base layer, scale, and dropout; differentiable in the first three."""
 
 
-class _Linear(Function):
+class _LowRank(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, base: nn.Linear, *options: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, base: Layer, *options: Any) -> Tensor:
         scale, draw_mask = options
         x, down, up, weight, bias = _cast(x, down, up, base)
-        out = F.linear(x, weight, bias)
-        hidden = torch.addmm(down.new_empty(()), x.reshape(-1, x.shape[-1]), down.t(), beta=0, alpha=scale)  # [N, r]
-        mask = None
-        if draw_mask is not None:
-            rows = hidden.view(len(x), -1, len(down))
-            mask = draw_mask(rows)
-            rows.mul_(mask)
-        out.view(-1, len(up)).addmm_(hidden, up.t())
-        ctx.save_for_backward(x, hidden, down, up, mask)
-        ctx.base, ctx.scale = base, scale
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, down, up, mask = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
-            grad = grad_out.reshape(-1, len(up))
-            grad_hidden = torch.addmm(up.new_empty(()), grad, up, beta=0, alpha=ctx.scale)
-            if mask is not None:
-                grad_hidden.view(len(x), -1, len(down)).mul_(mask)
-            grad_up = grad.t() @ hidden
-            grad_down = grad_hidden.t() @ x.reshape(-1, x.shape[-1])
-            grad_x = None
-            if ctx.needs_input_grad[0]:
-                grad_x = (grad @ ctx.base.weight.to(grad.dtype)).addmm_(grad_hidden, down).view(x.shape)
-        return grad_x, grad_down, grad_up, None, None, None
-
-
-class _PointwiseConv2d(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, base: nn.Conv2d, *options: Any) -> Tensor:
-        scale, draw_mask = options
-        x, down, up, weight, bias = _cast(x, down, up, base)
-        out = F.conv2d(x, weight, bias)
-        rows = _rows(x)
-        hidden = x.new_empty(*rows.shape[:2], len(down))
-        _add_product(hidden, rows, down.flatten(1).t(), alpha=scale, beta=0)
+        is_conv = isinstance(base, nn.Conv2d)
+        out = F.conv2d(x, weight, bias, *_geometry(base)) if is_conv else F.linear(x, weight, bias)
+        hidden = _projection(base, x, down, scale)
         mask = None
         if draw_mask is not None:
             mask = draw_mask(hidden)
             hidden.mul_(mask)
-        _add_product(_rows(out), hidden, up.flatten(1).t())
+        _add_product(_rows(base, out), hidden, up.flatten(1).t())
         ctx.save_for_backward(x, hidden, down, up, mask)
         ctx.base, ctx.scale = base, scale
         return out
@@ -84,65 +52,56 @@ class _PointwiseConv2d(Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, down, up, mask = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
-            grad = _rows(grad_out)
+            grad = _rows(ctx.base, grad_out)
             grad_hidden = torch.empty_like(hidden)
             _add_product(grad_hidden, grad, up.flatten(1), alpha=ctx.scale, beta=0)
             if mask is not None:
                 grad_hidden.mul_(mask)
             grad_up = _contract(grad, hidden).view(up.shape)
-            grad_down = _contract(grad_hidden, _rows(x)).view(down.shape)
-            grad_x = None
-            if ctx.needs_input_grad[0]:
-                grad_x = torch.empty_like(x, memory_format=_memory_format(x))
-                _add_product(_rows(grad_x), grad, ctx.base.weight.to(x.dtype).flatten(1), beta=0)
-                _add_product(_rows(grad_x), grad_hidden, down.flatten(1))
+            gradients = _pointwise_gradients if is_pointwise(ctx.base) else _conv_gradients
+            grad_x, grad_down = gradients(ctx.base, x, down, grad_out, grad_hidden, ctx.needs_input_grad[0])
         return grad_x, grad_down, grad_up, None, None, None
 
 
-class _Conv2d(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, base: nn.Conv2d, *options: Any) -> Tensor:
-        scale, draw_mask = options
-        x, down, up, weight, bias = _cast(x, down, up, base)
-        out = F.conv2d(x, weight, bias, base.stride, base.padding, base.dilation)
-        hidden = F.conv2d(x, down, None, base.stride, base.padding, base.dilation).mul_(scale)  # [B, r, h, w]
-        mask = None
-        if draw_mask is not None:
-            mask = draw_mask(_rows(hidden))
-            _rows(hidden).mul_(mask)
-        _add_product(_rows(out), _rows(hidden), up.flatten(1).t())
-        ctx.save_for_backward(x, hidden, down, up, mask)
-        ctx.base, ctx.scale, ctx.geometry = base, scale, (base.stride, base.padding, base.dilation, False, (0, 0), 1)
-        return out
+def _projection(base: Layer, x: Tensor, down: Tensor, scale: float) -> Tensor:
+    """Scale·D·x as rows [B, L, r]."""
+    if not is_pointwise(base):
+        return _rows(base, F.conv2d(x, down, None, *_geometry(base)).mul_(scale))
+    rows = _rows(base, x)
+    hidden = x.new_empty(*rows.shape[:2], len(down))
+    _add_product(hidden, rows, down.flatten(1).t(), alpha=scale, beta=0)
+    return hidden
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, down, up, mask = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
-            grad = _rows(grad_out)
-            grad_hidden = torch.empty_like(hidden)
-            _add_product(_rows(grad_hidden), grad, up.flatten(1), alpha=ctx.scale, beta=0)
-            if mask is not None:
-                _rows(grad_hidden).mul_(mask)
-            grad_up = _contract(grad, _rows(hidden)).view(up.shape)
-            wants_x = ctx.needs_input_grad[0]
-            grad_x, grad_down, _ = _conv_backward(grad_hidden, x, down, None, *ctx.geometry, (wants_x, True, False))
-            if wants_x:
-                weight = ctx.base.weight.to(x.dtype)
-                grad_x += _conv_backward(grad_out, x, weight, None, *ctx.geometry, (True, False, False))[0]
-        return grad_x, grad_down, grad_up, None, None, None
+
+def _pointwise_gradients(
+    base: Layer, x: Tensor, down: Tensor, grad_out: Tensor, grad_hidden: Tensor, wants_x: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of the input, if it is wanted, and of the down factor."""
+    grad_down = _contract(grad_hidden, _rows(base, x)).view(down.shape)
+    if not wants_x:
+        return None, grad_down
+    grad_x = torch.empty_like(x, memory_format=_memory_format(base, x))
+    _add_product(_rows(base, grad_x), _rows(base, grad_out), base.weight.to(x.dtype).flatten(1), beta=0)
+    _add_product(_rows(base, grad_x), grad_hidden, down.flatten(1))
+    return grad_x, grad_down
+
+
+def _conv_gradients(
+    base: Layer, x: Tensor, down: Tensor, grad_out: Tensor, grad_hidden: Tensor, wants_x: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of the input, if it is wanted, and of the down factor."""
+    geometry = (*_geometry(base), False, (0, 0), 1)
+    grad_images = grad_hidden.transpose(1, 2).unflatten(2, grad_out.shape[2:])
+    grad_x, grad_down, _ = _conv_backward(grad_images, x, down, None, *geometry, (wants_x, True, False))
+    if wants_x:
+        grad_x += _conv_backward(grad_out, x, base.weight.to(x.dtype), None, *geometry, (True, False, False))[0]
+    return grad_x, grad_down
 
 
 _conv_backward = torch.ops.aten.convolution_backward
 
-
-def operation_for(base: nn.Linear | nn.Conv2d) -> LowRankOperation:
-    """The operation for a kind of layer."""
-    function: type[Function] = _Linear
-    if isinstance(base, nn.Conv2d):
-        function = _PointwiseConv2d if is_pointwise(base) else _Conv2d
-    return cast("LowRankOperation", function.apply)
+low_rank_operation = cast("LowRankOperation", _LowRank.apply)
+"""The operation, for each kind of layer that can be adapted."""
 
 
 def is_pointwise(layer: nn.Module) -> bool:
@@ -152,9 +111,7 @@ def is_pointwise(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear)
 
 
-def _cast(
-    x: Tensor, down: Tensor, up: Tensor, base: nn.Linear | nn.Conv2d
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+def _cast(x: Tensor, down: Tensor, up: Tensor, base: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Input, factors, base weight and bias in the dtype to compute in: autocast's if it is on, else the input's."""
     dtype, device = x.dtype, x.device.type
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
@@ -165,13 +122,23 @@ def _cast(
     return x.to(dtype), down.to(dtype), up.to(dtype), weight, bias
 
 
-def _rows(images: Tensor) -> Tensor:
-    """[B, channels, h, w] as [B, h·w, channels]; a view of what a convolution puts out."""
-    return images.flatten(2).transpose(1, 2)
+def _geometry(conv: Layer) -> tuple[Any, ...]:
+    """Stride, padding and dilation of a convolution."""
+    return conv.stride, conv.padding, conv.dilation
 
 
-def _memory_format(images: Tensor) -> torch.memory_format:
-    channels_last = images.is_contiguous(memory_format=torch.channels_last)
+def _rows(layer: Layer, tensor: Tensor) -> Tensor:
+    """What a layer reads or puts out, [B, channels, h, w] or [B, …, channels], as rows [B, L, channels].
+
+    A view of what a layer puts out.
+    """
+    if isinstance(layer, nn.Conv2d):
+        return tensor.flatten(2).transpose(1, 2)
+    return tensor.reshape(len(tensor), -1, tensor.shape[-1])
+
+
+def _memory_format(layer: Layer, x: Tensor) -> torch.memory_format:
+    channels_last = isinstance(layer, nn.Conv2d) and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if channels_last else torch.contiguous_format
 
 

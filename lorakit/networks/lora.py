@@ -16,7 +16,7 @@ from lorakit.errors import AdapterError
 from lorakit.models.layers import is_plain
 from lorakit.models.protocol import AdaptationTarget
 from lorakit.networks.dropout import AdapterDropout, DropoutRates, Dropouts
-from lorakit.networks.functions import DrawMask, operation_for
+from lorakit.networks.functions import DrawMask, low_rank_operation
 from lorakit.networks.max_norm import MaxNorm
 from lorakit.networks.network import AdapterModule, Network
 from lorakit.randomness import keyed_generator
@@ -47,7 +47,6 @@ class LoRAModule(AdapterModule):
         self.lora_down = nn.Parameter(torch.empty(rank, *inputs, dtype=torch.float32, device=device))
         self.lora_up = nn.Parameter(torch.empty(out, rank, *[1] * len(inputs[1:]), dtype=torch.float32, device=device))
         self.draw_mask: DrawMask | None = None
-        self._operation = operation_for(base)
         LoRAModule.initialize(self, 0)
 
     @torch.no_grad()
@@ -65,7 +64,7 @@ class LoRAModule(AdapterModule):
             output: Tensor = self.base(x)
             return output
         draw_mask = self.draw_mask if self.training else None
-        return self._operation(x, self.lora_down, self.lora_up, self.base, scale, draw_mask)
+        return low_rank_operation(x, self.lora_down, self.lora_up, self.base, scale, draw_mask)
 
     def use_dropout(self, dropout: AdapterDropout, rates: DropoutRates) -> None:  # noqa: ARG002
         """Drop at random while training, at these rates."""

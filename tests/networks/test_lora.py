@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.errors import AdapterError
-from lorakit.networks.functions import operation_for
+from lorakit.networks.functions import low_rank_operation
 from lorakit.networks.lora import LoRAModule
+from lorakit.randomness import keyed_generator
 
 RANK, ALPHA = 3, 2.0
 
@@ -85,17 +86,35 @@ def test_equals_the_merged_weight_in_float64(layer: str, layout: str) -> None:
         assert error(actual, correct) < 1e-5
 
 
-@pytest.mark.parametrize("rank", [1, 128])
-@pytest.mark.parametrize("layer", ["linear", "1x1 convolution", "strided 3x3 convolution"])
-def test_ranks(layer: str, rank: int) -> None:
-    """The factors' gradients are right at the lowest and at a high rank."""
-    adapter, x = make_adapter(layer, rank)
+def drawn(kind: str, number: int) -> tuple[nn.Module, int, tuple[int, ...]]:
+    """A layer with odd numbers of channels, a rank from 1 to 128, and an input of 1 to 8 images or texts."""
+    draw = keyed_generator("layer", kind, number)
+    inputs, outputs, batch, height, width = (int(n) for n in draw.integers((3, 3, 1, 3, 3), (150, 150, 9, 12, 12)))
+    rank = int(draw.choice([1, 2, 3, 8, 13, 16, 31, 64, 128]))
+    kernel, stride = {"1x1": (1, 1), "3x3": (3, 1), "strided 3x3": (3, 2), "linear": (0, 0)}[kind]
+    if kernel:
+        layer = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2)
+        return layer, rank, (batch, inputs, height, width)
+    return nn.Linear(inputs, outputs, bias=bool(number % 2)), rank, (batch, height * width, inputs)
+
+
+@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("kind", ["linear", "1x1", "3x3", "strided 3x3"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_any_size(kind: str, number: int, dtype: torch.dtype, tolerance: float) -> None:
+    """At any rank, size and batch, in every precision and layout, output and gradients are those of float64."""
+    torch.manual_seed(number)
+    layer, rank, shape = drawn(kind, number)
+    adapter = LoRAModule("key", layer, rank, ALPHA)
+    nn.init.normal_(adapter.lora_up, std=0.1)
+    adapter = adapter.to(dtype)
+    x = laid_out(torch.randn(shape, dtype=dtype), LAYOUTS[number % len(LAYOUTS)]).requires_grad_()
     out = adapter(x)
-    grad = torch.randn_like(out)
+    grad = laid_out(torch.randn_like(out), LAYOUTS[number // 2 % len(LAYOUTS)])
     out.backward(grad)
-    _, _, down, up = reference(adapter, x, grad)
-    assert error(adapter.lora_down.grad, down) < 1e-5
-    assert error(adapter.lora_up.grad, up) < 1e-5
+    expected = reference(adapter, x, grad)
+    for actual, correct in zip((out, x.grad, adapter.lora_down.grad, adapter.lora_up.grad), expected, strict=True):
+        assert error(actual, correct) < tolerance
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -103,7 +122,7 @@ def test_ranks(layer: str, rank: int) -> None:
 def test_gradients_are_the_derivatives(layer: str, layout: str) -> None:
     """The gradients are what finite differences say, also under a dropout mask."""
     adapter, x = make_adapter(layer)
-    operation, base = operation_for(adapter.base), adapter.base.double()
+    base = adapter.base.double()
 
     def mask(rows: Tensor) -> Tensor:
         return torch.linspace(0, 2, rows.numel(), dtype=rows.dtype).view(rows.shape)
@@ -113,7 +132,7 @@ def test_gradients_are_the_derivatives(layer: str, layout: str) -> None:
         for leaf in leaves:
             leaf.requires_grad_()
         assert torch.autograd.gradcheck(
-            lambda x, down, up: operation(x, down, up, base, 0.7, draw_mask),  # noqa: B023
+            lambda x, down, up: low_rank_operation(x, down, up, base, 0.7, draw_mask),  # noqa: B023
             leaves,
             fast_mode=True,
         )
