@@ -55,8 +55,16 @@ def slow(session: nox.Session) -> None:
 
 
 @nox.session
-def demo(session: nox.Session) -> None:
-    """Train a LoRA on photographs: makes a small model with random weights, then runs `lorakit train`."""
-    install(session, "-e", ".[all]", "scikit-image")
-    session.run("python", "examples/photographs/prepare.py")
-    session.run("lorakit", "train", "examples/photographs/config.toml")
+def quickstart(session: nox.Session) -> None:
+    """Teach a small Stable Diffusion something new: `lorakit train examples/quickstart/config.toml`."""
+    install(session, "-e", ".[all]")
+    session.env.pop("OMP_NUM_THREADS")
+    session.run("lorakit", "train", "examples/quickstart/config.toml")
+    session.log("before and after: examples/quickstart/out/sample/zorp_contact_sheet.png")
+
+
+@nox.session
+def learning(session: nox.Session) -> None:
+    """Train the quick start in every way and examine each LoRA; takes hours. Arguments after `--` choose optimizers."""
+    install(session, "-e", ".[test]")
+    session.run("python", "benchmarks/learning.py", *session.posargs)

@@ -1,7 +1,8 @@
 """Whether LoRAs learn what they should, and nothing else: the quick start, trained in every way.
 
-    python benchmarks/learning.py                    # all of it: a few hours on two cores
-    python benchmarks/learning.py adamw lion         # some optimizers
+    python benchmarks/learning.py                    # each optimizer, AdamW in every way: an hour on two cores
+    python benchmarks/learning.py adamw lion         # some optimizers, the first of them in every way
+    python benchmarks/learning.py --all              # every optimizer in every way: hours
 
 Each run is `lorakit train examples/quickstart/config.toml` with another network, optimizer, precision or choice of
 parts, in a process of its own; `examples/tiny-sd/examine.py` examines its file. Reports are kept in the work folder, so
@@ -36,7 +37,9 @@ ADAPTIVE = (
     "dadaptation", "dadaptadagrad", "dadaptadam", "dadaptadan", "dadaptadanip", "dadaptlion", "dadaptsgd",
 )  # fmt: skip
 """Optimizers that find the learning rate, for a model of any size."""
-PARTS = {"U-Net": ["unet"], "U-Net and text encoder": ["unet", "text_encoder"]}
+PARTS = {"U-Net and text encoder": ["unet", "text_encoder"], "U-Net": ["unet"]}
+WAYS = tuple(product(("lierla", "c3lier"), ("no", "bf16"), PARTS))
+"""Networks, precisions and parts; the quick start's first."""
 
 
 @frozen
@@ -44,9 +47,9 @@ class Lesson:
     """One way to train the quick start."""
 
     optimizer: str
-    network: str = "lierla"
-    precision: str = "no"
-    parts: str = "U-Net"
+    network: str
+    precision: str
+    parts: str
 
     @property
     def name(self) -> str:
@@ -133,9 +136,7 @@ def main() -> None:
     """Train, examine and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("optimizers", nargs="*", choices=[*RATES, *ADAPTIVE, []], help="which; all without any")
-    parser.add_argument("--network", nargs="+", choices=("lierla", "c3lier"), default=["lierla", "c3lier"])
-    parser.add_argument("--precision", nargs="+", choices=("no", "bf16"), default=["no", "bf16"])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--all", action="store_true", help="train with every optimizer in every way")
     parser.add_argument("--count", type=int, default=100, help="how many prompts of each kind to examine with")
     parser.add_argument("--jobs", type=int, default=2, help="how many to train at once")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "lorakit-learning")
@@ -146,7 +147,7 @@ def main() -> None:
         return
     options.work.mkdir(parents=True, exist_ok=True)
     names = options.optimizers or [*RATES, *ADAPTIVE]
-    lessons = [Lesson(*way) for way in product(names, options.network, options.precision, options.parts)]
+    lessons = [Lesson(name, *way) for name in names for way in (WAYS if options.all or name == names[0] else WAYS[:1])]
     with ThreadPoolExecutor(options.jobs) as pool:
         outcomes = list(pool.map(lambda lesson: learned(lesson, options.work, options.count), lessons))
     print("\n".join(table(lessons, outcomes)))

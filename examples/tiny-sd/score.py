@@ -25,7 +25,7 @@ from zorp import NAME, judge_zorp, zorp_caption, zorp_scene
 from lorakit.randomness import derived_seed, keyed_generator
 
 MODEL = Path(__file__).parent / "model"
-STEPS, GUIDANCE = 30, 4.0
+STEPS, GUIDANCE = 30, 2.5
 """How pictures are painted: steps of DDIM, and the scale of guidance."""
 _AT_ONCE = 50
 
