@@ -87,24 +87,24 @@ class Outcome:
 
 
 def learned(lesson: Lesson, folder: Path, count: int) -> Outcome:
-    """Train and examine, unless that was done before."""
+    """Train and examine, unless that was done before; a run that fails has learned nothing."""
     report = folder / f"{lesson.name}.json"
     if not report.exists():
         settings = [word for setting in lesson.settings(folder) for word in ("--set", setting)]
         config = ROOT / "examples" / "quickstart" / "config.toml"
-        _run([sys.executable, "-m", "lorakit", "train", config, *settings])
+        trained = _run([sys.executable, "-m", "lorakit", "train", config, *settings])
+        if trained.returncode:
+            return Outcome([], 0.0, [], [trained.stderr.strip().splitlines()[-1]])
         file = folder / lesson.name / "zorp.safetensors"
         found = _run([sys.executable, __file__, "--examine", file, "--count", str(count)])
-        report.write_text(found.splitlines()[-1])
+        found.check_returncode()
+        report.write_text(found.stdout.splitlines()[-1])
     return Outcome(**json.loads(report.read_text()))
 
 
-def _run(command: Sequence[str | Path]) -> str:
+def _run(command: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(map(str, command))}\n{done.stderr}")
-    return done.stdout
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def examined(file: Path, count: int) -> Outcome:
