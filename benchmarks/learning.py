@@ -29,14 +29,16 @@ SMALLER_MODEL = 20
 """How many times the learning rate of a full-size model the small one takes. Its layers are narrower."""
 RATES = {
     "adamw": 1e-4, "adamw8bit": 1e-4, "pagedadamw": 1e-4, "pagedadamw8bit": 1e-4, "pagedadamw32bit": 1e-4,
-    "lion": 2e-5, "lion8bit": 2e-5, "pagedlion8bit": 2e-5, "adafactor": 1e-4,
-    "sgdnesterov": 1.0, "sgdnesterov8bit": 1.0,
+    "lion": 2e-5, "lion8bit": 2e-5, "pagedlion8bit": 2e-5, "adafactor": 2e-4,
 }  # fmt: skip
 """Learning rates that `docs/how-to/optimizers.md` recommends for a full-size model."""
-ADAPTIVE = (
-    "dadaptation", "dadaptadagrad", "dadaptadam", "dadaptadan", "dadaptadanip", "dadaptlion", "dadaptsgd",
-)  # fmt: skip
-"""Optimizers that find the learning rate, for a model of any size."""
+OWN_RATES = {
+    "dadaptation": 0.5, "dadaptadagrad": 0.5, "dadaptadam": 0.5, "dadaptadan": 0.5, "dadaptadanip": 0.5,
+    "dadaptlion": 0.5, "dadaptsgd": 0.5, "sgdnesterov": 3.0, "sgdnesterov8bit": 3.0,
+}  # fmt: skip
+"""Learning rates of optimizers that find the rest of it, or whose steps are as large as the gradient."""
+GROWTH = 1.03
+"""By what factor the estimates of D-Adaptation may grow at a step: in one leap they grow too large here."""
 PARTS = {"U-Net and text encoder": ["unet", "text_encoder"], "U-Net": ["unet"]}
 WAYS = tuple(product(("lierla", "c3lier"), ("no", "bf16"), PARTS))
 """Networks, precisions and parts; the quick start's first."""
@@ -59,7 +61,7 @@ class Lesson:
     @property
     def rate(self) -> float:
         """The learning rate."""
-        return 1.0 if self.optimizer in ADAPTIVE else RATES[self.optimizer] * SMALLER_MODEL
+        return OWN_RATES.get(self.optimizer) or RATES[self.optimizer] * SMALLER_MODEL
 
     def settings(self, folder: Path) -> Iterator[str]:
         """What differs from the quick start's config, as `--set` takes it."""
@@ -67,6 +69,8 @@ class Lesson:
         yield f"network.parts={json.dumps(PARTS[self.parts])}"
         yield f"optimizer.name={self.optimizer}"
         yield f"optimizer.lr={self.rate}"
+        if self.optimizer.startswith("dadapt") and self.optimizer != "dadaptlion":
+            yield f"optimizer.growth_rate={GROWTH}"
         yield f"training.mixed_precision={self.precision}"
         yield f"output.dir={folder / self.name}"
         yield f"data.cache_dir={folder / f'cache-{self.precision}'}"
@@ -135,7 +139,7 @@ def table(lessons: Iterable[Lesson], outcomes: Iterable[Outcome]) -> Iterator[st
 def main() -> None:
     """Train, examine and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("optimizers", nargs="*", choices=[*RATES, *ADAPTIVE, []], help="which; all without any")
+    parser.add_argument("optimizers", nargs="*", choices=[*RATES, *OWN_RATES, []], help="which; all without any")
     parser.add_argument("--all", action="store_true", help="train with every optimizer in every way")
     parser.add_argument("--count", type=int, default=100, help="how many prompts of each kind to examine with")
     parser.add_argument("--jobs", type=int, default=2, help="how many to train at once")
@@ -146,7 +150,7 @@ def main() -> None:
         print(json.dumps(asdict(examined(options.examine, options.count))))
         return
     options.work.mkdir(parents=True, exist_ok=True)
-    names = options.optimizers or [*RATES, *ADAPTIVE]
+    names = options.optimizers or [*RATES, *OWN_RATES]
     lessons = [Lesson(name, *way) for name in names for way in (WAYS if options.all or name == names[0] else WAYS[:1])]
     with ThreadPoolExecutor(options.jobs) as pool:
         outcomes = list(pool.map(lambda lesson: learned(lesson, options.work, options.count), lessons))
