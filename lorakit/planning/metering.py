@@ -1,0 +1,93 @@
+"""Counting memory: of tensors that are there, or of tensors that are only imagined.
+
+Imagined tensors have shapes and number formats but no memory, so what a model would need can be counted without
+reading its weights, by the code that computes with them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class MemoryMeter(TorchDispatchMode):
+    """Counts the bytes of all tensors that come to be while it is on, for as long as they are there.
+
+    What a kernel takes and gives back while it runs is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = 0
+        """Bytes held now."""
+        self.peak = 0
+        """The most that were held at once."""
+        self._storages: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """What the operation gives; its tensors are counted, unless they are views of others."""
+        result = self.run(func, args, kwargs or {})
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._note(tensor)
+        return result
+
+    def run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What an operation gives."""
+        return func(*args, **kwargs)
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._storages:
+            return
+        # Not the storage's size: what is first seen as a view, such as a tensor in a mapped file, is copied to a device
+        # without what surrounds it.
+        size = tensor.nbytes
+        self._storages[key] = weakref.ref(storage, partial(self._forget, key, size))
+        self.held += size
+        self.peak = max(self.peak, self.held)
+
+    def _forget(self, key: int, size: int, _: object) -> None:
+        del self._storages[key]
+        self.held -= size
+
+
+class _Imagination(MemoryMeter):
+    """Counts imagined tensors, and answers when code asks for a number in one."""
+
+    def run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What an operation gives. Of imagined numbers, none is as code might fear, and each counts as 1.
+
+        So nothing has overflowed, and no factor makes a layer superfluous.
+        """
+        from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+        if func is not torch.ops.aten._local_scalar_dense.default:
+            return func(*args, **kwargs)
+        (tensor,) = args
+        if not isinstance(tensor, FakeTensor):
+            with unset_fake_temporarily():
+                return func(tensor)
+        if tensor.constant is not None:
+            return func(tensor)
+        return False if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1
+
+
+@contextmanager
+def imagined() -> Iterator[MemoryMeter]:
+    """Within, tensors are made without memory, on any device; the meter counts what they would take."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True), _Imagination() as meter:
+        yield meter
