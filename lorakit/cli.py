@@ -158,7 +158,8 @@ def plan(config: Path, overrides: tuple[str, ...], memory: int | None, measure: 
     from lorakit.planning.plan import make_plan
     from lorakit.planning.report import report
 
-    for line in report(make_plan(prepared, measured=measure), memory):
+    made = make_plan(prepared, measured=measure)
+    for line in report(made, memory) if _is_main_process() else ():
         click.echo(line)
 
 

@@ -17,6 +17,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lorakit.errors import PluginError
+
+
+_READ_A_NUMBER = torch.ops.aten._local_scalar_dense.default
+
 
 class MemoryMeter(TorchDispatchMode):
     """Counts the bytes of all tensors that come to be while it is on, for as long as they are there.
@@ -37,7 +42,7 @@ class MemoryMeter(TorchDispatchMode):
     ) -> Any:
         """What the operation gives; its tensors are counted, unless they are views of others."""
         result = self.run(func, args, kwargs or {})
-        for tensor in tree_leaves(result):
+        for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._note(tensor)
         return result
@@ -71,10 +76,10 @@ class _Imagination(MemoryMeter):
 
         So nothing has overflowed, and no factor makes a layer superfluous.
         """
+        if func is not _READ_A_NUMBER:
+            return func(*args, **kwargs)
         from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-        if func is not torch.ops.aten._local_scalar_dense.default:
-            return func(*args, **kwargs)
         (tensor,) = args
         if not isinstance(tensor, FakeTensor):
             with unset_fake_temporarily():
@@ -86,8 +91,23 @@ class _Imagination(MemoryMeter):
 
 @contextmanager
 def imagined() -> Iterator[MemoryMeter]:
-    """Within, tensors are made without memory, on any device; the meter counts what they would take."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    """Within, tensors are made without memory, on any device; the meter counts what they would take.
 
-    with FakeTensorMode(allow_non_fake_inputs=True), _Imagination() as meter:
-        yield meter
+    Raises PluginError where code cannot do without the numbers in them.
+    """
+    from torch._subclasses import fake_tensor as fake
+
+    try:
+        with fake.FakeTensorMode(allow_non_fake_inputs=True), _Imagination() as meter:
+            yield meter
+    except (
+        fake.DataDependentOutputException,
+        fake.DynamicOutputShapeException,
+        fake.UnsupportedFakeTensorException,
+        fake.UnsupportedOperatorException,
+    ) as error:
+        reason = str(error).partition("\n")[0]
+        raise PluginError(
+            f"memory cannot be estimated, because a component needs weights for that ({reason}); "
+            "try the built-in network and attention backend, or find out by training for a few steps"
+        ) from error

@@ -19,6 +19,7 @@ from lorakit.engine.conditioning import conditioning_of
 from lorakit.engine.loss import denoising_loss
 from lorakit.engine.preparation import PreparedRun, prepare
 from lorakit.engine.processes import Processes
+from lorakit.errors import PluginError
 from lorakit.models.protocol import DiffusionModel
 from lorakit.planning.examples import BatchShape, Texts, make_batch
 from lorakit.planning.memory import (
@@ -208,3 +209,9 @@ def test_imagined_tensors_have_no_memory() -> None:
         assert meter.held == 2**40
         assert not (large > 1).any()
         assert large[0].item() == 1.0
+
+
+def test_what_cannot_be_imagined() -> None:
+    """Code whose course depends on numbers is said to be the reason, and by what operation."""
+    with pytest.raises(PluginError, match=r"a component needs weights .*nonzero.* try the built-in"), imagined():
+        torch.ones(3).nonzero()
