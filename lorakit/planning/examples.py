@@ -92,4 +92,6 @@ def _made_up(tensors: Conditioning | Tokens) -> dict[str, Tensor]:
 
 
 def _repeated(tensors: Conditioning | Tokens | None, count: int) -> dict[str, Tensor] | None:
-    return tensors and {name: tensor.repeat(count, *[1] * (tensor.ndim - 1)) for name, tensor in tensors.items()}
+    if tensors is None:
+        return None
+    return {name: tensor.repeat(count, *[1] * (tensor.ndim - 1)) for name, tensor in tensors.items()}

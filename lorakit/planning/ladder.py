@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import tomlkit
 from attrs import evolve, frozen
@@ -48,7 +49,7 @@ class Rung:
 
 def to_toml(keys: Mapping[str, object]) -> list[str]:
     """A line of TOML for each key."""
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in keys.items()}
+    values: dict[str, Any] = {key: list(own) if isinstance(own, tuple) else own for key, own in keys.items()}
     return [f"{key} = {tomlkit.item(value).as_string()}" for key, value in values.items()]
 
 
@@ -69,7 +70,7 @@ def first_that_fits(rungs: Sequence[Rung], memory: int) -> Rung | None:
 
 def changes(rung: Rung, own: TrainingSection) -> dict[str, object]:
     """The keys to write in place of the config's own: those of the rung, and those that it does without."""
-    gone = {key: () for key in BASE_KEYS if getattr(own, key) and key not in rung.keys}
+    gone: dict[str, object] = {key: () for key in BASE_KEYS if getattr(own, key) and key not in rung.keys}
     if own.gradient_checkpointing and not rung.training.gradient_checkpointing:
         return {"gradient_checkpointing": False, **rung.keys, **gone}
     return {**rung.keys, **gone}
@@ -79,5 +80,5 @@ def _rungs(prepared: PreparedRun) -> Iterator[TrainingSection]:
     """The settings of each rung; forms are for the parts that are in memory while the network trains."""
     parts = tuple(part for part in prepared.config.model.parts if part != "text_encoder" or prepared.encodes_captions)
     for recomputed, key in _SAVINGS:
-        forms = {name: parts if name == key else () for name in BASE_KEYS}
+        forms: dict[str, Any] = {name: parts if name == key else () for name in BASE_KEYS}
         yield evolve(prepared.config.training, gradient_checkpointing=recomputed, **forms)

@@ -118,7 +118,7 @@ def training_memory(
     config = prepared.config
     model = plain_model(config, CPU)
     with tensors() as meter:
-        _read(model, prepared)
+        _needed(model, prepared)
         frozen_weights = _settled(meter)
         network, groups = adapt(model, config)
         parameters = [parameter for group in groups for parameter in group.parameters]
@@ -139,13 +139,10 @@ def training_memory(
     )
 
 
-def _read(model: DiffusionModel, prepared: PreparedRun) -> None:
-    """Read what is in memory while the network trains."""
-    _ = model.denoiser
-    if prepared.encodes_captions:
-        _ = model.text_encoder
-    if prepared.encodes_images:
-        _ = model.image_encoder
+def _needed(model: DiffusionModel, prepared: PreparedRun) -> list[object]:
+    """The parts that are in memory while the network trains; they are read."""
+    encoders: list[object] = [model.text_encoder] if prepared.encodes_captions else []
+    return [model.denoiser, *encoders, *([model.image_encoder] if prepared.encodes_images else [])]
 
 
 def _settled(meter: MemoryMeter) -> int:

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 
 from lorakit.errors import PluginError
 
-
 _READ_A_NUMBER = torch.ops.aten._local_scalar_dense.default
 
 
@@ -30,7 +29,7 @@ class MemoryMeter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.held = 0
         """Bytes held now."""
         self.peak = 0

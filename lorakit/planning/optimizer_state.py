@@ -28,7 +28,8 @@ def state_bytes(config: OptimizerConfig, shapes: Sequence[tuple[int, ...]]) -> i
     optimizer = config.build([ParameterGroup("sample", "unet", tuple(samples.values()), rate)])
     begin_training(optimizer)
     optimizer.step()
-    sizes, owners = {}, defaultdict(list)
+    sizes: dict[int, int] = {}
+    owners: defaultdict[int, list[tuple[int, ...]]] = defaultdict(list)
     for shape, parameter in samples.items():
         for tensor in _tensors(optimizer.state[parameter]):
             key = tensor.untyped_storage()._cdata
