@@ -6,13 +6,14 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 import lorakit
+from lorakit.columns import columns
 from lorakit.errors import ConfigError, Interrupted, LorakitError, OutputError
 
 if TYPE_CHECKING:
@@ -128,6 +129,40 @@ def cache(config: Path, overrides: tuple[str, ...]) -> None:
         click.echo(f"Done: {checked.cache_dir}")
 
 
+def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    from lorakit.planning.sizes import parse_size
+
+    try:
+        return None if value is None else parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+@cli.command(short_help="Say what a run will take: steps, memory, time.")
+@with_config
+@click.option(
+    "--memory", callback=_bytes, metavar="SIZE",
+    help="How much memory there is to train in, such as 8GB; what to set so that the run fits is said.",
+)  # fmt: skip
+@click.option("--measure", is_flag=True, help="Read the model and take a few steps of each size, for times.")
+def plan(config: Path, overrides: tuple[str, ...], memory: int | None, measure: bool) -> None:
+    """Say what a run of the file CONFIG will take: steps, memory and, with --measure, time.
+
+    Memory is estimated without reading weights, for the config as it is and for each rung of the ladder
+    of keys that save memory.
+    """
+    checked = _checked(config, overrides, _catalog())
+    from lorakit.engine.preparation import prepare
+
+    prepared = prepare(checked)
+    from lorakit.planning.plan import make_plan
+    from lorakit.planning.report import report
+
+    made = make_plan(prepared, measured=measure)
+    for line in report(made, memory) if _is_main_process() else ():
+        click.echo(line)
+
+
 @cli.command(short_help="Write a commented config file to start from.")
 @click.argument("path", type=click.Path(path_type=Path), default=Path("config.toml"))
 def init(path: Path) -> None:
@@ -194,15 +229,8 @@ def plugins() -> None:
     rows += [
         ("broken plugin", plugin.provider.entry_point, str(plugin.provider), plugin.error) for plugin in catalog.broken
     ]
-    for line in _columns(("kind", "name", "package", ""), rows):
+    for line in columns(("kind", "name", "package", ""), rows):
         click.secho(line, fg="red" if line.startswith("broken") else None)
-
-
-def _columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The rows under their titles, each column as wide as its widest cell."""
-    table = [tuple(title.upper() for title in titles), *rows]
-    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
 
 
 def _is_main_process() -> bool:

@@ -38,7 +38,8 @@ Captions = CaptionKeys | Callable[[Sequence[str]], Tokens]
 
 _LATENT_FORMAT = 1
 _CAPTION_FORMAT = 1
-_CAPTIONS_AT_ONCE = 16
+CAPTIONS_AT_ONCE = 16
+"""Captions that are encoded together."""
 
 
 @frozen(kw_only=True)
@@ -149,7 +150,7 @@ def encode_captions(
     keys = {caption: caption_key(caption, fingerprint, weighted) for caption in captions}
     missing = [caption for caption in _own(list(keys), encoding) if not cache.has(keys[caption])]
     if missing:
-        chunks = (missing[start : start + _CAPTIONS_AT_ONCE] for start in range(0, len(missing), _CAPTIONS_AT_ONCE))
+        chunks = (missing[start : start + CAPTIONS_AT_ONCE] for start in range(0, len(missing), CAPTIONS_AT_ONCE))
         encoded = (_encode_texts(chunk, keys, model, encoding) for chunk in chunks)
         _store_all(encoded, cache, len(missing), encoding)
     return keys

@@ -68,6 +68,23 @@ class PlannedStep:
         return tuple(Share(self.epoch, own, size, self.step) for size, own in shares if own)
 
 
+@frozen
+class Bucket:
+    """The images of one size in a dataset."""
+
+    size: Size
+    """Width and height in pixels."""
+    appearances: int
+    """How often they appear in an epoch, all of them together."""
+    batch_size: int
+    """Images in a global micro-batch."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches in an epoch, of which the last may be short."""
+        return ceil(self.appearances / self.batch_size)
+
+
 def plan_epoch(
     datasets: Sequence[IndexedDataset], seed: int, epoch: int, world_size: int = 1, accumulation: int = 1
 ) -> list[PlannedStep]:
@@ -101,17 +118,21 @@ def steps_per_epoch(datasets: Sequence[IndexedDataset], world_size: int = 1, acc
 
 def micro_batches_per_epoch(datasets: Sequence[IndexedDataset], world_size: int = 1) -> int:
     """How many micro-batches the steps of an epoch have together; each is of all processes."""
-    micro_batches = 0
-    for dataset in datasets:
-        for _, examples in _buckets(dataset):
-            images = sum(dataset.examples[example].repeats for example in examples)
-            micro_batches += ceil(images / (dataset.config.batch_size * world_size))
-    return micro_batches
+    return sum(bucket.micro_batches for bucket in buckets(datasets, world_size))
+
+
+def buckets(datasets: Sequence[IndexedDataset], world_size: int = 1) -> list[Bucket]:
+    """The buckets of all datasets, one dataset after the other, each sorted by size."""
+    return [
+        Bucket(size, sum(dataset.examples[own].repeats for own in examples), dataset.config.batch_size * world_size)
+        for dataset in datasets
+        for size, examples in _buckets(dataset)
+    ]
 
 
 def _buckets(dataset: IndexedDataset) -> Iterator[tuple[Size, list[int]]]:
     """The buckets of a dataset, sorted, each with the numbers of its examples."""
-    buckets: dict[Size, list[int]] = {}
+    found: dict[Size, list[int]] = {}
     for number, example in enumerate(dataset.examples):
-        buckets.setdefault(example.placement.bucket, []).append(number)
-    yield from sorted(buckets.items())
+        found.setdefault(example.placement.bucket, []).append(number)
+    yield from sorted(found.items())

@@ -17,7 +17,7 @@ from lorakit.components import ObserverConfig
 from lorakit.config.sections import TrainConfig
 from lorakit.data.batches import BatchLoader
 from lorakit.engine.base_model import build_model
-from lorakit.engine.caching import encode_data
+from lorakit.engine.caching import Encoded, encode_data
 from lorakit.engine.gradients import FlatGradients
 from lorakit.engine.metadata import run_metadata
 from lorakit.engine.observing import Observers
@@ -75,10 +75,22 @@ def assemble(prepared: PreparedRun, processes: Processes) -> Run:
     model = build_model(config, processes.device)
     schedule = Schedule(prepared.datasets, config.training, processes)
     _rehearse(config, schedule.total_steps, processes.device)
-    loader = _loader(prepared, model, schedule, processes)
-    _set_up(model, config)
-    network = _attached_network(config, model)
-    groups = _parameter_groups(config, network)
+    encoded = encode_data(prepared, model, processes)
+    return assemble_with(prepared, model, schedule, encoded, processes, started)
+
+
+def assemble_with(
+    prepared: PreparedRun,
+    model: DiffusionModel,
+    schedule: Schedule,
+    encoded: Encoded,
+    processes: Processes,
+    started: float,
+) -> Run:
+    """A run at its first step, on data that are encoded; it was started so many seconds after 1970."""
+    config = prepared.config
+    loader = _loader(prepared, model, schedule, encoded)
+    network, groups = adapt(model, config)
     optimizer = config.optimizer.build(groups)
     metadata = run_metadata(prepared, schedule, processes, optimizer, started)
     return Run(
@@ -95,6 +107,13 @@ def assemble(prepared: PreparedRun, processes: Processes) -> Run:
         writer=AdapterWriter(config, model, network, config.saver.build(), metadata),
         validation=ValidationSet.of(loader, prepared.validation, config),
     )
+
+
+def adapt(model: DiffusionModel, config: TrainConfig) -> tuple[Network, list[ParameterGroup]]:
+    """The network, attached to the model, which is told how to compute; and what is trained."""
+    _set_up(model, config)
+    network = _attached_network(config, model)
+    return network, _parameter_groups(config, network)
 
 
 def build_observers(run: Run, catalog: Catalog) -> Observers:
@@ -115,9 +134,9 @@ def _rehearse(config: TrainConfig, total_steps: int, device: torch.device) -> No
     config.lr_scheduler.build(config.optimizer.build(groups), total_steps)
 
 
-def _loader(prepared: PreparedRun, model: DiffusionModel, schedule: Schedule, processes: Processes) -> BatchLoader:
+def _loader(prepared: PreparedRun, model: DiffusionModel, schedule: Schedule, encoded: Encoded) -> BatchLoader:
     """What makes batches of the data, once that is encoded."""
-    config, encoded = prepared.config, encode_data(prepared, model, processes)
+    config = prepared.config
     return BatchLoader(
         datasets=prepared.datasets,
         cache=prepared.cache,

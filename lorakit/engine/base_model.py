@@ -23,20 +23,25 @@ def build_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
 
     Raises ConfigError where the loss does not suit what the model predicts, or the device cannot do what is asked.
     """
-    training, loss = config.training, config.loss
-    model = config.model.build(device, DTYPES[training.mixed_precision])
-    if training.base_formats:
-        model.quantize(training.base_formats)
+    model = plain_model(config, device)
     problems = [
-        *loss.problems_with(model.noise.prediction, model.noise.num_timesteps),
-        *_problems_of_the_device(training, device),
+        *config.loss.problems_with(model.noise.prediction, model.noise.num_timesteps),
+        *_problems_of_the_device(config.training, device),
     ]
     if problems:
         raise ConfigError(problems)
     for warning in _new_warnings(config, model, device):
         log.warning("%s", warning)
-    if loss.zero_terminal_snr:
+    if config.loss.zero_terminal_snr:
         model.noise = model.noise.with_zero_terminal_snr()
+    return model
+
+
+def plain_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
+    """The base model in the number formats of the run, its weights not read yet; nothing else is looked at."""
+    model = config.model.build(device, DTYPES[config.training.mixed_precision])
+    if config.training.base_formats:
+        model.quantize(config.training.base_formats)
     return model
 
 

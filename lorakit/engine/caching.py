@@ -9,7 +9,7 @@ from functools import partial
 from attrs import frozen
 
 from lorakit.data.encoding import Captions, Encoding, LatentKeys, encode_captions, encode_latents
-from lorakit.data.examples import any_augmented, captions_vary, default_workers
+from lorakit.data.examples import default_workers
 from lorakit.data.latents import LiveEncoder
 from lorakit.engine.preparation import PreparedRun
 from lorakit.engine.processes import Processes
@@ -44,7 +44,7 @@ def _images(
     datasets, data = (*prepared.datasets, *prepared.validation), prepared.config.data
     with _progress("encoding images", processes) as progress:
         keys = encode_latents(datasets, model, prepared.cache, _encoding(prepared, processes, progress))
-    if not any_augmented(datasets):
+    if not prepared.encodes_images:
         model.free("image_encoder")
         return keys, None
     workers = data.workers or default_workers()
@@ -55,7 +55,7 @@ def _images(
 
 def _captions(prepared: PreparedRun, model: DiffusionModel, processes: Processes) -> Captions:
     config, datasets = prepared.config, (*prepared.datasets, *prepared.validation)
-    if "text_encoder" in config.trained_parts or captions_vary(datasets):
+    if prepared.encodes_captions:
         return partial(model.text_encoder.tokenize, weighted=config.data.weighted_captions)
     with _progress("encoding captions", processes) as progress:
         keys = encode_captions(datasets, model, prepared.cache, _encoding(prepared, processes, progress))

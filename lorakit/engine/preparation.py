@@ -12,7 +12,7 @@ from attrs import frozen
 
 from lorakit.config.sections import TrainConfig
 from lorakit.data.cache import Cache
-from lorakit.data.examples import IndexedDataset, index_datasets
+from lorakit.data.examples import IndexedDataset, any_augmented, captions_vary, index_datasets
 from lorakit.engine.hardware import doubts
 from lorakit.errors import OutputError
 from lorakit.files import why_unwritable
@@ -41,6 +41,16 @@ class PreparedRun:
         if not any(dataset.held_out for dataset in self.datasets):
             return ()
         return tuple(IndexedDataset(dataset.config, dataset.held_out) for dataset in self.datasets)
+
+    @property
+    def encodes_images(self) -> bool:
+        """Whether images are encoded in each step, as some vary from epoch to epoch."""
+        return any_augmented((*self.datasets, *self.validation))
+
+    @property
+    def encodes_captions(self) -> bool:
+        """Whether captions are encoded in each step, as the text encoder is trained or captions vary."""
+        return "text_encoder" in self.config.trained_parts or captions_vary((*self.datasets, *self.validation))
 
 
 def prepare(config: TrainConfig) -> PreparedRun:

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lorakit.config.sections import TrainConfig
 from lorakit.data.batches import Batch, BatchLoader, prefetch
+from lorakit.engine.conditioning import conditioning_of
 from lorakit.engine.evaluation import begin_training, evaluation_weights
 from lorakit.engine.gradients import FlatGradients
 from lorakit.engine.interruption import StopRequest
@@ -200,11 +201,7 @@ class Run:
 
     def encode(self, batch: Batch) -> Conditioning:
         """The batch's conditioning: from the cache, or from the text encoder as it is now."""
-        self.network.begin_batch(batch.sample_seeds)
-        if batch.tokens is None:
-            return batch.conditioning or {}
-        with torch.set_grad_enabled(torch.is_grad_enabled() and "text_encoder" in self.config.trained_parts):
-            return self.model.text_encoder.encode(batch.tokens)
+        return conditioning_of(batch, self.model, self.network, self.config.trained_parts)
 
     def backward(self, loss: Tensor) -> None:
         """Add a part of the step's loss, and its gradients."""

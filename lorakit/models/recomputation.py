@@ -57,12 +57,13 @@ def bytes_kept(block: nn.Module, run: Callable[[], object], inputs: Sequence[obj
     Draws no random numbers that others would miss.
     """
     own = [*block.parameters(), *block.buffers(), *(tensor for tensor in inputs if isinstance(tensor, Tensor))]
-    without = {tensor.untyped_storage().data_ptr() for tensor in own}
+    without = {tensor.untyped_storage()._cdata for tensor in own}
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        # Not its address, which tensors without memory have in common.
+        kept[storage._cdata] = storage.nbytes()
         return tensor
 
     device = next(block.parameters()).device
@@ -70,8 +71,8 @@ def bytes_kept(block: nn.Module, run: Callable[[], object], inputs: Sequence[obj
         torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=device.type),
         saved_tensors_hooks(note, lambda tensor: tensor),
     ):
-        _output = run()  # held until all is counted, so that no address is given out twice
-    return sum(size for address, size in kept.items() if address not in without)
+        _output = run()  # held until all is counted, so that no storage takes another one's place
+    return sum(size for storage, size in kept.items() if storage not in without)
 
 
 class Choice:

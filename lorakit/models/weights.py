@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._mode_utils import no_dispatch
 
 from lorakit.errors import ModelError
 from lorakit.models.places import Place
@@ -31,7 +32,9 @@ def open_tensors(file: Path) -> ReadTensor:
     whole = _open_whole_tensors(file)
 
     def read(place: Place) -> Tensor:
-        return whole(place) if isinstance(place, str) else whole(place.name).chunk(place.count)[place.index]
+        # What is in a file is there even where all other tensors are only imagined.
+        with no_dispatch():
+            return whole(place) if isinstance(place, str) else whole(place.name).chunk(place.count)[place.index]
 
     return read
 

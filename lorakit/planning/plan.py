@@ -1,0 +1,67 @@
+"""All that can be told of a run before it starts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from attrs import frozen
+
+from lorakit.engine.base_model import build_model
+from lorakit.engine.preparation import PreparedRun
+from lorakit.engine.processes import Processes
+from lorakit.engine.schedule import Schedule
+from lorakit.planning.examples import BatchShape, Texts, largest_shape, make_batch
+from lorakit.planning.ladder import Rung, climb
+from lorakit.planning.memory import EncodingMemory, caption_encoding_memory, image_encoding_memory, imaginable
+from lorakit.planning.timing import Timing, measure
+
+log = logging.getLogger(__name__)
+
+
+@frozen(kw_only=True)
+class Plan:
+    """What a run will do and take."""
+
+    prepared: PreparedRun
+    schedule: Schedule
+    largest: BatchShape
+    """The shape of micro-batches that memory was estimated for."""
+    images: EncodingMemory
+    """What encoding images needs."""
+    captions: EncodingMemory | None
+    """What encoding captions needs; None where that is part of each step."""
+    rungs: Sequence[Rung]
+    """The ladder of memory."""
+    timing: Timing | None
+    """Measured times; None if nothing was measured."""
+
+    @property
+    def own(self) -> Rung:
+        """The rung of the config as it is."""
+        return next(rung for rung in self.rungs if rung.is_config)
+
+
+def make_plan(prepared: PreparedRun, *, measured: bool = False) -> Plan:
+    """Plan a run; weights are read only if steps are to be measured.
+
+    Raises the errors that training would start with, as far as they show without weights.
+    """
+    imagined, cpu = imaginable(prepared), Processes(torch.device("cpu"))
+    log.info("estimating memory")
+    model, texts, largest = build_model(imagined.config, cpu.device), Texts.of(imagined), largest_shape(prepared)
+    images = image_encoding_memory(imagined)
+    captions = None if prepared.encodes_captions else caption_encoding_memory(imagined)
+    rungs = tuple(climb(imagined, make_batch(largest, texts, model), images))
+    if measured:
+        log.info("measuring steps")
+    return Plan(
+        prepared=prepared,
+        schedule=Schedule(prepared.datasets, prepared.config.training, cpu),
+        largest=largest,
+        images=images,
+        captions=captions,
+        rungs=rungs,
+        timing=measure(prepared, texts) if measured else None,
+    )

@@ -1,0 +1,126 @@
+"""What a plan says, in text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lorakit.columns import columns
+from lorakit.data.planning import buckets
+from lorakit.planning.examples import BatchShape
+from lorakit.planning.ladder import RESERVE, changes, first_that_fits, to_toml
+from lorakit.planning.plan import Plan
+from lorakit.planning.sizes import in_gib
+
+_HERE = "<- the config as it is"
+
+
+def report(plan: Plan, memory: int | None = None) -> Iterator[str]:
+    """The lines of a plan; with `memory`, in bytes, also what to set so that training fits into it."""
+    yield from _data(plan)
+    yield ""
+    yield from _phases(plan)
+    yield ""
+    yield from _ladder(plan)
+    yield ""
+    if memory is not None:
+        yield from _advice(plan, memory)
+        yield ""
+    yield from _times(plan)
+
+
+def _data(plan: Plan) -> Iterator[str]:
+    schedule, images = plan.schedule, plan.prepared.images
+    rows = [
+        (_size(bucket.size), str(bucket.appearances), str(bucket.batch_size), str(bucket.micro_batches))
+        for bucket in buckets(plan.prepared.datasets)
+    ]
+    yield from columns(("bucket", "images, with repeats", "batch size", "batches per epoch"), rows)
+    yield ""
+    yield (
+        f"{_counted(images, 'image')}; {_counted(schedule.micro_batches_per_epoch, 'batch', 'batches')} and "
+        f"{_counted(schedule.steps_per_epoch, 'step')} per epoch; {_counted(schedule.total_steps, 'step')} in all, "
+        f"{_counted(schedule.total_epochs, 'epoch')}"
+    )
+
+
+def _phases(plan: Plan) -> Iterator[str]:
+    training = plan.own.memory
+    rows = [("encoding images", in_gib(plan.images.peak))]
+    if plan.captions is not None:
+        rows.append(("encoding captions", in_gib(plan.captions.peak)))
+    rows += [
+        (f"training, batches of {plan.largest.images} at {_size(plan.largest.size)}", in_gib(training.peak)),
+        ("  frozen weights", in_gib(training.frozen)),
+        ("  adapters, gradients, optimizer state", in_gib(training.trained)),
+        ("  activations", in_gib(training.activations)),
+    ]
+    yield from columns(("phase", "memory in GiB, estimated"), rows)
+
+
+def _ladder(plan: Plan) -> Iterator[str]:
+    rows = [(str(rung), in_gib(rung.memory.peak), _HERE if rung.is_config else "") for rung in plan.rungs]
+    yield from columns(("keys of [training]", "training in GiB, estimated", ""), rows)
+
+
+def _advice(plan: Plan, memory: int) -> Iterator[str]:
+    """What to set so that training fits into so many bytes."""
+    given, reserve = f"{in_gib(memory)} GiB", f"{in_gib(RESERVE)} GiB left for PyTorch and the device's driver"
+    if plan.own.fits(memory):
+        yield f"The config as it is fits into {given}, with {reserve}."
+    fitting = first_that_fits(plan.rungs, memory)
+    if fitting is None:
+        least = min(plan.rungs, key=lambda rung: rung.memory.peak)
+        yield f"Nothing of this fits into {given}: the least, {least}, needs {in_gib(least.memory.peak)} GiB,"
+        yield f"with {reserve}. What else helps: {', '.join(_other_ways(plan))}."
+    elif not fitting.is_config:
+        keys = changes(fitting, plan.prepared.config.training)
+        yield f"The fastest that fits into {given}, with {reserve}:"
+        yield from ("", "[training]", *to_toml(keys))
+
+
+def _other_ways(plan: Plan) -> Iterator[str]:
+    """What saves memory besides the ladder, as far as it is not done yet."""
+    config = plan.prepared.config
+    if config.training.mixed_precision == "no":
+        yield 'training.mixed_precision = "bf16"'
+    if plan.largest.images > 1:
+        yield f"a data.batch_size below {plan.largest.images}"
+    yield "a lower data.resolution"
+    if "text_encoder" in config.trained_parts and "unet" in config.trained_parts:
+        yield 'network.parts = ["unet"]'
+    if getattr(config.network, "rank", 1) > 1:
+        yield "a lower network.rank"
+
+
+def _times(plan: Plan) -> Iterator[str]:
+    timing = plan.timing
+    if timing is None:
+        yield "Times are not guessed: add --measure to read the model and take a few steps."
+        return
+    rows = [(_shape(shape), f"{seconds:.3g}") for shape, seconds in timing.seconds.items()]
+    yield from columns(("batch", f"seconds per step on {timing.device}, measured"), rows)
+    yield ""
+    yield f"All {plan.schedule.total_steps} steps: about {_duration(timing.run)}, without encoding, saves and previews"
+    if timing.peak is not None:
+        estimated = in_gib(plan.own.memory.peak)
+        yield f"Most memory in use on {timing.device}: {in_gib(timing.peak)} GiB measured, {estimated} GiB estimated"
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _shape(shape: BatchShape) -> str:
+    return f"{shape.images} of {_size(shape.size)}"
+
+
+def _counted(number: int, word: str, plural: str = "") -> str:
+    return f"{number} {word if number == 1 else plural or word + 's'}"
+
+
+def _duration(seconds: float) -> str:
+    """Seconds in the two units that suit them."""
+    minutes, hours = seconds / 60, seconds / 3600
+    if minutes < 2:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"

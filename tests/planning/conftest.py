@@ -1,0 +1,7 @@
+"""The configs of small real runs."""
+
+from __future__ import annotations
+
+from tests.engine.conftest import catalog, make_config, tables
+
+__all__ = ["catalog", "make_config", "tables"]
