@@ -34,6 +34,7 @@ def _part(photograph: Image.Image, sides: tuple[int, int], generator: np.random.
     """A part of a photograph, enlarged where the photograph is too small for it."""
     width, height = (int(side) for side in generator.integers(*sides, size=2, endpoint=True))
     scale = max(1.0, width / photograph.width, height / photograph.height)
-    room = photograph.width - width / scale, photograph.height - height / scale
-    left, top = (float(corner) for corner in generator.uniform((0, 0), room))
-    return photograph.resize((width, height), box=(left, top, left + width / scale, top + height / scale))
+    own_width, own_height = int(width / scale), int(height / scale)
+    left = int(generator.integers(0, photograph.width - own_width, endpoint=True))
+    top = int(generator.integers(0, photograph.height - own_height, endpoint=True))
+    return photograph.resize((width, height), box=(left, top, left + own_width, top + own_height))
