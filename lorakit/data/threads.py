@@ -11,6 +11,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _AT_ONCE = 32
+"""Items that a thread of `in_chunks` takes at once."""
 
 
 def in_order(pool: Executor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:

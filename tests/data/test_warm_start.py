@@ -1,4 +1,4 @@
-"""A second start: it reads no image that it knows, and what changed on the disk is to it as if it were the first."""
+"""A second start: it reads no file that it knows, and what changed on the disk is to it as if it were the first."""
 
 from __future__ import annotations
 
@@ -52,11 +52,13 @@ def with_bitmap(folder: Path) -> Path:
     return folder / "bitmap.bmp"
 
 
-def test_images_that_are_known_are_not_read(dataset: DatasetConfig, folder: Path, tmp_path: Path) -> None:
-    """A second start gives what the first gave although all images are garbage of the same length and time now."""
+def test_files_that_are_known_are_not_read(dataset: DatasetConfig, folder: Path, tmp_path: Path) -> None:
+    """A second start gives what the first gave although all files are garbage of the same length and time now."""
     first, model = start(dataset, tmp_path / "cache"), TinyModel()
-    for image in folder.glob("*.png"):
-        replace(image, b"\0" * image.stat().st_size, later=0)
+    files = [*folder.iterdir(), *(tmp_path / "cache").glob("*/*.safetensors")]
+    assert len(files) == 4 * 5
+    for file in files:
+        replace(file, b"\xff" * file.stat().st_size, later=0)
     assert start(dataset, tmp_path / "cache", model) == first
     assert model.touched == set()
 
@@ -88,6 +90,18 @@ def test_changes_are_seen(
     now = start(dataset, tmp_path / "cache")
     assert now == start(dataset, tmp_path / "another cache")
     assert (now == before) is (kind in ("nothing but its time", "other kind of caption"))
+
+
+def test_other_lines_of_known_captions(with_subset: Callable[..., DatasetConfig], folder: Path, tmp_path: Path) -> None:
+    """That the first line of a caption is known is not taken for all of it, nor the other way round."""
+    (folder / "coffee.txt").write_text("a cup\nof coffee")
+    for first, second in ((True, False), (False, True)):
+        start(with_subset(enable_wildcard=first), tmp_path / f"cache {first}")
+        known, unknown = (
+            start(with_subset(enable_wildcard=second), tmp_path / name) for name in (f"cache {first}", f"new {first}")
+        )
+        assert known == unknown
+        assert ("a cup\nof coffee" in [own.caption for own in known[0][0].examples]) is second
 
 
 def test_lost_entries_are_made_again(dataset: DatasetConfig, folder: Path, tmp_path: Path) -> None:
