@@ -41,16 +41,14 @@ class Cache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.memo = StatMemo(folder / "files.json")
-        """What is known of image files without opening them."""
+        """What is known of images, captions and entries without opening their files."""
 
     def has(self, key: str) -> bool:
         """Whether there is a whole entry; a damaged one counts as absent."""
-        from safetensors import SafetensorError, safe_open
-
+        path = self._path(key)
         try:
-            with safe_open(self._path(key), framework="pt"):
-                return True
-        except (OSError, SafetensorError):
+            return bool(self.memo.remember(path, "whole", lambda: _is_whole(path)))
+        except DataError:
             return False
 
     def load(self, key: str) -> dict[str, Tensor]:
@@ -74,6 +72,18 @@ class Cache:
         # Copies, because a row of a batch would be written with the layout, and the memory, of the whole.
         entry = {name: tensor.detach().cpu().clone(memory_format=contiguous_format) for name, tensor in tensors.items()}
         write_atomically(self._path(key), save(entry))
+        self.memo.remember(self._path(key), "whole", lambda: True)
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file has all the bytes that its header tells of."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):
+            return True
+    except (OSError, SafetensorError):
+        return False

@@ -21,7 +21,7 @@ from lorakit.data.images import RESAMPLING
 from lorakit.data.latents import encode_pixels, latent_masks, not_encodable, on_device
 from lorakit.data.pictures import Picture, load_picture
 from lorakit.data.problems import data_error
-from lorakit.data.threads import in_order
+from lorakit.data.threads import in_chunks, in_order
 from lorakit.errors import DataError
 from lorakit.models.protocol import DiffusionModel, Tokens
 
@@ -161,7 +161,7 @@ def _latent_jobs(
 ) -> tuple[LatentKeys, list[_Job]]:
     """The keys of all latents, and one job for each distinct image and placement, bucket by bucket."""
     examples = [example for dataset in datasets for example in dataset.examples if not example.is_augmented]
-    contents = pool.map(lambda example: _content(example, cache), examples)
+    contents = in_chunks(pool, lambda example: _content(example, cache), examples)
     keys: dict[tuple[str, bool], str] = {}
     jobs: dict[_Content, _Job] = {}
     for example, content in zip(examples, contents, strict=True):
@@ -203,7 +203,7 @@ def _damaged(examples: Sequence[Example], cache: Cache, pool: Executor) -> list[
             return str(error)
         return None
 
-    return [text for text in pool.map(problem, examples) if text]
+    return [text for text in in_chunks(pool, problem, examples) if text]
 
 
 def _content(example: Example, cache: Cache) -> _Content:

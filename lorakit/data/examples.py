@@ -23,10 +23,14 @@ from lorakit.data.masks import check_size, find_masks
 from lorakit.data.memo import StatMemo
 from lorakit.data.metadata_files import read_metadata_file
 from lorakit.data.problems import data_error
+from lorakit.data.threads import in_chunks
 from lorakit.data.validation import split_off
 from lorakit.errors import DataError, Problem
 
 logger = logging.getLogger(__name__)
+
+_READERS = 8
+"""Threads that read headers and captions if the user does not say: they wait for the disk, not for a core."""
 
 
 @frozen
@@ -90,15 +94,15 @@ def default_workers() -> int:
 def index_datasets(
     datasets: Sequence[DatasetConfig], workers: int | None = None, memo: StatMemo | None = None, seed: int = 0
 ) -> tuple[IndexedDataset, ...]:
-    """The datasets with all their examples, sizes taken from the memo where it knows them.
+    """The datasets with all their examples, sizes and captions taken from the memo where it knows them.
 
     `seed` chooses what is held out of datasets without a validation seed of their own. Raises one DataError
     for all folders and files that cannot be used.
     """
     problems: list[str] = []
     found = [_find_images(number, dataset, problems) for number, dataset in enumerate(datasets)]
-    with ThreadPoolExecutor(workers or default_workers()) as pool:
-        read = [list(pool.map(lambda file: _read(file, memo), files)) for files in found]
+    with ThreadPoolExecutor(workers or _READERS) as pool:
+        read = [list(in_chunks(pool, lambda file: _read(file, memo), files)) for files in found]
     problems += [outcome for outcomes in read for outcome in outcomes if isinstance(outcome, str)]
     if problems:
         raise data_error(problems)
@@ -177,14 +181,14 @@ def _files_in(folder: Path) -> set[str]:
 
 def _read(file: _Found, memo: StatMemo | None) -> Example | str:
     """The example, or what is wrong with it."""
-    size_of = memo.size if memo else read_size
+    size_of, caption_of = (memo.size, memo.caption) if memo else (read_size, read_caption)
     try:
         size = size_of(file.image)
         if file.mask:
             check_size(file.mask, size_of(file.mask), file.image, size)
         face = face_named(file.image, size) if file.subset.face_crop_aug_range else None
         written = (
-            read_caption(file.caption, file.subset.enable_wildcard) if isinstance(file.caption, Path) else file.caption
+            caption_of(file.caption, file.subset.enable_wildcard) if isinstance(file.caption, Path) else file.caption
         )
     except DataError as error:
         return str(error)

@@ -1,4 +1,4 @@
-"""What is known of image files without opening them: computed once, good until a file changes."""
+"""What is known of files without opening them: computed once, good until a file changes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.data.buckets import Size
+from lorakit.data.captions import read_caption
 from lorakit.data.images import read_size
 from lorakit.errors import DataError
 from lorakit.files import write_atomically
@@ -36,6 +37,11 @@ class StatMemo:
         """Width and height of an image as it is seen. Raises DataError where it is none."""
         width, height = self.remember(path, "size", lambda: read_size(path))
         return width, height
+
+    def caption(self, path: Path, every_line: bool = False) -> str:
+        """What `read_caption` reads. Raises DataError where it cannot."""
+        name = "every line" if every_line else "caption"
+        return str(self.remember(path, name, lambda: read_caption(path, every_line)))
 
     def save(self) -> None:
         """Write what is new to the file, beside what other runs wrote there meanwhile."""
