@@ -65,6 +65,6 @@ def quickstart(session: nox.Session) -> None:
 
 @nox.session
 def learning(session: nox.Session) -> None:
-    """Train the quick start in many ways and examine each LoRA; takes an hour. Arguments after `--` choose optimizers."""
+    """Train the quick start in many ways and examine each LoRA: an hour. Arguments after `--` choose optimizers."""
     install(session, "-e", ".[test]")
     session.run("python", "benchmarks/learning.py", *session.posargs)

@@ -91,7 +91,7 @@ def _conv_gradients(
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients of the input, if it is wanted, and of the down factor."""
     geometry = (*_geometry(base), False, (0, 0), 1)
-    grad_images = grad_hidden.transpose(1, 2).unflatten(2, grad_out.shape[2:])
+    grad_images = grad_hidden.transpose(1, 2).view(len(x), -1, *grad_out.shape[2:])
     grad_x, grad_down, _ = _conv_backward(grad_images, x, down, None, *geometry, (wants_x, True, False))
     if wants_x:
         grad_x += _conv_backward(grad_out, x, base.weight.to(x.dtype), None, *geometry, (True, False, False))[0]

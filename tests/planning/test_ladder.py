@@ -60,12 +60,12 @@ def test_rungs(plan) -> None:
 
 
 def test_config_that_is_no_rung_is_a_line_of_its_own(plan) -> None:
-    """Other settings come first and are marked; they lie between the rungs next to them."""
+    """Other settings come first and are marked; what they keep lies between what the rungs next to them keep."""
     made = plan(gradient_checkpointing=0.25)
     first, none, half, *others = made.rungs
     assert first is made.own
     assert first.keys == {"gradient_checkpointing": 0.25}
-    assert none.memory.peak > first.memory.peak > half.memory.peak
+    assert none.memory.kept > first.memory.kept > half.memory.kept
     assert len(others) == 5
     (line,) = [line for line in report(made) if line.endswith("<- the config as it is")]
     assert line.startswith("gradient_checkpointing = 0.25 ")
