@@ -103,8 +103,11 @@ def _length_values(config: TrainConfig, schedule: Schedule, processes: Processes
 
 
 def _optimizer_description(config: OptimizerConfig, optimizer: Optimizer) -> str:
-    """Its class and settings, as sd-scripts writes them: `torch.optim.adamw.AdamW(weight_decay=0.01)`."""
-    cls = type(optimizer)
+    """Its class and settings, as sd-scripts writes them: `torch.optim.adamw.AdamW(weight_decay=0.01)`.
+
+    The class is the one that others know, not a subclass that adapts it to lorakit.
+    """
+    cls = next(cls for cls in type(optimizer).__mro__ if not cls.__module__.startswith("lorakit."))
     settings = ",".join(f"{name}={value}" for name, value in config.own_settings().items())
     return f"{cls.__module__}.{cls.__qualname__}" + (f"({settings})" if settings else "")
 

@@ -112,6 +112,12 @@ def test_all_keys_of_sd_scripts(make_config: MakeConfig, tiny_file: Path) -> Non
     assert not [key for key in metadata if not key.startswith(("ss_", "sshs_", "modelspec."))]
 
 
+def test_the_optimizer_has_the_name_that_others_know(make_config: MakeConfig) -> None:
+    """Of an optimizer that lorakit adapts to its needs, the class of its package is named."""
+    path = lorakit.train(make_config(optimizer={"name": "dadaptadam", "lr": 1.0}, training={"max_steps": 1}))
+    assert metadata_of(path)["ss_optimizer"].startswith("dadaptation.dadapt_adam.DAdaptAdam(")
+
+
 def test_each_dataset_is_described(make_config: MakeConfig, tables: dict, photographs: Path) -> None:
     """`ss_datasets` has buckets, tags and subsets of each dataset; a key that datasets differ in stands only there."""
     folder = {"image_dir": str(photographs)}
