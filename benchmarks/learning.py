@@ -29,7 +29,7 @@ SMALLER_MODEL = 20
 """How many times the learning rate of a full-size model the small one takes. Its layers are narrower."""
 RATES = {
     "adamw": 1e-4, "adamw8bit": 1e-4, "pagedadamw": 1e-4, "pagedadamw8bit": 1e-4, "pagedadamw32bit": 1e-4,
-    "lion": 2e-5, "lion8bit": 2e-5, "pagedlion8bit": 2e-5, "adafactor": 2e-4,
+    "lion": 1e-5, "lion8bit": 1e-5, "pagedlion8bit": 1e-5, "adafactor": 2e-4,
 }  # fmt: skip
 """Learning rates that `docs/how-to/optimizers.md` recommends for a full-size model."""
 OWN_RATES = {
