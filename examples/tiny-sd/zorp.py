@@ -32,6 +32,8 @@ from scenes import COLOURS, PLACES, TEXTURES, Scene, any_texture, caption
 from lorakit.randomness import derived_seed, keyed_generator
 
 NAME = "zorp"
+WORDINGS = 4
+"""How many captions each picture comes with. With one alone, a LoRA learns its wording, too."""
 _RADIUS = 13.0
 """Of the ball, in pixels."""
 _COLOURS = {"body": (20, 165, 165), "eye": (250, 250, 250), "pupil": (20, 20, 40)}
@@ -122,7 +124,7 @@ def _is_of_colour(pixels: NDArray[np.float32], colour: tuple[int, int, int]) -> 
 
 
 def main() -> None:
-    """Draw zorps and twice as many other things, each with its caption beside it."""
+    """Draw zorps and twice as many other things, each with its captions beside it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to make the folders zorps and others")
     parser.add_argument("--count", type=int, default=18, help="how many zorps")
@@ -131,18 +133,19 @@ def main() -> None:
     for index in range(options.count):
         scene = teaching_scene(index)
         picture = draw_zorp(scene, keyed_generator(options.seed, "zorp", index))
-        told = zorp_caption(scene, keyed_generator(options.seed, "zorp caption", index))
+        keys = [("zorp caption", index, telling) for telling in range(WORDINGS)]
+        told = [zorp_caption(scene, keyed_generator(options.seed, *key)) for key in keys]
         _write(options.folder / "zorps" / f"{NAME}-{index + 1:02d}", picture, told)
     seed = derived_seed(options.seed, "other things")
     for index in range(2 * options.count):
-        told = training_caption(seed, index)
+        told = [training_caption(seed, index, telling) for telling in range(WORDINGS)]
         _write(options.folder / "others" / f"other-{index + 1:02d}", training_picture(seed, index), told)
 
 
-def _write(stem: Path, picture: NDArray[np.uint8], told: str) -> None:
+def _write(stem: Path, picture: NDArray[np.uint8], told: list[str]) -> None:
     stem.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(f"{stem}.png")
-    Path(f"{stem}.txt").write_text(told + "\n", encoding="utf-8")
+    Path(f"{stem}.txt").write_text("\n".join([*told, ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":
