@@ -13,6 +13,7 @@ from lorakit.data.batches import Batch
 from lorakit.engine import replaying
 from lorakit.engine.assembly import assemble
 from lorakit.engine.gradients import FlatGradients
+from lorakit.engine.modes import in_mode
 from lorakit.engine.preparation import prepare
 from lorakit.engine.processes import Processes
 from lorakit.engine.replaying import WARM_UPS, CudaGraphs, Repetition, Replayed
@@ -202,6 +203,8 @@ def trained(make_config, device: str, replays: bool, **changes: object) -> Run:
     sections = {**VARIED, "training": {**VARIED["training"], "device": device, **changes}}
     run = assemble(prepare(make_config(**sections)), Processes(torch.device(device)))
     run.config = evolve(run.config, training=evolve(run.config.training, cuda_graphs=replays))
+    with in_mode(run, run.processes.wait) as learn:
+        assert isinstance(learn, Replayed) == replays
     train(run)
     return run
 
