@@ -64,7 +64,7 @@ class CudaGraphs:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, work: Work) -> None:
@@ -135,11 +135,13 @@ class Replayed:
     def _recording(self, batch: Batch) -> Recording | None:
         """What was recorded for micro-batches of this one's shape, now if there is nothing yet; None for none."""
         if _places(self._trained) != self._places:
-            return self._refuse("what is trained has moved in memory, so nothing is replayed any more")
+            self._warn("what is trained has moved in memory, so nothing is replayed any more")
+            return None
         shape = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.tensors.items())
         if shape not in self._recordings:
             if len(self._recordings) >= MOST_SHAPES:
-                return self._refuse(f"micro-batches of {MOST_SHAPES} shapes are recorded; those of others are not")
+                self._warn(f"micro-batches of {MOST_SHAPES} shapes are recorded; those of others are not")
+                return None
             self._recordings[shape] = self._recorded(batch)
         return self._recordings[shape]
 
@@ -149,19 +151,21 @@ class Replayed:
         work = partial(self._learn, own)
         with unchanged(self._sums):
             if _draws(partial(self._warm_up, work), batch.latents.device):
-                return self._refuse("nothing is recorded, because something draws from a random generator")
+                self._warn("nothing is recorded, because something draws from a random generator")
+                return None
             try:
                 return Recording(tuple(own.tensors.values()), self._recorder.record(work))
             except RuntimeError as error:
                 shape = " × ".join(map(str, batch.latents.shape))
-                return self._refuse(f"micro-batches of {shape} cannot be recorded: {' '.join(str(error).split())}")
+                self._warn(f"micro-batches of {shape} cannot be recorded: {' '.join(str(error).split())}")
+                return None
 
     def _warm_up(self, work: Work) -> None:
         for _ in range(WARM_UPS):
             self._recorder.warm_up(work)
 
-    def _refuse(self, why: str) -> None:
-        """Say once why something is not replayed."""
+    def _warn(self, why: str) -> None:
+        """Say why something is not replayed, once."""
         if why not in self._told:
             self._told.add(why)
             log.warning("training.cuda_graphs: %s", why)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ def products_rounded(allowed: bool, device: torch.device) -> Iterator[None]:
     PyTorch by itself lets convolutions use it, and matrix products not.
     """
     # The older of PyTorch's two ways to say so: its compiler still reads that one, and fails where both were used.
-    settings = (torch.backends.cuda.matmul, torch.backends.cudnn) if device.type == "cuda" else ()
+    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn] if device.type == "cuda" else []
     before = [setting.allow_tf32 for setting in settings]
     for setting in settings:
         setting.allow_tf32 = allowed

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from attrs import evolve, frozen
@@ -81,7 +82,7 @@ class TrainingMemory:
 def imaginable(prepared: PreparedRun) -> PreparedRun:
     """The run on a CPU, whose kernels keep what those of other devices keep, as it is without other modes."""
     config = prepared.config
-    plain = {"device": "cpu", **dict.fromkeys(MODE_KEYS, False)}
+    plain: dict[str, Any] = {"device": "cpu", **dict.fromkeys(MODE_KEYS, False)}
     return evolve(prepared, config=evolve(config, training=evolve(config.training, **plain)))
 
 
