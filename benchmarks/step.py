@@ -80,19 +80,27 @@ class Timer:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """Write the model, the image and the config, and fill lorakit's cache."""
+    """Write the models, the image and the config, and fill lorakit's cache."""
+    prepare_files(arguments.work, "full")
+    if not (arguments.work / "model" / "model_index.json").exists():
+        subprocess.run([sys.executable, HERE / "make_model.py", arguments.work / "model", "--folder"], check=True)
+    subprocess.run([sys.executable, "-m", "lorakit", "cache", config_file(arguments)], check=True)
+
+
+def prepare_files(work: Path, model: str) -> None:
+    """Write an image with its caption, and the model as one file, or a tiny one as a folder, unless they are there."""
     from skimage import data
     from skimage.io import imsave
 
-    work = arguments.work
     (work / "images").mkdir(parents=True, exist_ok=True)
-    if not (work / "model" / "model_index.json").exists():
-        subprocess.run([sys.executable, HERE / "make_model.py", work / "model", "--folder"], check=True)
-    if not (work / "model.safetensors").exists():
-        subprocess.run([sys.executable, HERE / "make_model.py", work / "model.safetensors"], check=True)
     imsave(work / "images" / "astronaut.png", data.astronaut())
     (work / "images" / "astronaut.txt").write_text("a portrait of an astronaut\n")
-    subprocess.run([sys.executable, "-m", "lorakit", "cache", config_file(arguments)], check=True)
+    if model == "tiny" and not (work / "tiny").exists():
+        from lorakit.testing.models import make_tiny_sd1
+
+        make_tiny_sd1(work / "tiny")
+    if model == "full" and not (work / "model.safetensors").exists():
+        subprocess.run([sys.executable, HERE / "make_model.py", work / "model.safetensors"], check=True)
 
 
 def config_file(arguments: argparse.Namespace) -> Path:

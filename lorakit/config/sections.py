@@ -27,6 +27,8 @@ from lorakit.errors import Problem
 DEFAULT_MAX_STEPS = 1600
 BASE_KEYS = ("fp8_base", "int8_base", "nf4_base")
 """Keys of `[training]` that name parts of the base model to keep in fewer bits, each after the form for that."""
+MODE_KEYS = ("cuda_graphs", "channels_last", "compile")
+"""Keys of `[training]` that make the same step faster, or not, and that may be left to a measurement."""
 
 
 def _plain_file_name(_: object, __: object, value: str) -> None:
@@ -68,11 +70,18 @@ class TrainingSection:
     """Parts whose weights are kept as 8-bit whole numbers: as small as with `fp8_base`, and mostly more exact."""
     nf4_base: tuple[str, ...] = ()
     """Parts whose weights are kept in 4 bits: little more than half the memory of 8 bits, and less exact."""
-    compile: bool = False
+    cuda_graphs: bool | Literal["auto"] = False
+    """Record a micro-batch of each size of images as a CUDA graph, and replay it from then on. With `auto`, as with the
+    two keys that follow, a short measurement at the start of the run decides."""
+    channels_last: bool | Literal["auto"] = False
+    """Keep images in the denoiser with the channels of a pixel next to each other, which some GPUs prefer."""
+    compile: bool | Literal["auto"] = False
     """Let torch.compile make the denoiser faster. The first steps take longer, and so does the first of each size of
     images."""
     compile_backend: str = "inductor"
     """What torch.compile compiles with; `inductor` needs a C++ compiler on CPUs, and Triton on GPUs."""
+    tf32: bool = False
+    """Let float32 products on CUDA round their factors to 10 bits, which is several times faster."""
     seed: int = field(default=42, validator=v.ge(0))
     """Where all randomness starts: the same seed gives the same run."""
     max_grad_norm: float = field(default=1.0, validator=v.ge(0))
@@ -95,6 +104,8 @@ class TrainingSection:
                 if part in keys:
                     yield Problem(key, f"names {part!r}, as training.{keys[part]} does", "leave it in one of them")
                 keys.setdefault(part, key)
+        if self.cuda_graphs and self.compile and self.compile_backend == "cudagraphs":
+            yield Problem("compile_backend", 'records what training.cuda_graphs would, with "cudagraphs"', "use one")
 
     def warnings(self) -> Iterator[Problem]:
         """Keys without effect; keys are field names."""
@@ -102,6 +113,9 @@ class TrainingSection:
             yield Problem("max_steps", "has no effect, because training.max_epochs is given")
         if self.compile_backend != "inductor" and not self.compile:
             yield Problem("compile_backend", "has no effect without training.compile")
+        if self.tf32 and self.mixed_precision != "no":
+            hint = "only what stays float32 is affected, such as DoRA's norms"
+            yield Problem("tf32", f"hardly has an effect with mixed_precision {self.mixed_precision!r}", hint)
 
 
 @frozen(kw_only=True)

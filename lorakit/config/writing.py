@@ -141,8 +141,10 @@ def _field_lines(classes: Sequence[type], settings: Mapping[str, Any], prefix: s
 def _choices(type_: Any) -> str:
     """The values that a key may have, where they are few."""
     members = get_args(type_) if get_origin(type_) in (Union, UnionType) else [type_]
-    choices = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
-    return f" One of: {', '.join(str(choice) for choice in choices)}." if choices else ""
+    choices = [str(choice) for member in members if get_origin(member) is Literal for choice in get_args(member)]
+    if choices and bool in members:
+        choices = ["true", "false", *choices]
+    return f" One of: {', '.join(choices)}." if choices else ""
 
 
 def _line(setting: str, text: str) -> list[str]:

@@ -67,6 +67,26 @@ class Batch:
         """Losses [B, C, h, w] as far as they count; they are not scaled up to make up for what does not."""
         return losses if self.loss_mask is None else losses * self.loss_mask
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the batch, by name, in an order that depends on the names alone."""
+        found: dict[str, Tensor] = {}
+        for own in fields(Batch):
+            value = getattr(self, own.name)
+            if isinstance(value, Tensor):
+                found[own.name] = value
+            elif isinstance(value, Mapping):
+                found |= {f"{own.name}.{key}": value[key] for key in sorted(value)}
+        return found
+
+    def counting(self, share: float) -> Batch:
+        """The batch with the weights of its images' losses multiplied by a share."""
+        return evolve(self, weights=self.weights * share)
+
+    def clone(self) -> Batch:
+        """The batch in memory of its own."""
+        return self._mapped(Tensor.clone)
+
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; the copy from pinned memory does not wait."""
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))

@@ -20,6 +20,7 @@ from lorakit.engine.base_model import build_model
 from lorakit.engine.caching import Encoded, encode_data
 from lorakit.engine.gradients import FlatGradients
 from lorakit.engine.metadata import run_metadata
+from lorakit.engine.modes import Mode
 from lorakit.engine.observing import Observers
 from lorakit.engine.output import AdapterWriter
 from lorakit.engine.preparation import PreparedRun
@@ -156,8 +157,7 @@ def _set_up(model: DiffusionModel, config: TrainConfig) -> None:
     model.use_attention(config.attention.build())
     if config.training.gradient_checkpointing:
         model.enable_gradient_checkpointing(float(config.training.gradient_checkpointing))
-    if config.training.compile:
-        model.compile(config.training.compile_backend)
+    Mode.certain(config.training).set_up(model, config.training.compile_backend)
 
 
 def _attached_network(config: TrainConfig, model: DiffusionModel) -> Network:

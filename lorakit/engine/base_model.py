@@ -48,7 +48,11 @@ def plain_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
 def _problems_of_the_device(training: TrainingSection, device: torch.device) -> Iterator[Problem]:
     if training.fp8_base and device.type == "mps":
         yield Problem("training.fp8_base", "cannot be used on mps, which lacks the number format")
-    if training.compile and (reason := why_not(training.compile_backend, device)):
+    if training.cuda_graphs is True and device.type != "cuda":
+        yield Problem(
+            "training.cuda_graphs", f"needs CUDA, and this run is on {device.type}", 'leave it out, or use "auto"'
+        )
+    if training.compile is True and (reason := why_not(training.compile_backend, device)):
         key = "compile" if training.compile_backend == "inductor" else "compile_backend"
         yield Problem(f"training.{key}", reason)
 

@@ -19,27 +19,30 @@ class FlatGradients:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         """Allocate the buffer on the parameters' device and set each gradient to its share of it."""
-        self._buffer = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+        self.parameters = parameters
+        """What is trained."""
+        self.buffer = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+        """The gradients, float32, one after the other."""
         start = 0
         for parameter in parameters:
-            share = self._buffer[start : start + parameter.numel()]
+            share = self.buffer[start : start + parameter.numel()]
             parameter.grad = share.view_as(parameter)
             start += parameter.numel()
 
     def zero(self) -> None:
         """Start the next step."""
-        self._buffer.zero_()
+        self.buffer.zero_()
 
     def sum_over(self, processes: Processes) -> None:
         """Add up the gradients of all processes."""
-        processes.sum(self._buffer)
+        processes.sum(self.buffer)
 
     def clip(self, max_norm: float) -> Tensor:
         """Scale down to the L2 norm `max_norm` where it is exceeded; the norm before, a scalar on the device.
 
         With a `max_norm` of 0 nothing is scaled.
         """
-        norm: Tensor = torch.linalg.vector_norm(self._buffer)
+        norm: Tensor = torch.linalg.vector_norm(self.buffer)
         if max_norm > 0:
-            self._buffer.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+            self.buffer.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm

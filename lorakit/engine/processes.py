@@ -52,6 +52,11 @@ class Processes:
         if self.world_size > 1:
             torch.distributed.barrier()
 
+    def finish(self) -> None:
+        """Return when this process's device has done all that it was asked for."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The tensor, summed in place over all processes."""
         if self.world_size > 1:

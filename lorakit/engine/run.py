@@ -39,13 +39,9 @@ class Step:
 
     scheduled: ScheduledStep
     batches: Iterator[Batch]
-    """This process's micro-batches, on its device."""
+    """This process's micro-batches, on its device, weighted so that their losses add up to the step's."""
     images: list[str]
     """Names of the images of the batches taken so far."""
-
-    def share_of(self, batch: Batch) -> float:
-        """How much of the step's loss, a mean over all processes and micro-batches, is this batch's mean."""
-        return batch.share / len(self.scheduled.planned.micro_batches)
 
 
 @define(kw_only=True)
@@ -70,7 +66,7 @@ class Run:
     step: int = 0
     """Optimizer steps done."""
     loss: Tensor = field(init=False)
-    """Loss of the step so far: this process's part of the mean, a scalar on the device."""
+    """Loss of the step so far: this process's part of the mean, a scalar that stays in its place on the device."""
     gradient_norm: Tensor = field(init=False)
     """Norm of the last step's gradients, a scalar on the device."""
     values: Mapping[str, Tensor] = field(factory=dict)
@@ -180,7 +176,7 @@ class Run:
         try:
             for scheduled in self.schedule.steps_from(self.step):
                 images: list[str] = []
-                yield Step(scheduled, self._arriving(batches, len(scheduled.shares), images), images)
+                yield Step(scheduled, self._arriving(batches, scheduled, images), images)
                 if scheduled.ends_epoch:
                     self.tell("epoch_finished", scheduled.planned.epoch)
                 self._stop_if_asked()
@@ -193,11 +189,12 @@ class Run:
         depth = 0 if self.processes.device.type == "cpu" else PREFETCHED_BATCHES
         return prefetch(batches, depth, self.processes.device)
 
-    def _arriving(self, batches: Iterator[Batch], count: int, images: list[str]) -> Iterator[Batch]:
-        for _ in range(count):
+    def _arriving(self, batches: Iterator[Batch], scheduled: ScheduledStep, images: list[str]) -> Iterator[Batch]:
+        for _ in scheduled.shares:
             batch = next(batches)
             images += batch.images
-            yield batch.to(self.processes.device)
+            # The step's loss is a mean over all processes and micro-batches.
+            yield batch.to(self.processes.device).counting(batch.share / len(scheduled.planned.micro_batches))
 
     def encode(self, batch: Batch) -> Conditioning:
         """The batch's conditioning: from the cache, or from the text encoder as it is now."""
@@ -206,7 +203,7 @@ class Run:
     def backward(self, loss: Tensor) -> None:
         """Add a part of the step's loss, and its gradients."""
         torch.autograd.backward(self.scaler.scale(loss))
-        self.loss = self.loss + loss.detach()
+        self.loss += loss.detach()
 
     def update(self) -> None:
         """Reduce and clip the gradients and take the optimizer's step."""
@@ -225,9 +222,9 @@ class Run:
         self.lr_scheduler.step()
         epoch = step.scheduled.planned.epoch
         self.metrics.add(
-            PendingStep(self.step, epoch, tuple(step.images), rates, self.loss, self.gradient_norm, self.values)
+            PendingStep(self.step, epoch, tuple(step.images), rates, self.loss.clone(), self.gradient_norm, self.values)
         )
-        self.loss = torch.zeros_like(self.loss)
+        self.loss.zero_()
         self.tell("step_finished", self.step)
 
     def _stop_if_asked(self) -> None:

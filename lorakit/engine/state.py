@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lorakit
-from lorakit.config.sections import TrainConfig
+from lorakit.config.sections import MODE_KEYS, TrainConfig
 from lorakit.config.writing import to_toml
 from lorakit.errors import ConfigError, OutputError, Problem
 from lorakit.files import flush_to_disk
@@ -35,7 +35,8 @@ NEUTRAL_SECTIONS = ("output", "metadata", "saver", "observers", "attention")
 NEUTRAL_KEYS = {
     "data": ("cache_dir", "workers", "encode_batch_size"),
     "training": (
-        "max_epochs", "max_steps", "device", "process_timeout", "gradient_checkpointing", "compile", "compile_backend",
+        "max_epochs", "max_steps", "device", "process_timeout", "gradient_checkpointing", "compile_backend", "tf32",
+        *MODE_KEYS,
     ),
 }  # fmt: skip
 """Keys of other sections that may differ too: what is trained does not depend on them, but for rounding."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+from lorakit.data.batches import Batch
 from lorakit.engine.loss import denoising_loss
+from lorakit.engine.modes import in_mode
 from lorakit.engine.run import Run
 
 
@@ -12,10 +16,15 @@ def train(run: Run) -> None:
     Raises TrainingDiverged when the loss is no longer finite, and Interrupted after a request to
     stop, when a whole state has been saved.
     """
-    with run.watched():
+    with in_mode(run, partial(learn_from, run)) as learn, run.watched():
         for step in run.remaining_steps():  # epochs, order and resuming live there
             for batch in step.batches:
-                loss = denoising_loss(run.model, batch, run.encode(batch), run.config.loss)
-                run.backward(loss * step.share_of(batch))
+                learn(batch)
             run.update()  # clip, optimizer
             run.step_finished(step)  # counts, learning rate, refuses NaN, tells the observers
+
+
+def learn_from(run: Run, batch: Batch) -> None:
+    """Add a micro-batch's part of the step's loss, and its gradients."""
+    loss = denoising_loss(run.model, batch, run.encode(batch), run.config.loss)
+    run.backward(loss)

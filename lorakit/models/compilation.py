@@ -15,13 +15,20 @@ MOST_VARIANTS = 256
 """How often a kind of block may be compiled: for each size, with and without gradients, and so on."""
 
 
-def compile_blocks(module: nn.Module, kinds: Sequence[type[nn.Module]], backend: str) -> None:
-    """Let blocks of these kinds inside a module, with all that is in them then, be compiled when they first run."""
+def compile_blocks(module: nn.Module, kinds: Sequence[type[nn.Module]], backend: str | None) -> None:
+    """Let blocks of these kinds inside a module, with all that is in them then, be compiled when they first run.
+
+    Without a backend they run as they are written, whatever was said before.
+    """
+    blocks = [block for block in module.modules() if isinstance(block, tuple(kinds))]
+    if backend is None:
+        for block in blocks:
+            block._compiled_call_impl = None
+        return
     torch._dynamo.config.recompile_limit = MOST_VARIANTS
     torch._dynamo.config.accumulated_recompile_limit = 4 * MOST_VARIANTS
-    for block in module.modules():
-        if isinstance(block, tuple(kinds)):
-            block.compile(backend=backend)
+    for block in blocks:
+        block.compile(backend=backend)
 
 
 def why_not(backend: str, device: torch.device) -> str:

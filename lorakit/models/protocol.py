@@ -187,8 +187,12 @@ class DiffusionModel(Protocol):
         """
         ...
 
-    def compile(self, backend: str) -> None:
-        """Compile the denoiser's blocks, with the adapters in them, with a backend of torch.compile."""
+    def compile(self, backend: str | None) -> None:
+        """Compile the denoiser's blocks, with the adapters in them, with a backend of torch.compile; None undoes it."""
+        ...
+
+    def use_channels_last(self, on: bool) -> None:
+        """Keep images in the denoiser with channels last in memory, or first; results are the same but for rounding."""
         ...
 
     def enable_gradient_checkpointing(self, share: float = 1.0) -> None:

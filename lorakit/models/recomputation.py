@@ -37,7 +37,12 @@ class RecomputableBlock(nn.Module):
         # Imports the compiler, which takes longer than all else that a run imports.
         from torch.utils.checkpoint import checkpoint
 
-        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=not _is_recorded(), **kwargs)
+
+
+def _is_recorded() -> bool:
+    """Whether a CUDA graph is being captured, in which generators have no state that could be put back."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def recompute(blocks: Sequence[RecomputableBlock], share: float = 1.0) -> None:

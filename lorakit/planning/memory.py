@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from attrs import evolve, frozen
 
-from lorakit.config.sections import TrainConfig
+from lorakit.config.sections import MODE_KEYS, TrainConfig
 from lorakit.data.batches import Batch
 from lorakit.data.encoding import CAPTIONS_AT_ONCE
 from lorakit.data.latents import encode_pixels
@@ -79,9 +80,10 @@ class TrainingMemory:
 
 
 def imaginable(prepared: PreparedRun) -> PreparedRun:
-    """The run on a CPU, whose kernels keep what those of other devices keep, and not compiled."""
+    """The run on a CPU, whose kernels keep what those of other devices keep, as it is without other modes."""
     config = prepared.config
-    return evolve(prepared, config=evolve(config, training=evolve(config.training, device="cpu", compile=False)))
+    plain: dict[str, Any] = {"device": "cpu", **dict.fromkeys(MODE_KEYS, False)}
+    return evolve(prepared, config=evolve(config, training=evolve(config.training, **plain)))
 
 
 def image_encoding_memory(prepared: PreparedRun) -> EncodingMemory:

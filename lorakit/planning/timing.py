@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from attrs import frozen
@@ -13,11 +14,13 @@ from lorakit.data.planning import Bucket, buckets
 from lorakit.engine.assembly import assemble_with
 from lorakit.engine.base_model import build_model
 from lorakit.engine.caching import Encoded
-from lorakit.engine.loss import denoising_loss
+from lorakit.engine.modes import in_mode
 from lorakit.engine.preparation import PreparedRun
 from lorakit.engine.processes import Processes
+from lorakit.engine.replaying import Learn
 from lorakit.engine.run import Run
 from lorakit.engine.schedule import Schedule
+from lorakit.engine.trainer import learn_from
 from lorakit.planning.examples import BatchShape, Texts, make_batch
 
 _STEPS = 3
@@ -48,7 +51,10 @@ def measure(prepared: PreparedRun, texts: Texts) -> Timing:
         torch.cuda.reset_peak_memory_stats(processes.device)
     # The largest first: what fits once it did fits again.
     shapes = sorted({BatchShape.of(bucket) for bucket in found}, key=lambda shape: -shape.pixels)
-    seconds = {shape: min(_steps(run, make_batch(shape, texts, run.model).to(processes.device))) for shape in shapes}
+    with in_mode(run, partial(learn_from, run)) as learn:
+        seconds = {
+            shape: min(_steps(run, learn, make_batch(shape, texts, run.model).to(processes.device))) for shape in shapes
+        }
     peak = torch.cuda.max_memory_allocated(processes.device) if processes.device.type == "cuda" else None
     return Timing(processes.device.type, seconds, _whole(seconds, found, run.schedule), peak)
 
@@ -60,14 +66,13 @@ def _assembled(prepared: PreparedRun, processes: Processes) -> Run:
     return assemble_with(prepared, model, schedule, Encoded({}, {}, None), processes, time.time())
 
 
-def _steps(run: Run, batch: Batch) -> Iterator[float]:
+def _steps(run: Run, learn: Learn, batch: Batch) -> Iterator[float]:
     """Seconds of each step with one micro-batch, but for the first."""
     for number in range(_STEPS):
         started = time.perf_counter()
-        run.backward(denoising_loss(run.model, batch, run.encode(batch), run.config.loss))
+        learn(batch)
         run.update()
-        if run.processes.device.type != "cpu":
-            torch.accelerator.synchronize(run.processes.device)
+        run.processes.finish()
         if number:
             yield time.perf_counter() - started
 

@@ -40,6 +40,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "piecewise_constant": {"step_rules": "1:0.2,0.1:0.6,0.01"},
     "torch.optim.RAdam": {"lr": 1e-2, "args": {"betas": [0.9, 0.99]}},
     "torch.optim.lr_scheduler.StepLR": {"args": {"step_size": 30, "gamma": 0.5}},
+    "sdpa": {"kernels": ("cudnn", "flash", "efficient")},
     "tensorboard": {"dir": Path("logs")},
     "hub": {"repo_id": "me/my-lora", "states": True},
     "validation": {"every_n_steps": 1, "timesteps": (100, 900)},

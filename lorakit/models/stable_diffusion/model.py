@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lorakit.checkpoints import HubModel
 from lorakit.errors import ModelError
 from lorakit.models.hashing import ProcessMemo, hash_of_file, hash_of_weights, short_hash_of_file
+from lorakit.models.memory_format import use_channels_last
 from lorakit.models.merging import Merging
 from lorakit.models.noise import DiscreteNoise, Prediction
 from lorakit.models.protocol import AdaptationTarget, AttentionBackend, Conditioning, Memo, NoiseProcess
@@ -97,6 +98,7 @@ class StableDiffusion:
         self._recomputed = 0.0
         self._formats: Mapping[str, str] = {}
         self._compiler: str | None = None
+        self._channels_last = False
         self._merging = merging
         if merging:
             merging.check(self._layers())
@@ -164,6 +166,8 @@ class StableDiffusion:
                 use_backend(self._unet, self._attention)
             if self._recomputed:
                 recompute(unet_blocks(self._unet), self._recomputed)
+            if self._channels_last:
+                use_channels_last(self._unet, on=True)
             if self._compiler is not None:
                 compile_unet(self._unet, self._compiler)
         return self._unet
@@ -199,11 +203,20 @@ class StableDiffusion:
         if self._text_encoder is not None:
             self._shrink("text_encoder", self._text_encoder.module)
 
-    def compile(self, backend: str) -> None:
-        """Compile the U-Net's ResNet and transformer blocks, adapters included, with this backend of torch.compile."""
-        self._compiler = backend
-        if self._unet is not None:
+    def compile(self, backend: str | None) -> None:
+        """Compile the U-Net's ResNet and transformer blocks, adapters included, with this backend of torch.compile.
+
+        With None they run as they are written.
+        """
+        if self._unet is not None and backend != self._compiler:
             compile_unet(self._unet, backend)
+        self._compiler = backend
+
+    def use_channels_last(self, on: bool) -> None:
+        """Keep images in the U-Net with channels last in memory, or first."""
+        self._channels_last = on
+        if self._unet is not None:
+            use_channels_last(self._unet, on)
 
     def enable_gradient_checkpointing(self, share: float = 1.0) -> None:
         """Recompute activations of U-Net and text encoder in the backward pass instead of keeping them.

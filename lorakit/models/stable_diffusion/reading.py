@@ -47,8 +47,8 @@ def read_module(
     return module
 
 
-def compile_unet(unet: nn.Module, backend: str) -> None:
-    """Let torch.compile compile a U-Net's ResNet and transformer blocks when they first run."""
+def compile_unet(unet: nn.Module, backend: str | None) -> None:
+    """Let torch.compile compile a U-Net's ResNet and transformer blocks when they first run; None undoes it."""
     compile_blocks(unet, (ResnetBlock2D, BasicTransformerBlock), backend)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from lorakit.models.memory_format import memory_format_of
 from lorakit.models.recomputation import RecomputableBlock
 from lorakit.models.stable_diffusion.unet.attention import Attention
 from lorakit.models.stable_diffusion.unet.settings import Level, UNetSettings
@@ -43,7 +44,7 @@ class Transformer2DModel(nn.Module):
     def _to_image(self, tokens: Tensor, like: Tensor) -> Tensor:
         """The tokens [B, n, c] as an image with the shape of another one, [B, c, h, w]."""
         hidden: Tensor = self.proj_out(tokens) if self.projects_tokens else tokens
-        image = hidden.transpose(1, 2).reshape(like.shape).contiguous()
+        image = hidden.transpose(1, 2).reshape(like.shape).contiguous(memory_format=memory_format_of(like))
         return image if self.projects_tokens else self.proj_out(image)
 
 
