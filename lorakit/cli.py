@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -283,6 +285,8 @@ def main() -> None:
     logging.getLogger("lorakit").setLevel(logging.INFO)
     # It warns of an optional kernel of its own that lorakit never calls.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # Ends the command as Ctrl-C does; while steps are taken, the run listens itself.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     session: dict[str, bool] = {}
     try:
         sys.exit(cli.main(standalone_mode=False, obj=session))
@@ -296,5 +300,9 @@ def main() -> None:
             traceback.print_exception(error)
         if _is_main_process() or not isinstance(told, Interrupted):
             click.echo(_message(told), err=True)
-        stopped = isinstance(told, KeyboardInterrupt)
-        sys.exit(Interrupted.exit_status if stopped else getattr(told, "exit_status", 1))
+        if isinstance(told, KeyboardInterrupt):
+            with suppress(OSError):
+                sys.stdout.flush()
+            # Threads that still wait for a disk or the network would keep `sys.exit` from ending the process.
+            os._exit(Interrupted.exit_status)
+        sys.exit(getattr(told, "exit_status", 1))

@@ -74,6 +74,10 @@ class OutputError(LorakitError):
     exit_status = 2
 
 
+class NotSaved(LorakitError):
+    """What a run has come to could not be written where it belongs; the message says what is left of it, and where."""
+
+
 class TrainingDiverged(LorakitError):
     """The loss became NaN or infinite; the message names the step, the images and the cure."""
 

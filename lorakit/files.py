@@ -1,16 +1,27 @@
-"""Writing files so that they are either whole or not there."""
+"""Writing files and folders so that they are either whole or not there."""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 from uuid import uuid4
 
 from lorakit.errors import OutputError
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
+_LOCK = "lock"
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8,}\.tmp|\.partial-.+")
 
 
 @contextmanager
@@ -20,23 +31,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     It is written beside `path`, flushed to the disk and renamed. Missing folders are made.
     Raises `OutputError` where the system refuses.
     """
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name}.{_unique()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        # Makes the rename outlast a power cut, where the system can.
-        with suppress(OSError):
-            flush_to_disk(path.parent)
-    except OSError as error:
-        _discard(temporary)
-        reason = error.strerror or str(error)
-        raise OutputError(f"{path} cannot be written: {reason}. Free some space or choose another folder.") from error
+        with refusals_told(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                _hold(file)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            # Makes the rename outlast a power cut, where the system can.
+            with suppress(OSError):
+                flush_to_disk(path.parent)
     except BaseException:
-        _discard(temporary)
+        with suppress(OSError):
+            temporary.unlink()
         raise
 
 
@@ -44,6 +54,79 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that is either whole or not there. Raises `OutputError` where the system refuses."""
     with replacing(path) as file:
         file.write(content)
+
+
+@contextmanager
+def scratch_folder(final: Path) -> Iterator[Path]:
+    """A hidden folder beside `final` to write in, until `put_in_place`; removed with what is left in it.
+
+    Missing folders are made. Raises `OutputError` where the system refuses.
+    """
+    scratch = final.with_name(f".partial-{_unique()}")
+    try:
+        with refusals_told(final):
+            scratch.mkdir(parents=True)
+            lock = (scratch / _LOCK).open("wb")
+        with lock:
+            _hold(lock)
+            yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def put_in_place(written: Path, final: Path) -> None:
+    """Give a file or folder, whole in a scratch folder beside `final`, that name; what had it goes.
+
+    At each moment the old or the new one is there whole; a new folder may for a moment be called `NAME.new`.
+    Raises `OutputError` where the system refuses.
+    """
+    with refusals_told(final):
+        if written.is_dir():
+            _replace_folder(written, final)
+        else:
+            written.replace(final)
+        with suppress(OSError):
+            flush_to_disk(final.parent)
+
+
+def _replace_folder(written: Path, final: Path) -> None:
+    """Rename a folder to `final`; no system replaces a folder that is not empty in one go."""
+    scratch, waiting = written.parent, final.with_name(f"{final.name}.new")
+    if waiting.exists():  # a process was killed between the renames below
+        waiting.rename(scratch / "unneeded" if final.exists() else final)
+    if final.exists():
+        written.rename(waiting)
+        final.rename(scratch / "old")
+        written = waiting
+    written.rename(final)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that no half of it is left under its name. Raises `OutputError` where the system refuses."""
+    with scratch_folder(folder) as scratch, refusals_told(folder):
+        folder.rename(scratch / folder.name)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes had begun to write in a folder; what others are writing stays."""
+    with suppress(OSError):
+        for path in [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]:
+            if _is_held(path):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def refusals_told(path: Path) -> Iterator[None]:
+    """Raise what the system refuses as an `OutputError` that names the path."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"{path} cannot be written: {reason}. Free some space or choose another folder.") from error
 
 
 def flush_to_disk(path: Path) -> None:
@@ -68,6 +151,26 @@ def why_unwritable(folder: Path) -> str | None:
         return f"{folder} cannot be written to: {error.strerror or error}"
 
 
-def _discard(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()
+def _unique() -> str:
+    return uuid4().hex[:8]
+
+
+def _hold(file: IO[bytes]) -> None:
+    """Lock a file for as long as it is open, which ends with the process, however that ends."""
+    if fcntl:
+        with suppress(OSError):  # some file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a process is writing a file or folder, as far as can be told."""
+    if not fcntl:
+        return True
+    try:
+        with (path / _LOCK if path.is_dir() else path).open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False

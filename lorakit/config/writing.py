@@ -24,13 +24,20 @@ def to_toml(config: TrainConfig, catalog: Catalog | None = None) -> str:
 
     With a catalog, components whose name two distributions share are written as `distribution:name`.
     """
-    full_name = (catalog or Catalog()).full_name
     document = tomlkit.document()
-    for section in ("model", "data", *COMPONENT_SECTIONS, *PLAIN_SECTIONS):
-        document.add(section, tomlkit.item(_table(getattr(config, section), full_name)))
-    if config.observers:
-        document.add("observers", tomlkit.item([_table(observer, full_name) for observer in config.observers]))
+    for section, table in to_tables(config, catalog).items():
+        document.add(section, tomlkit.item(table))
     return tomlkit.dumps(document)
+
+
+def to_tables(config: TrainConfig, catalog: Catalog | None = None) -> dict[str, Any]:
+    """What `to_toml` writes, as plain values by section; keys that are not set are absent."""
+    full_name = (catalog or Catalog()).full_name
+    sections = ("model", "data", *COMPONENT_SECTIONS, *PLAIN_SECTIONS)
+    tables: dict[str, Any] = {section: _table(getattr(config, section), full_name) for section in sections}
+    if config.observers:
+        tables["observers"] = [_table(observer, full_name) for observer in config.observers]
+    return tables
 
 
 def _table(config: Any, full_name: Callable[[type[Component]], str]) -> dict[str, Any]:

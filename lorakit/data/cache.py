@@ -6,17 +6,20 @@ processes may share a folder. Imports torch when tensors are first read or writt
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit.data.memo import StatMemo
-from lorakit.errors import DataError, Problem
+from lorakit.errors import DataError, OutputError, Problem
 from lorakit.files import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 def content_key(*parts: object) -> str:
@@ -42,9 +45,14 @@ class Cache:
         self.folder = folder
         self.memo = StatMemo(folder / "files.json")
         """What is known of images, captions and entries without opening their files."""
+        self.keeps_unwritten = False
+        """Whether entries that the disk does not take are kept in memory; else they are errors."""
+        self._unwritten: dict[str, dict[str, Tensor]] = {}
 
     def has(self, key: str) -> bool:
         """Whether there is a whole entry; a damaged one counts as absent."""
+        if key in self._unwritten:
+            return True
         path = self._path(key)
         try:
             return bool(self.memo.remember(path, "whole", lambda: _is_whole(path)))
@@ -56,6 +64,8 @@ class Cache:
         from safetensors import SafetensorError
         from safetensors.torch import load
 
+        if key in self._unwritten:
+            return dict(self._unwritten[key])
         path = self._path(key)
         try:
             return load(path.read_bytes())
@@ -64,15 +74,27 @@ class Cache:
             raise DataError(str(Problem(str(path), "was removed or damaged while it was in use", hint))) from error
 
     def store(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write an entry. Raises NotFiniteError, or OutputError where it cannot be written."""
+        """Write an entry. Raises NotFiniteError, or OutputError where it can neither be written nor kept."""
         from safetensors.torch import save
         from torch import contiguous_format
 
         refuse_not_finite(tensors)
         # Copies, because a row of a batch would be written with the layout, and the memory, of the whole.
         entry = {name: tensor.detach().cpu().clone(memory_format=contiguous_format) for name, tensor in tensors.items()}
-        write_atomically(self._path(key), save(entry))
-        self.memo.remember(self._path(key), "whole", lambda: True)
+        try:
+            write_atomically(self._path(key), save(entry))
+        except OutputError as error:
+            self._keep(key, entry, error)
+        else:
+            self.memo.remember(self._path(key), "whole", lambda: True)
+
+    def _keep(self, key: str, entry: dict[str, Tensor], error: OutputError) -> None:
+        """Keep an entry in memory, where that helps, and say so at the first."""
+        if not self.keeps_unwritten:
+            raise error
+        if not self._unwritten:
+            logger.warning("%s Until then what is encoded is kept in memory, for this run alone.", error)
+        self._unwritten[key] = entry
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"

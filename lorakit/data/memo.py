@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 from lorakit.data.buckets import Size
 from lorakit.data.captions import read_caption
 from lorakit.data.images import read_size
-from lorakit.errors import DataError
+from lorakit.errors import DataError, OutputError
 from lorakit.files import write_atomically
+
+logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 
@@ -44,11 +47,14 @@ class StatMemo:
         return str(self.remember(path, name, lambda: read_caption(path, every_line)))
 
     def save(self) -> None:
-        """Write what is new to the file, beside what other runs wrote there meanwhile."""
+        """Write what is new to the file, beside what other runs wrote there meanwhile; warn where that fails."""
         if self._new:
             self._records = _read(self._file) | self._new
             content = json.dumps({"format": _FORMAT, "files": self._records})
-            write_atomically(self._file, content.encode())
+            try:
+                write_atomically(self._file, content.encode())
+            except OutputError as error:
+                logger.warning("%s Until then each run looks at all images anew.", error)
             self._new = {}
 
     def remember(self, path: Path, name: str, compute: Callable[[], Any]) -> Any:

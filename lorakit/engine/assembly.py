@@ -19,6 +19,7 @@ from lorakit.data.batches import BatchLoader
 from lorakit.engine.base_model import build_model
 from lorakit.engine.caching import Encoded, encode_data
 from lorakit.engine.gradients import FlatGradients
+from lorakit.engine.identity import RunIdentity
 from lorakit.engine.metadata import run_metadata
 from lorakit.engine.modes import Mode
 from lorakit.engine.observing import Observers
@@ -27,10 +28,11 @@ from lorakit.engine.preparation import PreparedRun
 from lorakit.engine.processes import Processes
 from lorakit.engine.run import Run
 from lorakit.engine.schedule import Schedule
-from lorakit.engine.state import find_state
+from lorakit.engine.state import find_state, state_folder
 from lorakit.engine.trainer import train
 from lorakit.engine.validation import ValidationSet
 from lorakit.errors import ConfigError
+from lorakit.files import remove_leftovers
 from lorakit.models.protocol import AdaptationTarget, DiffusionModel
 from lorakit.networks.network import Network, ParameterGroup
 from lorakit.networks.saving import starting_tensors
@@ -48,8 +50,13 @@ def train_prepared(prepared: PreparedRun, catalog: Catalog, resume: Path | None 
     `resume` is the folder of a state; an empty path stands for the newest state of the run.
     """
     config = prepared.config
-    state = find_state(config, None if resume == Path() else resume) if resume is not None else None
-    run = assemble(prepared, Processes.launched(config.training.device, config.training.process_timeout))
+    processes = Processes.launched(config.training.device, config.training.process_timeout)
+    if processes.is_main:
+        clean_up(config)
+    state = None
+    if resume is not None:
+        state = find_state(RunIdentity.of(prepared, processes.world_size), None if resume == Path() else resume)
+    run = assemble(prepared, processes)
     if state is not None:
         run.load_state(state)
         log.info("going on from step %d of %d", run.step, run.schedule.total_steps)
@@ -67,6 +74,8 @@ def fill_cache(prepared: PreparedRun) -> None:
     """Encode all images, and the captions where they stay the same over the run."""
     config = prepared.config
     processes = Processes.launched(config.training.device, config.training.process_timeout)
+    if processes.is_main:
+        clean_up(config)
     encode_data(prepared, build_model(config, processes.device), processes)
 
 
@@ -76,6 +85,8 @@ def assemble(prepared: PreparedRun, processes: Processes) -> Run:
     model = build_model(config, processes.device)
     schedule = Schedule(prepared.datasets, config.training, processes)
     _rehearse(config, schedule.total_steps, processes.device)
+    # Other processes could not read what is in the memory of one.
+    prepared.cache.keeps_unwritten = processes.world_size == 1
     encoded = encode_data(prepared, model, processes)
     return assemble_with(prepared, model, schedule, encoded, processes, started)
 
@@ -106,6 +117,7 @@ def assemble_with(
         loader=loader,
         processes=processes,
         writer=AdapterWriter(config, model, network, config.saver.build(), metadata),
+        identity=RunIdentity.of(prepared, processes.world_size),
         validation=ValidationSet.of(loader, prepared.validation, config),
     )
 
@@ -115,6 +127,13 @@ def adapt(model: DiffusionModel, config: TrainConfig) -> tuple[Network, list[Par
     _set_up(model, config)
     network = _attached_network(config, model)
     return network, _parameter_groups(config, network)
+
+
+def clean_up(config: TrainConfig) -> None:
+    """Remove what killed runs had begun to write in the folders of a run."""
+    folders = [config.output.dir, state_folder(config), config.output.dir / "sample", config.cache_dir]
+    for folder in (*folders, *config.cache_dir.glob("??")):
+        remove_leftovers(folder)
 
 
 def build_observers(run: Run, catalog: Catalog) -> Observers:

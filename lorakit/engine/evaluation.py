@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 
@@ -20,21 +21,46 @@ def begin_training(optimizer: Optimizer) -> None:
         begin()
 
 
-@contextmanager
-def evaluation_weights(optimizer: Optimizer) -> Iterator[None]:
-    """Put the parameters where the optimizer wants them read; afterwards they are as before, bit for bit."""
-    to_evaluation, back = getattr(optimizer, "eval", None), getattr(optimizer, "train", None)
-    if to_evaluation is None or back is None:
-        yield
-        return
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    # The way back is arithmetic too, and rounds: the copies make it exact.
-    kept = [parameter.detach().clone() for parameter in parameters]
-    to_evaluation()
-    try:
-        yield
-    finally:
-        back()
+class EvaluationWeights:
+    """Takes the parameters of an optimizer to where it wants them read, and back, for as long as something lasts."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._to_evaluation = getattr(optimizer, "eval", None)
+        self._to_training = getattr(optimizer, "train", None)
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._kept: list[Tensor] | None = None
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Put the parameters where the optimizer wants them read; afterwards they are as before, bit for bit."""
+        self._begin()
+        try:
+            yield
+        finally:
+            self._end()
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Inside `reading`, put everything back as it is trained; afterwards it is to be read again, bit for bit."""
+        interrupted = self._kept is not None
+        self._end()
+        try:
+            yield
+        finally:
+            if interrupted:
+                self._begin()
+
+    def _begin(self) -> None:
+        if self._to_evaluation and self._to_training:
+            # The way back is arithmetic too, and rounds: the copies make it exact.
+            self._kept = [parameter.detach().clone() for parameter in self._parameters]
+            self._to_evaluation()
+
+    def _end(self) -> None:
+        if self._kept is None or not self._to_training:
+            return
+        self._to_training()
         with torch.no_grad():
-            for parameter, before in zip(parameters, kept, strict=True):
+            for parameter, before in zip(self._parameters, self._kept, strict=True):
                 parameter.copy_(before)
+        self._kept = None

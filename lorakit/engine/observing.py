@@ -41,10 +41,12 @@ class RunInfo:
     """Images in the dataset, repeats not counted."""
     encodes_captions: bool
     """Whether captions are encoded in each step, for which the text encoder stays in memory; else it is freed."""
-    save_adapter: Callable[[str], Path]
-    """Writes the adapters as they are now under a file name without extension; gives the path."""
-    save_state: Callable[[], Path]
-    """Writes all that is needed to go on from here; gives the folder."""
+    save_adapter: Callable[..., Path]
+    """Writes the adapters as they are now under a file name without extension, `save_adapter("lora-half")`, in the
+    output folder, or in one that comes second; gives the path. Raises OutputError where they cannot be written."""
+    save_state: Callable[..., Path]
+    """Writes all that is needed to go on from here, `save_state()`, in the folder of states, or in another that is
+    given; gives the state's own folder. Raises OutputError where it cannot be written."""
     evaluating: Callable[[], AbstractContextManager[DiffusionModel]]
     """The model as a saved file would make it, for a `with` block: no gradients, no dropout, the optimizer's evaluation
     weights. Whatever is done in the block, training goes on as if it had not been, as long as randomness is keyed."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from attrs import frozen
+from torch import Tensor
 
 from lorakit.config.sections import TrainConfig
 from lorakit.config.writing import to_toml
 from lorakit.engine.metadata import save_metadata, without_training
-from lorakit.errors import TrainingDiverged
-from lorakit.files import write_atomically
+from lorakit.errors import AdapterError, OutputError, TrainingDiverged
+from lorakit.files import put_in_place, scratch_folder, write_atomically
 from lorakit.models.protocol import DiffusionModel
 from lorakit.networks.network import Network
 from lorakit.networks.saving import AdapterFile, Saver
@@ -34,24 +36,41 @@ class AdapterWriter:
         path = self.config.output.dir / f"{self.config.output.name}.config.toml"
         write_atomically(path, to_toml(self.config, catalog).encode())
 
-    def path(self, stem: str) -> Path:
-        """The file for a name without extension."""
-        return self.config.output.dir / f"{stem}{self.saver.suffix}"
+    def path(self, stem: str, folder: Path | None = None) -> Path:
+        """The file for a name without extension, in the output folder or another."""
+        return (folder or self.config.output.dir) / f"{stem}{self.saver.suffix}"
 
-    def write(self, stem: str, step: int, epoch: int) -> Path:
-        """Write the adapters as they are now.
+    def write(self, path: Path, step: int, epoch: int) -> None:
+        """Write the adapters as they are now, and read them back before the file gets its name.
 
-        Raises TrainingDiverged when a factor is not finite, so that a broken file never takes the
-        place of a good one.
+        Raises TrainingDiverged when a factor is not finite, so that a broken file never takes the place of a
+        good one; and OutputError when the file cannot be written, or is not read back as it was written.
         """
         tensors = self.network.file_tensors()
         broken = next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None)
         if broken:
             raise TrainingDiverged(f"step {step}: {broken} is not finite; nothing was saved, earlier saves are kept")
-        path = self.path(stem)
         # Asked for here and not at the start: hashing a base model of some gigabytes takes seconds, once.
         metadata = {**self.metadata, **self.model.metadata(), **save_metadata(step, epoch)}
         if self.config.metadata.minimal:
             metadata = without_training(metadata)
-        self.saver.save(AdapterFile(tensors, metadata), path)
-        return path
+        with scratch_folder(path) as scratch:
+            written = scratch / path.name
+            try:
+                self.saver.save(AdapterFile(tensors, metadata), written)
+            except OutputError as error:
+                raise OutputError(str(error).replace(str(written), str(path))) from error
+            why = self._misread(written, tensors)
+            if why:
+                raise OutputError(f"{path} was not read back as it was written: {why}. The disk may be failing.")
+            put_in_place(written, path)
+
+    def _misread(self, path: Path, tensors: Mapping[str, Tensor]) -> str:
+        """Why a file does not hold these tensors, in the number format of the saver; empty where it does."""
+        try:
+            read = self.saver.load(path).tensors
+        except AdapterError as error:
+            return str(error)
+        wrong = tensors.keys() ^ read.keys()
+        wrong |= {key for key in tensors.keys() & read.keys() if not torch.equal(tensors[key].to(read[key]), read[key])}
+        return f"{min(wrong)} is another" if wrong else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,19 +17,24 @@ from torch.optim.lr_scheduler import LRScheduler
 from lorakit.config.sections import TrainConfig
 from lorakit.data.batches import Batch, BatchLoader, prefetch
 from lorakit.engine.conditioning import conditioning_of
-from lorakit.engine.evaluation import begin_training, evaluation_weights
+from lorakit.engine.evaluation import EvaluationWeights, begin_training
 from lorakit.engine.gradients import FlatGradients
+from lorakit.engine.identity import RunIdentity
 from lorakit.engine.interruption import StopRequest
+from lorakit.engine.length import follow, warn_of_length
 from lorakit.engine.metrics import MetricsReader, PendingStep, effective_rate
 from lorakit.engine.observing import Observers, RunInfo
 from lorakit.engine.output import AdapterWriter
 from lorakit.engine.processes import Processes
+from lorakit.engine.rescue import saved_somewhere
 from lorakit.engine.schedule import Schedule, ScheduledStep
-from lorakit.engine.state import read_state, write_state
+from lorakit.engine.state import State, damage_told, read_state, state_folder, write_state
 from lorakit.engine.validation import ValidationSet, validation_loss
-from lorakit.errors import Interrupted
+from lorakit.errors import ConfigError, Interrupted, LorakitError, NotSaved, Problem
 from lorakit.models.protocol import Conditioning, DiffusionModel
 from lorakit.networks.network import Network
+
+log = logging.getLogger(__name__)
 
 PREFETCHED_BATCHES = 4
 
@@ -59,6 +65,8 @@ class Run:
     loader: BatchLoader
     processes: Processes
     writer: AdapterWriter
+    identity: RunIdentity
+    """What a state's run must have in common with this one."""
     validation: ValidationSet | None = None
     """Images that are held out from training."""
     observers: Observers = field(factory=Observers)
@@ -73,11 +81,13 @@ class Run:
     """What the network has measured after the last step, scalars on the device."""
     metrics: MetricsReader = field(init=False)
     """Reads the numbers of finished steps and tells the observers."""
+    _weights: EvaluationWeights = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self.loss = torch.zeros((), device=self.processes.device)
         self.gradient_norm = torch.zeros_like(self.loss)
         begin_training(self.optimizer)
+        self._weights = EvaluationWeights(self.optimizer)
         self.metrics = MetricsReader(self.processes, self.scaler.is_enabled(), partial(self.tell, "metrics_read"))
 
     @property
@@ -111,7 +121,7 @@ class Run:
             return
         self.network.eval()
         try:
-            with torch.no_grad(), evaluation_weights(self.optimizer):
+            with torch.no_grad(), self._weights.reading():
                 yield self.model
         finally:
             self.network.train()
@@ -125,33 +135,52 @@ class Run:
         if self.processes.world_size == 1:
             self.metrics.read()
 
-    def save_adapter(self, stem: str) -> Path:
-        """Write the adapters as they are now under a file name without extension; gives the path."""
+    def save_adapter(self, stem: str, folder: Path | None = None) -> Path:
+        """Write the adapters as they are now under a file name without extension; gives the path.
+
+        They go to the output folder if no other is given. Raises OutputError when it takes no file.
+        """
         self._read_metrics_alone()
+        path = self.writer.path(stem, folder)
         with self.evaluating():
-            path = self.writer.write(stem, self.step, -(-self.step // self.schedule.steps_per_epoch))
+            self.writer.write(path, self.step, -(-self.step // self.schedule.steps_per_epoch))
         self.tell("adapter_saved", path)
         return path
 
-    def save_state(self) -> Path:
-        """Write all that is needed to go on from here; gives the folder."""
-        machinery = {
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
-        folder = write_state(self.config, self.step, self.network.tensors(), machinery)
-        self.tell("state_saved", folder)
-        return folder
+    def save_state(self, folder: Path | None = None) -> Path:
+        """Write all that is needed to go on from here; gives the state's own folder.
+
+        It goes to the folder of the run's states if no other is given. Raises OutputError when it takes none.
+        """
+        with self._weights.training():
+            machinery = {
+                "optimizer": self.optimizer.state_dict(),
+                "lr_scheduler": self.lr_scheduler.state_dict(),
+                "scaler": self.scaler.state_dict(),
+            }
+            state = State(self.step, self.schedule.total_steps, self.network.tensors(), machinery)
+            path = write_state(state, self.identity, folder or state_folder(self.config))
+        self.tell("state_saved", path)
+        return path
 
     def load_state(self, folder: Path) -> None:
-        """Put the run where it was when a state was saved."""
-        step, tensors, machinery = read_state(folder, self.processes.device)
-        self.network.load_tensors(tensors)
-        self.optimizer.load_state_dict(machinery["optimizer"])
-        self.lr_scheduler.load_state_dict(machinery["lr_scheduler"])
-        self.scaler.load_state_dict(machinery["scaler"])
-        self.step = step
+        """Put the run where it was when a state was saved. Raises ConfigError when that cannot be done."""
+        state, total = read_state(folder, self.processes.device), self.schedule.total_steps
+        if state.step > total:
+            key = "training.max_epochs" if self.config.training.max_epochs else "training.max_steps"
+            problem = f"gives {total} steps, but the state in {folder} has come to step {state.step}"
+            raise ConfigError([Problem(key, problem, "let the run be longer, or take up another state")])
+        first_rates = [group["lr"] for group in self.optimizer.param_groups]
+        with damage_told(folder):
+            self.network.load_tensors(state.tensors)
+            self.optimizer.load_state_dict(state.machinery["optimizer"])
+            self.scaler.load_state_dict(state.machinery["scaler"])
+            if total == state.total_steps:
+                self.lr_scheduler.load_state_dict(state.machinery["lr_scheduler"])
+            else:
+                follow(self.lr_scheduler, first_rates, state.step)
+        warn_of_length(self.config, state.step, state.total_steps, total)
+        self.step = state.step
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -237,9 +266,18 @@ class Run:
             asked = bool(self.processes.sum(torch.tensor(float(asked), device=self.processes.device)).item())
         if not asked:
             return
-        where = self.save_state() if self.processes.is_main else None
+        told = self._stopped() if self.processes.is_main else Interrupted()
         self.processes.wait()
-        raise Interrupted(
-            f"Stopped after step {self.step} of {self.schedule.total_steps}. "
-            f"The state is in {where}; run the same command with --resume to go on."
-        )
+        raise told
+
+    def _stopped(self) -> LorakitError:
+        """What to tell of a run that ends early, once its state is saved."""
+        done = f"Stopped after step {self.step} of {self.schedule.total_steps}."
+        try:
+            saved = saved_somewhere(self.save_state, self.config.output.name)
+        except NotSaved as error:
+            return NotSaved(f"{done} No state of it could be saved: {error}")
+        if saved.refusal:
+            log.warning("%s", saved.refusal)
+        resume = f"--resume {saved.path}" if saved.refusal else "--resume"
+        return Interrupted(f"{done} The state is in {saved.path}; run the same command with {resume} to go on.")

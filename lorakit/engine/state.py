@@ -2,44 +2,55 @@
 
 Randomness is keyed by step and sample, so there is no generator to save: factors, optimizer,
 LR schedule, loss scale and the number of steps done are everything. A state is a folder that
-appears under its name only when it is whole.
+appears under its name only when it is whole and was read back.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import tomlkit
+import safetensors.torch
 import torch
+from attrs import frozen
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lorakit
-from lorakit.config.sections import MODE_KEYS, TrainConfig
-from lorakit.config.writing import to_toml
-from lorakit.errors import ConfigError, OutputError, Problem
-from lorakit.files import flush_to_disk
+from lorakit.config.sections import TrainConfig
+from lorakit.data.memo import content_digest
+from lorakit.engine.identity import RunIdentity
+from lorakit.errors import AdapterError, ConfigError, DataError, OutputError, Problem
+from lorakit.files import flush_to_disk, put_in_place, refusals_told, remove_folder, scratch_folder
 
-NEUTRAL_SECTIONS = ("output", "metadata", "saver", "observers", "attention")
-"""Sections that may differ between a state's config and the config of the run that takes it up."""
+log = logging.getLogger(__name__)
 
-NEUTRAL_KEYS = {
-    "data": ("cache_dir", "workers", "encode_batch_size"),
-    "training": (
-        "max_epochs", "max_steps", "device", "process_timeout", "gradient_checkpointing", "compile_backend", "tf32",
-        *MODE_KEYS,
-    ),
-}  # fmt: skip
-"""Keys of other sections that may differ too: what is trained does not depend on them, but for rounding."""
+FORMAT = 2
+"""Number of the layout of states; a state of another one cannot be read."""
+
+_TENSORS, _MACHINERY, _DESCRIPTION = "network.safetensors", "machinery.pt", "state.json"
+
+
+@frozen
+class State:
+    """Where a run has come to."""
+
+    step: int
+    """Optimizer steps done."""
+    total_steps: int
+    """How many the whole run was to have."""
+    tensors: Mapping[str, Tensor]
+    """The adapters as they are trained, by the keys of a LoRA file."""
+    machinery: Mapping[str, Any]
+    """State dicts of `optimizer`, `lr_scheduler` and `scaler`."""
 
 
 def state_folder(config: TrainConfig) -> Path:
@@ -47,86 +58,140 @@ def state_folder(config: TrainConfig) -> Path:
     return config.output.dir / f"{config.output.name}-state"
 
 
-def write_state(config: TrainConfig, step: int, tensors: Mapping[str, Tensor], machinery: Mapping[str, Any]) -> Path:
-    """Write a state, and remove older ones as the config says; gives its folder.
+def write_state(state: State, identity: RunIdentity, folder: Path) -> Path:
+    """Write a state into a folder, read it back, and remove older ones as the config says; gives its own folder.
 
-    Those of later steps, of an earlier run in the same folder, stay. Raises OutputError when it cannot be written.
+    Those of later steps, of an earlier run in the same folder, stay.
+    Raises OutputError when it cannot be written, or is not read back as it was written.
     """
-    folder = state_folder(config)
-    final = folder / f"step{step:08d}"
-    partial = folder / f".partial-{os.getpid()}-{step}"
-    description = {"step": step, "lorakit": lorakit.__version__, "config": config_key(config)}
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), partial / "network.safetensors")
-        torch.save(dict(machinery), partial / "machinery.pt")
-        (partial / "state.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
-        for file in partial.iterdir():
-            flush_to_disk(file)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OutputError(f"the state cannot be written to {final}: {error.strerror}") from error
-    so_far = [state for state in whole_states(config) if state.name <= final.name]
-    for older in so_far[: -config.output.keep_last_states]:
-        shutil.rmtree(older, ignore_errors=True)
+    final = folder / f"step{state.step:08d}"
+    with scratch_folder(final) as scratch:
+        written = scratch / final.name
+        with refusals_told(final):
+            written.mkdir()
+            _write(state, identity, written)
+        try:
+            _verified(written, _described(written))
+            read_state(written, torch.device("cpu"))
+        except ConfigError as error:
+            raise OutputError(f"{final} was not read back as it was written: {error}") from error
+        put_in_place(written, final)
+    _remove_older(folder, final, identity.config.output.keep_last_states)
     return final
 
 
-def read_state(folder: Path, device: torch.device) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
-    """The step, the factors and the machinery of a state. Raises ConfigError when it is damaged."""
-    step, _ = _described(folder)
-    with _damage_told(folder):
-        tensors = load_file(folder / "network.safetensors")
-        machinery = torch.load(folder / "machinery.pt", map_location=device, weights_only=True)
-    return step, tensors, machinery
+def _write(state: State, identity: RunIdentity, folder: Path) -> None:
+    """Write the files of a state, those that are described before the description, and flush them."""
+    machinery = BytesIO()
+    torch.save(dict(state.machinery), machinery)
+    contents = {_TENSORS: safetensors.torch.save(dict(state.tensors)), _MACHINERY: machinery.getbuffer()}
+    description = {
+        "format": FORMAT,
+        "lorakit": lorakit.__version__,
+        "step": state.step,
+        "total_steps": state.total_steps,
+        "files": {name: blake2b(content, digest_size=16).hexdigest() for name, content in contents.items()},
+        **identity.described(),
+    }
+    contents[_DESCRIPTION] = json.dumps(description, indent=1).encode()
+    for name, content in contents.items():
+        with (folder / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    with suppress(OSError):
+        flush_to_disk(folder)
 
 
-def _described(folder: Path) -> tuple[int, str]:
-    """The step of a state, and the `config_key` of its run. Raises ConfigError when it is damaged."""
-    with _damage_told(folder):
-        description = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return int(description["step"]), str(description["config"])
+def _remove_older(folder: Path, newest: Path, keep: int) -> None:
+    """Remove all states up to the newest but the last ones."""
+    so_far = [state for state in states_in(folder) if state.name <= newest.name]
+    for older in so_far[:-keep]:
+        try:
+            remove_folder(older)
+        except OutputError as error:
+            log.warning("an older state stays: %s", error)
+
+
+def states_in(folder: Path) -> list[Path]:
+    """The states in a folder, oldest first; one may be damaged all the same."""
+    return sorted(path for path in folder.glob("step*") if path.is_dir())
+
+
+def read_state(folder: Path, device: torch.device) -> State:
+    """A state, its machinery on a device. Raises ConfigError when it is damaged."""
+    with damage_told(folder):
+        description = _described(folder)
+        tensors = safetensors.torch.load_file(folder / _TENSORS)
+        machinery = torch.load(folder / _MACHINERY, map_location=device, weights_only=True)
+        return State(description["step"], description["total_steps"], tensors, machinery)
+
+
+def find_state(identity: RunIdentity, folder: Path | None) -> Path:
+    """The state in a folder, or the newest whole one that belongs to this run; those passed over are told.
+
+    Raises ConfigError when there is none, or when it is damaged or belongs to another run.
+    """
+    where = folder or state_folder(identity.config)
+    states = states_in(where) if folder is None else [folder] * (folder / _DESCRIPTION).is_file()
+    if not states:
+        raise ConfigError([Problem("--resume", f"there is no state in {where}", "start without --resume")])
+    refusals: list[ConfigError] = []
+    for state in reversed(states):
+        try:
+            _check(state, identity)
+        except ConfigError as error:
+            refusals.append(error)
+            continue
+        for refusal in refusals:
+            log.warning("a newer state is passed over: %s", refusal)
+        return state
+    raise refusals[0]
+
+
+def _check(folder: Path, identity: RunIdentity) -> None:
+    """Raise ConfigError unless a state is whole and belongs to a run."""
+    description = _described(folder)
+    with damage_told(folder):
+        problems = identity.problems_with(description)
+    if problems:
+        what = "".join(f"\n  {problem}" for problem in problems)
+        cure = f'Undo what differs, or start anew from its weights: network.weights = "{folder / _TENSORS}"'
+        told = f"the state in {folder} was saved by a run with another config or dataset:{what}\n{cure}"
+        raise ConfigError([Problem("--resume", told)])
+    _verified(folder, description)
+    if description["lorakit"] != lorakit.__version__:
+        told = "the state in %s was saved by lorakit %s, this is %s: the result may differ from that of either"
+        log.warning(told, folder, description["lorakit"], lorakit.__version__)
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """What a state says of itself. Raises ConfigError when it is damaged, or of another format."""
+    with damage_told(folder):
+        description = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+        step, version, number = int(description["step"]), str(description["lorakit"]), description.get("format", 1)
+        if number == FORMAT:
+            return {**description, "step": step, "total_steps": int(description["total_steps"]), "lorakit": version}
+    problem = f"the state in {folder} has format {number}, of lorakit {version}; this lorakit reads format {FORMAT}"
+    raise ConfigError([Problem("--resume", problem, f"go on with lorakit {version}, or start anew from its weights")])
+
+
+def _verified(folder: Path, description: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless the files of a state are, byte for byte, as they were written."""
+    with damage_told(folder):
+        for name in (_TENSORS, _MACHINERY):
+            if content_digest(folder / name) != description["files"][name]:
+                raise ValueError(f"{name} is not as it was written")
 
 
 @contextmanager
-def _damage_told(folder: Path) -> Iterator[None]:
+def damage_told(folder: Path) -> Iterator[None]:
+    """Raise what a damaged state causes as a ConfigError that names its folder."""
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+    except (
+        OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, EOFError, SafetensorError,
+        pickle.UnpicklingError, DataError, AdapterError,
+    ) as error:  # fmt: skip
         problem = f"the state in {folder} is damaged: {type(error).__name__}: {error}"
         raise ConfigError([Problem("--resume", problem, "give another state's folder")]) from error
-
-
-def whole_states(config: TrainConfig) -> list[Path]:
-    """The states of a run, oldest first."""
-    return sorted(path.parent for path in state_folder(config).glob("step*/state.json"))
-
-
-def find_state(config: TrainConfig, folder: Path | None) -> Path:
-    """The state in a folder, or the newest one that belongs to this config.
-
-    Raises ConfigError when there is none, or when it is damaged or belongs to another config.
-    """
-    states = [folder] if folder else whole_states(config)
-    if not states or not (states[-1] / "state.json").is_file():
-        where = folder or state_folder(config)
-        raise ConfigError([Problem("--resume", f"there is no state in {where}", "start without --resume")])
-    key = config_key(config)
-    for state in reversed(states):
-        if _described(state)[1] == key:
-            return state
-    problem = f"the state in {states[-1]} was saved by a run with another config"
-    raise ConfigError([Problem("--resume", problem, "use the config file beside the adapters it saved")])
-
-
-def config_key(config: TrainConfig) -> str:
-    """A hash of all that must stay the same when a state is taken up."""
-    tables = tomlkit.parse(to_toml(config)).unwrap()
-    relevant = {
-        section: {key: value for key, value in table.items() if key not in NEUTRAL_KEYS.get(section, ())}
-        for section, table in tables.items()
-        if section not in NEUTRAL_SECTIONS
-    }
-    return blake2b(json.dumps(relevant, sort_keys=True).encode(), digest_size=16).hexdigest()

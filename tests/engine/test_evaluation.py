@@ -8,10 +8,11 @@ from torch.optim import SGD
 
 import lorakit
 from lorakit.engine.assembly import assemble
-from lorakit.engine.evaluation import evaluation_weights
+from lorakit.engine.evaluation import EvaluationWeights
 from lorakit.engine.observing import Observer, Observers
 from lorakit.engine.preparation import prepare
 from lorakit.engine.processes import Processes
+from lorakit.engine.state import read_state
 from lorakit.engine.trainer import train
 
 
@@ -34,13 +35,20 @@ class Averaging(SGD):
 
 
 def test_evaluation_weights_are_taken_back_exactly() -> None:
-    """Inside the block the optimizer's evaluation weights are there; after it, the old ones, bit for bit."""
+    """Inside the block the optimizer's evaluation weights are there; outside, the old ones, bit for bit."""
     parameter = nn.Parameter(torch.randn(100, generator=torch.Generator().manual_seed(1)))
     before = parameter.detach().clone()
     optimizer = Averaging([parameter], lr=0.1)
-    with evaluation_weights(optimizer):
-        assert torch.allclose(parameter, before + torch.sin(before) / 3)
+    weights = EvaluationWeights(optimizer)
+    with weights.reading():
+        read = parameter.detach().clone()
+        assert torch.allclose(read, before + torch.sin(before) / 3)
+        with weights.training():
+            assert torch.equal(parameter, before)
+        assert torch.equal(parameter, read)
     assert torch.equal(parameter, before)
+    with weights.training():
+        assert torch.equal(parameter, before)
 
 
 class Strict(SGD):
@@ -84,6 +92,23 @@ def test_a_save_while_the_model_is_read(make_config) -> None:
         assert not any(adapter.training for adapter in run.network.adapters)
     assert any(not torch.equal(before[key], tensor) for key, tensor in read.items())
     assert all(torch.equal(before[key], tensor) for key, tensor in run.network.tensors().items())
+
+
+def test_a_state_saved_while_the_model_is_read(make_config) -> None:
+    """A state has the weights as they are trained, and an optimizer that takes steps, wherever it is saved."""
+    config = make_config(optimizer={"name": f"{__name__}.Averaging"}, network={"dropout": 0.5})
+    run = assemble(prepare(config), Processes(torch.device("cpu")))
+    for parameter in run.network.parameters_of("unet"):
+        nn.init.ones_(parameter)
+    before = run.network.tensors()
+    with run.evaluating():
+        read = run.network.tensors()
+        folder = run.save_state()
+        assert all(torch.equal(read[key], tensor) for key, tensor in run.network.tensors().items())
+    saved = read_state(folder, torch.device("cpu"))
+    assert all(torch.equal(before[key], tensor) for key, tensor in saved.tensors.items())
+    run.load_state(folder)
+    train(run)
 
 
 class Looker(Observer):

@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from attrs import evolve, frozen
 from safetensors.torch import load_file
 
 import lorakit
 from lorakit.engine.assembly import assemble, build_observers
 from lorakit.engine.preparation import prepare
 from lorakit.engine.processes import Processes
-from lorakit.engine.run import Run
-from lorakit.engine.state import NEUTRAL_KEYS, NEUTRAL_SECTIONS, config_key, find_state
-from lorakit.errors import ConfigError
+from lorakit.engine.state import find_state, read_state
+from lorakit.errors import ConfigError, OutputError
+from lorakit.networks.saving import AdapterFile, SafetensorsSaver
 from lorakit.plugins import Catalog
 from tests.engine.conftest import MakeConfig
+from tests.engine.test_identity import identity, state_at
 
 
 def names(folder: Path, pattern: str) -> list[str]:
@@ -46,55 +48,12 @@ def test_a_run_anew_beside_later_states(make_config: MakeConfig) -> None:
     """A run that starts anew where another had come further keeps its states and the other's; each resumes its own."""
     config, other = make_config(), make_config(optimizer={"lr": 2e-3})
     run = assemble(prepare(config), Processes(torch.device("cpu")))
-    later = _state(run, 500)
-    run.config = other
-    first, second = _state(run, 3), _state(run, 4)
+    later = state_at(run, 500)
+    run.identity = identity(other)
+    first, second = state_at(run, 3), state_at(run, 4)
     assert [state.exists() for state in (later, first, second)] == [True, False, True]
-    assert find_state(config, None) == later
-    assert find_state(other, None) == second
-
-
-def _state(run: Run, step: int) -> Path:
-    run.step = step
-    return run.save_state()
-
-
-def test_what_a_state_does_not_depend_on(make_config: MakeConfig) -> None:
-    """A state is taken up though the file is to say something else, and is saved in another way."""
-    changed = make_config(
-        metadata={"title": "other", "minimal": True},
-        output={"save_n_epoch_ratio": 2, "save_state_at_end": True, "keep_last_states": 3},
-        training={"process_timeout": 5, "gradient_checkpointing": 0.5, "compile": True, "compile_backend": "eager"},
-        attention={"name": "eager"},
-        observers=[{"name": "validation", "every_n_steps": 1}],
-    )
-    assert config_key(changed) == config_key(make_config())
-
-
-@pytest.mark.parametrize(
-    "sections",
-    [
-        {"data": {"weighted_captions": True}},
-        {"data": {"validation_split": 0.25}},
-        {"data": {"random_crop": True}},
-        {"training": {"fp8_base": ["unet"]}},
-        {"training": {"nf4_base": ["unet"]}},
-        {"training": {"mixed_precision": "bf16"}},
-        {"training": {"gradient_accumulation_steps": 2}},
-        {"network": {"scale_weight_norms": 1.0}},
-        {"loss": {"min_timestep": 1}},
-    ],
-)
-def test_what_a_state_depends_on(sections: dict[str, Any], make_config: MakeConfig) -> None:
-    """A state is not taken up where something is trained otherwise."""
-    assert config_key(make_config(**sections)) != config_key(make_config())
-
-
-def test_neutral_keys_are_keys(make_config: MakeConfig) -> None:
-    """All that a state does not depend on can be set."""
-    config = make_config()
-    assert all(hasattr(config, section) for section in NEUTRAL_SECTIONS)
-    assert all(hasattr(getattr(config, section), key) for section, keys in NEUTRAL_KEYS.items() for key in keys)
+    assert find_state(identity(config), None) == later
+    assert find_state(identity(other), None) == second
 
 
 def test_resumed_with_what_does_not_count_changed(make_config: MakeConfig) -> None:
@@ -121,11 +80,81 @@ def test_resumed_with_what_does_not_count_changed(make_config: MakeConfig) -> No
 def test_state_whose_description_is_damaged(content: str, make_config: MakeConfig) -> None:
     """A description that cannot be read is a message that names the state, whether it is asked for or the newest."""
     config = make_config()
-    state = _state(assemble(prepare(config), Processes(torch.device("cpu"))), 3)
+    state = state_at(assemble(prepare(config), Processes(torch.device("cpu"))), 3)
     (state / "state.json").write_text(content)
     for asked in (state, None):
         with pytest.raises(ConfigError, match=r"step00000003 is damaged"):
-            find_state(config, asked)
+            find_state(identity(config), asked)
+
+
+@pytest.mark.parametrize("name", ["network.safetensors", "machinery.pt", "state.json"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_damaged_states_are_passed_over(
+    name: str, whole: bool, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the newest state is cut short or changed, the one before it is taken, and that is said."""
+    config = make_config(output={"save_state": True, "keep_last_states": 2})
+    run = assemble(prepare(config), Processes(torch.device("cpu")))
+    older, newest = state_at(run, 3), state_at(run, 4)
+    content = bytearray((newest / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / name).write_bytes(content if whole and name != "state.json" else content[: len(content) // 2])
+    assert find_state(identity(config), None) == older
+    assert f"a newer state is passed over: --resume: the state in {newest} is damaged" in caplog.text
+    with pytest.raises(ConfigError, match="step00000004 is damaged"):
+        find_state(identity(config), newest)
+
+
+class Secretive(torch.optim.SGD):
+    """Has a state that only code could bring back."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """With a folder in it."""
+        return {**super().state_dict(), "where": Path()}
+
+
+def test_a_state_that_could_not_be_read_is_not_kept(make_config: MakeConfig) -> None:
+    """A state is read back before it gets its name; where that fails, nothing is left of it and older ones stay."""
+    config = make_config()
+    run = assemble(prepare(config), Processes(torch.device("cpu")))
+    older = state_at(run, 3)
+    run.optimizer = Secretive(run.network.parameters_of("unet"), lr=1.0)
+    with pytest.raises(OutputError, match=r"step00000004 was not read back as it was written: .*Unpickling"):
+        state_at(run, 4)
+    assert list(older.parent.iterdir()) == [older]
+
+
+@frozen
+class LossySaver(SafetensorsSaver):
+    """Loses a number of what it is given."""
+
+    def save(self, adapter: AdapterFile, path: Path) -> None:
+        """Write all, but for one number."""
+        key = max(adapter.tensors)
+        super().save(AdapterFile({**adapter.tensors, key: adapter.tensors[key] + 1}), path)
+
+
+def test_a_file_that_is_read_back_otherwise_is_not_kept(make_config: MakeConfig) -> None:
+    """A LoRA file is compared with what it should hold before it takes the place of an older one."""
+    run = assemble(prepare(make_config()), Processes(torch.device("cpu")))
+    before = run.save_adapter("test").read_bytes()
+    run.writer = evolve(run.writer, saver=LossySaver("fp32"))
+    with pytest.raises(OutputError, match=r"test.safetensors was not read back as it was written: \S+ is another"):
+        run.save_adapter("test")
+    assert [path.read_bytes() for path in run.config.output.dir.iterdir()] == [before]
+
+
+def test_a_state_saved_twice_at_a_step(make_config: MakeConfig) -> None:
+    """The second takes the place of the first, and nothing else is left."""
+    config = make_config()
+    run = assemble(prepare(config), Processes(torch.device("cpu")))
+    state = state_at(run, 3)
+    for parameter in run.network.parameters_of("unet"):
+        torch.nn.init.ones_(parameter)
+    assert state_at(run, 3) == state
+    assert list(state.parent.iterdir()) == [state]
+    tensors = read_state(state, torch.device("cpu")).tensors
+    assert all(torch.equal(tensors[key], tensor) for key, tensor in run.network.tensors().items())
 
 
 @pytest.mark.parametrize(("epochs", "ratio", "saved"), [(5, 2, [2, 4]), (5, 9, [1, 2, 3, 4]), (3, 1, []), (4, 2, [2])])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from attrs import frozen
@@ -9,6 +12,10 @@ from attrs import frozen
 from lorakit import hookimpl
 from lorakit.components import ObserverConfig
 from lorakit.engine.observing import Observer, RunInfo
+from lorakit.engine.rescue import saved_somewhere
+from lorakit.errors import NotSaved, OutputError
+
+log = logging.getLogger(__name__)
 
 
 @frozen(kw_only=True)
@@ -24,7 +31,10 @@ class CheckpointsConfig(ObserverConfig):
 
 
 class Checkpoints(Observer):
-    """Saves when it is time, and removes the oldest saves once a newer one is whole."""
+    """Saves when it is time, and removes the oldest saves once a newer one is whole.
+
+    Where a save fails on the way, that is said, the older ones stay, and training goes on to the next.
+    """
 
     def __init__(self, run: RunInfo) -> None:
         self._run = run
@@ -46,17 +56,38 @@ class Checkpoints(Observer):
             self._save(self._stem_of_epoch(epoch))
 
     def run_finished(self) -> None:
-        """Save under the plain name."""
-        self._run.save_adapter(self._output.name)
+        """Save under the plain name; what the output folder does not take, somewhere else.
+
+        Raises NotSaved, which says where that is.
+        """
+        saves: list[Callable[..., Path]] = [partial(self._run.save_adapter, self._output.name)]
         if self._output.save_state or self._output.save_state_at_end:
-            self._run.save_state()
+            saves.append(self._run.save_state)
+        refusals = " ".join(filter(None, map(self._refusal_at_end, saves)))
+        if refusals:
+            raise NotSaved(f"All steps are done, but {refusals}")
+
+    def _refusal_at_end(self, save: Callable[..., Path]) -> str:
+        """Save something; why it is not in its place and where it is instead, empty if all is well."""
+        try:
+            saved = saved_somewhere(save, self._output.name)
+        except NotSaved as error:
+            return f"{error} No other place takes it either, so it is lost; earlier saves are kept."
+        return f"{saved.refusal} Until then it is in {saved.path}." if saved.refusal else ""
 
     def _save(self, stem: str) -> None:
-        self._saved.append(self._run.save_adapter(stem))
+        path = _tried(partial(self._run.save_adapter, stem))
         if self._output.save_state:
-            self._run.save_state()
+            _tried(self._run.save_state)
+        if path is None:
+            return
+        self._saved.append(path)
         while self._output.keep_last and len(self._saved) > self._output.keep_last:
-            self._saved.pop(0).unlink(missing_ok=True)
+            oldest = self._saved.pop(0)
+            try:
+                oldest.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("%s cannot be removed: %s", oldest, error.strerror)
 
     def _earlier_saves(self) -> list[Path]:
         """The saves that are there of the steps before a resumed run's first one, oldest first."""
@@ -73,6 +104,15 @@ class Checkpoints(Observer):
 
     def _stem_of_epoch(self, epoch: int) -> str:
         return f"{self._output.name}-{epoch:06d}"
+
+
+def _tried(save: Callable[[], Path]) -> Path | None:
+    """Where something was saved; None, once that is said, where it could not be."""
+    try:
+        return save()
+    except OutputError as error:
+        log.warning("%s Training goes on, and the next save tries again.", error)
+        return None
 
 
 def _multiples(every: int | None, last: int) -> range:

@@ -1,0 +1,74 @@
+"""Ctrl-C and SIGTERM at any moment of the command: never a traceback, never half a file, status 130."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomlkit
+from safetensors.torch import load_file
+
+
+def begun(tables: dict[str, Any], folder: Path, *options: str) -> subprocess.Popen[str]:
+    """A long run in a process of its own, with a cache of its own."""
+    data = {**tables["data"], "cache_dir": str(folder / "cache")}
+    path = folder / "config.toml"
+    path.write_text(tomlkit.dumps({**tables, "data": data, "training": {"max_steps": 10_000, "device": "cpu"}}))
+    command = [sys.executable, "-m", "lorakit", "train", str(path), *options]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=folder)
+
+
+def wait_for(process: subprocess.Popen[str], happened: Callable[[], object]) -> None:
+    """Return when something has happened, or the process has ended."""
+    while process.poll() is None and not happened():
+        time.sleep(0.005)
+
+
+def ended(process: subprocess.Popen[str], folder: Path) -> str:
+    """What the process said, once it has ended as it should and left whole files."""
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "Error" not in errors
+    for path in folder.rglob("[!.]*.safetensors"):
+        if not any(parent.name.startswith(".") for parent in path.parents):
+            load_file(path)
+    return errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["import", "encoding", "assembly"])
+def test_before_the_first_step(number: signal.Signals, moment: str, tables: dict[str, Any], tmp_path: Path) -> None:
+    """While packages are imported, images are encoded or the model is read, the command stops at once."""
+    process = begun(tables, tmp_path)
+    happened = {
+        "import": lambda: "libtorch_cpu" in Path(f"/proc/{process.pid}/maps").read_text(),
+        "encoding": lambda: list(tmp_path.glob("cache/*/*")),
+        "assembly": lambda: list(tmp_path.glob("cache/files.json")),
+    }
+    wait_for(process, happened[moment])
+    process.send_signal(number)
+    errors = ended(process, tmp_path)
+    assert "Stopped." in errors or "Stopped after step" in errors
+    assert not (tmp_path / "out" / "test.safetensors").exists()
+
+
+def test_a_second_one_stops_at_once(tables: dict[str, Any], tmp_path: Path) -> None:
+    """While a step is finished, or a state is saved, a second signal ends the command with no state or a whole one."""
+    process = begun(tables, tmp_path, "--set", "output.save_every_n_steps=1")
+    wait_for(process, lambda: list(tmp_path.glob("out/test-step*.safetensors")))
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    begin = time.monotonic()
+    errors = ended(process, tmp_path)
+    assert time.monotonic() - begin < 30
+    assert "Stopped" in errors
+    for state in tmp_path.glob("out/test-state/step*"):
+        assert {path.name for path in state.iterdir()} == {"state.json", "network.safetensors", "machinery.pt"}
