@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from lorakit.config.datasets import Interpolation
 from lorakit.data.buckets import Placement, Size
 from lorakit.errors import DataError, Problem
+from lorakit.files import refuse_special
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 """Extensions, in lower case, of the files that are taken for images."""
@@ -31,6 +33,10 @@ RESAMPLING: Mapping[Interpolation, Image.Resampling] = {
     "box": Image.Resampling.BOX,
 }
 """Pillow's filters, all but the nearest with a window that grows when an image shrinks."""
+
+_LARGE = 2**25
+"""Pixels of an image that is decoded while no other large one is."""
+_alone = Lock()
 
 _TO_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -86,8 +92,11 @@ def load_mask(path: Path, placement: Placement, interpolation: Interpolation = "
 def _upright(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     """A decoded and converted image as it is seen."""
     with _opened(path) as image:
-        orientation = _orientation(image)
-        flat = convert(image)
+        is_large = image.width * image.height > _LARGE
+        # However many threads read images, memory holds one large one.
+        with _alone if is_large else nullcontext():
+            orientation = _orientation(image)
+            flat = convert(image)
     return flat.transpose(_TO_UPRIGHT[orientation]) if orientation in _TO_UPRIGHT else flat
 
 
@@ -145,6 +154,7 @@ def _orientation(image: Image.Image) -> int:
 def _opened(path: Path) -> Iterator[Image.Image]:
     """An open image; whatever goes wrong while it is used is a DataError that names the file."""
     try:
+        refuse_special(path)
         with Image.open(path, formats=_FORMATS) as image:
             yield image
     except Exception as error:  # Pillow's decoders raise many types for damaged files.

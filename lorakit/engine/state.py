@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lorakit
+from lorakit.checkpoints import refuse_inflation
 from lorakit.config.sections import TrainConfig
 from lorakit.config.writing import to_toml
 from lorakit.errors import ConfigError, OutputError, Problem
@@ -78,6 +79,7 @@ def read_state(folder: Path, device: torch.device) -> tuple[int, dict[str, Tenso
     step, _ = _described(folder)
     with _damage_told(folder):
         tensors = load_file(folder / "network.safetensors")
+        refuse_inflation(folder / "machinery.pt")
         machinery = torch.load(folder / "machinery.pt", map_location=device, weights_only=True)
     return step, tensors, machinery
 
