@@ -160,7 +160,10 @@ def pickle_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged pickle can make the unpickler raise anything
-        raise ModelError(f"{path} is not a whole PyTorch checkpoint ({error}); download or convert it again") from error
+        reason = str(error) or type(error).__name__
+        raise ModelError(
+            f"{path} is not a whole PyTorch checkpoint ({reason}); download or convert it again"
+        ) from error
     tensors = content.get("state_dict", content) if isinstance(content, Mapping) else {}
     if not isinstance(tensors, Mapping):
         return {}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,10 +32,6 @@ RESAMPLING: Mapping[Interpolation, Image.Resampling] = {
     "box": Image.Resampling.BOX,
 }
 """Pillow's filters, all but the nearest with a window that grows when an image shrinks."""
-
-_LARGE = 2**25
-"""Pixels of an image that is decoded while no other large one is."""
-_alone = Lock()
 
 _TO_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -92,11 +87,8 @@ def load_mask(path: Path, placement: Placement, interpolation: Interpolation = "
 def _upright(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     """A decoded and converted image as it is seen."""
     with _opened(path) as image:
-        is_large = image.width * image.height > _LARGE
-        # However many threads read images, memory holds one large one.
-        with _alone if is_large else nullcontext():
-            orientation = _orientation(image)
-            flat = convert(image)
+        orientation = _orientation(image)
+        flat = convert(image)
     return flat.transpose(_TO_UPRIGHT[orientation]) if orientation in _TO_UPRIGHT else flat
 
 

@@ -124,13 +124,13 @@ PLACES = {
 def test_no_code_runs(
     train_tables: Tables,
     tmp_path: Path,
-    trace: Path,
     capsys: pytest.CaptureFixture[str],
     form: str,
     spoil: Callable[[Tables, Path, bytes], None],
     name: str,
 ) -> None:
     """A run on an evil file ends with status 2 and the file's name, and the file's code has not been run."""
+    trace = tmp_path / "executed"
     spoil(train_tables, tmp_path, evil_bytes(trace, form))
     config = tmp_path / "config.toml"
     config.write_text(tomlkit.dumps(train_tables))
