@@ -1,10 +1,8 @@
-"""Writing files so that they are either whole or not there, and reading nothing but files."""
+"""Writing files so that they are either whole or not there."""
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -48,17 +46,6 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def refuse_special(path: Path) -> None:
-    """Raise OSError for what is no file, such as a pipe or a device: to read it could take forever."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "it is no regular file")
-
-
-def names_of_files(folder: Path) -> list[str]:
-    """The names of what is directly in a folder, but for hidden files and other folders. Raises OSError."""
-    return [entry.name for entry in os.scandir(folder) if entry.name[0] != "." and not _is_folder(entry)]
-
-
 def flush_to_disk(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk. Raises OSError where the system cannot."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -79,13 +66,6 @@ def why_unwritable(folder: Path) -> str | None:
             return None
     except OSError as error:
         return f"{folder} cannot be written to: {error.strerror or error}"
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads back to itself, which whoever reads the file tells of
-        return False
 
 
 def _discard(path: Path) -> None:

@@ -14,7 +14,7 @@ from lorakit.checkpoints.location import HubModel, Location
 from lorakit.checkpoints.pickle_shapes import pickle_shapes
 from lorakit.checkpoints.safetensors_header import safetensors_shapes
 from lorakit.errors import ModelError
-from lorakit.files import refuse_special
+from lorakit.reading import refuse_special
 
 _LONGEST_JSON = 2**24
 

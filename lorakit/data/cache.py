@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from lorakit.data.memo import StatMemo
 from lorakit.errors import DataError, Problem
 from lorakit.files import write_atomically
+from lorakit.reading import refuse_special
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +59,7 @@ class Cache:
 
         path = self._path(key)
         try:
+            refuse_special(path)
             return load(path.read_bytes())
         except (OSError, SafetensorError) as error:
             hint = "start again: what is missing from the cache is encoded anew"
@@ -83,6 +85,7 @@ def _is_whole(path: Path) -> bool:
     from safetensors import SafetensorError, safe_open
 
     try:
+        refuse_special(path)
         with safe_open(path, framework="np"):
             return True
     except (OSError, SafetensorError):

@@ -17,8 +17,8 @@ import numpy as np
 from lorakit.config.datasets import SubsetConfig
 from lorakit.data.faces import stem_without_face
 from lorakit.errors import DataError, Problem
-from lorakit.files import refuse_special
 from lorakit.randomness import Generators, keyed_generator
+from lorakit.reading import refuse_special
 
 _WILDCARD = re.compile(r"\{\{|\}\}|\{((?:\{\{|\}\}|[^}])++)\}")
 """A doubled brace, or a wildcard with what is in it as its group, which may hold doubled braces."""

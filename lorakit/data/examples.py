@@ -26,7 +26,7 @@ from lorakit.data.problems import data_error
 from lorakit.data.threads import in_chunks
 from lorakit.data.validation import split_off
 from lorakit.errors import DataError, Problem
-from lorakit.files import names_of_files
+from lorakit.reading import names_of_files
 
 logger = logging.getLogger(__name__)
 

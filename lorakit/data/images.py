@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from lorakit.config.datasets import Interpolation
 from lorakit.data.buckets import Placement, Size
 from lorakit.errors import DataError, Problem
-from lorakit.files import refuse_special
+from lorakit.reading import refuse_special
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 """Extensions, in lower case, of the files that are taken for images."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from lorakit.data.buckets import Size
 from lorakit.data.images import EXTENSIONS
 from lorakit.errors import DataError, Problem
-from lorakit.files import names_of_files
+from lorakit.reading import names_of_files
 
 
 def find_masks(folder: Path, images: Collection[Path], problems: list[str]) -> Mapping[str, Path]:

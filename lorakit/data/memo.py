@@ -14,6 +14,7 @@ from lorakit.data.captions import read_caption
 from lorakit.data.images import read_size
 from lorakit.errors import DataError
 from lorakit.files import write_atomically
+from lorakit.reading import refuse_special
 
 _FORMAT = 1
 
@@ -80,6 +81,7 @@ def content_digest(path: Path) -> str:
 def _read(file: Path) -> dict[str, dict[str, Any]]:
     """The records in the file; none if it is absent, damaged or of another format."""
     try:
+        refuse_special(file)
         content = json.loads(file.read_bytes())
         if content["format"] != _FORMAT:
             return {}

@@ -146,6 +146,18 @@ def test_a_memo_of_brackets(tmp_path: Path) -> None:
     assert not Cache(tmp_path).has("0" * 40)
 
 
+@pytest.mark.parametrize("make", [pipe, device, loop])
+def test_a_cache_of_pipes(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """What is no file in a cache counts as absent, the memo too."""
+    make(tmp_path / "files.json")
+    (tmp_path / "00").mkdir()
+    make(tmp_path / "00" / f"{'0' * 40}.safetensors")
+    cache = Cache(tmp_path)
+    assert not cache.has("0" * 40)
+    with pytest.raises(DataError, match="was removed or damaged"):
+        cache.load("0" * 40)
+
+
 def test_images_that_lie_about_their_size(folder: Path) -> None:
     """A file of 70 bytes that claims billions of pixels is refused before memory is asked for."""
     content = bytearray((folder / "a.png").read_bytes())
