@@ -55,6 +55,14 @@ def slow(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Try 5000 damaged files and lines of each kind; an argument after `--` says how many instead."""
+    install(session, "-e", ".[test]")
+    session.env["LORAKIT_FUZZ"] = session.posargs[0] if session.posargs else "5000"
+    session.run("pytest", "tests/fuzz", "-n", "2", "--dist", "worksteal")
+
+
+@nox.session
 def quickstart(session: nox.Session) -> None:
     """Teach a small Stable Diffusion something new: `lorakit train examples/quickstart/config.toml`."""
     install(session, "-e", ".[all]")

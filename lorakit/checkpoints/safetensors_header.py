@@ -6,14 +6,14 @@ The format: 8 bytes with the header's length (little-endian), the header in JSON
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lorakit.errors import ModelError
 
-LONGEST_HEADER = 100_000_000
-"""Bytes of header that readers of the format accept."""
+LONGEST_HEADER = 32 * 2**20
+"""Bytes of header that are read; the longest of models have less than a million, and a byte may take 30 in memory."""
 
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16,
@@ -36,17 +36,18 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         entries = _parsed(path, file.read(length))
     available = size - 8 - length
     try:
-        ends = [_checked_end(name, entry, available) for name, entry in entries.items()]
+        places = sorted(_checked_place(name, entry, available) for name, entry in entries.items())
+        end = _end_of_all(places)
     except ValueError as error:
         raise ModelError(f"{path} is cut short or damaged: {error}; {_CURE}") from None
-    if max(ends, default=0) != available:
-        raise ModelError(f"{path} is damaged: {available - max(ends, default=0)} bytes belong to no tensor; {_CURE}")
+    if end != available:
+        raise ModelError(f"{path} is damaged: {available - end} bytes belong to no tensor; {_CURE}")
     return {name: tuple(entry["shape"]) for name, entry in entries.items()}
 
 
 def _parsed(path: Path, header: bytes) -> dict[str, Any]:
     try:
-        entries = json.loads(header)
+        entries = json.loads(header, object_pairs_hook=_without_twins)
     except (ValueError, RecursionError):
         entries = None
     if not isinstance(entries, dict):
@@ -55,17 +56,55 @@ def _parsed(path: Path, header: bytes) -> dict[str, Any]:
     return entries
 
 
-def _checked_end(name: str, entry: Any, available: int) -> int:
-    """Where a tensor's bytes end; a `ValueError` unless type, shape and place agree with each other and the file."""
+def _without_twins(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError where a name is in it twice, of which readers take the one or the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _checked_place(name: str, entry: Any, available: int) -> tuple[int, int, str]:
+    """A tensor's start and end; a `ValueError` unless type, shape and place agree with each other and the file."""
     try:
         bits, shape, (start, end) = _BITS[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        numbers_are_sound = all(type(number) is int and number >= 0 for number in (*shape, start, end))
+        numbers_are_sound = all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, end))
     except (KeyError, TypeError, ValueError):
         numbers_are_sound = False
-    if not numbers_are_sound:
-        raise ValueError(f"what it says of tensor {name!r} makes no sense")
+    if not numbers_are_sound or end < start:
+        raise ValueError(f"what it says of tensor {_cut(name)} makes no sense")
     if end > available:
-        raise ValueError(f"tensor {name!r} would end {end - available} bytes behind the end of the file")
-    if (end - start) * 8 != math.prod(shape) * bits:
-        raise ValueError(f"tensor {name!r} of shape {tuple(shape)} cannot have {end - start} bytes")
-    return int(end)
+        raise ValueError(f"tensor {_cut(name)} would end {end - available} bytes behind the end of the file")
+    if (end - start) * 8 != _count(shape, available * 8) * bits:
+        raise ValueError(f"tensor {_cut(name)} of shape {_cut(tuple(shape))} cannot have {end - start} bytes")
+    return start, end, name
+
+
+def _end_of_all(places: Sequence[tuple[int, int, str]]) -> int:
+    """Where the last of the tensors ends; a `ValueError` unless each, in their order, starts where another ends."""
+    so_far = 0
+    for start, end, name in places:
+        if start < so_far:
+            raise ValueError(f"tensor {_cut(name)} shares bytes with another")
+        if start > so_far:
+            raise ValueError(f"{start - so_far} bytes in front of tensor {_cut(name)} belong to no tensor")
+        so_far = end
+    return so_far
+
+
+def _count(shape: Sequence[int], most: int) -> int:
+    """How many numbers a tensor has; something above `most` where there are more, which takes no time to find out."""
+    if 0 in shape:
+        return 0
+    count = 1
+    for side in shape:
+        count *= side
+        if count > most:
+            break
+    return count
+
+
+def _cut(value: object) -> str:
+    """A name or shape as it is shown in messages, which a file must not fill."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:199]}…"

@@ -14,6 +14,9 @@ from lorakit.checkpoints.location import HubModel, Location
 from lorakit.checkpoints.pickle_shapes import pickle_shapes
 from lorakit.checkpoints.safetensors_header import safetensors_shapes
 from lorakit.errors import ModelError
+from lorakit.reading import refuse_special
+
+_LONGEST_JSON = 2**24
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of each tensor, by name."""
@@ -48,6 +51,7 @@ def summarize(location: Location) -> CheckpointSummary:
 def _kind(path: Path) -> Literal["safetensors", "pickle"]:
     """The format of a file, by its first bytes; names lie."""
     try:
+        refuse_special(path)
         with path.open("rb") as file:
             start = file.read(16)
     except FileNotFoundError:
@@ -84,6 +88,9 @@ def _is_config(file: Path) -> bool:
 def read_json(file: Path) -> Mapping[str, Any]:
     """The object in a JSON file; a `ModelError` that names the file if there is none."""
     try:
+        refuse_special(file)
+        if file.stat().st_size > _LONGEST_JSON:
+            raise ValueError(f"it has more than {_LONGEST_JSON} bytes")
         content = json.loads(file.read_bytes())
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror or error}") from error

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from lorakit.data.memo import StatMemo
 from lorakit.errors import DataError, OutputError, Problem
 from lorakit.files import write_atomically
+from lorakit.reading import refuse_special
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,6 +69,7 @@ class Cache:
             return dict(self._unwritten[key])
         path = self._path(key)
         try:
+            refuse_special(path)
             return load(path.read_bytes())
         except (OSError, SafetensorError) as error:
             hint = "start again: what is missing from the cache is encoded anew"
@@ -105,6 +107,7 @@ def _is_whole(path: Path) -> bool:
     from safetensors import SafetensorError, safe_open
 
     try:
+        refuse_special(path)
         with safe_open(path, framework="np"):
             return True
     except (OSError, SafetensorError):

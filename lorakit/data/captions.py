@@ -18,12 +18,17 @@ from lorakit.config.datasets import SubsetConfig
 from lorakit.data.faces import stem_without_face
 from lorakit.errors import DataError, Problem
 from lorakit.randomness import Generators, keyed_generator
+from lorakit.reading import refuse_special
 
 _WILDCARD = re.compile(r"\{\{|\}\}|\{((?:\{\{|\}\}|[^}])++)\}")
 """A doubled brace, or a wildcard with what is in it as its group, which may hold doubled braces."""
 
 EXTENSIONS = (".txt", ".caption")
 """Extensions of caption files that are looked for when a subset names none."""
+
+
+LONGEST = 2**20
+"""Bytes that a caption file may have; thousands of times what any text encoder reads."""
 
 
 class CaptionUse(NamedTuple):
@@ -66,6 +71,10 @@ def read_caption(path: Path, every_line: bool = False) -> str:
     Raises DataError where the file cannot be read or is not UTF-8.
     """
     try:
+        refuse_special(path)
+        if path.stat().st_size > LONGEST:
+            message = f"is longer than any caption: {path.stat().st_size} bytes"
+            raise DataError(str(Problem(str(path), message, "remove it, or caption_extension names the wrong files")))
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         message = f"is not UTF-8 text (byte {error.start})"

@@ -26,6 +26,7 @@ from lorakit.data.problems import data_error
 from lorakit.data.threads import in_chunks
 from lorakit.data.validation import split_off
 from lorakit.errors import DataError, Problem
+from lorakit.reading import names_of_files
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ def _listed(subset: SubsetConfig, problems: list[str]) -> Iterator[tuple[str, Pa
 def _files_in(folder: Path) -> set[str]:
     """The names of the files directly in a folder, some of them images; hidden ones do not count."""
     try:
-        names = {entry.name for entry in os.scandir(folder) if not entry.is_dir() and not entry.name.startswith(".")}
+        names = set(names_of_files(folder))
     except OSError as error:
         hint = "check image_dir; relative paths are relative to the config file"
         raise DataError(str(Problem(str(folder), f"cannot be listed: {error.strerror}", hint))) from error

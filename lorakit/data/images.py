@@ -13,6 +13,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from lorakit.config.datasets import Interpolation
 from lorakit.data.buckets import Placement, Size
 from lorakit.errors import DataError, Problem
+from lorakit.reading import refuse_special
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 """Extensions, in lower case, of the files that are taken for images."""
@@ -145,6 +146,7 @@ def _orientation(image: Image.Image) -> int:
 def _opened(path: Path) -> Iterator[Image.Image]:
     """An open image; whatever goes wrong while it is used is a DataError that names the file."""
     try:
+        refuse_special(path)
         with Image.open(path, formats=_FORMATS) as image:
             yield image
     except Exception as error:  # Pillow's decoders raise many types for damaged files.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from lorakit.data.buckets import Size
 from lorakit.data.images import EXTENSIONS
 from lorakit.errors import DataError, Problem
+from lorakit.reading import names_of_files
 
 
 def find_masks(folder: Path, images: Collection[Path], problems: list[str]) -> Mapping[str, Path]:
@@ -18,7 +18,7 @@ def find_masks(folder: Path, images: Collection[Path], problems: list[str]) -> M
     That an image has none or several, or a mask no image, is added to the problems.
     """
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if not entry.is_dir() and entry.name[0] != ".")
+        names = sorted(names_of_files(folder))
     except OSError as error:
         problems.append(str(Problem(str(folder), f"cannot be listed: {error.strerror}", "check conditioning_data_dir")))
         return {}

@@ -15,6 +15,7 @@ from lorakit.data.captions import read_caption
 from lorakit.data.images import read_size
 from lorakit.errors import DataError, OutputError
 from lorakit.files import write_atomically
+from lorakit.reading import refuse_special
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +87,19 @@ def content_digest(path: Path) -> str:
 def _read(file: Path) -> dict[str, dict[str, Any]]:
     """The records in the file; none if it is absent, damaged or of another format."""
     try:
+        refuse_special(file)
         content = json.loads(file.read_bytes())
         if content["format"] != _FORMAT:
             return {}
-        return {path: record for path, record in content["files"].items() if "stamp" in record}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {path: record for path, record in content["files"].items() if _is_record(record)}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
+
+
+def _is_record(record: Any) -> bool:
+    """Whether this can be believed of a file, as far as it shows."""
+    if not isinstance(record, dict) or "stamp" not in record:
+        return False
+    size, texts = record.get("size", [1, 1]), [record.get(name, "") for name in ("digest", "caption", "every line")]
+    is_size = isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
+    return is_size and all(isinstance(text, str) for text in texts)

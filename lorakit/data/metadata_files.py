@@ -18,6 +18,8 @@ from lorakit.config.datasets import SubsetConfig
 from lorakit.data.images import EXTENSIONS
 from lorakit.errors import DataError, Problem
 
+_LONGEST = 2**28
+
 
 @frozen
 class ListedImage:
@@ -39,11 +41,15 @@ def read_metadata_file(file: Path, subset: SubsetConfig, problems: list[str]) ->
     listed: dict[str, ListedImage] = {}
     for path, entry in _entries(file):
         parts = (path, *(entry.get(name) or "" for name in ("caption", "tags"))) if isinstance(entry, Mapping) else ()
-        image = _image(subset.image_dir, path) if isinstance(path, str) else None
+        inside = _inside(subset.image_dir, path) if isinstance(path, str) else None
+        image = _image(subset.image_dir, inside) if inside else None
         if not parts or not all(isinstance(part, str) for part in parts):
             problems.append(str(Problem(f"{file}: {path}", "must have caption and tags, each a text")))
         elif path in listed:
             problems.append(str(Problem(f"{file}: {path}", "is listed twice", "remove one of the two")))
+        elif inside is None:
+            hint = f"give an image_dir that holds all images of the file, instead of {subset.image_dir}"
+            problems.append(str(Problem(f"{file}: {path}", "leads out of image_dir", hint)))
         elif image is None:
             hint = f"paths are relative to image_dir, {subset.image_dir}"
             problems.append(str(Problem(f"{file}: {path}", "is no image file", hint)))
@@ -55,6 +61,8 @@ def read_metadata_file(file: Path, subset: SubsetConfig, problems: list[str]) ->
 def _entries(file: Path) -> Sequence[tuple[Any, Any]]:
     """Paths and tables as they stand in the file."""
     try:
+        if file.stat().st_size > _LONGEST:
+            raise ValueError(f"it has more than {_LONGEST} bytes")
         text = file.read_text(encoding="utf-8-sig")
         if file.suffix.lower() != ".jsonl":
             found = json.loads(text)
@@ -72,6 +80,12 @@ def _entries(file: Path) -> Sequence[tuple[Any, Any]]:
     if not entries:
         raise DataError(str(Problem(str(file), "lists no images", "each needs its path, and a table with its caption")))
     return entries
+
+
+def _inside(folder: Path, path: str) -> str | None:
+    """A path as it is relative to a folder; None if it leads out of it, where only the user may point."""
+    relative = os.path.relpath(os.path.normpath(folder / path), folder)
+    return None if Path(relative).parts[:1] == (os.pardir,) else relative
 
 
 def _image(folder: Path, path: str) -> Path | None:

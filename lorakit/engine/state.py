@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import lorakit
+from lorakit.checkpoints import refuse_inflation
 from lorakit.config.sections import TrainConfig
 from lorakit.data.memo import content_digest
 from lorakit.engine.identity import RunIdentity
@@ -123,6 +124,7 @@ def read_state(folder: Path, device: torch.device) -> State:
     with damage_told(folder):
         description = _described(folder)
         tensors = safetensors.torch.load_file(folder / _TENSORS)
+        refuse_inflation(folder / _MACHINERY)
         machinery = torch.load(folder / _MACHINERY, map_location=device, weights_only=True)
         return State(description["step"], description["total_steps"], tensors, machinery)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._mode_utils import no_dispatch
 
+from lorakit.checkpoints import pickle_shapes
 from lorakit.errors import ModelError
 from lorakit.models.places import Place
 
@@ -40,7 +40,7 @@ def open_tensors(file: Path) -> ReadTensor:
 
 
 def _open_whole_tensors(file: Path) -> Callable[[str], Tensor]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with file.open("rb") as stream:
@@ -48,10 +48,14 @@ def _open_whole_tensors(file: Path) -> Callable[[str], Tensor]:
         if is_safetensors:
             read: Callable[[str], Tensor] = safe_open(file, "pt").get_tensor
             return read
+        # What passes has nothing in it that PyTorch's reader would trip over, or take more memory for than it is long.
+        pickle_shapes(file)
         content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         tensors: Mapping[str, Tensor] = content.get("state_dict", content)
         return tensors.__getitem__
-    except (OSError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # the readers raise all kinds of exceptions for damaged files
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"{file} cannot be read ({reason}); download or convert it again") from error
 

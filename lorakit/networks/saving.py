@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from hashlib import sha256
 from io import BytesIO
@@ -13,10 +12,10 @@ from typing import Any, Literal, Protocol
 import safetensors.torch
 import torch
 from attrs import field, frozen
-from safetensors import SafetensorError
 from torch import Tensor
 
-from lorakit.errors import AdapterError
+from lorakit.checkpoints import summarize
+from lorakit.errors import AdapterError, ModelError
 from lorakit.files import replacing
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -100,9 +99,14 @@ def read_adapter(path: Path) -> AdapterFile:
     if not path.is_file():
         raise AdapterError(f"{path}: there is no such file. Check the path.")
     try:
-        return _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pickle(path)
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}. Get the file anew.") from error
+        kind = summarize(path).kind
+        return _read_safetensors(path) if kind == "safetensors" else _read_pickle(path)
+    except ModelError as error:
+        raise AdapterError(f"{error}.") from error
+    except AdapterError:
+        raise
+    except Exception as error:  # the readers raise all kinds of exceptions for damaged files
+        raise AdapterError(f"{path} is broken: {error}. Get the file anew.") from error
 
 
 def starting_tensors(path: Path) -> dict[str, Tensor]:
@@ -112,6 +116,8 @@ def starting_tensors(path: Path) -> dict[str, Tensor]:
     """
     tensors = dict(read_adapter(path).tensors)
     for key, down in list(tensors.items()):
+        if down.is_complex() or not down.float().isfinite().all():
+            raise AdapterError(f"{path} cannot be trained on: {key} holds NaN, infinity or complex numbers.")
         if key.endswith(_DOWN) and down.ndim:
             tensors.setdefault(f"{key.removesuffix(_DOWN)}.alpha", torch.tensor(float(len(down))))
     return tensors
@@ -134,17 +140,10 @@ def _read_safetensors(path: Path) -> AdapterFile:
 
 
 def _read_pickle(path: Path) -> AdapterFile:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise AdapterError(
-            f"{path} holds more than tensors, which could be harmful code, or is broken."
-            " Get the LoRA as .safetensors, or convert it where you trust it."
-        ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise AdapterError(f"{path} is broken: {error}. Get the file anew.") from error
+    content = torch.load(path, map_location="cpu", weights_only=True)
     tensors = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    is_named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not is_named or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise AdapterError(f"{path} is no LoRA file: it holds no dict of tensors by name. Choose another file.")
     return AdapterFile(tensors)
 

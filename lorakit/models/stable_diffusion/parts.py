@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
@@ -32,6 +33,8 @@ _FOLDER_FILES = {
     "vae": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
     "text_encoder": ("model.safetensors", "pytorch_model.bin"),
 }
+_REPEATED = ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block")
+"""Settings that say how many there are of something."""
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 """What a folder's tokenizer may consist of; one of the first two is there if it has one."""
 
@@ -166,9 +169,15 @@ def _folder_part(folder: Path, name: PartName) -> StoredPart:
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
         raise ModelError(f"{folder} has no weights; there should be a file {plain[0].name}")
-    part = _part(name, file, summarize(file).tensors, "", read_json(folder / "config.json"))
+    tensors, settings = summarize(file).tensors, read_json(folder / "config.json")
+    if _blocks(settings) > len(tensors):
+        raise ModelError(f"{folder / 'config.json'} tells of more layers than {file} has tensors; download it again")
+    part = _part(name, file, tensors, "", settings)
     if part is None:
         raise ModelError(f"{file} holds no {_IN_WORDS[name]}; download it again")
+    factor = settings.get("scaling_factor", 1.0)
+    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise ModelError(f"{folder / 'config.json'}: scaling_factor must be a positive number, not {factor!r}")
     return part
 
 
@@ -214,12 +223,25 @@ def _open_clip_part(file: Path, tensors: Shapes) -> StoredPart | None:
     return StoredPart("text_encoder", file, settings, places, shapes, layout.open_clip_name)
 
 
+def _blocks(settings: Mapping[str, Any]) -> int:
+    """No fewer layers than a module with such settings would have that others are repeated in."""
+    levels = settings.get("block_out_channels")
+    repeated = [len(levels) if isinstance(levels, list) else 1]
+    for key in _REPEATED:
+        value = settings.get(key)
+        counts = [count for count in (value if isinstance(value, list) else [value]) if isinstance(count, int)]
+        repeated.append(max([1, *counts]))
+    return math.prod(repeated)
+
+
 def _inferred(name: PartName, file: Path, infer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `infer` makes of a part's shapes; a `ModelError` if a tensor that it needs is missing."""
     try:
         return infer()
     except KeyError as missing:
         raise ModelError(f"the {_IN_WORDS[name]} in {file} lacks {missing}; it is another kind of model") from None
+    except (IndexError, TypeError, ValueError):
+        raise ModelError(f"the {_IN_WORDS[name]} in {file} has tensors of other shapes than any model") from None
 
 
 def _renaming(name: PartName, prefix: str, shapes: Shapes, settings: Mapping[str, Any]) -> Callable[[str], str]:

@@ -9,7 +9,7 @@ Each function raises a `KeyError` with the name of a tensor that should be there
 from __future__ import annotations
 
 import math
-from itertools import count, takewhile
+from itertools import count
 from typing import Any
 
 from lorakit.checkpoints import Shapes
@@ -112,5 +112,7 @@ def _clip_heads(hidden: int) -> int:
 
 def _length(shapes: Shapes, template: str) -> int:
     """How many of `template` with 0, 1, 2, … in it some tensor's name starts with, up to the first gap."""
-    prefixes = (template.format(index) for index in count())
-    return sum(1 for _ in takewhile(lambda prefix: any(name.startswith(prefix) for name in shapes), prefixes))
+    before, _, behind = template.partition("{}")
+    numbered = (name.removeprefix(before) for name in shapes if name.startswith(before))
+    found = {number for number, end, _ in (rest.partition(behind) for rest in numbered) if end}
+    return next(index for index in count() if str(index) not in found)

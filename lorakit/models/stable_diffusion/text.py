@@ -17,6 +17,13 @@ from lorakit.models.stable_diffusion.reading import read_module
 from lorakit.models.stable_diffusion.tokenizer import CaptionTokenizer
 from lorakit.models.weights import EditTensor
 
+# Others change nothing here, or are for the library alone, which may even fetch code that they name.
+_SETTINGS = frozenset({
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings", "hidden_act", "layer_norm_eps", "attention_dropout", "pad_token_id", "bos_token_id",
+    "eos_token_id",
+})  # fmt: skip
+
 
 class ClipTextEncoder:
     """A CLIP text encoder with its tokenizer."""
@@ -65,7 +72,8 @@ def clip_module(part: StoredPart) -> nn.Module:
     from transformers.models.clip.configuration_clip import CLIPTextConfig
     from transformers.models.clip.modeling_clip import CLIPTextModel
 
-    return CLIPTextModel(CLIPTextConfig.from_dict(dict(part.settings)))
+    settings = {name: value for name, value in part.settings.items() if name in _SETTINGS}
+    return CLIPTextModel(CLIPTextConfig(**settings))
 
 
 def read_clip(part: StoredPart, device: torch.device, dtype: torch.dtype, edit: EditTensor | None = None) -> nn.Module:

@@ -45,8 +45,8 @@ class CaptionTokenizer:
 
     @property
     def vocabulary_size(self) -> int:
-        """How many token ids there are."""
-        return self.tokenizer.get_vocab_size()
+        """How many token ids there are, from 0 to the largest."""
+        return 1 + max(self.tokenizer.get_vocab().values())
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Token ids, int64 [B, n, 77], of captions of any length; what is too long is cut off.

@@ -1,0 +1,91 @@
+"""Models and LoRA files of strangers whose settings or numbers are not those of a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lorakit.errors import AdapterError, ModelError
+from lorakit.models.stable_diffusion.parts import StoredModel
+from lorakit.models.stable_diffusion.reading import empty_module
+from lorakit.models.stable_diffusion.settings import clip_settings
+from lorakit.models.stable_diffusion.text import clip_module
+from lorakit.models.stable_diffusion.tokenizer import CaptionTokenizer
+from lorakit.networks.saving import starting_tensors
+
+
+def with_settings(model: Path, folder: Path, part: str, **settings: Any) -> StoredModel:
+    """A copy of a model in a folder with other settings of a part."""
+    shutil.copytree(model, folder)
+    file = folder / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return StoredModel(folder)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
+def test_settings_that_name_code(tiny_sd1: Path, tmp_path: Path, key: str) -> None:
+    """A text encoder's settings cannot make transformers fetch a kernel from the Hub: what is for it is left out."""
+    part = with_settings(tiny_sd1, tmp_path / "model", "text_encoder", **{key: "stranger/kernel"}).part("text_encoder")
+    module = empty_module(part, partial(clip_module, part))
+    assert "stranger" not in str(vars(module.config))
+
+
+@pytest.mark.parametrize(
+    ("part", "settings"),
+    [
+        ("text_encoder", {"num_hidden_layers": 10**9}),
+        ("unet", {"layers_per_block": 10**9}),
+        ("unet", {"transformer_layers_per_block": [1, 1, 1, 10**9]}),
+        ("vae", {"layers_per_block": 10**9}),
+        ("vae", {"block_out_channels": [32] * 10_000}),
+    ],
+)
+def test_settings_of_endless_layers(tiny_sd1: Path, tmp_path: Path, part: str, settings: dict[str, Any]) -> None:
+    """Settings of more layers than the file has tensors are refused before a module is made."""
+    model = with_settings(tiny_sd1, tmp_path / "model", part, **settings)
+    with pytest.raises(ModelError, match=rf"{part}/config\.json tells of more layers than .* has tensors"):
+        model.check()
+
+
+@pytest.mark.parametrize("factor", ["x", 0, -1, float("nan"), float("inf"), None])
+def test_scaling_factors_that_are_none(tiny_sd1: Path, tmp_path: Path, factor: object) -> None:
+    """A VAE's scaling factor is a positive number or the folder is refused."""
+    model = with_settings(tiny_sd1, tmp_path / "model", "vae", scaling_factor=factor)
+    with pytest.raises(ModelError, match="scaling_factor must be a positive number"):
+        model.check()
+
+
+def test_layers_are_counted_in_one_go() -> None:
+    """What is inferred from names takes time in proportion to their number, up to the first gap."""
+    shapes: dict[str, tuple[int, ...]] = {
+        f"encoder.layers.{index}.x": () for index in range(200_000) if index != 150_000
+    }
+    shapes |= {"embeddings.token_embedding.weight": (9, 64), "embeddings.position_embedding.weight": (77, 64)}
+    shapes["encoder.layers.0.mlp.fc1.weight"] = (64, 64)
+    assert clip_settings(shapes)["num_hidden_layers"] == 150_000
+
+
+def test_tokens_beyond_the_table(tiny_sd1: Path, tmp_path: Path) -> None:
+    """Of a vocabulary with gaps, the largest id counts, as it is what the text encoder would be asked for."""
+    shutil.copytree(tiny_sd1 / "tokenizer", tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "vocab.json"
+    vocabulary = json.loads(file.read_text())
+    vocabulary["far</w>"] = 10**6
+    file.write_text(json.dumps(vocabulary))
+    assert CaptionTokenizer(tmp_path / "tokenizer").vocabulary_size == 10**6 + 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1 + 2j])
+def test_factors_that_are_no_numbers(tmp_path: Path, value: complex) -> None:
+    """A LoRA file with NaN, infinity or complex numbers is nothing to start from; the tensor is named."""
+    down = torch.full((2, 4), value)
+    save_file({"lora_unet_x.lora_down.weight": down, "lora_unet_x.lora_up.weight": torch.ones(4, 2)}, tmp_path / "a.st")
+    with pytest.raises(AdapterError, match=r"a\.st cannot be trained on: lora_unet_x\.lora_down\.weight holds NaN"):
+        starting_tensors(tmp_path / "a.st")
