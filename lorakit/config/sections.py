@@ -28,6 +28,9 @@ DEFAULT_MAX_STEPS = 1600
 BASE_KEYS = ("fp8_base", "int8_base", "nf4_base")
 """Keys of `[training]` that name parts of the base model to keep in fewer bits, each after the form for that."""
 
+WITHOUT_OWN_MEMORY = ("cpu", "mps")
+"""Devices that compute in the computer's memory."""
+
 
 def _plain_file_name(_: object, __: object, value: str) -> None:
     if (
@@ -68,6 +71,9 @@ class TrainingSection:
     """Parts whose weights are kept as 8-bit whole numbers: as small as with `fp8_base`, and mostly more exact."""
     nf4_base: tuple[str, ...] = ()
     """Parts whose weights are kept in 4 bits: little more than half the memory of 8 bits, and less exact."""
+    stream_base: tuple[str, ...] = ()
+    """Parts whose weights stay in the computer's memory and are copied to the GPU block by block, each ahead of its
+    use. On the GPU they take the memory of two blocks; a step takes longer where copying does, than computing."""
     compile: bool = False
     """Let torch.compile make the denoiser faster. The first steps take longer, and so does the first of each size of
     images."""
@@ -95,6 +101,8 @@ class TrainingSection:
                 if part in keys:
                     yield Problem(key, f"names {part!r}, as training.{keys[part]} does", "leave it in one of them")
                 keys.setdefault(part, key)
+        if self.stream_base and self.compile:
+            yield Problem("stream_base", "cannot be used with training.compile", "leave out one of them")
 
     def warnings(self) -> Iterator[Problem]:
         """Keys without effect; keys are field names."""
@@ -102,6 +110,12 @@ class TrainingSection:
             yield Problem("max_steps", "has no effect, because training.max_epochs is given")
         if self.compile_backend != "inductor" and not self.compile:
             yield Problem("compile_backend", "has no effect without training.compile")
+        yield from self.vain_streaming(self.device)
+
+    def vain_streaming(self, device: str) -> Iterator[Problem]:
+        """A warning where weights are to be copied to a kind of device that computes where they are."""
+        if self.stream_base and device in WITHOUT_OWN_MEMORY:
+            yield Problem("stream_base", f"saves nothing, because {device} has no memory of its own")
 
 
 @frozen(kw_only=True)
@@ -187,7 +201,7 @@ class TrainConfig:
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the sections taken together."""
-        parts_of = {f"training.{key}": getattr(self.training, key) for key in BASE_KEYS}
+        parts_of = {f"training.{key}": getattr(self.training, key) for key in (*BASE_KEYS, "stream_base")}
         for key, parts in {"network.parts": self.network.parts, **parts_of}.items():
             unknown = [part for part in parts if part not in self.model.parts]
             if unknown:

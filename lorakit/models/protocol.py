@@ -187,6 +187,13 @@ class DiffusionModel(Protocol):
         """
         ...
 
+    def stream(self, parts: Sequence[str]) -> None:
+        """Keep the weights of the layers of these parts that can be adapted in the host's memory.
+
+        They are copied to the device ahead of their use, in the form that `quantize` has given them.
+        """
+        ...
+
     def compile(self, backend: str) -> None:
         """Compile the denoiser's blocks, with the adapters in them, with a backend of torch.compile."""
         ...
