@@ -82,7 +82,17 @@ class TrainingDiverged(LorakitError):
     """The loss became NaN or infinite; the message names the step, the images and the cure."""
 
 
+class OutOfMemory(LorakitError):
+    """The memory of the computer or of an accelerator was not enough; the message says what for, and what to change."""
+
+
 class Interrupted(LorakitError):
     """Stopped by Ctrl-C or SIGTERM after a whole state was saved."""
 
     exit_status = 130
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the computer or of an accelerator was not enough, as Python or PyTorch says it."""
+    names = {ancestor.__name__ for ancestor in type(error).__mro__}
+    return bool({"MemoryError", "OutOfMemoryError"} & names) or "can't allocate memory" in str(error)

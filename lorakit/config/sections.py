@@ -30,6 +30,9 @@ BASE_KEYS = ("fp8_base", "int8_base", "nf4_base")
 MODE_KEYS = ("cuda_graphs", "channels_last", "compile")
 """Keys of `[training]` that make the same step faster, or not, and that may be left to a measurement."""
 
+WITHOUT_OWN_MEMORY = ("cpu", "mps")
+"""Devices that compute in the computer's memory."""
+
 
 def _plain_file_name(_: object, __: object, value: str) -> None:
     if (
@@ -70,6 +73,9 @@ class TrainingSection:
     """Parts whose weights are kept as 8-bit whole numbers: as small as with `fp8_base`, and mostly more exact."""
     nf4_base: tuple[str, ...] = ()
     """Parts whose weights are kept in 4 bits: little more than half the memory of 8 bits, and less exact."""
+    stream_base: tuple[str, ...] = ()
+    """Parts whose weights stay in the computer's memory and are copied to the GPU block by block, each ahead of its
+    use. On the GPU they take the memory of two blocks; a step takes longer where copying does, than computing."""
     cuda_graphs: bool | Literal["auto"] = False
     """Record a micro-batch of each size of images as a CUDA graph, and replay it from then on. With `auto`, as with the
     two keys that follow, a short measurement at the start of the run decides."""
@@ -106,6 +112,9 @@ class TrainingSection:
                 keys.setdefault(part, key)
         if self.cuda_graphs and self.compile and self.compile_backend == "cudagraphs":
             yield Problem("compile_backend", 'records what training.cuda_graphs would, with "cudagraphs"', "use one")
+        for key in ("compile", "cuda_graphs"):
+            if self.stream_base and getattr(self, key):
+                yield Problem("stream_base", f"cannot be used with training.{key}", "leave out one of them")
 
     def warnings(self) -> Iterator[Problem]:
         """Keys without effect; keys are field names."""
@@ -116,6 +125,12 @@ class TrainingSection:
         if self.tf32 and self.mixed_precision != "no":
             hint = "only what stays float32 is affected, such as DoRA's norms"
             yield Problem("tf32", f"hardly has an effect with mixed_precision {self.mixed_precision!r}", hint)
+        yield from self.vain_streaming(self.device)
+
+    def vain_streaming(self, device: str) -> Iterator[Problem]:
+        """A warning where weights are to be copied to a kind of device that computes where they are."""
+        if self.stream_base and device in WITHOUT_OWN_MEMORY:
+            yield Problem("stream_base", f"saves nothing, because {device} has no memory of its own")
 
 
 @frozen(kw_only=True)
@@ -201,7 +216,7 @@ class TrainConfig:
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the sections taken together."""
-        parts_of = {f"training.{key}": getattr(self.training, key) for key in BASE_KEYS}
+        parts_of = {f"training.{key}": getattr(self.training, key) for key in (*BASE_KEYS, "stream_base")}
         for key, parts in {"network.parts": self.network.parts, **parts_of}.items():
             unknown = [part for part in parts if part not in self.model.parts]
             if unknown:

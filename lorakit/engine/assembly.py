@@ -28,6 +28,8 @@ from lorakit.engine.preparation import PreparedRun
 from lorakit.engine.processes import Processes
 from lorakit.engine.run import Run
 from lorakit.engine.schedule import Schedule
+from lorakit.engine.shortage import advice
+from lorakit.engine.spilling import SpillWatch, signs_on
 from lorakit.engine.state import find_state, state_folder
 from lorakit.engine.trainer import train
 from lorakit.engine.validation import ValidationSet
@@ -63,6 +65,7 @@ def train_prepared(prepared: PreparedRun, catalog: Catalog, resume: Path | None 
     if run.processes.is_main:
         run.writer.write_config(catalog)
         run.observers = build_observers(run, catalog)
+        run.observers.add("memory", SpillWatch(signs_on(run.processes.device), partial(advice, run)))
     try:
         train(run)
     finally:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 
 import torch
+from attrs import evolve
 
 from lorakit.config.sections import TrainConfig, TrainingSection
 from lorakit.engine.hardware import doubts, fp16_on_cpu
@@ -42,6 +43,8 @@ def plain_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
     model = config.model.build(device, DTYPES[config.training.mixed_precision])
     if config.training.base_formats:
         model.quantize(config.training.base_formats)
+    if config.training.stream_base:
+        model.stream(config.training.stream_base)
     return model
 
 
@@ -62,5 +65,7 @@ def _new_warnings(config: TrainConfig, model: DiffusionModel, device: torch.devi
     if device.type == "cpu" and doubts(config.training) is None:
         doubt = fp16_on_cpu(config.training, "PyTorch finds no accelerator")
         yield from [doubt] if doubt else []
+    if config.training.device == "auto":
+        yield from (evolve(own, key=f"training.{own.key}") for own in config.training.vain_streaming(device.type))
     if config.prediction is None:
         yield from config.loss.warnings_with(model.noise.prediction)

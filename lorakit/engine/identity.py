@@ -30,8 +30,8 @@ NEUTRAL_SECTIONS = ("output", "metadata", "saver", "observers", "attention")
 NEUTRAL_KEYS = {
     "data": ("cache_dir", "workers", "encode_batch_size"),
     "training": (
-        "max_epochs", "max_steps", "device", "process_timeout", "gradient_checkpointing", "compile_backend", "tf32",
-        *MODE_KEYS,
+        "max_epochs", "max_steps", "device", "process_timeout", "gradient_checkpointing", "stream_base",
+        "compile_backend", "tf32", *MODE_KEYS,
     ),
 }  # fmt: skip
 """Keys of other sections that may differ too: what is trained does not depend on them, but for rounding."""

@@ -123,6 +123,10 @@ class Observers:
         self._detached: list[tuple[str, bool, Observer]] = []
         self._held_back: list[tuple[str, tuple[object, ...]]] | None = None
 
+    def add(self, name: str, observer: Observer) -> None:
+        """One more, which the run can do without."""
+        self._observers.append((name, False, observer))
+
     def start(self, run: RunInfo) -> None:
         """Tell all that a run starts; what one of them tells meanwhile, the others hear when they know of the run."""
         held_back: list[tuple[str, tuple[object, ...]]] = []

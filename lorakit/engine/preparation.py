@@ -52,6 +52,11 @@ class PreparedRun:
         """Whether captions are encoded in each step, as the text encoder is trained or captions vary."""
         return "text_encoder" in self.config.trained_parts or captions_vary((*self.datasets, *self.validation))
 
+    @property
+    def parts_in_memory(self) -> tuple[str, ...]:
+        """The parts of the base model that can be adapted and are in memory while the network trains."""
+        return tuple(part for part in self.config.model.parts if part != "text_encoder" or self.encodes_captions)
+
 
 def prepare(config: TrainConfig) -> PreparedRun:
     """Look at the machine and the output folder, and index the data.

@@ -28,6 +28,7 @@ from lorakit.engine.output import AdapterWriter
 from lorakit.engine.processes import Processes
 from lorakit.engine.rescue import saved_somewhere
 from lorakit.engine.schedule import Schedule, ScheduledStep
+from lorakit.engine.shortage import shortage_told
 from lorakit.engine.state import State, damage_told, read_state, state_folder, write_state
 from lorakit.engine.validation import ValidationSet, validation_loss
 from lorakit.errors import ConfigError, Interrupted, LorakitError, NotSaved, Problem
@@ -73,6 +74,10 @@ class Run:
     stop: StopRequest = field(factory=StopRequest)
     step: int = 0
     """Optimizer steps done."""
+    first_step: int = 0
+    """Steps done before, in a run that goes on from a state."""
+    is_whole: bool = True
+    """Whether all that a state holds is that of `step`, which it is not while the next one's update goes on."""
     loss: Tensor = field(init=False)
     """Loss of the step so far: this process's part of the mean, a scalar that stays in its place on the device."""
     gradient_norm: Tensor = field(init=False)
@@ -180,13 +185,13 @@ class Run:
             else:
                 follow(self.lr_scheduler, first_rates, state.step)
         warn_of_length(self.config, state.step, state.total_steps, total)
-        self.step = state.step
+        self.step = self.first_step = state.step
 
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Listen for requests to stop and tell the observers of start and end."""
         try:
-            with self.stop.listening():
+            with self.stop.listening(), shortage_told(self):
                 self.observers.start(self.info)
                 yield
                 self.metrics.read()
@@ -236,6 +241,7 @@ class Run:
 
     def update(self) -> None:
         """Reduce and clip the gradients and take the optimizer's step."""
+        self.is_whole = False
         self.gradients.sum_over(self.processes)
         self.scaler.unscale_(self.optimizer)
         self.gradient_norm = self.gradients.clip(self.config.training.max_grad_norm)
@@ -249,6 +255,7 @@ class Run:
         self.step += 1
         rates = {group["name"]: effective_rate(group) for group in self.optimizer.param_groups}
         self.lr_scheduler.step()
+        self.is_whole = True
         epoch = step.scheduled.planned.epoch
         self.metrics.add(
             PendingStep(self.step, epoch, tuple(step.images), rates, self.loss.clone(), self.gradient_norm, self.values)

@@ -195,6 +195,13 @@ class DiffusionModel(Protocol):
         """Keep images in the denoiser with channels last in memory, or first; results are the same but for rounding."""
         ...
 
+    def stream(self, parts: Sequence[str]) -> None:
+        """Keep the weights of the layers of these parts that can be adapted in the host's memory.
+
+        They are copied to the device ahead of their use, in the form that `quantize` has given them.
+        """
+        ...
+
     def enable_gradient_checkpointing(self, share: float = 1.0) -> None:
         """Recompute activations in the backward pass instead of keeping them (non-reentrant).
 

@@ -1,8 +1,8 @@
-"""Frozen layers whose weights take fewer bits, made whole where they are used."""
+"""Frozen layers whose weights take fewer bits or are kept elsewhere, made whole where they are used."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self, cast
 
 import torch
@@ -17,7 +17,7 @@ from lorakit.models.weight_formats import FORMATS, WeightFormat
 
 
 class QuantizedLayer(nn.Module):
-    """A layer that keeps its weight in another form, as buffers, and makes it anew whenever it is asked for."""
+    """A layer that keeps its weight in another form or place, and makes it anew whenever it is asked for."""
 
     format: WeightFormat
     """The form."""
@@ -25,6 +25,8 @@ class QuantizedLayer(nn.Module):
     """The weight's shape, [out, …]."""
     dtype: torch.dtype
     """The number format to compute in."""
+    source: Callable[[], Mapping[str, Tensor]] | None = None
+    """Brings what is kept of the weight to the device, for use at once; None where the layer has it as buffers."""
 
     def store(self, weight: Tensor, device: torch.device, weight_format: WeightFormat) -> None:
         """Keep this weight, in that form, on that device."""
@@ -35,7 +37,8 @@ class QuantizedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight in the format to compute in; a new tensor each time, so changing it changes nothing."""
-        return self.format.unpack(self._buffers, self.shape, self.dtype)  # type: ignore[arg-type]
+        kept = self._buffers if self.source is None else self.source()
+        return self.format.unpack(kept, self.shape, self.dtype)  # type: ignore[arg-type]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = dict(self._buffers)
@@ -69,13 +72,18 @@ def quantize(layer: nn.Module, weight_format: str, device: torch.device) -> None
 
     A layer that is neither linear nor a plain convolution, and one that keeps its weight so already, stays as it is.
     """
+    keep_as(layer, FORMATS[weight_format], device)
+
+
+def keep_as(layer: nn.Module, weight_format: WeightFormat, device: torch.device) -> None:
+    """Make a layer one that keeps its weight in that form, on that device, as `quantize` does."""
     if not is_plain(layer) or isinstance(layer, QuantizedLayer):
         return
     weight = layer.weight
     del layer.weight
     # Another class for the same object, so that whatever else is known of the layer need not be copied.
     layer.__class__ = QuantizedLinear if isinstance(layer, nn.Linear) else QuantizedConv2d
-    cast("QuantizedLayer", layer).store(weight, device, FORMATS[weight_format])
+    cast("QuantizedLayer", layer).store(weight, device, weight_format)
 
 
 class _Linear(Function):

@@ -84,6 +84,18 @@ class NormalFloat4:
         return levels.view(-1, _BLOCK).mul_(kept["scale"]).flatten()[: math.prod(shape)].view(*shape)
 
 
+class Whole:
+    """All bits of each weight, in the number format that it has."""
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """`stored`, the weight itself."""
+        return {"stored": weight}
+
+    def unpack(self, kept: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:  # noqa: ARG002
+        """A copy, since what is kept may be there for a moment only."""
+        return kept["stored"].to(dtype, copy=True)
+
+
 def _normal_levels() -> tuple[float, ...]:
     """Quantiles of a normal distribution, -1 to 1: zero with 7 below and 8 above, evenly spaced in probability."""
     quantile, last = NormalDist().inv_cdf, 1 - (1 / 32 + 1 / 30) / 2

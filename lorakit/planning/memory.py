@@ -5,7 +5,7 @@ B images in a micro-batch or encoded together, H and W image sides in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,6 +23,7 @@ from lorakit.engine.gradients import FlatGradients
 from lorakit.engine.loss import denoising_loss
 from lorakit.engine.preparation import PreparedRun
 from lorakit.models.protocol import DiffusionModel
+from lorakit.models.streaming import streamed_bytes
 from lorakit.networks.network import Network
 from lorakit.planning.examples import CPU
 from lorakit.planning.metering import MemoryMeter, imagined
@@ -49,7 +50,7 @@ class TrainingMemory:
     """What training needs, in bytes."""
 
     frozen: int
-    """Weights of the base model, as far as it is still needed."""
+    """Weights of the base model, as far as it is still needed and on the device."""
     adapters: int
     """The adapters."""
     gradients: int
@@ -103,8 +104,9 @@ def caption_encoding_memory(prepared: PreparedRun) -> EncodingMemory:
     model = plain_model(prepared.config, CPU)
     with imagined() as meter, torch.no_grad():
         encoder, weights = model.text_encoder, _settled(meter)
+        elsewhere = _elsewhere(model, ("text_encoder",), prepared.config)
         encoder.encode(encoder.tokenize([""] * CAPTIONS_AT_ONCE, prepared.config.data.weighted_captions))
-        return EncodingMemory(weights=weights, passing=meter.peak - weights)
+        return EncodingMemory(weights=weights - elsewhere, passing=meter.peak - weights)
 
 
 def training_memory(
@@ -122,6 +124,7 @@ def training_memory(
     with tensors() as meter:
         _needed(model, prepared)
         frozen_weights = _settled(meter)
+        elsewhere = _elsewhere(model, prepared.parts_in_memory, config)
         network, groups = adapt(model, config)
         parameters = [parameter for group in groups for parameter in group.parameters]
         adapters = _settled(meter) - frozen_weights
@@ -131,7 +134,7 @@ def training_memory(
             kept = _step(model, network, batch, config, meter)
         passing = meter.peak - standing - kept
     return TrainingMemory(
-        frozen=frozen_weights,
+        frozen=frozen_weights - elsewhere,
         adapters=adapters,
         gradients=standing - frozen_weights - adapters,
         optimizer=state_bytes(config.optimizer, [tuple(parameter.shape) for parameter in parameters]),
@@ -145,6 +148,12 @@ def _needed(model: DiffusionModel, prepared: PreparedRun) -> list[object]:
     """The parts that are in memory while the network trains; they are read."""
     encoders: list[object] = [model.text_encoder] if prepared.encodes_captions else []
     return [model.denoiser, *encoders, *([model.image_encoder] if prepared.encodes_images else [])]
+
+
+def _elsewhere(model: DiffusionModel, parts: Sequence[str], config: TrainConfig) -> int:
+    """Bytes of the weights of these parts, which have been read, that are not on the device."""
+    streamed = [part for part in parts if part in config.training.stream_base]
+    return streamed_bytes(target.module for target in model.targets(streamed))
 
 
 def _settled(meter: MemoryMeter) -> int:

@@ -53,7 +53,7 @@ def make_plan(prepared: PreparedRun, *, measured: bool = False) -> Plan:
     model, texts, largest = build_model(imagined.config, cpu.device), Texts.of(imagined), largest_shape(prepared)
     images = image_encoding_memory(imagined)
     captions = None if prepared.encodes_captions else caption_encoding_memory(imagined)
-    rungs = tuple(climb(imagined, make_batch(largest, texts, model), images))
+    rungs = tuple(climb(prepared, make_batch(largest, texts, model), images))
     if measured:
         log.info("measuring steps")
     return Plan(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lorakit.columns import columns
+from lorakit.config.savings import changes, to_toml
 from lorakit.data.planning import buckets
 from lorakit.planning.examples import BatchShape
-from lorakit.planning.ladder import RESERVE, changes, first_that_fits, to_toml
+from lorakit.planning.ladder import RESERVE, first_that_fits
 from lorakit.planning.plan import Plan
 from lorakit.planning.sizes import in_gib
 
@@ -73,7 +74,7 @@ def _advice(plan: Plan, memory: int) -> Iterator[str]:
         yield f"Nothing of this fits into {given}: the least, {least}, needs {in_gib(least.memory.peak)} GiB,"
         yield f"with {reserve}. What else helps: {', '.join(_other_ways(plan))}."
     elif not fitting.is_config:
-        keys = changes(fitting, plan.prepared.config.training)
+        keys = changes(fitting.training, plan.prepared.config.training)
         yield f"The fastest that fits into {given}, with {reserve}:"
         yield from ("", "[training]", *to_toml(keys))
 

@@ -255,8 +255,10 @@ def test_combinations_that_make_no_sense(problems: Problems, tables: Tables) -> 
     assert set(found) == {"data.resolution", "data.bucket_reso_steps"}
     assert set(problems({**tables, "optimizer": {"lr": 0}})) == {"optimizer.lr"}
     assert "did" not in problems({**tables, "network": {"parts": ["unett"]}})["network.parts"]
-    for key in ("fp8_base", "int8_base", "nf4_base"):
+    for key in ("fp8_base", "int8_base", "nf4_base", "stream_base"):
         assert "names no part" in problems({**tables, "training": {key: ["vae"]}})[f"training.{key}"]
+    streamed = {"stream_base": ["unet"], "compile": True}
+    assert "training.compile" in problems({**tables, "training": streamed})["training.stream_base"]
     twice = {"fp8_base": ["unet"], "nf4_base": ["text_encoder", "unet", "unet"]}
     found = problems({**tables, "training": twice})
     assert set(found) == {"training.nf4_base"}
@@ -269,6 +271,7 @@ def test_combinations_that_make_no_sense(problems: Problems, tables: Tables) -> 
 def test_options_without_effect_are_warnings(read: Read, tables: Tables) -> None:
     """An option that does nothing in this run is said, once, and the config is good."""
     tables["training"] = {"max_epochs": 1, "max_steps": 1, "compile_backend": "eager"}
+    tables["training"] |= {"stream_base": ["unet"], "device": "cpu"}
     tables["data"] |= {"keep_tokens": 1, "bucket_no_upscale": True}
     tables["network"] = {"parts": ["unet"]}
     tables["optimizer"] = {"text_encoder_lr": 1e-5}
@@ -277,7 +280,7 @@ def test_options_without_effect_are_warnings(read: Read, tables: Tables) -> None
     keys = [warning.key for warning in read(tables).warnings()]
     assert sorted(keys) == [
         "data.bucket_no_upscale", "data.keep_tokens", "model.no_half_vae", "optimizer.text_encoder_lr",
-        "output.keep_last", "training.compile_backend", "training.max_steps",
+        "output.keep_last", "training.compile_backend", "training.max_steps", "training.stream_base",
     ]  # fmt: skip
     del tables["training"], tables["network"], tables["optimizer"], tables["output"]["keep_last"]
     del tables["model"]["no_half_vae"]

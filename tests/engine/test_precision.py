@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -61,6 +64,36 @@ def test_parts_in_fewer_bits(formats: dict[str, str], make_config) -> None:
         assert all(layer.format is FORMATS[formats[part]] for layer in small)
         share = sum(layer.weight.numel() for layer in small) / sum(layer.weight.numel() for layer in layers)
         assert share > 0.95 if part in formats else share == 0
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"network": {"parts": ["unet"]}},
+        {"network": {"name": "c3lier", "dora": True, "dropout": 0.1}, "training": {"gradient_checkpointing": True}},
+        {"training": {"int8_base": ["text_encoder"], "nf4_base": ["unet"], "mixed_precision": "bf16"}},
+    ],
+    ids=["U-Net", "both parts, DoRA, recomputed", "in fewer bits"],
+)
+def test_streamed_base_model(make_config, tmp_path: Path, sections: dict[str, Any]) -> None:
+    """A run whose frozen weights are copied ahead of their use gives the file of one that has them, previews or not."""
+    shorter = {**sections, "training": {**sections.get("training", {}), "max_steps": 3}}
+    plain = weights_of(lorakit.train(make_config(**shorter)))
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2\n")
+    streamed = make_config(
+        **{**shorter, "training": {**shorter["training"], "stream_base": ["unet", "text_encoder"]}},
+        output={"name": "streamed"},
+        observers=[{"name": "samples", "prompts": str(tmp_path / "prompts.txt"), "every_n_steps": 1}],
+    )
+    assert same(weights_of(lorakit.train(streamed)), plain)
+
+
+def test_streaming_in_vain(make_config, caplog: pytest.LogCaptureFixture) -> None:
+    """Where `auto` finds no device with memory of its own, that nothing is saved is told when it shows."""
+    config = make_config(training={"stream_base": ["unet"], "device": "auto"})
+    assert not list(config.training.warnings())
+    build_model(config, torch.device("cpu"))
+    assert "training.stream_base: saves nothing, because cpu has no memory of its own" in caplog.messages
 
 
 def test_8_bits_on_a_device_without_them(make_config) -> None:

@@ -10,9 +10,10 @@ import pytest
 import tomlkit
 from attrs import evolve
 
+from lorakit.config.savings import changes
 from lorakit.data.planning import buckets
 from lorakit.engine.preparation import prepare
-from lorakit.planning.ladder import RESERVE, changes, first_that_fits
+from lorakit.planning.ladder import RESERVE, first_that_fits
 from lorakit.planning.plan import Plan, make_plan
 from lorakit.planning.report import report
 
@@ -104,8 +105,8 @@ def test_keys_that_the_config_should_do_without(plan) -> None:
     made = plan(gradient_checkpointing=0.25)
     own = evolve(made.prepared.config.training, fp8_base=("unet",), nf4_base=("unet",))
     plain, nf4 = made.rungs[1], made.rungs[6]
-    assert changes(plain, own) == {"gradient_checkpointing": False, "fp8_base": (), "nf4_base": ()}
-    assert changes(nf4, own) == {"gradient_checkpointing": False, "nf4_base": ("unet",), "fp8_base": ()}
+    assert changes(plain.training, own) == {"gradient_checkpointing": False, "fp8_base": (), "nf4_base": ()}
+    assert changes(nf4.training, own) == {"gradient_checkpointing": False, "nf4_base": ("unet",), "fp8_base": ()}
 
 
 def test_text_encoder_gets_fewer_bits_where_it_is_in_memory(make_config) -> None:
@@ -114,6 +115,19 @@ def test_text_encoder_gets_fewer_bits_where_it_is_in_memory(make_config) -> None
     made = make_plan(prepare(config))
     assert made.rungs[3].keys == {"int8_base": ("unet", "text_encoder")}
     assert made.captions is None
+
+
+def test_streamed_weights_are_the_last_rungs(plan) -> None:
+    """A device with memory of its own can go further: what is streamed leaves two blocks on it, in whatever form."""
+    _, _, exact, *others, whole, int8, nf4 = plan(device="auto").rungs
+    assert [rung.keys for rung in (whole, int8, nf4)] == [
+        {"gradient_checkpointing": True, **form, "stream_base": ("unet",)}
+        for form in ({}, {"int8_base": ("unet",)}, {"nf4_base": ("unet",)})
+    ]
+    assert not any("stream_base" in rung.keys for rung in (exact, *others))
+    assert 0.6 * exact.memory.frozen > whole.memory.frozen > int8.memory.frozen > nf4.memory.frozen
+    assert nf4.memory.frozen < others[-1].memory.frozen
+    assert (whole.memory.kept, whole.memory.trained) == (exact.memory.kept, exact.memory.trained)
 
 
 def test_measured_times(make_config) -> None:

@@ -110,6 +110,7 @@ REAL: Mapping[str, Mapping[str, Any]] = {
     "half": {"network": UNET, "training": SHARES["half"]},
     "text encoder, all": {"training": {"mixed_precision": "bf16", **SHARES["all"]}},
     "nf4 and int8": {"training": {"mixed_precision": "bf16", "nf4_base": ["unet"], "int8_base": ["text_encoder"]}},
+    "streamed": {"training": {"mixed_precision": "bf16", "stream_base": ["unet"], **SHARES["all"]}},
     "dora and dropout": {"network": {"name": "c3lier", "dora": True, "dropout": 0.1, "rank_dropout": 0.1, **UNET}},
     "eager": {"network": UNET, "attention": {"name": "eager"}, "training": {"mixed_precision": "bf16"}},
 }

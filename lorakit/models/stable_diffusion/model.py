@@ -27,6 +27,7 @@ from lorakit.models.stable_diffusion.parts import TOKENIZER_FILES, StoredModel, 
 from lorakit.models.stable_diffusion.reading import compile_unet, empty_module, read_unet, unet_module
 from lorakit.models.stable_diffusion.settings import DOWNSCALING, LATENT_CHANNELS
 from lorakit.models.stable_diffusion.targets import (
+    layers_by_block,
     text_encoder_key,
     text_encoder_targets,
     unet_blocks,
@@ -36,6 +37,7 @@ from lorakit.models.stable_diffusion.targets import (
 from lorakit.models.stable_diffusion.text import ClipTextEncoder, checkpoint_layers, clip_module, read_clip
 from lorakit.models.stable_diffusion.tokenizer import CaptionTokenizer
 from lorakit.models.stable_diffusion.unet import use_backend
+from lorakit.models.streaming import stream
 from lorakit.models.weights import EditTensor
 
 ReadModule = Callable[[StoredPart, torch.device, torch.dtype, EditTensor | None], nn.Module]
@@ -97,6 +99,7 @@ class StableDiffusion:
         self._attention: AttentionBackend | None = None
         self._recomputed = 0.0
         self._formats: Mapping[str, str] = {}
+        self._streamed: frozenset[str] = frozenset()
         self._compiler: str | None = None
         self._channels_last = False
         self._merging = merging
@@ -198,10 +201,12 @@ class StableDiffusion:
     def quantize(self, formats: Mapping[str, str]) -> None:
         """Keep the weights of the layers of `unet`, `text_encoder` or both in these forms from now on."""
         self._formats = dict(formats)
-        if self._unet is not None:
-            self._shrink("unet", self._unet)
-        if self._text_encoder is not None:
-            self._shrink("text_encoder", self._text_encoder.module)
+        self._settle()
+
+    def stream(self, parts: Sequence[str]) -> None:
+        """Keep the weights of the layers of `unet`, `text_encoder` or both in the host's memory from now on."""
+        self._streamed = frozenset(parts)
+        self._settle()
 
     def compile(self, backend: str | None) -> None:
         """Compile the U-Net's ResNet and transformer blocks, adapters included, with this backend of torch.compile.
@@ -267,18 +272,35 @@ class StableDiffusion:
 
     def _read(self, part: Literal["unet", "text_encoder"], read: ReadModule) -> nn.Module:
         """A part's module on the device."""
-        shrinks = part in self._formats
         # What is to shrink goes to the device shrunk, so that the device never has to hold the whole.
-        device = torch.device("cpu") if shrinks else self.device
+        aside = part in self._formats or part in self._streamed
+        device = torch.device("cpu") if aside else self.device
         module = read(self.stored.part(part), device, self.dtype, self._merging.edit(_KEYS[part]))
-        return self._shrink(part, module).to(self.device) if shrinks else module
+        self._keep(part, module)
+        return module.to(self.device) if aside else module
 
-    def _shrink(self, part: Literal["unet", "text_encoder"], module: nn.Module) -> nn.Module:
-        """The same module, its layers in fewer bits if those of the part are to be."""
-        if part in self._formats:
-            for target in _TARGETS[part](module):
-                quantize(target.module, self._formats[part], self.device)
-        return module
+    def _settle(self) -> None:
+        """Keep the weights of what has been read as is asked for now."""
+        if self._unet is not None:
+            self._keep("unet", self._unet)
+        if self._text_encoder is not None:
+            self._keep("text_encoder", self._text_encoder.module)
+
+    def _keep(self, part: Literal["unet", "text_encoder"], module: nn.Module) -> None:
+        """Keep the weights of a part's layers in fewer bits, in the host's memory, or both, if they are to be."""
+        blocks = layers_by_block(_TARGETS[part](module))
+        if part in self._streamed:
+            # One block after the other, so that the device never has to hold all of them.
+            stream((self._shrunk(part, block) for block in blocks), self.device)
+        else:
+            for block in blocks:
+                self._shrunk(part, block)
+
+    def _shrunk(self, part: Literal["unet", "text_encoder"], layers: Sequence[nn.Module]) -> Sequence[nn.Module]:
+        """The same layers, in fewer bits if those of the part are to be."""
+        for layer in layers if part in self._formats else ():
+            quantize(layer, self._formats[part], self.device)
+        return layers
 
     def _hashes(self, path: Path, name: str) -> dict[str, str]:
         """Both hashes of a file by which web UIs find it; none of a folder."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 
 from torch import nn
 
@@ -16,6 +18,8 @@ _BLOCKS: dict[str, Block] = {
     "downsamplers": "sampler",
     "upsamplers": "sampler",
 }
+
+_BLOCK_PATH = re.compile(r".*?\b(?:attentions|resnets|downsamplers|upsamplers|layers)\.\d+")
 
 
 def unet_key(path: str) -> str:
@@ -51,6 +55,16 @@ def text_encoder_targets(encoder: nn.Module) -> Iterator[AdaptationTarget]:
     for path in _adaptable(encoder):
         key, place = text_encoder_key(path), f"text_encoder.text_model.{path}"
         yield AdaptationTarget(key, "text_encoder", "text_encoder", encoder, path, place=place)
+
+
+def layers_by_block(targets: Iterable[AdaptationTarget]) -> list[list[nn.Module]]:
+    """The layers of a part, those together that are used together: of each transformer, ResNet block, and so on."""
+
+    def block(target: AdaptationTarget) -> str:
+        found = _BLOCK_PATH.match(target.path)
+        return found[0] if found else target.path
+
+    return [[target.module for target in own] for _, own in groupby(targets, block)]
 
 
 def _block_number(path: str) -> int:

@@ -20,6 +20,7 @@ from lorakit.components import ModelFamilyConfig, NetworkConfig
 from lorakit.errors import ModelError
 from lorakit.models.protocol import AttentionBackend, DiffusionModel
 from lorakit.models.quantization import QuantizedLayer
+from lorakit.models.streaming import streamed_bytes
 from lorakit.models.weight_formats import FORMATS
 from lorakit.plugins import Catalog
 from lorakit.testing.contracts.attention import reference
@@ -254,6 +255,18 @@ class ModelFamilyContract(ComponentContract):
         assert early.fingerprint("text_encoder") != whole.fingerprint("text_encoder")
         late.quantize({})
         assert late.fingerprint("text_encoder") == whole.fingerprint("text_encoder")
+
+    @pytest.mark.parametrize("weight_format", [None, "nf4"])
+    def test_streams_weights(self, weight_format: str | None) -> None:
+        """With weights that are copied ahead of their use, loss and gradients are the same."""
+        plain, streaming = self.built(), self.built()
+        for model in (plain, streaming):
+            model.quantize(dict.fromkeys(self.config.parts, weight_format) if weight_format else {})
+        expected = _loss_and_gradients(plain, self.config.parts)
+        streaming.stream(self.config.parts)
+        assert streamed_bytes(target.module for target in streaming.targets(self.config.parts)) > 0
+        for new, old in zip(_loss_and_gradients(streaming, self.config.parts), expected, strict=True):
+            torch.testing.assert_close(new, old)
 
     def test_uses_the_attention_backend(self) -> None:
         """All attention of the denoiser goes through the backend, set before the denoiser is read or afterwards."""
