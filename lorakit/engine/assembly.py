@@ -99,7 +99,7 @@ def assemble_with(
         network=network,
         optimizer=optimizer,
         lr_scheduler=config.lr_scheduler.build(optimizer, schedule.total_steps),
-        gradients=FlatGradients([parameter for group in groups for parameter in group.parameters]),
+        gradients=FlatGradients(groups),
         scaler=torch.amp.GradScaler(processes.device.type, enabled=config.training.mixed_precision == "fp16"),
         schedule=schedule,
         loader=loader,

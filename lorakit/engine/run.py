@@ -20,6 +20,7 @@ from lorakit.engine.evaluation import begin_training, evaluation_weights
 from lorakit.engine.gradients import FlatGradients
 from lorakit.engine.interruption import StopRequest
 from lorakit.engine.metrics import MetricsReader, PendingStep, effective_rate
+from lorakit.engine.nonfinite import NonFiniteSteps, StepGuard
 from lorakit.engine.observing import Observers, RunInfo
 from lorakit.engine.output import AdapterWriter
 from lorakit.engine.processes import Processes
@@ -40,8 +41,8 @@ class Step:
     scheduled: ScheduledStep
     batches: Iterator[Batch]
     """This process's micro-batches, on its device."""
-    images: list[str]
-    """Names of the images of the batches taken so far."""
+    images: list[tuple[str, ...]]
+    """Names of the images of each of the batches taken so far."""
 
     def share_of(self, batch: Batch) -> float:
         """How much of the step's loss, a mean over all processes and micro-batches, is this batch's mean."""
@@ -71,10 +72,14 @@ class Run:
     """Optimizer steps done."""
     loss: Tensor = field(init=False)
     """Loss of the step so far: this process's part of the mean, a scalar on the device."""
+    losses: list[Tensor] = field(factory=list)
+    """What each of this process's micro-batches has added to it."""
     gradient_norm: Tensor = field(init=False)
     """Norm of the last step's gradients, a scalar on the device."""
     values: Mapping[str, Tensor] = field(factory=dict)
     """What the network has measured after the last step, scalars on the device."""
+    guard: StepGuard = field(init=False)
+    """Takes the optimizer's steps."""
     metrics: MetricsReader = field(init=False)
     """Reads the numbers of finished steps and tells the observers."""
 
@@ -82,7 +87,10 @@ class Run:
         self.loss = torch.zeros((), device=self.processes.device)
         self.gradient_norm = torch.zeros_like(self.loss)
         begin_training(self.optimizer)
-        self.metrics = MetricsReader(self.processes, self.scaler.is_enabled(), partial(self.tell, "metrics_read"))
+        skips = self.config.training.on_nonfinite == "skip"
+        self.guard = StepGuard(self.optimizer, self.scaler, skips)
+        judge = NonFiniteSteps(self.gradients.groups, skips, self.scaler.is_enabled(), self.processes.is_main)
+        self.metrics = MetricsReader(self.processes, judge, partial(self.tell, "metrics_read"))
 
     @property
     def info(self) -> RunInfo:
@@ -139,6 +147,7 @@ class Run:
 
     def save_state(self) -> Path:
         """Write all that is needed to go on from here; gives the folder."""
+        self._read_metrics_alone()
         machinery = {
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
@@ -179,7 +188,7 @@ class Run:
         batches = self.prefetched(self.schedule.batches_from(self.step, self.loader))
         try:
             for scheduled in self.schedule.steps_from(self.step):
-                images: list[str] = []
+                images: list[tuple[str, ...]] = []
                 yield Step(scheduled, self._arriving(batches, len(scheduled.shares), images), images)
                 if scheduled.ends_epoch:
                     self.tell("epoch_finished", scheduled.planned.epoch)
@@ -193,10 +202,10 @@ class Run:
         depth = 0 if self.processes.device.type == "cpu" else PREFETCHED_BATCHES
         return prefetch(batches, depth, self.processes.device)
 
-    def _arriving(self, batches: Iterator[Batch], count: int, images: list[str]) -> Iterator[Batch]:
+    def _arriving(self, batches: Iterator[Batch], count: int, images: list[tuple[str, ...]]) -> Iterator[Batch]:
         for _ in range(count):
             batch = next(batches)
-            images += batch.images
+            images.append(tuple(batch.images))
             yield batch.to(self.processes.device)
 
     def encode(self, batch: Batch) -> Conditioning:
@@ -206,15 +215,16 @@ class Run:
     def backward(self, loss: Tensor) -> None:
         """Add a part of the step's loss, and its gradients."""
         torch.autograd.backward(self.scaler.scale(loss))
+        self.losses.append(loss.detach())
         self.loss = self.loss + loss.detach()
 
     def update(self) -> None:
         """Reduce and clip the gradients and take the optimizer's step."""
+        self.guard.mark(self.gradients, self.loss)
         self.gradients.sum_over(self.processes)
         self.scaler.unscale_(self.optimizer)
         self.gradient_norm = self.gradients.clip(self.config.training.max_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.guard.step(self.gradient_norm)
         self.values = self.network.after_update()
         self.gradients.zero()
 
@@ -225,9 +235,19 @@ class Run:
         self.lr_scheduler.step()
         epoch = step.scheduled.planned.epoch
         self.metrics.add(
-            PendingStep(self.step, epoch, tuple(step.images), rates, self.loss, self.gradient_norm, self.values)
+            PendingStep(
+                step=self.step,
+                epoch=epoch,
+                images=tuple(step.images),
+                learning_rates=rates,
+                loss=self.loss,
+                losses=tuple(self.losses),
+                gradient_norm=self.gradient_norm,
+                group_norms=self.gradients.norms,
+                values=self.values,
+            )
         )
-        self.loss = torch.zeros_like(self.loss)
+        self.loss, self.losses = torch.zeros_like(self.loss), []
         self.tell("step_finished", self.step)
 
     def _stop_if_asked(self) -> None:

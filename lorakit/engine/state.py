@@ -35,7 +35,8 @@ NEUTRAL_SECTIONS = ("output", "metadata", "saver", "observers", "attention")
 NEUTRAL_KEYS = {
     "data": ("cache_dir", "workers", "encode_batch_size"),
     "training": (
-        "max_epochs", "max_steps", "device", "process_timeout", "gradient_checkpointing", "compile", "compile_backend",
+        "max_epochs", "max_steps", "on_nonfinite", "device", "process_timeout", "gradient_checkpointing", "compile",
+        "compile_backend",
     ),
 }  # fmt: skip
 """Keys of other sections that may differ too: what is trained does not depend on them, but for rounding."""
