@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from lorakit.engine.caching import Encoded, encode_data
 from lorakit.engine.gradients import FlatGradients
 from lorakit.engine.metadata import run_metadata
 from lorakit.engine.observing import Observers
+from lorakit.engine.occupancy import only_run
 from lorakit.engine.output import AdapterWriter
 from lorakit.engine.preparation import PreparedRun
 from lorakit.engine.processes import Processes
@@ -44,11 +46,20 @@ EVERY_RUN_HAS = ("checkpoints", "progress", "validation")
 def train_prepared(prepared: PreparedRun, catalog: Catalog, resume: Path | None = None) -> Path:
     """Train as the config of a prepared run says; gives the path of the final file.
 
-    `resume` is the folder of a state; an empty path stands for the newest state of the run.
+    `resume` is the folder of a state; an empty path stands for the newest state of the run. Raises OutputError
+    while another run writes files of the same name to the same folder.
     """
     config = prepared.config
+    processes = Processes.launched(config.training.device, config.training.process_timeout)
+    with only_run(config.output) if processes.is_main else nullcontext():
+        return _train_alone(prepared, catalog, processes, resume)
+
+
+def _train_alone(prepared: PreparedRun, catalog: Catalog, processes: Processes, resume: Path | None) -> Path:
+    """Train where no other run writes files of the same name."""
+    config = prepared.config
     state = find_state(config, None if resume == Path() else resume) if resume is not None else None
-    run = assemble(prepared, Processes.launched(config.training.device, config.training.process_timeout))
+    run = assemble(prepared, processes)
     if state is not None:
         run.load_state(state)
         log.info("going on from step %d of %d", run.step, run.schedule.total_steps)
