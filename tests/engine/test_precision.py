@@ -43,7 +43,7 @@ def with_other_vae(model: Path, folder: Path, factor: float) -> Path:
 
 def test_vae_that_overflows(make_config, tiny_sd1: Path, tmp_path: Path) -> None:
     """Latents that float16 is too small for are made in float32, and the cache holds no NaN."""
-    model = with_other_vae(tiny_sd1, tmp_path / "loud", 1e5)
+    model = with_other_vae(tiny_sd1, tmp_path / "loud", 3000.0)
     data = {"cache_dir": str(tmp_path / "own-cache")}
     training = {"mixed_precision": "fp16", "max_steps": 1}
     lorakit.train(make_config(model={"path": str(model)}, data=data, training=training, network={"parts": ["unet"]}))

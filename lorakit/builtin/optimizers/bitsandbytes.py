@@ -39,7 +39,7 @@ class BitsandbytesConfig(OptimizerConfig):
         return optimizer
 
 
-@frozen(kw_only=True)
+@frozen(kw_only=True, slots=False)  # because a class can have but one base with slots of its own
 class _In8BitsConfig(BitsandbytesConfig):
     """What all have that keep their state in 8 bits."""
 
