@@ -123,6 +123,10 @@ class DatasetConfig:
     validation_seed: int | None = None
     """Chooses the images that are validated, and their noise; `training.seed` when absent."""
 
+    def seed_of_validation(self, seed: int) -> int:
+        """The seed of its own, or the one given where it has none."""
+        return seed if self.validation_seed is None else self.validation_seed
+
     def problems(self) -> Iterator[Problem]:
         """Combinations that make no sense; keys are field names."""
         if all(subset.is_reg for subset in self.subsets):

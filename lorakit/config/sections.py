@@ -92,6 +92,9 @@ class TrainingSection:
     """Where all randomness starts: the same seed gives the same run."""
     max_grad_norm: float = field(default=1.0, validator=v.ge(0))
     """Longer gradients are scaled down to this norm; 0 leaves them as they are."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do when the loss or a gradient is NaN or infinite: `stop` the run, or `skip` the step, which then changes
+    nothing; after 20 such steps in a row the run stops all the same."""
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
     """Where to train; `auto` takes an accelerator where there is one."""
     process_timeout: float | None = field(default=None, validator=v.optional(v.gt(0)))

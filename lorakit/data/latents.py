@@ -75,6 +75,7 @@ def latent_masks(masks: Sequence[NDArray[np.uint8] | None], latents: Tensor) -> 
 
 
 def not_encodable(name: str, error: NotFiniteError) -> DataError:
-    """What to tell of an image or caption that the encoder's number format is too small for."""
-    hint = "the encoder's number format overflows: set training.mixed_precision to bf16 or no, or give model.vae"
+    """What to tell of an image or caption of which the encoder makes NaN or infinity."""
+    hint = "its encoder's weights are damaged, so give model.vae or another model; or its number format overflows, "
+    hint += "so set training.mixed_precision to bf16 or no"
     return DataError(str(Problem(name, f"cannot be encoded: {error}", hint)))

@@ -58,7 +58,7 @@ def _chosen(dataset: DatasetConfig, examples: Sequence[Example], seed: int) -> s
     At least one of a subset stays. The numbers know of no subset, so that a folder which stands in several
     is split alike in all.
     """
-    own_seed = seed if dataset.validation_seed is None else dataset.validation_seed
+    own_seed = dataset.seed_of_validation(seed)
     subsets: dict[str, list[tuple[int, Path]]] = {}
     for example in examples:
         _, subset, name = example.identity.split("/", 2)

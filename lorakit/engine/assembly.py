@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from lorakit.engine.identity import RunIdentity
 from lorakit.engine.metadata import run_metadata
 from lorakit.engine.modes import Mode
 from lorakit.engine.observing import Observers
+from lorakit.engine.occupancy import only_run
 from lorakit.engine.output import AdapterWriter
 from lorakit.engine.preparation import PreparedRun
 from lorakit.engine.processes import Processes
@@ -49,10 +51,18 @@ EVERY_RUN_HAS = ("checkpoints", "progress", "validation")
 def train_prepared(prepared: PreparedRun, catalog: Catalog, resume: Path | None = None) -> Path:
     """Train as the config of a prepared run says; gives the path of the final file.
 
-    `resume` is the folder of a state; an empty path stands for the newest state of the run.
+    `resume` is the folder of a state; an empty path stands for the newest state of the run. Raises OutputError
+    while another run writes files of the same name to the same folder.
     """
     config = prepared.config
     processes = Processes.launched(config.training.device, config.training.process_timeout)
+    with only_run(config.output) if processes.is_main else nullcontext():
+        return _train_alone(prepared, catalog, processes, resume)
+
+
+def _train_alone(prepared: PreparedRun, catalog: Catalog, processes: Processes, resume: Path | None) -> Path:
+    """Train where no other run writes files of the same name."""
+    config = prepared.config
     if processes.is_main:
         clean_up(config)
     state = None
@@ -114,7 +124,7 @@ def assemble_with(
         network=network,
         optimizer=optimizer,
         lr_scheduler=config.lr_scheduler.build(optimizer, schedule.total_steps),
-        gradients=FlatGradients([parameter for group in groups for parameter in group.parameters]),
+        gradients=FlatGradients(groups),
         scaler=torch.amp.GradScaler(processes.device.type, enabled=config.training.mixed_precision == "fp16"),
         schedule=schedule,
         loader=loader,

@@ -30,7 +30,7 @@ NEUTRAL_SECTIONS = ("output", "metadata", "saver", "observers", "attention")
 NEUTRAL_KEYS = {
     "data": ("cache_dir", "workers", "encode_batch_size"),
     "training": (
-        "max_epochs", "max_steps", "device", "process_timeout", "gradient_checkpointing", "stream_base",
+        "max_epochs", "max_steps", "on_nonfinite", "device", "process_timeout", "gradient_checkpointing", "stream_base",
         "compile_backend", "tf32", *MODE_KEYS,
     ),
 }  # fmt: skip

@@ -6,17 +6,14 @@ steps are read at once. That is also when a loss that is not finite is noticed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from attrs import field, frozen
-from torch import Tensor
 
+from lorakit.engine.nonfinite import NonFiniteSteps, PendingStep
 from lorakit.engine.observing import StepMetrics
 from lorakit.engine.processes import Processes
-from lorakit.errors import TrainingDiverged
 
 STEPS_PER_READING = 10
 
@@ -31,27 +28,13 @@ def effective_rate(group: Mapping[str, Any]) -> float:
     return float(group.get("scheduled_lr", group["lr"])) * (factor if isinstance(factor, float) else 1.0)
 
 
-@frozen
-class PendingStep:
-    """A finished step whose numbers have not been read."""
-
-    step: int
-    epoch: int
-    images: tuple[str, ...]
-    learning_rates: Mapping[str, float]
-    loss: Tensor
-    gradient_norm: Tensor
-    values: Mapping[str, Tensor] = field(factory=dict)
-    """What else was measured, the same on all processes: scalars on the device."""
-
-
 class MetricsReader:
     """Collects the numbers of steps and reads them together."""
 
-    def __init__(self, processes: Processes, scaled: bool, report: Callable[[StepMetrics], None]) -> None:
-        """`scaled` says that a loss scaler handles gradients that overflow; `report` gets each step's numbers."""
+    def __init__(self, processes: Processes, judge: NonFiniteSteps, report: Callable[[StepMetrics], None]) -> None:
+        """`judge` looks at each step's numbers; `report` gets them, but for steps that were skipped."""
         self._processes = processes
-        self._scaled = scaled
+        self._judge = judge
         self._report = report
         self._pending: list[PendingStep] = []
         self._capacity = 1 if processes.device.type == "cpu" else STEPS_PER_READING
@@ -64,7 +47,7 @@ class MetricsReader:
     def add(self, step: PendingStep) -> None:
         """Take a step's numbers, and read all when enough have come together.
 
-        Raises TrainingDiverged when a loss or gradient is not finite.
+        Raises TrainingDiverged when a loss or gradient is not finite and the run is to stop.
         """
         self._pending.append(step)
         if len(self._pending) >= self._capacity:
@@ -82,25 +65,15 @@ class MetricsReader:
         count = len(pending_steps)
         values = iter(numbers[2 * count :])
         for pending, loss, norm in zip(pending_steps, numbers[:count], numbers[count : 2 * count], strict=True):
-            self._refuse_divergence(pending, loss, norm)
-            self._report(
-                StepMetrics(
-                    step=pending.step,
-                    epoch=pending.epoch,
-                    loss=loss,
-                    gradient_norm=norm,
-                    learning_rates=pending.learning_rates,
-                    values={name: next(values) for name in pending.values},
+            measured = {name: next(values) for name in pending.values}
+            if self._judge.counts(pending, loss, norm):
+                self._report(
+                    StepMetrics(
+                        step=pending.step,
+                        epoch=pending.epoch,
+                        loss=loss,
+                        gradient_norm=norm,
+                        learning_rates=pending.learning_rates,
+                        values=measured,
+                    )
                 )
-            )
-
-    def _refuse_divergence(self, pending: PendingStep, loss: float, norm: float) -> None:
-        if math.isfinite(loss) and (self._scaled or math.isfinite(norm)):
-            return
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient is {norm}"
-        names = ", ".join(pending.images[:8]) + (" …" if len(pending.images) > 8 else "")
-        raise TrainingDiverged(
-            f"step {pending.step}: {what}, so training was stopped. Images of this step: {names}. "
-            "Saves made before are kept. Lower optimizer.lr, or use training.mixed_precision "
-            '"bf16" or "no" instead of "fp16"; if it is always the same image, look at that file.'
-        )

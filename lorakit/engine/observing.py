@@ -87,7 +87,7 @@ class Observer:
         """A step is done and the adapters are updated; `step` counts from 1."""
 
     def metrics_read(self, metrics: StepMetrics) -> None:
-        """The numbers of a step have arrived; in order, none left out, possibly some steps late."""
+        """The numbers of a step have arrived; in order, possibly some steps late, none left out but skipped steps."""
 
     def epoch_finished(self, epoch: int) -> None:
         """An epoch is done; `epoch` counts from 1."""

@@ -23,6 +23,7 @@ from lorakit.engine.identity import RunIdentity
 from lorakit.engine.interruption import StopRequest
 from lorakit.engine.length import follow, warn_of_length
 from lorakit.engine.metrics import MetricsReader, PendingStep, effective_rate
+from lorakit.engine.nonfinite import NonFiniteSteps, StepGuard
 from lorakit.engine.observing import Observers, RunInfo
 from lorakit.engine.output import AdapterWriter
 from lorakit.engine.processes import Processes
@@ -47,8 +48,10 @@ class Step:
     scheduled: ScheduledStep
     batches: Iterator[Batch]
     """This process's micro-batches, on its device, weighted so that their losses add up to the step's."""
-    images: list[str]
-    """Names of the images of the batches taken so far."""
+    images: list[tuple[str, ...]] = field(factory=list)
+    """Names of the images of each of the batches learned from so far."""
+    losses: list[Tensor] = field(factory=list)
+    """What this process's part of the loss had come to after each of them, scalars on the device."""
 
 
 @define(kw_only=True)
@@ -84,6 +87,8 @@ class Run:
     """Norm of the last step's gradients, a scalar on the device."""
     values: Mapping[str, Tensor] = field(factory=dict)
     """What the network has measured after the last step, scalars on the device."""
+    guard: StepGuard = field(init=False)
+    """Takes the optimizer's steps."""
     metrics: MetricsReader = field(init=False)
     """Reads the numbers of finished steps and tells the observers."""
     _weights: EvaluationWeights = field(init=False)
@@ -93,7 +98,10 @@ class Run:
         self.gradient_norm = torch.zeros_like(self.loss)
         begin_training(self.optimizer)
         self._weights = EvaluationWeights(self.optimizer)
-        self.metrics = MetricsReader(self.processes, self.scaler.is_enabled(), partial(self.tell, "metrics_read"))
+        skips = self.config.training.on_nonfinite == "skip"
+        self.guard = StepGuard(self.optimizer, self.scaler, skips)
+        judge = NonFiniteSteps(self.gradients.groups, skips, self.scaler.is_enabled(), self.processes.is_main)
+        self.metrics = MetricsReader(self.processes, judge, partial(self.tell, "metrics_read"))
 
     @property
     def info(self) -> RunInfo:
@@ -209,8 +217,9 @@ class Run:
         batches = self.prefetched(self.schedule.batches_from(self.step, self.loader))
         try:
             for scheduled in self.schedule.steps_from(self.step):
-                images: list[str] = []
-                yield Step(scheduled, self._arriving(batches, scheduled, images), images)
+                images: list[tuple[str, ...]] = []
+                losses: list[Tensor] = []
+                yield Step(scheduled, self._arriving(batches, scheduled, images, losses), images, losses)
                 if scheduled.ends_epoch:
                     self.tell("epoch_finished", scheduled.planned.epoch)
                 self._stop_if_asked()
@@ -223,12 +232,16 @@ class Run:
         depth = 0 if self.processes.device.type == "cpu" else PREFETCHED_BATCHES
         return prefetch(batches, depth, self.processes.device)
 
-    def _arriving(self, batches: Iterator[Batch], scheduled: ScheduledStep, images: list[str]) -> Iterator[Batch]:
+    def _arriving(
+        self, batches: Iterator[Batch], scheduled: ScheduledStep, images: list[tuple[str, ...]], losses: list[Tensor]
+    ) -> Iterator[Batch]:
+        """A step's batches; after each, its images and the loss so far are noted."""
         for _ in scheduled.shares:
             batch = next(batches)
-            images += batch.images
             # The step's loss is a mean over all processes and micro-batches.
             yield batch.to(self.processes.device).counting(batch.share / len(scheduled.planned.micro_batches))
+            images.append(tuple(batch.images))
+            losses.append(self.loss.clone())
 
     def encode(self, batch: Batch) -> Conditioning:
         """The batch's conditioning: from the cache, or from the text encoder as it is now."""
@@ -242,11 +255,11 @@ class Run:
     def update(self) -> None:
         """Reduce and clip the gradients and take the optimizer's step."""
         self.is_whole = False
+        self.guard.mark(self.gradients, self.loss)
         self.gradients.sum_over(self.processes)
         self.scaler.unscale_(self.optimizer)
         self.gradient_norm = self.gradients.clip(self.config.training.max_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.guard.step(self.gradient_norm)
         self.values = self.network.after_update()
         self.gradients.zero()
 
@@ -258,7 +271,17 @@ class Run:
         self.is_whole = True
         epoch = step.scheduled.planned.epoch
         self.metrics.add(
-            PendingStep(self.step, epoch, tuple(step.images), rates, self.loss.clone(), self.gradient_norm, self.values)
+            PendingStep(
+                step=self.step,
+                epoch=epoch,
+                images=tuple(step.images),
+                learning_rates=rates,
+                loss=self.loss.clone(),
+                losses=tuple(step.losses),
+                gradient_norm=self.gradient_norm,
+                group_norms=self.gradients.norms,
+                values=self.values,
+            )
         )
         self.loss.zero_()
         self.tell("step_finished", self.step)

@@ -35,9 +35,8 @@ class ValidationSet:
         """The held-out images in `datasets`, loaded as those of training are; None where there are none."""
         if not datasets:
             return None
-        seeds = [dataset.config.validation_seed for dataset in datasets]
-        own = [config.training.seed if seed is None else seed for seed in seeds]
-        return cls([evolve(loader, datasets=datasets, seed=seed) for seed in own])
+        seeds = [dataset.config.seed_of_validation(config.training.seed) for dataset in datasets]
+        return cls([evolve(loader, datasets=datasets, seed=seed) for seed in seeds])
 
     def batches(self, timesteps: Sequence[int], max_batches: int | None) -> Iterator[Batch]:
         """Each batch at each timestep, in a fixed order in which buckets are mixed; `max_batches` or all of them.

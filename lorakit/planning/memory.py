@@ -126,9 +126,8 @@ def training_memory(
         frozen_weights = _settled(meter)
         elsewhere = _elsewhere(model, prepared.parts_in_memory, config)
         network, groups = adapt(model, config)
-        parameters = [parameter for group in groups for parameter in group.parameters]
         adapters = _settled(meter) - frozen_weights
-        FlatGradients(parameters)
+        FlatGradients(groups)
         standing = _settled(meter)
         for _ in range(_steps_to_settle(config)):
             kept = _step(model, network, batch, config, meter)
@@ -137,7 +136,7 @@ def training_memory(
         frozen=frozen_weights - elsewhere,
         adapters=adapters,
         gradients=standing - frozen_weights - adapters,
-        optimizer=state_bytes(config.optimizer, [tuple(parameter.shape) for parameter in parameters]),
+        optimizer=state_bytes(config.optimizer, [tuple(p.shape) for group in groups for p in group.parameters]),
         kept=kept,
         passing=passing,
         encoding=encoding.passing if prepared.encodes_images else 0,

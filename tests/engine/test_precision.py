@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import lorakit
 from lorakit.engine.assembly import assemble
 from lorakit.engine.base_model import build_model
 from lorakit.engine.preparation import prepare
 from lorakit.engine.processes import Processes
-from lorakit.errors import ConfigError
+from lorakit.errors import ConfigError, DataError
 from lorakit.models.quantization import QuantizedLayer
 from lorakit.models.weight_formats import FORMATS
 from tests.engine.test_runs import same, weights_of
@@ -28,6 +30,36 @@ def test_vae_in_float32(make_config) -> None:
 
     assert not same(trained("bf16", False), trained("bf16", True))
     assert same(trained("no", False), trained("no", True))
+
+
+def with_other_vae(model: Path, folder: Path, factor: float) -> Path:
+    """A copy of a model whose VAE's first weights are multiplied."""
+    copy = shutil.copytree(model, folder)
+    (file,) = (copy / "vae").glob("*.safetensors")
+    weights = load_file(file)
+    weights["encoder.conv_in.weight"].mul_(factor)
+    save_file(weights, file)
+    return copy
+
+
+def test_vae_that_overflows(make_config, tiny_sd1: Path, tmp_path: Path) -> None:
+    """Latents that float16 is too small for are made in float32, and the cache holds no NaN."""
+    model = with_other_vae(tiny_sd1, tmp_path / "loud", 3000.0)
+    data = {"cache_dir": str(tmp_path / "own-cache")}
+    training = {"mixed_precision": "fp16", "max_steps": 1}
+    lorakit.train(make_config(model={"path": str(model)}, data=data, training=training, network={"parts": ["unet"]}))
+    entries = [load_file(file) for file in (tmp_path / "own-cache").rglob("*.safetensors")]
+    assert len([entry for entry in entries if "mean" in entry]) == 4
+    assert all(tensor.isfinite().all() for entry in entries for tensor in entry.values())
+
+
+def test_vae_that_is_damaged(make_config, tiny_sd1: Path, tmp_path: Path) -> None:
+    """Latents that are NaN in float32 too are an error that names an image and the cure, and are not cached."""
+    model = with_other_vae(tiny_sd1, tmp_path / "damaged", float("nan"))
+    data = {"cache_dir": str(tmp_path / "own-cache")}
+    with pytest.raises(DataError, match=r"\.png: cannot be encoded: its mean holds NaN .*model\.vae"):
+        lorakit.train(make_config(model={"path": str(model)}, data=data))
+    assert not list((tmp_path / "own-cache").rglob("*.safetensors"))
 
 
 def test_base_model_in_fewer_bits(make_config) -> None:

@@ -39,6 +39,14 @@ class BitsandbytesConfig(OptimizerConfig):
         return optimizer
 
 
+@frozen(kw_only=True, slots=False)  # because a class can have but one base with slots of its own
+class _In8BitsConfig(BitsandbytesConfig):
+    """What all have that keep their state in 8 bits."""
+
+    min_8bit_size: int = field(default=4096, validator=v.ge(0))
+    """Tensors of fewer numbers than this keep their state in 32 bits."""
+
+
 @frozen(kw_only=True)
 class _AdamWConfig(BitsandbytesConfig):
     """What all kinds of AdamW have."""
@@ -71,14 +79,11 @@ class PagedAdamW32bitConfig(PagedAdamWConfig):
 
 
 @frozen(kw_only=True)
-class AdamW8bitConfig(_AdamWConfig):
+class AdamW8bitConfig(_In8BitsConfig, _AdamWConfig):
     """AdamW that keeps its state in 8 bits, a quarter of the memory (Dettmers et al., 2021, arXiv:2110.02861)."""
 
     name = "adamw8bit"
     class_name = "AdamW8bit"
-
-    min_8bit_size: int = field(default=4096, validator=v.ge(0))
-    """Tensors of fewer numbers than this keep their state in 32 bits."""
 
 
 @frozen(kw_only=True)
@@ -90,7 +95,7 @@ class PagedAdamW8bitConfig(AdamW8bitConfig):
 
 
 @frozen(kw_only=True)
-class Lion8bitConfig(BitsandbytesConfig):
+class Lion8bitConfig(_In8BitsConfig):
     """Lion (Chen et al., 2023, arXiv:2302.06675) that keeps its state in 8 bits, a quarter of the memory.
 
     Wants a learning rate three to ten times lower than AdamW's.
@@ -103,8 +108,6 @@ class Lion8bitConfig(BitsandbytesConfig):
     """Decay of the update direction and of the momentum."""
     weight_decay: float = field(default=0.0, validator=v.ge(0))
     """Share of each weight, times the learning rate, that it loses at each step."""
-    min_8bit_size: int = field(default=4096, validator=v.ge(0))
-    """Tensors of fewer numbers than this keep their state in 32 bits."""
 
 
 @frozen(kw_only=True)
@@ -116,7 +119,7 @@ class PagedLion8bitConfig(Lion8bitConfig):
 
 
 @frozen(kw_only=True)
-class SGDNesterov8bitConfig(BitsandbytesConfig):
+class SGDNesterov8bitConfig(_In8BitsConfig):
     """Gradient descent with momentum that is kept in 8 bits.
 
     bitsandbytes takes the momentum as it is, without Nesterov's look ahead, which `sgdnesterov` has.
@@ -129,8 +132,6 @@ class SGDNesterov8bitConfig(BitsandbytesConfig):
     """Decay of the running sum of gradients."""
     weight_decay: float = field(default=0.0, validator=v.ge(0))
     """Share of each weight that is added to its gradient."""
-    min_8bit_size: int = field(default=4096, validator=v.ge(0))
-    """Tensors of fewer numbers than this keep their state in 32 bits."""
 
 
 @hookimpl

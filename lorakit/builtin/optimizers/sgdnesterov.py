@@ -33,12 +33,17 @@ class SGDNesterovConfig(OptimizerConfig):
 
     def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
         """PyTorch's, as one kernel for all parameters where the device has it."""
+        import torch
         from torch.optim import SGD
 
         from lorakit.networks.network import torch_groups
 
         fused = all(p.device.type in {"cpu", "cuda"} for group in groups for p in group.parameters)
-        return SGD(torch_groups(groups), nesterov=True, fused=fused, **self.own_settings())
+        optimizer = SGD(torch_groups(groups), nesterov=True, fused=fused, **self.own_settings())
+        for parameter in (p for group in groups for p in group.parameters):
+            # PyTorch would leave it unset in a first step that a loss scaler skips, and use it in the next.
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
 
 
 @hookimpl

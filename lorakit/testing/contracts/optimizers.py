@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
 
+import pytest
 import torch
 from attrs import define, field
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lorakit.components import OptimizerConfig
 from lorakit.engine.evaluation import begin_training
 from lorakit.engine.gradients import FlatGradients
+from lorakit.engine.nonfinite import StepGuard
 from lorakit.networks.network import ParameterGroup
 from lorakit.testing.contracts.component import ComponentContract
 
@@ -97,6 +99,24 @@ class OptimizerContract(ComponentContract):
         problem.solve(3)
         assert all(parameter.isfinite().all() for parameter in problem.parameters)
 
+    @pytest.mark.parametrize("scaled", [False, True])
+    def test_a_step_that_is_skipped_changes_nothing(self, scaled: bool) -> None:
+        """Steps whose gradients are NaN, the very first among them, leave parameters and state as they were."""
+        problem, hit = (Problem.fresh(self.config) for _ in range(2))
+        scaler = torch.amp.GradScaler("cpu", init_scale=1.0, enabled=scaled)
+        guard = StepGuard(hit.optimizer, scaler, skips=True)
+        for step in range(5):
+            factor = torch.nan if step in {0, 3} else 1.0
+            scaler.scale(factor * hit.loss()).backward()
+            scaler.unscale_(hit.optimizer)
+            guard.step(hit.gradients.clip(0.0))
+            hit.gradients.zero()
+        problem.solve(3)
+        assert not hit.differs_from(problem.copies())
+        for one in (problem, hit):
+            one.solve(3)
+        assert not hit.differs_from(problem.copies())
+
     def test_leaves_the_gradient_buffer_in_place(self) -> None:
         """Gradients stay views of the engine's one buffer, which is zeroed and reduced as a whole."""
         problem = Problem.fresh(self.config)
@@ -134,7 +154,7 @@ class Problem:
         generator = torch.Generator().manual_seed(1)
         self.targets = [0.1 * torch.randn(own.shape, generator=generator) for own in self.parameters]
         self.weights = [0.1 + torch.rand(own.shape, generator=generator) for own in self.parameters]
-        self.gradients = FlatGradients(self.parameters)
+        self.gradients = FlatGradients(self.groups)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
