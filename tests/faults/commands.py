@@ -120,9 +120,7 @@ def _log(folder: Path) -> Path:
     return logs / f"{len(list(logs.glob('*.log'))):03d}.log"
 
 
-def _run(
-    arguments: list[str], log: Path, operations: Path, faults: tuple[Fault, ...], disk: SmallDisk | None
-) -> None:
+def _run(arguments: list[str], log: Path, operations: Path, faults: tuple[Fault, ...], disk: SmallDisk | None) -> None:
     """What the forked process does."""
     for descriptor in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)

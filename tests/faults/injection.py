@@ -6,13 +6,11 @@ A disk that is full is a limit on the size of files, which the system heeds for 
 
 from __future__ import annotations
 
-import builtins
 import os
 import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from errno import EIO
 from pathlib import Path
 from typing import Literal
@@ -81,15 +79,16 @@ class Injection:
             if isinstance(path, str) and (set(str(mode or "")) & set("wax+") or int(str(flags)) & _WRITING):
                 self.meet("open", path)
         elif event in _AUDITED:
-            for path in self._paths(event, arguments):
-                self.meet(_AUDITED[event], path)
+            self.meet(_AUDITED[event], _full_path(*arguments[1 if event == "os.rename" else 0 :]))
 
-    @staticmethod
-    def _paths(event: str, arguments: tuple[object, ...]) -> Iterator[str]:
-        """The path of an operation; of a renaming, the new one."""
-        path = arguments[1 if event == "os.rename" else 0]
-        if isinstance(path, (str, os.PathLike)):
-            yield str(path)
+
+def _full_path(path: object, *others: object) -> str:
+    """A path that an operation was given, with the folder that came last as a descriptor; of a renaming, the new one."""
+    folder = others[-1] if others else -1
+    text = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else ""
+    if isinstance(folder, int) and folder >= 0 and not os.path.isabs(text):  # noqa: PTH117
+        return f"{Path(f'/proc/self/fd/{folder}').readlink()}/{text}"
+    return text
 
 
 def _strike(fault: Fault) -> None:
@@ -104,7 +103,7 @@ def _strike(fault: Fault) -> None:
         case "wait":
             time.sleep(fault.seconds)
         case "refuse":
-            raise builtins.OSError(fault.errno, os.strerror(fault.errno))
+            raise OSError(fault.errno, os.strerror(fault.errno))
 
 
 def _limit_files(size: int) -> None:
