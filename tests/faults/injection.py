@@ -83,7 +83,7 @@ class Injection:
 
 
 def _full_path(path: object, *others: object) -> str:
-    """A path that an operation was given, with the folder that came last as a descriptor; of a renaming, the new one."""
+    """A path that an operation was given, with the folder whose descriptor came last; of a renaming, the new one."""
     folder = others[-1] if others else -1
     text = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else ""
     if isinstance(folder, int) and folder >= 0 and not os.path.isabs(text):  # noqa: PTH117

@@ -13,7 +13,8 @@ from tests.faults.runs import Reference, SmallRun, weights_of
 from tests.faults.scenarios import PROMPTS, SCENARIOS
 
 PLAIN_KILLS = max(1, KILLS // 10)
-FORKED_KILLS = -(-(KILLS - PLAIN_KILLS) // len(SCENARIOS))
+SHARES = [(KILLS - PLAIN_KILLS + index) // len(SCENARIOS) for index in range(len(SCENARIOS))]
+"""How often runs of each scenario are killed, `KILLS` times in all with those of the plain command."""
 
 
 def scenario_run(name: str, run: SmallRun) -> SmallRun:
@@ -63,11 +64,11 @@ def _workers(random: np.random.Generator) -> str:
     return f"data.workers={random.integers(1, 4)}"
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_killed_at_random_moments(name: str, run: SmallRun) -> None:
+@pytest.mark.parametrize(("name", "kills"), zip(SCENARIOS, SHARES, strict=True), ids=SCENARIOS)
+def test_killed_at_random_moments(name: str, kills: int, run: SmallRun) -> None:
     """Whatever is trained and however, SIGKILL costs nothing: the weights are those of the uninterrupted run."""
     whole = scenario_run(name, run)
-    kill_and_resume(whole, Reference.of(whole), FORKED_KILLS, keyed_generator("kills", name))
+    kill_and_resume(whole, Reference.of(whole), kills, keyed_generator("kills", name))
 
 
 def test_plain_command_killed_at_random_moments(run: SmallRun) -> None:

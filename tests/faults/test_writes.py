@@ -52,7 +52,7 @@ def test_killed_before_an_operation_of_a_save(share: float, run: SmallRun, refer
 
 @pytest.mark.xfail(strict=True, reason="a state is removed file by file under its name")
 def test_killed_while_an_old_state_is_removed(run: SmallRun, reference: Reference) -> None:
-    """SIGKILL when the first file of an old state is gone leaves no half of it under its name, and the new one whole."""
+    """SIGKILL when the first file of an old state is gone leaves no half of it under its name."""
     attempt = run.start(faults=[Fault(part="step00000002/", do="kill", operations=("remove",), first=1)])
     assert attempt.wait() == -signal.SIGKILL, attempt.said
     run.check_files()
