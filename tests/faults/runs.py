@@ -79,7 +79,7 @@ class Reference:
 
     weights: bytes
     startup: float
-    """Seconds that it computed until its first step."""
+    """Seconds that it computed until its first save."""
     total: float
     """Seconds that it computed."""
     operations: list[str] = field(repr=False)
@@ -87,14 +87,14 @@ class Reference:
 
     @classmethod
     def of(cls, run: SmallRun) -> Reference:
-        """What a run gives, on a cache that is full from then on."""
+        """What a run gives."""
         attempt, last = run.start(), [0.0, 0.0]
 
         def measured() -> bool:
             seconds = attempt.cpu_seconds
             if seconds != float("inf"):
                 last[1] = seconds
-            if not last[0] and "step/s" in attempt.said:
+            if not last[0] and "saved " in attempt.said:
                 last[0] = last[1]
             return False
 
