@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import pytest
 
 from tests.faults.runs import Reference, SmallRun
+
+collect_ignore_glob = [] if sys.platform == "linux" else ["test_*.py"]
+"""Other systems have no `/proc`, nor limits and disks as these tests need them."""
 
 KILLS = int(os.environ.get("LORAKIT_KILLS", "10"))
 """How many kills there are to be at random moments, shared among the tests that make them.

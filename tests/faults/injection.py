@@ -7,7 +7,6 @@ A disk that is full is a limit on the size of files, which the system heeds for 
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import sys
 import time
@@ -69,7 +68,7 @@ class Injection:
                 continue
             number = self.seen[index] = self.seen.get(index, -1) + 1
             if number == fault.first + fault.count and fault.do == "fill":
-                _limit_files(resource.RLIM_INFINITY)
+                _limit_files(None)
             if fault.first <= number < fault.first + fault.count:
                 _strike(fault)
 
@@ -106,6 +105,9 @@ def _strike(fault: Fault) -> None:
             raise OSError(fault.errno, os.strerror(fault.errno))
 
 
-def _limit_files(size: int) -> None:
+def _limit_files(size: int | None) -> None:
+    """Let no file grow beyond so many bytes, or let them grow."""
+    import resource  # not on Windows
+
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY if size is None else size, hard))

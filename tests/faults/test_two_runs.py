@@ -27,8 +27,8 @@ def test_one_cache_while_a_run_is_killed(run: SmallRun, reference: Reference, tm
         assert weights_of(own.final) == reference.weights
 
 
-def both_in_one_folder(run: SmallRun) -> tuple[SmallRun, list[str]]:
-    """Two runs of the same name in the same folder, ended; what they said."""
+def both_in_one_folder(run: SmallRun) -> list[str]:
+    """What two runs of the same name said that went on in the same folder at the same time."""
     attempts = [run.start(resume=False), run.start(resume=False)]
     for attempt in attempts:
         assert attempt.wait() in (0, 2), attempt.said
@@ -36,7 +36,7 @@ def both_in_one_folder(run: SmallRun) -> tuple[SmallRun, list[str]]:
         assert "internal error" not in attempt.said
     assert 0 in [attempt.poll() for attempt in attempts]
     run.check_files()
-    return run, [attempt.said for attempt in attempts]
+    return [attempt.said for attempt in attempts]
 
 
 def test_one_output_folder(run: SmallRun, reference: Reference) -> None:
@@ -48,7 +48,6 @@ def test_one_output_folder(run: SmallRun, reference: Reference) -> None:
 @pytest.mark.xfail(strict=True, reason="nothing keeps a second run out of an output folder")
 def test_second_run_in_an_output_folder_is_told(run: SmallRun, reference: Reference) -> None:
     """The second of two runs of one name in one folder is refused with a message that names the folder."""
-    _, said = both_in_one_folder(run)
-    (refusal,) = (text for text in said if "another run" in text)
+    (refusal,) = (text for text in both_in_one_folder(run) if "another run" in text)
     assert str(run.output) in refusal
     assert weights_of(run.final) == reference.weights
