@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import nox
@@ -60,6 +61,21 @@ def fuzz(session: nox.Session) -> None:
     install(session, "-e", ".[test]")
     session.env["LORAKIT_FUZZ"] = session.posargs[0] if session.posargs else "5000"
     session.run("pytest", "tests/fuzz", "-n", "2", "--dist", "worksteal")
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """Kill runs 100 times at random moments, and let every write fail: half an hour. LORAKIT_KILLS says how often."""
+    install(session, "-e", ".[test]")
+    session.env.setdefault("LORAKIT_KILLS", os.environ.get("LORAKIT_KILLS", "100"))
+    session.run("pytest", "tests/faults", *session.posargs)
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Whether memory, open files and speed stay flat over 20 000 steps: half an hour. Arguments after `--` go to it."""
+    install(session, "-e", ".[test]")
+    session.run("python", "benchmarks/soak.py", *session.posargs)
 
 
 @nox.session

@@ -1,0 +1,1 @@
+"""Runs that are killed, interrupted, and refused what they want to write, and what they leave."""

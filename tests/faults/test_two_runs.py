@@ -1,0 +1,53 @@
+"""Two runs at the same time, in one output folder or with one cache."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from lorakit.randomness import keyed_generator
+from tests.faults.runs import Reference, SmallRun, weights_of
+
+
+def test_one_cache_while_a_run_is_killed(run: SmallRun, reference: Reference, tmp_path: Path) -> None:
+    """Of three runs that fill one empty cache two are killed on the way; the third ends as if alone."""
+    cache, random = {"cache_dir": str(tmp_path / "cold-cache")}, keyed_generator("one cache")
+    runs = [run.beside(f"run-{number}", data=cache) for number in range(3)]
+    attempts = [own.start() for own in runs]
+    for attempt in attempts[1:]:
+        seconds = random.uniform(0.8, 1.2) * reference.startup
+        attempt.until(lambda: attempt.cpu_seconds >= seconds)  # noqa: B023 - called at once
+        attempt.send(signal.SIGKILL)
+        attempt.wait()
+    assert attempts[0].wait() == 0, attempts[0].said
+    for own in runs:
+        own.finish()
+        assert weights_of(own.final) == reference.weights
+
+
+def both_in_one_folder(run: SmallRun) -> list[str]:
+    """What two runs of the same name said that went on in the same folder at the same time."""
+    attempts = [run.start(resume=False), run.start(resume=False)]
+    for attempt in attempts:
+        assert attempt.wait() in (0, 2), attempt.said
+        assert "Traceback" not in attempt.said
+        assert "internal error" not in attempt.said
+    assert 0 in [attempt.poll() for attempt in attempts]
+    run.check_files()
+    return [attempt.said for attempt in attempts]
+
+
+def test_one_output_folder(run: SmallRun, reference: Reference) -> None:
+    """Two runs of one name in one folder leave no broken file, and at the end the weights of one of them."""
+    both_in_one_folder(run)
+    assert weights_of(run.final) == reference.weights
+
+
+@pytest.mark.xfail(strict=True, reason="nothing keeps a second run out of an output folder")
+def test_second_run_in_an_output_folder_is_told(run: SmallRun, reference: Reference) -> None:
+    """The second of two runs of one name in one folder is refused with a message that names the folder."""
+    (refusal,) = (text for text in both_in_one_folder(run) if "another run" in text)
+    assert str(run.output) in refusal
+    assert weights_of(run.final) == reference.weights
