@@ -22,8 +22,8 @@ from lorakit.engine.gradients import FlatGradients
 from lorakit.engine.identity import RunIdentity
 from lorakit.engine.interruption import StopRequest
 from lorakit.engine.length import follow, warn_of_length
-from lorakit.engine.metrics import MetricsReader, PendingStep, effective_rate
-from lorakit.engine.nonfinite import NonFiniteSteps, StepGuard
+from lorakit.engine.metrics import MetricsReader, effective_rate
+from lorakit.engine.nonfinite import NonFiniteSteps, PendingStep, StepGuard
 from lorakit.engine.observing import Observers, RunInfo
 from lorakit.engine.output import AdapterWriter
 from lorakit.engine.processes import Processes
