@@ -19,6 +19,7 @@ from lorakit.engine.processes import Processes
 from lorakit.engine.replaying import WARM_UPS, CudaGraphs, Repetition, Replayed
 from lorakit.engine.run import Run
 from lorakit.engine.trainer import train
+from lorakit.networks.network import ParameterGroup
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
@@ -29,7 +30,7 @@ class Toy:
 
     def __init__(self, device: str = "cpu") -> None:
         self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 4, device=device))
-        self.gradients = FlatGradients([self.weight])
+        self.gradients = FlatGradients([ParameterGroup("toy", "unet", (self.weight,), 1e-3)])
         self.loss = torch.zeros((), device=device)
         self.calls: list[Batch] = []
 
