@@ -85,7 +85,8 @@ def _write(state: State, identity: RunIdentity, folder: Path) -> None:
     """Write the files of a state, those that are described before the description, and flush them."""
     machinery = BytesIO()
     torch.save(dict(state.machinery), machinery)
-    contents = {_TENSORS: safetensors.torch.save(dict(state.tensors)), _MACHINERY: machinery.getbuffer()}
+    tensors = safetensors.torch.save(dict(state.tensors))
+    contents: dict[str, bytes | memoryview] = {_TENSORS: tensors, _MACHINERY: machinery.getbuffer()}
     description = {
         "format": FORMAT,
         "lorakit": lorakit.__version__,

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Doing(Observer):
 def train_doing(config: TrainConfig, catalog: Catalog, doings: dict[int, Callable[[Run], object]]) -> Run:
     """Train, and do something after some steps, before they are saved."""
     run = assemble(prepare(config), Processes(torch.device("cpu")))
-    first = Doing({step: lambda do=do: do(run) for step, do in doings.items()})
+    first = Doing({step: partial(do, run) for step, do in doings.items()})
     run.observers = Observers([("doing", True, first), *build_observers(run, catalog)._observers])
     train(run)
     return run
@@ -141,8 +142,8 @@ def test_a_cache_that_takes_nothing(
     make_config: MakeConfig, catalog: Catalog, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A run keeps in memory what it encodes, says so once, and ends the same; to fill the cache alone is refused."""
-    (tmp_path / "file").touch()
     config = make_config(data={"cache_dir": str(tmp_path / "file" / "cache")})
+    (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="safetensors cannot be written: Not a directory"):
         fill_cache(prepare(config))
     trained = train_prepared(prepare(config), catalog)

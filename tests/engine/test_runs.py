@@ -340,6 +340,7 @@ def test_two_processes_equal_one(tables: dict[str, Any], tmp_path: Path, accumul
     """Two processes with batch size 1 give what one with batch size 2 gives, up to the order of summation.
 
     Between the epochs one of them validates while the other waits, and draws previews, of which there is one set.
+    One process with batch size 2 goes on from their state in mid-epoch, to the same end.
     """
     training = {"max_steps": 4, "gradient_accumulation_steps": accumulation}
     # With its usual eps, Adam takes full steps where a gradient is nothing but rounding.
@@ -351,17 +352,22 @@ def test_two_processes_equal_one(tables: dict[str, Any], tmp_path: Path, accumul
     launcher = ("-m", "accelerate.commands.launch", *options)
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 1")
     previews = 'observers=[{ name = "samples", prompts = "prompts.txt", every_n_steps = 2 }]'
-    together = run_lorakit("train", path, "--set", previews, launcher=launcher)
+    states = [f"--set=output.{key}" for key in ("save_every_n_steps=1", "save_state=true", "keep_last_states=9")]
+    together = run_lorakit("train", path, "--set", previews, *states, launcher=launcher)
     assert together.returncode == 0, together.stderr
     assert alone.stderr.count("validation loss") == together.stderr.count("validation loss") >= 2
     assert len(list((tmp_path / "out" / "sample").glob("test_*_00_*.png"))) == 2
+    changes = ("--set", "data.batch_size=2", "--set", "output.name=resumed")
+    resumed = run_lorakit("train", path, *changes, "--resume", tmp_path / "out" / "test-state" / "step00000001")
+    assert resumed.returncode == 0, resumed.stderr
     left = weights_of(tmp_path / "out" / "alone.safetensors")
-    right = weights_of(tmp_path / "out" / "test.safetensors")
-    assert left.keys() == right.keys()
     assert any(tensor.abs().max() > 0 for key, tensor in left.items() if "lora_up" in key)
-    for key in left:
-        # Rounding is a larger part of the smallest gradients; other images or another scale would differ by all of it.
-        assert (right[key] - left[key]).norm() <= 1e-2 * left[key].norm() + 1e-9, key
+    for name in ("test", "resumed"):
+        right = weights_of(tmp_path / "out" / f"{name}.safetensors")
+        assert left.keys() == right.keys()
+        for key in left:
+            # Rounding is a larger part of small gradients; other images or another scale would differ by all of it.
+            assert (right[key] - left[key]).norm() <= 1e-2 * left[key].norm() + 1e-9, key
 
 
 def _free_port() -> int:
