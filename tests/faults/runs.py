@@ -80,8 +80,8 @@ class Reference:
     weights: bytes
     startup: float
     """Seconds that it computed until its first save."""
-    total: float
-    """Seconds that it computed."""
+    rest: float
+    """Seconds that it computed after that."""
     operations: list[str] = field(repr=False)
     """Its operations on files."""
 
@@ -102,7 +102,7 @@ class Reference:
         assert attempt.poll() == 0, attempt.said
         run.check_files()
         operations = attempt.operations.read_text().splitlines() if attempt.operations.exists() else []
-        return cls(weights_of(run.final), *last, operations)
+        return cls(weights_of(run.final), last[0], last[1] - last[0], operations)
 
 
 def weights_of(path: Path) -> bytes:

@@ -46,10 +46,10 @@ def kill_and_resume(run: SmallRun, reference: Reference, kills: int, random: np.
 
 def _killed(run: SmallRun, reference: Reference, random: np.random.Generator) -> bool:
     """Go on with a run until it is killed at a random moment, and look at its files; False where it ended before."""
-    moment = random.uniform(0, reference.startup)
+    attempt, moment = run.start(_workers(random)), random.uniform(0, reference.startup)
     if random.random() < 0.8:
-        moment = reference.startup + random.uniform(0, (reference.total - reference.startup) / 2)
-    attempt = run.start(_workers(random))
+        attempt.until(lambda: "saved " in attempt.said)
+        moment = attempt.cpu_seconds + random.uniform(0, reference.rest / 2)
     attempt.until(lambda: attempt.cpu_seconds >= moment)
     attempt.send(signal.SIGKILL)
     if attempt.wait() == 0:
