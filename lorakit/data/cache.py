@@ -35,6 +35,15 @@ def refuse_not_finite(tensors: Mapping[str, Tensor]) -> None:
             raise NotFiniteError(f"its {name} holds NaN or infinity")
 
 
+def settled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of an entry's tensors as they are to be written. Raises NotFiniteError."""
+    from torch import contiguous_format
+
+    refuse_not_finite(tensors)
+    # A row of a batch would be written with the layout, and the memory, of the whole.
+    return {name: tensor.detach().cpu().clone(memory_format=contiguous_format) for name, tensor in tensors.items()}
+
+
 class Cache:
     """A folder of tensors: one safetensors file for each key, in sub-folders named by the key's first two digits."""
 
@@ -65,13 +74,13 @@ class Cache:
 
     def store(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Write an entry. Raises NotFiniteError, or OutputError where it cannot be written."""
-        from safetensors.torch import save
-        from torch import contiguous_format
+        self.write(key, settled(tensors))
 
-        refuse_not_finite(tensors)
-        # Copies, because a row of a batch would be written with the layout, and the memory, of the whole.
-        entry = {name: tensor.detach().cpu().clone(memory_format=contiguous_format) for name, tensor in tensors.items()}
-        write_atomically(self._path(key), save(entry))
+    def write(self, key: str, entry: Mapping[str, Tensor]) -> None:
+        """Write an entry that is `settled`, which computes nothing. Raises OutputError where it cannot be written."""
+        from safetensors.torch import save
+
+        write_atomically(self._path(key), save(dict(entry)))
         self.memo.remember(self._path(key), "whole", lambda: True)
 
     def _path(self, key: str) -> Path:
