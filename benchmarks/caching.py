@@ -100,7 +100,8 @@ def indexing_config(arguments: argparse.Namespace, cache: str) -> TrainConfig:
 def encoding_config(arguments: argparse.Namespace) -> TrainConfig:
     """Images as large as was asked for, and the model that was asked for."""
     batch = 1 if arguments.measure == "one" else arguments.batch
-    sizes = f"resolution = {arguments.size}, min_bucket_reso = 128, encode_batch_size = {batch}"
+    smallest = min(128, arguments.size)
+    sizes = f"resolution = {arguments.size}, min_bucket_reso = {smallest}, encode_batch_size = {batch}"
     return config(arguments, encoded_folder(arguments), "encoded", sizes, arguments.precision)
 
 

@@ -39,6 +39,15 @@ def refuse_not_finite(tensors: Mapping[str, Tensor]) -> None:
             raise NotFiniteError(f"its {name} holds NaN or infinity")
 
 
+def settled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of an entry's tensors as they are to be written. Raises NotFiniteError."""
+    from torch import contiguous_format
+
+    refuse_not_finite(tensors)
+    # A row of a batch would be written with the layout, and the memory, of the whole.
+    return {name: tensor.detach().cpu().clone(memory_format=contiguous_format) for name, tensor in tensors.items()}
+
+
 class Cache:
     """A folder of tensors: one safetensors file for each key, in sub-folders named by the key's first two digits."""
 
@@ -77,26 +86,29 @@ class Cache:
 
     def store(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Write an entry. Raises NotFiniteError, or OutputError where it can neither be written nor kept."""
-        from safetensors.torch import save
-        from torch import contiguous_format
+        self.write(key, settled(tensors))
 
-        refuse_not_finite(tensors)
-        # Copies, because a row of a batch would be written with the layout, and the memory, of the whole.
-        entry = {name: tensor.detach().cpu().clone(memory_format=contiguous_format) for name, tensor in tensors.items()}
+    def write(self, key: str, entry: Mapping[str, Tensor]) -> None:
+        """Write an entry that is `settled`, which computes nothing.
+
+        Raises OutputError where it can neither be written nor kept.
+        """
+        from safetensors.torch import save
+
         try:
-            write_atomically(self._path(key), save(entry))
+            write_atomically(self._path(key), save(dict(entry)))
         except OutputError as error:
             self._keep(key, entry, error)
         else:
             self.memo.remember(self._path(key), "whole", lambda: True)
 
-    def _keep(self, key: str, entry: dict[str, Tensor], error: OutputError) -> None:
+    def _keep(self, key: str, entry: Mapping[str, Tensor], error: OutputError) -> None:
         """Keep an entry in memory, where that helps, and say so at the first."""
         if not self.keeps_unwritten:
             raise error
         if not self._unwritten:
             logger.warning("%s Until then what is encoded is kept in memory, for this run alone.", error)
-        self._unwritten[key] = entry
+        self._unwritten[key] = dict(entry)
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 from lorakit.data.buckets import Placement
-from lorakit.data.cache import Cache, NotFiniteError, content_key
+from lorakit.data.cache import Cache, NotFiniteError, content_key, settled
 from lorakit.data.captions import possible_captions
 from lorakit.data.examples import Example, IndexedDataset, default_workers
 from lorakit.data.images import RESAMPLING
@@ -265,23 +266,38 @@ def _encode_texts(captions: Sequence[str], keys: CaptionKeys, model: DiffusionMo
 
 
 def _store_all(encoded: Iterable[_Encoded], cache: Cache, total: int, encoding: Encoding) -> None:
-    """Store entries in a thread of their own, so that the encoder does not wait for the disk."""
+    """Write entries in a thread of their own, so that the encoder does not wait for the disk.
+
+    On a GPU that thread also waits for what is encoded. On a CPU it computes nothing: that would slow the encoder down.
+    """
     done = 0
     with ThreadPoolExecutor(1) as writer:
-        for stored in in_order(writer, lambda entries: _store(entries, cache), encoded, ahead=4):
+        if encoding.device.type == "cpu":
+            batches = in_order(writer, partial(_write, cache), map(_entries, encoded), ahead=4)
+        else:
+            batches = in_order(writer, lambda own: _write(cache, _entries(own)), encoded, ahead=4)
+        for stored in batches:
             done += stored
             if encoding.progress:
                 encoding.progress(done, total)
 
 
-def _store(encoded: _Encoded, cache: Cache) -> int:
-    """Store a batch of entries and count them."""
+def _write(cache: Cache, entries: Mapping[str, Mapping[str, Tensor]]) -> int:
+    """Write entries, by key, and count them."""
+    for key, entry in entries.items():
+        cache.write(key, entry)
+    return len(entries)
+
+
+def _entries(encoded: _Encoded) -> dict[str, dict[str, Tensor]]:
+    """The entries of a batch as the cache is to hold them, by key. Raises DataError where one is not finite."""
+    entries = {}
     tensors = {name: tensor.cpu() for name, tensor in encoded.tensors.items()}
     for row, (key, name) in enumerate(zip(encoded.keys, encoded.names, strict=True)):
         entry = {part: tensor[row] for part, tensor in tensors.items()}
         mask = encoded.masks[row] if encoded.masks else None
         try:
-            cache.store(key, entry if mask is None else {**entry, "mask": mask})
+            entries[key] = settled(entry if mask is None else {**entry, "mask": mask})
         except NotFiniteError as error:
             raise not_encodable(name, error) from error
-    return len(encoded.keys)
+    return entries

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from attrs import evolve
 
 from lorakit.config.savings import changes, next_rung, to_toml
+from lorakit.config.sections import WITHOUT_OWN_MEMORY
 from lorakit.errors import OutOfMemory, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ def shortage_told(run: Run) -> Iterator[None]:
 
 def advice(run: Run) -> str:
     """What to set so that steps need less memory, the end of a sentence."""
-    training = evolve(run.config.training, device=run.processes.device.type)
+    training = run.config.training
+    if run.processes.device.type in WITHOUT_OWN_MEMORY:
+        training = evolve(training, device="cpu")
     parts = tuple(own for own in run.config.model.parts if own != "text_encoder" or callable(run.loader.captions))
     rung, ways = next_rung(training, parts), []
     if rung is not None:
