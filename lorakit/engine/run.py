@@ -19,8 +19,8 @@ from lorakit.engine.conditioning import conditioning_of
 from lorakit.engine.evaluation import begin_training, evaluation_weights
 from lorakit.engine.gradients import FlatGradients
 from lorakit.engine.interruption import StopRequest
-from lorakit.engine.metrics import MetricsReader, PendingStep, effective_rate
-from lorakit.engine.nonfinite import NonFiniteSteps, StepGuard
+from lorakit.engine.metrics import MetricsReader, effective_rate
+from lorakit.engine.nonfinite import NonFiniteSteps, PendingStep, StepGuard
 from lorakit.engine.observing import Observers, RunInfo
 from lorakit.engine.output import AdapterWriter
 from lorakit.engine.processes import Processes
@@ -88,7 +88,7 @@ class Run:
         self.gradient_norm = torch.zeros_like(self.loss)
         begin_training(self.optimizer)
         skips = self.config.training.on_nonfinite == "skip"
-        self.guard = StepGuard(self.optimizer, self.scaler, skips)
+        self.guard = StepGuard(self.optimizer, self.scaler, self.processes, skips=skips)
         judge = NonFiniteSteps(self.gradients.groups, skips, self.scaler.is_enabled(), self.processes.is_main)
         self.metrics = MetricsReader(self.processes, judge, partial(self.tell, "metrics_read"))
 
@@ -220,8 +220,8 @@ class Run:
 
     def update(self) -> None:
         """Reduce and clip the gradients and take the optimizer's step."""
-        self.guard.mark(self.gradients, self.loss)
         self.gradients.sum_over(self.processes)
+        self.guard.mark(self.gradients, self.loss)
         self.scaler.unscale_(self.optimizer)
         self.gradient_norm = self.gradients.clip(self.config.training.max_grad_norm)
         self.guard.step(self.gradient_norm)
