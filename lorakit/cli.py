@@ -14,7 +14,7 @@ import click
 
 import lorakit
 from lorakit.columns import columns
-from lorakit.errors import ConfigError, Interrupted, LorakitError, OutputError
+from lorakit.errors import ConfigError, Interrupted, LorakitError, OutputError, is_out_of_memory
 
 if TYPE_CHECKING:
     from lorakit.config.sections import TrainConfig
@@ -265,16 +265,10 @@ def _message(error: BaseException) -> str:
         return f"{len(error.problems)} problems:{listed}"
     if isinstance(error, LorakitError):
         return f"error: {error}"
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         hint = "lower batch_size or resolution, or set training.gradient_checkpointing = true"
         return f"error: out of memory ({hint})"
     return f"internal error: {type(error).__name__}: {error}; run again with --debug to see where it came from"
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of the computer or of an accelerator was not enough."""
-    names = {ancestor.__name__ for ancestor in type(error).__mro__}
-    return bool({"MemoryError", "OutOfMemoryError"} & names) or "can't allocate memory" in str(error)
 
 
 def main() -> None:

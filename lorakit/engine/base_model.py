@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from lorakit.config.sections import TrainConfig, TrainingSection
+from lorakit.engine.building import built
 from lorakit.engine.hardware import doubts, fp16_on_cpu
 from lorakit.errors import ConfigError, Problem
 from lorakit.models.compilation import why_not
@@ -39,7 +40,7 @@ def build_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
 
 def plain_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
     """The base model in the number formats of the run, its weights not read yet; nothing else is looked at."""
-    model = config.model.build(device, DTYPES[config.training.mixed_precision])
+    model: DiffusionModel = built(config.model, device, DTYPES[config.training.mixed_precision])
     if config.training.base_formats:
         model.quantize(config.training.base_formats)
     return model

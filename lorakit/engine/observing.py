@@ -120,6 +120,7 @@ class Observers:
         self._observers = list(observers)
         self._detached: list[tuple[str, bool, Observer]] = []
         self._held_back: list[tuple[str, tuple[object, ...]]] | None = None
+        self._meddled: set[tuple[str, str]] = set()
 
     def start(self, run: RunInfo) -> None:
         """Tell all that a run starts; what one of them tells meanwhile, the others hear when they know of the run."""
@@ -153,9 +154,14 @@ class Observers:
                 self._tell(entry, event, *values)
 
     def _tell(self, entry: tuple[str, bool, Observer], event: str, *values: object) -> None:
+        # Only here, because components import this module, and none of them torch.
+        from lorakit.engine.global_state import settings_put_back
+
         name, essential, observer = entry
         try:
-            getattr(observer, event)(*values)
+            with settings_put_back() as changed:
+                getattr(observer, event)(*values)
+            self._name_meddler(name, changed)
         except TrainingDiverged:
             raise
         except Exception as error:
@@ -165,3 +171,10 @@ class Observers:
                 self._observers.remove(entry)
                 self._detached.append(entry)
                 log.warning("observer %r failed and is detached: %s: %s", name, type(error).__name__, error)
+
+    def _name_meddler(self, name: str, changed: Iterable[str]) -> None:
+        """Say once of each setting of PyTorch that an observer has changed, which is undone already."""
+        for setting in changed:
+            if (name, setting) not in self._meddled:
+                self._meddled.add((name, setting))
+                log.warning("observer %r calls %s, which would change what is trained; it is put back", name, setting)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from attrs import frozen
 
+from lorakit.blame import blaming
 from lorakit.config.sections import TrainConfig
 from lorakit.config.writing import to_toml
 from lorakit.engine.metadata import save_metadata, without_training
-from lorakit.errors import TrainingDiverged
+from lorakit.errors import OutputError, TrainingDiverged
 from lorakit.files import write_atomically
 from lorakit.models.protocol import DiffusionModel
 from lorakit.networks.network import Network
@@ -53,5 +54,9 @@ class AdapterWriter:
         metadata = {**self.metadata, **self.model.metadata(), **save_metadata(step, epoch)}
         if self.config.metadata.minimal:
             metadata = without_training(metadata)
-        self.saver.save(AdapterFile(tensors, metadata), path)
+        with blaming(self.config.saver, "save"):
+            try:
+                self.saver.save(AdapterFile(tensors, metadata), path)
+            except OSError as error:
+                raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
         return path
