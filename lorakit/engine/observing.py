@@ -75,6 +75,22 @@ class StepMetrics:
     """What else the network has measured after this step, by the names of curves: `norm/avg_key_norm`."""
 
 
+@frozen
+class Every:
+    """When an observer acts: after every so many epochs or steps; never, where a number is None."""
+
+    epochs: int | None = None
+    steps: int | None = None
+
+    def is_due_after_epoch(self, epoch: int) -> bool:
+        """Whether it is time after an epoch; they count from 1."""
+        return self.epochs is not None and epoch % self.epochs == 0
+
+    def is_due_after_step(self, step: int) -> bool:
+        """Whether it is time after a step; they count from 1."""
+        return self.steps is not None and step % self.steps == 0
+
+
 class Observer:
     """Told of a run's events; override those that matter."""
 
