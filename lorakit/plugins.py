@@ -18,7 +18,7 @@ from importlib import metadata
 from typing import Any, TypeVar, get_type_hints
 
 import pluggy
-from attrs import frozen
+from attrs import fields, frozen
 
 from lorakit import hookspecs
 from lorakit.checkpoints import CheckpointSummary
@@ -318,10 +318,15 @@ def _check_component(component: Any, base: type[Component], hook_name: str) -> N
     if component.build is base.build:  # type: ignore[attr-defined]
         raise PluginError(f"{class_name} has no method build, which makes the {base.kind}")
     try:
-        get_type_hints(component)
+        types = get_type_hints(component)
     except NameError as error:
         cure = "import it outside of `if TYPE_CHECKING`, because config files are checked by it"
         raise PluginError(f"{class_name} has a field whose type is unknown: {error}; {cure}") from error
+    untyped = [own.name for own in fields(component) if own.name not in types]
+    if untyped:
+        raise PluginError(
+            f"{class_name} has a field without a type: {untyped[0]}; write such as: {untyped[0]}: int = 1"
+        )
 
 
 def _clash(base: type[Component], name: str, candidates: Sequence[Registration]) -> str:
