@@ -10,13 +10,15 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from typing import Any, TypeVar, get_type_hints
 
 import pluggy
-from attrs import frozen
+from attrs import fields, frozen
 
 from lorakit import hookspecs
 from lorakit.checkpoints import CheckpointSummary
@@ -37,6 +39,9 @@ log = logging.getLogger(__name__)
 
 GROUP = "lorakit"
 """The entry-point group that plugins register in."""
+
+PATIENCE = 5.0
+"""Seconds after which a plugin is named that is still being imported."""
 
 REGISTRATION_HOOKS: Mapping[str, type[Component]] = {
     "register_model_families": ModelFamilyConfig,
@@ -122,12 +127,13 @@ class Catalog:
         detectors: list[Detector] = []
         for provider, load in plugins:
             try:
-                hooks = _hooks_of(load())
-                components = list(_components_of(hooks))
+                with _named_if_slow(provider):
+                    hooks = _hooks_of(load())
+                    components = list(_components_of(hooks))
             # SystemExit too: an import that calls sys.exit must not end lorakit.
             except (Exception, SystemExit) as error:
                 log.debug("plugin %r of %s is broken", provider.entry_point, provider, exc_info=True)
-                broken.append(BrokenPlugin(provider, _in_one_line(error)))
+                broken.append(BrokenPlugin(provider, in_one_line(error)))
                 continue
             for component in components:
                 registrations.setdefault((component, provider.distribution), Registration(component, provider))
@@ -187,7 +193,7 @@ class Catalog:
                 plugin = detector.provider
                 log.warning(
                     "the plugin %r of %s cannot tell the family of %s: %s",
-                    plugin.entry_point, plugin, checkpoint.path, _in_one_line(error),
+                    plugin.entry_point, plugin, checkpoint.path, in_one_line(error),
                     exc_info=log.isEnabledFor(logging.DEBUG),
                 )  # fmt: skip
             else:
@@ -222,6 +228,23 @@ def missing_packages(component: type[Component]) -> list[str]:
         except metadata.PackageNotFoundError:
             missing.append(package)
     return missing
+
+
+@contextmanager
+def _named_if_slow(provider: Provider) -> Iterator[None]:
+    """Say which plugin is being imported when that takes long, as an import cannot be ended from outside."""
+    text = "the plugin %r of %s is still being imported after %g seconds; Ctrl-C stops lorakit"
+    timer = threading.Timer(PATIENCE, log.warning, (text, provider.entry_point, provider, PATIENCE))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        text = "stopped while the plugin %r of %s was being imported; if it never ends: pip uninstall %s"
+        log.warning(text, provider.entry_point, provider, provider.distribution)
+        raise
+    finally:
+        timer.cancel()
 
 
 def _installed_plugins() -> Iterator[Installed]:
@@ -295,10 +318,15 @@ def _check_component(component: Any, base: type[Component], hook_name: str) -> N
     if component.build is base.build:  # type: ignore[attr-defined]
         raise PluginError(f"{class_name} has no method build, which makes the {base.kind}")
     try:
-        get_type_hints(component)
+        types = get_type_hints(component)
     except NameError as error:
         cure = "import it outside of `if TYPE_CHECKING`, because config files are checked by it"
         raise PluginError(f"{class_name} has a field whose type is unknown: {error}; {cure}") from error
+    untyped = [own.name for own in fields(component) if own.name not in types]
+    if untyped:
+        raise PluginError(
+            f"{class_name} has a field without a type: {untyped[0]}; write such as: {untyped[0]}: int = 1"
+        )
 
 
 def _clash(base: type[Component], name: str, candidates: Sequence[Registration]) -> str:
@@ -324,6 +352,7 @@ def _normalised(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
-def _in_one_line(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
+    """An error for the end of a message: with its class, unless it was raised on purpose."""
     text = " ".join(str(error).split())
     return text if isinstance(error, PluginError) else f"{type(error).__name__}: {text}".removesuffix(": ")

@@ -93,6 +93,12 @@ def test_all_that_comes_with_lorakit_works() -> None:
             "  def build(self, groups): pass\n@hookimpl\ndef register_optimizers(): return [Mine]",
             "name 'Path' is not defined; import it outside of `if TYPE_CHECKING`",
         ),
+        (
+            f"{HEAD}from attrs import field\n@frozen(kw_only=True)\nclass Mine(OptimizerConfig):\n  name = 'mine'\n"
+            "  size = field(default=1)\n  def build(self, groups): pass\n"
+            "@hookimpl\ndef register_optimizers(): return [Mine]",
+            "Mine has a field without a type: size",
+        ),
     ],
 )
 def test_a_broken_plugin_is_noted_and_harms_no_other(discover: Discover, source: str, error: str) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
 from attrs import evolve, field, fields, frozen
 from attrs import validators as v
 
+from lorakit.blame import told_by
 from lorakit.components import (
     AttentionConfig,
     Component,
@@ -233,13 +234,13 @@ class TrainConfig:
             yield Problem("optimizer.text_encoder_lr", f"{message}, not {len(rates)}")
         yield from self.loss.problems_with(self.prediction, self.model.num_timesteps)
         for section, component in self._components():
-            yield from _placed(component.problems_with(self), section)
+            yield from _placed(told_by(component, "problems_with", self), section)
 
     def warnings(self) -> Iterator[Problem]:
         """Options that have no effect in this run, or hardly suit the model."""
         for section, component in self._components():
-            yield from _placed(component.warnings(), section)
-            yield from _placed(component.warnings_with(self), section)
+            yield from _placed(told_by(component, "warnings"), section)
+            yield from _placed(told_by(component, "warnings_with", self), section)
         yield from self._rate_warnings()
         yield from _placed(self.training.warnings(), "training")
         yield from _placed(self.output.warnings(), "output")
@@ -266,7 +267,7 @@ class TrainConfig:
         return ((section, value) for section, value in sections.items() if isinstance(value, Component))
 
 
-def _placed(problems: Iterator[Problem], section: str) -> Iterator[Problem]:
+def _placed(problems: Iterable[Problem], section: str) -> Iterator[Problem]:
     """The problems with the full paths of their keys."""
     return (evolve(problem, key=f"{section}.{problem.key}") for problem in problems)
 

@@ -10,10 +10,12 @@ from typing import Any, TypeVar, get_origin, get_type_hints
 
 import attrs
 
+from lorakit.blame import told_by
+from lorakit.components import Component
 from lorakit.config.fields import field_docs
 from lorakit.config.suggestions import hint_for
 from lorakit.config.values import shown, value_converter
-from lorakit.errors import Problem
+from lorakit.errors import PluginError, Problem
 
 ConfigT = TypeVar("ConfigT")
 
@@ -119,7 +121,12 @@ class TableReader:
         except Exception as error:  # a plugin's class can raise anything
             self.report(section, f"cannot be used: {error}")
             return None
-        for problem in getattr(config, "problems", lambda: ())():
+        try:
+            problems = _told(config)
+        except PluginError as error:
+            self.report(section, str(error))
+            return None
+        for problem in problems:
             key = (paths or {}).get(problem.key) or _join(section, problem.key)
             self.report(key, problem.message, problem.hint)
         return config
@@ -133,6 +140,13 @@ class TableReader:
             except (ValueError, TypeError) as error:
                 raise ValueError(_in_words(error, structured)) from error
         return structured
+
+
+def _told(config: object) -> list[Problem]:
+    """What a config says is wrong with its fields taken together, where it can tell."""
+    if not isinstance(config, Component):
+        return list(getattr(config, "problems", lambda: ())())
+    return told_by(config, "problems")
 
 
 def _free_table(cls: type) -> str:

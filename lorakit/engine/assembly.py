@@ -18,12 +18,13 @@ from lorakit.components import ObserverConfig
 from lorakit.config.sections import TrainConfig
 from lorakit.data.batches import BatchLoader
 from lorakit.engine.base_model import build_model
+from lorakit.engine.building import built
 from lorakit.engine.caching import Encoded, encode_data
 from lorakit.engine.gradients import FlatGradients
 from lorakit.engine.identity import RunIdentity
 from lorakit.engine.metadata import run_metadata
 from lorakit.engine.modes import Mode
-from lorakit.engine.observing import Observers
+from lorakit.engine.observing import Observer, Observers
 from lorakit.engine.occupancy import only_run
 from lorakit.engine.output import AdapterWriter
 from lorakit.engine.preparation import PreparedRun
@@ -35,7 +36,7 @@ from lorakit.engine.spilling import SpillWatch, signs_on
 from lorakit.engine.state import find_state, state_folder
 from lorakit.engine.trainer import train
 from lorakit.engine.validation import ValidationSet
-from lorakit.errors import ConfigError
+from lorakit.errors import ConfigError, PluginError
 from lorakit.files import remove_leftovers
 from lorakit.models.protocol import AdaptationTarget, DiffusionModel
 from lorakit.networks.network import Network, ParameterGroup
@@ -116,20 +117,20 @@ def assemble_with(
     config = prepared.config
     loader = _loader(prepared, model, schedule, encoded)
     network, groups = adapt(model, config)
-    optimizer = config.optimizer.build(groups)
+    optimizer = built(config.optimizer, groups)
     metadata = run_metadata(prepared, schedule, processes, optimizer, started)
     return Run(
         config=config,
         model=model,
         network=network,
         optimizer=optimizer,
-        lr_scheduler=config.lr_scheduler.build(optimizer, schedule.total_steps),
+        lr_scheduler=built(config.lr_scheduler, optimizer, schedule.total_steps),
         gradients=FlatGradients(groups),
         scaler=torch.amp.GradScaler(processes.device.type, enabled=config.training.mixed_precision == "fp16"),
         schedule=schedule,
         loader=loader,
         processes=processes,
-        writer=AdapterWriter(config, model, network, config.saver.build(), metadata),
+        writer=AdapterWriter(config, model, network, built(config.saver), metadata),
         identity=RunIdentity.of(prepared, processes.world_size),
         validation=ValidationSet.of(loader, prepared.validation, config),
     )
@@ -150,12 +151,21 @@ def clean_up(config: TrainConfig) -> None:
 
 
 def build_observers(run: Run, catalog: Catalog) -> Observers:
-    """The observers that every run has, and those that the config names."""
+    """The observers that every run has, and those that the config names.
+
+    One that cannot be made is told of and left out, unless the run needs it.
+    """
     named = {config.name for config in run.config.observers}
     always = [catalog.find(ObserverConfig, name)() for name in EVERY_RUN_HAS if name not in named]
-    return Observers(
-        (config.name, config.essential, config.build(run.info)) for config in (*always, *run.config.observers)
-    )
+    observers: list[tuple[str, bool, Observer]] = []
+    for config in (*always, *run.config.observers):
+        try:
+            observers.append((config.name, config.essential, built(config, run.info)))
+        except PluginError as error:
+            if config.essential:
+                raise
+            log.warning("the run goes on without an observer: %s", error)
+    return Observers(observers)
 
 
 def _rehearse(config: TrainConfig, total_steps: int, device: torch.device) -> None:
@@ -164,7 +174,7 @@ def _rehearse(config: TrainConfig, total_steps: int, device: torch.device) -> No
         ParameterGroup(part, part, (torch.nn.Parameter(torch.zeros(1, device=device)),), config.optimizer.lr_of(part))
         for part in config.trained_parts
     ]
-    config.lr_scheduler.build(config.optimizer.build(groups), total_steps)
+    built(config.lr_scheduler, built(config.optimizer, groups), total_steps)
 
 
 def _loader(prepared: PreparedRun, model: DiffusionModel, schedule: Schedule, encoded: Encoded) -> BatchLoader:
@@ -186,7 +196,7 @@ def _loader(prepared: PreparedRun, model: DiffusionModel, schedule: Schedule, en
 
 def _set_up(model: DiffusionModel, config: TrainConfig) -> None:
     """Say how the model is to compute."""
-    model.use_attention(config.attention.build())
+    model.use_attention(built(config.attention))
     if config.training.gradient_checkpointing:
         model.enable_gradient_checkpointing(float(config.training.gradient_checkpointing))
     Mode.certain(config.training).set_up(model, config.training.compile_backend)
@@ -195,7 +205,7 @@ def _set_up(model: DiffusionModel, config: TrainConfig) -> None:
 def _attached_network(config: TrainConfig, model: DiffusionModel) -> Network:
     """The adapters in their places, from the seed or from the file that the config names."""
     targets = model.targets(config.trained_parts)
-    network = config.network.build([target for target in targets if _learning_rate(config, target)])
+    network: Network = built(config.network, [target for target in targets if _learning_rate(config, target)])
     network.initialize(config.training.seed)
     if config.network.weights is not None:
         network.load_tensors(starting_tensors(config.network.weights), str(config.network.weights))

@@ -9,6 +9,7 @@ import torch
 from attrs import evolve
 
 from lorakit.config.sections import TrainConfig, TrainingSection
+from lorakit.engine.building import built
 from lorakit.engine.hardware import doubts, fp16_on_cpu
 from lorakit.errors import ConfigError, Problem
 from lorakit.models.compilation import why_not
@@ -40,7 +41,7 @@ def build_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
 
 def plain_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
     """The base model in the number formats of the run, its weights not read yet; nothing else is looked at."""
-    model = config.model.build(device, DTYPES[config.training.mixed_precision])
+    model: DiffusionModel = built(config.model, device, DTYPES[config.training.mixed_precision])
     if config.training.base_formats:
         model.quantize(config.training.base_formats)
     if config.training.stream_base:

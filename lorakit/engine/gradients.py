@@ -30,7 +30,7 @@ class FlatGradients:
             parameter.grad = share.view_as(parameter)
             start += parameter.numel()
         sizes = [sum(p.numel() for p in group.parameters) for group in groups]
-        self._shares = list(torch.split(self.buffer, sizes))
+        self._shares = torch.split(self.buffer, sizes)
         self.groups = tuple(group.name for group in groups)
         """Names of the groups, in the order of `norms`."""
         self.norms = self.buffer.new_zeros(len(groups))

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lorakit.engine.gradients import FlatGradients
+from lorakit.engine.processes import Processes
 from lorakit.errors import TrainingDiverged
 
 log = logging.getLogger(__name__)
@@ -48,30 +49,49 @@ class PendingStep:
     """What else was measured, the same on all processes."""
 
 
-@frozen
 class StepGuard:
     """Takes the optimizer's steps; where steps are to be skipped, one that is not finite leaves all as it was.
 
     An optimizer that can be told so on the device, as fused ones can, is; for any other the device is waited for.
     """
 
-    optimizer: Optimizer
-    scaler: torch.amp.GradScaler
-    """Skips such steps itself where it is enabled."""
-    skips: bool
+    def __init__(
+        self, optimizer: Optimizer, scaler: torch.amp.GradScaler, processes: Processes, *, skips: bool
+    ) -> None:
+        """`scaler`, where it is enabled, skips steps of its own accord when gradients overflow."""
+        self._optimizer = optimizer
+        self._scaler = scaler
+        self._processes = processes
+        self._skips = skips
+        self._loss = torch.zeros((), device=processes.device)
 
     def mark(self, gradients: FlatGradients, loss: Tensor) -> None:
-        """See to it that a loss that is not finite, be it that of one process, shows in the gradients of all."""
-        if self.skips:
-            gradients.spoil_unless_finite(loss)
+        """See to it that a loss that is not finite, be it another process's, shows in the gradients."""
+        if self._skips:
+            self._loss = self._processes.sum(loss.detach().clone())
+            gradients.spoil_unless_finite(self._loss)
 
     def step(self, norm: Tensor) -> None:
         """Move the parameters; `norm` is that of all gradients."""
-        if self.skips and not self.scaler.is_enabled():
-            _step_if_finite(self.optimizer, norm)
+        if self._scaler.is_enabled():
+            self._scaled_step()
+        elif self._skips:
+            _step_if_finite(self._optimizer, norm)
         else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            self._optimizer.step()
+
+    def _scaled_step(self) -> None:
+        before = self._scale()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        if self._skips:
+            # Where the loss itself is not finite, scaling it lower mends nothing, and would in the end lose gradients.
+            self._scaler.update(torch.where(self._loss.isfinite(), self._scale(), before))
+
+    def _scale(self) -> Tensor:
+        """The scaler's factor, on the device."""
+        scale: Tensor = self._scaler.scale(torch.ones_like(self._loss))
+        return scale
 
 
 def _step_if_finite(optimizer: Optimizer, norm: Tensor) -> None:

@@ -77,6 +77,22 @@ class StepMetrics:
     """What else the network has measured after this step, by the names of curves: `norm/avg_key_norm`."""
 
 
+@frozen
+class Every:
+    """When an observer acts: after every so many epochs or steps; never, where a number is None."""
+
+    epochs: int | None = None
+    steps: int | None = None
+
+    def is_due_after_epoch(self, epoch: int) -> bool:
+        """Whether it is time after an epoch; they count from 1."""
+        return self.epochs is not None and epoch % self.epochs == 0
+
+    def is_due_after_step(self, step: int) -> bool:
+        """Whether it is time after a step; they count from 1."""
+        return self.steps is not None and step % self.steps == 0
+
+
 class Observer:
     """Told of a run's events; override those that matter."""
 
@@ -122,6 +138,7 @@ class Observers:
         self._observers = list(observers)
         self._detached: list[tuple[str, bool, Observer]] = []
         self._held_back: list[tuple[str, tuple[object, ...]]] | None = None
+        self._meddled: set[tuple[str, str]] = set()
 
     def add(self, name: str, observer: Observer) -> None:
         """One more, which the run can do without."""
@@ -159,9 +176,14 @@ class Observers:
                 self._tell(entry, event, *values)
 
     def _tell(self, entry: tuple[str, bool, Observer], event: str, *values: object) -> None:
+        # Only here, because components import this module, and none of them torch.
+        from lorakit.engine.global_state import settings_put_back
+
         name, essential, observer = entry
         try:
-            getattr(observer, event)(*values)
+            with settings_put_back() as changed:
+                getattr(observer, event)(*values)
+            self._name_meddler(name, changed)
         except TrainingDiverged:
             raise
         except Exception as error:
@@ -171,3 +193,10 @@ class Observers:
                 self._observers.remove(entry)
                 self._detached.append(entry)
                 log.warning("observer %r failed and is detached: %s: %s", name, type(error).__name__, error)
+
+    def _name_meddler(self, name: str, changed: Iterable[str]) -> None:
+        """Say once of each setting of PyTorch that an observer has changed, which is undone already."""
+        for setting in changed:
+            if (name, setting) not in self._meddled:
+                self._meddled.add((name, setting))
+                log.warning("observer %r calls %s, which would change what is trained; it is put back", name, setting)

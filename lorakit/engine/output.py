@@ -9,6 +9,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from lorakit.blame import blaming
 from lorakit.config.sections import TrainConfig
 from lorakit.config.writing import to_toml
 from lorakit.engine.metadata import save_metadata, without_training
@@ -56,10 +57,13 @@ class AdapterWriter:
             metadata = without_training(metadata)
         with scratch_folder(path) as scratch:
             written = scratch / path.name
-            try:
-                self.saver.save(AdapterFile(tensors, metadata), written)
-            except OutputError as error:
-                raise OutputError(str(error).replace(str(written), str(path))) from error
+            with blaming(self.config.saver, "save"):
+                try:
+                    self.saver.save(AdapterFile(tensors, metadata), written)
+                except OSError as error:
+                    raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+                except OutputError as error:
+                    raise OutputError(str(error).replace(str(written), str(path))) from error
             why = self._misread(written, tensors)
             if why:
                 raise OutputError(f"{path} was not read back as it was written: {why}. The disk may be failing.")
@@ -68,7 +72,8 @@ class AdapterWriter:
     def _misread(self, path: Path, tensors: Mapping[str, Tensor]) -> str:
         """Why a file does not hold these tensors, in the number format of the saver; empty where it does."""
         try:
-            read = self.saver.load(path).tensors
+            with blaming(self.config.saver, "load"):
+                read = self.saver.load(path).tensors
         except AdapterError as error:
             return str(error)
         wrong = tensors.keys() ^ read.keys()

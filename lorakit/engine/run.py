@@ -99,7 +99,7 @@ class Run:
         begin_training(self.optimizer)
         self._weights = EvaluationWeights(self.optimizer)
         skips = self.config.training.on_nonfinite == "skip"
-        self.guard = StepGuard(self.optimizer, self.scaler, skips)
+        self.guard = StepGuard(self.optimizer, self.scaler, self.processes, skips=skips)
         judge = NonFiniteSteps(self.gradients.groups, skips, self.scaler.is_enabled(), self.processes.is_main)
         self.metrics = MetricsReader(self.processes, judge, partial(self.tell, "metrics_read"))
 
@@ -255,8 +255,8 @@ class Run:
     def update(self) -> None:
         """Reduce and clip the gradients and take the optimizer's step."""
         self.is_whole = False
-        self.guard.mark(self.gradients, self.loss)
         self.gradients.sum_over(self.processes)
+        self.guard.mark(self.gradients, self.loss)
         self.scaler.unscale_(self.optimizer)
         self.gradient_norm = self.gradients.clip(self.config.training.max_grad_norm)
         self.guard.step(self.gradient_norm)

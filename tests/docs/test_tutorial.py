@@ -97,6 +97,14 @@ def test_says_what_clashes(site: Path, config: Path, tmp_path: Path) -> None:
     assert cured.returncode == 0, cured.stderr
 
 
+def test_says_who_fails(site: Path, config: Path) -> None:
+    """The message about a component that fails is that of the tutorial."""
+    module = site / "lorakit_example" / "optimizer.py"
+    module.write_text(module.read_text().replace("return RAdam(", "return 1 / 0, RAdam("))
+    said = lorakit("train", config, folders=[site]).stderr.splitlines(keepends=True)
+    assert said[-1] == BLOCKS["output of lorakit train, with 1 / 0 in build"]
+
+
 def test_names_every_contract() -> None:
     """The table at the end names the suite of each kind."""
     named = set(re.findall(r"`(\w+Contract)`", TEXT))

@@ -70,14 +70,19 @@ def skipped_in(text: str) -> list[int]:
     return [int(step) for step in re.findall(r"step (\d+) is skipped: the loss is (?:nan|inf)", text)]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
-def test_a_step_is_skipped(make_config, tmp_path: Path, caplog: pytest.LogCaptureFixture, optimizer: str) -> None:
-    """A step with a spoiled image is named with the image and changes no factor; all others train."""
-    training = {"on_nonfinite": "skip", "max_steps": 8}
+@pytest.mark.parametrize(("optimizer", "precision"), [("adamw", "no"), ("adamw8bit", "no"), ("adamw", "fp16")])
+def test_a_step_is_skipped(
+    make_config, tmp_path: Path, caplog: pytest.LogCaptureFixture, optimizer: str, precision: str
+) -> None:
+    """A step with a spoiled image is named with the image and changes no factor, nor the scale; all others train."""
+    training = {"on_nonfinite": "skip", "max_steps": 8, "mixed_precision": precision}
     run, (name,) = spoiled_run(make_config, tmp_path, 1, training=training, optimizer={"name": optimizer})
     watching = Watching(run)
     run.observers = Observers([("watching", True, watching)])
+    if run.scaler.is_enabled():
+        run.scaler.load_state_dict({**run.scaler.state_dict(), "scale": 1024.0})
     train(run)
+    assert run.scaler.get_scale() == (1024.0 if run.scaler.is_enabled() else 1.0)
     skipped = skipped_in(caplog.text)
     assert len(skipped) == 2
     assert caplog.text.count(f"the loss is nan. Images of this step: {name}.") == 2

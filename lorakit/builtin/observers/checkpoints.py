@@ -11,7 +11,7 @@ from attrs import frozen
 
 from lorakit import hookimpl
 from lorakit.components import ObserverConfig
-from lorakit.engine.observing import Observer, RunInfo
+from lorakit.engine.observing import Every, Observer, RunInfo
 from lorakit.engine.rescue import saved_somewhere
 from lorakit.errors import NotSaved, OutputError
 
@@ -40,19 +40,18 @@ class Checkpoints(Observer):
         self._run = run
         self._output = run.config.output
         ratio = self._output.save_n_epoch_ratio
-        self._every_n_epochs = max(1, run.total_epochs // ratio) if ratio else self._output.save_every_n_epochs
+        epochs = max(1, run.total_epochs // ratio) if ratio else self._output.save_every_n_epochs
+        self._every = Every(epochs, self._output.save_every_n_steps)
         self._saved = self._earlier_saves()
 
     def step_finished(self, step: int) -> None:
         """Save when the step is a multiple of `save_every_n_steps`; the last step is left to the end."""
-        every = self._output.save_every_n_steps
-        if every and step % every == 0 and step < self._run.total_steps:
+        if self._every.is_due_after_step(step) and step < self._run.total_steps:
             self._save(self._stem_of_step(step))
 
     def epoch_finished(self, epoch: int) -> None:
         """Save every so many epochs; the last epoch is left to the end."""
-        every = self._every_n_epochs
-        if every and epoch % every == 0 and epoch < self._run.total_epochs:
+        if self._every.is_due_after_epoch(epoch) and epoch < self._run.total_epochs:
             self._save(self._stem_of_epoch(epoch))
 
     def run_finished(self) -> None:
@@ -92,8 +91,8 @@ class Checkpoints(Observer):
     def _earlier_saves(self) -> list[Path]:
         """The saves that are there of the steps before a resumed run's first one, oldest first."""
         done, per_epoch = self._run.first_step, self._run.steps_per_epoch
-        stems = {self._stem_of_step(step): step for step in _multiples(self._output.save_every_n_steps, done)}
-        epochs = _multiples(self._every_n_epochs, done // per_epoch)
+        stems = {self._stem_of_step(step): step for step in _multiples(self._every.steps, done)}
+        epochs = _multiples(self._every.epochs, done // per_epoch)
         stems |= {self._stem_of_epoch(epoch): epoch * per_epoch for epoch in epochs}
         suffix = self._run.config.saver.build().suffix
         paths = [self._output.dir / f"{stem}{suffix}" for stem in sorted(stems, key=stems.__getitem__)]

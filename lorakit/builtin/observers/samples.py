@@ -13,7 +13,7 @@ from attrs import validators as v
 
 from lorakit import hookimpl
 from lorakit.components import ObserverConfig
-from lorakit.engine.observing import Observer, RunInfo
+from lorakit.engine.observing import Every, Observer, RunInfo
 from lorakit.errors import ConfigError, LorakitError, Problem
 from lorakit.sampling.contact_sheets import Preview, find_previews, write_contact_sheet
 from lorakit.sampling.prompts import PromptSettings
@@ -93,6 +93,7 @@ class Samples(Observer):
         self._run = run
         self._previewer = previewer
         self._step = run.first_step
+        self._every = Every(config.every_n_epochs, None if config.every_n_epochs else config.every_n_steps)
         self._folder = run.config.output.dir / "sample"
         self._drawn = self._drawn_before()
         with self._warning(), run.evaluating() as model:
@@ -106,14 +107,12 @@ class Samples(Observer):
     def step_finished(self, step: int) -> None:
         """Draw when the step is a multiple of `every_n_steps`."""
         self._step = step
-        every = self._config.every_n_steps
-        if every and not self._config.every_n_epochs and step % every == 0:
+        if self._every.is_due_after_step(step):
             self._draw(f"{step:06d}")
 
     def epoch_finished(self, epoch: int) -> None:
         """Draw when the epoch is a multiple of `every_n_epochs`."""
-        every = self._config.every_n_epochs
-        if every and epoch % every == 0:
+        if self._every.is_due_after_epoch(epoch):
             self._draw(f"e{epoch:06d}")
 
     def _draw(self, when: str) -> None:

@@ -11,7 +11,7 @@ from attrs import validators as v
 from lorakit import hookimpl
 from lorakit.components import ObserverConfig
 from lorakit.config.sections import TrainConfig
-from lorakit.engine.observing import Observer, RunInfo, StepMetrics
+from lorakit.engine.observing import Every, Observer, RunInfo, StepMetrics
 from lorakit.errors import Problem
 
 
@@ -57,7 +57,7 @@ class Validation(Observer):
         self._config = config
         self._run = run
         self._measure = measure
-        self._every_n_epochs = config.every_n_epochs or (None if config.every_n_steps else 1)
+        self._every = Every(config.every_n_epochs or (None if config.every_n_steps else 1), config.every_n_steps)
         self._timesteps = config.timesteps or fifths(run.config)
         self._recent: deque[float] = deque(maxlen=run.steps_per_epoch)
         self._step = self._validated = run.first_step
@@ -69,12 +69,12 @@ class Validation(Observer):
     def step_finished(self, step: int) -> None:
         """Validate when the step is a multiple of `every_n_steps`."""
         self._step = step
-        if self._config.every_n_steps and step % self._config.every_n_steps == 0:
+        if self._every.is_due_after_step(step):
             self._validate()
 
     def epoch_finished(self, epoch: int) -> None:
         """Validate when the epoch is a multiple of `every_n_epochs`."""
-        if self._every_n_epochs and epoch % self._every_n_epochs == 0:
+        if self._every.is_due_after_epoch(epoch):
             self._validate()
 
     def run_finished(self) -> None:

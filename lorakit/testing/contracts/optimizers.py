@@ -17,6 +17,7 @@ from lorakit.components import OptimizerConfig
 from lorakit.engine.evaluation import begin_training
 from lorakit.engine.gradients import FlatGradients
 from lorakit.engine.nonfinite import StepGuard
+from lorakit.engine.processes import Processes
 from lorakit.networks.network import ParameterGroup
 from lorakit.testing.contracts.component import ComponentContract
 
@@ -104,10 +105,11 @@ class OptimizerContract(ComponentContract):
         """Steps whose gradients are NaN, the very first among them, leave parameters and state as they were."""
         problem, hit = (Problem.fresh(self.config) for _ in range(2))
         scaler = torch.amp.GradScaler("cpu", init_scale=1.0, enabled=scaled)
-        guard = StepGuard(hit.optimizer, scaler, skips=True)
+        guard = StepGuard(hit.optimizer, scaler, Processes(torch.device("cpu")), skips=True)
         for step in range(5):
-            factor = torch.nan if step in {0, 3} else 1.0
-            scaler.scale(factor * hit.loss()).backward()
+            loss = hit.loss() * (torch.nan if step in {0, 3} else 1.0)
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            guard.mark(hit.gradients, loss)
             scaler.unscale_(hit.optimizer)
             guard.step(hit.gradients.clip(0.0))
             hit.gradients.zero()

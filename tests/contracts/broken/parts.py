@@ -99,6 +99,8 @@ class TestForgetful(OptimizerContract):
     violates = (
         "test_resumes_exactly",
         "test_bears_gradients_of_zero",
+        "test_a_step_that_is_skipped_changes_nothing[False]",
+        "test_a_step_that_is_skipped_changes_nothing[True]",
         "test_leaves_the_gradient_buffer_in_place",
     )
 
