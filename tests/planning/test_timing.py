@@ -1,0 +1,24 @@
+"""Measured steps: in the mode of the config, for each shape of micro-batches."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from lorakit.engine.preparation import prepare
+from lorakit.planning.examples import Texts
+from lorakit.planning.memory import imaginable
+from lorakit.planning.timing import measure
+
+
+@pytest.mark.usefixtures("lorakit_one_thread")
+def test_steps_are_measured_in_the_mode_of_the_config(make_config, caplog: pytest.LogCaptureFixture) -> None:
+    """What the config leaves open is decided first, without images; then each shape has a time."""
+    caplog.set_level(logging.INFO, "lorakit")
+    config = make_config(network={"parts": ["unet"]}, training={"channels_last": "auto", "max_steps": 100_000})
+    prepared = prepare(config)
+    timing = measure(prepared, Texts.of(imaginable(prepared)))
+    assert len(timing.seconds) == 1
+    assert timing.run == pytest.approx(100_000 * min(timing.seconds.values()))
+    assert "training.channels_last is o" in caplog.text
