@@ -34,12 +34,6 @@ class LorakitError(Exception):
     exit_status: ClassVar[int] = 1
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of the computer or of an accelerator was not enough."""
-    names = {ancestor.__name__ for ancestor in type(error).__mro__}
-    return bool({"MemoryError", "OutOfMemoryError"} & names) or "can't allocate memory" in str(error)
-
-
 class ConfigError(LorakitError):
     """The config cannot be used; holds every problem found in it, not only the first."""
 

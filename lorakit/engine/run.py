@@ -21,18 +21,18 @@ from lorakit.engine.evaluation import EvaluationWeights, begin_training
 from lorakit.engine.gradients import FlatGradients
 from lorakit.engine.identity import RunIdentity
 from lorakit.engine.interruption import StopRequest
-from lorakit.engine.length import follow, warn_of_length
 from lorakit.engine.metrics import MetricsReader, effective_rate
 from lorakit.engine.nonfinite import NonFiniteSteps, PendingStep, StepGuard
 from lorakit.engine.observing import Observers, RunInfo
 from lorakit.engine.output import AdapterWriter
 from lorakit.engine.processes import Processes
 from lorakit.engine.rescue import saved_somewhere
+from lorakit.engine.resuming import state_of, take_up
 from lorakit.engine.schedule import Schedule, ScheduledStep
 from lorakit.engine.shortage import shortage_told
-from lorakit.engine.state import State, damage_told, read_state, state_folder, write_state
+from lorakit.engine.state import read_state, state_folder, write_state
 from lorakit.engine.validation import ValidationSet, validation_loss
-from lorakit.errors import ConfigError, Interrupted, LorakitError, NotSaved, Problem
+from lorakit.errors import Interrupted, LorakitError, NotSaved
 from lorakit.models.protocol import Conditioning, DiffusionModel
 from lorakit.networks.network import Network
 
@@ -165,35 +165,15 @@ class Run:
 
         It goes to the folder of the run's states if no other is given. Raises OutputError when it takes none.
         """
+        self._read_metrics_alone()
         with self._weights.training():
-            machinery = {
-                "optimizer": self.optimizer.state_dict(),
-                "lr_scheduler": self.lr_scheduler.state_dict(),
-                "scaler": self.scaler.state_dict(),
-            }
-            state = State(self.step, self.schedule.total_steps, self.network.tensors(), machinery)
-            path = write_state(state, self.identity, folder or state_folder(self.config))
+            path = write_state(state_of(self), self.identity, folder or state_folder(self.config))
         self.tell("state_saved", path)
         return path
 
     def load_state(self, folder: Path) -> None:
         """Put the run where it was when a state was saved. Raises ConfigError when that cannot be done."""
-        state, total = read_state(folder, self.processes.device), self.schedule.total_steps
-        if state.step > total:
-            key = "training.max_epochs" if self.config.training.max_epochs else "training.max_steps"
-            problem = f"gives {total} steps, but the state in {folder} has come to step {state.step}"
-            raise ConfigError([Problem(key, problem, "let the run be longer, or take up another state")])
-        first_rates = [group["lr"] for group in self.optimizer.param_groups]
-        with damage_told(folder):
-            self.network.load_tensors(state.tensors)
-            self.optimizer.load_state_dict(state.machinery["optimizer"])
-            self.scaler.load_state_dict(state.machinery["scaler"])
-            if total == state.total_steps:
-                self.lr_scheduler.load_state_dict(state.machinery["lr_scheduler"])
-            else:
-                follow(self.lr_scheduler, first_rates, state.step)
-        warn_of_length(self.config, state.step, state.total_steps, total)
-        self.step = self.first_step = state.step
+        take_up(self, read_state(folder, self.processes.device), folder)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
