@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -279,6 +280,8 @@ def main() -> None:
     logging.getLogger("lorakit").setLevel(logging.INFO)
     # It warns of an optional kernel of its own that lorakit never calls.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # A schedule says so after a first step that was skipped, as with fp16 it often is.
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
     # Ends the command as Ctrl-C does; while steps are taken, the run listens itself.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     session: dict[str, bool] = {}

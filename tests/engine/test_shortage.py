@@ -21,7 +21,7 @@ from lorakit.engine.processes import Processes
 from lorakit.engine.run import Run
 from lorakit.engine.shortage import advice
 from lorakit.engine.spilling import SpillWatch, signs_on
-from lorakit.engine.state import whole_states
+from lorakit.engine.state import state_folder, states_in
 from lorakit.engine.trainer import train
 from lorakit.errors import OutOfMemory
 
@@ -70,7 +70,7 @@ def test_a_step_that_memory_does_not_suffice_for(make_config) -> None:
     told = str(caught.value)
     assert told.startswith("Out of memory in step 3, with a batch of 2 images of 64x64. To need less, set ")
     assert "set gradient_checkpointing = 0.5 in [training], or lower data.batch_size, or lower data.resolution" in told
-    (state,) = whole_states(short.config)
+    (state,) = states_in(state_folder(short.config))
     assert f"The state after step 2 is in {state}; run the same command with --resume" in told
     resumed = assembled(
         make_config, data={"batch_size": 2}, training={"gradient_checkpointing": 0.5}, output={"name": "resumed"}
@@ -91,7 +91,7 @@ def test_nothing_is_saved_where_nothing_whole_is_new(make_config) -> None:
     run.optimizer.register_step_post_hook(lambda *_: torch.empty(2**60) if run.step == 2 else None)
     with pytest.raises(OutOfMemory, match=r"^Out of memory in step 3.* fits\.$"):
         train(run)
-    assert not whole_states(run.config)
+    assert not states_in(state_folder(run.config))
 
 
 def test_other_errors_stay_what_they_are(make_config) -> None:
