@@ -1,7 +1,7 @@
 """Metadata files: the captions of many images in one file, as sd-scripts' tools write them; imports no torch.
 
 JSON maps each image's path to a table with `caption` and `tags`; of JSON Lines, each line is such a
-table with `image_path`. Paths are relative to the subset's `image_dir`.
+table with `image_path`. Paths are relative to the subset's `image_dir`, and must not lead out of it.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ to which the tries are counted.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable
@@ -97,11 +98,12 @@ def mutated(draw: st.DrawFn, sound: Any, others: st.SearchStrategy[Any] = values
     for _ in range(draw(st.integers(0, 4))):
         places = _places(value)
         if not places:
-            return draw(others)
+            return copy.deepcopy(draw(others))
         container, key = draw(st.sampled_from(places))
         edit = draw(st.sampled_from(("replace", "replace", "remove", "rename", "move")))
         if edit == "replace":
-            container[key] = draw(others)
+            # A copy, because later edits must not reach the next example.
+            container[key] = copy.deepcopy(draw(others))
         elif edit == "remove" or isinstance(container, list):
             del container[key]
         elif edit == "rename":
