@@ -36,7 +36,7 @@ _LADDER = (
 def rungs(training: TrainingSection, parts: Sequence[str]) -> Iterator[TrainingSection]:
     """The settings of each rung; `parts` of the base model are in memory while the network trains."""
     for rung in _LADDER:
-        if rung.streamed and (training.compile or training.device in WITHOUT_OWN_MEMORY):
+        if rung.streamed and (training.compile or training.cuda_graphs or training.device in WITHOUT_OWN_MEMORY):
             return
         forms: dict[str, Any] = {name: tuple(parts) if name == rung.form else () for name in BASE_KEYS}
         streamed = tuple(parts) if rung.streamed else ()

@@ -12,6 +12,7 @@ from attrs import evolve
 
 from lorakit.config.savings import changes, next_rung, to_toml
 from lorakit.config.sections import WITHOUT_OWN_MEMORY
+from lorakit.engine.rescue import saved_somewhere
 from lorakit.errors import OutOfMemory, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -71,11 +72,12 @@ def _saved_state(run: Run) -> str:
     if not run.is_whole or not run.processes.is_main or run.step == run.first_step:
         return ""
     try:
-        where = run.save_state()
+        saved = saved_somewhere(run.save_state, run.config.output.name)
     except Exception as error:  # whatever it is, lack of memory is what must be told
         log.warning("the state after step %d could not be saved: %s", run.step, error)
         return ""
+    resume = f"--resume {saved.path}" if saved.refusal else "--resume"
     return (
-        f" The state after step {run.step} is in {where}; run the same command with --resume to go on from it, with"
+        f" The state after step {run.step} is in {saved.path}; run the same command with {resume} to go on from it, with"
         " gradient_checkpointing or stream_base as you like."
     )
