@@ -102,7 +102,9 @@ def assemble(prepared: PreparedRun, processes: Processes) -> Run:
     # Other processes could not read what is in the memory of one.
     prepared.cache.keeps_unwritten = processes.world_size == 1
     encoded = encode_data(prepared, model, processes)
-    return assemble_with(prepared, model, schedule, encoded, processes, started)
+    run = assemble_with(prepared, model, schedule, encoded, processes, started)
+    run.identity = RunIdentity.of(prepared, processes.world_size)
+    return run
 
 
 def assemble_with(
@@ -131,7 +133,6 @@ def assemble_with(
         loader=loader,
         processes=processes,
         writer=AdapterWriter(config, model, network, built(config.saver), metadata),
-        identity=RunIdentity.of(prepared, processes.world_size),
         validation=ValidationSet.of(loader, prepared.validation, config),
     )
 

@@ -69,12 +69,12 @@ class Run:
     loader: BatchLoader
     processes: Processes
     writer: AdapterWriter
-    identity: RunIdentity
-    """What a state's run must have in common with this one."""
     validation: ValidationSet | None = None
     """Images that are held out from training."""
     observers: Observers = field(factory=Observers)
     stop: StopRequest = field(factory=StopRequest)
+    identity: RunIdentity = field(init=False)
+    """What a state's run must have in common with this one; not there in a run that is only measured."""
     step: int = 0
     """Optimizer steps done."""
     first_step: int = 0

@@ -78,6 +78,6 @@ def _saved_state(run: Run) -> str:
         return ""
     resume = f"--resume {saved.path}" if saved.refusal else "--resume"
     return (
-        f" The state after step {run.step} is in {saved.path}; run the same command with {resume} to go on from it, with"
-        " gradient_checkpointing or stream_base as you like."
+        f" The state after step {run.step} is in {saved.path}; run the same command with {resume} to go on from it,"
+        " with gradient_checkpointing or stream_base as you like."
     )
