@@ -142,8 +142,9 @@ def _read_safetensors(path: Path) -> AdapterFile:
 def _read_pickle(path: Path) -> AdapterFile:
     content = torch.load(path, map_location="cpu", weights_only=True)
     tensors = content.get("state_dict", content) if isinstance(content, dict) else None
-    is_named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
-    if not is_named or not all(isinstance(value, Tensor) for value in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
+    ):
         raise AdapterError(f"{path} is no LoRA file: it holds no dict of tensors by name. Choose another file.")
     return AdapterFile(tensors)
 
