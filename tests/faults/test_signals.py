@@ -50,10 +50,7 @@ def test_second_signal_stops_at_once(run: SmallRun, reference: Reference) -> Non
     assert weights_of(run.final) == reference.weights
 
 
-replaced_whole = pytest.mark.xfail(strict=True, reason="the old state is removed before the new one has its name")
-
-
-@pytest.mark.parametrize("renaming", [pytest.param(1, marks=replaced_whole), 2])
+@pytest.mark.parametrize("renaming", [1, 2])
 def test_killed_while_a_state_is_replaced(renaming: int, run: SmallRun, reference: Reference) -> None:
     """A stop right after a save saves that step's state again; SIGKILL before a renaming leaves one of the two."""
     slow = Fault(part="step00000004.safetensors", do="wait", operations=("fsync",), seconds=0.5)

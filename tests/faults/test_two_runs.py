@@ -5,8 +5,6 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-import pytest
-
 from lorakit.randomness import keyed_generator
 from tests.faults.runs import Reference, SmallRun, weights_of
 
@@ -45,7 +43,6 @@ def test_one_output_folder(run: SmallRun, reference: Reference) -> None:
     assert weights_of(run.final) == reference.weights
 
 
-@pytest.mark.xfail(strict=True, reason="nothing keeps a second run out of an output folder")
 def test_second_run_in_an_output_folder_is_told(run: SmallRun, reference: Reference) -> None:
     """The second of two runs of one name in one folder is refused with a message that names the folder."""
     (refusal,) = (text for text in both_in_one_folder(run) if "another run" in text)

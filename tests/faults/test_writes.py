@@ -13,8 +13,6 @@ from tests.faults.conftest import some
 from tests.faults.injection import Fault
 from tests.faults.runs import Reference, SmallRun, check_folder, weights_of
 
-goes_on = pytest.mark.xfail(strict=True, reason="a save that fails ends the run")
-
 
 def is_told(attempt: Attempt) -> bool:
     """Whether a run that could not write ended with one message, and no traceback."""
@@ -50,7 +48,6 @@ def test_killed_before_an_operation_of_a_save(share: float, run: SmallRun, refer
     assert weights_of(run.final) == reference.weights
 
 
-@pytest.mark.xfail(strict=True, reason="a state is removed file by file under its name")
 def test_killed_while_an_old_state_is_removed(run: SmallRun, reference: Reference) -> None:
     """SIGKILL when the first file of an old state is gone leaves no half of it under its name."""
     attempt = run.start(faults=[Fault(part="step00000002/", do="kill", operations=("remove",), first=1)])
@@ -97,7 +94,6 @@ def test_refused_to_the_end(operations: tuple[str, ...], errno: int, run: SmallR
     assert weights_of(run.final) == reference.weights
 
 
-@goes_on
 @pytest.mark.parametrize("operations", some([("fsync",), ("open", "mkdir"), ("rename",)], 1))
 def test_refused_for_a_while(operations: tuple[str, ...], run: SmallRun, reference: Reference) -> None:
     """A save that fails is told of, the next one tries again, and the run ends as if nothing had been."""
@@ -110,7 +106,6 @@ def test_refused_for_a_while(operations: tuple[str, ...], run: SmallRun, referen
     assert weights_of(run.final) == reference.weights
 
 
-@goes_on
 def test_no_room_for_a_while(run: SmallRun, reference: Reference) -> None:
     """No file can grow, whatever library writes it, from the second save to the third; then all is well."""
     first, operations = save_operations(reference)[0], len(save_operations(reference))
@@ -131,7 +126,6 @@ def test_no_room_from_the_start(run: SmallRun, reference: Reference) -> None:
     assert weights_of(run.final) == reference.weights
 
 
-@pytest.mark.xfail(strict=True, reason="what PyTorch and safetensors raise for a full disk is not told as such")
 @pytest.mark.parametrize("size", some([1.3e6, 0.5e6], 1))
 def test_small_disk(size: float, run: SmallRun, reference: Reference, tmp_path: Path) -> None:
     """A real disk that fills up: what fits is whole, one message tells of the rest, and a resume elsewhere is exact."""
