@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lorakit.checkpoints import summarize
 from lorakit.errors import ModelError
@@ -69,6 +69,16 @@ def test_format_is_told_from_the_content(tmp_path: Path) -> None:
     """A safetensors file that is called .ckpt is read as what it is."""
     save_file(TENSORS, tmp_path / "x.ckpt")
     assert summarize(tmp_path / "x.ckpt").tensors == SHAPES
+
+
+@pytest.mark.parametrize("length", [0x80, 0x280, 0x4B50, 0x10480])
+def test_lengths_that_look_like_other_formats(tmp_path: Path, length: int) -> None:
+    """A header may be as long as the number that an archive, or a pickle of some protocol, begins with."""
+    header = json.dumps({"a": entry([2], 0, 8)}).encode().ljust(length)
+    (tmp_path / "x.safetensors").write_bytes(safetensors_bytes(header, bytes(8)))
+    assert load_file(tmp_path / "x.safetensors")["a"].shape == (2,)
+    summary = summarize(tmp_path / "x.safetensors")
+    assert (summary.kind, summary.tensors) == ("safetensors", {"a": (2,)})
 
 
 def test_a_large_file_takes_milliseconds(tmp_path: Path) -> None:
