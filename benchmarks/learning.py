@@ -32,13 +32,13 @@ SMALLER_MODEL = 20
 """How many times the learning rate of a full-size model the small one takes. Its layers are narrower."""
 RATES = {
     "adamw": 1e-4, "adamw8bit": 1e-4, "pagedadamw": 1e-4, "pagedadamw8bit": 1e-4, "pagedadamw32bit": 1e-4,
-    "adafactor": 2e-4,
+    "adafactor": 1e-4,
 }  # fmt: skip
 """Learning rates that `docs/how-to/optimizers.md` recommends for a full-size model."""
 OWN_RATES = {
     "lion": 1e-4, "lion8bit": 1e-4, "pagedlion8bit": 1e-4,
     "dadaptation": 0.25, "dadaptadagrad": 0.5, "dadaptadam": 0.25, "dadaptadan": 0.25, "dadaptadanip": 0.25,
-    "dadaptlion": 0.5, "dadaptsgd": 0.5, "sgdnesterov": 3.0, "sgdnesterov8bit": 3.0,
+    "dadaptlion": 0.5, "dadaptsgd": 1.0, "sgdnesterov": 2.0, "sgdnesterov8bit": 2.0,
 }  # fmt: skip
 """Learning rates of optimizers whose steps have another size: Lion's, plain descent's, and those that find the rest."""
 STEPS = 1500
