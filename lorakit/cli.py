@@ -282,8 +282,10 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # A schedule says so after a first step that was skipped, as with fp16 it often is.
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-    # Ends the command as Ctrl-C does; while steps are taken, the run listens itself.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Both end the command, also where a shell that started it in the background has one ignored; while steps are
+    # taken, the run listens itself.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     session: dict[str, bool] = {}
     try:
         sys.exit(cli.main(standalone_mode=False, obj=session))
