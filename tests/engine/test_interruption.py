@@ -32,7 +32,11 @@ def wait_for(process: subprocess.Popen[str], happened: Callable[[], object]) -> 
 
 def ended(process: subprocess.Popen[str], folder: Path) -> str:
     """What the process said, once it has ended as it should and left whole files."""
-    _, errors = process.communicate(timeout=120)
+    try:
+        _, errors = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert "Error" not in errors
