@@ -14,7 +14,7 @@ from lorakit.config.sections import TrainConfig
 from lorakit.config.writing import to_toml
 from lorakit.engine.metadata import save_metadata, without_training
 from lorakit.errors import AdapterError, OutputError, TrainingDiverged
-from lorakit.files import put_in_place, scratch_folder, write_atomically
+from lorakit.files import put_in_place, refusals_told, scratch_folder, write_atomically
 from lorakit.models.protocol import DiffusionModel
 from lorakit.networks.network import Network
 from lorakit.networks.saving import AdapterFile, Saver
@@ -57,11 +57,9 @@ class AdapterWriter:
             metadata = without_training(metadata)
         with scratch_folder(path) as scratch:
             written = scratch / path.name
-            with blaming(self.config.saver, "save"):
+            with blaming(self.config.saver, "save"), refusals_told(path):
                 try:
                     self.saver.save(AdapterFile(tensors, metadata), written)
-                except OSError as error:
-                    raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
                 except OutputError as error:
                     raise OutputError(str(error).replace(str(written), str(path))) from error
             why = self._misread(written, tensors)

@@ -20,7 +20,7 @@ from lorakit.engine.observing import Observer, Observers
 from lorakit.engine.preparation import prepare
 from lorakit.engine.processes import Processes
 from lorakit.engine.trainer import train
-from lorakit.errors import ConfigError, OutputError, PluginError
+from lorakit.errors import ConfigError, NotSaved, PluginError
 from lorakit.plugins import Catalog
 from tests.engine.test_runs import same, write_config
 from tests.guests import install
@@ -153,7 +153,7 @@ def test_an_observer_that_cannot_be_made(
     ("save", "error", "text"),
     [
         ("raise ValueError('odd number')", PluginError, "saver 'guest' of odd-guest 1.0 failed in save: ValueError"),
-        ("raise OSError(28, 'No space left on device')", OutputError, "test.safetensors cannot be written: No space"),
+        ("raise OSError(28, 'No space left on device')", NotSaved, "test.safetensors cannot be written: No space"),
     ],
 )
 def test_a_saver_that_fails(

@@ -127,7 +127,8 @@ def test_streamed_weights_are_the_last_rungs(plan) -> None:
     assert not any("stream_base" in rung.keys for rung in (exact, *others))
     assert 0.6 * exact.memory.frozen > whole.memory.frozen > int8.memory.frozen > nf4.memory.frozen
     assert nf4.memory.frozen < others[-1].memory.frozen
-    assert (whole.memory.kept, whole.memory.trained) == (exact.memory.kept, exact.memory.trained)
+    assert whole.memory.trained == exact.memory.trained
+    assert whole.memory.kept <= exact.memory.kept
 
 
 def test_measured_times(make_config) -> None:
