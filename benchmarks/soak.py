@@ -8,8 +8,8 @@ time it tells of its progress, what the system says of its process is noted. Spe
 computed, which other programs disturb less than the clock.
 
 A line is fitted to each curve, without its first fifth, in which caches fill. The run has failed if along that line
-memory grows by more than 3 %, open files by more than one, or speed falls by more than a tenth. Writes `soak.json` into
-the work folder, and the plot; ends with status 1 if the run has failed.
+memory grows by more than 3 %, open files by more than one, or speed falls by more than a tenth. What is noted goes into
+`soak.jsonl` in the work folder at once, and at the end the plot is drawn; ends with status 1 if the run has failed.
 """
 
 from __future__ import annotations
@@ -84,8 +84,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--plot", type=Path, help="where to draw the curves; soak.svg in the work folder when absent")
     arguments = parser.parse_args()
-    samples = list(watch(config(arguments.work, arguments.steps), arguments.work))
-    (arguments.work / "soak.json").write_text(json.dumps([asdict(sample) for sample in samples], indent=1))
+    samples: list[Sample] = []
+    path = config(arguments.work, arguments.steps)
+    with (arguments.work / "soak.jsonl").open("w") as notes:
+        for noted in watch(path, arguments.work):
+            samples.append(noted)
+            print(json.dumps(asdict(noted)), file=notes, flush=True)
     found = curves(samples)
     (arguments.plot or arguments.work / "soak.svg").write_text("\n".join(drawing(found)))
     print(*table(found), sep="\n")

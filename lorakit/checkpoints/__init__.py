@@ -6,7 +6,7 @@ Nothing here reads a weight or imports torch: a 4 GB file is summarised in milli
 from __future__ import annotations
 
 from lorakit.checkpoints.location import HubModel, Location, locate
-from lorakit.checkpoints.pickle_shapes import pickle_shapes, refuse_inflation
+from lorakit.checkpoints.pickle_shapes import pickle_shapes
 from lorakit.checkpoints.recognition import Traits, describe, traits_of
 from lorakit.checkpoints.summary import CheckpointSummary, Shapes, read_json, summarize
 
@@ -20,7 +20,6 @@ __all__ = [
     "locate",
     "pickle_shapes",
     "read_json",
-    "refuse_inflation",
     "summarize",
     "traits_of",
 ]

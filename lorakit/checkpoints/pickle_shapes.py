@@ -170,17 +170,11 @@ def pickle_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: value.shape for name, value in tensors.items() if isinstance(name, str) and isinstance(value, _Noted)}
 
 
-def refuse_inflation(path: Path) -> None:
+def _refuse_inflation(archive: zipfile.ZipFile, path: Path) -> None:
     """Raise ValueError for an archive that is not as PyTorch writes them: nothing in it packed, shared or named twice.
 
-    Other archives can be thousands of times larger in memory than on the disk. What is no archive passes.
+    Other archives can be thousands of times larger in memory than on the disk.
     """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            _refuse_inflation(archive, path)
-
-
-def _refuse_inflation(archive: zipfile.ZipFile, path: Path) -> None:
     entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise ValueError("its content is compressed, which PyTorch never does")

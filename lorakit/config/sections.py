@@ -89,6 +89,9 @@ class TrainingSection:
     """What torch.compile compiles with; `inductor` needs a C++ compiler on CPUs, and Triton on GPUs."""
     tf32: bool = False
     """Let float32 products on CUDA round their factors to 10 bits, which is several times faster."""
+    deterministic: bool = False
+    """Compute only with operations that give the same bytes each time. On GPUs a run is then repeated, and resumed, bit
+    for bit, and a step takes longer; on CPUs that is so anyway."""
     seed: int = field(default=42, validator=v.ge(0))
     """Where all randomness starts: the same seed gives the same run."""
     max_grad_norm: float = field(default=1.0, validator=v.ge(0))
@@ -116,6 +119,11 @@ class TrainingSection:
                 keys.setdefault(part, key)
         if self.cuda_graphs and self.compile and self.compile_backend == "cudagraphs":
             yield Problem("compile_backend", 'records what training.cuda_graphs would, with "cudagraphs"', "use one")
+        for key in MODE_KEYS:
+            if self.deterministic and getattr(self, key) == "auto":
+                yield Problem(
+                    key, "is chosen by the clock, which contradicts training.deterministic", "say true or false"
+                )
         for key in ("compile", "cuda_graphs"):
             if self.stream_base and getattr(self, key):
                 yield Problem("stream_base", f"cannot be used with training.{key}", "leave out one of them")

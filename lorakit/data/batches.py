@@ -205,13 +205,12 @@ class BatchLoader:
     def _cached(self, example: Example, when: tuple[int, int]) -> Mapping[str, Tensor]:
         """What the cache holds of an image, of its mirror image if that is to be used."""
         mirrored = is_mirrored(example, partial(self._generator, example=example, when=when))
-        return self.cache.load(self.latent_keys[example.identity, mirrored])
+        return self.cache.load(self.latent_keys[example.identity, mirrored], names=("mean", "std"))
 
     def _texts(self, texts: Sequence[str]) -> tuple[Conditioning | None, Tokens | None]:
         if not isinstance(self.captions, Mapping):
             return None, self.captions(texts)
-        entries = [self.cache.load(self.captions[text]) for text in texts]
-        return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}, None
+        return self.cache.load_stacked([self.captions[text] for text in texts]), None
 
     def _key(self, purpose: str, example: Example, when: tuple[int, int]) -> tuple[int | str, ...]:
         epoch, repeat = when

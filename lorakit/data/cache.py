@@ -7,7 +7,7 @@ processes may share a folder. Imports torch when tensors are first read or writt
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,8 +69,8 @@ class Cache:
         except DataError:
             return False
 
-    def load(self, key: str) -> dict[str, Tensor]:
-        """The tensors of an entry, on the CPU. Raises DataError where it is absent or damaged."""
+    def load(self, key: str, names: Collection[str] = ()) -> dict[str, Tensor]:
+        """The tensors of an entry, on the CPU. Raises DataError where it is absent or damaged, or lacks a name."""
         from safetensors import SafetensorError
         from safetensors.torch import load
 
@@ -79,10 +79,24 @@ class Cache:
         path = self._path(key)
         try:
             refuse_special(path)
-            return load(path.read_bytes())
+            entry = load(path.read_bytes())
         except (OSError, SafetensorError) as error:
             hint = "start again: what is missing from the cache is encoded anew"
             raise DataError(str(Problem(str(path), "was removed or damaged while it was in use", hint))) from error
+        if not entry.keys() >= set(names):
+            raise DataError(str(Problem(str(path), f"does not hold {' and '.join(names)}", "remove this file")))
+        return entry
+
+    def load_stacked(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """The tensors of several entries, a row each. Raises DataError where they do not have the same ones."""
+        import torch
+
+        entries = [self.load(key) for key in keys]
+        try:
+            return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
+        except (KeyError, RuntimeError) as error:
+            files = ", ".join(str(self._path(key)) for key in dict.fromkeys(keys))
+            raise DataError(str(Problem(files, f"do not fit together: {error}", "remove these files"))) from error
 
     def store(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Write an entry. Raises NotFiniteError, or OutputError where it can neither be written nor kept."""

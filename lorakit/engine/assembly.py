@@ -17,6 +17,7 @@ import torch
 from lorakit.components import ObserverConfig
 from lorakit.config.sections import TrainConfig
 from lorakit.data.batches import BatchLoader
+from lorakit.engine.arithmetic import repeatable
 from lorakit.engine.base_model import build_model
 from lorakit.engine.building import built
 from lorakit.engine.caching import Encoded, encode_data
@@ -57,7 +58,8 @@ def train_prepared(prepared: PreparedRun, catalog: Catalog, resume: Path | None 
     """
     config = prepared.config
     processes = Processes.launched(config.training.device, config.training.process_timeout)
-    with only_run(config.output) if processes.is_main else nullcontext():
+    alone = only_run(config.output) if processes.is_main else nullcontext()
+    with alone, repeatable(config.training.deterministic):
         return _train_alone(prepared, catalog, processes, resume)
 
 
@@ -90,7 +92,8 @@ def fill_cache(prepared: PreparedRun) -> None:
     processes = Processes.launched(config.training.device, config.training.process_timeout)
     if processes.is_main:
         clean_up(config)
-    encode_data(prepared, build_model(config, processes.device), processes)
+    with repeatable(config.training.deterministic):
+        encode_data(prepared, build_model(config, processes.device), processes)
 
 
 def assemble(prepared: PreparedRun, processes: Processes) -> Run:

@@ -31,7 +31,7 @@ NEUTRAL_KEYS = {
     "data": ("cache_dir", "workers", "encode_batch_size"),
     "training": (
         "max_epochs", "max_steps", "on_nonfinite", "device", "process_timeout", "gradient_checkpointing", "stream_base",
-        "compile_backend", "tf32", *MODE_KEYS,
+        "compile_backend", "tf32", "deterministic", *MODE_KEYS,
     ),
 }  # fmt: skip
 """Keys of other sections that may differ too: what is trained does not depend on them, but for rounding."""

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from lorakit.errors import Interrupted
+
 log = logging.getLogger(__name__)
+
+GRACE = 1.0
+"""Seconds that a second signal leaves for tidying up; then the process ends, whatever it is doing."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
@@ -24,9 +32,10 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         try:
-            yield
+            with _ended_by_the_second():
+                yield
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -37,3 +46,35 @@ class StopRequest:
         self.made = True
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         log.warning("%s: finishing this step and saving a state; once more stops at once", name)
+
+
+@contextmanager
+def _ended_by_the_second() -> Iterator[None]:
+    """End the process `GRACE` seconds after a second signal, unless what is inside has ended by then.
+
+    Python runs handlers between its own instructions only, and one operation of PyTorch may take minutes. The system
+    tells of signals at once through a socket, which a thread can read meanwhile.
+    """
+    told, telling = socket.socketpair()
+    telling.setblocking(False)
+    over = threading.Event()
+
+    def watch() -> None:
+        count = 0
+        while not over.is_set() and (numbers := told.recv(64)):
+            count += sum(number in _SIGNALS for number in numbers)
+            if count > 1 and not over.wait(GRACE):
+                os.write(2, b"\nStopped.\n")
+                os._exit(Interrupted.exit_status)
+
+    thread = threading.Thread(target=watch, name="second signal", daemon=True)
+    thread.start()
+    previous = signal.set_wakeup_fd(telling.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous)
+        over.set()
+        telling.close()
+        thread.join()
+        told.close()

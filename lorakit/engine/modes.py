@@ -14,9 +14,9 @@ from attrs import evolve, fields, frozen
 
 from lorakit.config.sections import TrainingSection
 from lorakit.data.batches import Batch
+from lorakit.engine.arithmetic import products_rounded
 from lorakit.engine.replaying import Learn, Replayed, recorder_for, unchanged
 from lorakit.engine.run import Run
-from lorakit.engine.tensor_float import products_rounded
 from lorakit.models.compilation import why_not
 from lorakit.models.protocol import DiffusionModel
 

@@ -10,11 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +23,20 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import lorakit
-from lorakit.checkpoints import refuse_inflation
+from lorakit.checkpoints.safetensors_header import safetensors_shapes
 from lorakit.config.sections import TrainConfig
 from lorakit.data.memo import content_digest
 from lorakit.engine.identity import RunIdentity
-from lorakit.errors import AdapterError, ConfigError, DataError, OutputError, Problem
+from lorakit.engine.machinery import NoFormError, packed, unpacked
+from lorakit.errors import AdapterError, ConfigError, DataError, ModelError, OutputError, Problem
 from lorakit.files import flush_to_disk, put_in_place, refusals_told, remove_folder, scratch_folder
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Number of the layout of states; a state of another one cannot be read."""
 
-_TENSORS, _MACHINERY, _DESCRIPTION = "network.safetensors", "machinery.pt", "state.json"
+_TENSORS, _MACHINERY, _DESCRIPTION = "network.safetensors", "machinery.safetensors", "state.json"
 
 
 @frozen
@@ -68,12 +67,14 @@ def write_state(state: State, identity: RunIdentity, folder: Path) -> Path:
     final = folder / f"step{state.step:08d}"
     with scratch_folder(final) as scratch:
         written = scratch / final.name
-        with refusals_told(final):
-            written.mkdir()
-            _write(state, identity, written)
         try:
+            with refusals_told(final):
+                written.mkdir()
+                _write(state, identity, written)
             _verified(written, _described(written))
             read_state(written, torch.device("cpu"))
+        except NoFormError as error:
+            raise OutputError(f"{final} was not written: {error}") from error
         except ConfigError as error:
             raise OutputError(f"{final} was not read back as it was written: {error}") from error
         put_in_place(written, final)
@@ -83,10 +84,7 @@ def write_state(state: State, identity: RunIdentity, folder: Path) -> Path:
 
 def _write(state: State, identity: RunIdentity, folder: Path) -> None:
     """Write the files of a state, those that are described before the description, and flush them."""
-    machinery = BytesIO()
-    torch.save(dict(state.machinery), machinery)
-    tensors = safetensors.torch.save(dict(state.tensors))
-    contents: dict[str, bytes | memoryview] = {_TENSORS: tensors, _MACHINERY: machinery.getbuffer()}
+    contents = {_TENSORS: safetensors.torch.save(dict(state.tensors)), _MACHINERY: packed(dict(state.machinery))}
     description = {
         "format": FORMAT,
         "lorakit": lorakit.__version__,
@@ -124,9 +122,9 @@ def read_state(folder: Path, device: torch.device) -> State:
     """A state, its machinery on a device. Raises ConfigError when it is damaged."""
     with damage_told(folder):
         description = _described(folder)
+        safetensors_shapes(folder / _TENSORS)
         tensors = safetensors.torch.load_file(folder / _TENSORS)
-        refuse_inflation(folder / _MACHINERY)
-        machinery = torch.load(folder / _MACHINERY, map_location=device, weights_only=True)
+        machinery = unpacked(folder / _MACHINERY, device)
         return State(description["step"], description["total_steps"], tensors, machinery)
 
 
@@ -193,8 +191,8 @@ def damage_told(folder: Path) -> Iterator[None]:
     try:
         yield
     except (
-        OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, EOFError, SafetensorError,
-        pickle.UnpicklingError, DataError, AdapterError,
+        OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError,
+        DataError, AdapterError, ModelError,
     ) as error:  # fmt: skip
         problem = f"the state in {folder} is damaged: {type(error).__name__}: {error}"
         raise ConfigError([Problem("--resume", problem, "give another state's folder")]) from error

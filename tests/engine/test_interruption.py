@@ -14,6 +14,8 @@ import pytest
 import tomlkit
 from safetensors.torch import load_file
 
+from lorakit.engine.interruption import GRACE
+
 
 def begun(tables: dict[str, Any], folder: Path, *options: str) -> subprocess.Popen[str]:
     """A long run in a process of its own, with a cache of its own."""
@@ -75,4 +77,31 @@ def test_a_second_one_stops_at_once(tables: dict[str, Any], tmp_path: Path) -> N
     assert time.monotonic() - begin < 30
     assert "Stopped" in errors
     for state in tmp_path.glob("out/test-state/step*"):
-        assert {path.name for path in state.iterdir()} == {"state.json", "network.safetensors", "machinery.pt"}
+        assert {path.name for path in state.iterdir()} == {"state.json", "network.safetensors", "machinery.safetensors"}
+
+
+BUSY = """
+import hashlib
+from lorakit.engine.interruption import StopRequest
+with StopRequest().listening():
+    print("listening", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)
+"""
+"""An operation of many minutes that lets no handler of Python's run."""
+
+
+def test_second_signal_within_one_long_operation() -> None:
+    """The first signal lets an operation go on; the second ends the process with 130, though Python gets no turn."""
+    process = subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"listening\n"
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(3 * GRACE)
+    process.send_signal(signal.SIGINT)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert errors.endswith(b"\nStopped.\n")

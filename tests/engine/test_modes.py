@@ -17,7 +17,6 @@ from lorakit.engine.modes import Fastest, Mode, in_mode
 from lorakit.engine.preparation import prepare
 from lorakit.engine.processes import Processes
 from lorakit.engine.run import Run
-from lorakit.engine.tensor_float import products_rounded
 from lorakit.engine.trainer import learn_from
 from lorakit.errors import ConfigError
 from tests.engine.test_runs import same, weights_of
@@ -131,25 +130,3 @@ def test_graphs_need_cuda(make_config) -> None:
     with pytest.raises(ConfigError, match=r"training\.cuda_graphs: needs CUDA, and this run is on cpu.*auto"):
         build_model(make_config(training={"cuda_graphs": True}), torch.device("cpu"))
     build_model(make_config(training={"cuda_graphs": "auto"}), torch.device("cpu"))
-
-
-@pytest.mark.parametrize("allowed", [True, False])
-def test_tf32(allowed: bool) -> None:
-    """TF32 is allowed to all products or to none, for as long as the run lasts and on CUDA only."""
-    settings = torch.backends.cuda.matmul, torch.backends.cudnn
-
-    def now() -> list[bool]:
-        return [setting.allow_tf32 for setting in settings]
-
-    before = now()
-
-    def inside() -> None:
-        with products_rounded(allowed, torch.device("cuda")):
-            assert now() == [allowed, allowed]
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        inside()
-    assert now() == before
-    with products_rounded(not before[0], torch.device("cpu")):
-        assert now() == before

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import json
 import shutil
 from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomlkit
+import torch
+from safetensors.torch import save_file
 
 import lorakit
 from tests.untrusted.hostile import evil_bytes, run_command
@@ -140,6 +144,15 @@ def test_no_code_runs(
     assert name in outcome.said
 
 
+def forge(state: Path, name: str, content: bytes) -> None:
+    """Replace a file of a state, and its hash, where the state has one."""
+    (state / name).write_bytes(content)
+    if name != "state.json":
+        description = json.loads((state / "state.json").read_text())
+        description["files"][name] = blake2b(content, digest_size=16).hexdigest()
+        (state / "state.json").write_text(json.dumps(description))
+
+
 def test_states_and_caches_run_no_code(
     train_tables: Tables, tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,7 +170,7 @@ def test_states_and_caches_run_no_code(
         for form in FORMS:
             shutil.rmtree(state)
             shutil.copytree(whole, state)
-            (state / file.relative_to(whole)).write_bytes(evil_bytes(trace, form))
+            forge(state, file.name, evil_bytes(trace, form))
             outcome = run_command(capsys, "train", config, "--resume", state)
             assert not trace.exists(), file
             assert outcome.status == 2, outcome.said
@@ -168,6 +181,22 @@ def test_states_and_caches_run_no_code(
         file.write_bytes(evil_bytes(trace))
     assert run_command(capsys, "train", config).status == 0
     assert not trace.exists()
+
+
+def test_cached_captions_in_the_place_of_images(
+    train_tables: Tables, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cache whose whole entries are not what their names say is refused by the name of one of its files."""
+    train_tables["training"]["max_epochs"] = 1
+    train_tables["data"]["cache_dir"] = str(tmp_path / "cache")
+    config = tmp_path / "config.toml"
+    config.write_text(tomlkit.dumps(train_tables))
+    assert run_command(capsys, "train", config).status == 0
+    for file in (tmp_path / "cache").rglob("*.safetensors"):
+        save_file({"other": torch.zeros(3)}, file)
+    outcome = run_command(capsys, "train", config)
+    assert (outcome.status, "internal" in outcome.said) == (2, False), outcome.said
+    assert str(tmp_path / "cache") in outcome.said
 
 
 def test_evil_config_files(tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,59 @@
+"""How exactly a device computes: TF32 or not, and only operations that give the same bytes each time, or any."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils import deterministic
+
+from lorakit.errors import ConfigError, Problem
+
+
+@contextmanager
+def products_rounded(allowed: bool, device: torch.device) -> Iterator[None]:
+    """Let float32 products and convolutions on a CUDA device use TF32, or not; afterwards it is as it was.
+
+    TF32 rounds their factors to 10 bits, which the matrix units take. PyTorch by itself lets convolutions use it, and
+    matrix products not.
+    """
+    # The older of PyTorch's two ways to say so: its compiler still reads that one, and fails where both were used.
+    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn] if device.type == "cuda" else []
+    before = [setting.allow_tf32 for setting in settings]
+    for setting in settings:
+        setting.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.allow_tf32 = value
+
+
+@contextmanager
+def repeatable(required: bool) -> Iterator[None]:
+    """Let PyTorch use only operations that give the same bytes each time, if that is required; then as it was before.
+
+    Raises ConfigError where it has none for what is to be computed.
+    """
+    if not required:
+        yield
+        return
+    # cuBLAS reads it when it is first used, and adds in a changing order without it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    untyped: Any = deterministic
+    mode, filling = torch.get_deterministic_debug_mode(), untyped.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    untyped.fill_uninitialized_memory = False
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        problem = f"cannot be had with this config: {str(error).partition(',')[0]}"
+        raise ConfigError([Problem("training.deterministic", problem, "set it to false")]) from error
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        untyped.fill_uninitialized_memory = filling

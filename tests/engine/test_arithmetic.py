@@ -1,0 +1,89 @@
+"""Settings of how devices compute hold for as long as a run lasts, and no longer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import deterministic
+
+import lorakit
+from lorakit.engine import trainer
+from lorakit.engine.arithmetic import products_rounded, repeatable
+from lorakit.errors import ConfigError
+from tests.engine.conftest import MakeConfig
+from tests.engine.test_runs import same, weights_of
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32(allowed: bool) -> None:
+    """TF32 is allowed to all products or to none, for as long as the run lasts and on CUDA only."""
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn
+
+    def now() -> list[bool]:
+        return [setting.allow_tf32 for setting in settings]
+
+    before = now()
+
+    def inside() -> None:
+        with products_rounded(allowed, torch.device("cuda")):
+            assert now() == [allowed, allowed]
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        inside()
+    assert now() == before
+    with products_rounded(not before[0], torch.device("cpu")):
+        assert now() == before
+
+
+def one_that_does_not_repeat() -> Tensor:
+    """What PyTorch has no repeatable operation for, on CPUs either: of two values for one place, one wins."""
+    return torch.zeros(2).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]), accumulate=False)
+
+
+def test_deterministic_runs(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run computes with repeatable operations only, which changes nothing on a CPU, and nothing after the run."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    modes: list[bool] = []
+    learn_from = trainer.learn_from
+
+    def noting(*arguments: object) -> None:
+        modes.append(torch.are_deterministic_algorithms_enabled())
+        learn_from(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer, "learn_from", noting)
+
+    def trained(name: str, required: bool) -> Path:
+        network = {"name": "c3lier", "dropout": 0.1}
+        training = {"deterministic": required, "max_steps": 3, "mixed_precision": "bf16"}
+        return lorakit.train(make_config(network=network, training=training, output={"name": name}))
+
+    ordinary, exact = trained("ordinary", False), trained("exact", True)
+    assert modes == [False] * 3 + [True] * 3
+    assert same(weights_of(ordinary), weights_of(exact))
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert deterministic.fill_uninitialized_memory
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_what_cannot_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operation that has no repeatable form is told as a problem of the key; other errors are let through."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    with pytest.raises(ConfigError, match=r"training\.deterministic: cannot be had.*put_"), repeatable(True):
+        one_that_does_not_repeat()
+    with pytest.raises(RuntimeError, match="shape"), repeatable(True):
+        torch.zeros(2).view(3, 5)
+    with repeatable(False):
+        one_that_does_not_repeat()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+def test_deterministic_excludes_measuring(make_config: MakeConfig) -> None:
+    """Modes that the clock chooses are refused, those that are named are not."""
+    with pytest.raises(ConfigError, match=r"training\.compile: is chosen by the clock"):
+        make_config(training={"deterministic": True, "compile": "auto"})
+    make_config(training={"deterministic": True, "channels_last": True})

@@ -1,0 +1,86 @@
+"""States: whatever their files hold, a run takes them up or refuses them by name; their hashes are made to be right."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+
+from lorakit.config.reading import config_from_tables
+from lorakit.engine.assembly import assemble
+from lorakit.engine.preparation import prepare
+from lorakit.engine.processes import Processes
+from lorakit.engine.run import Run
+from lorakit.engine.state import find_state
+from lorakit.errors import ConfigError
+from lorakit.plugins import Catalog
+from tests.fuzz.mutations import damaged, ends_well, few, mutated
+
+NETWORK, MACHINERY, DESCRIPTION = "network.safetensors", "machinery.safetensors", "state.json"
+
+
+@pytest.fixture(scope="module")
+def run(tiny_sd1: Path, photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A small run whose optimizer has a state."""
+    folder = tmp_path_factory.mktemp("states")
+    tables = {
+        "model": {"path": str(tiny_sd1)},
+        "data": {"image_dir": str(photographs), "resolution": 64},
+        "network": {"name": "lierla", "rank": 1, "parts": ["unet"]},
+        "optimizer": {"name": "adamw", "lr": 1e-3},
+        "training": {"max_steps": 9, "device": "cpu"},
+        "output": {"dir": str(folder / "out")},
+    }
+    made = assemble(prepare(config_from_tables(tables, folder, Catalog.discover())), Processes(torch.device("cpu")))
+    for parameter in made.network.parameters_of("unet"):
+        parameter.grad = torch.ones_like(parameter)
+    made.optimizer.step()
+    return made
+
+
+@pytest.fixture(scope="module")
+def sound(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the state of that run."""
+    return shutil.move(run.save_state(), tmp_path_factory.mktemp("sound") / "step00000000")
+
+
+def machinery_of(state: Path) -> Any:
+    """The structure in the header of a state's optimizer file."""
+    with safe_open(state / MACHINERY, framework="pt") as file:
+        return json.loads(file.metadata()["machinery"])
+
+
+def changed(data: st.DataObject, sound: Path, name: str) -> bytes:
+    """A file of a state with other bytes, or with other content of the same form."""
+    whole = (sound / name).read_bytes()
+    if name == NETWORK or data.draw(st.booleans()):
+        return data.draw(damaged(whole))
+    if name == DESCRIPTION:
+        return json.dumps(data.draw(mutated(json.loads(whole)))).encode()
+    structure = json.dumps(data.draw(mutated(machinery_of(sound))))
+    return save(load_file(sound / name), {"machinery": structure})
+
+
+@few(60)
+@given(data=st.data(), name=st.sampled_from([NETWORK, MACHINERY, DESCRIPTION]))
+def test_states(run: Run, sound: Path, tmp_path: Path, data: st.DataObject, name: str) -> None:
+    """A state with anything in one of its files is taken up, or refused by its folder or by a key of the config."""
+    shutil.copytree(sound, tmp_path / "step00000000", dirs_exist_ok=True)
+    state = tmp_path / "step00000000"
+    (state / name).write_bytes(changed(data, sound, name))
+    if name != DESCRIPTION:
+        description = json.loads((state / DESCRIPTION).read_text())
+        description["files"][name] = blake2b((state / name).read_bytes(), digest_size=16).hexdigest()
+        (state / DESCRIPTION).write_text(json.dumps(description))
+    ends_well(
+        "states", lambda: run.load_state(find_state(run.identity, state)), ConfigError, str(state), "training.max_steps"
+    )
