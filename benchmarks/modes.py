@@ -42,7 +42,7 @@ Numbers = dict[str, float]
 BF16, GRAPHS, LAST = "training.mixed_precision=bf16", "training.cuda_graphs=true", "training.channels_last=true"
 COMPILED, RECOMPUTED = "training.compile=true", "training.gradient_checkpointing=true"
 AUTO = tuple(f"training.{key}=auto" for key in ("cuda_graphs", "channels_last", "compile"))
-INT8, NF4 = 'training.int8_base=["unet"]', 'training.nf4_base=["unet"]'
+INT8, NF4, STREAMED = (f'training.{key}=["unet"]' for key in ("int8_base", "nf4_base", "stream_base"))
 
 ROWS: dict[str, tuple[str, ...]] = {
     "floor float32": (),
@@ -69,6 +69,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "bf16 nf4": (BF16, NF4),
     "bf16 nf4 recomputed": (BF16, NF4, RECOMPUTED),
     "bf16 nf4 recomputed graphs": (BF16, NF4, RECOMPUTED, GRAPHS),
+    "bf16 streamed": (BF16, STREAMED),
+    "bf16 streamed recomputed": (BF16, STREAMED, RECOMPUTED),
 }
 """Overrides of the config, by the name of the row."""
 
@@ -125,7 +127,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, Numbers]]:
     options = [f"--{name}={getattr(arguments, name)}" for name in names]
     has_cuda = arguments.device != "cpu" and torch.cuda.is_available()
     for row in arguments.only:
-        if not has_cuda and any(word in row for word in ("graphs", "tf32")):
+        if not has_cuda and any(word in row for word in ("graphs", "tf32", "streamed")):
             continue
         command = [sys.executable, __file__, f"--row={row}", *options]
         result = subprocess.run(command, check=False, capture_output=True, text=True)

@@ -25,9 +25,10 @@ from lorakit.components import Component, ModelFamilyConfig, ObserverConfig
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.fields import field_docs
 from lorakit.config.reading import COMPONENT_SECTIONS, PLAIN_SECTIONS
+from lorakit.discovery import REGISTRATION_HOOKS
 from lorakit.kohya.options import GROUPS
 from lorakit.kohya.states import State, known_keys, state_of
-from lorakit.plugins import REGISTRATION_HOOKS, Catalog
+from lorakit.plugins import Catalog
 
 FOLDER = Path(__file__).parent / "reference"
 NOTICE = "<!-- Written by docs/generate.py; change the code instead. -->\n"

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lorakit.components import Component
+from lorakit.discovery import Provider, in_one_line
 from lorakit.errors import LorakitError, PluginError, Problem, is_out_of_memory
-from lorakit.plugins import Catalog, Provider, in_one_line
+from lorakit.plugins import Catalog
 
 
 def whose(component: Component) -> str:

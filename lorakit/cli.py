@@ -217,7 +217,8 @@ def from_kohya(output: Path | None, arguments: tuple[str, ...]) -> None:
 @cli.command(short_help="List all plugins, the broken ones too.")
 def plugins() -> None:
     """List all plugins: kind, name, package and version; and those that are broken, with the reason."""
-    from lorakit.plugins import REGISTRATION_HOOKS, missing_packages
+    from lorakit.discovery import REGISTRATION_HOOKS
+    from lorakit.plugins import missing_packages
 
     catalog = _catalog()
     rows = []

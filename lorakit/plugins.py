@@ -1,4 +1,4 @@
-"""Discovery of plugins, and the catalog of all that they provide.
+"""The catalog of all that installed plugins provide.
 
 Each entry point is loaded and asked on its own, so that a plugin that fails to import, misspells a
 hook or raises is noted with its error and takes nothing else down. A name that two distributions
@@ -9,75 +9,28 @@ from __future__ import annotations
 
 import difflib
 import logging
-import re
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
-from typing import Any, TypeVar, get_type_hints
+from typing import TypeVar
 
-import pluggy
-from attrs import fields, frozen
+from attrs import frozen
 
-from lorakit import hookspecs
 from lorakit.checkpoints import CheckpointSummary
-from lorakit.components import (
-    AttentionConfig,
-    Component,
-    LRSchedulerConfig,
-    ModelFamilyConfig,
-    NetworkConfig,
-    ObserverConfig,
-    OptimizerConfig,
-    SaverConfig,
-    named,
+from lorakit.components import Component, named
+from lorakit.discovery import (
+    Installed,
+    Provider,
+    components_of,
+    hooks_of,
+    in_one_line,
+    installed_plugins,
+    named_if_slow,
 )
 from lorakit.errors import PluginError
 
 log = logging.getLogger(__name__)
 
-GROUP = "lorakit"
-"""The entry-point group that plugins register in."""
-
-PATIENCE = 5.0
-"""Seconds after which a plugin is named that is still being imported."""
-
-REGISTRATION_HOOKS: Mapping[str, type[Component]] = {
-    "register_model_families": ModelFamilyConfig,
-    "register_networks": NetworkConfig,
-    "register_optimizers": OptimizerConfig,
-    "register_lr_schedulers": LRSchedulerConfig,
-    "register_attention_backends": AttentionConfig,
-    "register_savers": SaverConfig,
-    "register_observers": ObserverConfig,
-}
-"""Each registration hook, with the base of the classes that it returns."""
-
 ComponentT = TypeVar("ComponentT", bound=Component)
-
-
-@frozen(order=True)
-class Provider:
-    """Where a plugin comes from."""
-
-    distribution: str
-    """The installed package."""
-    version: str
-    """Its version."""
-    entry_point: str
-    """The plugin's name in the entry-point group."""
-
-    def is_of(self, distribution: str) -> bool:
-        """Whether a distribution's name, however it is spelt, is that of this plugin's."""
-        return _normalised(self.distribution) == _normalised(distribution)
-
-    def __str__(self) -> str:
-        return f"{self.distribution} {self.version}"
-
-
-Installed = tuple[Provider, Callable[[], object]]
-"""A plugin as it is found: where it comes from, and the function that imports it."""
 
 
 @frozen
@@ -116,7 +69,7 @@ class Catalog:
     @classmethod
     def discover(cls) -> Catalog:
         """The catalog of what is installed."""
-        return cls.of(_installed_plugins())
+        return cls.of(installed_plugins())
 
     @classmethod
     def of(cls, plugins: Iterable[Installed]) -> Catalog:
@@ -127,9 +80,9 @@ class Catalog:
         detectors: list[Detector] = []
         for provider, load in plugins:
             try:
-                with _named_if_slow(provider):
-                    hooks = _hooks_of(load())
-                    components = list(_components_of(hooks))
+                with named_if_slow(provider):
+                    hooks = hooks_of(load())
+                    components = list(components_of(hooks))
             # SystemExit too: an import that calls sys.exit must not end lorakit.
             except (Exception, SystemExit) as error:
                 log.debug("plugin %r of %s is broken", provider.entry_point, provider, exc_info=True)
@@ -230,105 +183,6 @@ def missing_packages(component: type[Component]) -> list[str]:
     return missing
 
 
-@contextmanager
-def _named_if_slow(provider: Provider) -> Iterator[None]:
-    """Say which plugin is being imported when that takes long, as an import cannot be ended from outside."""
-    text = "the plugin %r of %s is still being imported after %g seconds; Ctrl-C stops lorakit"
-    timer = threading.Timer(PATIENCE, log.warning, (text, provider.entry_point, provider, PATIENCE))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    except KeyboardInterrupt:
-        text = "stopped while the plugin %r of %s was being imported; if it never ends: pip uninstall %s"
-        log.warning(text, provider.entry_point, provider, provider.distribution)
-        raise
-    finally:
-        timer.cancel()
-
-
-def _installed_plugins() -> Iterator[Installed]:
-    found: dict[str, list[Installed]] = {}
-    for distribution in metadata.distributions():
-        if f"[{GROUP}]" in (distribution.read_text("entry_points.txt") or ""):
-            name, version = (_stated(distribution, key) for key in ("Name", "Version"))
-            # The first on the path is the one that is imported.
-            found.setdefault(_normalised(name), _entry_points(distribution, name, version))
-    plugins = [plugin for own in found.values() for plugin in own]
-    # By name, so that the order of installation changes nothing.
-    yield from sorted(plugins, key=lambda plugin: (plugin[0].entry_point, plugin[0]))
-
-
-def _stated(distribution: metadata.Distribution, key: str) -> str:
-    found: list[str] = distribution.metadata.get_all(key) or ["unknown"]
-    return found[0]
-
-
-def _entry_points(distribution: metadata.Distribution, name: str, version: str) -> list[Installed]:
-    try:
-        return [
-            (Provider(name, version, found.name), found.load) for found in distribution.entry_points.select(group=GROUP)
-        ]
-    except Exception as error:  # a malformed file makes importlib raise various things
-        return [(Provider(name, version, "entry_points.txt"), partial(_refuse, f"it cannot be read: {error}"))]
-
-
-def _refuse(reason: str) -> object:
-    raise PluginError(reason)
-
-
-def _hooks_of(plugin: object) -> pluggy.HookRelay:
-    """The hooks that one plugin implements; raises for a misspelt hook, wrong arguments or no hook at all."""
-    manager = pluggy.PluginManager(GROUP)
-    manager.add_hookspecs(hookspecs)
-    manager.register(plugin)
-    known = [*REGISTRATION_HOOKS, "detect_model_family"]
-    callers = manager.get_hookcallers(plugin) or []
-    for caller in callers:
-        if not caller.has_spec():
-            near = difflib.get_close_matches(caller.name, known, n=1, cutoff=0)
-            raise PluginError(f"there is no hook {caller.name!r}; did you mean {near[0]!r}?")
-    if not callers:
-        raise PluginError("it implements no hook; mark its functions with @lorakit.hookimpl")
-    return manager.hook
-
-
-def _components_of(hooks: pluggy.HookRelay) -> Iterator[type[Component]]:
-    for hook_name, base in REGISTRATION_HOOKS.items():
-        hook = getattr(hooks, hook_name)
-        # pluggy leaves out what returns None.
-        results = (hook() or [None]) if hook.get_hookimpls() else []
-        for returned in results:
-            if not isinstance(returned, Iterable) or isinstance(returned, str):
-                raise PluginError(f"{hook_name} returned {returned!r}, not a list of classes")
-            for component in returned:
-                _check_component(component, base, hook_name)
-                yield component
-
-
-def _check_component(component: Any, base: type[Component], hook_name: str) -> None:
-    if not (isinstance(component, type) and issubclass(component, base)):
-        raise PluginError(f"{hook_name} returned {component!r}, which is not a subclass of {base.__name__}")
-    class_name = component.__name__
-    if "__attrs_attrs__" not in vars(component):
-        raise PluginError(f"{class_name} is not an attrs class; put @frozen(kw_only=True) above it")
-    name = getattr(component, "name", None)
-    if not isinstance(name, str) or not name or ":" in name:
-        raise PluginError(f"{class_name} has no name; add a line such as: name = 'example'")
-    if component.build is base.build:  # type: ignore[attr-defined]
-        raise PluginError(f"{class_name} has no method build, which makes the {base.kind}")
-    try:
-        types = get_type_hints(component)
-    except NameError as error:
-        cure = "import it outside of `if TYPE_CHECKING`, because config files are checked by it"
-        raise PluginError(f"{class_name} has a field whose type is unknown: {error}; {cure}") from error
-    untyped = [own.name for own in fields(component) if own.name not in types]
-    if untyped:
-        raise PluginError(
-            f"{class_name} has a field without a type: {untyped[0]}; write such as: {untyped[0]}: int = 1"
-        )
-
-
 def _clash(base: type[Component], name: str, candidates: Sequence[Registration]) -> str:
     names = sorted({candidate.provider.distribution for candidate in candidates})
     text = f"{base.kind} {name!r} is provided by {_listed(candidates)}"
@@ -345,14 +199,3 @@ def _listed(registrations: Sequence[Registration]) -> str:
 
 def _kind_and_name(component: type[Component]) -> tuple[str, str]:
     return component.kind, component.name
-
-
-def _normalised(distribution: str) -> str:
-    """A distribution's name as package installers compare it."""
-    return re.sub(r"[-_.]+", "-", distribution).lower()
-
-
-def in_one_line(error: BaseException) -> str:
-    """An error for the end of a message: with its class, unless it was raised on purpose."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, PluginError) else f"{type(error).__name__}: {text}".removesuffix(": ")

@@ -11,8 +11,9 @@ import pytest
 
 from lorakit.checkpoints import CheckpointSummary
 from lorakit.components import ModelFamilyConfig, NetworkConfig, OptimizerConfig, SaverConfig
+from lorakit.discovery import REGISTRATION_HOOKS
 from lorakit.errors import PluginError
-from lorakit.plugins import REGISTRATION_HOOKS, Catalog
+from lorakit.plugins import Catalog
 from tests.guests import install, optimizer_source, write_metadata
 
 Discover = Callable[..., Catalog]

@@ -16,8 +16,9 @@ from lorakit.config.sections import TrainConfig
 from lorakit.config.suggestions import KOHYA_NAMES
 from lorakit.config.tables import field_names
 from lorakit.config.writing import to_toml
+from lorakit.discovery import REGISTRATION_HOOKS
 from lorakit.errors import ConfigError
-from lorakit.plugins import REGISTRATION_HOOKS, Catalog
+from lorakit.plugins import Catalog
 
 quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

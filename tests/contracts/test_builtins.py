@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.components import Component, LRSchedulerConfig, OptimizerConfig, named
-from lorakit.plugins import REGISTRATION_HOOKS, Catalog
+from lorakit.discovery import REGISTRATION_HOOKS
+from lorakit.plugins import Catalog
 from lorakit.testing import contracts
 from lorakit.testing.models import make_tiny_sd1, make_tiny_sd2, to_single_file
 

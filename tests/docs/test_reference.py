@@ -16,7 +16,8 @@ from lorakit import cli, hookspecs
 from lorakit.components import Component, ModelFamilyConfig, ObserverConfig
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.reading import COMPONENT_SECTIONS, PLAIN_SECTIONS
-from lorakit.plugins import REGISTRATION_HOOKS, Catalog
+from lorakit.discovery import REGISTRATION_HOOKS
+from lorakit.plugins import Catalog
 from tests.docs.pages import ROOT, sections_of
 
 REFERENCE = ROOT / "docs" / "reference"
