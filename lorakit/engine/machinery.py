@@ -39,27 +39,9 @@ def packed(content: Any) -> bytes:
 
     Raises NoFormError where there is anything else.
     """
-    tensors: dict[str, Tensor] = {}
-    names: dict[int, str] = {}
-
-    def form(value: Any) -> Any:
-        if value is None or isinstance(value, bool | int | float | str):
-            return value
-        if isinstance(value, Tensor):
-            name = names.setdefault(id(value), str(len(names)))
-            # A copy of its own, as a file cannot hold two tensors that share their numbers.
-            tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            return {"tensor": name, "on_device": value.device.type != "cpu"}
-        kind = type(value).__name__
-        if kind == "list":
-            return [form(item) for item in value]
-        if kind not in _CONTAINERS:
-            raise NoFormError(f"a {type(value).__module__}.{type(value).__qualname__} has no place in a state")
-        items = value.items() if isinstance(value, Mapping) else value
-        return {kind: [form(list(item) if isinstance(value, Mapping) else item) for item in items]}
-
-    structure = json.dumps(form(content))
-    return safetensors.torch.save(tensors, {_HEADER: structure})
+    packing = _Packing()
+    structure = json.dumps(packing.form(content))
+    return safetensors.torch.save(packing.tensors, {_HEADER: structure})
 
 
 def unpacked(path: Path, device: torch.device) -> Any:
@@ -69,20 +51,61 @@ def unpacked(path: Path, device: torch.device) -> Any:
     the file is no such one.
     """
     safetensors_shapes(path)
-    made: dict[str, Tensor] = {}
     with safe_open(path, framework="pt") as file:
+        structure = json.loads((file.metadata() or {})[_HEADER])
+    # Not through `safe_open`: each tensor it reads leaves some bytes behind, and every state is read back.
+    return _Unpacking(safetensors.torch.load(path.read_bytes()), device).value(structure)
 
-        def value(form: Any) -> Any:
-            if isinstance(form, list):
-                return [value(item) for item in form]
-            if not isinstance(form, dict):
-                return form
-            if "tensor" in form:
-                name = form["tensor"]
-                if name not in made:
-                    made[name] = file.get_tensor(name).to(device if form["on_device"] else "cpu")
-                return made[name]
-            ((kind, items),) = form.items()
-            return _CONTAINERS[kind](value(items))
 
-        return value(json.loads((file.metadata() or {})[_HEADER]))
+class _Packing:
+    """Collects the tensors of a content while giving it a form that JSON can hold."""
+
+    # A class, as a nested function that calls itself would keep all tensors alive until the garbage is collected.
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._names: dict[int, str] = {}
+
+    def form(self, value: Any) -> Any:
+        """What JSON can hold of a value. Raises NoFormError."""
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, Tensor):
+            return self._reference(value)
+        kind = type(value).__name__
+        if kind == "list":
+            return [self.form(item) for item in value]
+        if kind not in _CONTAINERS:
+            raise NoFormError(f"a {type(value).__module__}.{type(value).__qualname__} has no place in a state")
+        items = value.items() if isinstance(value, Mapping) else value
+        return {kind: [self.form(list(item) if isinstance(value, Mapping) else item) for item in items]}
+
+    def _reference(self, value: Tensor) -> Any:
+        """What stands for a tensor."""
+        name = self._names.setdefault(id(value), str(len(self._names)))
+        # A copy of its own, as a file cannot hold two tensors that share their numbers.
+        self.tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        return {"tensor": name, "on_device": value.device.type != "cpu"}
+
+
+class _Unpacking:
+    """Puts tensors back into the places that a form gives them."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        self._tensors = tensors
+        self._device = device
+        self._made: dict[str, Tensor] = {}
+
+    def value(self, form: Any) -> Any:
+        """What had a form. Raises KeyError, TypeError or ValueError where it is none."""
+        if isinstance(form, list):
+            return [self.value(item) for item in form]
+        if not isinstance(form, dict):
+            return form
+        if "tensor" in form:
+            name = form["tensor"]
+            if name not in self._made:
+                self._made[name] = self._tensors[name].to(self._device if form["on_device"] else "cpu")
+            return self._made[name]
+        ((kind, items),) = form.items()
+        return _CONTAINERS[kind](self.value(items))

@@ -123,7 +123,8 @@ def read_state(folder: Path, device: torch.device) -> State:
     with damage_told(folder):
         description = _described(folder)
         safetensors_shapes(folder / _TENSORS)
-        tensors = safetensors.torch.load_file(folder / _TENSORS)
+        # Not `load_file`: each tensor it reads leaves some bytes behind, and every state is read back.
+        tensors = safetensors.torch.load((folder / _TENSORS).read_bytes())
         machinery = unpacked(folder / _MACHINERY, device)
         return State(description["step"], description["total_steps"], tensors, machinery)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
@@ -7,6 +8,7 @@ import resource
 import struct
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -203,3 +205,21 @@ def test_a_state_dict_level_is_looked_through(tmp_path: Path) -> None:
     """Files of tools that put the tensors one level down, under state_dict, are read too."""
     torch.save({"state_dict": dict(adapter().tensors)}, tmp_path / "a.ckpt")
     assert read_adapter(tmp_path / "a.ckpt").tensors.keys() == adapter().tensors.keys()
+
+
+def test_reading_back_leaves_nothing_behind(tmp_path: Path) -> None:
+    """A run that saves a thousand times grows by less than 10 bytes for each tensor that it reads back."""
+    count, times = 200, 20
+    tensors = {f"lora_unet_{index}.lora_up.weight": torch.zeros(300, 1) for index in range(count)}
+    path = tmp_path / "lora.safetensors"
+    SafetensorsConfig().build().save(AdapterFile(tensors, {}), path)
+    read_adapter(path)
+    tracemalloc.start()
+    gc.collect()
+    before, _ = tracemalloc.get_traced_memory()
+    for _ in range(times):
+        read_adapter(path)
+    gc.collect()
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after - before < 10 * count * times
