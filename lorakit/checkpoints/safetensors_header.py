@@ -68,10 +68,11 @@ def _checked_place(name: str, entry: Any, available: int) -> tuple[int, int, str
     """A tensor's start and end; a `ValueError` unless type, shape and place agree with each other and the file."""
     try:
         bits, shape, (start, end) = _BITS[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        numbers_are_sound = all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, end))
+        numbers = (*shape, start, end)
+        is_sound = type(shape) is list and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
     except (KeyError, TypeError, ValueError):
-        numbers_are_sound = False
-    if not numbers_are_sound or end < start:
+        is_sound = False
+    if not is_sound or end < start:
         raise ValueError(f"what it says of tensor {_cut(name)} makes no sense")
     if end > available:
         raise ValueError(f"tensor {_cut(name)} would end {end - available} bytes behind the end of the file")

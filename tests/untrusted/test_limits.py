@@ -148,6 +148,8 @@ def test_a_packed_bomb_is_not_opened(tmp_path: Path) -> None:
         (b'{"a":{"dtype":NaN,"shape":[2],"data_offsets":[0,2]}}', 2, "makes no sense"),
         (b'{"a":{"dtype":"U8","shape":[2.0],"data_offsets":[0,2]}}', 2, "makes no sense"),
         (b'{"a":{"dtype":"U8","shape":[true,2],"data_offsets":[0,2]}}', 2, "makes no sense"),
+        (b'{"a":{"dtype":"U8","shape":"","data_offsets":[0,1]}}', 1, "makes no sense"),
+        (b'{"a":{"dtype":"U8","shape":{},"data_offsets":[0,1]}}', 1, "makes no sense"),
     ],
 )  # fmt: skip
 def test_headers_that_lie(tmp_path: Path, header: bytes, data: int, reason: str) -> None:
