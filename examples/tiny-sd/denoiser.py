@@ -39,23 +39,27 @@ def alphas(device: torch.device) -> Tensor:
 
 
 class Denoiser(nn.Module):
-    """The text encoder and the U-Net behind it."""
+    """The text encoder and the U-Net behind it, which predicts noise as Stable Diffusion 1 or velocity as 2."""
 
-    def __init__(self, text_encoder: nn.Module, unet: nn.Module) -> None:
+    def __init__(self, text_encoder: nn.Module, unet: nn.Module, prediction: str = "epsilon") -> None:
         super().__init__()
-        self.text_encoder, self.unet = text_encoder, unet
+        self.text_encoder, self.unet, self.prediction = text_encoder, unet, prediction
 
     def forward(self, latents: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
-        """The noise in latents [B, 4, 8, 8] after timesteps [B] that token ids [B, 77] describe."""
+        """What is predicted of latents [B, 4, 8, 8] after timesteps [B] that token ids [B, 77] describe."""
         context = self.text_encoder(tokens).last_hidden_state
-        noise: Tensor = self.unet(latents, timesteps, context).sample
-        return noise
+        predicted: Tensor = self.unet(latents, timesteps, context).sample
+        return predicted
+
+    def target(self, latents: Tensor, noise: Tensor, amount: Tensor) -> Tensor:
+        """What should be predicted where an amount [B, 1, 1, 1] of the latents' variance is left under the noise."""
+        return noise if self.prediction == "epsilon" else amount.sqrt() * noise - (1 - amount).sqrt() * latents
 
 
 def train_denoiser(
     model: Denoiser, material: tuple[Tensor, Tensor], budget: Budget, seed: int, batch: int = 64, peak: float = 1e-3
 ) -> None:
-    """Train on latents and tokens until the noise's square error is small; leaves the mean of the weights."""
+    """Train on latents and tokens until the square error is small; leaves the mean of the weights."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average, kept = Average(model), alphas(material[0].device)
@@ -69,7 +73,7 @@ def train_denoiser(
         # On processors bfloat16 takes longer than float32 for tensors as small as these.
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=latents.device.type != "cpu"):
             found = model(noisy, timesteps, tokens)
-        loss = (found.float() - noise).square().mean()
+        loss = (found.float() - model.target(latents, noise, amount)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)

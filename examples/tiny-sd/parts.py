@@ -98,9 +98,9 @@ def _module(part: str) -> nn.Module:
     return AutoencoderKL(**settings)
 
 
-def save(folder: Path, parts: Mapping[str, nn.Module]) -> Path:
+def save(folder: Path, parts: Mapping[str, nn.Module], prediction: str = "epsilon") -> Path:
     """Write the parts as a diffusers folder in float16; parts that are not given are random there."""
-    make_folder(folder, SETTINGS, dtype="float16")
+    make_folder(folder, SETTINGS, dtype="float16", prediction=prediction)
     for part, module in parts.items():
         prefix = "text_model." if part == "text_encoder" else ""
         weights = {f"{prefix}{name}": tensor.half().contiguous() for name, tensor in module.state_dict().items()}

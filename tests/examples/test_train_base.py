@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from argparse import Namespace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from score import SUBJECTS, load_pipeline, paint, score
 from train_base import train_painting, trained_vae
+from velocity import turn
 
 from lorakit.checkpoints.recognition import describe
 from lorakit.checkpoints.summary import summarize
@@ -173,6 +175,33 @@ def test_the_schedule_is_that_of_stable_diffusion() -> None:
 
     scheduler = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear")
     torch.testing.assert_close(alphas(torch.device("cpu")), scheduler.alphas_cumprod)
+
+
+def test_velocity_is_what_diffusers_means_by_it() -> None:
+    """The target of a model that predicts velocity is diffusers' own, at every step."""
+    from diffusers import DDPMScheduler
+
+    latents, noise = torch.randn(2, 1000, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    steps = torch.arange(1000)
+    expected = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear").get_velocity(latents, noise, steps)
+    model = Denoiser(torch.nn.Identity(), torch.nn.Identity(), prediction="v_prediction")
+    target = model.target(latents, noise, alphas(steps.device).view(-1, 1, 1, 1))
+    torch.testing.assert_close(target, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_predicts_velocity_says_so(folder: Path, tmp_path: Path) -> None:
+    """What was trained on for velocity is another model, with the same VAE, that lorakit and diffusers take for one."""
+    turn(folder, tmp_path, steps=1, pictures=4)
+    assert StoredModel(tmp_path).scheduler_settings()["prediction_type"] == "v_prediction"
+    assert load_pipeline(tmp_path).scheduler.config.prediction_type == "v_prediction"
+    same = {part: sha(tmp_path, part) == sha(folder, part) for part in ("vae", "text_encoder", "unet")}
+    assert same == {"vae": True, "text_encoder": False, "unet": False}
+
+
+def sha(folder: Path, part: str) -> str:
+    """The hash of a part's weights."""
+    (file,) = (folder / part).glob("*.safetensors")
+    return sha256(file.read_bytes()).hexdigest()
 
 
 def test_the_average_is_a_mean_of_past_weights() -> None:
