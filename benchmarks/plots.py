@@ -18,12 +18,12 @@ from xml.sax.saxutils import escape
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "benchmarks.md"
 
-LABELS, BARS, NUMBERS, ROW, HEADING, TITLE = 120, 260, 44, 22, 28, 30
+LABELS, BARS, NUMBERS, ROW, HEADING, TITLE = 140, 260, 44, 22, 28, 30
 """Pixels: width of names, of the longest bar, of a number behind it; height of a row, of a heading, of the title."""
 COLOURS = ("#4878a8", "#8a8a8a")
 """Of lorakit's own rows, and of what they are compared with."""
 OTHERS = ("floor", "peft", "headers", "loop")
-"""Rows that are no measurement of lorakit."""
+"""First words of rows that are no measurement of lorakit."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _chart(chart: Chart, top: int) -> Iterator[str]:
     first = top + HEADING
     for number, (name, ratio) in enumerate(zip(chart.names, chart.ratios, strict=True)):
         y, length = first + number * ROW, ratio * scale
-        colour = COLOURS[name in OTHERS]
+        colour = COLOURS[name.split()[0] in OTHERS]
         yield _text(LABELS - 8, y + 14, name, anchor="end")
         yield f'<rect class="bar" x="{LABELS}" y="{y}" width="{length:.1f}" height="{ROW - 6}" fill="{colour}"/>'
         yield _text(round(LABELS + length + 5), y + 13, f"{ratio:.2f}")
