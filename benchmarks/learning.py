@@ -34,12 +34,18 @@ RATES = {"adamw": 1e-4, "adamw8bit": 1e-4, "adafactor": 1e-4}
 """What `docs/how-to/optimizers.md` recommends for a full-size model. Paged optimizers are the same on a CPU."""
 OWN_RATES = {
     "lion": 1e-4, "lion8bit": 1e-4,
-    "dadaptation": 0.25, "dadaptadagrad": 6.0, "dadaptadam": 0.25, "dadaptadan": 0.25, "dadaptadanip": 0.25,
+    "dadaptation": 0.25, "dadaptadagrad": 30.0, "dadaptadam": 0.25, "dadaptadan": 0.25, "dadaptadanip": 0.25,
     "dadaptlion": 0.5, "dadaptsgd": 1.8, "sgdnesterov": 2.0, "sgdnesterov8bit": 2.0,
 }  # fmt: skip
 """Learning rates of optimizers whose steps have another size: Lion's, plain descent's, and those that find the rest."""
 STEPS = 1500
-TIMES_THE_STEPS = {"sgdnesterov": 2.0, "sgdnesterov8bit": 2.0, "dadaptsgd": 2.0, "lierla, U-Net": 2.0}
+TIMES_THE_STEPS = {
+    "sgdnesterov": 2.0,
+    "sgdnesterov8bit": 2.0,
+    "dadaptsgd": 2.0,
+    "dadaptadagrad": 2.0,
+    "lierla, U-Net": 2.0,
+}
 """What takes longer: plain descent, and LierLa on the U-Net alone, as the name means nothing to the text encoder."""
 GROWTH = 1.03
 """By what factor the estimates of D-Adaptation may grow at a step: in one leap they grow too large here."""
