@@ -82,6 +82,18 @@ def test_tokens_beyond_the_table(tiny_sd1: Path, tmp_path: Path) -> None:
     assert CaptionTokenizer(tmp_path / "tokenizer").vocabulary_size == 10**6 + 1
 
 
+def test_a_tokenizer_that_makes_its_library_panic(tmp_path: Path) -> None:
+    """A prefix that is longer than a word of the merges is refused, though the library's panic is no exception."""
+    vocabulary = {"a": 0, "b</w>": 1, "ab</w>": 2, "<|startoftext|>": 3, "<|endoftext|>": 4}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b</w>\n")
+    settings = json.loads(CaptionTokenizer(tmp_path).tokenizer.to_str())
+    settings["model"]["continuing_subword_prefix"] = "longer"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match="cannot be read"):
+        CaptionTokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1 + 2j])
 def test_factors_that_are_no_numbers(tmp_path: Path, value: complex) -> None:
     """A LoRA file with NaN, infinity or complex numbers is nothing to start from; the tensor is named."""

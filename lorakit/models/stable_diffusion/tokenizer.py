@@ -120,7 +120,10 @@ def _folder_tokenizer(folder: Path) -> Tokenizer:
             return tokenizer
         vocabulary, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
         return _byte_pair_tokenizer(models.BPE.from_file(vocabulary, merges, unk_token=_END, end_of_word_suffix="</w>"))
-    except Exception as error:  # the tokenizers library raises plain Exception
+    except BaseException as error:
+        # The tokenizers library raises plain Exception; where it panics, what is raised is not even one.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ModelError(f"the tokenizer in {folder} cannot be read ({error}); download it again") from error
 
 
