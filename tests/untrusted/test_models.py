@@ -82,16 +82,29 @@ def test_tokens_beyond_the_table(tiny_sd1: Path, tmp_path: Path) -> None:
     assert CaptionTokenizer(tmp_path / "tokenizer").vocabulary_size == 10**6 + 1
 
 
+def small_tokenizer(folder: Path, settings: dict[str, str]) -> Path:
+    """A folder with a tokenizer that knows two letters, with these settings in its model."""
+    vocabulary = {"a": 0, "b</w>": 1, "ab</w>": 2, "<|startoftext|>": 3, "<|endoftext|>": 4}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\na b</w>\n")
+    made = json.loads(CaptionTokenizer(folder).tokenizer.to_str())
+    made["model"] |= settings
+    (folder / "tokenizer.json").write_text(json.dumps(made))
+    return folder
+
+
 def test_a_tokenizer_that_makes_its_library_panic(tmp_path: Path) -> None:
     """A prefix that is longer than a word of the merges is refused, though the library's panic is no exception."""
-    vocabulary = {"a": 0, "b</w>": 1, "ab</w>": 2, "<|startoftext|>": 3, "<|endoftext|>": 4}
-    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\na b</w>\n")
-    settings = json.loads(CaptionTokenizer(tmp_path).tokenizer.to_str())
-    settings["model"]["continuing_subword_prefix"] = "longer"
-    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
-    with pytest.raises(ModelError, match="cannot be read"):
-        CaptionTokenizer(tmp_path)
+    folder = small_tokenizer(tmp_path, {"continuing_subword_prefix": "longer"})
+    with pytest.raises(ModelError, match=f"{folder} cannot be read"):
+        CaptionTokenizer(folder)
+
+
+def test_a_tokenizer_without_its_unknown_word(tmp_path: Path) -> None:
+    """What shows only when a caption is read is told by the folder, too."""
+    tokenizer = CaptionTokenizer(small_tokenizer(tmp_path, {"unk_token": "gone"}))
+    with pytest.raises(ModelError, match=f"{tmp_path} cannot be read"):
+        tokenizer(["c"])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1 + 2j])

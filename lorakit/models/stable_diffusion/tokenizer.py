@@ -6,7 +6,8 @@ B captions, n chunks of 77 tokens: the start token, 75 tokens of the caption, th
 from __future__ import annotations
 
 import gzip
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -35,6 +36,7 @@ class CaptionTokenizer:
 
         `pad` is the id that fills chunks up, the end token if None. A `ModelError` if the folder's files are unusable.
         """
+        self._folder = folder
         self.tokenizer = _clip_tokenizer() if folder is None else _folder_tokenizer(folder)
         self.max_length = max_length
         start, end = self.tokenizer.token_to_id(_START), self.tokenizer.token_to_id(_END)
@@ -51,7 +53,8 @@ class CaptionTokenizer:
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Token ids, int64 [B, n, 77], of captions of any length; what is too long is cut off.
 
-        A chunk ends with the end token if the caption goes on behind it, or else with padding.
+        A chunk ends with the end token if the caption goes on behind it, or else with padding. Raises ModelError where
+        the folder's files turn out to be damaged.
         """
         return self._in_chunks(self._ids(captions))
 
@@ -71,7 +74,8 @@ class CaptionTokenizer:
         return ids, pad(weights.view(len(captions), -1, CHUNK), (1, 1), value=1.0)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        with _damage_told(self._folder):
+            return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
     def _in_chunks(self, captions: Sequence[Sequence[int]]) -> Tensor:
         """Token ids, int64 [B, n, 77], of the ids of captions of any length."""
@@ -112,7 +116,7 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 def _folder_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a diffusers folder: `tokenizer.json`, or `vocab.json` with `merges.txt`."""
-    try:
+    with _damage_told(folder):
         if (folder / "tokenizer.json").is_file():
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             tokenizer.no_truncation()
@@ -120,6 +124,13 @@ def _folder_tokenizer(folder: Path) -> Tokenizer:
             return tokenizer
         vocabulary, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
         return _byte_pair_tokenizer(models.BPE.from_file(vocabulary, merges, unk_token=_END, end_of_word_suffix="</w>"))
+
+
+@contextmanager
+def _damage_told(folder: Path | None) -> Iterator[None]:
+    """Raise what a tokenizer's damaged files cause as a ModelError that names their folder."""
+    try:
+        yield
     except BaseException as error:
         # The tokenizers library raises plain Exception; where it panics, what is raised is not even one.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
