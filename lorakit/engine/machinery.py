@@ -14,9 +14,9 @@ from typing import Any, Final
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from lorakit.checkpoints.safetensors_content import safetensors_content
 from lorakit.checkpoints.safetensors_header import safetensors_shapes
 
 _HEADER: Final = "machinery"
@@ -51,10 +51,8 @@ def unpacked(path: Path, device: torch.device) -> Any:
     the file is no such one.
     """
     safetensors_shapes(path)
-    with safe_open(path, framework="pt") as file:
-        structure = json.loads((file.metadata() or {})[_HEADER])
-    # Not through `safe_open`: each tensor it reads leaves some bytes behind, and every state is read back.
-    return _Unpacking(safetensors.torch.load(path.read_bytes()), device).value(structure)
+    tensors, metadata = safetensors_content(path)
+    return _Unpacking(tensors, device).value(json.loads(metadata[_HEADER]))
 
 
 class _Packing:

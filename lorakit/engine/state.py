@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import lorakit
+from lorakit.checkpoints.safetensors_content import safetensors_content
 from lorakit.checkpoints.safetensors_header import safetensors_shapes
 from lorakit.config.sections import TrainConfig
 from lorakit.data.memo import content_digest
@@ -123,8 +124,7 @@ def read_state(folder: Path, device: torch.device) -> State:
     with damage_told(folder):
         description = _described(folder)
         safetensors_shapes(folder / _TENSORS)
-        # Not `load_file`: each tensor it reads leaves some bytes behind, and every state is read back.
-        tensors = safetensors.torch.load((folder / _TENSORS).read_bytes())
+        tensors, _ = safetensors_content(folder / _TENSORS)
         machinery = unpacked(folder / _MACHINERY, device)
         return State(description["step"], description["total_steps"], tensors, machinery)
 

@@ -15,6 +15,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 from lorakit.checkpoints import summarize
+from lorakit.checkpoints.safetensors_content import safetensors_content
 from lorakit.errors import AdapterError, ModelError
 from lorakit.files import replacing
 
@@ -100,7 +101,7 @@ def read_adapter(path: Path) -> AdapterFile:
         raise AdapterError(f"{path}: there is no such file. Check the path.")
     try:
         kind = summarize(path).kind
-        return _read_safetensors(path) if kind == "safetensors" else _read_pickle(path)
+        return AdapterFile(*safetensors_content(path)) if kind == "safetensors" else _read_pickle(path)
     except ModelError as error:
         raise AdapterError(f"{error}.") from error
     except AdapterError:
@@ -132,13 +133,6 @@ def ranks_and_alphas(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, floa
         for key, rank in ranks.items()
         if rank and (alpha := alphas[key]) is not None and alpha.numel() == 1
     }
-
-
-def _read_safetensors(path: Path) -> AdapterFile:
-    # Not through `safe_open`: each tensor it reads leaves some bytes behind, and every save is read back.
-    with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    return AdapterFile(safetensors.torch.load(path.read_bytes()), metadata)
 
 
 def _read_pickle(path: Path) -> AdapterFile:
