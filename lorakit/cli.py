@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import sys
-import traceback
-import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +12,7 @@ import click
 
 import lorakit
 from lorakit.columns import columns
-from lorakit.errors import ConfigError, Interrupted, LorakitError, OutputError, is_out_of_memory
+from lorakit.errors import OutputError
 
 if TYPE_CHECKING:
     from lorakit.config.sections import TrainConfig
@@ -96,7 +91,7 @@ def train(config: Path, overrides: tuple[str, ...], resume: Path | None) -> None
     from lorakit.engine.assembly import train_prepared
 
     path = train_prepared(prepared, catalog, resume)
-    if _is_main_process():
+    if is_main_process():
         click.echo(f"Done: {path}")
 
 
@@ -128,7 +123,7 @@ def cache(config: Path, overrides: tuple[str, ...]) -> None:
     from lorakit.engine.assembly import fill_cache
 
     fill_cache(prepared)
-    if _is_main_process():
+    if is_main_process():
         click.echo(f"Done: {checked.cache_dir}")
 
 
@@ -162,7 +157,7 @@ def plan(config: Path, overrides: tuple[str, ...], memory: int | None, measure: 
     from lorakit.planning.report import report
 
     made = make_plan(prepared, measured=measure)
-    for line in report(made, memory) if _is_main_process() else ():
+    for line in report(made, memory) if is_main_process() else ():
         click.echo(line)
 
 
@@ -237,7 +232,7 @@ def plugins() -> None:
         click.secho(line, fg="red" if line.startswith("broken") else None)
 
 
-def _is_main_process() -> bool:
+def is_main_process() -> bool:
     """Whether this process speaks to the user; launchers number the processes of a run."""
     return os.environ.get("RANK", "0") == "0"
 
@@ -253,56 +248,6 @@ def _checked(path: Path, overrides: tuple[str, ...], catalog: Catalog) -> TrainC
     from lorakit.config.reading import read_config
 
     config = read_config(path, overrides, catalog)
-    for warning in config.warnings() if _is_main_process() else ():
+    for warning in config.warnings() if is_main_process() else ():
         click.secho(f"warning: {warning}", fg="yellow", err=True)
     return config
-
-
-def _message(error: BaseException) -> str:
-    """What the user is told of an error."""
-    if isinstance(error, KeyboardInterrupt):
-        return "Stopped."
-    if isinstance(error, Interrupted):
-        return str(error)
-    if isinstance(error, ConfigError) and len(error.problems) > 1:
-        listed = "".join(f"\n  {problem}" for problem in error.problems)
-        return f"{len(error.problems)} problems:{listed}"
-    if isinstance(error, LorakitError):
-        return f"error: {error}"
-    if is_out_of_memory(error):
-        hint = "lower batch_size or resolution, or set training.gradient_checkpointing = true"
-        return f"error: out of memory ({hint})"
-    return f"internal error: {type(error).__name__}: {error}; run again with --debug to see where it came from"
-
-
-def main() -> None:
-    """Run the command line; ends the process with the exit status of the contract."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("lorakit").setLevel(logging.INFO)
-    # It warns of an optional kernel of its own that lorakit never calls.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # A schedule says so after a first step that was skipped, as with fp16 it often is.
-    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-    # Both end the command, also where a shell that started it in the background has one ignored; while steps are
-    # taken, the run listens itself.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-    session: dict[str, bool] = {}
-    try:
-        sys.exit(cli.main(standalone_mode=False, obj=session))
-    except click.ClickException as error:
-        error.show()
-        sys.exit(ConfigError.exit_status)
-    except (Exception, KeyboardInterrupt) as error:
-        # click turns Ctrl-C into Abort.
-        told = KeyboardInterrupt() if isinstance(error, click.Abort) else error
-        if session.get("debug"):
-            traceback.print_exception(error)
-        if _is_main_process() or not isinstance(told, Interrupted):
-            click.echo(_message(told), err=True)
-        if isinstance(told, KeyboardInterrupt):
-            with suppress(OSError):
-                sys.stdout.flush()
-            # Threads that still wait for a disk or the network would keep `sys.exit` from ending the process.
-            os._exit(Interrupted.exit_status)
-        sys.exit(getattr(told, "exit_status", 1))

@@ -210,7 +210,7 @@ def test_missing_package_is_named(tables: Tables, tmp_path: Path) -> None:
         "def version(name):\n"
         "    if name == 'lion-pytorch': raise m.PackageNotFoundError(name)\n"
         "    return real(name)\n"
-        "m.version = version; from lorakit.cli import main\n"
+        "m.version = version; from lorakit.__main__ import main\n"
         f"sys.argv = ['lorakit', 'check', {str(tmp_path / 'config.toml')!r}]; main()"
     )
     result = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, check=False)

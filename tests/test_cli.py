@@ -49,7 +49,7 @@ def run(folder: Path, *arguments: str, site: Path | None = None) -> subprocess.C
 
 def imported(folder: Path, *arguments: str) -> set[str]:
     """The top-level packages that a command imports, and each of torch's relatives."""
-    code = "import sys; from lorakit.cli import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    code = "import sys; from lorakit.__main__ import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
     result = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=folder, capture_output=True, text=True, timeout=120, check=True
     )

@@ -154,7 +154,7 @@ def test_a_cache_that_takes_nothing(
 FULL_DISK = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))
-from lorakit.cli import main
+from lorakit.__main__ import main
 main()
 """
 

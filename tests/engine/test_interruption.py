@@ -80,6 +80,23 @@ def test_a_second_one_stops_at_once(tables: dict[str, Any], tmp_path: Path) -> N
         assert {path.name for path in state.iterdir()} == {"state.json", "network.safetensors", "machinery.safetensors"}
 
 
+def test_more_of_them_while_the_command_ends(tables: dict[str, Any], tmp_path: Path) -> None:
+    """Signals that come when a state is saved, until the process is gone, change neither its status nor its words."""
+    process = begun(tables, tmp_path, "--set", "output.save_every_n_steps=1")
+    wait_for(process, lambda: list(tmp_path.glob("out/test-step*.safetensors")))
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    said = ""
+    while not said.endswith("Stopped after step"):
+        letter = process.stderr.read(1)
+        assert letter, said
+        said += letter
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.001)
+    ended(process, tmp_path)
+
+
 BUSY = """
 import hashlib
 from lorakit.engine.interruption import StopRequest

@@ -11,7 +11,8 @@ import pytest
 import tomlkit
 
 COMMAND = (
-    "import sys; from lorakit.cli import main\ntry: main()\nfinally: print('imported:', *sys.modules, file=sys.stderr)"
+    "import sys; from lorakit.__main__ import main\n"
+    "try: main()\nfinally: print('imported:', *sys.modules, file=sys.stderr)"
 )
 
 ENCODERS = {"diffusers", "transformers"}

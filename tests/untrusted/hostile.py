@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import struct
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from lorakit.cli import main
+from lorakit.__main__ import main
 
 
 class Outcome(NamedTuple):
@@ -55,6 +56,7 @@ def safetensors_bytes(header: object, data: bytes = b"", length: int | None = No
 def run_command(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Outcome:
     """Run `lorakit ARGUMENTS` in this process."""
     before = sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = ["lorakit", *map(str, arguments)]
     try:
         main()
@@ -62,4 +64,6 @@ def run_command(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> O
         status = ended.code if isinstance(ended.code, int) else 0
     finally:
         sys.argv = before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return Outcome(status, capsys.readouterr().err)
