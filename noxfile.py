@@ -65,7 +65,7 @@ def fuzz(session: nox.Session) -> None:
 
 @nox.session
 def faults(session: nox.Session) -> None:
-    """Kill runs 100 times at random moments, and let every write fail: half an hour. LORAKIT_KILLS says how often."""
+    """Kill runs 100 times at random moments, and let every write fail: ten minutes. LORAKIT_KILLS says how often."""
     install(session, "-e", ".[test]")
     session.env.setdefault("LORAKIT_KILLS", os.environ.get("LORAKIT_KILLS", "100"))
     session.run("pytest", "tests/faults", *session.posargs)
@@ -73,7 +73,7 @@ def faults(session: nox.Session) -> None:
 
 @nox.session
 def soak(session: nox.Session) -> None:
-    """Whether memory, open files and speed stay flat over 20 000 steps: half an hour. Arguments after `--` go to it."""
+    """Whether memory, open files and speed stay flat over 20 000 steps: 12 minutes. Arguments after `--` go to it."""
     install(session, "-e", ".[test]")
     session.run("python", "benchmarks/soak.py", *session.posargs)
 

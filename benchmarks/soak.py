@@ -1,6 +1,6 @@
 """Whether a long run stays as it began: memory, open files and speed over 20 000 steps.
 
-    python benchmarks/soak.py                        # 20 000 steps of a tiny model: half an hour of one core
+    python benchmarks/soak.py                        # 20 000 steps of a tiny model: twelve minutes of one core
     python benchmarks/soak.py --steps 2000 --plot soak.svg
 
 The run is `lorakit train` in a process of its own, with saves, states, previews, validation and logs on the way. Each

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import tracemalloc
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lorakit.engine.machinery import NoFormError, packed, unpacked
+from tests.memory import growth
 
 CPU = torch.device("cpu")
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
@@ -154,13 +154,4 @@ def test_reading_leaves_nothing_behind(tmp_path: Path) -> None:
     count = 200
     path = tmp_path / "machinery.safetensors"
     path.write_bytes(packed([torch.zeros(300) for _ in range(count)]))
-    unpacked(path, CPU)
-    tracemalloc.start()
-    gc.collect()
-    before, _ = tracemalloc.get_traced_memory()
-    for _ in range(20):
-        unpacked(path, CPU)
-    gc.collect()
-    after, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert after - before < 10 * 20 * count
+    assert growth(lambda: unpacked(path, CPU), times=20) < 10 * 20 * count
