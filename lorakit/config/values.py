@@ -10,7 +10,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, time
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from cattrs import Converter
 
@@ -26,7 +26,7 @@ def value_converter(base: Path) -> Converter:
     converter = Converter(detailed_validation=False, forbid_extra_keys=True)
     converter.register_structure_hook(bool, _exactly(bool, "true or false"))
     converter.register_structure_hook(int, _whole_number)
-    converter.register_structure_hook(str, _exactly(str, 'a text in quotes, such as "text"'))
+    converter.register_structure_hook(str, _text)
     converter.register_structure_hook(float, _number)
     converter.register_structure_hook(Path, lambda value, _: _path(value, base))
     by_origin: Mapping[Callable[[Any, Any, Converter], Any], tuple[object, ...]] = {
@@ -41,6 +41,20 @@ def value_converter(base: Path) -> Converter:
             lambda value, type_, hook=hook: hook(value, type_, converter),  # type: ignore[misc]
         )
     return converter
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """Whether a value is text that can be written to a file.
+
+    Half of a surrogate pair cannot, which JSON can hold, and which Python puts for a byte of a name that is not UTF-8.
+    """
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def shown(value: object) -> str:
@@ -72,6 +86,14 @@ def _exactly(type_: type, description: str) -> Callable[[Any, Any], Any]:
     return structure
 
 
+def _text(value: Any, _: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f'must be a text in quotes, such as "text", not {shown(value)}')
+    if not is_text(value):
+        raise ValueError(f"must be UTF-8, not {shown(value)}")
+    return value
+
+
 def _whole_number(value: Any, _: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or abs(value) > LARGEST_INTEGER:
         raise ValueError(f"must be a whole number, not {shown(value)}")
@@ -92,9 +114,12 @@ def _path(value: Any, base: Path) -> Path:
     if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError(f"must be a path in quotes, not {shown(value)}")
     try:
-        return (base / Path(value).expanduser()).absolute()
+        path = (base / Path(value).expanduser()).absolute()
     except RuntimeError as error:
         raise ValueError(f"{shown(value)} starts with the home folder of a user who is not known") from error
+    if not is_text(str(path)):
+        raise ValueError(f"must lead to a name in UTF-8, not to {shown(str(path))}; rename what is not")
+    return path
 
 
 def _choice(value: Any, type_: Any, _: Converter) -> Any:

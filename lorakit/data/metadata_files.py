@@ -15,6 +15,7 @@ from typing import Any
 from attrs import frozen
 
 from lorakit.config.datasets import SubsetConfig
+from lorakit.config.values import is_text
 from lorakit.data.images import EXTENSIONS
 from lorakit.errors import DataError, Problem
 
@@ -40,11 +41,11 @@ def read_metadata_file(file: Path, subset: SubsetConfig, problems: list[str]) ->
     """
     listed: dict[str, ListedImage] = {}
     for path, entry in _entries(file):
-        parts = (path, *(entry.get(name) or "" for name in ("caption", "tags"))) if isinstance(entry, Mapping) else ()
+        texts = [entry.get(name) or "" for name in ("caption", "tags")] if isinstance(entry, Mapping) else []
         inside = _inside(subset.image_dir, path) if isinstance(path, str) else None
         image = _image(subset.image_dir, inside) if inside else None
-        if not parts or not all(isinstance(part, str) for part in parts):
-            problems.append(str(Problem(f"{file}: {path}", "must have caption and tags, each a text")))
+        if not isinstance(path, str) or not texts or not all(is_text(text) for text in texts):
+            problems.append(str(Problem(f"{file}: {path}", "must have caption and tags, each a text in UTF-8")))
         elif path in listed:
             problems.append(str(Problem(f"{file}: {path}", "is listed twice", "remove one of the two")))
         elif inside is None:
@@ -54,7 +55,7 @@ def read_metadata_file(file: Path, subset: SubsetConfig, problems: list[str]) ->
             hint = f"paths are relative to image_dir, {subset.image_dir}"
             problems.append(str(Problem(f"{file}: {path}", "is no image file", hint)))
         else:
-            listed[path] = ListedImage(path, image, _caption(parts[1], parts[2], subset))
+            listed[path] = ListedImage(path, image, _caption(texts, subset))
     return sorted(listed.values(), key=lambda own: own.path)
 
 
@@ -96,8 +97,9 @@ def _image(folder: Path, path: str) -> Path | None:
     return next(found, None)
 
 
-def _caption(caption: str, tags: str, subset: SubsetConfig) -> str:
+def _caption(texts: Sequence[str], subset: SubsetConfig) -> str:
     """Caption and tags joined, with the tags after every line that is used."""
+    caption, tags = texts
     lines = [line.strip() for line in caption.splitlines() if line.strip()] or [""]
     used = lines if subset.enable_wildcard else lines[:1]
     joint = subset.caption_separator.rstrip() + " "

@@ -67,6 +67,7 @@ def test_every_section_is_read(read: Read, tables: Tables, base: Path) -> None:
         ("training", "seed", -1, "must be at least 0, not -1"),
         ("training", "max_steps", 0, "must be at least 1, not 0"),
         ("training", "process_timeout", "5", "must be a number, not '5'"),
+        ("output", "name", "a\udce9", "must be UTF-8, not 'a\\udce9'"),
         ("training", "gradient_checkpointing", "false", "must be true or false, or a number, not 'false'"),
         ("training", "gradient_checkpointing", 0, "must be true, false or a share between 0 and 1, not 0"),
         ("training", "gradient_checkpointing", 1, "must be true, false or a share between 0 and 1, not 1"),
@@ -310,7 +311,7 @@ def test_the_family_of_the_model(problems: Problems, tables: Tables, base: Path,
     assert "is a LoRA file, not a base model; no installed plugin trains it" in found["model.path"]
 
 
-@pytest.mark.parametrize("path", ["~nobody_of_this_name/model", "a" * 5000, "a\0b", "\n", "/", "photos"])
+@pytest.mark.parametrize("path", ["~nobody_of_this_name/model", "a" * 5000, "a\0b", "a\udce9", "\n", "/", "photos"])
 def test_paths_of_the_model_that_cannot_be(problems: Problems, tables: Tables, path: str) -> None:
     """Whatever stands for the model's path, it is a problem at `model.path`."""
     assert list(problems({**tables, "model": {"path": path}})) == ["model.path"]
@@ -319,7 +320,7 @@ def test_paths_of_the_model_that_cannot_be(problems: Problems, tables: Tables, p
 @pytest.mark.parametrize(
     "key", ["data.image_dir", "data.config", "data.cache_dir", "network.weights", "output.dir", "model.vae"]
 )
-@pytest.mark.parametrize("path", ["a" * 5000, "~nobody_of_this_name/a", "a\0b", "model.safetensors/a"])
+@pytest.mark.parametrize("path", ["a" * 5000, "~nobody_of_this_name/a", "a\0b", "a\udce9", "model.safetensors/a"])
 def test_paths_that_cannot_be(problems: Problems, tables: Tables, key: str, path: str) -> None:
     """A path that the system refuses to look at is one problem, at its key or at the model's."""
     section, _, name = key.partition(".")

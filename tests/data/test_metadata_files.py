@@ -79,6 +79,7 @@ def test_missing_captions_of_a_metadata_file(listed: Path, with_subset: WithSubs
         ("a.json", '{"gone": {"caption": "a"}}', "a.json: gone: is no image file"),
         ("a.json", '{"rocket.png": "a rocket"}', "rocket.png: must have caption and tags"),
         ("a.json", '{"rocket.png": {"caption": ["a"]}}', "rocket.png: must have caption and tags"),
+        ("a.json", r'{"rocket.png": {"tags": "a \ud83d"}}', "must have caption and tags, each a text in UTF-8"),
         ("a.jsonl", '{"caption": "a"}', "must have caption and tags"),
         ("a.jsonl", '{"image_path": "rocket.png"}\n{"image_path": "rocket.png"}', "rocket.png: is listed twice"),
     ],

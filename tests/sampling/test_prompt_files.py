@@ -122,6 +122,7 @@ def test_json(read) -> None:
         ("a.json", '["a", 3]', "a.json: [1]: must be a text or an object, not 3"),
         ("a.json", '[{"prompt": "a", "sample_steps": "x"}]', "[0].sample_steps: must be a whole number, not 'x'"),
         ("a.json", '[{"prompt": "a", "stepps": 3}]', "a.json: [0].stepps: is not known (did you mean steps?)"),
+        ("a.json", r'["a \ud83d"]', r"a.json: [0].prompt: must be UTF-8, not 'a \ud83d'"),
         ("a.json", "[]", "a.json: holds no prompt"),
         ("a.yaml", "a", "a.yaml: is of no known form (its name must end in .txt, .toml, .json)"),
     ],
