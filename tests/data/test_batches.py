@@ -328,7 +328,7 @@ def test_prefetch_ends_when_the_consumer_stops():
 
     def slow() -> Iterator[Batch]:
         for batch in numbered(1000, made):
-            time.sleep(0.02)
+            time.sleep(0.1)
             yield batch
 
     batches = prefetch(slow(), 20)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -55,6 +55,7 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(content=CONTENT)
 def test_what_is_no_tensor_comes_back(content: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Numbers to the last bit, texts, and containers of them with types and order are what they were."""

@@ -81,7 +81,7 @@ def test_the_faster_is_taken(make_config, faster: bool, caplog: pytest.LogCaptur
 
     def learn(batch: Batch) -> None:
         calls.append(batch)
-        time.sleep(0.01 if channels_are_last(run) == faster else 0.02)
+        time.sleep(0.01 if channels_are_last(run) == faster else 0.1)
 
     chosen = Fastest(run, learn, AT_ONCE)
     chosen(batch)

@@ -22,7 +22,7 @@ def test_stopped_at_a_random_moment(number: int, run: SmallRun, reference: Refer
     attempt.send(signal.SIGINT if number % 2 else signal.SIGTERM)
     status = attempt.wait()
     if run.final.exists():  # the last step was done
-        assert status in (0, 130, -signal.SIGTERM), attempt.said
+        assert status in (0, 130), attempt.said
     else:
         assert status == 130, attempt.said
         assert "--resume" in attempt.said
