@@ -40,12 +40,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("guest", GUESTS)
-def guests(session: nox.Session, guest: str) -> None:
-    """Each plugin in `plugins/`, installed by itself beside lorakit, with its own tests."""
+def guests(session: nox.Session) -> None:
+    """Each plugin in `plugins/`, beside lorakit and without the others, with its own tests; names after `--` choose."""
     install(session, "-e", ".[test]")
-    session.install(*CONSTRAINTS, f"./plugins/{guest}[test]")
-    session.run("pytest", f"plugins/{guest}/tests")
+    for guest in session.posargs or GUESTS:
+        session.run("python", "-m", "pip", "uninstall", "--yes", "-qq", *GUESTS)
+        session.install(*CONSTRAINTS, f"./plugins/{guest}[test]")
+        session.run("pytest", f"plugins/{guest}/tests")
 
 
 @nox.session
