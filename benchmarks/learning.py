@@ -34,7 +34,7 @@ RATES = {"adamw": 1e-4, "adamw8bit": 1e-4, "adafactor": 1e-4}
 """What `docs/how-to/optimizers.md` recommends for a full-size model. Paged optimizers are the same on a CPU."""
 OWN_RATES = {
     "lion": 1e-4, "lion8bit": 1e-4,
-    "dadaptation": 0.25, "dadaptadagrad": 30.0, "dadaptadam": 0.25, "dadaptadan": 0.25, "dadaptadanip": 0.25,
+    "dadaptation": 0.25, "dadaptadagrad": 20.0, "dadaptadam": 0.25, "dadaptadan": 0.25, "dadaptadanip": 0.25,
     "dadaptlion": 0.5, "dadaptsgd": 1.8, "sgdnesterov": 2.0, "sgdnesterov8bit": 2.0,
 }  # fmt: skip
 """Learning rates of optimizers whose steps have another size: Lion's, plain descent's, and those that find the rest."""
@@ -43,10 +43,14 @@ TIMES_THE_STEPS = {
     "sgdnesterov": 2.0,
     "sgdnesterov8bit": 2.0,
     "dadaptsgd": 2.0,
-    "dadaptadagrad": 2.0,
+    "dadaptadagrad": 2.5,
     "lierla, U-Net": 2.0,
+    "c3lier, U-Net": 5 / 6,
 }
 """What takes longer: plain descent, and LierLa on the U-Net alone, as the name means nothing to the text encoder."""
+TIMES_THE_RATE = {"c3lier, U-Net": 0.75}
+SETTINGS = {"c3lier, U-Net": ("data.prior_loss_weight=2.0", "loss.min_snr_gamma=5.0")}
+"""What keeps C3Lier on the U-Net alone from forgetting more than it may."""
 GROWTH = 1.03
 """By what factor the estimates of D-Adaptation may grow at a step: in one leap they grow too large here."""
 PARTS = {"U-Net and text encoder": ["unet", "text_encoder"], "U-Net": ["unet"]}
@@ -69,15 +73,21 @@ class Lesson:
         return "-".join([self.optimizer, self.network, self.precision, *PARTS[self.parts]])
 
     @property
+    def way(self) -> str:
+        """What is trained, as the tables above name it."""
+        return f"{self.network}, {self.parts}"
+
+    @property
     def rate(self) -> float:
         """The learning rate."""
-        return OWN_RATES.get(self.optimizer) or RATES[self.optimizer] * SMALLER_MODEL
+        own = OWN_RATES.get(self.optimizer) or RATES[self.optimizer] * SMALLER_MODEL
+        return own * TIMES_THE_RATE.get(self.way, 1.0)
 
     @property
     def steps(self) -> int:
         """How long to train."""
-        times = (TIMES_THE_STEPS.get(what, 1.0) for what in (self.optimizer, f"{self.network}, {self.parts}"))
-        return int(STEPS * max(times))
+        times = [TIMES_THE_STEPS[what] for what in (self.optimizer, self.way) if what in TIMES_THE_STEPS]
+        return round(STEPS * max(times, default=1.0))
 
     def settings(self, folder: Path) -> Iterator[str]:
         """What differs from the quick start's config, as `--set` takes it."""
@@ -87,6 +97,7 @@ class Lesson:
         yield f"optimizer.lr={self.rate}"
         if self.optimizer.startswith("dadapt") and self.optimizer != "dadaptlion":
             yield f"optimizer.growth_rate={GROWTH}"
+        yield from SETTINGS.get(self.way, ())
         yield f"training.mixed_precision={self.precision}"
         yield f"training.max_steps={self.steps}"
         yield f"output.dir={folder / self.name}"
