@@ -24,7 +24,7 @@ def value_converter(base: Path) -> Converter:
     Its `structure` raises ValueError with the end of a sentence: "must be a whole number, not 8.5".
     """
     converter = Converter(detailed_validation=False, forbid_extra_keys=True)
-    converter.register_structure_hook(bool, _exactly(bool, "true or false"))
+    converter.register_structure_hook(bool, _boolean)
     converter.register_structure_hook(int, _whole_number)
     converter.register_structure_hook(str, _text)
     converter.register_structure_hook(float, _number)
@@ -77,13 +77,10 @@ def _as_toml(value: object) -> str:
     return "null" if value is None else repr(value)
 
 
-def _exactly(type_: type, description: str) -> Callable[[Any, Any], Any]:
-    def structure(value: Any, _: Any) -> Any:
-        if not isinstance(value, type_):
-            raise ValueError(f"must be {description}, not {shown(value)}")
-        return value
-
-    return structure
+def _boolean(value: Any, _: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"must be true or false, not {shown(value)}")
+    return value
 
 
 def _text(value: Any, _: Any) -> str:

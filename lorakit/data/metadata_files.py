@@ -55,7 +55,7 @@ def read_metadata_file(file: Path, subset: SubsetConfig, problems: list[str]) ->
             hint = f"paths are relative to image_dir, {subset.image_dir}"
             problems.append(str(Problem(f"{file}: {path}", "is no image file", hint)))
         else:
-            listed[path] = ListedImage(path, image, _caption(texts, subset))
+            listed[path] = ListedImage(path, image, _caption(subset, *texts))
     return sorted(listed.values(), key=lambda own: own.path)
 
 
@@ -97,9 +97,8 @@ def _image(folder: Path, path: str) -> Path | None:
     return next(found, None)
 
 
-def _caption(texts: Sequence[str], subset: SubsetConfig) -> str:
+def _caption(subset: SubsetConfig, caption: str, tags: str) -> str:
     """Caption and tags joined, with the tags after every line that is used."""
-    caption, tags = texts
     lines = [line.strip() for line in caption.splitlines() if line.strip()] or [""]
     used = lines if subset.enable_wildcard else lines[:1]
     joint = subset.caption_separator.rstrip() + " "

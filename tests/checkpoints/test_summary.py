@@ -80,6 +80,11 @@ def test_lengths_that_look_like_other_formats(tmp_path: Path, length: int) -> No
     assert (summary.kind, summary.tensors) == ("safetensors", {"a": (2,)})
 
 
+def bytes_read() -> int:
+    """How many bytes this process has read from files so far, as Linux counts them."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
 def test_of_a_large_file_little_is_read(tmp_path: Path) -> None:
     """Only the header of a 4 GB file is read."""
     path = tmp_path / "large.safetensors"
@@ -89,11 +94,6 @@ def test_of_a_large_file_little_is_read(tmp_path: Path) -> None:
     before = bytes_read()
     assert summarize(path).tensors == {"w": (1 << 30,)}
     assert bytes_read() - before < 1 << 20
-
-
-def bytes_read() -> int:
-    """How many bytes this process has read from files so far, as Linux counts them."""
-    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 @pytest.mark.parametrize(
