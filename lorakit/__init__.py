@@ -5,6 +5,7 @@ Importing this package imports neither torch nor any plugin.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from lorakit.config.sections import TrainConfig
 
 __version__ = "0.1.0"
+
+log = logging.getLogger(__name__)
 
 hookimpl = pluggy.HookimplMarker("lorakit")
 """Marks a function of a plugin as the implementation of one of the hooks in `lorakit.hookspecs`."""
@@ -37,6 +40,8 @@ def train(config: str | Path | TrainConfig, *, overrides: Sequence[str] = (), re
     catalog = Catalog.discover()
     checked = read_config(Path(config), overrides, catalog) if isinstance(config, str | Path) else config
     prepared = prepare(checked)
+    for warning in prepared.warnings:
+        log.warning("%s", warning)
     from lorakit.engine.assembly import train_prepared
 
     return train_prepared(prepared, catalog, Path(resume) if resume is not None else None)

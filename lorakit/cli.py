@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,7 +15,8 @@ from lorakit.columns import columns
 from lorakit.errors import OutputError
 
 if TYPE_CHECKING:
-    from lorakit.config.sections import TrainConfig
+    from lorakit.engine.preparation import PreparedRun
+    from lorakit.errors import Problem
     from lorakit.plugins import Catalog
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
@@ -84,10 +85,7 @@ def train(config: Path, overrides: tuple[str, ...], resume: Path | None) -> None
     current step and saves a state; `--resume` goes on from there.
     """
     catalog = _catalog()
-    checked = _checked(config, overrides, catalog)
-    from lorakit.engine.preparation import prepare
-
-    prepared = prepare(checked)
+    prepared = _prepared(config, overrides, catalog)
     from lorakit.engine.assembly import train_prepared
 
     path = train_prepared(prepared, catalog, resume)
@@ -102,10 +100,7 @@ def check(config: Path, overrides: tuple[str, ...]) -> None:
 
     Images, captions and the kind of model are looked at too.
     """
-    checked = _checked(config, overrides, _catalog())
-    from lorakit.engine.preparation import prepare
-
-    prepared = prepare(checked)
+    prepared = _prepared(config, overrides, _catalog())
     images, held_out = prepared.images, sum(len(dataset.examples) for dataset in prepared.validation)
     validated = f", and {held_out} held out for validation" if held_out else ""
     click.echo(f"{config}: no problems; {images} image{'' if images == 1 else 's'}{validated}")
@@ -116,15 +111,12 @@ def check(config: Path, overrides: tuple[str, ...]) -> None:
 def cache(config: Path, overrides: tuple[str, ...]) -> None:
     """Encode images and captions into the cache, and stop."""
     catalog = _catalog()
-    checked = _checked(config, overrides, catalog)
-    from lorakit.engine.preparation import prepare
-
-    prepared = prepare(checked)
+    prepared = _prepared(config, overrides, catalog)
     from lorakit.engine.assembly import fill_cache
 
     fill_cache(prepared)
     if is_main_process():
-        click.echo(f"Done: {checked.cache_dir}")
+        click.echo(f"Done: {prepared.config.cache_dir}")
 
 
 def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
@@ -149,10 +141,7 @@ def plan(config: Path, overrides: tuple[str, ...], memory: int | None, measure: 
     Memory is estimated without reading weights, for the config as it is and for each rung of the ladder
     of keys that save memory.
     """
-    checked = _checked(config, overrides, _catalog())
-    from lorakit.engine.preparation import prepare
-
-    prepared = prepare(checked)
+    prepared = _prepared(config, overrides, _catalog())
     from lorakit.planning.plan import make_plan
     from lorakit.planning.report import report
 
@@ -243,11 +232,18 @@ def _catalog() -> Catalog:
     return Catalog.discover()
 
 
-def _checked(path: Path, overrides: tuple[str, ...], catalog: Catalog) -> TrainConfig:
-    """The config, with what has no effect in it said."""
+def _prepared(path: Path, overrides: tuple[str, ...], catalog: Catalog) -> PreparedRun:
+    """The run of a config file, ready to start; prints each warning once."""
     from lorakit.config.reading import read_config
+    from lorakit.engine.preparation import prepare
 
     config = read_config(path, overrides, catalog)
-    for warning in config.warnings() if is_main_process() else ():
+    _print_warnings(config.warnings())
+    prepared = prepare(config)
+    _print_warnings(prepared.warnings)
+    return prepared
+
+
+def _print_warnings(warnings: Iterable[Problem]) -> None:
+    for warning in warnings if is_main_process() else ():
         click.secho(f"warning: {warning}", fg="yellow", err=True)
-    return config

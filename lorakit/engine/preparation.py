@@ -5,7 +5,6 @@ Writes nothing and reads no weights, so a mistake costs a moment and leaves no t
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 from attrs import frozen
@@ -14,10 +13,8 @@ from lorakit.config.sections import TrainConfig
 from lorakit.data.cache import Cache
 from lorakit.data.examples import IndexedDataset, any_augmented, captions_vary, index_datasets
 from lorakit.engine.hardware import doubts
-from lorakit.errors import OutputError
+from lorakit.errors import OutputError, Problem
 from lorakit.files import why_unwritable
-
-log = logging.getLogger(__name__)
 
 
 @frozen
@@ -29,6 +26,8 @@ class PreparedRun:
     """The images and captions."""
     cache: Cache
     """The cache of what they are encoded to; what it knows of the images is not written yet."""
+    warnings: tuple[Problem, ...] = ()
+    """What may not be meant, on this machine and with these files; the config's own warnings are not among them."""
 
     @property
     def images(self) -> int:
@@ -64,11 +63,9 @@ def prepare(config: TrainConfig) -> PreparedRun:
     Raises OutputError or DataError; the latter lists all folders and files that cannot be used.
     """
     doubt = doubts(config.training)
-    if doubt:
-        log.warning("%s", doubt)
     reason = why_unwritable(config.output.dir)
     if reason:
         raise OutputError(f"output.dir: {reason}")
     cache = Cache(config.cache_dir)
     datasets = index_datasets(config.data.datasets, config.data.workers, cache.memo, config.training.seed)
-    return PreparedRun(config, datasets, cache)
+    return PreparedRun(config, datasets, cache, warnings=(doubt,) if doubt else ())
