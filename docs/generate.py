@@ -178,7 +178,9 @@ def _components(base: type[Component], catalog: Catalog, key: str) -> Iterator[s
     for name, registrations in catalog.of_kind(base).items():
         for found in registrations:
             yield f'### {key} = "{name}"'
-            needs = [f"Needs the package `{name}`, which `lorakit[all]` brings." for name in found.component.requires]
+            needs = [
+                f'Needs the package `{name}`, which `pip install ".[all]"` brings.' for name in found.component.requires
+            ]
             yield "\n\n".join([_lines(found.component), *needs])
             inherited = [field.name for field in attrs.fields(found.component) if field in shared]
             if len(inherited) < len(attrs.fields(found.component)):
