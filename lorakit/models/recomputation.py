@@ -73,7 +73,7 @@ def bytes_kept(block: nn.Module, run: Callable[[], object], inputs: Sequence[obj
 
     device = next(block.parameters()).device
     with (
-        torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=device.type),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
         saved_tensors_hooks(note, lambda tensor: tensor),
     ):
         _output = run()  # held until all is counted, so that no storage takes another one's place

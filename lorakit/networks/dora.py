@@ -20,7 +20,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lorakit.networks.dropout import AdapterDropout, DropoutRates
-from lorakit.networks.functions import low_rank_operation
+from lorakit.networks.functions import autocast_device, low_rank_operation
 from lorakit.networks.lora import LoRAModule
 
 
@@ -79,7 +79,7 @@ class DoRAModule(LoRAModule):
     def _norms(self) -> Tensor:
         """Norms of the adapted layer's weights for each output, float32 [O]."""
         down, up = self.lora_down.flatten(1), self.lora_up.flatten(1)
-        with torch.autocast(up.device.type, enabled=False):
+        with torch.autocast(autocast_device(up), enabled=False):
             products = self._weight() @ down.t()  # [O, r]
             products = torch.addmm(products, up, down @ down.t(), beta=2, alpha=self.scale)
             squares = torch.add(self.base_squares, (products * up).sum(1), alpha=self.scale)

@@ -51,7 +51,7 @@ class _LowRank(Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, down, up, mask = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(autocast_device(x), enabled=False):
             grad = _rows(ctx.base, grad_out)
             grad_hidden = torch.empty_like(hidden)
             _add_product(grad_hidden, grad, up.flatten(1), alpha=ctx.scale, beta=0)
@@ -111,9 +111,14 @@ def is_pointwise(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear)
 
 
+def autocast_device(tensor: Tensor) -> str:
+    """The kind of device whose autocast state a tensor heeds; those without memory (`meta`) count as on a CPU."""
+    return "cpu" if tensor.is_meta else tensor.device.type
+
+
 def _cast(x: Tensor, down: Tensor, up: Tensor, base: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Input, factors, base weight and bias in the dtype to compute in: autocast's if it is on, else the input's."""
-    dtype, device = x.dtype, x.device.type
+    dtype, device = x.dtype, autocast_device(x)
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     weight, bias = base.weight, base.bias

@@ -9,18 +9,24 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.variable import Variable
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lorakit.errors import PluginError
 
+_META = torch.device("meta")
 _READ_A_NUMBER = torch.ops.aten._local_scalar_dense.default
-
+_COPY = torch.ops.aten._to_copy.default
+_NEW_CONSTANT = torch.ops.aten.lift_fresh.default
+_NORMS = (torch.ops.aten.native_layer_norm.default, torch.ops.aten.native_group_norm.default)
 
 Run = Callable[[Callable[..., Any], Sequence[Any], Mapping[str, Any]], Any]
 """Gives what an operation gives for its arguments."""
@@ -30,22 +36,64 @@ def _real(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, An
     return func(*args, **kwargs)
 
 
-def _imaginary(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What an operation gives. Of imagined numbers, none is as code might fear, and each counts as 1.
+def _fake(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What an operation gives on tensors without memory, of PyTorch's device `meta`, whatever device is asked for.
 
-    So nothing has overflowed, and no factor makes a layer superfluous.
+    Numbers read from them are 1, and nothing in them has overflowed: so no factor makes a layer superfluous.
     """
-    if func is not _READ_A_NUMBER:
-        return func(*args, **kwargs)
-    from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
-
-    (tensor,) = args
-    if not isinstance(tensor, FakeTensor):
-        with unset_fake_temporarily():
+    if func is _READ_A_NUMBER:
+        (tensor,) = args
+        if not tensor.is_meta:
             return func(tensor)
-    if tensor.constant is not None:
-        return func(tensor)
-    return False if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1
+        return False if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1
+    if func is _NEW_CONSTANT:
+        return func(*args)
+    if func is _COPY and args[0].is_meta and _moves_only(args[0], kwargs):
+        return torch.ops.aten.alias(args[0])
+    args, kwargs = tree_map_only(Tensor, _without_memory, (list(args), dict(kwargs)))
+    if _takes_device(func):
+        kwargs["device"] = _META
+    result = func(*args, **kwargs)
+    if func in _NORMS:
+        # `meta` gives means and deviations in float32; kernels of CPUs give them in the input's dtype.
+        return result[0], *(statistic.to(args[0].dtype) for statistic in result[1:])
+    return result
+
+
+def _moves_only(tensor: Tensor, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a copy is to be on a device, and otherwise as the tensor is: one that is there already is not copied."""
+    return kwargs.get("device") is not None and kwargs.get("dtype") in (None, tensor.dtype)
+
+
+def _without_memory(tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_META)
+
+
+@cache
+def _takes_device(func: Any) -> bool:
+    return any(argument.name == "device" for argument in func._schema.arguments)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention of tensors without memory, by the kernel that computes it on CPUs, unless that is switched off."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        """The result of a function of PyTorch."""
+        kwargs = kwargs or {}
+        if func is torch.autograd.backward:
+            # The mode is off in here, but a backward pass may compute parts of the forward pass once more.
+            with self:
+                (loss,) = args[0]
+                engine = Variable._execution_engine
+                return engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, True)
+        if func is not scaled_dot_product_attention or not torch.backends.cuda.flash_sdp_enabled():
+            return func(*args, **kwargs)
+        query, key, value = args
+        mask, causal, scale = kwargs.get("attn_mask"), kwargs.get("is_causal", False), kwargs.get("scale")
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return flash(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)[0]
 
 
 class MemoryMeter(TorchDispatchMode):
@@ -69,6 +117,8 @@ class MemoryMeter(TorchDispatchMode):
     ) -> Any:
         """What the operation gives; its tensors are counted, unless they are views of others."""
         result = self._run(func, args, kwargs or {})
+        if func is _COPY and result.is_meta and not args[0].is_meta:
+            return result  # of a tensor that has memory, which was there before
         for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._note(tensor)
@@ -97,18 +147,13 @@ def imagined() -> Iterator[MemoryMeter]:
 
     Raises PluginError where code cannot do without the numbers in them.
     """
-    from torch._subclasses import fake_tensor as fake
-
     try:
-        with fake.FakeTensorMode(allow_non_fake_inputs=True), MemoryMeter(_imaginary) as meter:
+        with MemoryMeter(_fake) as meter, _FusedAttention():
             yield meter
-    except (
-        fake.DataDependentOutputException,
-        fake.DynamicOutputShapeException,
-        fake.UnsupportedFakeTensorException,
-        fake.UnsupportedOperatorException,
-    ) as error:
+    except (NotImplementedError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
+        if "meta" not in reason.lower():
+            raise
         raise PluginError(
             f"memory cannot be estimated, because a component needs weights for that ({reason}); "
             "try the built-in network and attention backend, or find out by training for a few steps"
