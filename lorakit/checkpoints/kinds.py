@@ -34,7 +34,7 @@ _MOTION = Kind("a motion module of AnimateDiff, not a base model", _CONTROL)
 
 
 def _lora(name: str) -> Kind:
-    return Kind(f"a {name} file, not a base model", _LORA)
+    return Kind(f"{name} file, not a base model", _LORA)
 
 
 _MARKS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
@@ -42,13 +42,13 @@ _MARKS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     (_CONTROLNET, ("control_model.", "controlnet_cond_embedding.", "controlnet_down_blocks.", "input_hint_block.",
                    "lora_controlnet")),
     (Kind("an IP-Adapter, not a base model", _CONTROL), ("ip_adapter.", "image_proj.", ".to_k_ip.")),
-    (_lora("LoHa"), (".hada_w1_a",)),
-    (_lora("LoKr"), (".lokr_w1", ".lokr_w2")),
-    (_lora("OFT"), (".oft_blocks", ".oft_diag", ".oft_R.")),
-    (_lora("GLoRA"), (".a1.weight", ".b1.weight")),
-    (_lora("(IA)³"), (".on_input", ".ia3_l")),
-    (_lora("DoRA"), (".dora_scale", ".lora_magnitude_vector")),
-    (_lora("LoRA"), (".lora_down.weight", ".lora_A.", ".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.",
+    (_lora("a LoHa"), (".hada_w1_a",)),
+    (_lora("a LoKr"), (".lokr_w1", ".lokr_w2")),
+    (_lora("an OFT"), (".oft_blocks", ".oft_diag", ".oft_R.")),
+    (_lora("a GLoRA"), (".a1.weight", ".b1.weight")),
+    (_lora("an (IA)³"), (".on_input", ".ia3_l")),
+    (_lora("a DoRA"), (".dora_scale", ".lora_magnitude_vector")),
+    (_lora("a LoRA"), (".lora_down.weight", ".lora_A.", ".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.",
                      "lora_unet_", "lora_te_", "lora_te1_", "lycoris_")),
     (_MOTION, ("motion_modules.", "temporal_transformer.")),
     (Kind("a Stable Diffusion 3 model"), ("joint_blocks.0.", "transformer_blocks.0.norm1_context.linear.weight")),
@@ -126,7 +126,7 @@ def kind_of_config(configs: Mapping[str, Mapping[str, Any]]) -> Kind:
     found = next((name for name in names if isinstance(name, str)), None)
     if found is None:
         return Kind("a diffusers folder without a whole model")
-    return _CLASSES.get(found, Kind(f"a {found:.80} alone"))
+    return _CLASSES.get(found, Kind(f"one part of a model, of the class {found:.80}"))
 
 
 def _is_embedding(shape: tuple[int, ...]) -> bool:

@@ -41,7 +41,8 @@ def test_an_sdxl_vae_is_noticed_in_a_folder(tiny_sd1: Path, tmp_path: Path) -> N
     vae = with_factor(tiny_sd1 / "vae", tmp_path / "vae", scaling_factor=0.13025)
     assert told(tiny_sd1, vae=vae)[0] == []
     (warning,) = told(tiny_sd1, vae=vae)[1]
-    assert warning.startswith(f"vae: {vae} has a VAE that is not for Stable Diffusion 1.x: its scaling_factor is 0.13025")
+    assert warning.startswith(f"vae: {vae} has a VAE that is not for Stable Diffusion 1.x: its scaling_factor is ")
+    assert "0.13025, which is that of Stable Diffusion XL" in warning
     shutil.copytree(tiny_sd1, tmp_path / "model", ignore=shutil.ignore_patterns("vae"))
     shutil.copytree(vae, tmp_path / "model" / "vae")
     (warning,) = told(tmp_path / "model")[1]
@@ -82,14 +83,14 @@ def test_a_whole_sdxl_model_is_noticed(tiny_sd1: Path, tiny_sd1_file: Path, tmp_
     ("settings", "text"),
     [
         ({"latent_channels": 16}, "makes latents of 16 channels; the U-Net takes 4"),
-        ({"block_out_channels": [32, 32, 64], "down_block_types": ["DownEncoderBlock2D"] * 3}, "latents 4 times smaller"),
+        ({"block_out_channels": [32, 32, 64]}, "makes latents 4 times smaller than images; the U-Net takes 8"),
     ],
 )
 def test_vaes_of_other_shapes(tiny_sd1: Path, tmp_path: Path, settings: dict[str, Any], text: str) -> None:
     """Latents of another shape are refused, at `model.vae`, in a folder and in a file."""
-    if "down_block_types" in settings:
-        settings = {**settings, "up_block_types": ["UpDecoderBlock2D"] * 3}
-    folder = make_folder(tmp_path / "model", {**TINY_SD1, "vae": {**TINY_SD1["vae"], **settings}})
+    levels = len(settings.get("block_out_channels", [32] * 4))
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+    folder = make_folder(tmp_path / "model", {**TINY_SD1, "vae": {**TINY_SD1["vae"], **blocks, **settings}})
     for vae in (folder / "vae", vae_file(folder / "vae", tmp_path / "vae.safetensors")):
         (problem,) = told(tiny_sd1, vae=vae)[0]
         assert problem.startswith("vae: ")
@@ -101,7 +102,9 @@ def test_vaes_of_other_shapes(tiny_sd1: Path, tmp_path: Path, settings: dict[str
 def test_other_kinds_of_vae(tiny_sd1: Path, tmp_path: Path) -> None:
     """One of another class is refused by its name."""
     vae = with_factor(tiny_sd1 / "vae", tmp_path / "vae", _class_name="AutoencoderTiny")
-    assert "is a AutoencoderTiny" in told(tiny_sd1, vae=vae)[0][0] or "AutoencoderTiny" in told(tiny_sd1, vae=vae)[0][0]
+    (problem,) = told(tiny_sd1, vae=vae)[0]
+    assert problem.startswith("vae: ")
+    assert "is of the class AutoencoderTiny" in problem
 
 
 def test_what_stands_for_a_vae(tiny_sd1: Path, tmp_path: Path, photographs: Path) -> None:
@@ -118,7 +121,7 @@ def test_what_stands_for_a_vae(tiny_sd1: Path, tmp_path: Path, photographs: Path
         assert getattr(config.model, "vae") == str(tmp_path / vae)  # noqa: B009 - it is a field of this family
     for vae, text in {
         "gone.safetensors": f"{tmp_path / 'gone.safetensors'} does not exist; give a .safetensors",
-        "nobody/no-vae": f"nobody/no-vae was not found: there is no {tmp_path}/nobody/no-vae, and it could not be fetched",
+        "nobody/no-vae": "nobody/no-vae was not found: there is no ",
     }.items():
         with pytest.raises(ConfigError) as caught:
             config_from_tables({**tables, "model": {**tables["model"], "vae": vae}}, tmp_path)

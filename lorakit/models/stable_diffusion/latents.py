@@ -18,7 +18,7 @@ def check_latents(settings: Mapping[str, Any], what: object) -> None:
     """A `ModelError` that names `what` if a VAE with these settings makes latents of another shape."""
     kind, channels = settings.get("_class_name", "AutoencoderKL"), settings.get("latent_channels", LATENT_CHANNELS)
     if kind != "AutoencoderKL":
-        raise ModelError(f"{what} is a {kind!s:.80}; Stable Diffusion 1.x and 2.x take an AutoencoderKL")
+        raise ModelError(f"{what} is of the class {kind!s:.80}; Stable Diffusion 1.x and 2.x take an AutoencoderKL")
     if channels != LATENT_CHANNELS:
         raise ModelError(f"{what} makes latents of {channels!s:.80} channels; the U-Net takes {LATENT_CHANNELS}")
     levels = settings.get("block_out_channels")
