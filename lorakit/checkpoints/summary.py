@@ -17,6 +17,8 @@ from lorakit.errors import ModelError
 from lorakit.reading import refuse_special
 
 _LONGEST_JSON = 2**24
+_LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors",
+               "pytorch_lora_weights.bin")  # fmt: skip
 _TELLING_CONFIGS = (
     "model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json",
 )  # fmt: skip
@@ -87,6 +89,9 @@ def _folder_summary(folder: Path) -> CheckpointSummary:
         files["model_index"] = folder / "model_index.json"
     if not {"model_index", "unet"} & files.keys() and (folder / "config.json").is_file():
         files["config"] = folder / "config.json"
+    lora = next((name for name in _LORA_FILES if (folder / name).is_file()), None)
+    if lora and not files:
+        raise ModelError(f"{folder} holds a LoRA, {lora}, and no base model; network.weights takes that file")
     if not {"model_index", "unet", "config"} & files.keys():
         raise ModelError(
             f"{folder} holds no model: there is no model_index.json and no unet/config.json in it; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -71,7 +72,7 @@ class StableDiffusionConfig(ModelFamilyConfig):
         """What is wrong with the files, as far as it shows without reading weights; keys are field names."""
         yield from self._problems_of_base_weights()
         try:
-            stored = StoredModel(locate(self.path, Path()))
+            stored = self._base
             kind = None if isinstance(stored.location, HubModel) else describe(stored.summary)
         except ModelError as error:
             yield Problem("path", str(error))
@@ -130,12 +131,17 @@ class StableDiffusionConfig(ModelFamilyConfig):
         raise NotImplementedError(f"{type(self).__name__} does not say its variant")
 
     def stored(self) -> StoredModel:
-        """Where the model's parts are; a `ModelError` if the path leads nowhere."""
-        return StoredModel(locate(self.path, Path()), None if self.vae is None else locate(self.vae, Path()))
+        """Where the model's parts are; a `ModelError` if a path leads nowhere."""
+        return self._base if self.vae is None else StoredModel(self._base.location, locate(self.vae, Path()))
+
+    @cached_property
+    def _base(self) -> StoredModel:
+        """The model with its own VAE, whose header is read once; a `ModelError` if the path leads nowhere."""
+        return StoredModel(locate(self.path, Path()))
 
     def stated(self) -> StatedPrediction:
         """What the model says of its prediction; a `ModelError` if it cannot be read."""
-        return stated_prediction(StoredModel(locate(self.path, Path())).summary)
+        return stated_prediction(self._base.summary)
 
     def _problems_of_vae(self) -> Iterator[Problem]:
         try:

@@ -156,11 +156,9 @@ class StoredModel:
 
     @property
     def lacks_vae(self) -> bool:
-        """Whether the model comes without a VAE, as far as the Hub need not be asked."""
-        if isinstance(self.location, HubModel):
-            return False
+        """Whether the model comes without a VAE."""
         if self.summary.kind == "folder":
-            return not (self.location / "vae" / "config.json").is_file()
+            return "vae" not in self.summary.configs
         return not any(name.startswith(layout.VAE_PREFIX) for name in self.summary.tensors)
 
     def strange_vae(self) -> str:
