@@ -21,6 +21,7 @@ import click
 import tomlkit
 
 from lorakit import cli, components, hookspecs
+from lorakit.checkpoints import ModelPath
 from lorakit.components import Component, ModelFamilyConfig, ObserverConfig
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.fields import field_docs
@@ -210,7 +211,14 @@ def _type(type_: Any) -> str:
         return "table"
     if origin is tuple:
         return f"list of {_type(members[0])}s" if Ellipsis in members else f"[{', '.join(map(_type, members))}]"
-    return {bool: "`true`, `false`", int: "whole number", float: "number", str: "text", Path: "path"}[type_]
+    return {
+        bool: "`true`, `false`",
+        int: "whole number",
+        float: "number",
+        str: "text",
+        Path: "path",
+        ModelPath: "path or Hub id",
+    }[type_]
 
 
 def _range(validator: object) -> str:

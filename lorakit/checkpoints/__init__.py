@@ -5,21 +5,26 @@ Nothing here reads a weight or imports torch: a 4 GB file is summarised in milli
 
 from __future__ import annotations
 
-from lorakit.checkpoints.location import HubModel, Location, locate
+from lorakit.checkpoints.location import HubModel, Location, ModelPath, locate
 from lorakit.checkpoints.pickle_shapes import pickle_shapes
-from lorakit.checkpoints.recognition import Traits, describe, traits_of
+from lorakit.checkpoints.prediction import StatedPrediction, stated_prediction
+from lorakit.checkpoints.recognition import Traits, advice, describe, traits_of
 from lorakit.checkpoints.summary import CheckpointSummary, Shapes, read_json, summarize
 
 __all__ = [
     "CheckpointSummary",
     "HubModel",
     "Location",
+    "ModelPath",
     "Shapes",
+    "StatedPrediction",
     "Traits",
+    "advice",
     "describe",
     "locate",
     "pickle_shapes",
     "read_json",
+    "stated_prediction",
     "summarize",
     "traits_of",
 ]

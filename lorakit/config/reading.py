@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from attrs import frozen
 
-from lorakit.checkpoints import Location, describe, locate, summarize
+from lorakit.checkpoints import Location, advice, describe, locate, summarize
 from lorakit.components import (
     AttentionConfig,
     Component,
@@ -87,6 +87,8 @@ class _Found:
     location: Location
     description: str
     family: str | None
+    advice: str
+    """What to do with it where it is nothing to train on; empty where that is not known."""
 
     def __str__(self) -> str:
         return f"{self.location} is {self.description}"
@@ -145,8 +147,8 @@ class _Assembly:
         if component is None:
             self.reader.refuse_unknown(table, _keys_of_kind(self.catalog, ModelFamilyConfig), "model")
             if found and not family:
-                hint = "some plugins are broken, see `lorakit plugins`" if self.catalog.broken else ""
-                self.reader.report("model.path", f"{found}; no installed plugin trains it", hint)
+                broken = "some plugins are broken, see `lorakit plugins`" if self.catalog.broken else ""
+                self.reader.report("model.path", f"{found}; no installed plugin trains it", found.advice or broken)
             return None
         if found is None:
             self.reader.refuse_unknown(table, field_names(component), "model")
@@ -169,7 +171,7 @@ class _Assembly:
         except (LorakitError, OSError, RuntimeError) as error:
             self.reader.report("model.path", str(error))
             return None
-        return _Found(location, describe(summary), self.catalog.detect_model_family(summary))
+        return _Found(location, describe(summary), self.catalog.detect_model_family(summary), advice(summary))
 
     def _observers(self, tables: Any) -> tuple[ObserverConfig, ...]:
         if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables):

@@ -14,6 +14,9 @@ from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from cattrs import Converter
 
+from lorakit.checkpoints import ModelPath, locate
+from lorakit.errors import ModelError
+
 LARGEST_INTEGER = 2**63 - 1
 """TOML's own limit on whole numbers."""
 
@@ -29,6 +32,7 @@ def value_converter(base: Path) -> Converter:
     converter.register_structure_hook(str, _text)
     converter.register_structure_hook(float, _number)
     converter.register_structure_hook(Path, lambda value, _: _path(value, base))
+    converter.register_structure_hook_func(lambda type_: type_ is ModelPath, lambda value, _: _model_path(value, base))
     by_origin: Mapping[Callable[[Any, Any, Converter], Any], tuple[object, ...]] = {
         _choice: (Literal,),
         _sequence: (tuple, list, Sequence),
@@ -117,6 +121,14 @@ def _path(value: Any, base: Path) -> Path:
     if not is_text(str(path)):
         raise ValueError(f"must lead to a name in UTF-8, not to {shown(str(path))}; rename what is not")
     return path
+
+
+def _model_path(value: Any, base: Path) -> ModelPath:
+    _path(value, base)
+    try:
+        return ModelPath(str(locate(value, base)))
+    except (ModelError, OSError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _choice(value: Any, type_: Any, _: Converter) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._mode_utils import no_dispatch
 
-from lorakit.checkpoints import pickle_shapes
+from lorakit.checkpoints import pickle_shapes, summarize
 from lorakit.errors import ModelError
 from lorakit.models.places import Place
 
@@ -24,12 +24,12 @@ EditTensor = Callable[[str, Tensor], Tensor]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def open_tensors(file: Path) -> ReadTensor:
-    """The tensors of a safetensors or PyTorch file; runs no code from the file.
+def open_tensors(file: Path | Sequence[Path]) -> ReadTensor:
+    """The tensors of a safetensors or PyTorch file, or of several that have no name twice; runs no code from the file.
 
-    A `ModelError` if the file cannot be read.
+    A `ModelError` if a file cannot be read.
     """
-    whole = _open_whole_tensors(file)
+    whole = _open_whole_tensors(file) if isinstance(file, Path) else _open_shards(file)
 
     def read(place: Place) -> Tensor:
         # What is in a file is there even where all other tensors are only imagined.
@@ -37,6 +37,12 @@ def open_tensors(file: Path) -> ReadTensor:
             return whole(place) if isinstance(place, str) else whole(place.name).chunk(place.count)[place.index]
 
     return read
+
+
+def _open_shards(files: Sequence[Path]) -> Callable[[str], Tensor]:
+    readers = {file: _open_whole_tensors(file) for file in files}
+    homes = {name: file for file in files for name in (summarize(file).tensors if len(files) > 1 else ())}
+    return lambda name: readers[homes.get(name, files[0])](name)
 
 
 def _open_whole_tensors(file: Path) -> Callable[[str], Tensor]:
@@ -73,13 +79,13 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def load_weights(
     module: nn.Module,
-    file: Path,
+    file: Path | Sequence[Path],
     names: Mapping[str, Place],
     device: torch.device,
     dtype: torch.dtype,
     edit: EditTensor | None = None,
 ) -> None:
-    """Fill a module that has no weights from a file; `names` has the place in the file of each of its tensors.
+    """Fill a module that has no weights from a file or several; `names` has the place there of each of its tensors.
 
     `edit` may change each tensor, on the device, before it is put in the number format `dtype`. The module is frozen
     and in evaluation mode afterwards. On the CPU, tensors that are stored in the number format asked for stay views of

@@ -112,6 +112,7 @@ def test_a_file_without_a_vae_needs_one(file: Path, folder: Path, tmp_path: Path
     tensors = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("first_stage")}
     save_file(tensors, tmp_path / "x.safetensors")
     assert len(found := problems(path=str(tmp_path / "x.safetensors"))) == 1
+    assert found[0].startswith("vae: is missing, and ")
     assert "x.safetensors has no VAE" in found[0]
     assert problems(path=str(tmp_path / "x.safetensors"), vae=folder) == []
 

@@ -69,6 +69,11 @@ class Variant:
     """Whether the VAE computes in float32 where the rest does not."""
 
 
+def _stamp(files: Sequence[Path]) -> str:
+    """A text that changes when one of the files does; empty for no files."""
+    return "".join(f" {file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+
+
 class StableDiffusion:
     """A U-Net, the two halves of a VAE and a CLIP text encoder, each read when it is first asked for."""
 
@@ -126,7 +131,8 @@ class StableDiffusion:
                 *self._merging.fingerprint("lora_te", self.memo),
                 *([self._formats[part]] if part in self._formats else []),
             ]
-        weights = self.memo.remember(stored.file, part, partial(hash_of_weights, stored.file, names))
+        hashed = partial(hash_of_weights, stored.files, names)
+        weights = self.memo.remember(stored.files[0], part + _stamp(stored.files[1:]), hashed)
         dtype = self._vae_dtype if part == "image_encoder" else self.dtype
         text = json.dumps([weights, str(dtype), dict(stored.settings), options], sort_keys=True)
         return sha256(text.encode()).hexdigest()[:32]
@@ -259,7 +265,12 @@ class StableDiffusion:
         if not isinstance(location, HubModel):
             entries |= self._hashes(location, "sd_model")
         if self.stored.vae is not None:
-            entries |= {"ss_vae_name": self.stored.vae.name, **self._hashes(self.stored.vae, "vae")}
+            vae = self.stored.vae
+            entries |= (
+                {"ss_vae_name": str(vae)}
+                if isinstance(vae, HubModel)
+                else {"ss_vae_name": vae.name, **self._hashes(vae, "vae")}
+            )
         return {**entries, **self._merging.metadata(self.memo)}
 
     def _layers(self) -> dict[str, tuple[int, ...]]:
