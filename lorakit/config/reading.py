@@ -22,11 +22,12 @@ from lorakit.components import (
     OptimizerConfig,
     SaverConfig,
 )
-from lorakit.config.data_tables import DATASET_KEYS, SECTION_KEYS, SUBSET_KEYS, read_data_section, read_toml
+from lorakit.config.data_tables import DATASET_KEYS, SECTION_KEYS, SUBSET_KEYS, read_data_section
 from lorakit.config.loss import LossSection
 from lorakit.config.metadata import MetadataSection
 from lorakit.config.sections import OutputSection, TrainConfig, TrainingSection
 from lorakit.config.tables import TableReader, field_names
+from lorakit.config.toml_files import read_toml
 from lorakit.config.values import shown
 from lorakit.errors import ConfigError, LorakitError, PluginError, Problem
 from lorakit.files import why_unwritable

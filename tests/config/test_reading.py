@@ -359,7 +359,7 @@ def test_paths_are_relative_to_the_config_file(base: Path, catalog: Catalog, mon
         (b"a = " + b"[" * 5000, "is not valid TOML"),
         (b"name = '\xff\xfe'", "is not UTF-8 text; save it as UTF-8"),
         (None, "cannot be read: No such file or directory"),
-        ("folder", "cannot be read: Is a directory"),
+        ("folder", "is a folder, not a file"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, content: bytes | str | None, message: str) -> None:
