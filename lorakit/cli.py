@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-import lorakit
 from lorakit.columns import columns
 from lorakit.errors import OutputError
 
@@ -19,6 +18,9 @@ if TYPE_CHECKING:
     from lorakit.errors import Problem
     from lorakit.plugins import Catalog
 
+DEFAULT_CONFIG = Path("config.toml")
+"""The config that is written and read when none is named."""
+
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
 
@@ -26,6 +28,14 @@ def _set_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
         context.find_root().ensure_object(dict)["debug"] = True
         logging.getLogger("lorakit").setLevel(logging.DEBUG)
+
+
+def _print_version(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        from lorakit.about import about
+
+        click.echo(about())
+        context.exit()
 
 
 def _debug_option() -> click.Option:
@@ -43,18 +53,56 @@ class _Command(click.Command):
         self.params.append(_debug_option())
 
 
+class _ConfigCommand(_Command):
+    """A command on a config file, which says how keys are set where they are given as options of their own."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; a wrong option or argument that is like a key is answered with what to type."""
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            cure = self._cure(error, given)
+            if not cure:
+                raise
+            raise click.UsageError(f"{error.message.rstrip('.')}: {cure}", ctx) from error
+
+    def _cure(self, error: click.UsageError, given: list[str]) -> str:
+        from lorakit.config.reading import known_keys
+        from lorakit.usage import cure_of_arguments, cure_of_options
+
+        if isinstance(error, click.NoSuchOption):
+            own = [name for parameter in self.params for name in (*parameter.opts, "-h", "--help")]
+            return cure_of_options(given, own, known_keys(_catalog()))
+        return cure_of_arguments(given) if "extra argument" in error.message else ""
+
+
 class _Group(click.Group):
-    """The group of all commands."""
+    """The group of all commands, which are listed in the order of work."""
 
     command_class = _Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """Their names as they were defined, not by the alphabet."""
+        return list(self.commands)
 
 
 @click.group(
     cls=_Group,
     params=[_debug_option()],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\b
+Example:
+  lorakit init --images photos --model v1-5-pruned.safetensors
+  lorakit check
+  lorakit train
+\b
+The documentation is the folder docs where lorakit was downloaded; it begins with docs/index.md.""",
 )
-@click.version_option(lorakit.__version__, prog_name="lorakit")
+@click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version,
+    help="Show the versions of lorakit, Python and PyTorch, and the GPU.",
+)  # fmt: skip
 def cli() -> None:
     """Train LoRA adapters for Stable Diffusion.
 
@@ -65,35 +113,43 @@ def cli() -> None:
 def with_config(command: CommandT) -> CommandT:
     """Give a command the CONFIG argument and the --set option."""
     override = click.option(
-        "--set", "overrides", multiple=True, metavar="KEY=VALUE",
-        help="Override a key of the config: --set optimizer.lr=1e-4. May be given several times.",
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", shell_complete=_complete_key,
+        help="Override a key of the config: --set optimizer.lr=1e-4; none unsets it. May be given several times.",
     )  # fmt: skip
-    argument = click.argument("config", type=click.Path(path_type=Path))
+    argument = click.argument("config", type=click.Path(path_type=Path), default=DEFAULT_CONFIG, callback=_config_file)
     return argument(override(command))
 
 
-@cli.command(short_help="Train as a config file says.")
-@with_config
-@click.option(
-    "--resume", is_flag=False, flag_value=Path(), type=click.Path(path_type=Path), metavar="[STATE_DIR]",
-    help="Go on from a saved state: the one in STATE_DIR, or the newest of this run.",
-)  # fmt: skip
-def train(config: Path, overrides: tuple[str, ...], resume: Path | None) -> None:
-    """Train as the file CONFIG says.
-
-    Everything that can be checked before the model is read is checked first. Ctrl-C stops after the
-    current step and saves a state; `--resume` goes on from there.
-    """
-    catalog = _catalog()
-    prepared = _prepared(config, overrides, catalog)
-    from lorakit.engine.assembly import train_prepared
-
-    path = train_prepared(prepared, catalog, resume)
-    if is_main_process():
-        click.echo(f"Done: {path}")
+def _config_file(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
+    """The config file; the usual name counts only where there is such a file."""
+    source = context.get_parameter_source(parameter.name or "")
+    if source is click.core.ParameterSource.DEFAULT and not value.is_file() and not context.resilient_parsing:
+        cure = f"there is no {value} here, which counts when none is named; `lorakit init` writes one"
+        raise click.UsageError(f"Missing argument 'CONFIG': {cure}", context)
+    return value
 
 
-@cli.command(short_help="Say all that is wrong with a config file.")
+def _complete_key(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    """The keys that begin as what is typed, for shells that complete it."""
+    from lorakit.config.reading import known_keys
+
+    return [f"{key}=" for key in dict.fromkeys(known_keys(_catalog())) if key.startswith(incomplete)]
+
+
+@cli.command(short_help="Write a commented config file to start from.")
+@click.argument("path", type=click.Path(path_type=Path), default=DEFAULT_CONFIG)
+def init(path: Path) -> None:
+    """Write a commented config file to start from (PATH, or config.toml)."""
+    from lorakit.config.writing import starter
+    from lorakit.files import write_atomically
+
+    if path.exists():
+        raise OutputError(f"{path} exists already; give another name, or remove it first")
+    write_atomically(path, starter(_catalog()).encode())
+    click.echo(f"Wrote {path}. Set model.path and data.image_dir in it, then: lorakit train {path}")
+
+
+@cli.command(cls=_ConfigCommand, short_help="Say all that is wrong with a config file.")
 @with_config
 def check(config: Path, overrides: tuple[str, ...]) -> None:
     """Say all that is wrong with the file CONFIG, reading no weights.
@@ -106,19 +162,6 @@ def check(config: Path, overrides: tuple[str, ...]) -> None:
     click.echo(f"{config}: no problems; {images} image{'' if images == 1 else 's'}{validated}")
 
 
-@cli.command(short_help="Encode images and captions into the cache.")
-@with_config
-def cache(config: Path, overrides: tuple[str, ...]) -> None:
-    """Encode images and captions into the cache, and stop."""
-    catalog = _catalog()
-    prepared = _prepared(config, overrides, catalog)
-    from lorakit.engine.assembly import fill_cache
-
-    fill_cache(prepared)
-    if is_main_process():
-        click.echo(f"Done: {prepared.config.cache_dir}")
-
-
 def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
     from lorakit.planning.sizes import parse_size
 
@@ -128,7 +171,7 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
         raise click.BadParameter(str(error)) from None
 
 
-@cli.command(short_help="Say what a run will take: steps, memory, time.")
+@cli.command(cls=_ConfigCommand, short_help="Say what a run will take: steps, memory, time.")
 @with_config
 @click.option(
     "--memory", callback=_bytes, metavar="SIZE",
@@ -150,17 +193,40 @@ def plan(config: Path, overrides: tuple[str, ...], memory: int | None, measure: 
         click.echo(line)
 
 
-@cli.command(short_help="Write a commented config file to start from.")
-@click.argument("path", type=click.Path(path_type=Path), default=Path("config.toml"))
-def init(path: Path) -> None:
-    """Write a commented config file to start from (PATH, or config.toml)."""
-    from lorakit.config.writing import starter
-    from lorakit.files import write_atomically
+@cli.command(cls=_ConfigCommand, short_help="Encode images and captions into the cache.")
+@with_config
+def cache(config: Path, overrides: tuple[str, ...]) -> None:
+    """Encode images and captions into the cache, and stop."""
+    catalog = _catalog()
+    prepared = _prepared(config, overrides, catalog)
+    from lorakit.engine.assembly import fill_cache
 
-    if path.exists():
-        raise OutputError(f"{path} exists already; give another name, or remove it first")
-    write_atomically(path, starter(_catalog()).encode())
-    click.echo(f"Wrote {path}. Set model.path and data.image_dir in it, then: lorakit train {path}")
+    fill_cache(prepared)
+    if is_main_process():
+        click.echo(f"Done: {prepared.config.cache_dir}")
+
+
+@cli.command(cls=_ConfigCommand, short_help="Train as a config file says.")
+@with_config
+@click.option(
+    "--resume", is_flag=False, flag_value=Path(), type=click.Path(path_type=Path), metavar="[STATE_DIR]",
+    help="Go on from a saved state: the one in STATE_DIR, or the newest of this run.",
+)  # fmt: skip
+def train(config: Path, overrides: tuple[str, ...], resume: Path | None) -> None:
+    """Train as the file CONFIG says.
+
+    Everything that can be checked before the model is read is checked first. Ctrl-C stops after the
+    current step and saves a state; `--resume` goes on from there.
+    """
+    if resume and resume.suffix in (".toml", ".json") and resume.is_file():
+        raise click.UsageError(f"--resume takes the folder of a state: write lorakit train {resume} --resume")
+    catalog = _catalog()
+    prepared = _prepared(config, overrides, catalog)
+    from lorakit.engine.assembly import train_prepared
+
+    path = train_prepared(prepared, catalog, resume)
+    if is_main_process():
+        click.echo(f"Done: {path}")
 
 
 @cli.command(

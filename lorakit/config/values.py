@@ -6,6 +6,7 @@ cattrs by default turns 8.7 into 8 and "false" into True; here each type takes i
 from __future__ import annotations
 
 import math
+import os
 import types
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, time
@@ -41,6 +42,19 @@ def value_converter(base: Path) -> Converter:
             lambda value, type_, hook=hook: hook(value, type_, converter),  # type: ignore[misc]
         )
     return converter
+
+
+_ESCAPED = {"\b": r"\b", "\t": r"\t", "\n": r"\n", "\f": r"\f", "\r": r"\r", "\x1b": r"\e"}
+"""What stands in a text for a backslash and a letter between double quotation marks."""
+
+
+def lost_backslash(value: str) -> str:
+    r"""That a path such as "C:\new\train" holds other characters than it seems to; empty where it holds none."""
+    written = "".join(_ESCAPED.get(character, character) for character in value)
+    if written == value:
+        return ""
+    cure = f"write '{written}' or \"{written.replace(chr(92), '/')}\""
+    return f"between double quotation marks \\ is special; {cure}"
 
 
 def is_text(value: object) -> TypeGuard[str]:
@@ -110,6 +124,8 @@ def _number(value: Any, _: Any) -> float:
 def _path(value: Any, base: Path) -> Path:
     if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError(f"must be a path in quotes, not {shown(value)}")
+    if any(character in value for character in _ESCAPED) and not os.path.lexists(base / value):
+        raise ValueError(lost_backslash(value))
     try:
         path = (base / Path(value).expanduser()).absolute()
     except RuntimeError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomlkit
 
 from lorakit.config.reading import config_from_tables, read_config
 from lorakit.config.sections import TrainConfig
@@ -351,6 +352,16 @@ def test_paths_are_relative_to_the_config_file(base: Path, catalog: Catalog, mon
     assert config.model.path == str(base / "model.safetensors")
 
 
+@pytest.mark.parametrize("key", ["model.path", "data.image_dir", "output.dir"])
+def test_backslashes_that_were_lost(problems: Problems, tables: Tables, key: str) -> None:
+    """A path in which a backslash and a letter became one character is refused, with what to write."""
+    section, _, name = key.partition(".")
+    tables[section][name] = "C:\\my\new\train"
+    found = problems(tables)
+    assert list(found) == [key]
+    assert r"write 'C:\my\new\train' or" in found[key]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -402,6 +413,54 @@ def test_overrides(base: Path, catalog: Catalog) -> None:
     assert config.network.name == "c3lier"
     assert (config.data.datasets[0].subsets[0].num_repeats, config.data.datasets[0].batch_size) == (4, 2)
     assert config.observers[0].average == 0.5  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("section", "file", "typed", "left"),
+    [
+        ("training", {"max_epochs": 3}, ["max_steps=100"], {"max_epochs": None, "max_steps": 100}),
+        ("training", {"max_epochs": 3}, ["max_steps=9", "max_epochs=2"], {"max_epochs": 2, "max_steps": 9}),
+        ("training", {"max_epochs": 3, "max_steps": 9}, ["max_epochs=none"], {"max_epochs": None, "max_steps": 9}),
+        ("training", {"max_epochs": 3}, ["max_epochs=None"], {"max_epochs": None}),
+        ("training", {"seed": 7}, ["seed=null"], {"seed": 42}),
+        ("training", {}, ["seed=none"], {"seed": 42}),
+        (
+            "output", {"dir": "o", "save_n_epoch_ratio": 3}, ["save_every_n_epochs=2"],
+            {"save_n_epoch_ratio": None, "save_every_n_epochs": 2},
+        ),
+        ("network", {"rank_from_weights": True, "weights": "image.png"}, ["rank=8"], {"rank_from_weights": False}),
+        ("network", {}, ["parts=[unet, text_encoder]"], {"parts": ("unet", "text_encoder")}),
+        ("output", {"dir": "o"}, ['training_comment="none"'], {"training_comment": "none"}),
+    ],
+)  # fmt: skip
+def test_what_is_typed_wins(
+    base: Path, tables: Tables, section: str, file: Tables, typed: list[str], left: Tables
+) -> None:
+    """A key of the file that would have precedence over a typed one does not count; `none` unsets a key."""
+    (base / "image.png").touch()
+    path = base / "typed.toml"
+    path.write_text(tomlkit.dumps({**tables, section: file}))
+    config = read_config(path, [f"{section}.{one}" for one in typed])
+    assert {key: getattr(getattr(config, section), key) for key in left} == left
+    both = len(typed) == 2
+    assert any("has no effect" in warning.message for warning in config.training.warnings()) is both
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "message"),
+    [
+        ("model.path=none", "model.path", "is missing"),
+        ("training.max_epohcs=none", "training.max_epohcs", "did you mean training.max_epochs?"),
+        ("trainign=none", "trainign", "is not a known key"),
+    ],
+)
+def test_keys_that_cannot_be_unset(base: Path, catalog: Catalog, override: str, key: str, message: str) -> None:
+    """A key that must be there is missing then, and one that is misspelt is not passed over."""
+    with pytest.raises(ConfigError) as caught:
+        read_config(written(base), [override], catalog)
+    (problem,) = caught.value.problems
+    assert problem.key == key
+    assert message in str(problem)
 
 
 @pytest.mark.parametrize(
