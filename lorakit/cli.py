@@ -221,7 +221,7 @@ def train(config: Path, overrides: tuple[str, ...], resume: Path | None) -> None
     if resume and resume.suffix in (".toml", ".json") and resume.is_file():
         raise click.UsageError(f"--resume takes the folder of a state: write lorakit train {resume} --resume")
     catalog = _catalog()
-    prepared = _prepared(config, overrides, catalog)
+    prepared = _prepared(config, overrides, catalog, resuming=resume is not None)
     from lorakit.engine.assembly import train_prepared
 
     path = train_prepared(prepared, catalog, resume)
@@ -298,14 +298,14 @@ def _catalog() -> Catalog:
     return Catalog.discover()
 
 
-def _prepared(path: Path, overrides: tuple[str, ...], catalog: Catalog) -> PreparedRun:
+def _prepared(path: Path, overrides: tuple[str, ...], catalog: Catalog, *, resuming: bool = False) -> PreparedRun:
     """The run of a config file, ready to start; prints each warning once."""
     from lorakit.config.reading import read_config
     from lorakit.engine.preparation import prepare
 
     config = read_config(path, overrides, catalog)
     _print_warnings(config.warnings())
-    prepared = prepare(config)
+    prepared = prepare(config, resuming=resuming)
     _print_warnings(prepared.warnings)
     return prepared
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lorakit.config.reading import config_from_tables, read_config
 from lorakit.config.sections import TrainConfig
 from lorakit.config.suggestions import KOHYA_NAMES
 from lorakit.errors import ConfigError
+from lorakit.other_names import OTHER_NAMES, normalized
 from lorakit.plugins import Catalog
 from tests.config.conftest import Tables, write_safetensors
 from tests.guests import install, optimizer_source
@@ -93,6 +95,13 @@ def test_every_section_is_read(read: Read, tables: Tables, base: Path) -> None:
         ("output", "name", ["a"], "must be a text in quotes, such as \"text\", not ['a']"),
         ("output", "name", "a/b", "must be a plain file name, without folders, not 'a/b'"),
         ("output", "name", "..", "must be a plain file name"),
+        ("output", "name", "mine.safetensors", "must be without the file's extension, which is added: 'mine'"),
+        ("output", "name", "mine.v2.CKPT", "must be without the file's extension, which is added: 'mine.v2'"),
+        ("output", "name", "a:b", "must not hold :, which Windows has in no file name"),
+        ("output", "name", '<a|"b"?*>', 'must not hold " * < > ? |'),
+        ("output", "name", "CON", "must not be 'CON', which Windows keeps for a device"),
+        ("output", "name", "lpt1.best", "must not be 'lpt1.best'"),
+        ("output", "name", "mine ", "must be a plain file name"),
         ("output", "name", "", "must be a plain file name"),
         ("output", "name", "a\nb", "must be a plain file name"),
         ("output", "dir", "", "must be a path in quotes, not ''"),
@@ -525,3 +534,95 @@ def test_components_that_refuse_their_values(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match="optimizer: cannot be used: too strong"):
         config_from_tables({**tables, "optimizer": {"name": "strict", "strength": 2}}, base)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "words"),
+    [
+        ("network", "locon", "LoCon is 'c3lier' here"),
+        ("network", "LoHa", "the plugin lorakit-network-modules has it"),
+        ("network", "networks.lora", "a plain LoRA is 'lierla' here"),
+        ("network", "dora", "dora = true"),
+        ("network", "C3-Lier", "did you mean 'c3lier'?"),
+        ("optimizer", "AdamW8bit", "did you mean 'adamw8bit'?"),
+        ("optimizer", "adamw_8bit", "did you mean 'adamw8bit'?"),
+        ("optimizer", "adam", "'adamw' is nearest"),
+        ("optimizer", "DAdaptation", "did you mean 'dadaptation'?"),
+        ("optimizer", "DAdaptAdamPreprint", "it is 'dadaptation' here"),
+        ("optimizer", "Prodigy", "it is in the plugin lorakit-prodigy: pip install ./plugins/lorakit-prodigy"),
+        ("optimizer", "AdamWScheduleFree", "pip install ./plugins/lorakit-schedulefree"),
+        ("optimizer", "came", 'write its class: "pytorch_optimizer.CAME"'),
+        ("optimizer", "RAdam", 'write its class: "torch.optim.RAdam"'),
+        ("lr_scheduler", "cosine_annealing", "it is 'cosine' here"),
+        ("lr_scheduler", "CosineAnnealingWarmRestarts", "it is 'cosine_with_restarts' here"),
+        ("attention", "xformers", "'sdpa' chooses among PyTorch's kernels"),
+        ("attention", "flash_attention_2", "'sdpa' chooses among PyTorch's kernels"),
+        ("saver", "safetensor", "did you mean 'safetensors'?"),
+        ("saver", "diffusers", 'name = "diffusers"'),
+        ("optimizer", "unheard-of", "there are adafactor, adamw"),
+    ],
+)
+def test_names_that_others_use(problems: Problems, tables: Tables, section: str, name: str, words: str) -> None:
+    """A name from elsewhere is answered with what it is called here, or with the plugin that has it."""
+    assert words in problems({**tables, section: {"name": name}})[f"{section}.name"]
+
+
+def test_every_name_of_the_table_leads_to_a_component(catalog: Catalog) -> None:
+    """What the table of other names says exists: each quoted name is one of the kind, each plugin is in `plugins`."""
+    plugins = Path(__file__).parents[2] / "plugins"
+    for registration in catalog.registrations:
+        assert registration.component.kind in OTHER_NAMES
+    for kind, names in OTHER_NAMES.items():
+        known = {found.component.name for found in catalog.registrations if found.component.kind == kind}
+        for name, words in names.items():
+            assert name == normalized(name)
+            assert name not in {normalized(own) for own in known}
+            assert set(re.findall(r"(?<!\w)'(\w+)'", words.replace("PyTorch's", ""))) <= known, words
+            assert all((plugins / plugin).is_dir() for plugin in re.findall(r"lorakit-[\w-]+", words))
+
+
+DOUBTFUL: list[tuple[Tables, str, str]] = [
+    ({"optimizer": {"name": "dadaptation", "lr": 1e-4}}, "optimizer.lr", "hardly anything is learnt"),
+    ({"optimizer": {"name": "dadaptlion", "lr": 0.1}}, "optimizer.lr", "set 1"),
+    ({"optimizer": {"name": "adamw", "lr": 1.0}}, "optimizer.lr", "0.0001 is usual"),
+    ({"optimizer": {"name": "adamw8bit", "unet_lr": 0.02}}, "optimizer.lr", "0.02 is far above"),
+    ({"optimizer": {"name": "lion", "lr": 4e-3}}, "optimizer.lr", "3e-05 is usual"),
+    ({"network": {"rank": 1000, "alpha": 1000.0}}, "network.rank", "4 to 128 are usual"),
+    ({"network": {"rank": 64, "alpha": 0.001}}, "network.alpha", "multiplies what is learnt by 1.6e-05"),
+    (
+        {"lr_scheduler": {"name": "cosine", "warmup_steps": 100}, "training": {"max_steps": 100}},
+        "lr_scheduler.warmup_steps", "as long as the run of 100 steps",
+    ),
+    (
+        {"lr_scheduler": {"name": "constant_with_warmup", "warmup_steps": 5000}},
+        "lr_scheduler.warmup_steps", "as long as the run of 1600 steps",
+    ),
+]  # fmt: skip
+SOUND: list[Tables] = [
+    {"optimizer": {"name": "dadaptation"}},
+    {"optimizer": {"name": "dadaptadam", "lr": 0.5}},
+    {"optimizer": {"name": "adamw", "lr": 1e-2}},
+    {"optimizer": {"name": "sgdnesterov", "lr": 10.0}},
+    {"optimizer": {"name": "torch.optim.RAdam", "lr": 1.0}},
+    {"network": {"rank": 128, "alpha": 1.0}},
+    {"network": {"rank": 256, "alpha": 1.0, "rank_stabilized": True}},
+    {"lr_scheduler": {"name": "cosine", "warmup_steps": 99}, "training": {"max_steps": 100}},
+    {"lr_scheduler": {"name": "cosine", "warmup_steps": 0.9}, "training": {"max_steps": 1}},
+    {"lr_scheduler": {"name": "cosine", "warmup_steps": 100}, "training": {"max_epochs": 1}},
+]
+
+
+@pytest.mark.parametrize(("changes", "key", "words"), DOUBTFUL)
+def test_settings_that_hardly_learn(
+    read: Callable[[Tables], TrainConfig], tables: Tables, changes: Tables, key: str, words: str
+) -> None:
+    """A learning rate, size or warm-up with which nothing good comes out is one warning at its key."""
+    (warning,) = read({**tables, **changes}).warnings()
+    assert warning.key == key
+    assert words in str(warning)
+
+
+@pytest.mark.parametrize("changes", SOUND)
+def test_settings_that_learn(read: Callable[[Tables], TrainConfig], tables: Tables, changes: Tables) -> None:
+    """What is usual, or may well be meant, is not warned of."""
+    assert not list(read({**tables, **changes}).warnings())
