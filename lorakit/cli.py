@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lorakit.engine.preparation import PreparedRun
     from lorakit.errors import Problem
     from lorakit.plugins import Catalog
+    from lorakit.starting import Start
 
 DEFAULT_CONFIG = Path("config.toml")
 """The config that is written and read when none is named."""
@@ -137,16 +138,58 @@ def _complete_key(_: click.Context, __: click.Parameter, incomplete: str) -> lis
 
 
 @cli.command(short_help="Write a commented config file to start from.")
+@click.option("--full", is_flag=True, help="Write every key there is, with its default and what it means.")
+@click.option(
+    "--for", "purpose", type=click.Choice(["subject", "person", "style"]), default="subject", show_default=True,
+    help="What the LoRA is to learn: sets rank, steps and learning rates that are usual for it.",
+)  # fmt: skip
+@click.option(
+    "--images", type=click.Path(path_type=Path), metavar="FOLDER",
+    help="The folder of images; their number sets repeats and epochs.",
+)  # fmt: skip
+@click.option("--model", metavar="MODEL", help="The base model: a file, a folder, or a Hub id.")
+@click.option("--optimizer", default="adamw", show_default=True, metavar="NAME", help="The optimizer; sets its rate.")
 @click.argument("path", type=click.Path(path_type=Path), default=DEFAULT_CONFIG)
-def init(path: Path) -> None:
-    """Write a commented config file to start from (PATH, or config.toml)."""
-    from lorakit.config.writing import starter
+def init(path: Path, full: bool, **chosen: Any) -> None:
+    """Write a commented config file to start from (PATH, or config.toml).
+
+    It has the keys that a first LoRA needs, and prompts for previews beside it. With --full it has every key.
+    """
     from lorakit.files import write_atomically
 
     if path.exists():
         raise OutputError(f"{path} exists already; give another name, or remove it first")
-    write_atomically(path, starter(_catalog()).encode())
-    click.echo(f"Wrote {path}. Set model.path and data.image_dir in it, then: lorakit train {path}")
+    if full:
+        from lorakit.config.writing import starter
+
+        write_atomically(path, starter(_catalog()).encode())
+        click.echo(f"Wrote {path}. Set model.path and data.image_dir in it, then: lorakit check {path}")
+        return
+    from lorakit.starting import prompts_beside, short_config
+
+    start, prompts = _start(**chosen), prompts_beside(path)
+    written = [path] if prompts.exists() else [path, prompts]
+    write_atomically(path, short_config(start, path).encode())
+    if not prompts.exists():
+        write_atomically(prompts, start.prompts().encode())
+    missing = [key for key, given in (("model.path", start.model), ("data.image_dir", start.images)) if not given]
+    todo = f"Set {' and '.join(missing)} in it, then" if missing else "Then"
+    click.echo(f"Wrote {' and '.join(map(str, written))}. {todo}: lorakit check {path}")
+
+
+def _start(purpose: str, images: Path | None, model: str | None, optimizer: str) -> Start:
+    """What a short config is written for."""
+    from lorakit.components import OptimizerConfig
+    from lorakit.starting import PURPOSES, Start, look_at_images, look_at_model
+
+    catalog = _catalog()
+    return Start(
+        purpose=PURPOSES[purpose],
+        images=look_at_images(images) if images else None,
+        model=model,
+        family=look_at_model(model, catalog) if model else None,
+        optimizer=catalog.find(OptimizerConfig, optimizer),
+    )
 
 
 @cli.command(cls=_ConfigCommand, short_help="Say all that is wrong with a config file.")

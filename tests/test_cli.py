@@ -253,6 +253,16 @@ def test_init_writes_a_config_to_start_from(folder: Path) -> None:
     result = run(folder, "check", "start.toml")
     assert result.returncode == 2
     assert re.findall(r"^  ([\w.]+):", result.stderr, re.MULTILINE) == ["model.path", "data.image_dir"]
+    assert (folder / "prompts.txt").is_file()
+    (folder / "prompts.txt").write_text("mine")
+    result = run(
+        folder, "init", "filled.toml", "--for", "style", "--images", "pictures", "--model", "model.safetensors"
+    )
+    assert result.stdout == "Wrote filled.toml. Then: lorakit check filled.toml\n"
+    assert run(folder, "check", "filled.toml").returncode == 0
+    assert (folder / "prompts.txt").read_text() == "mine"
+    assert run(folder, "init", "--full", "full.toml").stdout.endswith("lorakit check full.toml\n")
+    assert "# tf32 = false" in (folder / "full.toml").read_text()
     before = (folder / "config.toml").read_bytes()
     result = run(folder, "init")
     assert (result.returncode, result.stdout) == (2, "")
