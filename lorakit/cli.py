@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lorakit.columns import columns
 from lorakit.errors import OutputError
 
 if TYPE_CHECKING:
@@ -307,27 +306,17 @@ def from_kohya(output: Path | None, arguments: tuple[str, ...]) -> None:
         click.secho(f"warning: {warning}", fg="yellow", err=True)
 
 
-@cli.command(short_help="List all plugins, the broken ones too.")
-def plugins() -> None:
-    """List all plugins: kind, name, package and version; and those that are broken, with the reason."""
-    from lorakit.discovery import REGISTRATION_HOOKS
-    from lorakit.plugins import missing_packages
+@cli.command(short_help="List what there is to choose from, or the keys of one.")
+@click.argument("name", required=False)
+def plugins(name: str | None) -> None:
+    """List all components that plugins bring, and the plugins that are broken, with the reason.
 
-    catalog = _catalog()
-    rows = []
-    for base in REGISTRATION_HOOKS.values():
-        for name, registrations in catalog.of_kind(base).items():
-            for registration in registrations:
-                missing = missing_packages(registration.component)
-                notes = [f"needs: pip install {' '.join(missing)}"] if missing else []
-                if len(registrations) > 1:
-                    notes.append(f"name clash: write {registration.provider.distribution}:{name}")
-                rows.append((base.kind, name, str(registration.provider), "; ".join(notes)))
-    rows += [
-        ("broken plugin", plugin.provider.entry_point, str(plugin.provider), plugin.error) for plugin in catalog.broken
-    ]
-    for line in columns(("kind", "name", "package", ""), rows):
-        click.secho(line, fg="red" if line.startswith("broken") else None)
+    With NAME, such as lion, show the keys of that component; with a kind, such as optimizer, list those of the kind.
+    """
+    from lorakit.listing import details, listing
+
+    for line in details(_catalog(), name) if name else listing(_catalog()):
+        click.secho(line.text, fg="red" if line.is_broken else None, bold=line.is_title)
 
 
 def is_main_process() -> bool:

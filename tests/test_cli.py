@@ -272,23 +272,45 @@ def test_init_writes_a_config_to_start_from(folder: Path) -> None:
 
 
 def test_plugins_are_listed_with_their_origin(folder: Path, tmp_path: Path) -> None:
-    """Each plugin is a row of kind, name and package; clashes, missing packages and broken plugins are noted."""
+    """Components are listed by kind with what they are; clashes, missing packages and broken plugins are noted."""
     site = tmp_path / "site"
     install(site, "rival", rival_adamw=optimizer_source("adamw"), rival_needy=optimizer_source("needy", ("no-such",)))
     install(site, "sick", sick_one="import no_such_package_anywhere", sick_two="import sys; sys.exit(5)")
     result = run(folder, "plugins", site=site)
     assert (result.returncode, result.stderr) == (0, "")
-    rows = [tuple(re.split(r" {2,}", line)) for line in result.stdout.splitlines()]
-    assert rows[0] == ("KIND", "NAME", "PACKAGE")
-    assert ("model family", "sd1", f"lorakit {lorakit.__version__}") in rows
-    assert ("optimizer", "adamw", "rival 1.0", "name clash: write rival:adamw") in rows
-    assert ("optimizer", "adamw", f"lorakit {lorakit.__version__}", "name clash: write lorakit:adamw") in rows
-    assert ("optimizer", "needy", "rival 1.0", "needs: pip install no-such") in rows
-    assert rows[-2:] == [
-        ("broken plugin", "sick_one", "sick 1.0", "ModuleNotFoundError: No module named 'no_such_package_anywhere'"),
-        ("broken plugin", "sick_two", "sick 1.0", "SystemExit: 5"),
+    kinds = ["model family", "network", "optimizer", "LR scheduler", "attention backend", "saver", "observer"]
+    titles = [line.partition(":")[0] for line in result.stdout.splitlines() if line and line[0] != " "]
+    assert titles == [*kinds, "broken plugin"]
+    rows = [
+        re.split(r" {2,}", line.strip(), maxsplit=1) for line in re.sub(r"\n {6,}", " ", result.stdout).splitlines()
     ]
-    assert len({line.index("rival 1.0") for line in result.stdout.splitlines() if "rival 1.0" in line}) == 1
+    assert ["sd1", "Stable Diffusion 1.x"] in rows
+    assert ["adamw", "An optimizer of a guest (rival 1.0; name clash: write rival:adamw)"] in rows
+    mine = f"lorakit {lorakit.__version__}; name clash: write lorakit:adamw"
+    assert ["adamw", f"AdamW: Adam with weight decay of its own ({mine})"] in rows
+    assert ["needy", "An optimizer of a guest (rival 1.0; needs: pip install no-such)"] in rows
+    assert rows[-2:] == [
+        ["sick_one", "sick 1.0: ModuleNotFoundError: No module named 'no_such_package_anywhere'"],
+        ["sick_two", "sick 1.0: SystemExit: 5"],
+    ]
+    assert max(len(line) for line in result.stdout.partition("broken")[0].splitlines()) <= 80
+
+
+def test_the_keys_of_a_component_are_listed(folder: Path) -> None:
+    """With a name, each key stands with its default, type and help; with a kind, its components; else the cure."""
+    text = run(folder, "plugins", "lion").stdout
+    assert (
+        "betas = [0.9, 0.99]   # [number, number], at least 0, less than 1\n    Decay of the update direction" in text
+    )
+    assert text.startswith(f"optimizer lion, of lorakit {lorakit.__version__}\nLion: the sign")
+    assert re.findall(r"^  (\w+) ", run(folder, "plugins", "saver").stdout, re.MULTILINE) == [
+        "ckpt",
+        "pt",
+        "safetensors",
+    ]
+    result = run(folder, "plugins", "Prodigy")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: no component is called 'Prodigy' (it is in the plugin lorakit-prodigy: pip")
 
 
 FAILING = """
