@@ -143,6 +143,10 @@ def test_values_of_a_wrong_type_or_range(
         ("network", "conv_dim", "did you mean network.conv_rank?"),
         ("network", "conv_rank", "did you mean network.conv_rank of c3lier?"),
         ("output", "save_every_n_epoch", "did you mean output.save_every_n_epochs?"),
+        ("training", "maxEpochs", "did you mean training.max_epochs?"),
+        ("training", "--max-epochs", "did you mean training.max_epochs?"),
+        ("optimizer", "LR", "did you mean optimizer.lr?"),
+        ("training", "--learning_rate", "did you mean optimizer.lr?"),
     ],
 )
 def test_unknown_keys_are_met_with_what_was_meant(
