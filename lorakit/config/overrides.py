@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lorakit.config.suggestions import hint_for
+from lorakit.config.values import TypedInteger, TypedNumber
 from lorakit.errors import ConfigError, Problem
 
 PRECEDENCE: Mapping[str, tuple[str, ...]] = {
@@ -93,4 +94,10 @@ def _value(text: str) -> Any:
         words = re.fullmatch(r"\[\s*([\w./-]+(?:\s*,\s*[\w./-]+)*)\s*,?\s*\]", text)
         return [_value(word.strip()) for word in words[1].split(",")] if words else text
     value = found["value"]
-    return value if found.keys() == {"value"} and isinstance(value, str | int | float | list | dict) else text
+    if found.keys() != {"value"}:
+        return text
+    if type(value) in (int, float):
+        typed: TypedInteger | TypedNumber = TypedInteger(value) if isinstance(value, int) else TypedNumber(value)
+        typed.text = text
+        return typed
+    return value if isinstance(value, str | bool | list | dict) else text

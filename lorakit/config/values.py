@@ -57,6 +57,20 @@ def lost_backslash(value: str) -> str:
     return f"between double quotation marks \\ is special; {cure}"
 
 
+class TypedInteger(int):
+    """A whole number that was typed on a command line, which is text where a key takes text."""
+
+    text: str
+    """As it was typed."""
+
+
+class TypedNumber(float):
+    """A number that was typed on a command line, which is text where a key takes text."""
+
+    text: str
+    """As it was typed."""
+
+
 def is_text(value: object) -> TypeGuard[str]:
     """Whether a value is text that can be written to a file.
 
@@ -98,6 +112,8 @@ def _boolean(value: Any, _: Any) -> bool:
 
 
 def _text(value: Any, _: Any) -> str:
+    if isinstance(value, TypedInteger | TypedNumber):
+        return value.text
     if not isinstance(value, str):
         raise ValueError(f'must be a text in quotes, such as "text", not {shown(value)}')
     if not is_text(value):
@@ -108,7 +124,7 @@ def _text(value: Any, _: Any) -> str:
 def _whole_number(value: Any, _: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or abs(value) > LARGEST_INTEGER:
         raise ValueError(f"must be a whole number, not {shown(value)}")
-    return value
+    return int(value)
 
 
 def _number(value: Any, _: Any) -> float:
@@ -118,7 +134,7 @@ def _number(value: Any, _: Any) -> float:
         raise ValueError(f"must be a number, not {shown(value)}")
     if not math.isfinite(value):
         raise ValueError(f"must be a finite number, not {shown(value)}")
-    return value
+    return float(value)
 
 
 def _path(value: Any, base: Path) -> Path:

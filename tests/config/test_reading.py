@@ -444,6 +444,8 @@ def test_overrides(base: Path, catalog: Catalog) -> None:
         ("network", {"rank_from_weights": True, "weights": "image.png"}, ["rank=8"], {"rank_from_weights": False}),
         ("network", {}, ["parts=[unet, text_encoder]"], {"parts": ("unet", "text_encoder")}),
         ("output", {"dir": "o"}, ['training_comment="none"'], {"training_comment": "none"}),
+        ("output", {"dir": "o"}, ["name=2026"], {"name": "2026"}),
+        ("output", {"dir": "o"}, ["training_comment=1e-4"], {"training_comment": "1e-4"}),
     ],
 )  # fmt: skip
 def test_what_is_typed_wins(
