@@ -160,7 +160,7 @@ def hooks_page() -> str:
         if name in REGISTRATION_HOOKS:
             parts += _base_class(REGISTRATION_HOOKS[name])
     parts += ["## What every component has", *_class_variables(Component)]
-    parts += [text for name in ("problems", "warnings") for text in _method(Component, name)]
+    parts += [text for name in METHODS for text in _method(Component, name)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -279,6 +279,9 @@ def _lines(cls: type) -> str:
 def _cell(text: str) -> str:
     return text.replace("|", r"\|")
 
+
+METHODS = ("problems", "problems_with", "warnings", "warnings_with", "warnings_of_length")
+"""What lorakit asks of every component about a config."""
 
 PAGES: Mapping[str, Callable[[], str]] = {
     "config.md": config_page,

@@ -140,14 +140,20 @@ def _complete_key(_: click.Context, __: click.Parameter, incomplete: str) -> lis
 @click.option("--full", is_flag=True, help="Write every key there is, with its default and what it means.")
 @click.option(
     "--for", "purpose", type=click.Choice(["subject", "person", "style"]), default="subject", show_default=True,
-    help="What the LoRA is to learn: sets rank, steps and learning rates that are usual for it.",
+    help="What the LoRA is for: sets the usual rank, steps and learning rates.",
 )  # fmt: skip
 @click.option(
     "--images", type=click.Path(path_type=Path), metavar="FOLDER",
-    help="The folder of images; their number sets repeats and epochs.",
+    help="Folder of images; their number sets repeats and epochs.",
 )  # fmt: skip
 @click.option("--model", metavar="MODEL", help="The base model: a file, a folder, or a Hub id.")
-@click.option("--optimizer", default="adamw", show_default=True, metavar="NAME", help="The optimizer; sets its rate.")
+@click.option(
+    "--optimizer",
+    default="adamw",
+    show_default=True,
+    metavar="NAME",
+    help="The optimizer; sets a learning rate that suits it.",
+)
 @click.argument("path", type=click.Path(path_type=Path), default=DEFAULT_CONFIG)
 def init(path: Path, full: bool, **chosen: Any) -> None:
     """Write a commented config file to start from (PATH, or config.toml).

@@ -62,7 +62,7 @@ class Component:
         return iter(())
 
     def warnings_of_length(self, total_steps: int) -> Iterator[Problem]:  # noqa: ARG002
-        """What may not be meant in a run of so many optimizer steps; keys are field names."""
+        """What may not be meant in a run of `total_steps` optimizer steps; keys are field names."""
         return iter(())
 
 

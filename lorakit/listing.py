@@ -55,7 +55,7 @@ def listing(catalog: Catalog, kind: str | None = None) -> Iterator[Line]:
 
 
 def _row(name: str, found: Registration, clashes: bool, width: int) -> Iterator[Line]:
-    """A component: what it is, whence if not from lorakit, and what keeps it from being used."""
+    """A component: what it is, its package if that is not lorakit, and what keeps it from being used."""
     notes = [] if found.provider.is_of("lorakit") and not clashes else [str(found.provider)]
     if clashes:
         notes.append(f"name clash: write {found.provider.distribution}:{name}")

@@ -22,7 +22,7 @@ _COMMENT_COLUMN = 40
 
 @frozen
 class Purpose:
-    """What a LoRA is to learn, and what is usual for that."""
+    """What a LoRA is trained for, and the usual settings for it."""
 
     steps: int
     """About how many steps to train."""
@@ -31,7 +31,7 @@ class Purpose:
     text_encoder_share: float
     """What multiplies the learning rate of the U-Net for the text encoder."""
     word: str
-    """What captions may call it."""
+    """Words for the subject in captions, if the user has none."""
     prompts: tuple[str, ...]
     """What to draw as previews; `{}` is the caption's word."""
 
@@ -74,14 +74,14 @@ class Start:
 
     @property
     def repeats_and_epochs(self) -> tuple[int, int]:
-        """How often each image is repeated, and the epochs, so that a batch size of 1 gives about the usual steps."""
+        """How often each image is repeated, and the epochs, for about the usual number of steps at batch size 1."""
         count = self.images.count if self.images else 20
         repeats = max(1, round(self.purpose.steps / _EPOCHS / count))
         return repeats, _EPOCHS if repeats > 1 else max(1, round(self.purpose.steps / count))
 
     @property
     def word(self) -> str:
-        """What captions call what is learnt."""
+        """The words for the subject in captions."""
         return (self.images.word if self.images else None) or self.purpose.word
 
     @property
@@ -231,7 +231,7 @@ def _output(start: Start, _: Path) -> Iterator[str]:
 
 def _previews(start: Start, path: Path) -> Iterator[str]:
     yield "[[observers]]"
-    yield _line("name", "samples", "previews: pictures in out/sample")
+    yield _line("name", "samples", "preview images, in out/sample")
     yield _line("prompts", prompts_beside(path).name, "")
     yield _line("every_n_epochs", 1, "")
     if start.resolution != 512:

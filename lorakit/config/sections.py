@@ -281,7 +281,7 @@ class TrainConfig:
             yield Problem("lr_scheduler.name", f"hardly suits {self.optimizer.name}, which needs no schedule", hint)
 
     def _doubtful_rates(self) -> Iterator[Problem]:
-        """Learning rates with which nothing is learnt, or everything is spoilt."""
+        """Learning rates that are far too low or too high for the optimizer."""
         own, rates = self.optimizer, [rate for part in self.trained_parts for rate in self.optimizer.lrs_of(part)]
         highest, usual = max(rates, default=0.0), own.usual_lr
         if own.finds_learning_rate and highest <= 0.1:
@@ -292,7 +292,7 @@ class TrainConfig:
             yield Problem("optimizer.lr", message, f"{usual:g} is usual")
 
     def warnings_of_length(self, total_steps: int) -> Iterator[Problem]:
-        """What hardly suits a run of so many optimizer steps."""
+        """What hardly suits a run of `total_steps` optimizer steps."""
         for section, component in self._components():
             yield from _placed(told_by(component, "warnings_of_length", total_steps), section)
 

@@ -44,7 +44,7 @@ def parse_toml(text: str) -> dict[str, Any]:
     """The values in a TOML text; raises ValueError with line, cause and cure."""
     text = text.replace("\r\n", "\n")
     try:
-        # With a line's end, mistakes of the last line are told with its number.
+        # With a final line end, mistakes in the last line are reported with its number.
         return tomllib.loads(f"{text}\n")
     except RecursionError as error:
         raise ValueError("its lists are too deep") from error

@@ -19,7 +19,7 @@ def run_warnings(config: TrainConfig, datasets: Sequence[IndexedDataset], resumi
     A run that resumes replaces what is its own.
     """
     training = config.training
-    if training.max_epochs is not None:  # else the config knows the steps, and tells by itself
+    if training.max_epochs is not None:  # else the config's own warnings cover it
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         own = steps_per_epoch(datasets, world_size, training.gradient_accumulation_steps)
         yield from config.warnings_of_length(training.max_epochs * own)
