@@ -13,18 +13,17 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import ModuleType
+from typing import Any, get_type_hints
 
 import attrs
 import click
 import tomlkit
 
 from lorakit import cli, components, hookspecs
-from lorakit.checkpoints import ModelPath
 from lorakit.components import Component, ModelFamilyConfig, ObserverConfig
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
-from lorakit.config.fields import field_docs
+from lorakit.config.fields import field_docs, type_in_words
 from lorakit.config.reading import COMPONENT_SECTIONS, PLAIN_SECTIONS
 from lorakit.discovery import REGISTRATION_HOOKS
 from lorakit.kohya.options import GROUPS
@@ -37,7 +36,7 @@ NOTICE = "<!-- Written by docs/generate.py; change the code instead. -->\n"
 CONFIG_INTRO = """\
 # The config file
 
-A config file is TOML. Each section below is a table of it. `lorakit init` writes a file with all keys in it,
+A config file is TOML. Each section below is a table of it. `lorakit init --full` writes a file with all keys in it,
 and `lorakit check` says all that is wrong with one.
 
 - Keys without a default must be given, all others may be left out. “absent” means that leaving a key out has a meaning
@@ -69,7 +68,21 @@ COMMANDS_INTRO = """\
 # The commands
 
 `python -m lorakit` is the same as `lorakit`. Each command's exit status is 0 when it did what was asked, 1 when
-training failed, 2 for wrong usage or a config that cannot be used, and 130 when it was stopped by Ctrl-C or SIGTERM."""
+training failed, 2 for wrong usage or a config that cannot be used, and 130 when it was stopped by Ctrl-C or SIGTERM.
+Messages are coloured in terminals; `NO_COLOR=1` turns that off, and `FORCE_COLOR=1` on.
+
+`--set KEY=VALUE` sets a key as if it stood in the config, and wins over what stands there: with
+`--set training.max_steps=100`, the file's `max_epochs` does not count. `--set KEY=none` takes a key away, so that its
+default holds; `--set 'KEY="none"'` is the word. A list needs no quotation marks, which shells take away:
+`--set network.parts=[unet]`.
+
+Shells complete commands, options, and the keys of `--set`, after this line in their file of settings:
+
+| shell | file | line |
+|---|---|---|
+| bash | `~/.bashrc` | `eval "$(_LORAKIT_COMPLETE=bash_source lorakit)"` |
+| zsh | `~/.zshrc` | `eval "$(_LORAKIT_COMPLETE=zsh_source lorakit)"` |
+| fish | `~/.config/fish/completions/lorakit.fish` | `_LORAKIT_COMPLETE=fish_source lorakit \\| source` |"""
 
 HOOKS_INTRO = """\
 # The hooks
@@ -132,7 +145,7 @@ def commands_page() -> str:
     """The command line: each command with its arguments and options."""
     group = cli.cli.make_context("lorakit", [], resilient_parsing=True)
     parts = [COMMANDS_INTRO, *_command(group)]
-    for name, command in sorted(cli.cli.commands.items()):
+    for name, command in cli.cli.commands.items():
         context = command.make_context(name, [], parent=group, resilient_parsing=True)
         parts += [f"## {context.command_path}", *_command(context)]
     return "\n\n".join(parts) + "\n"
@@ -147,7 +160,7 @@ def hooks_page() -> str:
         if name in REGISTRATION_HOOKS:
             parts += _base_class(REGISTRATION_HOOKS[name])
     parts += ["## What every component has", *_class_variables(Component)]
-    parts += [text for name in ("problems", "warnings") for text in _method(Component, name)]
+    parts += [text for name in METHODS for text in _method(Component, name)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -194,38 +207,10 @@ def _table(cls: type, leave_out: Sequence[str] = ()) -> str:
     types = get_type_hints(cls)
     for field in attrs.fields(cls):
         if field.name not in leave_out:
-            type_ = _type(types[field.name]) + _range(field.validator)
+            type_ = type_in_words(types[field.name], field.validator)
             help_text = field_docs(cls)[field.name]
             rows.append(f"| `{field.name}` | {type_} | {_default(field)} | {_cell(help_text)} |")
     return "\n".join(rows)
-
-
-def _type(type_: Any) -> str:
-    """A field's type in words."""
-    origin, members = get_origin(type_), get_args(type_)
-    if origin in (Union, UnionType):
-        return " or ".join(_type(member) for member in members if member is not type(None))
-    if origin is Literal:
-        return ", ".join(f"`{tomlkit.item(choice).as_string()}`" for choice in members)
-    if origin is Mapping:
-        return "table"
-    if origin is tuple:
-        return f"list of {_type(members[0])}s" if Ellipsis in members else f"[{', '.join(map(_type, members))}]"
-    return {
-        bool: "`true`, `false`",
-        int: "whole number",
-        float: "number",
-        str: "text",
-        Path: "path",
-        ModelPath: "path or Hub id",
-    }[type_]
-
-
-def _range(validator: object) -> str:
-    """The limits that validators set, as their description has them: `<Validator for x >= 0>`."""
-    words = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
-    limits = re.findall(r"x ([<>]=?) ([^>]+)>", repr(validator))
-    return "".join(f", {words[comparison]} {bound}" for comparison, bound in limits)
 
 
 def _default(field: attrs.Attribute[Any]) -> str:
@@ -251,7 +236,7 @@ def _command(context: click.Context) -> Iterator[str]:
             text = f"`{default}` when absent." if isinstance(default, Path) else "Must be given."
             rows.append(f"| `{parameter.human_readable_name}` | {text} |")
         elif record := parameter.get_help_record(context):
-            rows.append(f"| `{record[0]}` | {_cell(record[1])} |")
+            rows.append(f"| `{_cell(record[0])}` | {_cell(record[1])} |")
     yield "\n".join(rows)
 
 
@@ -296,6 +281,9 @@ def _lines(cls: type) -> str:
 def _cell(text: str) -> str:
     return text.replace("|", r"\|")
 
+
+METHODS = ("problems", "problems_with", "warnings", "warnings_with", "warnings_of_length")
+"""What lorakit asks of every component about a config."""
 
 PAGES: Mapping[str, Callable[[], str]] = {
     "config.md": config_page,

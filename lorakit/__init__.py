@@ -39,7 +39,7 @@ def train(config: str | Path | TrainConfig, *, overrides: Sequence[str] = (), re
 
     catalog = Catalog.discover()
     checked = read_config(Path(config), overrides, catalog) if isinstance(config, str | Path) else config
-    prepared = prepare(checked)
+    prepared = prepare(checked, resuming=resume is not None)
     for warning in prepared.warnings:
         log.warning("%s", warning)
     from lorakit.engine.assembly import train_prepared

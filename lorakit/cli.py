@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-import lorakit
-from lorakit.columns import columns
 from lorakit.errors import OutputError
 
 if TYPE_CHECKING:
     from lorakit.engine.preparation import PreparedRun
     from lorakit.errors import Problem
     from lorakit.plugins import Catalog
+    from lorakit.starting import Start
+
+DEFAULT_CONFIG = Path("config.toml")
+"""The config that is written and read when none is named."""
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
@@ -26,6 +28,14 @@ def _set_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
         context.find_root().ensure_object(dict)["debug"] = True
         logging.getLogger("lorakit").setLevel(logging.DEBUG)
+
+
+def _print_version(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        from lorakit.about import about
+
+        click.echo(about())
+        context.exit()
 
 
 def _debug_option() -> click.Option:
@@ -43,18 +53,56 @@ class _Command(click.Command):
         self.params.append(_debug_option())
 
 
+class _ConfigCommand(_Command):
+    """A command on a config file, which says how keys are set where they are given as options of their own."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; a wrong option or argument that is like a key is answered with what to type."""
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            cure = self._cure(error, given)
+            if not cure:
+                raise
+            raise click.UsageError(f"{error.message.rstrip('.')}: {cure}", ctx) from error
+
+    def _cure(self, error: click.UsageError, given: list[str]) -> str:
+        from lorakit.config.reading import known_keys
+        from lorakit.usage import cure_of_arguments, cure_of_options
+
+        if isinstance(error, click.NoSuchOption):
+            own = [name for parameter in self.params for name in (*parameter.opts, "-h", "--help")]
+            return cure_of_options(given, own, known_keys(_catalog()))
+        return cure_of_arguments(given) if "extra argument" in error.message else ""
+
+
 class _Group(click.Group):
-    """The group of all commands."""
+    """The group of all commands, which are listed in the order of work."""
 
     command_class = _Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """Their names as they were defined, not by the alphabet."""
+        return list(self.commands)
 
 
 @click.group(
     cls=_Group,
     params=[_debug_option()],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\b
+Example:
+  lorakit init --images photos --model v1-5-pruned.safetensors
+  lorakit check
+  lorakit train
+\b
+The documentation is the folder docs where lorakit was downloaded; it begins with docs/index.md.""",
 )
-@click.version_option(lorakit.__version__, prog_name="lorakit")
+@click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version,
+    help="Show the versions of lorakit, Python and PyTorch, and the GPU.",
+)  # fmt: skip
 def cli() -> None:
     """Train LoRA adapters for Stable Diffusion.
 
@@ -65,35 +113,91 @@ def cli() -> None:
 def with_config(command: CommandT) -> CommandT:
     """Give a command the CONFIG argument and the --set option."""
     override = click.option(
-        "--set", "overrides", multiple=True, metavar="KEY=VALUE",
-        help="Override a key of the config: --set optimizer.lr=1e-4. May be given several times.",
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", shell_complete=_complete_key,
+        help="Override a key of the config: --set optimizer.lr=1e-4; none unsets it. May be given several times.",
     )  # fmt: skip
-    argument = click.argument("config", type=click.Path(path_type=Path))
+    argument = click.argument("config", type=click.Path(path_type=Path), default=DEFAULT_CONFIG, callback=_config_file)
     return argument(override(command))
 
 
-@cli.command(short_help="Train as a config file says.")
-@with_config
+def _config_file(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
+    """The config file; the usual name counts only where there is such a file."""
+    source = context.get_parameter_source(parameter.name or "")
+    if source is click.core.ParameterSource.DEFAULT and not value.is_file() and not context.resilient_parsing:
+        cure = f"there is no {value} here, which counts when none is named; `lorakit init` writes one"
+        raise click.UsageError(f"Missing argument 'CONFIG': {cure}", context)
+    return value
+
+
+def _complete_key(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    """The keys that begin as what is typed, for shells that complete it."""
+    from lorakit.config.reading import known_keys
+
+    return [f"{key}=" for key in dict.fromkeys(known_keys(_catalog())) if key.startswith(incomplete)]
+
+
+@cli.command(short_help="Write a commented config file to start from.")
+@click.option("--full", is_flag=True, help="Write every key there is, with its default and what it means.")
 @click.option(
-    "--resume", is_flag=False, flag_value=Path(), type=click.Path(path_type=Path), metavar="[STATE_DIR]",
-    help="Go on from a saved state: the one in STATE_DIR, or the newest of this run.",
+    "--for", "purpose", type=click.Choice(["subject", "person", "style"]), default="subject", show_default=True,
+    help="What the LoRA is for: sets the usual rank, steps and learning rates.",
 )  # fmt: skip
-def train(config: Path, overrides: tuple[str, ...], resume: Path | None) -> None:
-    """Train as the file CONFIG says.
+@click.option(
+    "--images", type=click.Path(path_type=Path), metavar="FOLDER",
+    help="Folder of images; their number sets repeats and epochs.",
+)  # fmt: skip
+@click.option("--model", metavar="MODEL", help="The base model: a file, a folder, or a Hub id.")
+@click.option(
+    "--optimizer",
+    default="adamw",
+    show_default=True,
+    metavar="NAME",
+    help="The optimizer; sets a learning rate that suits it.",
+)
+@click.argument("path", type=click.Path(path_type=Path), default=DEFAULT_CONFIG)
+def init(path: Path, full: bool, **chosen: Any) -> None:
+    """Write a commented config file to start from (PATH, or config.toml).
 
-    Everything that can be checked before the model is read is checked first. Ctrl-C stops after the
-    current step and saves a state; `--resume` goes on from there.
+    It has the keys that a first LoRA needs, and prompts for previews beside it. With --full it has every key.
     """
+    from lorakit.files import write_atomically
+
+    if path.exists():
+        raise OutputError(f"{path} exists already; give another name, or remove it first")
+    if full:
+        from lorakit.config.writing import starter
+
+        write_atomically(path, starter(_catalog()).encode())
+        click.echo(f"Wrote {path}. Set model.path and data.image_dir in it, then: lorakit check {path}")
+        return
+    from lorakit.starting import prompts_beside, short_config
+
+    start, prompts = _start(**chosen), prompts_beside(path)
+    written = [path] if prompts.exists() else [path, prompts]
+    write_atomically(path, short_config(start, path).encode())
+    if not prompts.exists():
+        write_atomically(prompts, start.prompts().encode())
+    missing = [key for key, given in (("model.path", start.model), ("data.image_dir", start.images)) if not given]
+    todo = f"Set {' and '.join(missing)} in it, then" if missing else "Then"
+    click.echo(f"Wrote {' and '.join(map(str, written))}. {todo}: lorakit check {path}")
+
+
+def _start(purpose: str, images: Path | None, model: str | None, optimizer: str) -> Start:
+    """What a short config is written for."""
+    from lorakit.components import OptimizerConfig
+    from lorakit.starting import PURPOSES, Start, look_at_images, look_at_model
+
     catalog = _catalog()
-    prepared = _prepared(config, overrides, catalog)
-    from lorakit.engine.assembly import train_prepared
+    return Start(
+        purpose=PURPOSES[purpose],
+        images=look_at_images(images) if images else None,
+        model=model,
+        family=look_at_model(model, catalog) if model else None,
+        optimizer=catalog.find(OptimizerConfig, optimizer),
+    )
 
-    path = train_prepared(prepared, catalog, resume)
-    if is_main_process():
-        click.echo(f"Done: {path}")
 
-
-@cli.command(short_help="Say all that is wrong with a config file.")
+@cli.command(cls=_ConfigCommand, short_help="Say all that is wrong with a config file.")
 @with_config
 def check(config: Path, overrides: tuple[str, ...]) -> None:
     """Say all that is wrong with the file CONFIG, reading no weights.
@@ -106,19 +210,6 @@ def check(config: Path, overrides: tuple[str, ...]) -> None:
     click.echo(f"{config}: no problems; {images} image{'' if images == 1 else 's'}{validated}")
 
 
-@cli.command(short_help="Encode images and captions into the cache.")
-@with_config
-def cache(config: Path, overrides: tuple[str, ...]) -> None:
-    """Encode images and captions into the cache, and stop."""
-    catalog = _catalog()
-    prepared = _prepared(config, overrides, catalog)
-    from lorakit.engine.assembly import fill_cache
-
-    fill_cache(prepared)
-    if is_main_process():
-        click.echo(f"Done: {prepared.config.cache_dir}")
-
-
 def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
     from lorakit.planning.sizes import parse_size
 
@@ -128,7 +219,7 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
         raise click.BadParameter(str(error)) from None
 
 
-@cli.command(short_help="Say what a run will take: steps, memory, time.")
+@cli.command(cls=_ConfigCommand, short_help="Say what a run will take: steps, memory, time.")
 @with_config
 @click.option(
     "--memory", callback=_bytes, metavar="SIZE",
@@ -150,17 +241,40 @@ def plan(config: Path, overrides: tuple[str, ...], memory: int | None, measure: 
         click.echo(line)
 
 
-@cli.command(short_help="Write a commented config file to start from.")
-@click.argument("path", type=click.Path(path_type=Path), default=Path("config.toml"))
-def init(path: Path) -> None:
-    """Write a commented config file to start from (PATH, or config.toml)."""
-    from lorakit.config.writing import starter
-    from lorakit.files import write_atomically
+@cli.command(cls=_ConfigCommand, short_help="Encode images and captions into the cache.")
+@with_config
+def cache(config: Path, overrides: tuple[str, ...]) -> None:
+    """Encode images and captions into the cache, and stop."""
+    catalog = _catalog()
+    prepared = _prepared(config, overrides, catalog)
+    from lorakit.engine.assembly import fill_cache
 
-    if path.exists():
-        raise OutputError(f"{path} exists already; give another name, or remove it first")
-    write_atomically(path, starter(_catalog()).encode())
-    click.echo(f"Wrote {path}. Set model.path and data.image_dir in it, then: lorakit train {path}")
+    fill_cache(prepared)
+    if is_main_process():
+        click.echo(f"Done: {prepared.config.cache_dir}")
+
+
+@cli.command(cls=_ConfigCommand, short_help="Train as a config file says.")
+@with_config
+@click.option(
+    "--resume", is_flag=False, flag_value=Path(), type=click.Path(path_type=Path), metavar="[STATE_DIR]",
+    help="Go on from a saved state: the one in STATE_DIR, or the newest of this run.",
+)  # fmt: skip
+def train(config: Path, overrides: tuple[str, ...], resume: Path | None) -> None:
+    """Train as the file CONFIG says.
+
+    Everything that can be checked before the model is read is checked first. Ctrl-C stops after the
+    current step and saves a state; `--resume` goes on from there.
+    """
+    if resume and resume.suffix in (".toml", ".json") and resume.is_file():
+        raise click.UsageError(f"--resume takes the folder of a state: write lorakit train {resume} --resume")
+    catalog = _catalog()
+    prepared = _prepared(config, overrides, catalog, resuming=resume is not None)
+    from lorakit.engine.assembly import train_prepared
+
+    path = train_prepared(prepared, catalog, resume)
+    if is_main_process():
+        click.echo(f"Done: {path}")
 
 
 @cli.command(
@@ -198,27 +312,17 @@ def from_kohya(output: Path | None, arguments: tuple[str, ...]) -> None:
         click.secho(f"warning: {warning}", fg="yellow", err=True)
 
 
-@cli.command(short_help="List all plugins, the broken ones too.")
-def plugins() -> None:
-    """List all plugins: kind, name, package and version; and those that are broken, with the reason."""
-    from lorakit.discovery import REGISTRATION_HOOKS
-    from lorakit.plugins import missing_packages
+@cli.command(short_help="List what there is to choose from, or the keys of one.")
+@click.argument("name", required=False)
+def plugins(name: str | None) -> None:
+    """List all components that plugins bring, and the plugins that are broken, with the reason.
 
-    catalog = _catalog()
-    rows = []
-    for base in REGISTRATION_HOOKS.values():
-        for name, registrations in catalog.of_kind(base).items():
-            for registration in registrations:
-                missing = missing_packages(registration.component)
-                notes = [f"needs: pip install {' '.join(missing)}"] if missing else []
-                if len(registrations) > 1:
-                    notes.append(f"name clash: write {registration.provider.distribution}:{name}")
-                rows.append((base.kind, name, str(registration.provider), "; ".join(notes)))
-    rows += [
-        ("broken plugin", plugin.provider.entry_point, str(plugin.provider), plugin.error) for plugin in catalog.broken
-    ]
-    for line in columns(("kind", "name", "package", ""), rows):
-        click.secho(line, fg="red" if line.startswith("broken") else None)
+    With NAME, such as lion, show the keys of that component; with a kind, such as optimizer, list those of the kind.
+    """
+    from lorakit.listing import details, listing
+
+    for line in details(_catalog(), name) if name else listing(_catalog()):
+        click.secho(line.text, fg="red" if line.is_broken else None, bold=line.is_title)
 
 
 def is_main_process() -> bool:
@@ -232,14 +336,14 @@ def _catalog() -> Catalog:
     return Catalog.discover()
 
 
-def _prepared(path: Path, overrides: tuple[str, ...], catalog: Catalog) -> PreparedRun:
+def _prepared(path: Path, overrides: tuple[str, ...], catalog: Catalog, *, resuming: bool = False) -> PreparedRun:
     """The run of a config file, ready to start; prints each warning once."""
     from lorakit.config.reading import read_config
     from lorakit.engine.preparation import prepare
 
     config = read_config(path, overrides, catalog)
     _print_warnings(config.warnings())
-    prepared = prepare(config)
+    prepared = prepare(config, resuming=resuming)
     _print_warnings(prepared.warnings)
     return prepared
 

@@ -61,6 +61,10 @@ class Component:
         """What has no effect, or may not be meant, in a run of this config; keys are field names."""
         return iter(())
 
+    def warnings_of_length(self, total_steps: int) -> Iterator[Problem]:  # noqa: ARG002
+        """What may not be meant in a run of `total_steps` optimizer steps; keys are field names."""
+        return iter(())
+
 
 def named(component: type[ComponentT], path: str) -> type[ComponentT]:
     """A component with a dotted path as its name, where it is `by_path`; any other as it is."""
@@ -134,6 +138,10 @@ class OptimizerConfig(Component):
     """Whether parts of the model may have different learning rates, 0 apart, which leaves a part out."""
     schedule_free: ClassVar[bool] = False
     """Whether it does without an LR schedule, so that any but a constant one is warned of."""
+    finds_learning_rate: ClassVar[bool] = False
+    """Whether it finds the learning rate itself and multiplies it by `lr`, which is then about 1."""
+    usual_lr: ClassVar[float | None] = None
+    """The learning rate to start from, which `lorakit init` writes, and a hundred times of which is warned of."""
 
     lr: float = field(default=1e-4, validator=v.ge(0))
     """Learning rate of all parts that have none of their own."""

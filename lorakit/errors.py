@@ -39,8 +39,10 @@ class ConfigError(LorakitError):
 
     exit_status = 2
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
+    def __init__(self, problems: Iterable[Problem], file: str = "") -> None:
+        """`file` is the config file, where there is one."""
         self.problems = tuple(problems)
+        self.file = file
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 

@@ -7,15 +7,14 @@ same wherever it is used from.
 
 from __future__ import annotations
 
-import json
 import os
-import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.tables import TableReader, field_names
+from lorakit.config.toml_files import read_toml
 from lorakit.config.values import shown
 
 SUBSET_KEYS = field_names(SubsetConfig)
@@ -41,23 +40,6 @@ _NOTHING = object()
 
 WITHOUT_EFFECT = frozenset({"cache_info", "network_multiplier"})
 """Options of sd-scripts' dataset files that change nothing in what is trained."""
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The plain values of a TOML (or JSON) file; raises ValueError with the reason why it cannot be read."""
-    is_json = path.suffix.lower() == ".json"
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        found = json.loads(text) if is_json else tomllib.loads(text)
-    except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError("is not UTF-8 text; save it as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not valid {'JSON' if is_json else 'TOML'}: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError("must hold a table of keys")
-    return found
 
 
 def read_data_section(reader: TableReader, table: Mapping[str, Any]) -> DataSection | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,12 +20,14 @@ from lorakit.components import (
     OptimizerConfig,
     SaverConfig,
 )
-from lorakit.config.data_tables import DATASET_KEYS, SECTION_KEYS, SUBSET_KEYS, read_data_section, read_toml
+from lorakit.config.data_tables import DATASET_KEYS, SECTION_KEYS, SUBSET_KEYS, read_data_section
 from lorakit.config.loss import LossSection
 from lorakit.config.metadata import MetadataSection
+from lorakit.config.overrides import apply_overrides
 from lorakit.config.sections import OutputSection, TrainConfig, TrainingSection
 from lorakit.config.tables import TableReader, field_names
-from lorakit.config.values import shown
+from lorakit.config.toml_files import read_toml
+from lorakit.config.values import lost_backslash, shown
 from lorakit.errors import ConfigError, LorakitError, PluginError, Problem
 from lorakit.files import why_unwritable
 from lorakit.plugins import Catalog
@@ -63,7 +63,26 @@ def read_config(path: Path, overrides: Sequence[str] = (), catalog: Catalog | No
         tables = read_toml(path)
     except ValueError as error:
         raise ConfigError([Problem(str(path), str(error))]) from error
-    return config_from_tables(_overridden(tables, overrides), path.absolute().parent, catalog)
+    _refuse_other_configs(path, tables)
+    catalog = catalog or Catalog.discover()
+    tables = apply_overrides(tables, overrides, known_keys(catalog)) if overrides else tables
+    try:
+        return config_from_tables(tables, path.absolute().parent, catalog)
+    except ConfigError as error:
+        raise ConfigError(error.problems, file=str(path)) from error
+
+
+def _refuse_other_configs(path: Path, tables: Mapping[str, Any]) -> None:
+    """Raise ConfigError for the config of another tool, and for a dataset file."""
+    if tables.keys() & set(SECTIONS):
+        return
+    options = tables.keys() | {key for table in tables.values() if isinstance(table, Mapping) for key in table}
+    if options & {"pretrained_model_name_or_path", "network_module", "train_data_dir", "output_name"}:
+        hint = f"lorakit from-kohya --config_file {path} makes one of it"
+        raise ConfigError([Problem(str(path), "is a file of sd-scripts' options, not a config", hint)])
+    if "datasets" in tables:
+        hint = f'a config names it: [data] with config = "{path.name}"'
+        raise ConfigError([Problem(str(path), "is a dataset file, not a config", hint)])
 
 
 def config_from_tables(tables: Mapping[str, Any], base: Path, catalog: Catalog | None = None) -> TrainConfig:
@@ -169,7 +188,7 @@ class _Assembly:
             summary = summarize(location)
         # RuntimeError: `~name` of an unknown user; OSError: a name that is too long, or a folder that is not ours.
         except (LorakitError, OSError, RuntimeError) as error:
-            self.reader.report("model.path", str(error))
+            self.reader.report("model.path", lost_backslash(path) or str(error))
             return None
         return _Found(location, describe(summary), self.catalog.detect_model_family(summary), advice(summary))
 
@@ -205,6 +224,19 @@ def _keys_of_kind(catalog: Catalog, base: type[Component]) -> dict[str, list[str
     return owners
 
 
+def known_keys(catalog: Catalog) -> list[str]:
+    """All keys that a config can have, by their paths: `network.rank`, `data.config`, `observers.name`."""
+    keys = [f"data.{key}" for key in (*SECTION_KEYS, *DATASET_KEYS, *SUBSET_KEYS, "config", "datasets", "general")]
+    for section, cls in PLAIN_SECTIONS.items():
+        keys += [f"{section}.{key}" for key in field_names(cls)]
+    kinds: dict[str, type[Component]] = {"model": ModelFamilyConfig, "observers": ObserverConfig}
+    kinds |= {section: base for section, (base, _) in COMPONENT_SECTIONS.items()}
+    for section, base in kinds.items():
+        own = _keys_of_kind(catalog, base)
+        keys += [f"{section}.{key}" for key in ("family" if section == "model" else "name", *own)]
+    return keys
+
+
 def _places(catalog: Catalog) -> dict[str, str]:
     """Where each option stands, by its bare name, for hints; the first section that has it wins."""
     places = {key: f"data.{key}" for key in (*SECTION_KEYS, *DATASET_KEYS, *SUBSET_KEYS)}
@@ -220,35 +252,3 @@ def _places(catalog: Catalog) -> dict[str, str]:
     for key in ("name", "type"):  # too general to say what was meant
         del places[key]
     return places
-
-
-def _overridden(tables: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The tables with each `a.b[0].c=value` set; a value that is not TOML is taken as text."""
-    problems = []
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        *names, last = re.sub(r"\[(\d+)\]", r".\1", key.strip()).split(".")
-        if not separator or not all([*names, last]):
-            problems.append(Problem("--set", f"must be KEY=VALUE, not {override!r}", "--set optimizer.lr=1e-4"))
-            continue
-        try:
-            target: Any = tables
-            for name in names:
-                target = target[int(name)] if isinstance(target, list) else target.setdefault(name, {})
-            target[int(last) if isinstance(target, list) else last] = _toml_value(text.strip())
-        # A number that counts too far, a word where a list wants a number, a key inside what is no table.
-        except (IndexError, ValueError, TypeError, AttributeError):
-            problems.append(Problem("--set", f"{key} does not lead to a key", "entries of lists are counted from 0"))
-    if problems:
-        raise ConfigError(problems)
-    return tables
-
-
-def _toml_value(text: str) -> Any:
-    """The value that a text is in TOML; the text itself where it is none, or a date, which no key takes."""
-    try:
-        found = tomllib.loads(f"value = {text}")
-    except (ValueError, RecursionError):
-        return text
-    value = found["value"]
-    return value if found.keys() == {"value"} and isinstance(value, str | int | float | list | dict) else text

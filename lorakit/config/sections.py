@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -44,6 +45,14 @@ def _plain_file_name(_: object, __: object, value: str) -> None:
         or set(value) & set("/\\")
     ):
         raise ValueError(f"must be a plain file name, without folders, not {value!r}")
+    impossible = sorted(set(value) & set('<>:"|?*'))
+    if impossible:
+        raise ValueError(f"must not hold {' '.join(impossible)}, which Windows has in no file name, not {value!r}")
+    if re.fullmatch(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[\d\xb9\xb2\xb3])(\..*)?", value, re.IGNORECASE):
+        raise ValueError(f"must not be {value!r}, which Windows keeps for a device; choose another name")
+    stem, dot, suffix = value.rpartition(".")
+    if dot and suffix.lower() in ("safetensors", "ckpt", "pt"):
+        raise ValueError(f"must be without the file's extension, which is added: {stem!r}, not {value!r}")
 
 
 def _share(_: object, __: object, value: float) -> None:
@@ -264,9 +273,28 @@ class TrainConfig:
         for part in ("unet", "text_encoder"):
             if getattr(self.optimizer, f"{part}_lr", None) is not None and part not in self.network.parts:
                 yield Problem(f"optimizer.{part}_lr", f"has no effect, because {part!r} is not in network.parts")
+        yield from self._doubtful_rates()
+        if self.training.max_epochs is None:
+            yield from self.warnings_of_length(self.training.max_steps or DEFAULT_MAX_STEPS)
         if self.optimizer.schedule_free and not self.lr_scheduler.is_constant:
             hint = "A warm-up is optimizer.warmup_steps" if hasattr(self.optimizer, "warmup_steps") else ""
             yield Problem("lr_scheduler.name", f"hardly suits {self.optimizer.name}, which needs no schedule", hint)
+
+    def _doubtful_rates(self) -> Iterator[Problem]:
+        """Learning rates that are far too low or too high for the optimizer."""
+        own, rates = self.optimizer, [rate for part in self.trained_parts for rate in self.optimizer.lrs_of(part)]
+        highest, usual = max(rates, default=0.0), own.usual_lr
+        if own.finds_learning_rate and highest <= 0.1:
+            message = f"{own.name} finds the learning rate and multiplies it by lr; with {highest:g} hardly anything"
+            yield Problem("optimizer.lr", f"{message} is learnt", "set 1")
+        elif not own.finds_learning_rate and usual is not None and highest > 100 * usual:
+            message = f"{highest:g} is far above what {own.name} learns with, and mostly spoils the LoRA"
+            yield Problem("optimizer.lr", message, f"{usual:g} is usual")
+
+    def warnings_of_length(self, total_steps: int) -> Iterator[Problem]:
+        """What hardly suits a run of `total_steps` optimizer steps."""
+        for section, component in self._components():
+            yield from _placed(told_by(component, "warnings_of_length", total_steps), section)
 
     def _components(self) -> Iterator[tuple[str, Component]]:
         """All components, each with its section."""

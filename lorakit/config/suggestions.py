@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Mapping
 
 KOHYA_NAMES: Mapping[str, str] = {
@@ -86,8 +87,12 @@ def hint_for(section: str, name: str, known: Collection[str], places: Mapping[st
 
     `known` are the section's keys; `places` says, by bare name, where options of other sections and components stand.
     """
+    # As other tools write it: --max-epochs, maxEpochs, MAX_EPOCHS.
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.lstrip("-")).replace("-", "_").lower()
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if name in KOHYA_NAMES:
+    if name in known:
+        meant = f"{section}.{name}" if section else name
+    elif name in KOHYA_NAMES:
         meant = KOHYA_NAMES[name]
     elif name in places:
         meant = places[name]

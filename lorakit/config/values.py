@@ -6,6 +6,7 @@ cattrs by default turns 8.7 into 8 and "false" into True; here each type takes i
 from __future__ import annotations
 
 import math
+import os
 import types
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, time
@@ -45,6 +46,33 @@ def value_converter(base: Path) -> Converter:
             lambda value, type_, hook=hook: hook(value, type_, converter),  # type: ignore[misc]
         )
     return converter
+
+
+_ESCAPED = {"\b": r"\b", "\t": r"\t", "\n": r"\n", "\f": r"\f", "\r": r"\r", "\x1b": r"\e"}
+"""What stands in a text for a backslash and a letter between double quotation marks."""
+
+
+def lost_backslash(value: str) -> str:
+    r"""That a path such as "C:\new\train" holds other characters than it seems to; empty where it holds none."""
+    written = "".join(_ESCAPED.get(character, character) for character in value)
+    if written == value:
+        return ""
+    cure = f"write '{written}' or \"{written.replace(chr(92), '/')}\""
+    return f"between double quotation marks \\ is special; {cure}"
+
+
+class TypedInteger(int):
+    """A whole number that was typed on a command line, which is text where a key takes text."""
+
+    text: str
+    """As it was typed."""
+
+
+class TypedNumber(float):
+    """A number that was typed on a command line, which is text where a key takes text."""
+
+    text: str
+    """As it was typed."""
 
 
 def is_text(value: object) -> TypeGuard[str]:
@@ -88,6 +116,8 @@ def _boolean(value: Any, _: Any) -> bool:
 
 
 def _text(value: Any, _: Any) -> str:
+    if isinstance(value, TypedInteger | TypedNumber):
+        return value.text
     if not isinstance(value, str):
         raise ValueError(f'must be a text in quotes, such as "text", not {shown(value)}')
     if not is_text(value):
@@ -98,7 +128,7 @@ def _text(value: Any, _: Any) -> str:
 def _whole_number(value: Any, _: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or abs(value) > LARGEST_INTEGER:
         raise ValueError(f"must be a whole number, not {shown(value)}")
-    return value
+    return int(value)
 
 
 def _number(value: Any, _: Any) -> float:
@@ -108,12 +138,14 @@ def _number(value: Any, _: Any) -> float:
         raise ValueError(f"must be a number, not {shown(value)}")
     if not math.isfinite(value):
         raise ValueError(f"must be a finite number, not {shown(value)}")
-    return value
+    return float(value)
 
 
 def _path(value: Any, base: Path) -> Path:
     if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError(f"must be a path in quotes, not {shown(value)}")
+    if any(character in value for character in _ESCAPED) and not os.path.lexists(base / value):
+        raise ValueError(lost_backslash(value))
     try:
         path = (base / Path(value).expanduser()).absolute()
     except RuntimeError as error:

@@ -76,6 +76,6 @@ def latent_masks(masks: Sequence[NDArray[np.uint8] | None], latents: Tensor) -> 
 
 def not_encodable(name: str, error: NotFiniteError) -> DataError:
     """What to tell of an image or caption of which the encoder makes NaN or infinity."""
-    hint = "its encoder's weights are damaged, so give model.vae or another model; or its number format overflows, "
-    hint += "so set training.mixed_precision to bf16 or no"
+    hint = "its encoder's number format overflows, so set model.no_half_vae = true for images, or "
+    hint += "training.mixed_precision to bf16 or no; or its weights are damaged, so give model.vae or another model"
     return DataError(str(Problem(name, f"cannot be encoded: {error}", hint)))

@@ -13,6 +13,7 @@ from lorakit.config.sections import TrainConfig
 from lorakit.data.cache import Cache
 from lorakit.data.examples import IndexedDataset, any_augmented, captions_vary, index_datasets
 from lorakit.engine.hardware import doubts
+from lorakit.engine.run_warnings import run_warnings
 from lorakit.errors import OutputError, Problem
 from lorakit.files import why_unwritable
 
@@ -57,8 +58,8 @@ class PreparedRun:
         return tuple(part for part in self.config.model.parts if part != "text_encoder" or self.encodes_captions)
 
 
-def prepare(config: TrainConfig) -> PreparedRun:
-    """Look at the machine and the output folder, and index the data.
+def prepare(config: TrainConfig, *, resuming: bool = False) -> PreparedRun:
+    """Look at the machine and the output folder, and index the data; `resuming` a state, or for a new run.
 
     Raises OutputError or DataError; the latter lists all folders and files that cannot be used.
     """
@@ -68,4 +69,5 @@ def prepare(config: TrainConfig) -> PreparedRun:
         raise OutputError(f"output.dir: {reason}")
     cache = Cache(config.cache_dir)
     datasets = index_datasets(config.data.datasets, config.data.workers, cache.memo, config.training.seed)
-    return PreparedRun(config, datasets, cache, warnings=(doubt,) if doubt else ())
+    warnings = [*([doubt] if doubt else []), *run_warnings(config, datasets, resuming)]
+    return PreparedRun(config, datasets, cache, warnings=tuple(warnings))

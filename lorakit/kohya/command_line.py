@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lorakit.config.data_tables import read_toml
+from lorakit.config.toml_files import read_toml
 from lorakit.config.values import shown
 from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.options import OPTIONS, Option

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorakit.config.data_tables import SECTION_KEYS, read_toml
+from lorakit.config.data_tables import SECTION_KEYS
+from lorakit.config.toml_files import read_toml
 from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.drafts import Command, Draft, Setting, Table
 from lorakit.kohya.states import State

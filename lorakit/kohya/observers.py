@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lorakit.components import ObserverConfig
-from lorakit.config.data_tables import read_toml
+from lorakit.config.toml_files import read_toml
 from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.drafts import Command, Draft, Setting, Table
 from lorakit.kohya.options import HUB, OPTIONS

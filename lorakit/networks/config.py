@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from lorakit.networks.lora import LRFactors
     from lorakit.networks.network import Network
 
+_LARGEST_USUAL_RANK = 512
+_SMALLEST_USUAL_SCALE = 128  # alpha 1 with rank 128 is much used
+
 Size = tuple[int, float, float]
 """Rank of an adapter, its alpha, and the alpha that files hold for it."""
 
@@ -132,6 +135,16 @@ class LoRAConfig(NetworkConfig):
         for own in fields(type(self)):
             if self.rank_from_weights and own.name in self.size_keys and getattr(self, own.name) != own.default:
                 yield Problem(own.name, "has no effect with rank_from_weights, as the file says rank and alpha")
+        if not self.rank_from_weights:
+            yield from self._doubtful_sizes()
+
+    def _doubtful_sizes(self) -> Iterator[Problem]:
+        if self.rank > _LARGEST_USUAL_RANK:
+            message = f"{self.rank} is more than many layers can use, and makes very large files"
+            yield Problem("rank", message, "4 to 128 are usual")
+        if not self.rank_stabilized and self.alpha * _SMALLEST_USUAL_SCALE < self.rank:
+            message = f"{self.alpha:g} with rank {self.rank} multiplies what is learnt by {self.alpha / self.rank:.2g}"
+            yield Problem("alpha", message, "from half the rank to the rank is usual; else raise optimizer.lr")
 
     def _loraplus_key(self, part: str) -> str | None:
         """The field with the ratio of a part, if there is one."""

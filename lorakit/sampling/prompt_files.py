@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from attrs import frozen
 
 from lorakit.config.suggestions import hint_for
 from lorakit.config.tables import TableReader, field_names
+from lorakit.config.toml_files import parse_toml
 from lorakit.config.values import shown
 from lorakit.errors import ConfigError, Problem
 from lorakit.sampling.prompts import Prompt, PromptSettings
@@ -117,7 +117,7 @@ def _entries(path: Path) -> list[_Entry]:
         raise _refusal(path, f"cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise _refusal(path, "is not UTF-8 text", "save it as UTF-8") from error
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise _refusal(path, f"is not valid {path.suffix[1:].upper()}: {error}") from error
     if reader.problems:
         raise ConfigError(reader.problems)
@@ -155,7 +155,7 @@ def _value(key: str, text: str) -> Any:
 
 def _from_toml(text: str, reader: TableReader) -> Iterator[_Entry]:
     """An entry for each `[[prompt.subset]]`, with what `[prompt]` says where the subset says nothing."""
-    tables = tomllib.loads(text)
+    tables = parse_toml(text)
     reader.refuse_unknown(tables, ["prompt"], "")
     common = reader.table(tables, "prompt")
     subsets = common.pop("subset", [{}] if common else [])

@@ -151,7 +151,7 @@ def test_a_wrong_value_that_subsets_inherit_is_one_problem(data_problems: Callab
         ({"general": 3, "datasets": [{"resolution": 64, "subsets": [{"image_dir": "more"}]}]}, "data.general", "table"),
         ({"config": 3}, "data.config", "must be a path in quotes, not 3"),
         ({"config": "nowhere.toml"}, "data.config", "nowhere.toml cannot be read: No such file"),
-        ({"config": "photos/image.png"}, "data.config", "image.png is not UTF-8 text"),
+        ({"config": "photos/image.png"}, "data.config", "image.png is an image, not a config"),
         ({"image_dir": "photos"}, "data.resolution", "is missing (Width and height"),
         ({"image_dir": "photos", "resolution": [64, 64, 64]}, "data.resolution", "must have 2 values, not 3"),
         ({"image_dir": "photos", "resolution": True}, "data.resolution", "must be a whole number, not true"),
