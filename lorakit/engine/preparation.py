@@ -62,10 +62,9 @@ def prepare(config: TrainConfig) -> PreparedRun:
 
     Raises OutputError or DataError; the latter lists all folders and files that cannot be used.
     """
-    doubt = doubts(config.training)
     reason = why_unwritable(config.output.dir)
     if reason:
         raise OutputError(f"output.dir: {reason}")
     cache = Cache(config.cache_dir)
     datasets = index_datasets(config.data.datasets, config.data.workers, cache.memo, config.training.seed)
-    return PreparedRun(config, datasets, cache, warnings=(doubt,) if doubt else ())
+    return PreparedRun(config, datasets, cache, warnings=doubts(config.training))
