@@ -92,7 +92,8 @@ def _message(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "Stopped."
     if isinstance(error, Interrupted):
-        return str(error)
+        resume = "--resume" if error.is_found else f"--resume {error.state}"
+        return f"{error}; run the same command with {resume} to go on."
     if isinstance(error, ConfigError) and len(error.problems) > 1:
         listed = "".join(f"\n  {problem}" for problem in error.problems)
         return f"error: {f'{error.file} has ' if error.file else ''}{len(error.problems)} problems:{listed}"

@@ -60,6 +60,11 @@ def _share(_: object, __: object, value: float) -> None:
         raise ValueError(f"must be true, false or a share between 0 and 1, not {value:g}")
 
 
+def _device(_: object, __: object, value: str) -> None:
+    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:(0|[1-9]\d?))?", value):
+        raise ValueError(f'must be "auto", "cpu", "cuda", "mps" or "xpu", or a number such as "cuda:1", not {value!r}')
+
+
 @frozen(kw_only=True)
 class TrainingSection:
     """How long and how exactly to train."""
@@ -108,8 +113,9 @@ class TrainingSection:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do when the loss or a gradient is NaN or infinite: `stop` the run, or `skip` the step, which then changes
     nothing; after 20 such steps in a row the run stops all the same."""
-    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
-    """Where to train; `auto` takes an accelerator where there is one."""
+    device: str = field(default="auto", validator=_device)
+    """Where to train: `cpu`, `cuda`, `mps` or `xpu`, or one of several GPUs by number, from `cuda:0`; `auto` takes an
+    accelerator where there is one."""
     process_timeout: float | None = field(default=None, validator=v.optional(v.gt(0)))
     """Minutes that processes wait for each other before they give up; 10 on accelerators and 30 on CPUs when absent."""
 

@@ -57,7 +57,8 @@ class LiveEncoder:
 def on_device(images: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
     """Images of one size on a device, uint8 [B, H, W, 3]."""
     pixels = torch.from_numpy(np.stack(images))
-    return (pixels.pin_memory() if device.type == "cuda" else pixels).to(device, non_blocking=True)
+    # Without waiting from pinned memory alone: other memory may be in other use before a device has read it.
+    return pixels.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else pixels.to(device)
 
 
 def encode_pixels(pixels: Tensor, encoder: ImageEncoder) -> Mapping[str, Tensor]:

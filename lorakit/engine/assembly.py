@@ -7,7 +7,9 @@ network → the loop.
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,12 +17,13 @@ from pathlib import Path
 import torch
 
 from lorakit.components import ObserverConfig
-from lorakit.config.sections import TrainConfig
+from lorakit.config.sections import TrainConfig, TrainingSection
 from lorakit.data.batches import BatchLoader
 from lorakit.engine.arithmetic import repeatable
 from lorakit.engine.base_model import build_model
 from lorakit.engine.building import built
 from lorakit.engine.caching import Encoded, encode_data
+from lorakit.engine.device import device_warnings
 from lorakit.engine.gradients import FlatGradients
 from lorakit.engine.identity import RunIdentity
 from lorakit.engine.metadata import run_metadata
@@ -37,7 +40,7 @@ from lorakit.engine.spilling import SpillWatch, signs_on
 from lorakit.engine.state import find_state, state_folder
 from lorakit.engine.trainer import train
 from lorakit.engine.validation import ValidationSet
-from lorakit.errors import ConfigError, PluginError
+from lorakit.errors import ConfigError, Interrupted, PluginError
 from lorakit.files import remove_leftovers
 from lorakit.models.protocol import AdaptationTarget, DiffusionModel
 from lorakit.networks.network import Network, ParameterGroup
@@ -50,24 +53,49 @@ EVERY_RUN_HAS = ("checkpoints", "progress", "validation")
 """Observers that need not be named in the config; one that is replaces its default."""
 
 
-def train_prepared(prepared: PreparedRun, catalog: Catalog, resume: Path | None = None) -> Path:
+def train_prepared(
+    prepared: PreparedRun,
+    catalog: Catalog,
+    resume: Path | None = None,
+    observers: Sequence[Observer] = (),
+    stop: threading.Event | None = None,
+) -> Path:
     """Train as the config of a prepared run says; gives the path of the final file.
 
-    `resume` is the folder of a state; an empty path stands for the newest state of the run. Raises OutputError
-    while another run writes files of the same name to the same folder.
+    `resume` is the folder of a state; an empty path stands for the newest state of the run. `observers` hear of the run
+    besides those that the config names; `stop` ends it after a step. Raises OutputError while another run writes files
+    of the same name to the same folder.
     """
     config = prepared.config
-    processes = Processes.launched(config.training.device, config.training.process_timeout)
-    alone = only_run(config.output) if processes.is_main else nullcontext()
-    with alone, repeatable(config.training.deterministic):
-        return _train_alone(prepared, catalog, processes, resume)
+    if stop is not None and stop.is_set():
+        raise Interrupted("Stopped before the first step.")
+    # Before anything is computed: cuBLAS reads its part of it at its first product.
+    with repeatable(config.training.deterministic):
+        processes = launched_processes(config.training)
+        with only_run(config.output) if processes.is_main else nullcontext():
+            run = _begin(prepared, catalog, processes, resume)
+            run.stop.event = stop
+            for observer in observers if processes.is_main else ():
+                run.observers.add(type(observer).__name__, observer)
+            try:
+                train(run)
+            finally:
+                run.loader.cache.memo.save()
+    return run.writer.path(config.output.name)
 
 
-def _train_alone(prepared: PreparedRun, catalog: Catalog, processes: Processes, resume: Path | None) -> Path:
-    """Train where no other run writes files of the same name."""
+def launched_processes(training: TrainingSection) -> Processes:
+    """The processes of a run, of which the main one warns of what does not suit its device."""
+    processes = Processes.launched(training.device, training.process_timeout)
+    for warning in device_warnings(training, processes.device) if processes.is_main else ():
+        log.warning("%s", warning)
+    return processes
+
+
+def _begin(prepared: PreparedRun, catalog: Catalog, processes: Processes, resume: Path | None) -> Run:
+    """The run at its first step, or where a state was saved, with its observers."""
     config = prepared.config
-    if processes.is_main:
-        clean_up(config)
+    clean_up(config, processes)
     state = None
     if resume is not None:
         state = find_state(RunIdentity.of(prepared, processes.world_size), None if resume == Path() else resume)
@@ -79,20 +107,15 @@ def _train_alone(prepared: PreparedRun, catalog: Catalog, processes: Processes, 
         run.writer.write_config(catalog)
         run.observers = build_observers(run, catalog)
         run.observers.add("memory", SpillWatch(signs_on(run.processes.device), partial(advice, run)))
-    try:
-        train(run)
-    finally:
-        run.loader.cache.memo.save()
-    return run.writer.path(config.output.name)
+    return run
 
 
 def fill_cache(prepared: PreparedRun) -> None:
     """Encode all images, and the captions where they stay the same over the run."""
     config = prepared.config
-    processes = Processes.launched(config.training.device, config.training.process_timeout)
-    if processes.is_main:
-        clean_up(config)
     with repeatable(config.training.deterministic):
+        processes = launched_processes(config.training)
+        clean_up(config, processes)
         encode_data(prepared, build_model(config, processes.device), processes)
 
 
@@ -147,11 +170,12 @@ def adapt(model: DiffusionModel, config: TrainConfig) -> tuple[Network, list[Par
     return network, _parameter_groups(config, network)
 
 
-def clean_up(config: TrainConfig) -> None:
-    """Remove what killed runs had begun to write in the folders of a run."""
+def clean_up(config: TrainConfig, processes: Processes) -> None:
+    """Remove what killed runs had begun to write in the folders of a run, before any of its processes writes there."""
     folders = [config.output.dir, state_folder(config), config.output.dir / "sample", config.cache_dir]
-    for folder in (*folders, *config.cache_dir.glob("??")):
+    for folder in (*folders, *config.cache_dir.glob("??")) if processes.is_main else ():
         remove_leftovers(folder)
+    processes.wait()
 
 
 def build_observers(run: Run, catalog: Catalog) -> Observers:

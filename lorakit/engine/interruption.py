@@ -21,10 +21,18 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether the user has asked the run to stop."""
+    """Whether the user has asked the run to stop, by a signal or by an event that any thread can set."""
 
     def __init__(self) -> None:
         self.made = False
+        self.event: threading.Event | None = None
+        """Set by a program that wants the run to stop, from whatever thread."""
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the run is to stop after the step."""
+        # A signal does not set the event: it may come while the main thread holds the event's lock.
+        return self.made or (self.event is not None and self.event.is_set())
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -63,11 +63,10 @@ def prepare(config: TrainConfig, *, resuming: bool = False) -> PreparedRun:
 
     Raises OutputError or DataError; the latter lists all folders and files that cannot be used.
     """
-    doubt = doubts(config.training)
     reason = why_unwritable(config.output.dir)
     if reason:
         raise OutputError(f"output.dir: {reason}")
     cache = Cache(config.cache_dir)
     datasets = index_datasets(config.data.datasets, config.data.workers, cache.memo, config.training.seed)
-    warnings = [*([doubt] if doubt else []), *run_warnings(config, datasets, resuming)]
-    return PreparedRun(config, datasets, cache, warnings=tuple(warnings))
+    warnings = (*doubts(config.training), *run_warnings(config, datasets, resuming))
+    return PreparedRun(config, datasets, cache, warnings=warnings)

@@ -267,7 +267,7 @@ class Run:
         self.tell("step_finished", self.step)
 
     def _stop_if_asked(self) -> None:
-        asked = self.stop.made
+        asked = self.stop.is_asked
         if self.processes.world_size > 1:
             # All processes must stop after the same step, whichever of them got the signal. They agree
             # when numbers are read, because asking makes the device wait.
@@ -289,5 +289,4 @@ class Run:
             return NotSaved(f"{done} No state of it could be saved: {error}")
         if saved.refusal:
             log.warning("%s", saved.refusal)
-        resume = f"--resume {saved.path}" if saved.refusal else "--resume"
-        return Interrupted(f"{done} The state is in {saved.path}; run the same command with {resume} to go on.")
+        return Interrupted(f"{done} The state is in {saved.path}", saved.path, is_found=not saved.refusal)
