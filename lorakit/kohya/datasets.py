@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lorakit.config.data_tables import SECTION_KEYS, read_toml
 from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.drafts import Command, Draft, Setting, Table
+from lorakit.kohya.options_files import UNSAID
 from lorakit.kohya.states import State
 
 FOLDER_OPTIONS = ("train_data_dir", "reg_data_dir", "in_json")
@@ -17,6 +18,9 @@ FOLDER_OPTIONS = ("train_data_dir", "reg_data_dir", "in_json")
 
 _PATHS = ("image_dir", "conditioning_data_dir", "metadata_file")
 """Keys of dataset files that hold paths."""
+
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+"""Endings of the names of images that sd-scripts finds."""
 
 
 def write_data(command: Command, draft: Draft) -> None:
@@ -172,18 +176,47 @@ def _subsets(command: Command, draft: Draft, option: str) -> list[Table]:
         subfolders = sorted(path for path in folder.iterdir() if path.is_dir())
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        draft.remark(option, f"{name} cannot be looked into for folders named NUMBER_words: {reason}")
+        if command.sources.get(option) != UNSAID:
+            draft.remark(option, f"{name} cannot be looked into for folders named NUMBER_words: {reason}")
         return [{"image_dir": command.setting(option, command.path(name))}]
     found: list[Table] = []
     for subfolder in subfolders:
         number, _, words = subfolder.name.partition("_")
-        if not number.isdecimal() or int(number) < 1:
+        if not _has_repeats(subfolder):
             draft.remark(option, f"{subfolder.name} is left out, as its name does not start with a number of repeats")
             continue
         path = command.path(os.path.join(name, subfolder.name))  # noqa: PTH118 - keeps the path as it was typed
         table = {"image_dir": command.setting(option, path), "num_repeats": Setting(int(number), "the folder's name")}
         found.append({**table, **({"class_tokens": Setting(words, "the folder's name")} if words else {})})
     if not found:
-        hint = "sd-scripts would find nothing to train on"
-        raise ConfigError([Problem(f"--{option}", f"{name} has no folder with a name such as 10_cat", hint)])
+        raise ConfigError([_nothing_found(option, name, folder, subfolders)])
     return found
+
+
+def _nothing_found(option: str, name: str, folder: Path, subfolders: Sequence[Path]) -> Problem:
+    """What is wrong with a folder that has no folders named NUMBER_words: often it is one level off."""
+    message = f"{name} has no folder with a name such as 10_cat"
+    inside = [path for path in subfolders if any(map(_has_repeats, _folders_in(path)))]
+    if inside:
+        path = os.path.join(name, inside[0].name)  # noqa: PTH118 - keeps the path as it was typed
+        return Problem(f"--{option}", f"{message}, but {path} has", f"--{option}={path}")
+    if not any(path.suffix.lower() in _IMAGES for path in folder.iterdir()):
+        return Problem(f"--{option}", message, "sd-scripts would find nothing to train on")
+    if _has_repeats(folder.absolute()):
+        parent = os.path.dirname(os.path.normpath(name)) or "."  # noqa: PTH120 - keeps the path as it was typed
+        return Problem(f"--{option}", f"{name} is the folder with the images", f"give its parent: --{option}={parent}")
+    hint = f"move them into {os.path.join(name, '10_cat')}: each is trained 10 times an epoch then"  # noqa: PTH118
+    return Problem(f"--{option}", f"{message}, but images of its own, which sd-scripts does not find", hint)
+
+
+def _has_repeats(folder: Path) -> bool:
+    """Whether the name of a folder starts with a number of repeats."""
+    number = folder.name.partition("_")[0]
+    return number.isdecimal() and int(number) > 0
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if path.is_dir()]
+    except OSError:
+        return []
