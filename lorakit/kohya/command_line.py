@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from lorakit.config.data_tables import read_toml
 from lorakit.errors import ConfigError, Problem
-from lorakit.kohya.gui_files import is_gui_file, read_gui_file
+from lorakit.kohya.gui_files import is_gui_file, read_gui_file, what_it_trains
 from lorakit.kohya.options import OPTIONS, Option
 from lorakit.kohya.options_files import (
     WORDS,
@@ -80,8 +80,9 @@ def _read_file(name: str, folder: Path, typed: Mapping[str, Any]) -> Given:
     if path.suffix.lower() != ".json":
         return read_options_file(path)
     if not is_gui_file(tables):
-        hint = "what its LoRA tab saves is read, and sd-scripts' .toml files"
-        raise _refusal(name, "is no file of kohya_ss for LoRA training", hint)
+        does = what_it_trains(tables)
+        message = "is no file of kohya_ss for LoRA training" + (f": it is for {does}" if does else "")
+        raise _refusal(name, message, "what its LoRA tab saves is read, and sd-scripts' .toml files")
     return read_gui_file(name, tables, typed, _parsed_addition)
 
 

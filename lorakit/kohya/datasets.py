@@ -31,7 +31,7 @@ def write_data(command: Command, draft: Draft) -> None:
     if "max_data_loader_n_workers" in command.given and workers > 0:
         draft.set("data", "workers", command.setting("max_data_loader_n_workers"))
     shared = {key: setting for key, setting in own.items() if key not in SECTION_KEYS}
-    shared |= _resolution(command) | _face_crop(command, draft)
+    shared |= _resolution(command) | _face_crop(command, draft) | _bucket_steps(command, draft)
     if command.get("dataset_config"):
         _from_file(command, draft, shared)
     elif command.get("train_data_dir"):
@@ -52,6 +52,15 @@ def _resolution(command: Command) -> Table:
     if len(sides) not in (1, 2):
         raise ConfigError([Problem("--resolution", f"must be SIDE or WIDTH,HEIGHT in pixels, not {text!r}")])
     return {"resolution": command.setting("resolution", sides if len(sides) == 2 else sides[0])}
+
+
+def _bucket_steps(command: Command, draft: Draft) -> Table:
+    """The least steps that make a difference: an image of 515 pixels gives the same latents as one of 512."""
+    steps, least = command.get("bucket_reso_steps"), 8
+    if not 0 < steps < least:
+        return {}
+    draft.remark("bucket_reso_steps", f"{steps} is {least} here, as sides of latents are whole with sd-scripts, too")
+    return {"bucket_reso_steps": command.setting("bucket_reso_steps", least)}
 
 
 def _face_crop(command: Command, draft: Draft) -> Table:

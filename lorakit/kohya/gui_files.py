@@ -90,6 +90,13 @@ def is_gui_file(fields: Mapping[str, Any]) -> bool:
     return "LoRA_type" in fields or {"network_dim", "max_resolution"} <= fields.keys()
 
 
+def what_it_trains(fields: Mapping[str, Any]) -> str:
+    """What a JSON object that is no such file trains, where it is one of another tab of the GUI."""
+    if {"num_vectors_per_token", "init_word"} & fields.keys():
+        return "an embedding (textual inversion)"
+    return "the whole model (DreamBooth or fine-tuning)" if {"max_resolution", "optimizer"} <= fields.keys() else ""
+
+
 def read_gui_file(file: str, fields: Mapping[str, Any], typed: Mapping[str, Any], parse: Parse) -> Given:
     """The options that the GUI calls `train_network.py` with; `typed` are those that stand behind the file.
 

@@ -52,7 +52,7 @@ def _remarks(draft: Draft) -> Iterator[str]:
 
 def _comment(text: str) -> str:
     return textwrap.fill(
-        " ".join(text.split()),
+        " ".join(_one_line(text).split()),
         _WIDTH,
         break_long_words=False,
         initial_indent="#   ",

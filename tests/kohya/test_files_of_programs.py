@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomlkit
+from safetensors import safe_open
 
+import lorakit
 from lorakit.config.reading import config_from_tables, read_config
 from lorakit.config.sections import TrainConfig
 from lorakit.errors import ConfigError
@@ -17,6 +22,7 @@ from lorakit.kohya.command_line import read_arguments
 from lorakit.kohya.conversion import convert
 from lorakit.kohya.drafts import Draft
 from lorakit.kohya.options import OPTIONS
+from lorakit.kohya.writing import to_text
 from lorakit.plugins import Catalog
 from tests.kohya.test_conversion import remarks
 from tests.test_cli import run
@@ -276,12 +282,56 @@ def test_files_of_the_gui_that_are_refused(changed: dict[str, Any], message: str
 
 def test_other_json(read: Read, folder: Path) -> None:
     """A JSON file of another program, or of another tab of the GUI, is said to be none for LoRA."""
-    for content in ('{"a": 1}', '{"learning_rate_te": 1e-5, "max_resolution": "512,512"}'):
+    for content, does in {
+        '{"a": 1}': "",
+        '{"learning_rate_te": 1e-5, "max_resolution": "512,512", "optimizer": "AdamW"}': ": it is for the whole model",
+        '{"init_word": "x", "max_resolution": "512,512", "optimizer": "AdamW"}': ": it is for an embedding",
+    }.items():
         (folder / "other.json").write_text(content)
-        with pytest.raises(ConfigError, match=r"other\.json: is no file of kohya_ss for LoRA training"):
+        with pytest.raises(ConfigError, match=rf"other\.json: is no file of kohya_ss for LoRA training{does}"):
             read("other.json")
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read("gone.json")
+
+
+def test_small_bucket_steps(read: Read, folder: Path) -> None:
+    """The GUI's presets have steps of 1 pixel, which are those of a latent: 8."""
+    draft = read(gui(folder, bucket_reso_steps=1))
+    assert draft.tables()["data"]["datasets"][0]["bucket_reso_steps"] == 8
+    assert [text for text in remarks(draft) if text.startswith("--bucket_reso_steps: 1 is 8 here")]
+    config(draft, folder)
+
+
+def test_keys_of_a_page(read: Read, folder: Path) -> None:
+    """Keys that the page of lora-scripts makes options of are told, with the file that has the options."""
+    text = (FILES / "autosave.toml").read_text()
+    (folder / "page.toml").write_text(f'{text}conv_dim = 4\npositive_prompts = "a cat"\nmodel_train_type = "sd-lora"\n')
+    told = remarks(read("page.toml"))
+    assert "page.toml: sd-scripts passes over model_train_type, and so does lorakit" in told
+    assert [text for text in told if "passes over conv_dim, positive_prompts" in text and "config/autosave" in text]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_value(seed: int, read: Read, folder: Path) -> None:
+    """Whatever stands in a field or behind a key, it is read or refused by name, and the text is TOML."""
+    draw = random.Random(seed)  # noqa: S311 - draws tests, no secrets
+    values = [None, "", [], {}, True, -1, 1e400, "x", "a=b c", "\ud800", "\0", [1], ["a"], 10**30, "--sdpa", "'", "#\n"]
+    fields = json.loads((FILES / "gui.json").read_text())
+    changed = {name: draw.choice(values) for name in draw.sample(sorted(fields), 4)}
+    options = {draw.choice(sorted(OPTIONS)): draw.choice([value for value in values if value is not None])}
+    options["output_dir"] = draw.choice(["out", "\0"])
+    known = {"pretrained_model_name_or_path": "m", "network_module": "networks.lora", "train_data_dir": "\n"}
+    for name, content in {
+        gui(folder, **changed): None,
+        "a.toml": tomlkit.dumps({**known, **options}) if "\ud800" not in options.values() else "a = 1",
+    }.items():
+        if content is not None:
+            (folder / name).write_text(content)
+        try:
+            draft = read(name)
+        except ConfigError:
+            continue
+        assert tomllib.loads(to_text(draft)) == draft.tables()
 
 
 def test_unknown_keys(read: Read, folder: Path) -> None:
@@ -335,3 +385,22 @@ def test_loose_values(text: str, read: Read, folder: Path) -> None:
         assert tables["network"] == {"name": "c3lier", "conv_rank": 2, "conv_alpha": 1.0}
         assert tables["data"]["datasets"][0]["resolution"] == 512
     config_from_tables(tables, folder)
+
+
+def test_a_file_of_the_gui_trains(tiny_sd1: Path, photographs: Path, read: Read, folder: Path) -> None:
+    """The GUI's saved file trains a LoRA with its ranks, as long as it says, and draws the prompts in it."""
+    shutil.copytree(photographs, folder / "photos" / "1_cat")
+    prompts = "a cat --w 64 --h 64 --s 1 --d 3"
+    name = gui(
+        folder, pretrained_model_name_or_path=str(tiny_sd1), train_data_dir="photos", max_resolution="64,64",
+        enable_bucket=False, mixed_precision="no", epoch=1, train_batch_size=4, sample_prompts=prompts,
+        caption_extension=".txt", lr_warmup=0, clip_skip=1, min_snr_gamma=0,
+    )  # fmt: skip
+    done = run(folder, "from-kohya", "-o", "config.toml", name)
+    assert (done.returncode, done.stderr) == (0, "")
+    trained = lorakit.train(folder / "config.toml", overrides=["training.device=cpu"])
+    assert trained == folder / "out" / "fluffy.safetensors"
+    with safe_open(trained, "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["ss_network_dim"], metadata["ss_num_epochs"], metadata["ss_seed"]) == ("8", "1", "1234")
+    assert len(list((folder / "out" / "sample").glob("fluffy_e000001_00_*_3.png"))) == 1
