@@ -170,7 +170,7 @@ def init(path: Path) -> None:
 )
 @click.option(
     "-o", "output", type=click.Path(path_type=Path), metavar="CONFIG",
-    help="Where to write the config; standard output when absent. Stands in front of ARGS.",
+    help="Where to write the config; standard output when absent. Stands in front of ARGS, or at the end.",
 )  # fmt: skip
 @click.argument("arguments", metavar="ARGS...", nargs=-1, required=True, type=click.UNPROCESSED)
 def from_kohya(output: Path | None, arguments: tuple[str, ...]) -> None:
@@ -186,6 +186,8 @@ def from_kohya(output: Path | None, arguments: tuple[str, ...]) -> None:
     from lorakit.kohya.conversion import convert
     from lorakit.kohya.writing import to_text
 
+    if output is None and arguments[-2:-1] == ("-o",):
+        output, arguments = Path(arguments[-1]), arguments[:-2]
     if output and output.exists():
         raise OutputError(f"{output} exists already; give another name, or remove it first")
     catalog, target = _catalog(), output.absolute().parent if output else Path.cwd()

@@ -74,7 +74,8 @@ def _read_file(name: str, folder: Path, typed: Mapping[str, Any]) -> Given:
         tables = read_toml(path)
     except ValueError as error:
         hint = "" if Path(name).is_absolute() or path.exists() else f"it is looked for in {folder}"
-        raise _refusal("--config_file", f"{path} {error}", hint) from error
+        key = "--config_file" if "config_file" in typed else name
+        raise _refusal(key, f"{path} {error}", hint) from error
     if isinstance(tables.get("datasets"), list):
         return Given({"dataset_config": name}, {"dataset_config": "a dataset file"})
     if path.suffix.lower() != ".json":

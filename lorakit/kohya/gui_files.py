@@ -243,7 +243,8 @@ def _remarks(file: str, fields: Mapping[str, Any]) -> list[Problem]:
         message = "is left out: inpainting models are not trained"
         found.append(Problem(f"{file}: train_inpainting", message))
     if _number(fields, "num_processes") > 1 or _number(fields, "multi_gpu"):
-        hint = "torchrun --nproc_per_node=2 -m lorakit train CONFIG"
+        processes = max(2, _short(_number(fields, "num_processes")))
+        hint = f"accelerate launch --num_processes {processes} -m lorakit train CONFIG"
         found.append(Problem(f"{file}: num_processes", "is not part of a config", hint))
     backend = fields.get("dynamo_backend")
     if isinstance(backend, str) and backend not in ("", "no", "No"):

@@ -196,7 +196,7 @@ def test_the_command(read: Read, folder: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "Wrote a.toml. Next: lorakit train a.toml\n"), done.stderr
     assert read_config(folder / "a.toml").network.rank == 8  # type: ignore[attr-defined]
     (folder / "model.safetensors").unlink()
-    done = run(folder, "from-kohya", "-o", "b.toml", "gui.json")
+    done = run(folder, "from-kohya", "gui.json", "-o", "b.toml")
     assert done.stdout == "Wrote b.toml. Mend what is listed, then: lorakit check b.toml\n"
     assert "to mend: model.path: " in done.stderr
 
@@ -290,8 +290,21 @@ def test_other_json(read: Read, folder: Path) -> None:
         (folder / "other.json").write_text(content)
         with pytest.raises(ConfigError, match=rf"other\.json: is no file of kohya_ss for LoRA training{does}"):
             read("other.json")
-    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+    with pytest.raises(ConfigError, match=r"gone\.json: .*cannot be read: No such file"):
         read("gone.json")
+
+
+def test_what_is_not_in_a_config(read: Read, folder: Path) -> None:
+    """Several processes, accelerate's compiling and inpainting are told."""
+    name = gui(folder, num_processes=3, multi_gpu=True, dynamo_backend="inductor", train_inpainting=True)
+    told = [text for text in remarks(read(name)) if text.startswith(name)]
+    assert told == [
+        "changed.json: train_inpainting: is left out: inpainting models are not trained",
+        "changed.json: num_processes: is not part of a config (accelerate launch --num_processes 3 -m lorakit train"
+        " CONFIG)",
+        "changed.json: dynamo_backend: is an option of accelerate and left out (training.compile = true,"
+        ' training.compile_backend = "inductor")',
+    ]
 
 
 def test_small_bucket_steps(read: Read, folder: Path) -> None:
