@@ -74,6 +74,11 @@ def read_options_file(path: Path) -> Given:
     for key, value in values.items():
         if key in OPTIONS:
             take(key, value, f"{path.name}: {key}", found, problems)
+        elif isinstance(value, Mapping):
+            hint = "programs with files of their own make one of options for sd-scripts when a run starts: take that"
+            problems.append(
+                Problem(f"{path.name}: {key}", "is a table in a table, which sd-scripts does not read", hint)
+            )
         elif key in _OTHERS | _UNFINISHED or not nearest(key, cutoff=0.75):
             unknown.append(key)
         else:

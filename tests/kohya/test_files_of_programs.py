@@ -307,6 +307,17 @@ def test_what_is_not_in_a_config(read: Read, folder: Path) -> None:
     ]
 
 
+def test_tables_in_tables(read: Read, folder: Path) -> None:
+    """A file of a program that nests its tables is refused with the file to take instead."""
+    (folder / "nested.toml").write_text(
+        "[general_args.args]\nseed = 1\n[general_args.dataset_args]\nresolution = 512\n"
+    )
+    with pytest.raises(ConfigError) as raised:
+        read("nested.toml")
+    assert [problem.key for problem in raised.value.problems] == ["nested.toml: args", "nested.toml: dataset_args"]
+    assert "is a table in a table, which sd-scripts does not read" in str(raised.value)
+
+
 def test_small_bucket_steps(read: Read, folder: Path) -> None:
     """The GUI's presets have steps of 1 pixel, which are those of a latent: 8."""
     draft = read(gui(folder, bucket_reso_steps=1))

@@ -173,7 +173,8 @@ def test_trains_on_from_a_state(tiny_sd1: Path, photographs: Path, tmp_path: Pat
         ("out/at-state/model.safetensors", "must be the folder of a state, not a file: out/at-state/model.safetensors"
          " (--resume=out/at-state)"),
         ("pytorch_model.bin", "must be the folder of a state, not a file: pytorch_model.bin (--resume=.)"),
-        ("out/lora.safetensors", "not a file: out/lora.safetensors (to start from a LoRA file: --network_weights="),
+        ("out/lora.safetensors", "must be the folder of a state, not a file: out/lora.safetensors"
+         " (to start from a LoRA file: --network_weights=out/lora.safetensors)"),
         ("own-state", "own-state is a state of lorakit, not of sd-scripts (lorakit train CONFIG --resume=own-state)"),
         ("own-state/step00000001", "own-state/step00000001 is a state of lorakit"),
     ],
