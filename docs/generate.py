@@ -104,15 +104,34 @@ $ lorakit from-kohya -o config.toml accelerate launch train_network.py --pretrai
 
 A line of several lines is pasted in single quotation marks, with the `\\` or `^` at the ends of its lines. The
 options alone will do, and so will `--config_file` with sd-scripts' own file of options. Without `-o`, the config goes
-to standard output.
+to standard output. At the end it says what `lorakit check` would refuse.
+
+Files of other programs are read too, with or without options behind them:
+
+```console
+$ lorakit from-kohya -o config.toml fluffy_20260710-150838.json
+$ lorakit from-kohya -o config.toml config_lora-20260710-150838.toml
+$ lorakit from-kohya -o config.toml "sd15 - EDG_LoraOptiSettings.json" --pretrained_model_name_or_path=model …
+$ lorakit from-kohya -o config.toml training_config.toml dataset_config.toml
+```
+
+- The GUI kohya_ss: its presets, the `.json` file that it saves beside a LoRA, and the `.toml` file that it makes of
+  that for sd-scripts. Its epochs become `training.max_epochs`. A preset names no model and no images: give them behind
+  it, or set them in the config.
+- lora-scripts: `config/default.toml`, and the files in `config/autosave`.
+- Colab notebooks that write a file of options and a dataset file: both, in any order.
 
 - Each key in the config is followed by the option that it comes from. Where sd-scripts has another default than
   lorakit, the config says it: `--learning_rate` is 2e-6 when absent, for example.
 - An option that has no counterpart is a warning, and stands in a comment at the top of the config. An optimizer, a
   schedule or a network that lorakit does not have is written under its own name, so that `lorakit check` refuses the
   config until another is chosen.
-- An option that sd-scripts does not have, or a value of the wrong type, is an error, in a file for `--config_file`
-  too, where sd-scripts ignores it.
+- An option that sd-scripts does not have, or a value of the wrong type, is an error. In a file, a key that sd-scripts
+  does not have is passed over with a warning, unless it is nearly the name of an option. What programs write for
+  nothing, `0`, `""` or `[]`, is nothing.
+- Prompts may stand in `--sample_prompts` themselves; the config holds them then.
+- `--resume` takes the weights of a state of sd-scripts, its folder, as `network.weights`. Optimizer, schedule and step
+  number cannot be taken from it. A run of lorakit goes on with `lorakit train config.toml --resume`.
 - Relative paths are those of sd-scripts, relative to the folder where `lorakit from-kohya` is called. A dataset file
   whose folders would be looked for elsewhere, or that options such as `--resolution` add to, is copied into the
   config.

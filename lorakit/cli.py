@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -279,37 +279,59 @@ def train(config: Path, overrides: tuple[str, ...], resume: Path | None) -> None
 
 @cli.command(
     "from-kohya",
-    short_help="Turn a command line of sd-scripts into a config file.",
+    short_help="Turn a command line of sd-scripts, or a file of its GUI, into a config file.",
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )
 @click.option(
     "-o", "output", type=click.Path(path_type=Path), metavar="CONFIG",
-    help="Where to write the config; standard output when absent. Stands in front of ARGS.",
+    help="Where to write the config; standard output when absent. Stands in front of ARGS, or at the end.",
 )  # fmt: skip
 @click.argument("arguments", metavar="ARGS...", nargs=-1, required=True, type=click.UNPROCESSED)
 def from_kohya(output: Path | None, arguments: tuple[str, ...]) -> None:
     """Turn a command line of sd-scripts' train_network.py into a config file that trains the same.
 
     ARGS is the whole line, `accelerate launch … train_network.py …`, or its options alone; in quotation
-    marks it may be pasted with its line breaks. `--config_file X.toml` is read too. Options that have no
-    counterpart are listed on standard error and in the file.
+    marks it may be pasted with its line breaks. `--config_file X.toml` is read too. Or ARGS are files, with
+    or without options behind them: the .json or .toml that the GUI kohya_ss saves, the .toml files of
+    lora-scripts and of Colab. Options that have no counterpart are listed on standard error and in the file.
     """
     from lorakit.files import write_atomically
     from lorakit.kohya.command_line import read_arguments
-    from lorakit.kohya.conversion import check, convert
+    from lorakit.kohya.conversion import convert
     from lorakit.kohya.writing import to_text
 
+    if output is None and arguments[-2:-1] == ("-o",):
+        output, arguments = Path(arguments[-1]), arguments[:-2]
     if output and output.exists():
         raise OutputError(f"{output} exists already; give another name, or remove it first")
     catalog, target = _catalog(), output.absolute().parent if output else Path.cwd()
     draft = convert(read_arguments(arguments, Path.cwd()), Path.cwd(), target, catalog)
     if output:
         write_atomically(output, to_text(draft).encode())
-        click.echo(f"Wrote {output}. Next: lorakit train {output}")
     else:
         click.echo(to_text(draft), nl=False)
-    for warning in (*draft.remarks, *check(draft, target, catalog)):
-        click.secho(f"warning: {warning}", fg="yellow", err=True)
+    _print_warnings(draft.remarks)
+    problems = _problems(draft.tables(), target, catalog)
+    for problem in problems:
+        click.secho(f"to mend: {problem}", fg="red", err=True)
+    if output:
+        cure = f"Mend what is listed, then: lorakit check {output}"
+        click.echo(f"Wrote {output}. {cure if problems else f'Next: lorakit train {output}'}")
+
+
+def _problems(tables: Mapping[str, Any], folder: Path, catalog: Catalog) -> tuple[Problem, ...]:
+    """What `lorakit check` would say is wrong with a config in a folder."""
+    from lorakit.config.reading import config_from_tables
+    from lorakit.engine.preparation import prepare
+    from lorakit.errors import ConfigError, LorakitError, Problem
+
+    try:
+        prepare(config_from_tables(tables, folder, catalog))
+    except ConfigError as error:
+        return error.problems
+    except LorakitError as error:
+        return (Problem("", str(error)),)
+    return ()
 
 
 @cli.command(short_help="List what there is to choose from, or the keys of one.")

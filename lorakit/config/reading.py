@@ -248,7 +248,8 @@ def _places(catalog: Catalog) -> dict[str, str]:
     for section, base in kinds.items():
         for key, owners in _keys_of_kind(catalog, base).items():
             is_shared = len(owners) == len(catalog.of_kind(base))
-            places.setdefault(key, f"{section}.{key}" + ("" if is_shared else f" of {' or '.join(owners)}"))
+            few = owners if len(owners) < 4 else [f"{owners[0]}, {owners[1]}", f"{len(owners) - 2} others"]
+            places.setdefault(key, f"{section}.{key}" + ("" if is_shared else f" of {' or '.join(few)}"))
     for key in ("name", "type"):  # too general to say what was meant
         del places[key]
     return places

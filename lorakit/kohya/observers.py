@@ -45,7 +45,7 @@ def write_observers(command: Command, draft: Draft, catalog: Catalog) -> None:
 
 def _tell_unused(command: Command, draft: Draft, missing: str, options: Iterable[str]) -> None:
     for option in options:
-        if command.get(option):
+        if command.get(option) and command.is_typed(option):
             draft.remark(option, f"has no effect without --{missing}")
 
 

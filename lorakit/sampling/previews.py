@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Previewer:
     """Draws what a prompt file says, as it is at that time."""
 
-    prompts: Path
-    """The prompt file."""
+    prompts: Path | Sequence[str]
+    """The prompt file, or the lines of one."""
     settings: PromptSettings
     """What holds for prompts that say nothing else."""
     seed: int

@@ -160,6 +160,25 @@ def test_unknown_keys_are_met_with_what_was_meant(
     assert hint in found[f"{section}.{key}"]
 
 
+@pytest.mark.parametrize(
+    ("section", "name", "key", "hint"),
+    [
+        ("optimizer", "adafactor", "betas", r"optimizer\.beta1\? betas is a key of \w+, \w+ or \d+ others"),
+        ("optimizer", "adamw", "beta1", r"optimizer\.betas\? beta1 is a key of adafactor"),
+        ("optimizer", "adamw", "momentum", r"optimizer\.momentum of .*\?"),
+        ("network", "lierla", "conv_rank", r"network\.conv_rank of c3lier\?"),
+        ("lr_scheduler", "constant", "warmup_steps", r"lr_scheduler\.warmup_steps of \w+, \w+ or \d+ others\?"),
+    ],
+)
+def test_keys_of_another_component(
+    problems: Problems, tables: Tables, section: str, name: str, key: str, hint: str
+) -> None:
+    """A key of another component of the kind is met with what the chosen one has instead, or with who has it."""
+    tables.setdefault(section, {}).update({"name": name, key: 1})
+    found = problems(tables)[f"{section}.{key}"]
+    assert re.fullmatch(rf".*is not a known key \(did you mean {hint}\)", found), found
+
+
 def test_keys_that_are_no_words_are_quoted(problems: Problems, tables: Tables) -> None:
     """A key with spaces or line breaks cannot tear the message apart."""
     assert set(problems({**tables, "loss": {"a\nb": 1, "": 2}, "x y": 3})) == {"loss.'a\\nb'", "loss.''", "'x y'"}

@@ -67,7 +67,8 @@ def test_missing_files_are_warnings(tmp_path: Path) -> None:
     result = run(tmp_path, "from-kohya", "-o", "config.toml", f"{LINE} --noise_offset=0.1 --deepspeed")
     assert result.returncode == 0
     lines = result.stderr.splitlines()
-    assert all(line.startswith("warning: ") for line in lines)
+    assert all(line.startswith(("warning: ", "to mend: ")) for line in lines)
+    assert result.stdout == "Wrote config.toml. Mend what is listed, then: lorakit check config.toml\n"
     assert [line for line in lines if line.startswith("warning: --deepspeed: has no counterpart yet")]
     assert [line for line in lines if "model.safetensors does not exist" in line]
     assert [line for line in lines if "my_dataset_config.toml cannot be read" in line]

@@ -30,9 +30,10 @@ class SamplesConfig(ObserverConfig, PromptSettings):
 
     name = "samples"
 
-    prompts: Path
+    prompts: Path | tuple[str, ...]
     """File with what to draw: a `.txt` with a prompt in each line, a `.toml` or a `.json`; it may be edited during the
-    run. What it leaves open is as the keys here say."""
+    run. Or the prompts themselves, as the lines of a `.txt`: `["a cat --n blurry", "a dog"]`. What they leave open is
+    as the keys here say."""
     every_n_epochs: int | None = field(default=None, validator=v.optional(v.ge(1)))
     """Draw after every this many epochs; wins over `every_n_steps`."""
     every_n_steps: int | None = field(default=None, validator=v.optional(v.ge(1)))
