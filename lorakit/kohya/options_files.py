@@ -14,7 +14,7 @@ from typing import Any
 
 from attrs import Factory, frozen
 
-from lorakit.config.data_tables import read_toml
+from lorakit.config.toml_files import read_toml
 from lorakit.config.values import shown
 from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.options import OPTIONS, Option
