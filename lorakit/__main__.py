@@ -54,7 +54,7 @@ def _told(error: BaseException, debug: bool) -> int:
         error.show()
         return ConfigError.exit_status
     # click turns Ctrl-C into Abort.
-    told = KeyboardInterrupt() if isinstance(error, click.Abort) else error
+    told = (error.__cause__ or KeyboardInterrupt()) if isinstance(error, click.Abort) else error
     if debug:
         traceback.print_exception(error)
     if is_main_process() or not isinstance(told, Interrupted):
@@ -69,7 +69,7 @@ def _told(error: BaseException, debug: bool) -> int:
 def _message(error: BaseException) -> str:
     """What the user is told of an error."""
     if isinstance(error, KeyboardInterrupt):
-        return "Stopped."
+        return str(error) or "Stopped."
     if isinstance(error, Interrupted):
         return str(error)
     if isinstance(error, ConfigError) and len(error.problems) > 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,12 @@ import torch
 from lorakit.components import ObserverConfig
 from lorakit.config.sections import TrainConfig
 from lorakit.data.batches import BatchLoader
+from lorakit.engine.account import RunAccount
 from lorakit.engine.arithmetic import repeatable
 from lorakit.engine.base_model import build_model
 from lorakit.engine.building import built
-from lorakit.engine.caching import Encoded, encode_data
+from lorakit.engine.caching import Encoded, Filled, encode_data
+from lorakit.engine.device import device_summary
 from lorakit.engine.gradients import FlatGradients
 from lorakit.engine.identity import RunIdentity
 from lorakit.engine.metadata import run_metadata
@@ -34,7 +37,8 @@ from lorakit.engine.run import Run
 from lorakit.engine.schedule import Schedule
 from lorakit.engine.shortage import advice
 from lorakit.engine.spilling import SpillWatch, signs_on
-from lorakit.engine.state import find_state, state_folder
+from lorakit.engine.state import find_state, forget_end, has_ended, note_end, state_folder
+from lorakit.engine.summary import tell
 from lorakit.engine.trainer import train
 from lorakit.engine.validation import ValidationSet
 from lorakit.errors import ConfigError, PluginError
@@ -43,6 +47,7 @@ from lorakit.models.protocol import AdaptationTarget, DiffusionModel
 from lorakit.networks.network import Network, ParameterGroup
 from lorakit.networks.saving import starting_tensors
 from lorakit.plugins import Catalog
+from lorakit.wording import file_size
 
 log = logging.getLogger(__name__)
 
@@ -50,28 +55,43 @@ EVERY_RUN_HAS = ("checkpoints", "progress", "validation")
 """Observers that need not be named in the config; one that is replaces its default."""
 
 
-def train_prepared(prepared: PreparedRun, catalog: Catalog, resume: Path | None = None) -> Path:
+def train_prepared(
+    prepared: PreparedRun, catalog: Catalog, resume: Path | None = None, account: RunAccount | None = None
+) -> Path:
     """Train as the config of a prepared run says; gives the path of the final file.
 
-    `resume` is the folder of a state; an empty path stands for the newest state of the run. Raises OutputError
-    while another run writes files of the same name to the same folder.
+    `resume` is the folder of a state; an empty path stands for the newest state of the run. `account` can tell
+    afterwards what the run has done. Raises OutputError while another run writes files of the same name to the same
+    folder.
     """
     config = prepared.config
     processes = Processes.launched(config.training.device, config.training.process_timeout)
     alone = only_run(config.output) if processes.is_main else nullcontext()
     with alone, repeatable(config.training.deterministic):
-        return _train_alone(prepared, catalog, processes, resume)
+        return _train_alone(prepared, catalog, processes, resume, account)
 
 
-def _train_alone(prepared: PreparedRun, catalog: Catalog, processes: Processes, resume: Path | None) -> Path:
+def _train_alone(
+    prepared: PreparedRun, catalog: Catalog, processes: Processes, resume: Path | None, account: RunAccount | None
+) -> Path:
     """Train where no other run writes files of the same name."""
     config = prepared.config
     if processes.is_main:
         clean_up(config)
+        precision = config.training.mixed_precision
+        tell("device", device_summary(processes.device, precision, processes.world_size))
     state = None
     if resume is not None:
         state = find_state(RunIdentity.of(prepared, processes.world_size), None if resume == Path() else resume)
+        final = config.output.dir / f"{config.output.name}{built(config.saver).suffix}"
+        if resume == Path() and final.is_file() and has_ended(state, prepared.length.total_steps):
+            log.warning("%s", _ended_already(config, prepared.length.total_steps, final))
+            return final
+    elif processes.is_main:
+        forget_end(state_folder(config))
     run = assemble(prepared, processes)
+    if processes.is_main:
+        tell("adapters", f"{len(run.network.adapters)}, {file_size(run.writer.size)} a file")
     if state is not None:
         run.load_state(state)
         log.info("going on from step %d of %d", run.step, run.schedule.total_steps)
@@ -79,21 +99,33 @@ def _train_alone(prepared: PreparedRun, catalog: Catalog, processes: Processes, 
         run.writer.write_config(catalog)
         run.observers = build_observers(run, catalog)
         run.observers.add("memory", SpillWatch(signs_on(run.processes.device), partial(advice, run)))
+        if account is not None:
+            # First, so that it knows the step of what others save.
+            run.observers.add("account", account, first=True)
     try:
         train(run)
     finally:
         run.loader.cache.memo.save()
+    if processes.is_main:
+        note_end(state_folder(config), run.schedule.total_steps)
     return run.writer.path(config.output.name)
 
 
-def fill_cache(prepared: PreparedRun) -> None:
-    """Encode all images, and the captions where they stay the same over the run."""
+def _ended_already(config: TrainConfig, total_steps: int, final: Path) -> str:
+    """What to say to who resumes a run that has ended."""
+    key = "training.max_epochs" if config.training.max_epochs else "training.max_steps"
+    cure = f"to train on, raise {key}; to repeat the run, leave out --resume"
+    return f"this run has ended already, after all of its {total_steps} steps: {final} ({cure})"
+
+
+def fill_cache(prepared: PreparedRun) -> Mapping[str, Filled]:
+    """Encode all images, and the captions where they stay the same over the run; gives how many were new."""
     config = prepared.config
     processes = Processes.launched(config.training.device, config.training.process_timeout)
     if processes.is_main:
         clean_up(config)
     with repeatable(config.training.deterministic):
-        encode_data(prepared, build_model(config, processes.device), processes)
+        return encode_data(prepared, build_model(config, processes.device), processes).filled
 
 
 def assemble(prepared: PreparedRun, processes: Processes) -> Run:

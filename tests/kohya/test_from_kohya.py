@@ -48,7 +48,8 @@ def test_the_documented_line(place: Path) -> None:
     assert tomllib.loads(result.stdout) == TABLES
     (place / "config.toml").write_text(result.stdout)
     checked = run(place, "check", "config.toml")
-    assert (checked.returncode, checked.stdout) == (0, "config.toml: no problems; 1 image\n"), checked.stderr
+    assert checked.returncode == 0, checked.stderr
+    assert checked.stdout.startswith("config.toml: no problems; 1 image, 10 epochs of ")
 
 
 def test_writes_a_file(place: Path) -> None:
