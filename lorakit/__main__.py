@@ -54,7 +54,8 @@ def _told(error: BaseException, debug: bool) -> int:
         error.show()
         return ConfigError.exit_status
     # click turns Ctrl-C into Abort.
-    told = (error.__cause__ or KeyboardInterrupt()) if isinstance(error, click.Abort) else error
+    interrupt = error.__cause__ if isinstance(error.__cause__, KeyboardInterrupt) else KeyboardInterrupt()
+    told = interrupt if isinstance(error, click.Abort) else error
     if debug:
         traceback.print_exception(error)
     if is_main_process() or not isinstance(told, Interrupted):

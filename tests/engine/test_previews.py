@@ -181,7 +181,7 @@ def test_files_and_what_they_say(make_config, catalog: Catalog, prompts: Path) -
     names = sorted(re.sub(r"_\d{14}", "_TIME", path.name) for path in folder.glob("test_*_0?_*"))
     assert names == [
         f"test_{when}_{ending}"
-        for when in ("000000", "000003", "e000001", "e000002")
+        for when in ("000000", "000003", "000004", "e000001", "e000002")
         for ending in ("00_TIME_7.png", "01_TIME.png")
     ]
     cat, dog = (next(folder.glob(f"test_000003_0{index}_*")) for index in (0, 1))

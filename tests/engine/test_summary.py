@@ -89,10 +89,12 @@ def test_rows_of_the_summary(make_config, sections: dict[str, Any], label: str, 
     assert " ".join(found[1].split()) == expected
 
 
-def test_regularisation_images_count_apart(make_config, photographs: Path) -> None:
-    """They are told with their own repeats; processes of a launcher are told, too."""
-    subsets = [{"image_dir": str(photographs), "num_repeats": 3}, {"image_dir": str(photographs), "is_reg": True}]
-    config = make_config(data={"datasets": [{"resolution": 64, "subsets": subsets}], "image_dir": None})
+def test_regularisation_images_count_apart(tables: dict[str, Any], make_config) -> None:
+    """They are told with their own repeats."""
+    folder = tables["data"].pop("image_dir")
+    del tables["data"]["resolution"]
+    subsets = [{"image_dir": folder, "num_repeats": 3}, {"image_dir": folder, "is_reg": True}]
+    config = make_config(data={"datasets": [{"resolution": 64, "subsets": subsets}]})
     text = " ".join("\n".join(summarize_run(prepare(config))).split())
     assert "images 4, each 3 times, and 4 for regularisation, each 3 times: 24 an epoch, in one bucket" in text
 
