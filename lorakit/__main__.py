@@ -54,7 +54,8 @@ def _told(error: BaseException, debug: bool) -> int:
         _tell_of_wrong_use(error)
         return ConfigError.exit_status
     # click turns Ctrl-C into Abort.
-    told = KeyboardInterrupt() if isinstance(error, click.Abort) else error
+    interrupt = error.__cause__ if isinstance(error.__cause__, KeyboardInterrupt) else KeyboardInterrupt()
+    told = interrupt if isinstance(error, click.Abort) else error
     if debug:
         traceback.print_exception(error)
     if is_main_process() or not isinstance(told, Interrupted):
@@ -90,7 +91,7 @@ def _wants_color() -> bool | None:
 def _message(error: BaseException) -> str:
     """What the user is told of an error."""
     if isinstance(error, KeyboardInterrupt):
-        return "Stopped."
+        return str(error) or "Stopped."
     if isinstance(error, Interrupted):
         resume = "--resume" if error.is_found else f"--resume {error.state}"
         return f"{error}; run the same command with {resume} to go on."

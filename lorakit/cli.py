@@ -204,10 +204,16 @@ def check(config: Path, overrides: tuple[str, ...]) -> None:
 
     Images, captions and the kind of model are looked at too.
     """
-    prepared = _prepared(config, overrides, _catalog())
-    images, held_out = prepared.images, sum(len(dataset.examples) for dataset in prepared.validation)
+    prepared, warnings = _prepared_and_warned(config, overrides, _catalog())
+    _print_summary(prepared, config)
+    from lorakit.engine.summary import length_in_words
+    from lorakit.wording import counted
+
+    held_out = sum(len(dataset.held_out) for dataset in prepared.datasets)
     validated = f", and {held_out} held out for validation" if held_out else ""
-    click.echo(f"{config}: no problems; {images} image{'' if images == 1 else 's'}{validated}")
+    doubts = f", {counted(warnings, 'warning')}" if warnings else ""
+    images = counted(prepared.images, "image")
+    click.echo(f"{config}: no problems{doubts}; {images}{validated}, {length_in_words(prepared.length)}")
 
 
 def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
@@ -249,9 +255,12 @@ def cache(config: Path, overrides: tuple[str, ...]) -> None:
     prepared = _prepared(config, overrides, catalog)
     from lorakit.engine.assembly import fill_cache
 
-    fill_cache(prepared)
+    filled = fill_cache(prepared)
     if is_main_process():
         click.echo(f"Done: {prepared.config.cache_dir}")
+        for what in ("images", "captions"):
+            done = f"{filled[what].new} encoded, {filled[what].there} there already" if what in filled else ""
+            click.echo(f"  {what:<8} {done or 'are encoded in each step'}")
 
 
 @cli.command(cls=_ConfigCommand, short_help="Train as a config file says.")
@@ -270,11 +279,14 @@ def train(config: Path, overrides: tuple[str, ...], resume: Path | None) -> None
         raise click.UsageError(f"--resume takes the folder of a state: write lorakit train {resume} --resume")
     catalog = _catalog()
     prepared = _prepared(config, overrides, catalog, resuming=resume is not None)
+    _print_summary(prepared, config)
+    from lorakit.engine.account import RunAccount
     from lorakit.engine.assembly import train_prepared
 
-    path = train_prepared(prepared, catalog, resume)
-    if is_main_process():
-        click.echo(f"Done: {path}")
+    account = RunAccount()
+    train_prepared(prepared, catalog, resume, observers=[account])
+    for line in account.lines():
+        click.echo(line)
 
 
 @cli.command(
@@ -360,16 +372,33 @@ def _catalog() -> Catalog:
 
 def _prepared(path: Path, overrides: tuple[str, ...], catalog: Catalog, *, resuming: bool = False) -> PreparedRun:
     """The run of a config file, ready to start; prints each warning once."""
+    return _prepared_and_warned(path, overrides, catalog, resuming=resuming)[0]
+
+
+def _prepared_and_warned(
+    path: Path, overrides: tuple[str, ...], catalog: Catalog, *, resuming: bool = False
+) -> tuple[PreparedRun, int]:
+    """The run of a config file, ready to start, and how many warnings were printed, each once."""
     from lorakit.config.reading import read_config
     from lorakit.engine.preparation import prepare
 
     config = read_config(path, overrides, catalog)
-    _print_warnings(config.warnings())
+    printed = _print_warnings(config.warnings())
     prepared = prepare(config, resuming=resuming)
-    _print_warnings(prepared.warnings)
-    return prepared
+    return prepared, printed + _print_warnings(prepared.warnings)
 
 
-def _print_warnings(warnings: Iterable[Problem]) -> None:
-    for warning in warnings if is_main_process() else ():
+def _print_warnings(warnings: Iterable[Problem]) -> int:
+    """Print warnings, on the main process; gives how many there are."""
+    listed = list(warnings)
+    for warning in listed if is_main_process() else ():
         click.secho(f"warning: {warning}", fg="yellow", err=True)
+    return len(listed)
+
+
+def _print_summary(prepared: PreparedRun, source: Path) -> None:
+    """Say what the run is going to do, on the main process."""
+    from lorakit.engine.summary import summarize_run
+
+    for line in summarize_run(prepared, source) if is_main_process() else ():
+        logging.getLogger(__name__).info("%s", line)

@@ -91,6 +91,8 @@ class ModelFamilyConfig(Component):
     """How many text encoders its models have."""
     layout: ClassVar[BlockLayout | None] = None
     """How the blocks of its U-Net are numbered; None where they cannot be told apart."""
+    title: ClassVar[str] = ""
+    """What people call it, such as `Stable Diffusion 1.x`; its name when empty."""
 
     path: str
     """The base model: a `.safetensors` or `.ckpt` file, a diffusers folder, or a Hugging Face Hub id."""

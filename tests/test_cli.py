@@ -76,7 +76,9 @@ def test_check_of_a_good_config(folder: Path) -> None:
     """A good config is said to be good on standard output; what is doubtful goes to standard error."""
     before = sorted(folder.rglob("*"))
     result = run(folder, "check", "config.toml", "--set", "training.max_steps=3", "--set", "training.max_epochs=2")
-    assert (result.returncode, result.stdout) == (0, "config.toml: no problems; 2 images\n")
+    assert result.returncode == 0
+    said = "config.toml: no problems, 1 warning; 2 images, 2 epochs of 2 steps: 4 steps\n"
+    assert result.stdout == said
     assert "warning: training.max_steps: has no effect" in result.stderr
     assert "dog.png" in result.stderr
     assert sorted(folder.rglob("*")) == before
@@ -104,7 +106,7 @@ def test_one_problem_is_one_line(folder: Path) -> None:
 def test_check_counts_what_is_held_out(folder: Path) -> None:
     """The images of the validation split are counted apart from those that are trained on."""
     result = run(folder, "check", "config.toml", "--set", "data.validation_split=0.5")
-    expected = "config.toml: no problems; 1 image, and 1 held out for validation\n"
+    expected = "config.toml: no problems; 1 image, and 1 held out for validation, 1600 epochs of 1 step: 1600 steps\n"
     assert (result.returncode, result.stdout) == (0, expected)
 
 
@@ -358,7 +360,8 @@ def test_a_broken_plugin_stops_no_run(folder: Path, tmp_path: Path) -> None:
     detector = "from lorakit import hookimpl\n@hookimpl\ndef detect_model_family(checkpoint): return 1 / 0\n"
     site = install(tmp_path / "site", "sick", a_sick_detector=detector, sick_import="import no_such_package_anywhere")
     result = run(folder, "check", "config.toml", site=site)
-    assert (result.returncode, result.stdout) == (0, "config.toml: no problems; 2 images\n")
+    said = "config.toml: no problems; 2 images, 800 epochs of 2 steps: 1600 steps\n"
+    assert (result.returncode, result.stdout) == (0, said)
     assert "the plugin 'a_sick_detector' of sick 1.0 cannot tell the family" in result.stderr
     result = run(folder, "check", "config.toml", "--set", "optimizer.name=prodigy", site=site)
     assert result.returncode == 2

@@ -185,6 +185,11 @@ class OutputSection:
     training_comment: str | None = None
     """A remark that is kept in the file's metadata."""
 
+    def epochs_between_saves(self, total_epochs: int) -> int | None:
+        """After how many epochs each the run saves on its way; None where epochs do not count."""
+        ratio = self.save_n_epoch_ratio
+        return max(1, total_epochs // ratio) if ratio else self.save_every_n_epochs
+
     def warnings(self) -> Iterator[Problem]:
         """Keys without effect; keys are field names."""
         if self.keep_last and not (self.save_every_n_epochs or self.save_n_epoch_ratio or self.save_every_n_steps):

@@ -44,7 +44,6 @@ def split_off(datasets: Sequence[DatasetConfig], examples: Examples, seed: int) 
         held_out |= chosen
     if not held_out:
         return examples, [[] for _ in examples]
-    logger.info("images held out for validation: %d", len(held_out))
     is_out = [[example.image.resolve() in held_out for example in own] for own in examples]
     pairs = [list(zip(own, flags, strict=True)) for own, flags in zip(examples, is_out, strict=True)]
     training = [[example for example, out in own if not out] for own in pairs]

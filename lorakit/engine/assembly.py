@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,8 @@ from lorakit.data.batches import BatchLoader
 from lorakit.engine.arithmetic import repeatable
 from lorakit.engine.base_model import build_model
 from lorakit.engine.building import built
-from lorakit.engine.caching import Encoded, encode_data
-from lorakit.engine.device import device_warnings
+from lorakit.engine.caching import Encoded, Filled, encode_data
+from lorakit.engine.device import device_summary, device_warnings
 from lorakit.engine.gradients import FlatGradients
 from lorakit.engine.identity import RunIdentity
 from lorakit.engine.metadata import run_metadata
@@ -37,7 +37,8 @@ from lorakit.engine.run import Run
 from lorakit.engine.schedule import Schedule
 from lorakit.engine.shortage import advice
 from lorakit.engine.spilling import SpillWatch, signs_on
-from lorakit.engine.state import find_state, state_folder
+from lorakit.engine.state import find_state, forget_end, has_ended, note_end, state_folder
+from lorakit.engine.summary import tell
 from lorakit.engine.trainer import train
 from lorakit.engine.validation import ValidationSet
 from lorakit.errors import ConfigError, Interrupted, PluginError
@@ -46,6 +47,7 @@ from lorakit.models.protocol import AdaptationTarget, DiffusionModel
 from lorakit.networks.network import Network, ParameterGroup
 from lorakit.networks.saving import starting_tensors
 from lorakit.plugins import Catalog
+from lorakit.wording import file_size
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +65,7 @@ def train_prepared(
     """Train as the config of a prepared run says; gives the path of the final file.
 
     `resume` is the folder of a state; an empty path stands for the newest state of the run. `observers` hear of the run
-    besides those that the config names; `stop` ends it after a step. Raises OutputError while another run writes files
+    before those that the config names; `stop` ends it after a step. Raises OutputError while another run writes files
     of the same name to the same folder.
     """
     config = prepared.config
@@ -73,50 +75,69 @@ def train_prepared(
     with repeatable(config.training.deterministic):
         processes = launched_processes(config.training)
         with only_run(config.output) if processes.is_main else nullcontext():
-            run = _begin(prepared, catalog, processes, resume)
+            clean_up(config, processes)
+            state = None
+            if resume is not None:
+                state = find_state(RunIdentity.of(prepared, processes.world_size), None if resume == Path() else resume)
+                final = config.output.dir / f"{config.output.name}{built(config.saver).suffix}"
+                if resume == Path() and final.is_file() and has_ended(state, prepared.length.total_steps):
+                    log.warning("%s", _ended_already(config, prepared.length.total_steps, final))
+                    return final
+            run = _begin(prepared, catalog, processes, state)
             run.stop.event = stop
-            for observer in observers if processes.is_main else ():
-                run.observers.add(type(observer).__name__, observer)
+            # First, so that they know the step of what others save.
+            for observer in reversed(observers if processes.is_main else ()):
+                run.observers.add(type(observer).__name__, observer, first=True)
             try:
                 train(run)
             finally:
                 run.loader.cache.memo.save()
+            if processes.is_main:
+                note_end(state_folder(config), run.schedule.total_steps)
     return run.writer.path(config.output.name)
 
 
 def launched_processes(training: TrainingSection) -> Processes:
-    """The processes of a run, of which the main one warns of what does not suit its device."""
+    """The processes of a run; the main one says what it trains on, and what does not suit that."""
     processes = Processes.launched(training.device, training.process_timeout)
-    for warning in device_warnings(training, processes.device) if processes.is_main else ():
-        log.warning("%s", warning)
+    if processes.is_main:
+        tell("device", device_summary(processes.device, training.mixed_precision, processes.world_size))
+        for warning in device_warnings(training, processes.device):
+            log.warning("%s", warning)
     return processes
 
 
-def _begin(prepared: PreparedRun, catalog: Catalog, processes: Processes, resume: Path | None) -> Run:
+def _begin(prepared: PreparedRun, catalog: Catalog, processes: Processes, state: Path | None) -> Run:
     """The run at its first step, or where a state was saved, with its observers."""
-    config = prepared.config
-    clean_up(config, processes)
-    state = None
-    if resume is not None:
-        state = find_state(RunIdentity.of(prepared, processes.world_size), None if resume == Path() else resume)
+    if state is None and processes.is_main:
+        forget_end(state_folder(prepared.config))
     run = assemble(prepared, processes)
+    if processes.is_main:
+        tell("adapters", f"{len(run.network.adapters)}, {file_size(run.writer.size)} a file")
     if state is not None:
         run.load_state(state)
         log.info("going on from step %d of %d", run.step, run.schedule.total_steps)
-    if run.processes.is_main:
+    if processes.is_main:
         run.writer.write_config(catalog)
         run.observers = build_observers(run, catalog)
         run.observers.add("memory", SpillWatch(signs_on(run.processes.device), partial(advice, run)))
     return run
 
 
-def fill_cache(prepared: PreparedRun) -> None:
-    """Encode all images, and the captions where they stay the same over the run."""
+def _ended_already(config: TrainConfig, total_steps: int, final: Path) -> str:
+    """What to say to who resumes a run that has ended."""
+    key = "training.max_epochs" if config.training.max_epochs else "training.max_steps"
+    cure = f"to train on, raise {key}; to repeat the run, leave out --resume"
+    return f"this run has ended already, after all of its {total_steps} steps: {final} ({cure})"
+
+
+def fill_cache(prepared: PreparedRun) -> Mapping[str, Filled]:
+    """Encode all images, and the captions where they stay the same over the run; gives how many were new."""
     config = prepared.config
     with repeatable(config.training.deterministic):
         processes = launched_processes(config.training)
         clean_up(config, processes)
-        encode_data(prepared, build_model(config, processes.device), processes)
+        return encode_data(prepared, build_model(config, processes.device), processes).filled
 
 
 def assemble(prepared: PreparedRun, processes: Processes) -> Run:

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -27,6 +27,8 @@ class StopRequest:
         self.made = False
         self.event: threading.Event | None = None
         """Set by a program that wants the run to stop, from whatever thread."""
+        self.status: Callable[[], str] = lambda: "Stopped."
+        """What to say when a second request stops everything at once; called from a signal handler, or a thread."""
 
     @property
     def is_asked(self) -> bool:
@@ -42,7 +44,7 @@ class StopRequest:
             return
         previous = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         try:
-            with _ended_by_the_second():
+            with _ended_by_the_second(self.status):
                 yield
         finally:
             for number, handler in previous.items():
@@ -50,15 +52,15 @@ class StopRequest:
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self.made:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(self.status())
         self.made = True
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         log.warning("%s: finishing this step and saving a state; once more stops at once", name)
 
 
 @contextmanager
-def _ended_by_the_second() -> Iterator[None]:
-    """End the process `GRACE` seconds after a second signal, unless what is inside has ended by then.
+def _ended_by_the_second(status: Callable[[], str]) -> Iterator[None]:
+    """End the process `GRACE` seconds after a second signal, with a last word, unless what is inside has ended by then.
 
     Python runs handlers between its own instructions only, and one operation of PyTorch may take minutes. The system
     tells of signals at once through a socket, which a thread can read meanwhile.
@@ -72,7 +74,7 @@ def _ended_by_the_second() -> Iterator[None]:
         while not over.is_set() and (numbers := told.recv(64)):
             count += sum(number in _SIGNALS for number in numbers)
             if count > 1 and not over.wait(GRACE):
-                os.write(2, b"\nStopped.\n")
+                os.write(2, f"\n{status()}\n".encode(errors="backslashreplace"))
                 os._exit(Interrupted.exit_status)
 
     thread = threading.Thread(target=watch, name="second signal", daemon=True)

@@ -5,6 +5,7 @@ Writes nothing and reads no weights, so a mistake costs a moment and leaves no t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from attrs import frozen
@@ -12,6 +13,7 @@ from attrs import frozen
 from lorakit.config.sections import TrainConfig
 from lorakit.data.cache import Cache
 from lorakit.data.examples import IndexedDataset, any_augmented, captions_vary, index_datasets
+from lorakit.data.planning import RunLength
 from lorakit.engine.hardware import doubts
 from lorakit.engine.run_warnings import run_warnings
 from lorakit.errors import OutputError, Problem
@@ -41,6 +43,17 @@ class PreparedRun:
         if not any(dataset.held_out for dataset in self.datasets):
             return ()
         return tuple(IndexedDataset(dataset.config, dataset.held_out) for dataset in self.datasets)
+
+    @property
+    def processes(self) -> int:
+        """How many processes of a launcher train together, as far as it says so before torch is imported."""
+        count = os.environ.get("WORLD_SIZE", "")
+        return max(int(count), 1) if count.isdecimal() else 1
+
+    @property
+    def length(self) -> RunLength:
+        """How many steps and epochs the run takes."""
+        return RunLength.of(self.datasets, self.config.training, self.processes)
 
     @property
     def encodes_images(self) -> bool:

@@ -44,6 +44,10 @@ class Previewer:
         if not self.texts_change:
             self._encoded(model, self._pictures())
 
+    def count(self) -> int:
+        """How many images `draw` draws now. Raises ConfigError where the file cannot be used."""
+        return len(read_prompts(self.prompts, self.settings).prompts)
+
     def draw(self, model: DiffusionModel, folder: Path, stem: str, step: int) -> list[Path]:
         """Draw all prompts after so many training steps; gives the files, whose names start with `stem`.
 

@@ -26,6 +26,7 @@ class SD2Config(StableDiffusionConfig):
 
     name = "sd2"
     version = "2.x"
+    title = "Stable Diffusion 2.x"
 
     prediction: Literal["epsilon", "v_prediction"] | None = None
     """What the U-Net predicts: the noise in base models, the velocity (`v_prediction`) in those for 768 pixels. When
