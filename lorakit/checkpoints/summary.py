@@ -11,7 +11,7 @@ from typing import Any, Literal
 from attrs import field, frozen
 
 from lorakit.checkpoints.location import HubModel, Location
-from lorakit.checkpoints.pickle_shapes import pickle_shapes
+from lorakit.checkpoints.pytorch_file import pickled_tensors
 from lorakit.checkpoints.safetensors_header import safetensors_shapes
 from lorakit.errors import ModelError
 from lorakit.reading import refuse_special
@@ -44,12 +44,14 @@ def summarize(location: Location) -> CheckpointSummary:
     path = location.fetch(["model_index.json", "unet/config.json"]) if isinstance(location, HubModel) else location
     if os.path.isdir(path):  # noqa: PTH112 - `Path.is_dir` raises where it may not look
         return _folder_summary(path)
-    kind = _kind(path)
-    return CheckpointSummary(path, kind, safetensors_shapes(path) if kind == "safetensors" else pickle_shapes(path))
+    kind = kind_of_file(path)
+    if kind == "safetensors":
+        return CheckpointSummary(path, kind, safetensors_shapes(path))
+    return CheckpointSummary(path, kind, {name: tensor.shape for name, tensor in pickled_tensors(path).items()})
 
 
-def _kind(path: Path) -> Literal["safetensors", "pickle"]:
-    """The format of a file, by its first bytes; names lie."""
+def kind_of_file(path: Path) -> Literal["safetensors", "pickle"]:
+    """The format of a file, by its first bytes, as names lie; a `ModelError` if it is of neither."""
     try:
         refuse_special(path)
         with path.open("rb") as file:
