@@ -30,6 +30,7 @@ ARCHIVE = b"PK\3\4"
 """How a zip archive starts, and the header of each entry in it."""
 _MOST_DIMENSIONS = 64
 _MOST_ARGUMENTS = 16
+_LONGEST_KEY = 100
 
 
 @define(eq=False)
@@ -191,7 +192,7 @@ def resolve_storage(record_of: RecordOf, persistent_id: Any) -> object:
     dtype = _STORAGES.get(kind.name.rpartition(".")[2])
     if dtype is None:
         return Unreadable(f"numbers of the type {kind.name} cannot be read")
-    if type(key) is not str or not _is_size(numbers):
+    if type(key) is not str or len(key) > _LONGEST_KEY or not _is_size(numbers):
         raise ValueError("a storage has no length that makes sense")
     item_bytes = ITEM_BYTES.get(dtype) or _QUANTIZED[dtype]
     try:
@@ -210,5 +211,6 @@ def _is_size(number: object) -> bool:
 
 def cut(text: str) -> str:
     """A text of a file as it is shown in messages, which it must not fill or garble."""
-    text = text if text.isprintable() else ascii(text)
-    return text if len(text) <= 200 else f"{text[:199]}…"
+    start = text[:201]
+    start = start if start.isprintable() else ascii(start)
+    return start if len(start) <= 200 else f"{start[:199]}…"
