@@ -11,7 +11,7 @@ from typing import Any, Literal
 from attrs import field, frozen
 
 from lorakit.checkpoints.location import HubModel, Location
-from lorakit.checkpoints.pickle_shapes import pickle_shapes
+from lorakit.checkpoints.pytorch_file import pickled_tensors
 from lorakit.checkpoints.safetensors_header import read_safetensors_header
 from lorakit.errors import ModelError
 from lorakit.reading import refuse_special
@@ -53,14 +53,14 @@ def summarize(location: Location) -> CheckpointSummary:
     path = location.fetch(_TELLING_CONFIGS) if isinstance(location, HubModel) else location
     if os.path.isdir(path):  # noqa: PTH112 - `Path.is_dir` raises where it may not look
         return _folder_summary(path)
-    if _kind(path) == "pickle":
-        return CheckpointSummary(path, "pickle", pickle_shapes(path))
+    if kind_of_file(path) == "pickle":
+        return CheckpointSummary(path, "pickle", {name: own.shape for name, own in pickled_tensors(path).items()})
     header = read_safetensors_header(path)
     return CheckpointSummary(path, "safetensors", header.shapes, metadata=header.metadata)
 
 
-def _kind(path: Path) -> Literal["safetensors", "pickle"]:
-    """The format of a file, by its first bytes; names lie."""
+def kind_of_file(path: Path) -> Literal["safetensors", "pickle"]:
+    """The format of a file, by its first bytes, as names lie; a `ModelError` if it is of neither."""
     try:
         refuse_special(path)
         with path.open("rb") as file:

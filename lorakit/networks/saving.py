@@ -14,10 +14,11 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from lorakit.checkpoints import summarize
+from lorakit.checkpoints import pickled_tensors, summarize
 from lorakit.checkpoints.safetensors_content import safetensors_content
 from lorakit.errors import AdapterError, ModelError
 from lorakit.files import replacing
+from lorakit.models.weights import open_tensors
 
 Precision = Literal["fp32", "fp16", "bf16"]
 """Number format of the weights in a file."""
@@ -136,13 +137,11 @@ def ranks_and_alphas(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, floa
 
 
 def _read_pickle(path: Path) -> AdapterFile:
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    tensors = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
-    ):
+    names, read = pickled_tensors(path), open_tensors(path)
+    if not names:
         raise AdapterError(f"{path} is no LoRA file: it holds no dict of tensors by name. Choose another file.")
-    return AdapterFile(tensors)
+    # Copies, so that the file may be replaced while they are in use.
+    return AdapterFile({name: read(name).clone() for name in names})
 
 
 def _in_precision(tensors: Mapping[str, Tensor], precision: Precision) -> dict[str, Tensor]:
