@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from lorakit.config.sections import TrainConfig
 from lorakit.data.cache import Cache
+from lorakit.data.caption_review import longest_by_image
 from lorakit.data.examples import IndexedDataset, any_augmented, captions_vary, index_datasets
+from lorakit.data.review import review
 from lorakit.engine.hardware import doubts
 from lorakit.errors import OutputError, Problem
 from lorakit.files import why_unwritable
@@ -68,4 +70,7 @@ def prepare(config: TrainConfig) -> PreparedRun:
         raise OutputError(f"output.dir: {reason}")
     cache = Cache(config.cache_dir)
     datasets = index_datasets(config.data.datasets, config.data.workers, cache.memo, config.training.seed)
-    return PreparedRun(config, datasets, cache, warnings=(doubt,) if doubt else ())
+    of_captions = config.model.warnings_of_captions(longest_by_image(datasets), config.data.weighted_captions)
+    warnings = [*([doubt] if doubt else []), *review(datasets, cache.memo)]
+    warnings += [evolve(warning, key=f"model.{warning.key}") for warning in of_captions]
+    return PreparedRun(config, datasets, cache, tuple(warnings))
