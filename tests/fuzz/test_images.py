@@ -29,7 +29,7 @@ SOUND = {
     f"{form} {mode}": encoded(form, mode)
     for form, modes in {
         "PNG": ("RGB", "RGBA", "P", "L", "1", "I;16", "LA"), "JPEG": ("RGB", "L", "CMYK"), "WEBP": ("RGB", "RGBA"),
-        "BMP": ("RGB", "P"), "GIF": ("P",),
+        "BMP": ("RGB", "P"), "GIF": ("P",), "TIFF": ("RGB", "L", "I;16", "CMYK", "P", "RGBA"), "AVIF": ("RGB", "RGBA"),
     }.items()
     for mode in modes
 }  # fmt: skip
