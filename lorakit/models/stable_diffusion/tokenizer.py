@@ -77,9 +77,15 @@ class CaptionTokenizer:
         return ids, pad(weights.view(len(captions), -1, CHUNK), (1, 1), value=1.0)
 
     def lengths(self, captions: Sequence[str], weighted: bool = False) -> list[int]:
-        """How many tokens captions have before they are cut off; imports no torch."""
-        tokens: Sequence[Sequence[object]] = self._weighted_ids(captions) if weighted else self._ids(captions)
-        return [len(own) for own in tokens]
+        """How many tokens captions have before they are cut off; imports no torch.
+
+        No token reaches over a space, so each word of all captions is tokenized once.
+        """
+        texts = ([text for text, _ in weighted_fragments(own)] if weighted else [own] for own in captions)
+        words = [[word for text in own for word in text.split()] for own in texts]
+        known = list({word for own in words for word in own})
+        lengths = dict(zip(known, map(len, self._ids(known)), strict=True))
+        return [sum(lengths[word] for word in own) for own in words]
 
     def _weighted_ids(self, captions: Sequence[str]) -> list[list[tuple[int, float]]]:
         """The token ids of captions of any length, without brackets, each with its weight."""
