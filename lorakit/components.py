@@ -97,6 +97,13 @@ class ModelFamilyConfig(Component):
     path: str
     """The base model: a `.safetensors` or `.ckpt` file, a diffusers folder, or a Hugging Face Hub id."""
 
+    def warnings_of_captions(self, captions: Mapping[str, str], weighted: bool) -> Iterator[Problem]:  # noqa: ARG002
+        """What may not be meant with captions, by the names of their images; keys are field names. Imports no torch.
+
+        With `weighted`, brackets in captions say how much words count.
+        """
+        return iter(())
+
     def build(self, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
         """The model, its weights not read yet: each part is read when it is first asked for."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")

@@ -84,6 +84,32 @@ def test_check_of_a_good_config(folder: Path) -> None:
     assert sorted(folder.rglob("*")) == before
 
 
+def test_check_warns_of_data_once(folder: Path) -> None:
+    """What may not be meant with images and captions is told on standard error, a line each, also in SD's tokens."""
+    (folder / "photos" / "cat.txt").write_text("a red cat, " * 40 + "\nsitting")
+    (folder / "photos" / "dog.TXT").write_text("a dog")
+    (folder / "photos" / "bird.heic").write_bytes(b"x")
+    result = run(folder, "check", "config.toml")
+    assert result.returncode == 0
+    assert [line.partition(" (")[0] for line in result.stderr.splitlines()] == [
+        f"warning: 1 file in {folder}/photos is not read: bird.heic",
+        f"warning: 1 caption in {folder}/photos has several lines, of which the first is used: cat.txt",
+        f"warning: 1 image in {folder}/photos is the same as another: cat.png = dog.png",
+        "warning: model.max_token_length: of 75 cuts off the end of 1 of 2 captions; the longest, of"
+        f" {folder}/photos/cat.png, has 160 tokens",
+    ]
+
+
+def test_check_names_images_that_were_cut_off(folder: Path) -> None:
+    """Before anything is encoded, all images that are not whole are listed, and the status is 2."""
+    for name in ("cat", "dog"):
+        image = folder / "photos" / f"{name}.png"
+        image.write_bytes(image.read_bytes()[:60])
+    result = run(folder, "check", "config.toml")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert [line.count(".png: is damaged") for line in result.stderr.splitlines()] == [0, 1, 1]
+
+
 def test_check_of_a_bad_config(folder: Path) -> None:
     """All problems are listed on standard error, one to a line, with status 2 and no traceback."""
     result = run(folder, "check", "config.toml", "--set", "network.rank=0", "--set", "optimizer.lrr=1", "--set", "x=1")

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from lorakit.config.data_paths import near_names, why_no_folder
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.tables import TableReader, field_names
 from lorakit.config.toml_files import read_toml
@@ -142,14 +143,19 @@ def _dataset(
 
 
 def _refuse_missing(reader: TableReader, subset: SubsetConfig, place: str) -> None:
-    """Note each folder and file that the subset names and that is not there."""
-    hint = f"relative paths are relative to the folder of {reader.file or 'the config file'}"
+    """Note each folder and file that the subset names and that is not there, if it is not switched off."""
+    if subset.num_repeats == 0:
+        return
+    where = f"relative paths are relative to the folder of {reader.file or 'the config file'}"
     for key in ("image_dir", "conditioning_data_dir"):
         folder = getattr(subset, key)
         if folder and not os.path.isdir(folder):  # noqa: PTH112 - `Path.is_dir` raises for overlong names
-            reader.report(f"{place}.{key}", f"{folder} is not a folder", hint)
+            message, hint = why_no_folder(folder)
+            hint = hint if "file" in message else f"{hint} {where}".strip()
+            reader.report(f"{place}.{key}", f"{folder} {message}", hint)
     if subset.metadata_file and not os.path.isfile(subset.metadata_file):  # noqa: PTH113 - likewise
-        reader.report(f"{place}.metadata_file", f"{subset.metadata_file} is not a file")
+        hint = near_names(subset.metadata_file)
+        reader.report(f"{place}.metadata_file", f"{subset.metadata_file} is not a file", hint)
 
 
 def _folder_of_metadata(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from lorakit.config.sections import TrainConfig
 from lorakit.data.cache import Cache
+from lorakit.data.caption_review import longest_by_image
 from lorakit.data.examples import IndexedDataset, any_augmented, captions_vary, index_datasets
 from lorakit.data.planning import RunLength
+from lorakit.data.review import review
 from lorakit.engine.hardware import doubts
 from lorakit.engine.run_warnings import run_warnings
 from lorakit.errors import OutputError, Problem
@@ -81,5 +83,11 @@ def prepare(config: TrainConfig, *, resuming: bool = False) -> PreparedRun:
         raise OutputError(f"output.dir: {reason}")
     cache = Cache(config.cache_dir)
     datasets = index_datasets(config.data.datasets, config.data.workers, cache.memo, config.training.seed)
-    warnings = (*doubts(config.training), *run_warnings(config, datasets, resuming))
+    of_captions = config.model.warnings_of_captions(longest_by_image(datasets), config.data.weighted_captions)
+    warnings = (
+        *doubts(config.training),
+        *review(datasets, cache.memo),
+        *(evolve(warning, key=f"model.{warning.key}") for warning in of_captions),
+        *run_warnings(config, datasets, resuming),
+    )
     return PreparedRun(config, datasets, cache, warnings=warnings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import chain, repeat
 from pathlib import Path
@@ -125,6 +125,27 @@ class StableDiffusionConfig(ModelFamilyConfig):
         if stated.snr_source and velocity and not config.loss.zero_terminal_snr:
             message = f"{self.path} was trained with zero terminal SNR, as {stated.snr_source} says"
             yield Problem("path", message, "set loss.zero_terminal_snr = true")
+
+    def warnings_of_captions(self, captions: Mapping[str, str], weighted: bool) -> Iterator[Problem]:
+        """Captions that have more tokens than are read."""
+        # A token is one byte or more.
+        long = {name: text for name, text in captions.items() if len(text.encode()) > self.max_token_length}
+        if not long:
+            return
+        from lorakit.models.stable_diffusion.tokenizer import CaptionTokenizer
+
+        stored = self.stored()
+        # Nothing is downloaded for a warning; models on the Hub have CLIP's tokens.
+        folder = None if isinstance(stored.location, HubModel) else stored.tokenizer_folder()
+        lengths = CaptionTokenizer(folder).lengths(list(long.values()), weighted)
+        cut = [(length, name) for length, name in zip(lengths, long, strict=True) if length > self.max_token_length]
+        if not cut:
+            return
+        tokens, name = max(cut)
+        message = f"of {self.max_token_length} cuts off the end of {len(cut)} of {len(captions)} captions"
+        larger = " or ".join(str(length) for length in (150, 225) if length > self.max_token_length)
+        hint = f"set it to {larger}, or write shorter captions" if larger else "write shorter captions"
+        yield Problem("max_token_length", f"{message}; the longest, of {name}, has {tokens} tokens", hint)
 
     def variant(self, prediction: Prediction) -> Variant:
         """How this family's models are run, and what LoRA files call them."""
