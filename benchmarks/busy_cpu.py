@@ -78,7 +78,7 @@ def measured(way: str, config: Path, seconds: float) -> float:
     command = [sys.executable, __file__, "--measure", "--config", str(config), "--seconds", str(seconds)]
     try:
         result = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, text=True, timeout=PATIENCE * seconds + 60, check=True
+            command, env=environment, stdout=subprocess.PIPE, text=True, timeout=PATIENCE * seconds + 300, check=True
         )
     except subprocess.TimeoutExpired:
         return 0.0
