@@ -16,6 +16,10 @@ import pluggy
 
 # MKL reads this at its first call. Without it, products with one column differ from run to run in the last bits.
 os.environ.setdefault("MKL_CBWR", "AUTO")
+# libgomp reads this when PyTorch loads it: how often a thread that waits for others looks before it sleeps. With
+# libgomp's 300 000, threads hold cores that those others need, and beside busy programs a run hardly moves.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
     from lorakit.config.sections import TrainConfig

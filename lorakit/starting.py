@@ -98,7 +98,7 @@ class Start:
 
 def look_at_images(folder: Path) -> Images:
     """What is in a folder of images. Raises ConfigError where there are none, and names folders in it with some."""
-    from lorakit.data.images import EXTENSIONS
+    from lorakit.data.formats import EXTENSIONS
 
     if not folder.is_dir():
         raise ConfigError([Problem("--images", f"{folder} is not a folder", "name the folder with the images")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -158,6 +159,29 @@ def test_check_imports_no_torch(train_tables: dict[str, Any], tmp_path: Path) ->
     program = f"import sys, lorakit; lorakit.check({str(path)!r}); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("own", "spins"),
+    [
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "77"}, "77"),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, "0"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000"),
+    ],
+)
+def test_threads_that_wait_sleep_soon(own: dict[str, str], spins: str) -> None:
+    """OpenMP's threads leave the cores to other programs, unless the user says how they are to wait."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | own
+    result = subprocess.run(
+        [sys.executable, "-c", "import lorakit, torch"],
+        env=environment | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    if "GOMP_SPINCOUNT" not in result.stderr:
+        pytest.skip("PyTorch computes with another OpenMP here")
+    assert f"GOMP_SPINCOUNT = '{spins}'" in result.stderr
 
 
 def test_plan(train_tables: dict[str, Any]) -> None:
