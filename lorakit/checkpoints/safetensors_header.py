@@ -25,16 +25,10 @@ _CURE = "download or convert it again"
 
 def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of each tensor in a safetensors file; a `ModelError` where header and file disagree."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(LONGEST_HEADER, size - 8):
-            raise ModelError(
-                f"{path} is cut short or damaged: it says that its header has {length} bytes, but it has {size} bytes "
-                f"in all; {_CURE}"
-            )
-        entries = _parsed(path, file.read(length))
-    available = size - 8 - length
+    header = _header(path)
+    entries = _parsed(path, header)
+    entries.pop("__metadata__", None)
+    available = path.stat().st_size - 8 - len(header)
     try:
         places = sorted(_checked_place(name, entry, available) for name, entry in entries.items())
         end = _end_of_all(places)
@@ -45,6 +39,25 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry["shape"]) for name, entry in entries.items()}
 
 
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says about itself; a `ModelError` where its header is damaged."""
+    metadata = _parsed(path, _header(path)).get("__metadata__")
+    items = metadata.items() if isinstance(metadata, dict) else ()
+    return {key: value for key, value in items if isinstance(value, str)}
+
+
+def _header(path: Path) -> bytes:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(LONGEST_HEADER, size - 8):
+            raise ModelError(
+                f"{path} is cut short or damaged: it says that its header has {length} bytes, but it has {size} bytes "
+                f"in all; {_CURE}"
+            )
+        return file.read(length)
+
+
 def _parsed(path: Path, header: bytes) -> dict[str, Any]:
     try:
         entries = json.loads(header, object_pairs_hook=_without_twins)
@@ -52,7 +65,6 @@ def _parsed(path: Path, header: bytes) -> dict[str, Any]:
         entries = None
     if not isinstance(entries, dict):
         raise ModelError(f"{path} is damaged: its header cannot be read; {_CURE}")
-    entries.pop("__metadata__", None)
     return entries
 
 
