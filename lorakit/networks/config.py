@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
@@ -125,7 +126,7 @@ class LoRAConfig(NetworkConfig):
             if getattr(self, key) != 1:
                 hint = "leave it out, or choose another optimizer"
                 yield Problem(key, f"cannot be used with {optimizer.name}, which finds one learning rate for all", hint)
-        if self.weights is not None and self.weights.is_file():
+        if self.weights is not None and os.path.isfile(self.weights):  # noqa: PTH113 - raises nothing
             yield from self._problems_of_weights(self.weights, config)
 
     def problems_of_file(self, file: StartingFile, config: TrainConfig) -> Iterator[Problem]:  # noqa: ARG002
