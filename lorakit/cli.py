@@ -229,7 +229,7 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
 @with_config
 @click.option(
     "--memory", callback=_bytes, metavar="SIZE",
-    help="How much memory there is to train in, such as 8GB; what to set so that the run fits is said.",
+    help="How much memory there is to train in, such as 8GB or 8; what to set so that the run fits is said.",
 )  # fmt: skip
 @click.option("--measure", is_flag=True, help="Read the model and take a few steps of each size, for times.")
 def plan(config: Path, overrides: tuple[str, ...], memory: int | None, measure: bool) -> None:
@@ -240,8 +240,10 @@ def plan(config: Path, overrides: tuple[str, ...], memory: int | None, measure: 
     """
     prepared = _prepared(config, overrides, _catalog())
     from lorakit.planning.plan import make_plan
-    from lorakit.planning.report import report
+    from lorakit.planning.report import data_report, report
 
+    for line in (*data_report(prepared), "") if is_main_process() else ():
+        click.echo(line)
     made = make_plan(prepared, measured=measure)
     for line in report(made, memory) if is_main_process() else ():
         click.echo(line)

@@ -118,7 +118,7 @@ class NetworkConfig(Component):
     parts: tuple[str, ...] = field(default=("unet", "text_encoder"), validator=v.min_len(1))
     """What gets adapters: `unet`, `text_encoder`, or both."""
     weights: Path | None = None
-    """A LoRA file to continue from."""
+    """A LoRA file to start from, of lorakit, sd-scripts, diffusers or PEFT."""
 
     def metadata(self) -> Mapping[str, object]:
         """What files say of the network, in keys that tools read, such as `ss_network_module` and `ss_network_dim`."""

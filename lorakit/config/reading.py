@@ -203,11 +203,19 @@ class _Assembly:
         return tuple(observer for observer in found if observer)
 
 
+_ADAPTERS_IN_FOLDERS = tuple(
+    name + suffix for name in ("adapter_model", "pytorch_lora_weights") for suffix in (".safetensors", ".bin")
+)
+"""What PEFT and diffusers call LoRA files, of which people know the folder."""
+
+
 def _problems_on_disk(sections: Mapping[str, Any]) -> Iterable[Problem]:
     """Files that should be there and are not, and folders that cannot be written to."""
     network, output, data = sections["network"], sections["output"], sections["data"]
     if network and network.weights and not os.path.isfile(network.weights):  # noqa: PTH113 - raises nothing
-        yield Problem("network.weights", f"{network.weights} is not a file", "the LoRA file to continue from")
+        inside = [file for file in _ADAPTERS_IN_FOLDERS if os.path.isfile(network.weights / file)]  # noqa: PTH113
+        hint = f"give the file in it, {network.weights / inside[0]}" if inside else "the LoRA file to start from"
+        yield Problem("network.weights", f"{network.weights} is not a file", hint)
     folders = {"output.dir": output and output.dir, "data.cache_dir": data and data.cache_dir}
     for key, folder in folders.items():
         reason = why_unwritable(folder) if folder else None

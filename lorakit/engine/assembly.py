@@ -257,7 +257,8 @@ def _attached_network(config: TrainConfig, model: DiffusionModel) -> Network:
     network: Network = built(config.network, [target for target in targets if _learning_rate(config, target)])
     network.initialize(config.training.seed)
     if config.network.weights is not None:
-        network.load_tensors(starting_tensors(config.network.weights), str(config.network.weights))
+        tensors = starting_tensors(config.network.weights, {target.key for target in targets})
+        network.load_tensors(tensors, str(config.network.weights))
     return network.train()
 
 

@@ -22,8 +22,10 @@ from lorakit.checkpoints import (
     stated_prediction,
     summarize,
 )
+from lorakit.checkpoints.lora_files import lora_names
+from lorakit.checkpoints.lora_kinds import adapter_kind
 from lorakit.components import ModelFamilyConfig
-from lorakit.errors import ModelError, Problem
+from lorakit.errors import AdapterError, ModelError, Problem
 from lorakit.models.stable_diffusion.parts import StoredModel
 
 if TYPE_CHECKING:
@@ -178,12 +180,17 @@ class StableDiffusionConfig(ModelFamilyConfig):
     def _problems_of_base_weights(self) -> Iterator[Problem]:
         for index, path in enumerate(self.base_weights):
             try:
-                tensors = summarize(path).tensors
-            except ModelError as error:
-                yield Problem(f"base_weights[{index}]", str(error))
+                summary = summarize(path)
+                lora_names(summary)
+            except (ModelError, AdapterError) as error:
+                yield Problem(f"base_weights[{index}]", str(error).removesuffix("."))
                 continue
-            if not any(name.endswith(".lora_up.weight") for name in tensors):
-                hint = "give LoRA files, with keys as sd-scripts has them"
-                yield Problem(f"base_weights[{index}]", f"{path} holds no LoRA", hint)
+            kind, ours = adapter_kind(summary), f"Stable Diffusion {self.version}"
+            if kind.algorithm not in {"LoRA", "DoRA"}:
+                found = f"{path} is {kind.description}, which cannot be merged"
+                yield Problem(f"base_weights[{index}]", found, "give LoRA files")
+            elif kind.model not in {"", ours}:
+                found = f"{path} is {kind.description}, and the base model is {ours}"
+                yield Problem(f"base_weights[{index}]", found, "give LoRA files for the same kind of base model")
         if len(self.base_weights_multipliers) > len(self.base_weights):
             yield Problem("base_weights_multipliers", "has more numbers than base_weights has files")

@@ -44,6 +44,8 @@ ReadModule = Callable[[StoredPart, torch.device, torch.dtype, EditTensor | None]
 """Reads a stored part to a device, in a number format, its weights edited."""
 
 _PROCESS_MEMO = ProcessMemo()
+_PADS_WITH_A_WORD = "padding is a word in captions"
+"""Told apart in the cache from captions that were encoded with each `!` as padding."""
 _NOTHING_MERGED = Merging(())
 _TARGETS = {"unet": unet_targets, "text_encoder": text_encoder_targets}
 _KEYS = {"unet": unet_key, "text_encoder": text_encoder_key}
@@ -128,6 +130,7 @@ class StableDiffusion:
                 self.variant.max_token_length,
                 self.variant.pad_token,
                 self._tokenizer_hash(),
+                *([_PADS_WITH_A_WORD] if self.variant.pad_token is not None else []),
                 *self._merging.fingerprint("lora_te", self.memo),
                 *([self._formats[part]] if part in self._formats else []),
             ]

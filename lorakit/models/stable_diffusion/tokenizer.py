@@ -7,15 +7,17 @@ B captions, n chunks of 77 tokens: the start token, 75 tokens of the caption, th
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
+from lorakit.checkpoints import read_json
 from lorakit.errors import ModelError
 from lorakit.models.weighting import weighted_fragments
 
@@ -106,9 +108,11 @@ class CaptionTokenizer:
             ids = [*own[: self.max_length], self.end]
             row[: len(ids)] = torch.tensor(ids)
         body = stream[:, :-1].reshape(len(stream), -1, CHUNK).clone()
-        goes_on = (body[..., -1] != self.end) & (body[..., -1] != self.pad)
-        last = torch.where(goes_on, self.end, stream[:, -1:])
-        body[..., 0].masked_fill_(body[..., 0] == self.pad, self.end)
+        # By lengths, as what pads may be a token of captions, too: `!` is, within words.
+        lengths = torch.tensor([[min(len(own), self.max_length)] for own in captions])
+        starts = torch.arange(0, self.max_length, CHUNK)
+        last = torch.where(lengths >= starts + CHUNK, self.end, stream[:, -1:])
+        body[..., 0].masked_fill_(lengths < starts, self.end)
         start = torch.full_like(last, self.start)
         return torch.cat([start.unsqueeze(-1), body, last.unsqueeze(-1)], dim=-1)
 
@@ -140,12 +144,22 @@ def _folder_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a diffusers folder: `tokenizer.json`, or `vocab.json` with `merges.txt`."""
     with _damage_told(folder):
         if (folder / "tokenizer.json").is_file():
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokenizer = Tokenizer.from_str(json.dumps(_without_special_words(read_json(folder / "tokenizer.json"))))
             tokenizer.no_truncation()
             tokenizer.no_padding()
             return tokenizer
         vocabulary, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
         return _byte_pair_tokenizer(models.BPE.from_file(vocabulary, merges, unk_token=_END, end_of_word_suffix="</w>"))
+
+
+def _without_special_words(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What is in a `tokenizer.json`, words of the vocabulary no longer declared special but for start and end.
+
+    Stable Diffusion 2.x and XL pad with `!`. Tools therefore declare it special, so that each `!` in a caption would be
+    padding, where the text encoder was trained with the words `!`, `!!` and so on.
+    """
+    words = content["model"]["vocab"].keys() - {_START, _END}
+    return {**content, "added_tokens": [token for token in content["added_tokens"] if token["content"] not in words]}
 
 
 @contextmanager
