@@ -13,8 +13,8 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import ModuleType
+from typing import Any, get_type_hints
 
 import attrs
 import click
@@ -23,7 +23,7 @@ import tomlkit
 from lorakit import cli, components, hookspecs
 from lorakit.components import Component, ModelFamilyConfig, ObserverConfig
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
-from lorakit.config.fields import field_docs
+from lorakit.config.fields import field_docs, type_in_words
 from lorakit.config.reading import COMPONENT_SECTIONS, PLAIN_SECTIONS
 from lorakit.discovery import REGISTRATION_HOOKS
 from lorakit.kohya.options import GROUPS
@@ -36,7 +36,7 @@ NOTICE = "<!-- Written by docs/generate.py; change the code instead. -->\n"
 CONFIG_INTRO = """\
 # The config file
 
-A config file is TOML. Each section below is a table of it. `lorakit init` writes a file with all keys in it,
+A config file is TOML. Each section below is a table of it. `lorakit init --full` writes a file with all keys in it,
 and `lorakit check` says all that is wrong with one.
 
 - Keys without a default must be given, all others may be left out. “absent” means that leaving a key out has a meaning
@@ -68,7 +68,21 @@ COMMANDS_INTRO = """\
 # The commands
 
 `python -m lorakit` is the same as `lorakit`. Each command's exit status is 0 when it did what was asked, 1 when
-training failed, 2 for wrong usage or a config that cannot be used, and 130 when it was stopped by Ctrl-C or SIGTERM."""
+training failed, 2 for wrong usage or a config that cannot be used, and 130 when it was stopped by Ctrl-C or SIGTERM.
+Messages are coloured in terminals; `NO_COLOR=1` turns that off, and `FORCE_COLOR=1` on.
+
+`--set KEY=VALUE` sets a key as if it stood in the config, and wins over what stands there: with
+`--set training.max_steps=100`, the file's `max_epochs` does not count. `--set KEY=none` takes a key away, so that its
+default holds; `--set 'KEY="none"'` is the word. A list needs no quotation marks, which shells take away:
+`--set network.parts=[unet]`.
+
+Shells complete commands, options, and the keys of `--set`, after this line in their file of settings:
+
+| shell | file | line |
+|---|---|---|
+| bash | `~/.bashrc` | `eval "$(_LORAKIT_COMPLETE=bash_source lorakit)"` |
+| zsh | `~/.zshrc` | `eval "$(_LORAKIT_COMPLETE=zsh_source lorakit)"` |
+| fish | `~/.config/fish/completions/lorakit.fish` | `_LORAKIT_COMPLETE=fish_source lorakit \\| source` |"""
 
 HOOKS_INTRO = """\
 # The hooks
@@ -90,15 +104,34 @@ $ lorakit from-kohya -o config.toml accelerate launch train_network.py --pretrai
 
 A line of several lines is pasted in single quotation marks, with the `\\` or `^` at the ends of its lines. The
 options alone will do, and so will `--config_file` with sd-scripts' own file of options. Without `-o`, the config goes
-to standard output.
+to standard output. At the end it says what `lorakit check` would refuse.
+
+Files of other programs are read too, with or without options behind them:
+
+```console
+$ lorakit from-kohya -o config.toml fluffy_20260710-150838.json
+$ lorakit from-kohya -o config.toml config_lora-20260710-150838.toml
+$ lorakit from-kohya -o config.toml "sd15 - EDG_LoraOptiSettings.json" --pretrained_model_name_or_path=model …
+$ lorakit from-kohya -o config.toml training_config.toml dataset_config.toml
+```
+
+- The GUI kohya_ss: its presets, the `.json` file that it saves beside a LoRA, and the `.toml` file that it makes of
+  that for sd-scripts. Its epochs become `training.max_epochs`. A preset names no model and no images: give them behind
+  it, or set them in the config.
+- lora-scripts: `config/default.toml`, and the files in `config/autosave`.
+- Colab notebooks that write a file of options and a dataset file: both, in any order.
 
 - Each key in the config is followed by the option that it comes from. Where sd-scripts has another default than
   lorakit, the config says it: `--learning_rate` is 2e-6 when absent, for example.
 - An option that has no counterpart is a warning, and stands in a comment at the top of the config. An optimizer, a
   schedule or a network that lorakit does not have is written under its own name, so that `lorakit check` refuses the
   config until another is chosen.
-- An option that sd-scripts does not have, or a value of the wrong type, is an error, in a file for `--config_file`
-  too, where sd-scripts ignores it.
+- An option that sd-scripts does not have, or a value of the wrong type, is an error. In a file, a key that sd-scripts
+  does not have is passed over with a warning, unless it is nearly the name of an option. What programs write for
+  nothing, `0`, `""` or `[]`, is nothing.
+- Prompts may stand in `--sample_prompts` themselves; the config holds them then.
+- `--resume` takes the weights of a state of sd-scripts, its folder, as `network.weights`. Optimizer, schedule and step
+  number cannot be taken from it. A run of lorakit goes on with `lorakit train config.toml --resume`.
 - Relative paths are those of sd-scripts, relative to the folder where `lorakit from-kohya` is called. A dataset file
   whose folders would be looked for elsewhere, or that options such as `--resolution` add to, is copied into the
   config.
@@ -131,7 +164,7 @@ def commands_page() -> str:
     """The command line: each command with its arguments and options."""
     group = cli.cli.make_context("lorakit", [], resilient_parsing=True)
     parts = [COMMANDS_INTRO, *_command(group)]
-    for name, command in sorted(cli.cli.commands.items()):
+    for name, command in cli.cli.commands.items():
         context = command.make_context(name, [], parent=group, resilient_parsing=True)
         parts += [f"## {context.command_path}", *_command(context)]
     return "\n\n".join(parts) + "\n"
@@ -146,7 +179,7 @@ def hooks_page() -> str:
         if name in REGISTRATION_HOOKS:
             parts += _base_class(REGISTRATION_HOOKS[name])
     parts += ["## What every component has", *_class_variables(Component)]
-    parts += [text for name in ("problems", "warnings") for text in _method(Component, name)]
+    parts += [text for name in METHODS for text in _method(Component, name)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -193,31 +226,10 @@ def _table(cls: type, leave_out: Sequence[str] = ()) -> str:
     types = get_type_hints(cls)
     for field in attrs.fields(cls):
         if field.name not in leave_out:
-            type_ = _type(types[field.name]) + _range(field.validator)
+            type_ = type_in_words(types[field.name], field.validator)
             help_text = field_docs(cls)[field.name]
             rows.append(f"| `{field.name}` | {type_} | {_default(field)} | {_cell(help_text)} |")
     return "\n".join(rows)
-
-
-def _type(type_: Any) -> str:
-    """A field's type in words."""
-    origin, members = get_origin(type_), get_args(type_)
-    if origin in (Union, UnionType):
-        return " or ".join(_type(member) for member in members if member is not type(None))
-    if origin is Literal:
-        return ", ".join(f"`{tomlkit.item(choice).as_string()}`" for choice in members)
-    if origin is Mapping:
-        return "table"
-    if origin is tuple:
-        return f"list of {_type(members[0])}s" if Ellipsis in members else f"[{', '.join(map(_type, members))}]"
-    return {bool: "`true`, `false`", int: "whole number", float: "number", str: "text", Path: "path"}[type_]
-
-
-def _range(validator: object) -> str:
-    """The limits that validators set, as their description has them: `<Validator for x >= 0>`."""
-    words = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
-    limits = re.findall(r"x ([<>]=?) ([^>]+)>", repr(validator))
-    return "".join(f", {words[comparison]} {bound}" for comparison, bound in limits)
 
 
 def _default(field: attrs.Attribute[Any]) -> str:
@@ -243,7 +255,7 @@ def _command(context: click.Context) -> Iterator[str]:
             text = f"`{default}` when absent." if isinstance(default, Path) else "Must be given."
             rows.append(f"| `{parameter.human_readable_name}` | {text} |")
         elif record := parameter.get_help_record(context):
-            rows.append(f"| `{record[0]}` | {_cell(record[1])} |")
+            rows.append(f"| `{_cell(record[0])}` | {_cell(record[1])} |")
     yield "\n".join(rows)
 
 
@@ -288,6 +300,9 @@ def _lines(cls: type) -> str:
 def _cell(text: str) -> str:
     return text.replace("|", r"\|")
 
+
+METHODS = ("problems", "problems_with", "warnings", "warnings_with", "warnings_of_length")
+"""What lorakit asks of every component about a config."""
 
 PAGES: Mapping[str, Callable[[], str]] = {
     "config.md": config_page,

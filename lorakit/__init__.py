@@ -7,17 +7,28 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pluggy
 
 # MKL reads this at its first call. Without it, products with one column differ from run to run in the last bits.
 os.environ.setdefault("MKL_CBWR", "AUTO")
+# libgomp reads this when PyTorch loads it: how often a thread that waits for others looks before it sleeps. With
+# libgomp's 300 000, threads hold cores that those others need, and beside busy programs a run hardly moves.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
     from lorakit.config.sections import TrainConfig
+    from lorakit.engine.checking import CheckedRun
+    from lorakit.engine.observing import Observer
+    from lorakit.planning.plan import Plan
+    from lorakit.plugins import Catalog
+
+    Config: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | TrainConfig
 
 __version__ = "0.1.0"
 
@@ -27,21 +38,79 @@ hookimpl = pluggy.HookimplMarker("lorakit")
 """Marks a function of a plugin as the implementation of one of the hooks in `lorakit.hookspecs`."""
 
 
-def train(config: str | Path | TrainConfig, *, overrides: Sequence[str] = (), resume: str | Path | None = None) -> Path:
-    """Train as a config file or a config value says; gives the path of the final LoRA file.
+def train(
+    config: Config,
+    *,
+    overrides: Sequence[str] = (),
+    resume: str | Path | None = None,
+    observers: Sequence[Observer] = (),
+    stop: threading.Event | None = None,
+) -> Path:
+    """Train as a config says; gives the path of the final LoRA file.
 
-    `overrides` are `"section.key=value"` texts, for a file only. `resume` is the folder of a state.
+    `config` is a config file, the tables that it would hold, whose relative paths start at the current folder, or a
+    config value. `overrides` are `"section.key=value"` texts, for a file only; `resume` is the folder of a state.
+    `observers` hear how the run goes, as those that the config names. Once `stop` is set, from an observer or from any
+    thread, the run ends after the step with a saved state and raises Interrupted.
     Raises the errors of `lorakit.errors`.
     """
-    from lorakit.config.reading import read_config
+    from lorakit.engine.observing import Observer
     from lorakit.engine.preparation import prepare
     from lorakit.plugins import Catalog
 
+    strange = [type(own).__name__ for own in observers if not isinstance(own, Observer)]
+    if strange:
+        raise TypeError(f"observers must be instances of lorakit.engine.observing.Observer, not of {strange[0]}")
     catalog = Catalog.discover()
-    checked = read_config(Path(config), overrides, catalog) if isinstance(config, str | Path) else config
-    prepared = prepare(checked)
-    for warning in prepared.warnings:
+    checked = _config(config, overrides, catalog)
+    prepared = prepare(checked, resuming=resume is not None)
+    # Launchers number the processes of a run.
+    for warning in (*checked.warnings(), *prepared.warnings) if os.environ.get("RANK", "0") == "0" else ():
         log.warning("%s", warning)
     from lorakit.engine.assembly import train_prepared
 
-    return train_prepared(prepared, catalog, Path(resume) if resume is not None else None)
+    return train_prepared(prepared, catalog, Path(resume) if resume is not None else None, observers, stop)
+
+
+def check(config: Config, *, overrides: Sequence[str] = ()) -> CheckedRun:
+    """Look at a config and its files, reading no weights; gives the length of the run, and warnings.
+
+    `config` and `overrides` are those of `train`. Imports no torch. Raises the errors of `lorakit.errors`; of these a
+    ConfigError has every problem.
+    """
+    from lorakit.engine.checking import check_run
+    from lorakit.plugins import Catalog
+
+    return check_run(_config(config, overrides, Catalog.discover()))
+
+
+def plan(config: Config, *, overrides: Sequence[str] = (), measure: bool = False) -> Plan:
+    """Say what a run will take: steps, memory and, if it is to be measured, time.
+
+    `config` and `overrides` are those of `train`. Raises the errors of `lorakit.errors`.
+    """
+    from lorakit.engine.preparation import prepare
+    from lorakit.planning.plan import make_plan
+    from lorakit.plugins import Catalog
+
+    return make_plan(prepare(_config(config, overrides, Catalog.discover())), measured=measure)
+
+
+def _config(config: Config, overrides: Sequence[str], catalog: Catalog) -> TrainConfig:
+    """The config that is meant. Raises ConfigError with every problem found."""
+    from lorakit.config.reading import config_from_tables, read_config
+
+    if isinstance(config, str | os.PathLike):
+        return read_config(Path(config), overrides, catalog)
+    if overrides:
+        raise TypeError("overrides are for config files; change the tables, or the config value, instead")
+    return config_from_tables(_plain(config), Path.cwd(), catalog) if isinstance(config, Mapping) else config
+
+
+def _plain(value: Any) -> Any:
+    """A value as TOML would have it: paths as texts, sequences as lists, and no keys that are None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, os.PathLike) else value

@@ -34,7 +34,7 @@ def main() -> None:
     atexit.register(_on_signals, signal.SIG_IGN)
     session: dict[str, bool] = {}
     try:
-        status = cli.main(standalone_mode=False, obj=session)
+        status = cli.main(standalone_mode=False, obj=session, color=_wants_color())
     except (Exception, KeyboardInterrupt) as error:
         _on_signals(signal.SIG_IGN)
         status = _told(error, debug=session.get("debug", False))
@@ -51,14 +51,16 @@ def _on_signals(handler: Callable[[int, FrameType | None], object] | signal.Hand
 def _told(error: BaseException, debug: bool) -> int:
     """Tell the user of an error, and return the exit status; Ctrl-C and its like end the process here, at once."""
     if isinstance(error, click.ClickException):
-        error.show()
+        _tell_of_wrong_use(error)
         return ConfigError.exit_status
     # click turns Ctrl-C into Abort.
-    told = KeyboardInterrupt() if isinstance(error, click.Abort) else error
+    interrupt = error.__cause__ if isinstance(error.__cause__, KeyboardInterrupt) else KeyboardInterrupt()
+    told = interrupt if isinstance(error, click.Abort) else error
     if debug:
         traceback.print_exception(error)
     if is_main_process() or not isinstance(told, Interrupted):
-        click.echo(_message(told), err=True)
+        is_error = not isinstance(told, KeyboardInterrupt | Interrupted)
+        click.secho(_message(told), fg="red" if is_error else None, err=True, color=_wants_color())
     if isinstance(told, KeyboardInterrupt):
         with suppress(OSError):
             sys.stdout.flush()
@@ -66,15 +68,36 @@ def _told(error: BaseException, debug: bool) -> int:
     return getattr(told, "exit_status", 1)
 
 
+def _tell_of_wrong_use(error: click.ClickException) -> None:
+    """What is wrong with a command line, and where more is said of it; the help where no command was given."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()
+        return
+    click.secho(f"error: {error.format_message()}", fg="red", err=True, color=_wants_color())
+    context = getattr(error, "ctx", None)
+    if context:
+        click.echo(f"Try '{context.command_path} --help' for help.", err=True)
+
+
+def _wants_color() -> bool | None:
+    """Whether messages have colours, as https://no-color.org and its counterpart say; None for terminals only."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR", "0") not in ("", "0"):
+        return True
+    return False if os.environ.get("TERM") == "dumb" else None
+
+
 def _message(error: BaseException) -> str:
     """What the user is told of an error."""
     if isinstance(error, KeyboardInterrupt):
-        return "Stopped."
+        return str(error) or "Stopped."
     if isinstance(error, Interrupted):
-        return str(error)
+        resume = "--resume" if error.is_found else f"--resume {error.state}"
+        return f"{error}; run the same command with {resume} to go on."
     if isinstance(error, ConfigError) and len(error.problems) > 1:
         listed = "".join(f"\n  {problem}" for problem in error.problems)
-        return f"{len(error.problems)} problems:{listed}"
+        return f"error: {f'{error.file} has ' if error.file else ''}{len(error.problems)} problems:{listed}"
     if isinstance(error, LorakitError):
         return f"error: {error}"
     if is_out_of_memory(error):

@@ -61,6 +61,10 @@ class Component:
         """What has no effect, or may not be meant, in a run of this config; keys are field names."""
         return iter(())
 
+    def warnings_of_length(self, total_steps: int) -> Iterator[Problem]:  # noqa: ARG002
+        """What may not be meant in a run of `total_steps` optimizer steps; keys are field names."""
+        return iter(())
+
 
 def named(component: type[ComponentT], path: str) -> type[ComponentT]:
     """A component with a dotted path as its name, where it is `by_path`; any other as it is."""
@@ -87,9 +91,18 @@ class ModelFamilyConfig(Component):
     """How many text encoders its models have."""
     layout: ClassVar[BlockLayout | None] = None
     """How the blocks of its U-Net are numbered; None where they cannot be told apart."""
+    title: ClassVar[str] = ""
+    """What people call it, such as `Stable Diffusion 1.x`; its name when empty."""
 
     path: str
     """The base model: a `.safetensors` or `.ckpt` file, a diffusers folder, or a Hugging Face Hub id."""
+
+    def warnings_of_captions(self, captions: Mapping[str, str], weighted: bool) -> Iterator[Problem]:  # noqa: ARG002
+        """What may not be meant with captions, by the names of their images; keys are field names. Imports no torch.
+
+        With `weighted`, brackets in captions say how much words count.
+        """
+        return iter(())
 
     def build(self, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
         """The model, its weights not read yet: each part is read when it is first asked for."""
@@ -105,7 +118,7 @@ class NetworkConfig(Component):
     parts: tuple[str, ...] = field(default=("unet", "text_encoder"), validator=v.min_len(1))
     """What gets adapters: `unet`, `text_encoder`, or both."""
     weights: Path | None = None
-    """A LoRA file to continue from."""
+    """A LoRA file to start from, of lorakit, sd-scripts, diffusers or PEFT."""
 
     def metadata(self) -> Mapping[str, object]:
         """What files say of the network, in keys that tools read, such as `ss_network_module` and `ss_network_dim`."""
@@ -134,6 +147,10 @@ class OptimizerConfig(Component):
     """Whether parts of the model may have different learning rates, 0 apart, which leaves a part out."""
     schedule_free: ClassVar[bool] = False
     """Whether it does without an LR schedule, so that any but a constant one is warned of."""
+    finds_learning_rate: ClassVar[bool] = False
+    """Whether it finds the learning rate itself and multiplies it by `lr`, which is then about 1."""
+    usual_lr: ClassVar[float | None] = None
+    """The learning rate to start from, which `lorakit init` writes, and a hundred times of which is warned of."""
 
     lr: float = field(default=1e-4, validator=v.ge(0))
     """Learning rate of all parts that have none of their own."""

@@ -6,7 +6,10 @@ the cure, and no traceback.
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import ClassVar
 
 from attrs import frozen
@@ -39,8 +42,10 @@ class ConfigError(LorakitError):
 
     exit_status = 2
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
+    def __init__(self, problems: Iterable[Problem], file: str = "") -> None:
+        """`file` is the config file, where there is one."""
         self.problems = tuple(problems)
+        self.file = file
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
@@ -87,12 +92,43 @@ class OutOfMemory(LorakitError):
 
 
 class Interrupted(LorakitError):
-    """Stopped by Ctrl-C or SIGTERM after a whole state was saved."""
+    """Stopped on request, by Ctrl-C, SIGTERM or a program, after a whole state was saved."""
 
     exit_status = 130
+
+    def __init__(self, message: str = "", state: Path | None = None, is_found: bool = True) -> None:
+        """`state` is the state's folder, None in processes that save none; `is_found`: whether --resume finds it."""
+        super().__init__(message)
+        self.state = state
+        self.is_found = is_found
+
+
+_OUT_OF_MEMORY = re.compile(
+    r"""(?<![\w/\\])(?:                                        # not within a path
+    (?:CUDA|HIP|XPU|MPS\ backend)\ out\ of\ memory
+    | (?:CUDA|HIP)(?:\ driver)?\ error:\ out\ of\ memory      # pinned memory, graphs, the driver
+    | Triton\ Error\ \[\w+\]:\ out\ of\ memory
+    | Cuda\ failure(?:\ \d+)?\ 'out\ of\ memory'             # NCCL
+    | CUDA_ERROR_OUT_OF_MEMORY | Cannot\ allocate\ memory\ \(12\)
+    | \w+_STATUS_(?:\w+_)?ALLOC(?:ATION)?_FAILED              # cuBLAS, cuDNN, hipBLAS and the like
+    | rocblas_status_memory_error | miopenStatusAllocFailed
+    | \w+_ERROR_OUT_OF_(?:DEVICE|HOST)_MEMORY                 # Level Zero, of Intel's GPUs
+    | DefaultCPUAllocator:\ (?:can't\ allocate|not\ enough)\ memory
+    )""",
+    re.VERBOSE,
+)
+"""What PyTorch's allocators and the libraries below it say, in errors of no class for it."""
+
+_NO_MEMORY_TO_MAP = re.compile(r"\(os error (?:12|1455)\)$")
+"""How safetensors ends where a file cannot be mapped; 1455 is Windows' paging file that is too small."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the memory of the computer or of an accelerator was not enough, as Python or PyTorch says it."""
     names = {ancestor.__name__ for ancestor in type(error).__mro__}
-    return bool({"MemoryError", "OutOfMemoryError"} & names) or "can't allocate memory" in str(error)
+    if {"MemoryError", "OutOfMemoryError"} & names:
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM or bool(_NO_MEMORY_TO_MAP.search(str(error)))
+    # Other errors quote what users write: paths and captions, in which any words may be.
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))

@@ -27,6 +27,7 @@ from lorakit.discovery import (
     named_if_slow,
 )
 from lorakit.errors import PluginError
+from lorakit.other_names import meaning_of
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +162,7 @@ class Catalog:
         hint = f"there are {', '.join(known)}" if known else "there is none"
         if near:
             hint = f"did you mean {near[0]!r}?"
+        hint = meaning_of(base.kind, short_name, known) or hint
         if short_name in known:
             hint = f"{short_name!r} is provided by {_listed(known[short_name])}"
         text = f"no {base.kind} is called {name!r} ({hint})"

@@ -32,6 +32,13 @@ def problem_of_length(key: str, length: float) -> Iterator[Problem]:
         yield Problem(key, f"must be whole steps, or a share below 1, not {length}")
 
 
+def warning_of_warmup(key: str, warmup: float, total_steps: int) -> Iterator[Problem]:
+    """Says so if a warm-up takes the whole run, which then ends before the learning rate is reached."""
+    if total_steps and whole_steps(warmup, total_steps) >= total_steps:
+        message = f"{warmup:g} is a warm-up as long as the run of {total_steps} steps, or longer"
+        yield Problem(key, message, f"the learning rate is never reached; {max(1, total_steps // 20)} would be usual")
+
+
 def half_waves(progress: float, count: int = 1, lowest: float = 0.0) -> float:
     """A cosine that falls from 1 to m as `progress` goes from 0 to 1, and rises again in every second half wave.
 
@@ -54,6 +61,10 @@ class WarmupConfig(LRSchedulerConfig):
     def curve(self, lr: float, warmup: int, total_steps: int) -> Callable[[int], float]:
         """What multiplies the learning rate `lr` at each step from `warmup` on, counted from the first of the run."""
         return lambda step: self.factor(min(1.0, (step - warmup) / max(1, total_steps - warmup)), lr)
+
+    def warnings_of_length(self, total_steps: int) -> Iterator[Problem]:
+        """Says so if the warm-up is as long as the run."""
+        yield from warning_of_warmup("warmup_steps", self.warmup_steps, total_steps)
 
     def problems(self) -> Iterator[Problem]:
         """Says so if the warm-up is neither whole steps nor a share."""

@@ -5,21 +5,29 @@ Nothing here reads a weight or imports torch: a 4 GB file is summarised in milli
 
 from __future__ import annotations
 
-from lorakit.checkpoints.location import HubModel, Location, locate
-from lorakit.checkpoints.pickle_shapes import pickle_shapes
-from lorakit.checkpoints.recognition import Traits, describe, traits_of
-from lorakit.checkpoints.summary import CheckpointSummary, Shapes, read_json, summarize
+from lorakit.checkpoints.location import HubModel, Location, ModelPath, locate
+from lorakit.checkpoints.prediction import StatedPrediction, stated_prediction
+from lorakit.checkpoints.pytorch_file import pickled_tensors
+from lorakit.checkpoints.recognition import Traits, advice, describe, traits_of
+from lorakit.checkpoints.stored_tensor import StoredTensor
+from lorakit.checkpoints.summary import CheckpointSummary, Shapes, kind_of_file, read_json, summarize
 
 __all__ = [
     "CheckpointSummary",
     "HubModel",
     "Location",
+    "ModelPath",
     "Shapes",
+    "StatedPrediction",
+    "StoredTensor",
     "Traits",
+    "advice",
     "describe",
+    "kind_of_file",
     "locate",
-    "pickle_shapes",
+    "pickled_tensors",
     "read_json",
+    "stated_prediction",
     "summarize",
     "traits_of",
 ]

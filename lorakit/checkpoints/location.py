@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import NewType
 
 from attrs import frozen
 
@@ -54,6 +55,9 @@ def _downloaded(repo: str, files: tuple[str, ...]) -> Path:
 
 Location = Path | HubModel
 """A file or folder on this disk, or a model on the Hub."""
+
+ModelPath = NewType("ModelPath", str)
+"""A config's value for a location: in a config that was read, an absolute path or a Hub id."""
 
 
 def locate(path: str, base: Path) -> Location:

@@ -7,10 +7,14 @@ from typing import Any, Literal
 
 from attrs import frozen
 
+from lorakit.checkpoints.kinds import Kind, kind_of_config, kind_of_tensors
 from lorakit.checkpoints.summary import CheckpointSummary, Shapes
 
 _CONTEXT_KEY = "transformer_blocks.0.attn2.to_k.weight"
 _UNET = "model.diffusion_model."
+_MORE_INPUTS = ("label_emb.0.0.weight", "label_emb.weight", "time_embed.cond_proj.weight")
+_REFINER_CONTEXT = 1280
+_PLAIN = "train on the plain model that it was made from; the LoRA works with the {} model, too"
 _UNUSUAL_UNET = ("addition_embed_type", "class_embed_type", "encoder_hid_dim", "time_cond_proj_dim", "num_class_embeds")
 
 
@@ -28,11 +32,15 @@ class Traits:
     """Whether the U-Net's transformers start with a linear layer (SD 2.x, SDXL) or a 1×1 convolution (SD 1.x)."""
     conditioned: bool
     """Whether the U-Net takes more than timestep and text, such as the image size (SDXL)."""
+    is_xl: bool = False
+    """Whether the text encoders have the places, or the U-Net the input, that only SDXL has."""
+    variety: str = ""
+    """What the U-Net takes besides noise, timestep, text and size: `unCLIP`, `LCM` or nothing known."""
 
     @property
     def version(self) -> Literal["1.x", "2.x", "XL"]:
         """The version of Stable Diffusion."""
-        if self.conditioned or len(self.text_encoders) > 1:
+        if self.is_xl or len(self.text_encoders) > 1:
             return "XL"
         return "2.x" if self.linear_projection or self.text_encoders == ("open_clip",) else "1.x"
 
@@ -63,8 +71,21 @@ def _file_traits(tensors: Shapes) -> Traits | None:
         in_channels=entry[1],
         context_dim=context[1],
         linear_projection=len(projection) == 2,
-        conditioned=f"{_UNET}label_emb.0.0.weight" in tensors,
+        conditioned=any(f"{_UNET}{name}" in tensors for name in _MORE_INPUTS),
+        is_xl=any(map(_is_in_xl, tensors)),
+        variety=_file_variety(tensors),
     )
+
+
+def _file_variety(tensors: Shapes) -> str:
+    if f"{_UNET}time_embed.cond_proj.weight" in tensors:
+        return "LCM"
+    sees_images = f"{_UNET}label_emb.0.0.weight" in tensors and not any(map(_is_in_xl, tensors))
+    return "unCLIP" if sees_images or any(name.startswith("embedder.model.visual.") for name in tensors) else ""
+
+
+def _is_in_xl(name: str) -> bool:
+    return name.startswith("conditioner.embedders.")
 
 
 def _text_encoder_places(name: str) -> list[tuple[str, str]]:
@@ -93,33 +114,37 @@ def _folder_traits(configs: Mapping[str, Mapping[str, Any]]) -> Traits | None:
         context_dim=context_dim,
         linear_projection=bool(unet.get("use_linear_projection")),
         conditioned=any(unet.get(option) is not None for option in _UNUSUAL_UNET),
+        is_xl=unet.get("addition_embed_type") == "text_time",
+        variety="LCM" if unet.get("time_cond_proj_dim") else "unCLIP" if unet.get("class_embed_type") else "",
     )
 
 
 def describe(summary: CheckpointSummary) -> str:
     """What a checkpoint is, in words that fit behind "is": `a Stable Diffusion XL model`."""
+    return _kind(summary).words
+
+
+def advice(summary: CheckpointSummary) -> str:
+    """What to do with a checkpoint that is nothing to train on; empty where it is, or where nothing helps."""
+    return _kind(summary).advice
+
+
+def _kind(summary: CheckpointSummary) -> Kind:
     traits = traits_of(summary)
-    if traits is None or not traits.text_encoders:
-        return _described_folder(summary.configs) if summary.kind == "folder" else _described_file(summary.tensors)
-    purpose = {4: "", 8: "image-editing ", 9: "inpainting "}.get(traits.in_channels, "special ")
-    return f"a Stable Diffusion {traits.version} {purpose}model"
+    if traits is not None and traits.text_encoders:
+        return _kind_of_model(traits)
+    return kind_of_config(summary.configs) if summary.kind == "folder" else kind_of_tensors(summary.tensors)
 
 
-def _described_folder(configs: Mapping[str, Mapping[str, Any]]) -> str:
-    pipeline = configs.get("model_index", {}).get("_class_name")
-    return f"a model for diffusers' {pipeline}" if pipeline else "a diffusers folder without a whole model"
-
-
-def _described_file(tensors: Shapes) -> str:
-    marks = {
-        "a LoRA file, not a base model": (".lora_down.weight", ".lora_A.weight", ".lora.down.weight", ".hada_w1_a"),
-        "a Stable Diffusion 3 model": ("joint_blocks.0.",),
-        "a FLUX model": ("double_blocks.0.", "single_transformer_blocks.0."),
-        "a U-Net without a text encoder": ("input_blocks.0.0.weight", "down_blocks.0.attentions.0.proj_in.weight"),
-        "a VAE alone": ("encoder.down.0.block.0.", "encoder.down_blocks.0.resnets.0."),
-        "a text encoder alone": ("encoder.layers.0.self_attn.",),
-    }
-    for description, fragments in marks.items():
-        if any(fragment in name for name in tensors for fragment in fragments):
-            return description
-    return "a file of an unknown kind of model" if tensors else "a file without tensors"
+def _kind_of_model(traits: Traits) -> Kind:
+    if traits.version == "XL" and traits.context_dim == _REFINER_CONTEXT:
+        return Kind("the refiner of Stable Diffusion XL")
+    purpose = {4: "", 5: "depth-to-image", 7: "upscaling", 8: "image-editing", 9: "inpainting"}.get(
+        traits.in_channels, "special"
+    )
+    # SDXL is conditioned on the image's size, all others on something special.
+    purpose = purpose or traits.variety or ("special" if traits.conditioned and traits.version != "XL" else "")
+    if purpose == "":
+        return Kind(f"a Stable Diffusion {traits.version} model")
+    cure = "" if purpose in {"upscaling", "special"} else _PLAIN.format(purpose)
+    return Kind(f"a Stable Diffusion {traits.version} {purpose} model", cure)

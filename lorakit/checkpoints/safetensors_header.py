@@ -6,9 +6,11 @@ The format: 8 bytes with the header's length (little-endian), the header in JSON
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from attrs import frozen
 
 from lorakit.errors import ModelError
 
@@ -23,8 +25,23 @@ _BITS = {
 _CURE = "download or convert it again"
 
 
-def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+@frozen
+class SafetensorsHeader:
+    """What the header of a safetensors file says."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """Shape of each tensor, by name."""
+    metadata: Mapping[str, str]
+    """Texts that describe the file, by key."""
+
+
+def safetensors_shapes(path: Path) -> Mapping[str, tuple[int, ...]]:
     """Name and shape of each tensor in a safetensors file; a `ModelError` where header and file disagree."""
+    return read_safetensors_header(path).shapes
+
+
+def read_safetensors_header(path: Path) -> SafetensorsHeader:
+    """The header of a safetensors file; a `ModelError` where header and file disagree."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -33,7 +50,7 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
                 f"{path} is cut short or damaged: it says that its header has {length} bytes, but it has {size} bytes "
                 f"in all; {_CURE}"
             )
-        entries = _parsed(path, file.read(length))
+        entries, metadata = _parsed(path, file.read(length))
     available = size - 8 - length
     try:
         places = sorted(_checked_place(name, entry, available) for name, entry in entries.items())
@@ -42,18 +59,20 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise ModelError(f"{path} is cut short or damaged: {error}; {_CURE}") from None
     if end != available:
         raise ModelError(f"{path} is damaged: {available - end} bytes belong to no tensor; {_CURE}")
-    return {name: tuple(entry["shape"]) for name, entry in entries.items()}
+    return SafetensorsHeader({name: tuple(entry["shape"]) for name, entry in entries.items()}, metadata)
 
 
-def _parsed(path: Path, header: bytes) -> dict[str, Any]:
+def _parsed(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    """The entries of the tensors, and the texts that describe the file."""
     try:
         entries = json.loads(header, object_pairs_hook=_without_twins)
     except (ValueError, RecursionError):
         entries = None
     if not isinstance(entries, dict):
         raise ModelError(f"{path} is damaged: its header cannot be read; {_CURE}")
-    entries.pop("__metadata__", None)
-    return entries
+    metadata = entries.pop("__metadata__", None)
+    texts = metadata.items() if isinstance(metadata, dict) else ()
+    return entries, {key: text for key, text in texts if isinstance(text, str)}
 
 
 def _without_twins(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

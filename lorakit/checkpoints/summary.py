@@ -11,12 +11,17 @@ from typing import Any, Literal
 from attrs import field, frozen
 
 from lorakit.checkpoints.location import HubModel, Location
-from lorakit.checkpoints.pickle_shapes import pickle_shapes
-from lorakit.checkpoints.safetensors_header import safetensors_shapes
+from lorakit.checkpoints.pytorch_file import pickled_tensors
+from lorakit.checkpoints.safetensors_header import read_safetensors_header
 from lorakit.errors import ModelError
 from lorakit.reading import refuse_special
 
 _LONGEST_JSON = 2**24
+_LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors",
+               "pytorch_lora_weights.bin")  # fmt: skip
+_TELLING_CONFIGS = (
+    "model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json",
+)  # fmt: skip
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of each tensor, by name."""
@@ -33,23 +38,29 @@ class CheckpointSummary:
     tensors: Shapes = field(factory=dict, repr=False)
     """Shape of each tensor of a file; empty for a folder."""
     configs: Mapping[str, Mapping[str, Any]] = field(factory=dict, repr=False)
-    """What a folder's JSON files say: `model_index`, and by part `unet`, `vae`, `text_encoder`, `scheduler`, …"""
+    """What a folder's JSON files say: `model_index`, and by part `unet`, `vae`, `text_encoder`, `scheduler`, …
+
+    Where the folder holds one part only, that part's is called `config`."""
+    metadata: Mapping[str, str] = field(factory=dict, repr=False)
+    """Texts by which a safetensors file describes itself, by key."""
 
 
 def summarize(location: Location) -> CheckpointSummary:
     """What a file, folder or Hub model holds, in milliseconds; a `ModelError` if it cannot be read safely.
 
-    Of a Hub model only the configs are fetched that tell its family.
+    Of a Hub model only the configs are fetched that tell its family and what it predicts.
     """
-    path = location.fetch(["model_index.json", "unet/config.json"]) if isinstance(location, HubModel) else location
+    path = location.fetch(_TELLING_CONFIGS) if isinstance(location, HubModel) else location
     if os.path.isdir(path):  # noqa: PTH112 - `Path.is_dir` raises where it may not look
         return _folder_summary(path)
-    kind = _kind(path)
-    return CheckpointSummary(path, kind, safetensors_shapes(path) if kind == "safetensors" else pickle_shapes(path))
+    if kind_of_file(path) == "pickle":
+        return CheckpointSummary(path, "pickle", {name: own.shape for name, own in pickled_tensors(path).items()})
+    header = read_safetensors_header(path)
+    return CheckpointSummary(path, "safetensors", header.shapes, metadata=header.metadata)
 
 
-def _kind(path: Path) -> Literal["safetensors", "pickle"]:
-    """The format of a file, by its first bytes; names lie."""
+def kind_of_file(path: Path) -> Literal["safetensors", "pickle"]:
+    """The format of a file, by its first bytes, as names lie; a `ModelError` if it is of neither."""
     try:
         refuse_special(path)
         with path.open("rb") as file:
@@ -76,7 +87,12 @@ def _folder_summary(folder: Path) -> CheckpointSummary:
     files = {file.parent.name: file for file in sorted(folder.glob("*/*config.json")) if _is_config(file)}
     if (folder / "model_index.json").is_file():
         files["model_index"] = folder / "model_index.json"
-    if not {"model_index", "unet"} & files.keys() and not (folder / "config.json").is_file():
+    if not {"model_index", "unet"} & files.keys() and (folder / "config.json").is_file():
+        files["config"] = folder / "config.json"
+    lora = next((name for name in _LORA_FILES if (folder / name).is_file()), None)
+    if lora and not files:
+        raise ModelError(f"{folder} holds a LoRA, {lora}, and no base model; network.weights takes that file")
+    if not {"model_index", "unet", "config"} & files.keys():
         raise ModelError(
             f"{folder} holds no model: there is no model_index.json and no unet/config.json in it; "
             "give the folder that has the subfolders unet, vae and text_encoder, or the path of a file"

@@ -7,15 +7,15 @@ same wherever it is used from.
 
 from __future__ import annotations
 
-import json
 import os
-import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from lorakit.config.data_paths import near_names, why_no_folder
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.tables import TableReader, field_names
+from lorakit.config.toml_files import read_toml
 from lorakit.config.values import shown
 
 SUBSET_KEYS = field_names(SubsetConfig)
@@ -41,23 +41,6 @@ _NOTHING = object()
 
 WITHOUT_EFFECT = frozenset({"cache_info", "network_multiplier"})
 """Options of sd-scripts' dataset files that change nothing in what is trained."""
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The plain values of a TOML (or JSON) file; raises ValueError with the reason why it cannot be read."""
-    is_json = path.suffix.lower() == ".json"
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        found = json.loads(text) if is_json else tomllib.loads(text)
-    except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError("is not UTF-8 text; save it as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not valid {'JSON' if is_json else 'TOML'}: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError("must hold a table of keys")
-    return found
 
 
 def read_data_section(reader: TableReader, table: Mapping[str, Any]) -> DataSection | None:
@@ -160,14 +143,19 @@ def _dataset(
 
 
 def _refuse_missing(reader: TableReader, subset: SubsetConfig, place: str) -> None:
-    """Note each folder and file that the subset names and that is not there."""
-    hint = f"relative paths are relative to the folder of {reader.file or 'the config file'}"
+    """Note each folder and file that the subset names and that is not there, if it is not switched off."""
+    if subset.num_repeats == 0:
+        return
+    where = f"relative paths are relative to the folder of {reader.file or 'the config file'}"
     for key in ("image_dir", "conditioning_data_dir"):
         folder = getattr(subset, key)
         if folder and not os.path.isdir(folder):  # noqa: PTH112 - `Path.is_dir` raises for overlong names
-            reader.report(f"{place}.{key}", f"{folder} is not a folder", hint)
+            message, hint = why_no_folder(folder)
+            hint = hint if "file" in message else f"{hint} {where}".strip()
+            reader.report(f"{place}.{key}", f"{folder} {message}", hint)
     if subset.metadata_file and not os.path.isfile(subset.metadata_file):  # noqa: PTH113 - likewise
-        reader.report(f"{place}.metadata_file", f"{subset.metadata_file} is not a file")
+        hint = near_names(subset.metadata_file)
+        reader.report(f"{place}.metadata_file", f"{subset.metadata_file} is not a file", hint)
 
 
 def _folder_of_metadata(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,11 +26,12 @@ class SubsetConfig:
     """A folder of images and caption files, and how they are used."""
 
     image_dir: Path
-    """Folder with the images (.png .jpg .jpeg .webp .bmp), not searched recursively."""
+    """Folder with the images (PNG, JPEG, WebP, AVIF, TIFF, BMP, GIF), not searched recursively."""
     metadata_file: Path | None = None
-    """JSON or JSON Lines file with the images, their captions and tags; `image_dir` is its folder when absent."""
-    num_repeats: int = field(default=1, validator=v.ge(1))
-    """How often each image appears in an epoch."""
+    """JSON, JSON Lines or CSV file with the images, their captions and tags, such as the Hub's `metadata.jsonl`;
+    `image_dir` is its folder when absent."""
+    num_repeats: int = field(default=1, validator=v.ge(0))
+    """How often each image appears in an epoch; 0 switches the subset off."""
     caption_extension: str | None = None
     """Extension of the caption files; when absent, `.txt` and then `.caption` are looked for."""
     class_tokens: str | None = None
@@ -123,13 +124,19 @@ class DatasetConfig:
     validation_seed: int | None = None
     """Chooses the images that are validated, and their noise; `training.seed` when absent."""
 
+    @property
+    def active_subsets(self) -> tuple[SubsetConfig, ...]:
+        """The subsets that are not switched off."""
+        return tuple(subset for subset in self.subsets if subset.num_repeats)
+
     def seed_of_validation(self, seed: int) -> int:
         """The seed of its own, or the one given where it has none."""
         return seed if self.validation_seed is None else self.validation_seed
 
     def problems(self) -> Iterator[Problem]:
         """Combinations that make no sense; keys are field names."""
-        if all(subset.is_reg for subset in self.subsets):
+        active = self.active_subsets
+        if active and all(subset.is_reg for subset in active):
             hint = "put them into the dataset of the images that they belong to, as a subset with is_reg"
             yield Problem("subsets", "are all regularisation images", hint)
         if self.enable_bucket and any(subset.face_crop_aug_range for subset in self.subsets):
@@ -166,3 +173,8 @@ class DataSection:
     """Let brackets in captions weigh words: `(red:1.3)` counts 1.3 times, `(red)` 1.1 times, `[red]` 1/1.1 times."""
     prior_loss_weight: float = field(default=1.0, validator=v.ge(0))
     """How much the loss of regularisation images counts, the subsets with `is_reg`."""
+
+    def problems(self) -> Iterator[Problem]:
+        """That every subset is switched off; keys are field names."""
+        if not any(dataset.active_subsets for dataset in self.datasets):
+            yield Problem("num_repeats", "is 0 in every subset, so there is nothing to train on", "1 is usual")

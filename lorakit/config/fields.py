@@ -1,12 +1,20 @@
-"""The help text of config fields: the string that stands under each in the source."""
+"""The help text of config fields, which is the string under each in the source, and their types in words."""
 
 from __future__ import annotations
 
 import ast
 import inspect
+import json
+import re
 import textwrap
+from collections.abc import Mapping
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from lorakit.checkpoints import ModelPath
 
 
 @cache
@@ -36,3 +44,32 @@ def _own_field_docs(cls: type) -> dict[str, str]:
         ):
             docs[statement.target.id] = " ".join(following.value.value.split())
     return docs
+
+
+def type_in_words(type_: Any, validator: object = None) -> str:
+    """A field's type, with the limits that its validator sets: `number, at least 0`."""
+    words = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
+    # Validators describe themselves as `<Validator for x >= 0>`.
+    limits = re.findall(r"x ([<>]=?) ([^>]+)>", repr(validator))
+    return _type(type_) + "".join(f", {words[comparison]} {bound}" for comparison, bound in limits)
+
+
+def _type(type_: Any) -> str:
+    origin, members = get_origin(type_), get_args(type_)
+    if origin in (Union, UnionType):
+        return " or ".join(_type(member) for member in members if member is not type(None))
+    if origin is Literal:
+        return ", ".join(f"`{json.dumps(choice)}`" for choice in members)
+    if origin is Mapping:
+        return "table"
+    if origin is tuple:
+        return f"list of {_type(members[0])}s" if Ellipsis in members else f"[{', '.join(map(_type, members))}]"
+    plain: Mapping[Any, str] = {
+        bool: "`true`, `false`",
+        int: "whole number",
+        float: "number",
+        str: "text",
+        Path: "path",
+        ModelPath: "path or Hub id",
+    }
+    return plain.get(type_, str(getattr(type_, "__name__", type_)))

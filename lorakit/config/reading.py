@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from attrs import frozen
 
-from lorakit.checkpoints import Location, describe, locate, summarize
+from lorakit.checkpoints import Location, advice, describe, locate, summarize
 from lorakit.components import (
     AttentionConfig,
     Component,
@@ -22,12 +20,14 @@ from lorakit.components import (
     OptimizerConfig,
     SaverConfig,
 )
-from lorakit.config.data_tables import DATASET_KEYS, SECTION_KEYS, SUBSET_KEYS, read_data_section, read_toml
+from lorakit.config.data_tables import DATASET_KEYS, SECTION_KEYS, SUBSET_KEYS, read_data_section
 from lorakit.config.loss import LossSection
 from lorakit.config.metadata import MetadataSection
+from lorakit.config.overrides import apply_overrides
 from lorakit.config.sections import OutputSection, TrainConfig, TrainingSection
 from lorakit.config.tables import TableReader, field_names
-from lorakit.config.values import shown
+from lorakit.config.toml_files import read_toml
+from lorakit.config.values import lost_backslash, shown
 from lorakit.errors import ConfigError, LorakitError, PluginError, Problem
 from lorakit.files import why_unwritable
 from lorakit.plugins import Catalog
@@ -63,7 +63,26 @@ def read_config(path: Path, overrides: Sequence[str] = (), catalog: Catalog | No
         tables = read_toml(path)
     except ValueError as error:
         raise ConfigError([Problem(str(path), str(error))]) from error
-    return config_from_tables(_overridden(tables, overrides), path.absolute().parent, catalog)
+    _refuse_other_configs(path, tables)
+    catalog = catalog or Catalog.discover()
+    tables = apply_overrides(tables, overrides, known_keys(catalog)) if overrides else tables
+    try:
+        return config_from_tables(tables, path.absolute().parent, catalog)
+    except ConfigError as error:
+        raise ConfigError(error.problems, file=str(path)) from error
+
+
+def _refuse_other_configs(path: Path, tables: Mapping[str, Any]) -> None:
+    """Raise ConfigError for the config of another tool, and for a dataset file."""
+    if tables.keys() & set(SECTIONS):
+        return
+    options = tables.keys() | {key for table in tables.values() if isinstance(table, Mapping) for key in table}
+    if options & {"pretrained_model_name_or_path", "network_module", "train_data_dir", "output_name"}:
+        hint = f"lorakit from-kohya --config_file {path} makes one of it"
+        raise ConfigError([Problem(str(path), "is a file of sd-scripts' options, not a config", hint)])
+    if "datasets" in tables:
+        hint = f'a config names it: [data] with config = "{path.name}"'
+        raise ConfigError([Problem(str(path), "is a dataset file, not a config", hint)])
 
 
 def config_from_tables(tables: Mapping[str, Any], base: Path, catalog: Catalog | None = None) -> TrainConfig:
@@ -87,6 +106,8 @@ class _Found:
     location: Location
     description: str
     family: str | None
+    advice: str
+    """What to do with it where it is nothing to train on; empty where that is not known."""
 
     def __str__(self) -> str:
         return f"{self.location} is {self.description}"
@@ -145,8 +166,8 @@ class _Assembly:
         if component is None:
             self.reader.refuse_unknown(table, _keys_of_kind(self.catalog, ModelFamilyConfig), "model")
             if found and not family:
-                hint = "some plugins are broken, see `lorakit plugins`" if self.catalog.broken else ""
-                self.reader.report("model.path", f"{found}; no installed plugin trains it", hint)
+                broken = "some plugins are broken, see `lorakit plugins`" if self.catalog.broken else ""
+                self.reader.report("model.path", f"{found}; no installed plugin trains it", found.advice or broken)
             return None
         if found is None:
             self.reader.refuse_unknown(table, field_names(component), "model")
@@ -167,9 +188,9 @@ class _Assembly:
             summary = summarize(location)
         # RuntimeError: `~name` of an unknown user; OSError: a name that is too long, or a folder that is not ours.
         except (LorakitError, OSError, RuntimeError) as error:
-            self.reader.report("model.path", str(error))
+            self.reader.report("model.path", lost_backslash(path) or str(error))
             return None
-        return _Found(location, describe(summary), self.catalog.detect_model_family(summary))
+        return _Found(location, describe(summary), self.catalog.detect_model_family(summary), advice(summary))
 
     def _observers(self, tables: Any) -> tuple[ObserverConfig, ...]:
         if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables):
@@ -182,11 +203,19 @@ class _Assembly:
         return tuple(observer for observer in found if observer)
 
 
+_ADAPTERS_IN_FOLDERS = tuple(
+    name + suffix for name in ("adapter_model", "pytorch_lora_weights") for suffix in (".safetensors", ".bin")
+)
+"""What PEFT and diffusers call LoRA files, of which people know the folder."""
+
+
 def _problems_on_disk(sections: Mapping[str, Any]) -> Iterable[Problem]:
     """Files that should be there and are not, and folders that cannot be written to."""
     network, output, data = sections["network"], sections["output"], sections["data"]
     if network and network.weights and not os.path.isfile(network.weights):  # noqa: PTH113 - raises nothing
-        yield Problem("network.weights", f"{network.weights} is not a file", "the LoRA file to continue from")
+        inside = [file for file in _ADAPTERS_IN_FOLDERS if os.path.isfile(network.weights / file)]  # noqa: PTH113
+        hint = f"give the file in it, {network.weights / inside[0]}" if inside else "the LoRA file to start from"
+        yield Problem("network.weights", f"{network.weights} is not a file", hint)
     folders = {"output.dir": output and output.dir, "data.cache_dir": data and data.cache_dir}
     for key, folder in folders.items():
         reason = why_unwritable(folder) if folder else None
@@ -203,6 +232,19 @@ def _keys_of_kind(catalog: Catalog, base: type[Component]) -> dict[str, list[str
     return owners
 
 
+def known_keys(catalog: Catalog) -> list[str]:
+    """All keys that a config can have, by their paths: `network.rank`, `data.config`, `observers.name`."""
+    keys = [f"data.{key}" for key in (*SECTION_KEYS, *DATASET_KEYS, *SUBSET_KEYS, "config", "datasets", "general")]
+    for section, cls in PLAIN_SECTIONS.items():
+        keys += [f"{section}.{key}" for key in field_names(cls)]
+    kinds: dict[str, type[Component]] = {"model": ModelFamilyConfig, "observers": ObserverConfig}
+    kinds |= {section: base for section, (base, _) in COMPONENT_SECTIONS.items()}
+    for section, base in kinds.items():
+        own = _keys_of_kind(catalog, base)
+        keys += [f"{section}.{key}" for key in ("family" if section == "model" else "name", *own)]
+    return keys
+
+
 def _places(catalog: Catalog) -> dict[str, str]:
     """Where each option stands, by its bare name, for hints; the first section that has it wins."""
     places = {key: f"data.{key}" for key in (*SECTION_KEYS, *DATASET_KEYS, *SUBSET_KEYS)}
@@ -214,39 +256,8 @@ def _places(catalog: Catalog) -> dict[str, str]:
     for section, base in kinds.items():
         for key, owners in _keys_of_kind(catalog, base).items():
             is_shared = len(owners) == len(catalog.of_kind(base))
-            places.setdefault(key, f"{section}.{key}" + ("" if is_shared else f" of {' or '.join(owners)}"))
+            few = owners if len(owners) < 4 else [f"{owners[0]}, {owners[1]}", f"{len(owners) - 2} others"]
+            places.setdefault(key, f"{section}.{key}" + ("" if is_shared else f" of {' or '.join(few)}"))
     for key in ("name", "type"):  # too general to say what was meant
         del places[key]
     return places
-
-
-def _overridden(tables: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The tables with each `a.b[0].c=value` set; a value that is not TOML is taken as text."""
-    problems = []
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        *names, last = re.sub(r"\[(\d+)\]", r".\1", key.strip()).split(".")
-        if not separator or not all([*names, last]):
-            problems.append(Problem("--set", f"must be KEY=VALUE, not {override!r}", "--set optimizer.lr=1e-4"))
-            continue
-        try:
-            target: Any = tables
-            for name in names:
-                target = target[int(name)] if isinstance(target, list) else target.setdefault(name, {})
-            target[int(last) if isinstance(target, list) else last] = _toml_value(text.strip())
-        # A number that counts too far, a word where a list wants a number, a key inside what is no table.
-        except (IndexError, ValueError, TypeError, AttributeError):
-            problems.append(Problem("--set", f"{key} does not lead to a key", "entries of lists are counted from 0"))
-    if problems:
-        raise ConfigError(problems)
-    return tables
-
-
-def _toml_value(text: str) -> Any:
-    """The value that a text is in TOML; the text itself where it is none, or a date, which no key takes."""
-    try:
-        found = tomllib.loads(f"value = {text}")
-    except (ValueError, RecursionError):
-        return text
-    value = found["value"]
-    return value if found.keys() == {"value"} and isinstance(value, str | int | float | list | dict) else text

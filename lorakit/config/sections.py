@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -44,11 +45,24 @@ def _plain_file_name(_: object, __: object, value: str) -> None:
         or set(value) & set("/\\")
     ):
         raise ValueError(f"must be a plain file name, without folders, not {value!r}")
+    impossible = sorted(set(value) & set('<>:"|?*'))
+    if impossible:
+        raise ValueError(f"must not hold {' '.join(impossible)}, which Windows has in no file name, not {value!r}")
+    if re.fullmatch(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[\d\xb9\xb2\xb3])(\..*)?", value, re.IGNORECASE):
+        raise ValueError(f"must not be {value!r}, which Windows keeps for a device; choose another name")
+    stem, dot, suffix = value.rpartition(".")
+    if dot and suffix.lower() in ("safetensors", "ckpt", "pt"):
+        raise ValueError(f"must be without the file's extension, which is added: {stem!r}, not {value!r}")
 
 
 def _share(_: object, __: object, value: float) -> None:
     if not isinstance(value, bool) and not 0 < value < 1:
         raise ValueError(f"must be true, false or a share between 0 and 1, not {value:g}")
+
+
+def _device(_: object, __: object, value: str) -> None:
+    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:(0|[1-9]\d?))?", value):
+        raise ValueError(f'must be "auto", "cpu", "cuda", "mps" or "xpu", or a number such as "cuda:1", not {value!r}')
 
 
 @frozen(kw_only=True)
@@ -99,8 +113,9 @@ class TrainingSection:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do when the loss or a gradient is NaN or infinite: `stop` the run, or `skip` the step, which then changes
     nothing; after 20 such steps in a row the run stops all the same."""
-    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
-    """Where to train; `auto` takes an accelerator where there is one."""
+    device: str = field(default="auto", validator=_device)
+    """Where to train: `cpu`, `cuda`, `mps` or `xpu`, or one of several GPUs by number, from `cuda:0`; `auto` takes an
+    accelerator where there is one."""
     process_timeout: float | None = field(default=None, validator=v.optional(v.gt(0)))
     """Minutes that processes wait for each other before they give up; 10 on accelerators and 30 on CPUs when absent."""
 
@@ -169,6 +184,11 @@ class OutputSection:
     """How many states to keep; each is about three times as large as the adapters."""
     training_comment: str | None = None
     """A remark that is kept in the file's metadata."""
+
+    def epochs_between_saves(self, total_epochs: int) -> int | None:
+        """After how many epochs each the run saves on its way; None where epochs do not count."""
+        ratio = self.save_n_epoch_ratio
+        return max(1, total_epochs // ratio) if ratio else self.save_every_n_epochs
 
     def warnings(self) -> Iterator[Problem]:
         """Keys without effect; keys are field names."""
@@ -264,9 +284,28 @@ class TrainConfig:
         for part in ("unet", "text_encoder"):
             if getattr(self.optimizer, f"{part}_lr", None) is not None and part not in self.network.parts:
                 yield Problem(f"optimizer.{part}_lr", f"has no effect, because {part!r} is not in network.parts")
+        yield from self._doubtful_rates()
+        if self.training.max_epochs is None:
+            yield from self.warnings_of_length(self.training.max_steps or DEFAULT_MAX_STEPS)
         if self.optimizer.schedule_free and not self.lr_scheduler.is_constant:
             hint = "A warm-up is optimizer.warmup_steps" if hasattr(self.optimizer, "warmup_steps") else ""
             yield Problem("lr_scheduler.name", f"hardly suits {self.optimizer.name}, which needs no schedule", hint)
+
+    def _doubtful_rates(self) -> Iterator[Problem]:
+        """Learning rates that are far too low or too high for the optimizer."""
+        own, rates = self.optimizer, [rate for part in self.trained_parts for rate in self.optimizer.lrs_of(part)]
+        highest, usual = max(rates, default=0.0), own.usual_lr
+        if own.finds_learning_rate and highest <= 0.1:
+            message = f"{own.name} finds the learning rate and multiplies it by lr; with {highest:g} hardly anything"
+            yield Problem("optimizer.lr", f"{message} is learnt", "set 1")
+        elif not own.finds_learning_rate and usual is not None and highest > 100 * usual:
+            message = f"{highest:g} is far above what {own.name} learns with, and mostly spoils the LoRA"
+            yield Problem("optimizer.lr", message, f"{usual:g} is usual")
+
+    def warnings_of_length(self, total_steps: int) -> Iterator[Problem]:
+        """What hardly suits a run of `total_steps` optimizer steps."""
+        for section, component in self._components():
+            yield from _placed(told_by(component, "warnings_of_length", total_steps), section)
 
     def _components(self) -> Iterator[tuple[str, Component]]:
         """All components, each with its section."""
@@ -286,6 +325,9 @@ def _data_warnings(data: DataSection) -> Iterator[Problem]:
     if any(dataset.validation_seed is not None and not dataset.validation_split for dataset in data.datasets):
         yield Problem("data.validation_seed", "has no effect without validation_split")
     subsets = [subset for dataset in data.datasets for subset in dataset.subsets]
+    off = [str(subset.metadata_file or subset.image_dir) for subset in subsets if not subset.num_repeats]
+    if off:
+        yield Problem("data.num_repeats", f"is 0, which leaves out {', '.join(off)}")
     without = "without shuffle_caption, caption_tag_dropout_rate or token_warmup_step"
     if any(subset.keep_tokens and not subset.changes_tags for subset in subsets):
         yield Problem("data.keep_tokens", f"has no effect {without}")

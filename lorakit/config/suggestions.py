@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Mapping
 
 KOHYA_NAMES: Mapping[str, str] = {
@@ -85,10 +86,18 @@ def hint_for(section: str, name: str, known: Collection[str], places: Mapping[st
     """What an unknown key of a section may have been meant to be.
 
     `known` are the section's keys; `places` says, by bare name, where options of other sections and components stand.
+    Of a key that other components of the section have, such as `betas`, the nearest key here may be meant: `beta1`.
     """
+    # As other tools write it: --max-epochs, maxEpochs, MAX_EPOCHS.
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.lstrip("-")).replace("-", "_").lower()
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if name in KOHYA_NAMES:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    if name in known:
+        meant = f"{section}.{name}" if section else name
+    elif name in KOHYA_NAMES:
         meant = KOHYA_NAMES[name]
+    elif close and places.get(name, "").startswith(f"{section}.{name} of "):
+        return f"did you mean {section}.{close[0]}? {name} is a key{places[name].removeprefix(f'{section}.{name}')}"
     elif name in places:
         meant = places[name]
     elif near:

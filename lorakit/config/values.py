@@ -6,6 +6,7 @@ cattrs by default turns 8.7 into 8 and "false" into True; here each type takes i
 from __future__ import annotations
 
 import math
+import os
 import types
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, time
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from cattrs import Converter
+
+from lorakit.checkpoints import ModelPath, locate
+from lorakit.errors import ModelError
 
 LARGEST_INTEGER = 2**63 - 1
 """TOML's own limit on whole numbers."""
@@ -29,6 +33,7 @@ def value_converter(base: Path) -> Converter:
     converter.register_structure_hook(str, _text)
     converter.register_structure_hook(float, _number)
     converter.register_structure_hook(Path, lambda value, _: _path(value, base))
+    converter.register_structure_hook_func(lambda type_: type_ is ModelPath, lambda value, _: _model_path(value, base))
     by_origin: Mapping[Callable[[Any, Any, Converter], Any], tuple[object, ...]] = {
         _choice: (Literal,),
         _sequence: (tuple, list, Sequence),
@@ -41,6 +46,33 @@ def value_converter(base: Path) -> Converter:
             lambda value, type_, hook=hook: hook(value, type_, converter),  # type: ignore[misc]
         )
     return converter
+
+
+_ESCAPED = {"\b": r"\b", "\t": r"\t", "\n": r"\n", "\f": r"\f", "\r": r"\r", "\x1b": r"\e"}
+"""What stands in a text for a backslash and a letter between double quotation marks."""
+
+
+def lost_backslash(value: str) -> str:
+    r"""That a path such as "C:\new\train" holds other characters than it seems to; empty where it holds none."""
+    written = "".join(_ESCAPED.get(character, character) for character in value)
+    if written == value:
+        return ""
+    cure = f"write '{written}' or \"{written.replace(chr(92), '/')}\""
+    return f"between double quotation marks \\ is special; {cure}"
+
+
+class TypedInteger(int):
+    """A whole number that was typed on a command line, which is text where a key takes text."""
+
+    text: str
+    """As it was typed."""
+
+
+class TypedNumber(float):
+    """A number that was typed on a command line, which is text where a key takes text."""
+
+    text: str
+    """As it was typed."""
 
 
 def is_text(value: object) -> TypeGuard[str]:
@@ -84,6 +116,8 @@ def _boolean(value: Any, _: Any) -> bool:
 
 
 def _text(value: Any, _: Any) -> str:
+    if isinstance(value, TypedInteger | TypedNumber):
+        return value.text
     if not isinstance(value, str):
         raise ValueError(f'must be a text in quotes, such as "text", not {shown(value)}')
     if not is_text(value):
@@ -94,7 +128,7 @@ def _text(value: Any, _: Any) -> str:
 def _whole_number(value: Any, _: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or abs(value) > LARGEST_INTEGER:
         raise ValueError(f"must be a whole number, not {shown(value)}")
-    return value
+    return int(value)
 
 
 def _number(value: Any, _: Any) -> float:
@@ -104,12 +138,14 @@ def _number(value: Any, _: Any) -> float:
         raise ValueError(f"must be a number, not {shown(value)}")
     if not math.isfinite(value):
         raise ValueError(f"must be a finite number, not {shown(value)}")
-    return value
+    return float(value)
 
 
 def _path(value: Any, base: Path) -> Path:
     if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError(f"must be a path in quotes, not {shown(value)}")
+    if any(character in value for character in _ESCAPED) and not os.path.lexists(base / value):
+        raise ValueError(lost_backslash(value))
     try:
         path = (base / Path(value).expanduser()).absolute()
     except RuntimeError as error:
@@ -117,6 +153,14 @@ def _path(value: Any, base: Path) -> Path:
     if not is_text(str(path)):
         raise ValueError(f"must lead to a name in UTF-8, not to {shown(str(path))}; rename what is not")
     return path
+
+
+def _model_path(value: Any, base: Path) -> ModelPath:
+    _path(value, base)
+    try:
+        return ModelPath(str(locate(value, base)))
+    except (ModelError, OSError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _choice(value: Any, type_: Any, _: Converter) -> Any:

@@ -89,7 +89,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; the copy from pinned memory does not wait."""
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+        # From other memory it may not: that could be in other use before a device such as mps has read it.
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
 
     def pin_memory(self) -> Batch:
         """The batch in memory from which CUDA copies without waiting."""

@@ -6,7 +6,7 @@ What can be done to a caption, and in which order, is what sd-scripts' dataset f
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import compress
 from math import floor
 from pathlib import Path
@@ -53,20 +53,33 @@ class CaptionParts(NamedTuple):
     """Those that stay last."""
 
 
-def find_caption(image: Path, subset: SubsetConfig, names: Container[str]) -> Path | None:
-    """The caption file of an image among the files of these names in its folder: that of the same stem.
+def by_lower_extension(names: Sequence[str]) -> dict[str, str]:
+    """The names of files by what they are with their extensions in lower case, and by themselves, which goes first."""
+    parts = ((name, name.rpartition(".")) for name in names)
+    return {f"{stem}{dot}{extension.lower()}": name for name, (stem, dot, extension) in parts} | {
+        name: name for name in names
+    }
 
-    Where names tell of faces, that of the name without the face's numbers will do too.
+
+def find_caption(image: Path, subset: SubsetConfig, names: Mapping[str, str]) -> Path | None:
+    """The caption file of an image among the files in its folder: that of the same stem.
+
+    `names` are the files' names, `by_lower_extension`, so that `.TXT` will do too. Where names tell of faces, so will
+    the name without the face's numbers.
     """
-    wanted = subset.caption_extension
-    extensions = EXTENSIONS if wanted is None else [wanted if "." in wanted else f".{wanted}"]
     stems = [image.stem, stem_without_face(image)] if subset.face_crop_aug_range else [image.stem]
-    candidates = (stem + extension for stem in stems for extension in extensions)
-    return next((image.with_name(name) for name in candidates if name in names), None)
+    candidates = (stem + extension for stem in stems for extension in caption_extensions(subset))
+    return next((image.with_name(names[name]) for name in candidates if name in names), None)
 
 
-def read_caption(path: Path, every_line: bool = False) -> str:
-    """The first line of a caption file that is not blank, or every such line; an empty caption if there is none.
+def caption_extensions(subset: SubsetConfig) -> Sequence[str]:
+    """The extensions of the caption files of a subset; the dot may be missing in the config."""
+    wanted = subset.caption_extension
+    return EXTENSIONS if wanted is None else (wanted if "." in wanted else f".{wanted}",)
+
+
+def read_caption(path: Path) -> str:
+    """The lines of a caption file that are not blank; an empty caption if there is none.
 
     Raises DataError where the file cannot be read or is not UTF-8.
     """
@@ -81,8 +94,7 @@ def read_caption(path: Path, every_line: bool = False) -> str:
         raise DataError(str(Problem(str(path), message, "save it as UTF-8"))) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    lines = _lines(text)
-    return "\n".join(lines if every_line else lines[:1])
+    return "\n".join(_lines(text))
 
 
 def caption_in_use(caption: str, subset: SubsetConfig, use: CaptionUse, generator: Generators) -> str:
@@ -112,6 +124,18 @@ def possible_captions(caption: str, subset: SubsetConfig) -> tuple[str, ...] | N
     if subset.caption_dropout_rate or subset.caption_dropout_every_n_epochs:
         texts.append("")
     return tuple(dict.fromkeys(texts))
+
+
+def longest_captions(caption: str, subset: SubsetConfig) -> list[str]:
+    """What `caption_in_use` makes of each line of a caption at most: with all tags, and the longest of wildcards."""
+    lines = [_framed(line, subset) for line in (_lines(caption) if subset.enable_wildcard else [caption])]
+    if subset.enable_wildcard:
+        lines = [_WILDCARD.sub(_longest_part, line) for line in lines]
+    return [_arranged(line, subset, None, keyed_generator) for line in lines]
+
+
+def _longest_part(match: re.Match[str]) -> str:
+    return max(match[1].split("|"), key=len) if match[1] else match[0][0]
 
 
 def fill_wildcards(text: str, generator: np.random.Generator) -> str:
@@ -187,11 +211,12 @@ def _vary(loose: Sequence[str], subset: SubsetConfig) -> bool:
     )
 
 
-def _arranged(text: str, subset: SubsetConfig, use: CaptionUse, generator: Generators) -> str:
-    """The text with its tags as this use has them; unchanged where nothing is to be done to them."""
+def _arranged(text: str, subset: SubsetConfig, use: CaptionUse | None, generator: Generators) -> str:
+    """The text with its tags as this use has them, or all of them; unchanged where nothing is to be done to them."""
     parts = split_parts(text, subset)
     if _vary(parts.loose, subset) or (subset.keep_tokens_separator and subset.keep_tokens_separator in text):
-        tags = [*parts.first, *_chosen(parts.loose, subset, use, generator), *parts.last]
+        loose = _chosen(parts.loose, subset, use, generator) if use else parts.loose
+        tags = [*parts.first, *loose, *parts.last]
         text = (subset.caption_separator.rstrip() + " ").join(tags)
     return text.replace(subset.secondary_separator, subset.caption_separator) if subset.secondary_separator else text
 

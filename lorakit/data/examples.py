@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,22 +16,33 @@ from attrs import Factory, evolve, field, frozen
 from lorakit.config.datasets import DatasetConfig, SubsetConfig
 from lorakit.data.balancing import balanced_repeats
 from lorakit.data.buckets import Placement, place
-from lorakit.data.captions import find_caption, possible_captions, read_caption
+from lorakit.data.captions import possible_captions, read_caption
 from lorakit.data.faces import Face, face_named
-from lorakit.data.images import EXTENSIONS, read_size
-from lorakit.data.masks import check_size, find_masks
+from lorakit.data.folders import FoundImage, find_images
+from lorakit.data.images import ImageFacts, inspect_image
+from lorakit.data.masks import check_size
 from lorakit.data.memo import StatMemo
-from lorakit.data.metadata_files import read_metadata_file
 from lorakit.data.problems import data_error
 from lorakit.data.threads import in_chunks
 from lorakit.data.validation import split_off
-from lorakit.errors import DataError, Problem
-from lorakit.reading import names_of_files
+from lorakit.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 _READERS = 8
 """Threads that read headers and captions if the user does not say: they wait for the disk, not for a core."""
+
+
+@frozen
+class Source:
+    """What an example was made from."""
+
+    image: ImageFacts
+    """What is known of the image file."""
+    caption: Path | str | None
+    """The caption's file, or the caption where it is of a metadata file; None where the image has none."""
+    has_more_lines: bool = False
+    """Whether the caption file has lines that are not used."""
 
 
 @frozen
@@ -54,6 +65,8 @@ class Example:
     """The file that says where its loss counts."""
     face: Face | None = None
     """The face that it is to be cropped around."""
+    source: Source | None = field(default=None, eq=False)
+    """What it was made from; None if not from files."""
 
     @property
     def is_augmented(self) -> bool:
@@ -74,19 +87,6 @@ class IndexedDataset:
     """Images that are validated and not trained on, as `validation_split` says."""
 
 
-@frozen
-class _Found:
-    """An image file that has not been looked into."""
-
-    image: Path
-    caption: Path | str | None
-    """The caption's file, or the caption itself."""
-    dataset: DatasetConfig
-    subset: SubsetConfig
-    identity: str
-    mask: Path | None
-
-
 def default_workers() -> int:
     """How many threads read images if the user does not say: one per processor core, at most 8."""
     return min(os.cpu_count() or 1, 8)
@@ -101,13 +101,12 @@ def index_datasets(
     for all folders and files that cannot be used.
     """
     problems: list[str] = []
-    found = [_find_images(number, dataset, problems) for number, dataset in enumerate(datasets)]
+    found = [find_images(number, dataset, problems) for number, dataset in enumerate(datasets)]
     with ThreadPoolExecutor(workers or _READERS) as pool:
         read = [list(in_chunks(pool, lambda file: _read(file, memo), files)) for files in found]
     problems += [outcome for outcomes in read for outcome in outcomes if isinstance(outcome, str)]
     if problems:
         raise data_error(problems)
-    _warn_of_missing_captions([file for files in found for file in files])
     examples = [[outcome for outcome in outcomes if isinstance(outcome, Example)] for outcomes in read]
     parts = zip(datasets, *split_off(datasets, examples, seed), strict=True)
     return tuple(IndexedDataset(dataset, _balanced(own), tuple(held_out)) for dataset, own, held_out in parts)
@@ -137,72 +136,22 @@ def _balanced(examples: Sequence[Example]) -> tuple[Example, ...]:
     return tuple(example for example in counted if example.repeats)
 
 
-def _find_images(number: int, dataset: DatasetConfig, problems: list[str]) -> list[_Found]:
-    """The image files of a dataset; what is wrong with its folders is added to the problems."""
-    found = []
-    for subset_number, subset in enumerate(dataset.subsets):
-        try:
-            listed = list(_listed(subset, problems))
-        except DataError as error:
-            problems.append(str(error))
-            continue
-        folder = subset.conditioning_data_dir
-        masks = find_masks(folder, [image for _, image, _ in listed], problems) if folder else {}
-        for name, image, caption in listed:
-            # File names need not be valid text, but keys of randomness must be.
-            text = name.encode("utf-8", "backslashreplace").decode()
-            identity = f"{number}/{subset_number}/{text}"
-            found.append(_Found(image, caption, dataset, subset, identity, masks.get(image.stem)))
-    return found
-
-
-def _listed(subset: SubsetConfig, problems: list[str]) -> Iterator[tuple[str, Path, Path | str | None]]:
-    """The images of a subset: name, file, and caption or its file; of its folder, or of its metadata file."""
-    if subset.metadata_file:
-        for own in read_metadata_file(subset.metadata_file, subset, problems):
-            yield own.path, own.image, own.caption or None
-        return
-    files = _files_in(subset.image_dir)
-    for image in (subset.image_dir / name for name in sorted(files) if Path(name).suffix.lower() in EXTENSIONS):
-        yield image.name, image, find_caption(image, subset, files)
-
-
-def _files_in(folder: Path) -> set[str]:
-    """The names of the files directly in a folder, some of them images; hidden ones do not count."""
-    try:
-        names = set(names_of_files(folder))
-    except OSError as error:
-        hint = "check image_dir; relative paths are relative to the config file"
-        raise DataError(str(Problem(str(folder), f"cannot be listed: {error.strerror}", hint))) from error
-    if not any(Path(name).suffix.lower() in EXTENSIONS for name in names):
-        hint = f"image_dir is searched for {' '.join(sorted(EXTENSIONS))}, not in folders inside it"
-        raise DataError(str(Problem(str(folder), "holds no images", hint)))
-    return names
-
-
-def _read(file: _Found, memo: StatMemo | None) -> Example | str:
+def _read(file: FoundImage, memo: StatMemo | None) -> Example | str:
     """The example, or what is wrong with it."""
-    size_of, caption_of = (memo.size, memo.caption) if memo else (read_size, read_caption)
+    facts_of, lines_of = (memo.image, memo.caption) if memo else (inspect_image, read_caption)
     try:
-        size = size_of(file.image)
+        facts = facts_of(file.image)
         if file.mask:
-            check_size(file.mask, size_of(file.mask), file.image, size)
-        face = face_named(file.image, size) if file.subset.face_crop_aug_range else None
-        written = (
-            caption_of(file.caption, file.subset.enable_wildcard) if isinstance(file.caption, Path) else file.caption
-        )
+            check_size(file.mask, facts_of(file.mask).size, file.image, facts.size)
+        face = face_named(file.image, facts.size) if file.subset.face_crop_aug_range else None
+        written = lines_of(file.caption) if isinstance(file.caption, Path) else file.caption
     except DataError as error:
         return str(error)
     try:
-        placement = place(size, file.dataset)
+        placement = place(facts.size, file.dataset)
     except DataError as error:
         return f"{file.image}: {error}"
     caption = (file.subset.class_tokens or "") if written is None else written
-    return Example(file.image, caption, file.subset, placement, file.identity, mask=file.mask, face=face)
-
-
-def _warn_of_missing_captions(found: Sequence[_Found]) -> None:
-    missing = [str(file.image) for file in found if file.caption is None and not file.subset.class_tokens]
-    if missing:
-        listed = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-        logger.warning("Images without a caption file train on an empty caption (%d): %s", len(missing), listed)
+    used = caption if file.subset.enable_wildcard else caption.partition("\n")[0]
+    source = Source(facts, None if written is None else file.caption, has_more_lines=used != caption)
+    return Example(file.image, used, file.subset, placement, file.identity, mask=file.mask, face=face, source=source)

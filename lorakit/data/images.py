@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,14 +16,14 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lorakit.config.datasets import Interpolation
 from lorakit.data.buckets import Placement, Size
+from lorakit.data.formats import FORMATS, NAMES, disguised, has_its_end, read_ends
 from lorakit.errors import DataError, Problem
 from lorakit.reading import refuse_special
 
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
-"""Extensions, in lower case, of the files that are taken for images."""
-
-# Files are often misnamed, so the format is told by the content; Pillow's other readers stay shut to untrusted files.
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+# Pillow's warnings name no file. What is wrong with a file is told by the errors here; up to twice the number of pixels
+# that it warns of, images are read.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 RESAMPLING: Mapping[Interpolation, Image.Resampling] = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -44,14 +48,50 @@ _TO_UPRIGHT = {
 }
 
 
-def read_size(path: Path) -> Size:
-    """Width and height of an image as it is seen, that is after EXIF rotation; reads only the file's header.
+_WITH_FRAMES = ("PNG", "WEBP", "AVIF", "TIFF", "GIF")
+"""Formats whose files may be animated, or have pages. Of JPEG files, further pictures are depth or brightness maps."""
 
-    Raises DataError where the file is no image that can be read.
+_MODES = frozenset(
+    {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
+    | {"I", "I;16", "I;16L", "I;16B", "I;16N"}
+)
+"""Pillow's modes of pixels that are read."""
+
+
+class ImageFacts(NamedTuple):
+    """What is known of an image file that was not decoded."""
+
+    width: int
+    """Width in pixels, as the image is seen, that is after EXIF rotation."""
+    height: int
+    """Height in pixels, likewise."""
+    has_frames: bool
+    """Whether it is animated or has several pages, of which the first is used."""
+    length: int
+    """Bytes of the file."""
+    ending: int
+    """A number of its last bytes, the same for equal files and hardly for others."""
+
+    @property
+    def size(self) -> Size:
+        """Width and height."""
+        return self.width, self.height
+
+
+def inspect_image(path: Path) -> ImageFacts:
+    """What the header of an image file says; decodes the image only where the end of the file looks wrong.
+
+    Raises DataError where the file is no image that can be read, or was cut off.
     """
     with _opened(path) as image:
         width, height = image.size
-        return (height, width) if _orientation(image) >= 5 else (width, height)
+        upright = (height, width) if _orientation(image) >= 5 else (width, height)
+        has_frames = image.format in _WITH_FRAMES and bool(getattr(image, "is_animated", False))
+        ends = read_ends(path)
+        if not has_its_end(path, image, ends):
+            image.draft("L", (1, 1))  # which lets JPEG files be decoded at an eighth of their size
+            image.load()
+        return ImageFacts(*upright, has_frames, ends.length, crc32(ends.tail))
 
 
 def load_pixels(path: Path, placement: Placement, interpolation: Interpolation = "lanczos") -> NDArray[np.uint8]:
@@ -134,6 +174,8 @@ def _in_eight_bits(image: Image.Image) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 where the file gives none that makes sense."""
+    if image.format == "TIFF":  # whose reader turns the image itself
+        return 1
     try:
         # The PNG reader's own `getexif` would decode all pixels to look for a tag behind them.
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
@@ -142,12 +184,18 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in _TO_UPRIGHT else 1
 
 
+class _UnreadColours(Exception):
+    """An image whose pixels are of a mode that is not read."""
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """An open image; whatever goes wrong while it is used is a DataError that names the file."""
     try:
         refuse_special(path)
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.mode not in _MODES:
+                raise _UnreadColours(image.mode)
             yield image
     except Exception as error:  # Pillow's decoders raise many types for damaged files.
         raise DataError(str(_why_unreadable(path, error))) from error
@@ -156,11 +204,18 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 def _why_unreadable(path: Path, error: Exception) -> Problem:
     name = str(path)
     if isinstance(error, Image.DecompressionBombError):
-        return Problem(name, "has more pixels than is sane, which may be an attack", "shrink or remove it")
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        pixels = re.search(r"\d+", str(error))
+        has = f"has {int(pixels[0]) / 1e6:.0f} megapixels" if pixels else "has too many pixels"
+        return Problem(name, f"{has}; at most {most:.0f} are read", "make it smaller, or remove it")
     if isinstance(error, OSError) and error.strerror:
         return Problem(name, f"cannot be read: {error.strerror}")
     if path.stat().st_size == 0:
         return Problem(name, "is empty (0 bytes)", "restore or remove it")
-    if isinstance(error, UnidentifiedImageError):
-        return Problem(name, "is not a PNG, JPEG, WebP, BMP or GIF image", "convert or remove it")
+    hint = "convert it to JPEG or PNG, or remove it"
+    if isinstance(error, _UnreadColours):
+        return Problem(name, f"has colours of the kind {error}, which are not read", hint)
+    disguise = disguised(path)
+    if disguise or isinstance(error, UnidentifiedImageError):
+        return Problem(name, disguise or f"is not a {NAMES} image", hint)
     return Problem(name, f"is damaged: {error}", "replace or remove it")

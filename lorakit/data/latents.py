@@ -57,7 +57,8 @@ class LiveEncoder:
 def on_device(images: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
     """Images of one size on a device, uint8 [B, H, W, 3]."""
     pixels = torch.from_numpy(np.stack(images))
-    return (pixels.pin_memory() if device.type == "cuda" else pixels).to(device, non_blocking=True)
+    # Without waiting from pinned memory alone: other memory may be in other use before a device has read it.
+    return pixels.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else pixels.to(device)
 
 
 def encode_pixels(pixels: Tensor, encoder: ImageEncoder) -> Mapping[str, Tensor]:
@@ -76,6 +77,6 @@ def latent_masks(masks: Sequence[NDArray[np.uint8] | None], latents: Tensor) -> 
 
 def not_encodable(name: str, error: NotFiniteError) -> DataError:
     """What to tell of an image or caption of which the encoder makes NaN or infinity."""
-    hint = "its encoder's weights are damaged, so give model.vae or another model; or its number format overflows, "
-    hint += "so set training.mixed_precision to bf16 or no"
+    hint = "its encoder's number format overflows, so set model.no_half_vae = true for images, or "
+    hint += "training.mixed_precision to bf16 or no; or its weights are damaged, so give model.vae or another model"
     return DataError(str(Problem(name, f"cannot be encoded: {error}", hint)))

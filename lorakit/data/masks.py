@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from lorakit.data.buckets import Size
-from lorakit.data.images import EXTENSIONS
+from lorakit.data.formats import EXTENSIONS
 from lorakit.errors import DataError, Problem
 from lorakit.reading import names_of_files
 

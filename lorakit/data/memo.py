@@ -10,9 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.buckets import Size
 from lorakit.data.captions import read_caption
-from lorakit.data.images import read_size
+from lorakit.data.images import ImageFacts, inspect_image
 from lorakit.errors import DataError, OutputError
 from lorakit.files import write_atomically
 from lorakit.reading import refuse_special
@@ -37,15 +36,13 @@ class StatMemo:
         """A key of the file's content. Raises DataError where it cannot be read."""
         return str(self.remember(path, "digest", lambda: content_digest(path)))
 
-    def size(self, path: Path) -> Size:
-        """Width and height of an image as it is seen. Raises DataError where it is none."""
-        width, height = self.remember(path, "size", lambda: read_size(path))
-        return width, height
+    def image(self, path: Path) -> ImageFacts:
+        """What `inspect_image` finds. Raises DataError where it finds no image."""
+        return ImageFacts(*self.remember(path, "image", lambda: list(inspect_image(path))))
 
-    def caption(self, path: Path, every_line: bool = False) -> str:
+    def caption(self, path: Path) -> str:
         """What `read_caption` reads. Raises DataError where it cannot."""
-        name = "every line" if every_line else "caption"
-        return str(self.remember(path, name, lambda: read_caption(path, every_line)))
+        return str(self.remember(path, "every line", lambda: read_caption(path)))
 
     def save(self) -> None:
         """Write what is new to the file, beside what other runs wrote there meanwhile; warn where that fails."""
@@ -100,6 +97,8 @@ def _is_record(record: Any) -> bool:
     """Whether this can be believed of a file, as far as it shows."""
     if not isinstance(record, dict) or "stamp" not in record:
         return False
-    size, texts = record.get("size", [1, 1]), [record.get(name, "") for name in ("digest", "caption", "every line")]
-    is_size = isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
-    return is_size and all(isinstance(text, str) for text in texts)
+    texts = [record.get(name, "") for name in ("digest", "every line")]
+    match record.get("image", [1, 1, False, 0, 0]):
+        case [int() as width, int() as height, bool(), int(), int()]:
+            return min(width, height) > 0 and all(isinstance(text, str) for text in texts)
+    return False

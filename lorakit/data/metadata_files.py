@@ -1,23 +1,33 @@
 """Metadata files: the captions of many images in one file, as sd-scripts' tools write them; imports no torch.
 
 JSON maps each image's path to a table with `caption` and `tags`; of JSON Lines, each line is such a
-table with `image_path`. Paths are relative to the subset's `image_dir`, and must not lead out of it.
+table with `image_path`, or with `file_name` and `text` as in the Hub's `metadata.jsonl` and `metadata.csv`.
+Paths are relative to the subset's `image_dir`, and must not lead out of it.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from attrs import frozen
 
 from lorakit.config.datasets import SubsetConfig
-from lorakit.config.values import is_text
-from lorakit.data.images import EXTENSIONS
+from lorakit.config.values import is_text, shown
+from lorakit.data.formats import EXTENSIONS, UNREAD
 from lorakit.errors import DataError, Problem
+
+METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+"""Names that metadata files have on the Hugging Face Hub, in the folder of their images."""
+
+_PATHS = ("image_path", "file_name", "image")
+_CAPTIONS = ("caption", "text", "prompt")
+"""What sd-scripts, the Hub's image folders and other tools call an image's path and its caption."""
 
 _LONGEST = 2**28
 
@@ -31,7 +41,7 @@ class ListedImage:
     image: Path
     """The image file."""
     caption: str
-    """Caption and tags; with `enable_wildcard` it may have several lines."""
+    """Caption and tags, which may have several lines."""
 
 
 def read_metadata_file(file: Path, subset: SubsetConfig, problems: list[str]) -> list[ListedImage]:
@@ -41,10 +51,13 @@ def read_metadata_file(file: Path, subset: SubsetConfig, problems: list[str]) ->
     """
     listed: dict[str, ListedImage] = {}
     for path, entry in _entries(file):
-        texts = [entry.get(name) or "" for name in ("caption", "tags")] if isinstance(entry, Mapping) else []
-        inside = _inside(subset.image_dir, path) if isinstance(path, str) else None
+        texts = [_first(entry, names) for names in (_CAPTIONS, ("tags",))] if isinstance(entry, Mapping) else []
+        inside = _inside(subset.image_dir, path) if isinstance(path, str) and path else None
         image = _image(subset.image_dir, inside) if inside else None
-        if not isinstance(path, str) or not texts or not all(is_text(text) for text in texts):
+        if not isinstance(path, str) or not path:
+            hint = "it is looked for in " + ", ".join(_PATHS)
+            problems.append(str(Problem(f"{file}: {shown(entry)}", "does not say its image's path", hint)))
+        elif not texts or not all(is_text(text) for text in texts):
             problems.append(str(Problem(f"{file}: {path}", "must have caption and tags, each a text in UTF-8")))
         elif path in listed:
             problems.append(str(Problem(f"{file}: {path}", "is listed twice", "remove one of the two")))
@@ -52,11 +65,21 @@ def read_metadata_file(file: Path, subset: SubsetConfig, problems: list[str]) ->
             hint = f"give an image_dir that holds all images of the file, instead of {subset.image_dir}"
             problems.append(str(Problem(f"{file}: {path}", "leads out of image_dir", hint)))
         elif image is None:
-            hint = f"paths are relative to image_dir, {subset.image_dir}"
-            problems.append(str(Problem(f"{file}: {path}", "is no image file", hint)))
+            problems.append(str(_why_no_image(f"{file}: {path}", subset.image_dir)))
         else:
             listed[path] = ListedImage(path, image, _caption(subset, *texts))
     return sorted(listed.values(), key=lambda own: own.path)
+
+
+def _why_no_image(key: str, folder: Path) -> Problem:
+    if Path(key).suffix.lower() in UNREAD:
+        return Problem(key, "is of a format that is not read", "convert it to JPEG or PNG")
+    return Problem(key, "is no image file", f"paths are relative to image_dir, {folder}")
+
+
+def _first(entry: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """What an entry has under the first of several names, where it is not empty; else an empty text."""
+    return next((entry[name] for name in names if entry.get(name)), "")
 
 
 def _entries(file: Path) -> Sequence[tuple[Any, Any]]:
@@ -65,22 +88,31 @@ def _entries(file: Path) -> Sequence[tuple[Any, Any]]:
         if file.stat().st_size > _LONGEST:
             raise ValueError(f"it has more than {_LONGEST} bytes")
         text = file.read_text(encoding="utf-8-sig")
-        if file.suffix.lower() != ".jsonl":
-            found = json.loads(text)
-            entries = list(found.items()) if isinstance(found, dict) else []
-        else:
-            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-            entries = [(line.get("image_path"), line) for line in lines if isinstance(line, dict)]
-            entries = entries if len(entries) == len(lines) else []
+        found = _READERS.get(file.suffix.lower(), json.loads)(text)
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DataError(str(Problem(str(file), "is not UTF-8 text", "save it as UTF-8"))) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: is not valid JSON: {error}") from error
+    except (ValueError, RecursionError, csv.Error) as error:
+        kind = "CSV" if file.suffix.lower() == ".csv" else "JSON"
+        raise DataError(f"{file}: is not valid {kind}: {error}") from error
+    tables = found if isinstance(found, list) and all(isinstance(line, dict) for line in found) else []
+    entries = list(found.items()) if isinstance(found, dict) else [(_first(line, _PATHS), line) for line in tables]
     if not entries:
         raise DataError(str(Problem(str(file), "lists no images", "each needs its path, and a table with its caption")))
     return entries
+
+
+def _json_lines(text: str) -> list[Any]:
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+def _rows(text: str) -> list[dict[str, str]]:
+    """The rows of a table whose first line says what its columns are."""
+    return [{name: value for name, value in row.items() if name} for row in csv.DictReader(io.StringIO(text))]
+
+
+_READERS: Mapping[str, Callable[[str], Any]] = {".jsonl": _json_lines, ".csv": _rows}
 
 
 def _inside(folder: Path, path: str) -> str | None:
@@ -98,8 +130,7 @@ def _image(folder: Path, path: str) -> Path | None:
 
 
 def _caption(subset: SubsetConfig, caption: str, tags: str) -> str:
-    """Caption and tags joined, with the tags after every line that is used."""
+    """Caption and tags joined, with the tags after every line."""
     lines = [line.strip() for line in caption.splitlines() if line.strip()] or [""]
-    used = lines if subset.enable_wildcard else lines[:1]
     joint = subset.caption_separator.rstrip() + " "
-    return "\n".join(joint.join(filter(None, (line, tags.strip()))) for line in used)
+    return "\n".join(joint.join(filter(None, (line, tags.strip()))) for line in lines)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from attrs import frozen
 
+from lorakit.config.sections import DEFAULT_MAX_STEPS, TrainingSection
 from lorakit.data.buckets import Size
 from lorakit.data.examples import IndexedDataset
 from lorakit.randomness import keyed_generator
@@ -83,6 +84,34 @@ class Bucket:
     def micro_batches(self) -> int:
         """Micro-batches in an epoch, of which the last may be short."""
         return ceil(self.appearances / self.batch_size)
+
+
+@frozen
+class RunLength:
+    """How long a run is, in optimizer steps."""
+
+    steps_per_epoch: int
+    """Steps of a whole epoch."""
+    total_steps: int
+    """Steps of the whole run."""
+
+    @classmethod
+    def of(cls, datasets: Sequence[IndexedDataset], training: TrainingSection, world_size: int = 1) -> RunLength:
+        """The length of a run on these datasets, on so many processes."""
+        per_epoch = steps_per_epoch(datasets, world_size, training.gradient_accumulation_steps)
+        if training.max_epochs:
+            return cls(per_epoch, training.max_epochs * per_epoch)
+        return cls(per_epoch, training.max_steps or DEFAULT_MAX_STEPS)
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of the whole run, the last one possibly cut short."""
+        return -(-self.total_steps // self.steps_per_epoch)
+
+    @property
+    def last_epoch_steps(self) -> int:
+        """Steps of the last epoch: fewer than of the others where the run ends within it."""
+        return self.total_steps - (self.total_epochs - 1) * self.steps_per_epoch
 
 
 def plan_epoch(

@@ -35,16 +35,10 @@ def split_off(datasets: Sequence[DatasetConfig], examples: Examples, seed: int) 
     """
     held_out: set[Path] = set()
     for dataset, own in zip(datasets, examples, strict=True):
-        if not dataset.validation_split:
-            continue
-        chosen = _chosen(dataset, own, seed)
-        if not chosen:
-            message = "validation_split = %s holds out none of %d images: their number in no subset is large enough"
-            logger.warning(message, dataset.validation_split, len(own))
-        held_out |= chosen
+        if dataset.validation_split:
+            held_out |= _chosen(dataset, own, seed)
     if not held_out:
         return examples, [[] for _ in examples]
-    logger.info("images held out for validation: %d", len(held_out))
     is_out = [[example.image.resolve() in held_out for example in own] for own in examples]
     pairs = [list(zip(own, flags, strict=True)) for own, flags in zip(examples, is_out, strict=True)]
     training = [[example for example, out in own if not out] for own in pairs]
@@ -94,7 +88,7 @@ def _refuse_empty(datasets: Sequence[DatasetConfig], training: Examples) -> None
         f"{', '.join(str(subset.image_dir) for subset in dataset.subsets)}: all images are held out for validation"
         " in other subsets, so none is left to train on; lower validation_split"
         for dataset, own in zip(datasets, training, strict=True)
-        if all(example.subset.is_reg for example in own)
+        if dataset.active_subsets and all(example.subset.is_reg for example in own)
     ]
     if empty:
         raise data_error(empty)

@@ -12,6 +12,9 @@ from torch.utils import deterministic
 
 from lorakit.errors import ConfigError, Problem
 
+_PRECISION = {True: "tf32", False: "ieee"}
+"""How PyTorch's newer settings call what is allowed, or not."""
+
 
 @contextmanager
 def products_rounded(allowed: bool, device: torch.device) -> Iterator[None]:
@@ -20,16 +23,26 @@ def products_rounded(allowed: bool, device: torch.device) -> Iterator[None]:
     TF32 rounds their factors to 10 bits, which the matrix units take. PyTorch by itself lets convolutions use it, and
     matrix products not.
     """
-    # The older of PyTorch's two ways to say so: its compiler still reads that one, and fails where both were used.
-    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn] if device.type == "cuda" else []
-    before = [setting.allow_tf32 for setting in settings]
-    for setting in settings:
-        setting.allow_tf32 = allowed
+    if device.type != "cuda":
+        yield
+        return
+    backends: Any = torch.backends
+    value: bool | str = allowed
+    settings, key = [backends.cuda.matmul, backends.cudnn], "allow_tf32"
+    try:
+        before = [getattr(own, key) for own in settings]
+    except RuntimeError:
+        # PyTorch has two ways to say so, of which its compiler still reads the older one; where a program has used
+        # the newer one, the older fails.
+        settings, key, value = [backends.cuda.matmul, backends.cudnn.conv], "fp32_precision", _PRECISION[allowed]
+        before = [getattr(own, key) for own in settings]
+    for own in settings:
+        setattr(own, key, value)
     try:
         yield
     finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.allow_tf32 = value
+        for own, former in zip(settings, before, strict=True):
+            setattr(own, key, former)
 
 
 @contextmanager

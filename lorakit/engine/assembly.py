@@ -7,7 +7,9 @@ network → the loop.
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,12 +17,13 @@ from pathlib import Path
 import torch
 
 from lorakit.components import ObserverConfig
-from lorakit.config.sections import TrainConfig
+from lorakit.config.sections import TrainConfig, TrainingSection
 from lorakit.data.batches import BatchLoader
 from lorakit.engine.arithmetic import repeatable
 from lorakit.engine.base_model import build_model
 from lorakit.engine.building import built
-from lorakit.engine.caching import Encoded, encode_data
+from lorakit.engine.caching import Encoded, Filled, encode_data
+from lorakit.engine.device import device_summary, device_warnings
 from lorakit.engine.gradients import FlatGradients
 from lorakit.engine.identity import RunIdentity
 from lorakit.engine.metadata import run_metadata
@@ -34,15 +37,17 @@ from lorakit.engine.run import Run
 from lorakit.engine.schedule import Schedule
 from lorakit.engine.shortage import advice
 from lorakit.engine.spilling import SpillWatch, signs_on
-from lorakit.engine.state import find_state, state_folder
+from lorakit.engine.state import find_state, forget_end, has_ended, note_end, state_folder
+from lorakit.engine.summary import tell
 from lorakit.engine.trainer import train
 from lorakit.engine.validation import ValidationSet
-from lorakit.errors import ConfigError, PluginError
+from lorakit.errors import ConfigError, Interrupted, PluginError
 from lorakit.files import remove_leftovers
 from lorakit.models.protocol import AdaptationTarget, DiffusionModel
 from lorakit.networks.network import Network, ParameterGroup
 from lorakit.networks.saving import starting_tensors
 from lorakit.plugins import Catalog
+from lorakit.wording import file_size
 
 log = logging.getLogger(__name__)
 
@@ -50,50 +55,89 @@ EVERY_RUN_HAS = ("checkpoints", "progress", "validation")
 """Observers that need not be named in the config; one that is replaces its default."""
 
 
-def train_prepared(prepared: PreparedRun, catalog: Catalog, resume: Path | None = None) -> Path:
+def train_prepared(
+    prepared: PreparedRun,
+    catalog: Catalog,
+    resume: Path | None = None,
+    observers: Sequence[Observer] = (),
+    stop: threading.Event | None = None,
+) -> Path:
     """Train as the config of a prepared run says; gives the path of the final file.
 
-    `resume` is the folder of a state; an empty path stands for the newest state of the run. Raises OutputError
-    while another run writes files of the same name to the same folder.
+    `resume` is the folder of a state; an empty path stands for the newest state of the run. `observers` hear of the run
+    before those that the config names; `stop` ends it after a step. Raises OutputError while another run writes files
+    of the same name to the same folder.
     """
     config = prepared.config
-    processes = Processes.launched(config.training.device, config.training.process_timeout)
-    alone = only_run(config.output) if processes.is_main else nullcontext()
-    with alone, repeatable(config.training.deterministic):
-        return _train_alone(prepared, catalog, processes, resume)
-
-
-def _train_alone(prepared: PreparedRun, catalog: Catalog, processes: Processes, resume: Path | None) -> Path:
-    """Train where no other run writes files of the same name."""
-    config = prepared.config
-    if processes.is_main:
-        clean_up(config)
-    state = None
-    if resume is not None:
-        state = find_state(RunIdentity.of(prepared, processes.world_size), None if resume == Path() else resume)
-    run = assemble(prepared, processes)
-    if state is not None:
-        run.load_state(state)
-        log.info("going on from step %d of %d", run.step, run.schedule.total_steps)
-    if run.processes.is_main:
-        run.writer.write_config(catalog)
-        run.observers = build_observers(run, catalog)
-        run.observers.add("memory", SpillWatch(signs_on(run.processes.device), partial(advice, run)))
-    try:
-        train(run)
-    finally:
-        run.loader.cache.memo.save()
+    if stop is not None and stop.is_set():
+        raise Interrupted("Stopped before the first step.")
+    # Before anything is computed: cuBLAS reads its part of it at its first product.
+    with repeatable(config.training.deterministic):
+        processes = launched_processes(config.training)
+        with only_run(config.output) if processes.is_main else nullcontext():
+            clean_up(config, processes)
+            state = None
+            if resume is not None:
+                state = find_state(RunIdentity.of(prepared, processes.world_size), None if resume == Path() else resume)
+                final = config.output.dir / f"{config.output.name}{built(config.saver).suffix}"
+                if resume == Path() and final.is_file() and has_ended(state, prepared.length.total_steps):
+                    log.warning("%s", _ended_already(config, prepared.length.total_steps, final))
+                    return final
+            run = _begin(prepared, catalog, processes, state)
+            run.stop.event = stop
+            # First, so that they know the step of what others save.
+            for observer in reversed(observers if processes.is_main else ()):
+                run.observers.add(type(observer).__name__, observer, first=True)
+            try:
+                train(run)
+            finally:
+                run.loader.cache.memo.save()
+            if processes.is_main:
+                note_end(state_folder(config), run.schedule.total_steps)
     return run.writer.path(config.output.name)
 
 
-def fill_cache(prepared: PreparedRun) -> None:
-    """Encode all images, and the captions where they stay the same over the run."""
-    config = prepared.config
-    processes = Processes.launched(config.training.device, config.training.process_timeout)
+def launched_processes(training: TrainingSection) -> Processes:
+    """The processes of a run; the main one says what it trains on, and what does not suit that."""
+    processes = Processes.launched(training.device, training.process_timeout)
     if processes.is_main:
-        clean_up(config)
+        tell("device", device_summary(processes.device, training.mixed_precision, processes.world_size))
+        for warning in device_warnings(training, processes.device):
+            log.warning("%s", warning)
+    return processes
+
+
+def _begin(prepared: PreparedRun, catalog: Catalog, processes: Processes, state: Path | None) -> Run:
+    """The run at its first step, or where a state was saved, with its observers."""
+    if state is None and processes.is_main:
+        forget_end(state_folder(prepared.config))
+    run = assemble(prepared, processes)
+    if processes.is_main:
+        tell("adapters", f"{len(run.network.adapters)}, {file_size(run.writer.size)} a file")
+    if state is not None:
+        run.load_state(state)
+        log.info("going on from step %d of %d", run.step, run.schedule.total_steps)
+    if processes.is_main:
+        run.writer.write_config(catalog)
+        run.observers = build_observers(run, catalog)
+        run.observers.add("memory", SpillWatch(signs_on(run.processes.device), partial(advice, run)))
+    return run
+
+
+def _ended_already(config: TrainConfig, total_steps: int, final: Path) -> str:
+    """What to say to who resumes a run that has ended."""
+    key = "training.max_epochs" if config.training.max_epochs else "training.max_steps"
+    cure = f"to train on, raise {key}; to repeat the run, leave out --resume"
+    return f"this run has ended already, after all of its {total_steps} steps: {final} ({cure})"
+
+
+def fill_cache(prepared: PreparedRun) -> Mapping[str, Filled]:
+    """Encode all images, and the captions where they stay the same over the run; gives how many were new."""
+    config = prepared.config
     with repeatable(config.training.deterministic):
-        encode_data(prepared, build_model(config, processes.device), processes)
+        processes = launched_processes(config.training)
+        clean_up(config, processes)
+        return encode_data(prepared, build_model(config, processes.device), processes).filled
 
 
 def assemble(prepared: PreparedRun, processes: Processes) -> Run:
@@ -147,11 +191,12 @@ def adapt(model: DiffusionModel, config: TrainConfig) -> tuple[Network, list[Par
     return network, _parameter_groups(config, network)
 
 
-def clean_up(config: TrainConfig) -> None:
-    """Remove what killed runs had begun to write in the folders of a run."""
+def clean_up(config: TrainConfig, processes: Processes) -> None:
+    """Remove what killed runs had begun to write in the folders of a run, before any of its processes writes there."""
     folders = [config.output.dir, state_folder(config), config.output.dir / "sample", config.cache_dir]
-    for folder in (*folders, *config.cache_dir.glob("??")):
+    for folder in (*folders, *config.cache_dir.glob("??")) if processes.is_main else ():
         remove_leftovers(folder)
+    processes.wait()
 
 
 def build_observers(run: Run, catalog: Catalog) -> Observers:
@@ -212,7 +257,8 @@ def _attached_network(config: TrainConfig, model: DiffusionModel) -> Network:
     network: Network = built(config.network, [target for target in targets if _learning_rate(config, target)])
     network.initialize(config.training.seed)
     if config.network.weights is not None:
-        network.load_tensors(starting_tensors(config.network.weights), str(config.network.weights))
+        tensors = starting_tensors(config.network.weights, {target.key for target in targets})
+        network.load_tensors(tensors, str(config.network.weights))
     return network.train()
 
 

@@ -63,7 +63,8 @@ def _problems_of_the_device(training: TrainingSection, device: torch.device) -> 
 
 def _new_warnings(config: TrainConfig, model: DiffusionModel, device: torch.device) -> Iterator[Problem]:
     """What could not be told from the config alone."""
-    if device.type == "cpu" and doubts(config.training) is None:
+    told = any(doubt.key == "training.mixed_precision" for doubt in doubts(config.training))
+    if device.type == "cpu" and not told:
         doubt = fp16_on_cpu(config.training, "PyTorch finds no accelerator")
         yield from [doubt] if doubt else []
     if config.training.device == "auto":

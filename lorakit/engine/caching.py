@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
-from attrs import frozen
+import torch
+from attrs import field, frozen
 
 from lorakit.data.encoding import Captions, Encoding, LatentKeys, encode_captions, encode_latents
 from lorakit.data.examples import default_workers
 from lorakit.data.latents import LiveEncoder
 from lorakit.engine.preparation import PreparedRun
 from lorakit.engine.processes import Processes
+from lorakit.engine.progress import Display, Pace, Position, display
 from lorakit.models.protocol import DiffusionModel
+
+_DELAY = 0.5
+"""Seconds that encoding takes before anything is shown of it."""
+
+
+@frozen
+class Filled:
+    """How many entries the cache got, and how many it had."""
+
+    new: int
+    there: int
 
 
 @frozen
@@ -26,24 +40,30 @@ class Encoded:
     """Where captions are, or what tokenizes them in each step."""
     live: LiveEncoder | None
     """What encodes images that change from epoch to epoch; None where there are none."""
+    filled: Mapping[str, Filled] = field(factory=dict)
+    """What encoding has added to the cache: `images`, mirrored ones counted too, and `captions`, unless each step
+    encodes them."""
 
 
 def encode_data(prepared: PreparedRun, model: DiffusionModel, processes: Processes) -> Encoded:
     """Fill the cache with all that stays the same over the run: this process's share, and wait for the others."""
     model.memo = prepared.cache.memo
-    keys, live = _images(prepared, model, processes)
-    captions = _captions(prepared, model, processes)
+    filled: dict[str, Filled] = {}
+    keys, live = _images(prepared, model, processes, filled)
+    captions = _captions(prepared, model, processes, filled)
     prepared.cache.memo.save()
     processes.wait()
-    return Encoded(keys, captions, live)
+    return Encoded(keys, captions, live, filled)
 
 
 def _images(
-    prepared: PreparedRun, model: DiffusionModel, processes: Processes
+    prepared: PreparedRun, model: DiffusionModel, processes: Processes, filled: dict[str, Filled]
 ) -> tuple[LatentKeys, LiveEncoder | None]:
     datasets, data = (*prepared.datasets, *prepared.validation), prepared.config.data
     with _progress("encoding images", processes) as progress:
-        keys = encode_latents(datasets, model, prepared.cache, _encoding(prepared, processes, progress))
+        keys = encode_latents(datasets, model, prepared.cache, _encoding(prepared, processes, progress.show))
+    if keys:
+        filled["images"] = _filled(progress.done, keys.values(), processes)
     if not prepared.encodes_images:
         model.free("image_encoder")
         return keys, None
@@ -53,14 +73,23 @@ def _images(
     )
 
 
-def _captions(prepared: PreparedRun, model: DiffusionModel, processes: Processes) -> Captions:
+def _captions(
+    prepared: PreparedRun, model: DiffusionModel, processes: Processes, filled: dict[str, Filled]
+) -> Captions:
     config, datasets = prepared.config, (*prepared.datasets, *prepared.validation)
     if prepared.encodes_captions:
         return partial(model.text_encoder.tokenize, weighted=config.data.weighted_captions)
     with _progress("encoding captions", processes) as progress:
-        keys = encode_captions(datasets, model, prepared.cache, _encoding(prepared, processes, progress))
+        keys = encode_captions(datasets, model, prepared.cache, _encoding(prepared, processes, progress.show))
+    filled["captions"] = _filled(progress.done, keys.values(), processes)
     model.free("text_encoder")
     return keys
+
+
+def _filled(new: int, keys: Iterable[str], processes: Processes) -> Filled:
+    """What all processes together have added to the cache, of these keys."""
+    added = int(processes.sum(torch.tensor(float(new), device=processes.device)).item())
+    return Filled(added, len(set(keys)) - added)
 
 
 def _encoding(prepared: PreparedRun, processes: Processes, progress: Callable[[int, int], None]) -> Encoding:
@@ -76,18 +105,32 @@ def _encoding(prepared: PreparedRun, processes: Processes, progress: Callable[[i
     )
 
 
+class _Progress:
+    """Shows how many entries are encoded, where that takes a while."""
+
+    def __init__(self, title: str, display: Display | None) -> None:
+        self.done = 0
+        self._title = title
+        self._display = display
+        self._pace = Pace()
+        self._began = time.monotonic()
+
+    def show(self, done: int, total: int) -> None:
+        """Show that so many are done."""
+        self.done = done
+        seconds = time.monotonic() - self._began
+        self._pace.add(done, seconds)
+        if self._display is not None and seconds > _DELAY:
+            position = Position(done=done, total=total, title=self._title, rate=self._pace.rate)
+            self._display.show(position)
+
+
 @contextmanager
-def _progress(title: str, processes: Processes) -> Iterator[Callable[[int, int], None]]:
-    """A callback that draws a progress bar from its first call on; on the main process only."""
-    from tqdm import tqdm
-
-    bar = tqdm(desc=title, disable=not processes.is_main, delay=0.5, dynamic_ncols=True)
-
-    def show(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-
+def _progress(title: str, processes: Processes) -> Iterator[_Progress]:
+    """What shows progress, on the main process only."""
+    shown = display() if processes.is_main else None
     try:
-        yield show
+        yield _Progress(title, shown)
     finally:
-        bar.close()
+        if shown is not None:
+            shown.close()

@@ -30,7 +30,7 @@ def data_metadata(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
     first = datasets[0].config
     width, height = first.resolution
     examples = [example for dataset in datasets for example in dataset.examples]
-    subsets = [subset for dataset in datasets for subset in dataset.config.subsets]
+    subsets = [subset for dataset in datasets for subset in dataset.config.active_subsets]
     regularisation = _folders(datasets, is_reg=True)
     return {
         **_shared(subsets, [key for key in _SUBSET_KEYS if key not in _OF_ONE_SUBSET]),
@@ -59,7 +59,7 @@ def _subsets(datasets: Sequence[IndexedDataset]) -> Iterator[tuple[SubsetConfig,
     """Each subset with the number of its images."""
     for dataset in datasets:
         counts = Counter(example.subset for example in dataset.examples)
-        for subset in dataset.config.subsets:
+        for subset in dataset.config.active_subsets:
             yield subset, counts[subset]
 
 
@@ -95,7 +95,7 @@ def _bucket_info(examples: Sequence[Example]) -> Mapping[str, Any]:
         for index, (size, count) in enumerate(sorted(counts.items()))
     }
     errors = [_aspect_error(example.placement) for example in examples]
-    return {"buckets": buckets, "mean_img_ar_error": sum(errors) / len(errors)}
+    return {"buckets": buckets, "mean_img_ar_error": sum(errors) / max(len(errors), 1)}
 
 
 def _aspect_error(placement: Placement) -> float:

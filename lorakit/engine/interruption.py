@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -21,10 +21,20 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether the user has asked the run to stop."""
+    """Whether the user has asked the run to stop, by a signal or by an event that any thread can set."""
 
     def __init__(self) -> None:
         self.made = False
+        self.event: threading.Event | None = None
+        """Set by a program that wants the run to stop, from whatever thread."""
+        self.status: Callable[[], str] = lambda: "Stopped."
+        """What to say when a second request stops everything at once; called from a signal handler, or a thread."""
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the run is to stop after the step."""
+        # A signal does not set the event: it may come while the main thread holds the event's lock.
+        return self.made or (self.event is not None and self.event.is_set())
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -34,7 +44,7 @@ class StopRequest:
             return
         previous = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         try:
-            with _ended_by_the_second():
+            with _ended_by_the_second(self.status):
                 yield
         finally:
             for number, handler in previous.items():
@@ -42,15 +52,15 @@ class StopRequest:
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self.made:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(self.status())
         self.made = True
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         log.warning("%s: finishing this step and saving a state; once more stops at once", name)
 
 
 @contextmanager
-def _ended_by_the_second() -> Iterator[None]:
-    """End the process `GRACE` seconds after a second signal, unless what is inside has ended by then.
+def _ended_by_the_second(status: Callable[[], str]) -> Iterator[None]:
+    """End the process `GRACE` seconds after a second signal, with a last word, unless what is inside has ended by then.
 
     Python runs handlers between its own instructions only, and one operation of PyTorch may take minutes. The system
     tells of signals at once through a socket, which a thread can read meanwhile.
@@ -64,7 +74,7 @@ def _ended_by_the_second() -> Iterator[None]:
         while not over.is_set() and (numbers := told.recv(64)):
             count += sum(number in _SIGNALS for number in numbers)
             if count > 1 and not over.wait(GRACE):
-                os.write(2, b"\nStopped.\n")
+                os.write(2, f"\n{status()}\n".encode(errors="backslashreplace"))
                 os._exit(Interrupted.exit_status)
 
     thread = threading.Thread(target=watch, name="second signal", daemon=True)

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from textwrap import shorten
 
-import torch
 from attrs import evolve, fields, frozen
 
 from lorakit.config.sections import TrainingSection
@@ -72,7 +71,8 @@ def in_mode(run: Run, learn: Learn) -> Iterator[Learn]:
 class Fastest:
     """A `Learn` in the fastest of the modes that a config leaves open, as measured with its first micro-batch.
 
-    Measuring adds nothing to gradients and loss, and moves nothing that is trained.
+    Measuring adds nothing to gradients and loss, and moves nothing that is trained. Each process chooses for itself: a
+    mode changes only how it computes, and a process that has no share of a micro-batch could not take part.
     """
 
     def __init__(self, run: Run, learn: Learn, least_seconds: Mapping[str, float] = LEAST_SECONDS) -> None:
@@ -92,7 +92,7 @@ class Fastest:
     def _fastest(self, batch: Batch) -> Mode:
         """The mode to train in. What goes wrong without any of those that are open is raised."""
         best = Mode.certain(self._training)
-        shortest = self._agreed(self._seconds(best, batch))
+        shortest = self._seconds(best, batch)
         log.info("a micro-batch takes %.1f ms", 1000 * shortest)
         for key in self._least_seconds:
             if getattr(self._training, key) != "auto":
@@ -101,7 +101,7 @@ class Fastest:
                 log.info("training.%s is off: %s", key, reason)
                 continue
             mode = evolve(best, **{key: True})
-            seconds = self._agreed(self._tried(mode, batch))
+            seconds = self._tried(mode, batch)
             pays = seconds * LEAST_GAIN < shortest
             log.info("training.%s is %s: %.1f ms with it", key, "on" if pays else "off", 1000 * seconds)
             if pays:
@@ -138,11 +138,6 @@ class Fastest:
                 self._run.processes.finish()
                 times.append(time.perf_counter() - started)
         return min(times)
-
-    def _agreed(self, seconds: float) -> float:
-        """The mean over all processes, so that they choose alike."""
-        processes = self._run.processes
-        return processes.sum(torch.tensor(seconds, device=processes.device)).item() / processes.world_size
 
     def _set_up(self, mode: Mode) -> Learn:
         """The function in this mode, and the model with it. Recordings of other modes are gone."""

@@ -7,8 +7,9 @@ read from the device some steps late where reading at once would make the device
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,8 @@ class RunInfo:
     """The place in a pipeline of diffusers of each adapted layer, `unet.mid_block.…`, by its key in LoRA files."""
     tell: Callable[..., None]
     """Tells all observers of an event, by the name of its method: `tell("previews_drawn", step, paths)`."""
+    training_seconds: Callable[[], float]
+    """Seconds that steps have taken since the run started: saves, previews and validation are not counted."""
 
 
 @frozen(kw_only=True)
@@ -99,6 +102,9 @@ class Observer:
     def run_started(self, run: RunInfo) -> None:
         """The first step is about to begin."""
 
+    def busy(self, what: str) -> None:
+        """Something other than a step begins and may take a while: `drawing 5 previews of step 0`."""
+
     def step_finished(self, step: int) -> None:
         """A step is done and the adapters are updated; `step` counts from 1."""
 
@@ -133,36 +139,55 @@ class Observer:
 class Observers:
     """All observers of a run; one that fails is named and detached, unless the run needs it."""
 
-    def __init__(self, observers: Iterable[tuple[str, bool, Observer]] = ()) -> None:
-        """`observers` gives each one's name, whether the run needs it, and itself."""
+    def __init__(
+        self,
+        observers: Iterable[tuple[str, bool, Observer]] = (),
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`observers` gives each one's name, whether the run needs it, and itself; `clock`, seconds."""
         self._observers = list(observers)
         self._detached: list[tuple[str, bool, Observer]] = []
-        self._held_back: list[tuple[str, tuple[object, ...]]] | None = None
+        self._unaware: list[tuple[str, bool, Observer]] = []
+        self._held_back: list[tuple[tuple[str, bool, Observer], str, tuple[object, ...]]] = []
         self._meddled: set[tuple[str, str]] = set()
+        self._clock = clock
+        self._trained = 0.0
+        self._since = clock()
+        self._telling = 0
 
-    def add(self, name: str, observer: Observer) -> None:
-        """One more, which the run can do without."""
-        self._observers.append((name, False, observer))
+    def add(self, name: str, observer: Observer, *, first: bool = False) -> None:
+        """One more, which the run can do without; told of each event last, or `first`."""
+        self._observers.insert(0 if first else len(self._observers), (name, False, observer))
 
     def start(self, run: RunInfo) -> None:
-        """Tell all that a run starts; what one of them tells meanwhile, the others hear when they know of the run."""
-        held_back: list[tuple[str, tuple[object, ...]]] = []
-        self._held_back = held_back
-        try:
-            self._tell_all("run_started", run)
-        finally:
-            self._held_back = None
-        for event, values in held_back:
-            self.tell(event, *values)
+        """Tell all that a run starts; what one of them tells meanwhile, the others hear once they know of the run."""
+        self._unaware = list(self._observers)
+        with self._pausing():
+            try:
+                for entry in list(self._observers):
+                    self._tell(entry, "run_started", run)
+                    self._unaware.remove(entry)
+            finally:
+                self._unaware = []
+            for entry, event, values in self._held_back:
+                if entry in self._observers:
+                    self._tell(entry, event, *values)
+        self._trained = 0.0
+
+    def training_seconds(self) -> float:
+        """Seconds since the start in which no observer was told of anything."""
+        return self._trained + (0.0 if self._telling else self._clock() - self._since)
 
     def tell(self, event: str, *values: object) -> None:
         """Call the method named `event` of each observer. Raises ValueError if there is no such event."""
         if not hasattr(Observer, event):
             raise ValueError(f"there is no event {event!r}")
-        if self._held_back is None:
-            self._tell_all(event, *values)
-        else:
-            self._held_back.append((event, values))
+        with self._pausing():
+            for entry in list(self._observers):
+                if entry in self._unaware:
+                    self._held_back.append((entry, event, values))
+                elif entry not in self._detached:
+                    self._tell(entry, event, *values)
 
     def close(self) -> None:
         """Tell all that the run is over, those that were detached too, whatever one of them raises."""
@@ -170,10 +195,18 @@ class Observers:
             for entry in reversed([*self._observers, *self._detached]):
                 stack.callback(self._tell, entry, "closed")
 
-    def _tell_all(self, event: str, *values: object) -> None:
-        for entry in list(self._observers):
-            if entry not in self._detached:
-                self._tell(entry, event, *values)
+    @contextmanager
+    def _pausing(self) -> Iterator[None]:
+        """Stop the clock of training while observers are told of something, and of what they tell meanwhile."""
+        if not self._telling:
+            self._trained += self._clock() - self._since
+        self._telling += 1
+        try:
+            yield
+        finally:
+            self._telling -= 1
+            if not self._telling:
+                self._since = self._clock()
 
     def _tell(self, entry: tuple[str, bool, Observer], event: str, *values: object) -> None:
         # Only here, because components import this module, and none of them torch.

@@ -41,6 +41,12 @@ class AdapterWriter:
         """The file for a name without extension, in the output folder or another."""
         return (folder or self.config.output.dir) / f"{stem}{self.saver.suffix}"
 
+    @property
+    def size(self) -> int:
+        """About how many bytes a file has."""
+        itemsize = 4 if self.config.saver.precision == "fp32" else 2
+        return sum(tensor.numel() for tensor in self.network.file_tensors().values()) * itemsize
+
     def write(self, path: Path, step: int, epoch: int) -> None:
         """Write the adapters as they are now, and read them back before the file gets its name.
 

@@ -5,14 +5,19 @@ Writes nothing and reads no weights, so a mistake costs a moment and leaves no t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from lorakit.config.sections import TrainConfig
 from lorakit.data.cache import Cache
+from lorakit.data.caption_review import longest_by_image
 from lorakit.data.examples import IndexedDataset, any_augmented, captions_vary, index_datasets
+from lorakit.data.planning import RunLength
+from lorakit.data.review import review
 from lorakit.engine.hardware import doubts
+from lorakit.engine.run_warnings import run_warnings
 from lorakit.errors import OutputError, Problem
 from lorakit.files import why_unwritable
 
@@ -42,6 +47,17 @@ class PreparedRun:
         return tuple(IndexedDataset(dataset.config, dataset.held_out) for dataset in self.datasets)
 
     @property
+    def processes(self) -> int:
+        """How many processes of a launcher train together, as far as it says so before torch is imported."""
+        count = os.environ.get("WORLD_SIZE", "")
+        return max(int(count), 1) if count.isdecimal() else 1
+
+    @property
+    def length(self) -> RunLength:
+        """How many steps and epochs the run takes."""
+        return RunLength.of(self.datasets, self.config.training, self.processes)
+
+    @property
     def encodes_images(self) -> bool:
         """Whether images are encoded in each step, as some vary from epoch to epoch."""
         return any_augmented((*self.datasets, *self.validation))
@@ -57,15 +73,21 @@ class PreparedRun:
         return tuple(part for part in self.config.model.parts if part != "text_encoder" or self.encodes_captions)
 
 
-def prepare(config: TrainConfig) -> PreparedRun:
-    """Look at the machine and the output folder, and index the data.
+def prepare(config: TrainConfig, *, resuming: bool = False) -> PreparedRun:
+    """Look at the machine and the output folder, and index the data; `resuming` a state, or for a new run.
 
     Raises OutputError or DataError; the latter lists all folders and files that cannot be used.
     """
-    doubt = doubts(config.training)
     reason = why_unwritable(config.output.dir)
     if reason:
         raise OutputError(f"output.dir: {reason}")
     cache = Cache(config.cache_dir)
     datasets = index_datasets(config.data.datasets, config.data.workers, cache.memo, config.training.seed)
-    return PreparedRun(config, datasets, cache, warnings=(doubt,) if doubt else ())
+    of_captions = config.model.warnings_of_captions(longest_by_image(datasets), config.data.weighted_captions)
+    warnings = (
+        *doubts(config.training),
+        *review(datasets, cache.memo),
+        *(evolve(warning, key=f"model.{warning.key}") for warning in of_captions),
+        *run_warnings(config, datasets, resuming),
+    )
+    return PreparedRun(config, datasets, cache, warnings=warnings)

@@ -5,14 +5,18 @@ Launching is accelerate's (`accelerate launch -m lorakit train …`); alone, not
 
 from __future__ import annotations
 
+import atexit
 import os
+from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
 from lorakit.engine.cpu_launch import join_cpu_processes
+from lorakit.engine.device import check_device, find_device
 from lorakit.errors import ConfigError, Problem
 
 
@@ -31,16 +35,17 @@ class Processes:
     def launched(cls, device: str, timeout: float | None = None) -> Processes:
         """The processes as the launcher made them, on a device by name, or the best one for `auto`.
 
-        `timeout` is how many minutes they wait for each other. Raises ConfigError when the device is not there.
+        `timeout` is how many minutes they wait for each other. Raises ConfigError when the device is not there
+        or cannot be used, or the processes were started in a way in which they cannot train.
         """
         join_cpu_processes()
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from accelerate import PartialState
-
-            on_cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-            state = PartialState(cpu=on_cpu, **({"timeout": timedelta(minutes=timeout)} if timeout else {}))
-            return cls(state.device, state.process_index, state.num_processes)
-        return cls(_single_device(device))
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        processes = _join(device, timeout) if several else cls(find_device(device))
+        if processes.device.index is not None and processes.device.type != "cpu":
+            # What is done without naming a device, such as recording and pinning, is then done on this one.
+            torch.get_device_module(processes.device).set_device(processes.device)
+        check_device(processes.device)
+        return processes
 
     @property
     def is_main(self) -> bool:
@@ -64,11 +69,42 @@ class Processes:
         return tensor
 
 
-def _single_device(name: str) -> torch.device:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if name == "auto":
-        return torch.device(accelerator or "cpu")
-    if name != "cpu" and (accelerator is None or accelerator.type != name):
-        found = f"this machine has {accelerator.type}" if accelerator else "this machine has no accelerator"
-        raise ConfigError([Problem("training.device", f"{name!r} is not available: {found}", 'use "auto" or "cpu"')])
-    return torch.device(name)
+def _join(device: str, timeout: float | None) -> Processes:
+    """Meet the other processes of the run. Raises ConfigError where that could only fail."""
+    from accelerate import PartialState
+
+    asked = int(os.environ["WORLD_SIZE"])
+    on_cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    problems = [] if torch.distributed.is_initialized() else list(_problems_of_launch(device, on_cpu))
+    if problems:
+        raise ConfigError(problems)
+    settings: dict[str, Any] = {"timeout": timedelta(minutes=timeout)} if timeout else {}
+    if not on_cpu and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        # With it, NCCL need not guess the device, and tells at once what is wrong with it.
+        settings["device_id"] = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    state = PartialState(cpu=on_cpu, **settings)
+    if state.num_processes != asked:
+        message = f"WORLD_SIZE is {asked}, but this process finds no other"
+        raise ConfigError([Problem("", message, "start it with `accelerate launch` or torchrun, which set LOCAL_RANK")])
+    # At the end of the program and not of the run: another run may follow, and processes can meet only once.
+    atexit.register(state.destroy_process_group)
+    return Processes(state.device, state.process_index, state.num_processes)
+
+
+def _problems_of_launch(device: str, on_cpu: bool) -> Iterator[Problem]:
+    """What is wrong with how the processes were started."""
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            hint = "give `accelerate launch` --multi_gpu, or answer `accelerate config` again"
+            yield Problem("", f"accelerate is set up for {name}, which lorakit does not train with", hint)
+    if ":" in device:
+        yield Problem("training.device", f"{device!r} is one device, and each process takes its own", 'use "auto"')
+    if on_cpu or not torch.cuda.is_available():
+        return
+    count, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local > count:
+        hint = f"give `accelerate launch` --num_processes {count}" if count > 1 else "start one process"
+        yield Problem("", f"{local} processes were started on a machine with {count} GPU{'s' * (count > 1)}", hint)
+    if not torch.distributed.is_nccl_available():
+        message = "several processes need NCCL on GPUs, and this PyTorch has none (on Windows none has)"
+        yield Problem("", message, "train on one GPU, or on Linux; WSL will do")

@@ -79,6 +79,8 @@ class Run:
     """Optimizer steps done."""
     first_step: int = 0
     """Steps done before, in a run that goes on from a state."""
+    saved: tuple[int, Path] | None = None
+    """The step of the last save and where it is; None before the first one of this session."""
     is_whole: bool = True
     """Whether all that a state holds is that of `step`, which it is not while the next one's update goes on."""
     loss: Tensor = field(init=False)
@@ -94,6 +96,7 @@ class Run:
     _weights: EvaluationWeights = field(init=False)
 
     def __attrs_post_init__(self) -> None:
+        self.stop.status = self.stopped_at_once
         self.loss = torch.zeros((), device=self.processes.device)
         self.gradient_norm = torch.zeros_like(self.loss)
         begin_training(self.optimizer)
@@ -120,11 +123,16 @@ class Run:
             validation_loss=partial(self._validation_loss, self.validation) if self.validation else None,
             paths=self.network.paths,
             tell=self.tell,
+            training_seconds=self.training_seconds,
         )
 
     def tell(self, event: str, *values: object) -> None:
         """Tell all observers of an event."""
         self.observers.tell(event, *values)
+
+    def training_seconds(self) -> float:
+        """Seconds that steps have taken since the run started, what observers do not counted."""
+        return self.observers.training_seconds()
 
     @contextmanager
     def evaluating(self) -> Iterator[DiffusionModel]:
@@ -157,6 +165,7 @@ class Run:
         path = self.writer.path(stem, folder)
         with self.evaluating():
             self.writer.write(path, self.step, -(-self.step // self.schedule.steps_per_epoch))
+        self.saved = self.step, path
         self.tell("adapter_saved", path)
         return path
 
@@ -168,6 +177,7 @@ class Run:
         self._read_metrics_alone()
         with self._weights.training():
             path = write_state(state_of(self), self.identity, folder or state_folder(self.config))
+        self.saved = self.step, path
         self.tell("state_saved", path)
         return path
 
@@ -266,8 +276,17 @@ class Run:
         self.loss.zero_()
         self.tell("step_finished", self.step)
 
+    def stopped_at_once(self) -> str:
+        """What to say of a run that ends with what it has saved so far; asks nothing of the device."""
+        done = f"Stopped at step {self.step} of {self.schedule.total_steps}"
+        if self.saved is None:
+            since = f"step {self.first_step}, from which it was resumed" if self.first_step else "the start"
+            return f"{done}; nothing was saved since {since}."
+        step, path = self.saved
+        return f"{done}; the last save is of step {step}: {path}"
+
     def _stop_if_asked(self) -> None:
-        asked = self.stop.made
+        asked = self.stop.is_asked
         if self.processes.world_size > 1:
             # All processes must stop after the same step, whichever of them got the signal. They agree
             # when numbers are read, because asking makes the device wait.
@@ -289,5 +308,4 @@ class Run:
             return NotSaved(f"{done} No state of it could be saved: {error}")
         if saved.refusal:
             log.warning("%s", saved.refusal)
-        resume = f"--resume {saved.path}" if saved.refusal else "--resume"
-        return Interrupted(f"{done} The state is in {saved.path}; run the same command with {resume} to go on.")
+        return Interrupted(f"{done} The state is in {saved.path}", saved.path, is_found=not saved.refusal)

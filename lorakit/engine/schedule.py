@@ -7,10 +7,10 @@ from functools import lru_cache
 
 from attrs import frozen
 
-from lorakit.config.sections import DEFAULT_MAX_STEPS, TrainingSection
+from lorakit.config.sections import TrainingSection
 from lorakit.data.batches import Batch, BatchLoader
 from lorakit.data.examples import IndexedDataset
-from lorakit.data.planning import PlannedStep, Share, micro_batches_per_epoch, plan_epoch, steps_per_epoch
+from lorakit.data.planning import PlannedStep, RunLength, Share, micro_batches_per_epoch, plan_epoch
 from lorakit.engine.processes import Processes
 
 
@@ -35,13 +35,10 @@ class Schedule:
             lambda epoch: plan_epoch(datasets, training.seed, epoch, world_size, accumulation)
         )
         self.micro_batches_per_epoch = micro_batches_per_epoch(datasets, world_size)
-        self.steps_per_epoch = steps_per_epoch(datasets, world_size, accumulation)
-        self.total_steps = (
-            training.max_epochs * self.steps_per_epoch
-            if training.max_epochs
-            else training.max_steps or DEFAULT_MAX_STEPS
-        )
-        self.total_epochs = -(-self.total_steps // self.steps_per_epoch)
+        length = RunLength.of(datasets, training, world_size)
+        self.steps_per_epoch = length.steps_per_epoch
+        self.total_steps = length.total_steps
+        self.total_epochs = length.total_epochs
 
     def steps_from(self, done: int) -> Iterator[ScheduledStep]:
         """The steps after the first `done` ones."""

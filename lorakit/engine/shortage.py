@@ -6,8 +6,9 @@ import logging
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+import torch
 from attrs import evolve
 
 from lorakit.config.savings import changes, next_rung, to_toml
@@ -46,6 +47,8 @@ def advice(run: Run) -> str:
         training = evolve(training, device="cpu")
     parts = tuple(own for own in run.config.model.parts if own != "text_encoder" or callable(run.loader.captions))
     rung, ways = next_rung(training, parts), []
+    if training.mixed_precision == "no":
+        ways.append(f'set mixed_precision = "{half_precision(run.processes.device.type)}" in [training]')
     if rung is not None:
         keys = {key: value for key, value in changes(rung, training).items() if value != getattr(training, key)}
         ways.append(f"set {' and '.join(to_toml(keys))} in [training]")
@@ -53,6 +56,13 @@ def advice(run: Run) -> str:
         ways.append("lower data.batch_size")
     ways.append("lower data.resolution")
     return f"{', or '.join(ways)}; `lorakit plan` tells what fits"
+
+
+def half_precision(device: str) -> Literal["bf16", "fp16"]:
+    """The half precision that suits a device, as the config names it: NVIDIA's before Ampere lack bfloat16."""
+    is_cuda = (device == "auto" or device.startswith("cuda")) and torch.cuda.is_available()
+    is_old = is_cuda and torch.version.hip is None and torch.cuda.get_device_capability()[0] < 8
+    return "fp16" if is_old else "bf16"
 
 
 def _largest_batch(run: Run) -> tuple[int, int, int]:

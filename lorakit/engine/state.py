@@ -30,7 +30,7 @@ from lorakit.data.memo import content_digest
 from lorakit.engine.identity import RunIdentity
 from lorakit.engine.machinery import NoFormError, packed, unpacked
 from lorakit.errors import AdapterError, ConfigError, DataError, ModelError, OutputError, Problem
-from lorakit.files import flush_to_disk, put_in_place, refusals_told, remove_folder, scratch_folder
+from lorakit.files import flush_to_disk, put_in_place, refusals_told, remove_folder, scratch_folder, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ FORMAT = 3
 """Number of the layout of states; a state of another one cannot be read."""
 
 _TENSORS, _MACHINERY, _DESCRIPTION = "network.safetensors", "machinery.safetensors", "state.json"
+_END = "finished.json"
+"""What is in a state that the run has gone on from to its end."""
 
 
 @frozen
@@ -112,6 +114,29 @@ def _remove_older(folder: Path, newest: Path, keep: int) -> None:
             remove_folder(older)
         except OutputError as error:
             log.warning("an older state stays: %s", error)
+
+
+def note_end(folder: Path, total_steps: int) -> None:
+    """Note in a folder's states that their run has gone on from them to its end."""
+    for state in states_in(folder):
+        with suppress(OutputError):
+            write_atomically(state / _END, json.dumps({"total_steps": total_steps}).encode())
+
+
+def forget_end(folder: Path) -> None:
+    """Take that back, as the run begins again."""
+    for state in states_in(folder):
+        with suppress(OSError):
+            (state / _END).unlink(missing_ok=True)
+
+
+def has_ended(state: Path, total_steps: int) -> bool:
+    """Whether the run of a state has gone on from there to its end, which was after so many steps."""
+    try:
+        noted = json.loads((state / _END).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(noted == {"total_steps": total_steps})
 
 
 def states_in(folder: Path) -> list[Path]:

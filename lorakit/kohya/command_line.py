@@ -6,67 +6,125 @@ Parsing is strict: an option that does not exist, or a value of the wrong type, 
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lorakit.config.data_tables import read_toml
-from lorakit.config.values import shown
+from lorakit.config.toml_files import read_toml
 from lorakit.errors import ConfigError, Problem
+from lorakit.kohya.gui_files import is_gui_file, read_gui_file, what_it_trains
 from lorakit.kohya.options import OPTIONS, Option
+from lorakit.kohya.options_files import (
+    WORDS,
+    Given,
+    not_a_choice,
+    read_options_file,
+    unknown_option,
+    whole_or_share,
+)
+from lorakit.kohya.scripts import SCRIPT, refuse_other
 
-SCRIPT = "train_network.py"
-
-_ENDS = re.compile(r"[ \t]+[\\^`][ \t]*(?:\r?\n|\Z)")
+_ENDS = re.compile(r"[ \t]*[\\^`][ \t]*(?:\r?\n|\Z)")
+_COMMENTS = re.compile(r"^[ \t]*#.*$", re.M)
 _WINDOWS = re.compile(r"\^[ \t]*\r?\n|\b[A-Za-z]:\\|(?:^|[\s=\"'])\.{1,2}\\", re.M)
+_TYPESET = {ord("“"): '"', ord("”"): '"', ord("„"): '"'}
 
 
-def read_arguments(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
-    """The options that a command line gives, by name; with `--config_file`, also those of that file.
+def read_arguments(arguments: Sequence[str], folder: Path) -> Given:
+    """The options that a command line gives, with those of its files.
 
-    Relative paths are relative to `folder`. An option of the command line wins over one of the file.
-    Raises ConfigError, which names all unknown options.
+    Files are `--config_file`, and those that stand in front of the options: files for `--config_file`, dataset files,
+    and files of the kohya_ss GUI. Relative paths are relative to `folder`. An option of the command line wins over one
+    of a file, and a later file over an earlier one. Raises ConfigError, which names all unknown options.
     """
-    given = parse(script_arguments(split(arguments)))
-    if "config_file" not in given:
-        return given
-    path = folder / given["config_file"]
-    path = path if path.suffix == ".toml" else path.with_name(f"{path.name}.toml")
-    return {**read_options_file(path), **given}
+    is_file = len(arguments) == 1 and _exists(folder, arguments[0])
+    words = list(arguments) if is_file else split(arguments)
+    files = []
+    while words and not words[0].startswith("-") and words[0].lower().endswith((".toml", ".json")):
+        files.append(words.pop(0))
+    typed = parse(words) if files else parse(script_arguments(words))
+    if "config_file" in typed:
+        name = typed["config_file"]
+        is_own = name.lower().endswith(".toml") or (name.lower().endswith(".json") and _exists(folder, name))
+        files.append(name if is_own else f"{name}.toml")
+    found: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    remarks: list[Problem] = []
+    for file in files:
+        given = _read_file(file, folder, typed)
+        found |= given.options
+        sources |= given.sources
+        remarks += given.remarks
+    from_files = {name: source for name, source in sources.items() if name not in typed}
+    return Given({**found, **typed}, from_files, tuple(remarks))
+
+
+def _exists(folder: Path, name: str) -> bool:
+    try:
+        return (folder / name).is_file()
+    except (OSError, ValueError):  # a name that is too long, or with a NUL in it
+        return False
+
+
+def _read_file(name: str, folder: Path, typed: Mapping[str, Any]) -> Given:
+    path = folder / name
+    try:
+        tables = read_toml(path)
+    except ValueError as error:
+        hint = "" if Path(name).is_absolute() or path.exists() else f"it is looked for in {folder}"
+        key = "--config_file" if "config_file" in typed else name
+        raise _refusal(key, f"{path} {error}", hint) from error
+    if isinstance(tables.get("datasets"), list):
+        return Given({"dataset_config": name}, {"dataset_config": "a dataset file"})
+    if path.suffix.lower() != ".json":
+        return read_options_file(path)
+    if not is_gui_file(tables):
+        does = what_it_trains(tables)
+        message = "is no file of kohya_ss for LoRA training" + (f": it is for {does}" if does else "")
+        raise _refusal(name, message, "what its LoRA tab saves is read, and sd-scripts' .toml files")
+    return read_gui_file(name, tables, typed, _parsed_addition)
+
+
+def _parsed_addition(text: str) -> dict[str, Any]:
+    """The options in the GUI's field for further ones."""
+    return parse(split([f"{text} "]))
 
 
 def split(arguments: Sequence[str]) -> list[str]:
     """The words of a command line; one argument with blanks in it is a whole line, or several, as it was pasted."""
     words = list(arguments)
     if len(words) != 1 or not re.search(r"\s", words[0].strip()):
-        return [word for word in words if word.strip() not in ("", "\\", "^", "`")]
-    text = _ENDS.sub(" ", words[0])
+        return [_with_dashes(word) for word in words if word.strip() not in ("", "\\", "^", "`")]
+    text = _ENDS.sub(" ", _COMMENTS.sub("", words[0].translate(_TYPESET)))
     lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
     lexer.whitespace_split = True
     lexer.commenters = ""
     if _WINDOWS.search(words[0]):
         lexer.escape = ""
     try:
-        return list(lexer)
+        return [_with_dashes(word) for word in lexer]
     except ValueError as error:
         raise _refusal("the command line", "has a quotation mark without its partner", "close the quotation") from error
+
+
+def _with_dashes(word: str) -> str:
+    """A word with the two hyphens that a web page has made a dash of."""
+    return re.sub(r"^[–—](?=[a-z])", "--", word)
 
 
 def script_arguments(words: Sequence[str]) -> list[str]:
     """What stands behind `train_network.py`; everything where the first word is an option already."""
     for number, word in enumerate(words):
         name = re.split(r"[/\\]", word)[-1]
-        if name == SCRIPT:
+        if name in (SCRIPT, "train_network_wrapper.py"):  # the second is Colab's, which calls the first
             return list(words[number + 1 :])
-        if re.fullmatch(r"\w*train\w*\.py", name):
-            raise _refusal(word, f"is another script than {SCRIPT}", "only that one's options are known")
+        refuse_other(name)
     if not words or not words[0].startswith("--"):
         raise _refusal(
             "the command line", f"neither names {SCRIPT} nor starts with one of its options",
-            "give the whole line: lorakit from-kohya accelerate launch train_network.py --…",
+            "give the whole line: lorakit from-kohya accelerate launch train_network.py --…, or a .toml or .json file",
         )  # fmt: skip
     return list(words)
 
@@ -75,30 +133,8 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
     """The options in words, by name; unambiguous abbreviations count, as with sd-scripts."""
     known, unknown = _parser().parse_known_args(list(words))
     if unknown:
-        raise ConfigError([_unknown(word) for word in unknown if word.startswith("-")] or [_stray(unknown[0])])
+        raise ConfigError([unknown_option(word) for word in unknown if word.startswith("-")] or [_stray(unknown[0])])
     return vars(known)
-
-
-def read_options_file(path: Path) -> dict[str, Any]:
-    """The options in a file for `--config_file`; its tables have no meaning, as with sd-scripts."""
-    try:
-        tables = read_toml(path)
-    except ValueError as error:
-        raise _refusal("--config_file", f"{path} {error}") from error
-    values: dict[str, Any] = {}
-    for key, value in tables.items():
-        values |= value if isinstance(value, Mapping) else {key: value}
-    found, problems = {}, []
-    for key, value in values.items():
-        try:
-            found[key] = _from_toml(OPTIONS[key], value)
-        except KeyError:
-            problems.append(_unknown(key, f"{path.name}: "))
-        except ValueError as error:
-            problems.append(Problem(f"{path.name}: {key}", str(error)))
-    if problems:
-        raise ConfigError(problems)
-    return found
 
 
 class _Parser(argparse.ArgumentParser):
@@ -129,70 +165,17 @@ def _from_text(option: Option) -> Callable[[str], Any]:
         try:
             found = convert(text)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"must be {_WORDS[option.kind]}, not {text!r}") from error
+            raise argparse.ArgumentTypeError(f"must be {WORDS[option.kind]}, not {text!r}") from error
         if option.choices and found not in option.choices:
-            raise argparse.ArgumentTypeError(_not_a_choice(option, found))
+            raise argparse.ArgumentTypeError(not_a_choice(option, found))
         return found
 
     return value
 
 
-def _from_toml(option: Option, value: Any) -> Any:
-    """The value if it is of the option's type; raises ValueError with the end of a sentence that starts with it."""
-    if option.kind in ("texts", "floats"):
-        items = value if isinstance(value, list) else [value]
-        single = str if option.kind == "texts" else (int, float)
-        fits = all(isinstance(item, single) and not isinstance(item, bool) for item in items)
-        value = items if fits else value
-    elif option.kind == "int or share" and isinstance(value, str):
-        return whole_or_share(value)
-    else:
-        types = _TYPES[option.kind]
-        fits = isinstance(value, types) and (option.kind == "flag" or not isinstance(value, bool))
-    if not fits:
-        raise ValueError(f"must be {_WORDS[option.kind]}, not {shown(value)}")
-    if option.choices and value not in (*option.choices, *option.in_files):
-        raise ValueError(_not_a_choice(option, value))
-    return value
-
-
-def whole_or_share(text: str) -> int | float:
-    """A number of steps, or a share of the run below 1, which may be given in per cent: `500`, `0.1`, `10%`."""
-    if text.endswith("%"):
-        return float(text[:-1]) / 100
-    value = float(text)
-    return int(text) if value >= 1 else value
-
-
 _CONVERSIONS: Mapping[str, Callable[[str], Any]] = {
     "int": int, "float": float, "text": str, "path": str, "texts": str, "floats": float, "int or share": whole_or_share,
 }  # fmt: skip
-_TYPES: Mapping[str, Any] = {
-    "flag": bool, "int": int, "float": (int, float), "text": str, "path": str, "int or share": (int, float),
-}  # fmt: skip
-_WORDS: Mapping[str, str] = {
-    "flag": "true or false",
-    "int": "a whole number",
-    "float": "a number",
-    "text": "a text",
-    "path": "a path",
-    "texts": "texts",
-    "floats": "numbers",
-    "int or share": "whole steps, or a share below 1",
-}
-
-
-def _not_a_choice(option: Option, value: object) -> str:
-    return f"must be one of {', '.join(map(str, option.choices))}, not {value!r}"
-
-
-def _unknown(word: str, place: str = "") -> Problem:
-    """What is said of an option that sd-scripts does not have."""
-    name = word.lstrip("-").partition("=")[0]
-    near = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.6)
-    dashes = "" if place else "--"
-    hint = f"did you mean {dashes}{near[0]}?" if near else ""
-    return Problem(f"{place}{dashes}{name}", f"is not an option of {SCRIPT}", hint)
 
 
 def _stray(word: str) -> Problem:

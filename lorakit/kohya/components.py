@@ -66,7 +66,7 @@ def write_optimizer(command: Command, draft: Draft, catalog: Catalog) -> None:
         _learning_rates(command, draft)
         return
     for rate in ("learning_rate", "unet_lr", "text_encoder_lr"):
-        if rate in command.given:
+        if command.is_typed(rate):
             draft.remark(rate, "has no effect, as Adafactor with relative_step=True finds the learning rate itself")
 
 
@@ -100,7 +100,7 @@ def _learning_rates(command: Command, draft: Draft) -> None:
     rates = command.get("text_encoder_lr")
     if rates:
         draft.set("optimizer", "text_encoder_lr", command.setting("text_encoder_lr", rates[0]))
-        if len(rates) > 1:
+        if len(rates) > 1 and rates[1] != rates[0]:
             draft.remark("text_encoder_lr", f"{rates[1]:g} has no effect, as networks.lora takes only the first")
 
 
@@ -110,7 +110,7 @@ def write_lr_scheduler(command: Command, draft: Draft, catalog: Catalog) -> None
     if source:
         draft.set("lr_scheduler", "name", Setting("constant", source))
         for other in ("lr_scheduler", "lr_scheduler_type", "lr_scheduler_args", *_SCHEDULE_OPTIONS):
-            if other in command.given and command.get(other) != OPTIONS[other].default:
+            if command.is_typed(other) and command.get(other) != OPTIONS[other].default:
                 draft.remark(other, f"has no effect: {source}")
         return
     option, name = _schedule_name(command)
@@ -126,7 +126,7 @@ def write_lr_scheduler(command: Command, draft: Draft, catalog: Catalog) -> None
             continue
         if component is None or key in field_names(component):
             draft.set("lr_scheduler", key, command.setting(other))
-        elif command.state(other) is State.WORKS:
+        elif command.state(other) is State.WORKS and command.is_typed(other):
             draft.remark(other, f"has no effect with --{option}={command.get(option)}")
     _write_arguments("lr_scheduler", component, command, draft)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,26 @@ from lorakit.kohya.drafts import Command, Draft, Setting
 from lorakit.kohya.networks import write_network
 from lorakit.kohya.observers import write_observers
 from lorakit.kohya.options import OPTIONS, Option
+from lorakit.kohya.options_files import Given
 from lorakit.kohya.previews import write_previews
 from lorakit.kohya.saving import write_saving
 from lorakit.kohya.states import State, known_keys, target_of
 from lorakit.plugins import Catalog
 
+_NOTHING_AT_ZERO = frozenset({"vae_batch_size", "lr_scheduler_num_cycles"})
+"""Options with a default for which 0 is no number of anything."""
 
-def convert(given: Mapping[str, Any], folder: Path, target: Path, catalog: Catalog) -> Draft:
+_MULTIRES = ("multires_noise_iterations", "multires_noise_discount")
+
+
+def convert(given: Given, folder: Path, target: Path, catalog: Catalog) -> Draft:
     """The config that trains what the options `given` train when sd-scripts is called in `folder`.
 
     The config is for a file in `target`. Raises ConfigError for what sd-scripts itself cannot train.
     """
-    command = Command(given, known_keys(catalog), folder.absolute(), target.absolute())
+    command = Command(given.options, known_keys(catalog), folder.absolute(), target.absolute(), given.sources)
     _refuse_missing(command)
-    draft = Draft()
+    draft = Draft(remarks=[*given.remarks])
     for option in OPTIONS.values():
         _write_plainly(option, command, draft)
     _model(command, draft)
@@ -84,12 +89,17 @@ def _write_plainly(option: Option, command: Command, draft: Draft) -> None:
             draft.set(section, key, command.setting(option.name, flag_value))
         return
     # Zero, and an empty text, are how sd-scripts is told not to use what lorakit is told by leaving a key out.
-    is_off = value is None or (default is None and not value)
-    if not is_off and (option.name in command.given or value != default):
+    is_off = not value and (value is None or default is None or option.name in _NOTHING_AT_ZERO)
+    if option.name in _MULTIRES:  # with either at 0 the noise is ordinary noise
+        is_zero = any(name in command.given and not command.get(name) for name in _MULTIRES)
+        is_off = is_zero or not (command.is_typed(option.name) or all(map(command.get, _MULTIRES)))
+    if not is_off and (command.is_typed(option.name) or value != default):
         draft.set(section, key, command.setting(option.name, _copied(option, value, command)))
 
 
 def _copied(option: Option, value: Any, command: Command) -> Any:
+    if option.name == "vae":
+        return command.model_path(value)
     return command.path(value) if option.kind == "path" else value
 
 
@@ -125,10 +135,13 @@ def _attention(command: Command, draft: Draft) -> None:
 
 def _training(command: Command, draft: Draft) -> None:
     if command.get("max_train_epochs"):
-        if "max_train_steps" in command.given:
+        if command.is_typed("max_train_steps"):
             draft.remark("max_train_steps", "has no effect beside --max_train_epochs")
-    else:
+    elif command.get("max_train_steps"):
         draft.set("training", "max_steps", command.setting("max_train_steps"))
+    else:
+        source = "--max_train_steps is 0, this is its default"
+        draft.set("training", "max_steps", Setting(OPTIONS["max_train_steps"].default, source))
     if command.get("seed") is None:
         seed = attrs.fields(TrainingSection).seed.default
         draft.set(
@@ -141,7 +154,7 @@ def _training(command: Command, draft: Draft) -> None:
 def _compiling(command: Command, draft: Draft) -> None:
     backend = command.get("dynamo_backend")
     if not command.get("torch_compile"):
-        if "dynamo_backend" in command.given:
+        if command.is_typed("dynamo_backend"):
             draft.remark("dynamo_backend", "has no effect without --torch_compile")
     elif backend == "no":
         draft.remark("torch_compile", "has no effect with --dynamo_backend=no")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorakit.config.data_tables import SECTION_KEYS, read_toml
+from lorakit.config.data_tables import SECTION_KEYS
+from lorakit.config.toml_files import read_toml
 from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.drafts import Command, Draft, Setting, Table
+from lorakit.kohya.options_files import UNSAID
 from lorakit.kohya.states import State
 
 FOLDER_OPTIONS = ("train_data_dir", "reg_data_dir", "in_json")
@@ -17,6 +19,9 @@ FOLDER_OPTIONS = ("train_data_dir", "reg_data_dir", "in_json")
 
 _PATHS = ("image_dir", "conditioning_data_dir", "metadata_file")
 """Keys of dataset files that hold paths."""
+
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+"""Endings of the names of images that sd-scripts finds."""
 
 
 def write_data(command: Command, draft: Draft) -> None:
@@ -27,7 +32,7 @@ def write_data(command: Command, draft: Draft) -> None:
     if "max_data_loader_n_workers" in command.given and workers > 0:
         draft.set("data", "workers", command.setting("max_data_loader_n_workers"))
     shared = {key: setting for key, setting in own.items() if key not in SECTION_KEYS}
-    shared |= _resolution(command) | _face_crop(command, draft)
+    shared |= _resolution(command) | _face_crop(command, draft) | _bucket_steps(command, draft)
     if command.get("dataset_config"):
         _from_file(command, draft, shared)
     elif command.get("train_data_dir"):
@@ -48,6 +53,15 @@ def _resolution(command: Command) -> Table:
     if len(sides) not in (1, 2):
         raise ConfigError([Problem("--resolution", f"must be SIDE or WIDTH,HEIGHT in pixels, not {text!r}")])
     return {"resolution": command.setting("resolution", sides if len(sides) == 2 else sides[0])}
+
+
+def _bucket_steps(command: Command, draft: Draft) -> Table:
+    """The least steps that make a difference: an image of 515 pixels gives the same latents as one of 512."""
+    steps, least = command.get("bucket_reso_steps"), 8
+    if not 0 < steps < least:
+        return {}
+    draft.remark("bucket_reso_steps", f"{steps} is {least} here, as sides of latents are whole with sd-scripts, too")
+    return {"bucket_reso_steps": command.setting("bucket_reso_steps", least)}
 
 
 def _face_crop(command: Command, draft: Draft) -> Table:
@@ -172,18 +186,47 @@ def _subsets(command: Command, draft: Draft, option: str) -> list[Table]:
         subfolders = sorted(path for path in folder.iterdir() if path.is_dir())
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        draft.remark(option, f"{name} cannot be looked into for folders named NUMBER_words: {reason}")
+        if command.sources.get(option) != UNSAID:
+            draft.remark(option, f"{name} cannot be looked into for folders named NUMBER_words: {reason}")
         return [{"image_dir": command.setting(option, command.path(name))}]
     found: list[Table] = []
     for subfolder in subfolders:
         number, _, words = subfolder.name.partition("_")
-        if not number.isdecimal() or int(number) < 1:
+        if not _has_repeats(subfolder):
             draft.remark(option, f"{subfolder.name} is left out, as its name does not start with a number of repeats")
             continue
         path = command.path(os.path.join(name, subfolder.name))  # noqa: PTH118 - keeps the path as it was typed
         table = {"image_dir": command.setting(option, path), "num_repeats": Setting(int(number), "the folder's name")}
         found.append({**table, **({"class_tokens": Setting(words, "the folder's name")} if words else {})})
     if not found:
-        hint = "sd-scripts would find nothing to train on"
-        raise ConfigError([Problem(f"--{option}", f"{name} has no folder with a name such as 10_cat", hint)])
+        raise ConfigError([_nothing_found(option, name, folder, subfolders)])
     return found
+
+
+def _nothing_found(option: str, name: str, folder: Path, subfolders: Sequence[Path]) -> Problem:
+    """What is wrong with a folder that has no folders named NUMBER_words: often it is one level off."""
+    message = f"{name} has no folder with a name such as 10_cat"
+    inside = [path for path in subfolders if any(map(_has_repeats, _folders_in(path)))]
+    if inside:
+        path = os.path.join(name, inside[0].name)  # noqa: PTH118 - keeps the path as it was typed
+        return Problem(f"--{option}", f"{message}, but {path} has", f"--{option}={path}")
+    if not any(path.suffix.lower() in _IMAGES for path in folder.iterdir()):
+        return Problem(f"--{option}", message, "sd-scripts would find nothing to train on")
+    if _has_repeats(folder.absolute()):
+        parent = os.path.dirname(os.path.normpath(name)) or "."  # noqa: PTH120 - keeps the path as it was typed
+        return Problem(f"--{option}", f"{name} is the folder with the images", f"give its parent: --{option}={parent}")
+    hint = f"move them into {os.path.join(name, '10_cat')}: each is trained 10 times an epoch then"  # noqa: PTH118
+    return Problem(f"--{option}", f"{message}, but images of its own, which sd-scripts does not find", hint)
+
+
+def _has_repeats(folder: Path) -> bool:
+    """Whether the name of a folder starts with a number of repeats."""
+    number = folder.name.partition("_")[0]
+    return number.isdecimal() and int(number) > 0
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if path.is_dir()]
+    except OSError:
+        return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -14,7 +15,8 @@ from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.options import OPTIONS
 from lorakit.kohya.states import State, state_of
 
-_MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
+_MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @frozen
@@ -45,6 +47,8 @@ class Command:
     """What relative paths in the options are relative to."""
     target: Path
     """What relative paths in the config are to be relative to."""
+    sources: Mapping[str, str] = Factory(dict)
+    """For the options that stand in a file what they are called there."""
 
     def get(self, name: str) -> Any:
         """The value of an option, its default where it was not given."""
@@ -57,7 +61,12 @@ class Command:
     def setting(self, name: str, value: Any = None) -> Setting:
         """A value that an option gives, its own where none is said."""
         default = "" if name in self.given else " is absent, this is its default"
-        return Setting(self.get(name) if value is None else value, f"--{name}{default}")
+        source = self.sources.get(name, f"--{name}{default}")
+        return Setting(self.get(name) if value is None else value, source)
+
+    def is_typed(self, name: str) -> bool:
+        """Whether someone has asked for an option; programs write all that they have into their files."""
+        return name in self.given and name not in self.sources
 
     def path(self, path: str) -> str:
         """A path as the config has to say it; `~` stays."""
@@ -77,8 +86,9 @@ class Command:
 
     def model_path(self, path: str) -> str:
         """The base model: a path, or the name of a model on the Hub, which stays as it is."""
-        is_path = path.startswith(".") or path.endswith(_MODEL_SUFFIXES) or os.path.exists(self.folder / path)  # noqa: PTH110 - raises nothing
-        return self.path(path) if is_path else path
+        is_id = _HUB_ID.fullmatch(path) and not path.lower().endswith(_MODEL_SUFFIXES)
+        is_there = os.path.exists(self.folder / path)  # noqa: PTH110 - raises nothing
+        return path if is_id and not is_there else self.path(path)
 
     def pairs(self, name: str) -> dict[str, str]:
         """The `key=value` texts of an option, both as they stand; raises ConfigError for one that is none."""

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from attrs import frozen
 
 from lorakit.blocks import STABLE_DIFFUSION, Side, curve
+from lorakit.class_paths import problems_of
 from lorakit.components import NetworkConfig
 from lorakit.config.tables import field_names
 from lorakit.errors import ConfigError, PluginError, Problem
 from lorakit.kohya.drafts import Command, Draft, Setting
+from lorakit.kohya.scripts import refuse_other_model
 from lorakit.plugins import Catalog
 
 LORA_MODULE = "networks.lora"
@@ -94,6 +96,16 @@ def _as_argument(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+_WITH_LYCORIS = 'with the plugin lorakit-network-modules LyCORIS has it: network.name = "lycoris.kohya"'
+_CURES: Mapping[str, str] = {
+    "networks.dylora": f'{_WITH_LYCORIS}, args = {{ algo = "dylora" }}',
+    "networks.lora_fa": 'network.name = "lierla" or "c3lier" trains both factors instead of one',
+    "networks.oft": f'{_WITH_LYCORIS}, args = {{ algo = "diag-oft" }}',
+    "networks.loha": f'{_WITH_LYCORIS}, args = {{ algo = "loha" }}',
+    "networks.lokr": f'{_WITH_LYCORIS}, args = {{ algo = "lokr" }}',
+}
+"""What to take instead of modules of sd-scripts that lorakit does not have."""
+
 _SIDES: Mapping[str, Side] = {"down_lr_weight": "down", "mid_lr_weight": "mid", "up_lr_weight": "up"}
 _BY_BLOCK = ("block_alphas", "conv_block_dims", "conv_block_alphas")
 _NOT_FROM_WEIGHTS = ("conv_dim", "conv_alpha", "rank_dropout", "module_dropout", "block_dims", *_BY_BLOCK)
@@ -106,6 +118,7 @@ def write_network(command: Command, draft: Draft, catalog: Catalog) -> None:
     module = command.get("network_module")
     if not module:
         raise ConfigError([Problem("--network_module", "is missing", "networks.lora is the usual one")])
+    refuse_other_model(module)
     if command.get("network_train_unet_only") and command.get("network_train_text_encoder_only"):
         message = "cannot stand beside --network_train_text_encoder_only, as nothing would be trained"
         raise ConfigError([Problem("--network_train_unet_only", message)])
@@ -140,9 +153,14 @@ def _write_other(module: str, args: Mapping[str, str], command: Command, draft: 
         draft.set("network", "args", Setting(dict(args), "--network_args"))
     try:
         catalog.find(NetworkConfig, module)
+        is_there = module not in _CURES or not any(problems_of(module))
     except PluginError:
-        cure = "`lorakit check` refuses the config; install the plugin lorakit-network-modules"
-        draft.leave_out("network_module", module, cure)
+        is_there = False
+    if not is_there:
+        cure = _CURES.get(module, "install the plugin lorakit-network-modules")
+        if module == "lycoris.kohya" and args.get("algo", "lora") in ("lora", "locon"):
+            cure += ', or take network.name = "c3lier" with conv_rank and conv_alpha, which is LoCon'
+        draft.leave_out("network_module", module, f"`lorakit check` refuses the config; {cure}")
 
 
 def _value(key: str, text: str) -> Value:

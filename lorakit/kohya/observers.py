@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lorakit.components import ObserverConfig
-from lorakit.config.data_tables import read_toml
+from lorakit.config.toml_files import read_toml
 from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.drafts import Command, Draft, Setting, Table
 from lorakit.kohya.options import HUB, OPTIONS
@@ -45,7 +45,7 @@ def write_observers(command: Command, draft: Draft, catalog: Catalog) -> None:
 
 def _tell_unused(command: Command, draft: Draft, missing: str, options: Iterable[str]) -> None:
     for option in options:
-        if command.get(option):
+        if command.get(option) and command.is_typed(option):
             draft.remark(option, f"has no effect without --{missing}")
 
 

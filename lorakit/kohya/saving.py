@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path, PureWindowsPath
 
+from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.drafts import Command, Draft
 
 PRECISIONS: Mapping[str, str] = {"float": "fp32", "fp16": "fp16", "bf16": "bf16"}
 """lorakit's names of the number formats of --save_precision."""
 
-_WEIGHTS_OF_A_STATE = "model.safetensors"
-"""The file in a state of sd-scripts that the network's weights are in, with the keys of a LoRA file."""
+_WEIGHTS_OF_A_STATE = ("model.safetensors", "pytorch_model.bin")
+"""The files in a state of sd-scripts that the network's weights are in, with the keys of a LoRA file; old ones last."""
+
+_WEIGHT_FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 
 
 def write_saving(command: Command, draft: Draft) -> None:
@@ -56,8 +61,23 @@ def _resume(command: Command, draft: Draft) -> None:
     if command.get("resume_from_huggingface"):
         draft.leave_out("resume", state, "the state is on the Hub: fetch it with `hf download`, and name its folder")
         return
-    weights = command.setting("resume", command.path(f"{state.rstrip('/')}/{_WEIGHTS_OF_A_STATE}"))
-    draft.set("network", "weights", weights)
+    folder = command.on_disk(state)
+    _refuse_other_states(state, folder)
+    names = [name for name in _WEIGHTS_OF_A_STATE if (folder / name).is_file()]
+    file = f"{state.rstrip('/')}/{(names or _WEIGHTS_OF_A_STATE)[0]}"
+    draft.set("network", "weights", command.setting("resume", command.path(file)))
     draft.remark("resume", "gives the weights alone: optimizer and schedule start anew, at the first step")
     if command.get("network_weights"):
         draft.remark("network_weights", "has no effect beside --resume")
+
+
+def _refuse_other_states(state: str, folder: Path) -> None:
+    """Raises ConfigError for a file in place of the folder of a state, and for states that are not sd-scripts'."""
+    if PureWindowsPath(state).suffix.lower() in _WEIGHT_FILES or folder.is_file():
+        is_of_state = PureWindowsPath(state).name in _WEIGHTS_OF_A_STATE
+        parent = os.path.dirname(state) or "."  # noqa: PTH120 - keeps the path as it was typed
+        hint = f"--resume={parent}" if is_of_state else f"to start from a LoRA file: --network_weights={state}"
+        raise ConfigError([Problem("--resume", f"must be the folder of a state, not a file: {state}", hint)])
+    if (folder / "state.json").is_file() or any(folder.glob("step*/state.json")):
+        hint = f"lorakit train CONFIG --resume={state}"
+        raise ConfigError([Problem("--resume", f"{state} is a state of lorakit, not of sd-scripts", hint)])

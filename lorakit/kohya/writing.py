@@ -26,8 +26,8 @@ _SECTIONS = (
 _COLUMN = 40
 _WIDTH = 116
 _PREAMBLE = """\
-# A training run of lorakit, from a command line of sd-scripts' train_network.py. Behind each key is the option
-# that it comes from. Relative paths are relative to this file."""
+# A training run of lorakit, from options of sd-scripts' train_network.py. Behind each key is the option, or the
+# field of another program's file, that it comes from. Relative paths are relative to this file."""
 
 
 def to_text(draft: Draft) -> str:
@@ -44,15 +44,15 @@ def to_text(draft: Draft) -> str:
 
 
 def _remarks(draft: Draft) -> Iterator[str]:
-    """What differs from the command line, as comments."""
+    """What differs from sd-scripts, as comments."""
     if draft.remarks:
         lines = [_comment(str(remark)) for remark in draft.remarks]
-        yield "\n".join(["# Not as on the command line:", *lines])
+        yield "\n".join(["# Not as with sd-scripts:", *lines])
 
 
 def _comment(text: str) -> str:
     return textwrap.fill(
-        " ".join(text.split()),
+        " ".join(_one_line(text).split()),
         _WIDTH,
         break_long_words=False,
         initial_indent="#   ",

@@ -6,6 +6,7 @@ takes a fraction of what the whole denoiser would take.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -54,5 +55,6 @@ def _missing_for_inductor(device: torch.device) -> str:
         except InvalidCxxCompiler:
             return "needs a C++ compiler: install g++ or clang++, or name one in the environment variable CXX"
     elif device.type != "mps" and not has_triton():
-        return "needs Triton: install the package triton"
+        package = "triton-windows" if sys.platform == "win32" else "triton"
+        return f"needs Triton: install the package {package}"
     return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,10 +27,11 @@ class ProcessMemo:
         return self._known[key]
 
 
-def hash_of_weights(file: Path, names: Mapping[str, Place]) -> str:
+def hash_of_weights(file: Path | Sequence[Path], names: Mapping[str, Place]) -> str:
     """SHA-256 over number format, shape and bytes of the named tensors of a file; reads no others.
 
-    `names` has each tensor's place in the file; its keys are hashed.
+    `names` has each tensor's place in the file; its keys are hashed. Tensors that are spread over several files give
+    the same as in one.
     """
     read, digest = open_tensors(file), hashlib.sha256()
     for name in sorted(names):

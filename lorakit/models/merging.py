@@ -15,51 +15,63 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from lorakit.checkpoints import Shapes, summarize
+from lorakit.checkpoints import CheckpointSummary, Shapes, summarize
+from lorakit.checkpoints.lora_files import LoRANames, lora_names, own_shapes
+from lorakit.checkpoints.lora_kinds import adapter_kind
+from lorakit.checkpoints.lora_names import ALPHA, DOWN, MAGNITUDE, UP
 from lorakit.errors import AdapterError
 from lorakit.models.hashing import hash_of_file, hash_of_weights
 from lorakit.models.protocol import Memo
 from lorakit.models.weights import EditTensor, ReadTensor, open_tensors
 
 _TINY = torch.finfo(torch.float32).tiny
-_UP, _DOWN, _ALPHA, _MAGNITUDE = "lora_up.weight", "lora_down.weight", "alpha", "dora_scale"
 
 
 @frozen(slots=False)
 class MergedFile:
-    """A LoRA file, with keys as sd-scripts has them, and how strongly it is merged."""
+    """A LoRA file of any tool, and how strongly it is merged."""
 
     path: Path
     multiplier: float = 1.0
 
     @cached_property
+    def summary(self) -> CheckpointSummary:
+        """What is in the file; a `ModelError` if it cannot be read."""
+        return summarize(self.path)
+
+    @cached_property
+    def names(self) -> LoRANames:
+        """What its tensors are called. Raises `AdapterError` where two have one name."""
+        return lora_names(self.summary)
+
+    @cached_property
     def shapes(self) -> Shapes:
-        """Shape of each tensor; a `ModelError` if the file cannot be read."""
-        return summarize(self.path).tensors
+        """Shape of each tensor, by its name as sd-scripts has it; a `ModelError` if the file cannot be read."""
+        return own_shapes(self.summary, self.names)
 
     def misfits(self, layers: Shapes) -> Iterator[str]:
         """What in the file is not for layers with weights of these shapes, by key."""
         for name in self.shapes:
             key, _, suffix = name.partition(".")
-            if key not in layers or suffix not in (_UP, _DOWN, _ALPHA, _MAGNITUDE):
+            if key not in layers or suffix not in (UP, DOWN, ALPHA, MAGNITUDE):
                 yield f"{name} is for no layer of the base model"
         for key in dict.fromkeys(name.partition(".")[0] for name in self.shapes):
             if key in layers and (misfit := self._misfit(key, layers[key])):
                 yield misfit
 
     def _misfit(self, key: str, weight: tuple[int, ...]) -> str:
-        up, down = (self.shapes.get(f"{key}.{suffix}") for suffix in (_UP, _DOWN))
+        up, down = (self.shapes.get(f"{key}.{suffix}") for suffix in (UP, DOWN))
         if up is None or down is None:
-            return f"{key} lacks {_UP if up is None else _DOWN}"
+            return f"{key} lacks {UP if up is None else DOWN}"
         ones = (1, 1)
         rank = down[0] if down else 0
         fits_up = up in ((weight[0], rank), (weight[0], rank, *ones))
         fits_down = down in ((rank, *weight[1:]), (rank, *weight[1:], *ones)) or (*down, *ones) == (rank, *weight[1:])
         if not fits_up or not fits_down:
             return f"{key} has factors of {list(up)} and {list(down)}, the layer's weights are {list(weight)}"
-        magnitude = self.shapes.get(f"{key}.{_MAGNITUDE}", (weight[0],))
+        magnitude = self.shapes.get(f"{key}.{MAGNITUDE}", (weight[0],))
         if magnitude[:1] != weight[:1] or any(side != 1 for side in magnitude[1:]):
-            return f"{key}.{_MAGNITUDE} is {list(magnitude)}, the layer has {weight[0]} outputs"
+            return f"{key}.{MAGNITUDE} is {list(magnitude)}, the layer has {weight[0]} outputs"
         return ""
 
 
@@ -79,9 +91,10 @@ class Merging:
             if misfits or not file.shapes:
                 more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
                 reasons = f"{'; '.join(misfits[:3])}{more}" if misfits else "it is empty"
+                kind = adapter_kind(file.summary).description
                 raise AdapterError(
                     f"{file.path} cannot be merged into the base model: {reasons}."
-                    " Give a LoRA, with keys as sd-scripts has them, for the same kind of base model."
+                    f" It is {kind}; give a LoRA for the same kind of base model."
                 )
 
     def edit(self, key_of: Callable[[str], str]) -> EditTensor | None:
@@ -94,7 +107,7 @@ class Merging:
         def merge(name: str, weight: Tensor) -> Tensor:
             key = key_of(name.removesuffix(".weight"))
             for file, read in opened:
-                if name.endswith(".weight") and f"{key}.{_UP}" in file.shapes:
+                if name.endswith(".weight") and f"{key}.{UP}" in file.shapes:
                     weight = _merged(file, key, read, weight.float())
             return weight
 
@@ -104,10 +117,11 @@ class Merging:
         """Hash and multiplier of each file that has keys with this prefix."""
         found: list[object] = []
         for file in self._files:
-            names = {name: name for name in file.shapes if name.startswith(prefix)}
+            names = {own: name for own, name in file.names.in_file.items() if own.startswith(prefix)}
             if names:
                 found.append(memo.remember(file.path, prefix, partial(hash_of_weights, file.path, names)))
                 found.append(file.multiplier)
+                found += [item for item in sorted(file.names.alphas.items()) if item[0].startswith(prefix)]
         return found
 
     def metadata(self, memo: Memo) -> Mapping[str, str]:
@@ -127,14 +141,16 @@ def _merged(file: MergedFile, key: str, read: ReadTensor, weight: Tensor) -> Ten
     """A float32 weight with what a file has for it."""
 
     def tensor(suffix: str) -> Tensor:
-        return read(f"{key}.{suffix}").to(weight.device).float()
+        return read(file.names.in_file[f"{key}.{suffix}"]).to(weight.device).float()
 
-    up, down = tensor(_UP), tensor(_DOWN)
+    up, down = tensor(UP), tensor(DOWN)
     update = (up.flatten(1) @ down.flatten(1)).view_as(weight)
-    if f"{key}.{_ALPHA}" in file.shapes:
-        update *= tensor(_ALPHA) / len(down)
-    if f"{key}.{_MAGNITUDE}" in file.shapes:
+    if f"{key}.{ALPHA}" in file.shapes:
+        update *= tensor(ALPHA) / len(down)
+    elif key in file.names.alphas:
+        update *= file.names.alphas[key] / len(down)
+    if f"{key}.{MAGNITUDE}" in file.shapes:
         changed = (weight + update).flatten(1)
-        changed *= tensor(_MAGNITUDE).view(-1, 1) / changed.norm(dim=1, keepdim=True).clamp(min=_TINY)
+        changed *= tensor(MAGNITUDE).view(-1, 1) / changed.norm(dim=1, keepdim=True).clamp(min=_TINY)
         update = changed.view_as(weight) - weight
     return weight + file.multiplier * update

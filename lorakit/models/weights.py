@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from mmap import ACCESS_COPY, mmap
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._mode_utils import no_dispatch
 
-from lorakit.checkpoints import pickle_shapes
+from lorakit.checkpoints import StoredTensor, kind_of_file, pickled_tensors, summarize
+from lorakit.checkpoints.stored_tensor import ITEM_BYTES
 from lorakit.errors import ModelError
 from lorakit.models.places import Place
 
@@ -24,12 +26,12 @@ EditTensor = Callable[[str, Tensor], Tensor]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def open_tensors(file: Path) -> ReadTensor:
-    """The tensors of a safetensors or PyTorch file; runs no code from the file.
+def open_tensors(file: Path | Sequence[Path]) -> ReadTensor:
+    """The tensors of a safetensors or PyTorch file, or of several that have no name twice; runs no code from the file.
 
-    A `ModelError` if the file cannot be read.
+    A `ModelError` if a file cannot be read.
     """
-    whole = _open_whole_tensors(file)
+    whole = _open_whole_tensors(file) if isinstance(file, Path) else _open_shards(file)
 
     def read(place: Place) -> Tensor:
         # What is in a file is there even where all other tensors are only imagined.
@@ -39,25 +41,59 @@ def open_tensors(file: Path) -> ReadTensor:
     return read
 
 
+def _open_shards(files: Sequence[Path]) -> Callable[[str], Tensor]:
+    readers = {file: _open_whole_tensors(file) for file in files}
+    homes = {name: file for file in files for name in (summarize(file).tensors if len(files) > 1 else ())}
+    return lambda name: readers[homes.get(name, files[0])](name)
+
+
 def _open_whole_tensors(file: Path) -> Callable[[str], Tensor]:
     from safetensors import safe_open
 
     try:
-        with file.open("rb") as stream:
-            is_safetensors = stream.read(9)[8:] == b"{"
-        if is_safetensors:
+        if kind_of_file(file) == "safetensors":
             read: Callable[[str], Tensor] = safe_open(file, "pt").get_tensor
             return read
-        # What passes has nothing in it that PyTorch's reader would trip over, or take more memory for than it is long.
-        pickle_shapes(file)
-        content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        tensors: Mapping[str, Tensor] = content.get("state_dict", content)
-        return tensors.__getitem__
+        tensors = pickled_tensors(file)
+        with file.open("rb") as stream:
+            content = mmap(stream.fileno(), 0, access=ACCESS_COPY)
     except ModelError:
         raise
     except Exception as error:  # the readers raise all kinds of exceptions for damaged files
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"{file} cannot be read ({reason}); download or convert it again") from error
+        raise _unreadable(file, error) from error
+
+    def mapped(name: str) -> Tensor:
+        try:
+            return _mapped_tensor(content, tensors[name])
+        except (AttributeError, RuntimeError, ValueError) as error:
+            raise _unreadable(file, error) from error
+
+    return mapped
+
+
+def _unreadable(file: Path, error: Exception) -> ModelError:
+    reason = str(error).strip().split("\n")[0]
+    return ModelError(f"{file} cannot be read ({reason}); download or convert it again")
+
+
+def _mapped_tensor(content: mmap, stored: StoredTensor) -> Tensor:
+    """A tensor of a PyTorch file that is mapped into memory: a view of it, or a copy where processors need one.
+
+    Before PyTorch 1.6, numbers lay at any address; kernels expect them at multiples of their size.
+    """
+    dtype, size = getattr(torch, stored.dtype), ITEM_BYTES[stored.dtype]
+    start = stored.record.start_in(content) + stored.offset
+    if not stored.span:
+        return torch.empty(stored.shape, dtype=dtype)
+    if start % size == 0:
+        numbers = torch.frombuffer(content, dtype=dtype, count=stored.span, offset=start)
+        return numbers.as_strided(stored.shape, stored.strides)
+    raw = torch.frombuffer(content, dtype=torch.uint8, count=stored.span * size, offset=start)
+    if stored.span <= math.prod(stored.shape):
+        return raw.clone().view(dtype).as_strided(stored.shape, stored.strides)
+    # Without what lies between the numbers, of which there may be much, the copy is never larger than the tensor.
+    raw = raw.as_strided((*stored.shape, size), (*(step * size for step in stored.strides), 1))
+    return raw.clone(memory_format=torch.contiguous_format).view(dtype).squeeze(-1)
 
 
 def without_weights(build: Callable[[], ModuleT]) -> ModuleT:
@@ -73,13 +109,13 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def load_weights(
     module: nn.Module,
-    file: Path,
+    file: Path | Sequence[Path],
     names: Mapping[str, Place],
     device: torch.device,
     dtype: torch.dtype,
     edit: EditTensor | None = None,
 ) -> None:
-    """Fill a module that has no weights from a file; `names` has the place in the file of each of its tensors.
+    """Fill a module that has no weights from a file or several; `names` has the place there of each of its tensors.
 
     `edit` may change each tensor, on the device, before it is put in the number format `dtype`. The module is frozen
     and in evaluation mode afterwards. On the CPU, tensors that are stored in the number format asked for stay views of

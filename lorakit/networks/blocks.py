@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lorakit.config.sections import TrainConfig
     from lorakit.models.protocol import AdaptationTarget
     from lorakit.networks.lora import LRFactors
+    from lorakit.networks.starting import StartingFile
 
 LR_WEIGHTS: Mapping[Side, str] = {"down": "down_lr_weight", "mid": "mid_lr_weight", "up": "up_lr_weight"}
 """The fields with factors of learning rates, by the side of the U-Net."""
@@ -106,6 +107,16 @@ class BlockwiseLoRAConfig(LoRAConfig):
             hint = "give only 0 and 1, or choose another optimizer"
             for key in filter(lambda key: getattr(self, key) is not None, LR_WEIGHTS.values()):
                 yield Problem(key, f"cannot be used with {optimizer.name}, which finds one learning rate for all", hint)
+
+    def problems_of_file(self, file: StartingFile, config: TrainConfig) -> Iterator[Problem]:
+        """Other parts, other layers or other ranks than the network has."""
+        from lorakit.networks.starting import problem_of_rank, problems_of_parts
+
+        any_layers = self.rank_from_weights or self.varies_by_block
+        yield from problems_of_parts(file, config, any_layers)
+        for key, wide in {"rank": False, "conv_rank": True}.items() if not any_layers else ():
+            if hasattr(self, key):
+                yield from problem_of_rank(file, key, getattr(self, key), file.ranks(config.trained_parts, wide=wide))
 
     def warnings(self) -> Iterator[Problem]:
         """Settings for blocks that get no adapters, or that nothing uses."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
@@ -11,13 +12,19 @@ from attrs import field, fields, frozen
 from attrs import validators as v
 
 from lorakit.components import NetworkConfig
-from lorakit.errors import Problem
+from lorakit.errors import AdapterError, ModelError, Problem
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lorakit.config.sections import TrainConfig
     from lorakit.models.protocol import AdaptationTarget
     from lorakit.networks.lora import LRFactors
     from lorakit.networks.network import Network
+    from lorakit.networks.starting import StartingFile
+
+_LARGEST_USUAL_RANK = 512
+_SMALLEST_USUAL_SCALE = 128  # alpha 1 with rank 128 is much used
 
 Size = tuple[int, float, float]
 """Rank of an adapter, its alpha, and the alpha that files hold for it."""
@@ -100,7 +107,7 @@ class LoRAConfig(NetworkConfig):
         from lorakit.networks.lora import LoRAModule, LoRANetwork
 
         module = DoRAModule if self.dora else LoRAModule
-        size_of = self._sizes_in_weights() if self.rank_from_weights else self._size
+        size_of = self._sizes_in_weights(targets) if self.rank_from_weights else self._size
 
         def make(target: AdaptationTarget) -> LoRAModule | None:
             size = size_of(target) if self.adapts(target) else None
@@ -115,13 +122,19 @@ class LoRAConfig(NetworkConfig):
             yield Problem("rank_from_weights", "needs network.weights, a LoRA file to take the ranks from")
 
     def problems_with(self, config: TrainConfig) -> Iterator[Problem]:
-        """Learning rates that vary where the optimizer can have only one."""
+        """Learning rates that vary where the optimizer can have only one, and a file that is not for this network."""
         optimizer = config.optimizer
         ratios = {key for part in self.parts if (key := self._loraplus_key(part))}
         for key in sorted(ratios if not optimizer.keeps_lr_factors else ()):
             if getattr(self, key) != 1:
                 hint = "leave it out, or choose another optimizer"
                 yield Problem(key, f"cannot be used with {optimizer.name}, which finds one learning rate for all", hint)
+        if self.weights is not None and os.path.isfile(self.weights):  # noqa: PTH113 - raises nothing
+            yield from self._problems_of_weights(self.weights, config)
+
+    def problems_of_file(self, file: StartingFile, config: TrainConfig) -> Iterator[Problem]:  # noqa: ARG002
+        """Why a file with LoRA adapters for the model cannot be started from, as far as names and shapes tell."""
+        return iter(())
 
     def warnings(self) -> Iterator[Problem]:
         """Ratios that no part has, and sizes where those of a file count."""
@@ -132,6 +145,27 @@ class LoRAConfig(NetworkConfig):
         for own in fields(type(self)):
             if self.rank_from_weights and own.name in self.size_keys and getattr(self, own.name) != own.default:
                 yield Problem(own.name, "has no effect with rank_from_weights, as the file says rank and alpha")
+        if not self.rank_from_weights:
+            yield from self._doubtful_sizes()
+
+    def _doubtful_sizes(self) -> Iterator[Problem]:
+        if self.rank > _LARGEST_USUAL_RANK:
+            message = f"{self.rank} is more than many layers can use, and makes very large files"
+            yield Problem("rank", message, "4 to 128 are usual")
+        if not self.rank_stabilized and self.alpha * _SMALLEST_USUAL_SCALE < self.rank:
+            message = f"{self.alpha:g} with rank {self.rank} multiplies what is learnt by {self.alpha / self.rank:.2g}"
+            yield Problem("alpha", message, "from half the rank to the rank is usual; else raise optimizer.lr")
+
+    def _problems_of_weights(self, path: Path, config: TrainConfig) -> Iterator[Problem]:
+        from lorakit.networks.starting import problems_of_kind, starting_file
+
+        try:
+            file = starting_file(path)
+        except (ModelError, AdapterError) as error:
+            yield Problem("weights", str(error).removesuffix("."))
+            return
+        problems = list(problems_of_kind(file, config))
+        yield from problems or self.problems_of_file(file, config)
 
     def _loraplus_key(self, part: str) -> str | None:
         """The field with the ratio of a part, if there is one."""
@@ -149,12 +183,12 @@ class LoRAConfig(NetworkConfig):
         rank, alpha = size
         return rank, alpha * math.sqrt(rank) if self.rank_stabilized else alpha, self.file_alpha(target)
 
-    def _sizes_in_weights(self) -> Callable[[AdaptationTarget], Size | None]:
+    def _sizes_in_weights(self, targets: Sequence[AdaptationTarget]) -> Callable[[AdaptationTarget], Size | None]:
         """The sizes of the adapters in the file that `weights` names, whose most common alpha files will hold."""
         from lorakit.networks.saving import ranks_and_alphas, starting_tensors
 
         if self.weights is None:
             raise ValueError("rank_from_weights needs weights")
-        found = ranks_and_alphas(starting_tensors(self.weights))
+        found = ranks_and_alphas(starting_tensors(self.weights, {target.key for target in targets}))
         common = Counter(alpha for _, alpha in found.values()).most_common(1)
         return lambda target: (*found[target.key], common[0][0]) if target.key in found else None

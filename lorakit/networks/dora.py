@@ -11,7 +11,7 @@ Shapes: B images or texts, L positions in each, r rank, I inputs (times the kern
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -29,6 +29,8 @@ class DoRAModule(LoRAModule):
 
     Its magnitudes are [out, 1], for convolutions [out, 1, 1, 1].
     """
+
+    derivable = frozenset({"dora_scale"})
 
     base_squares: Tensor
     """Squared norms of the base layer's weights for each output, float32 [O]."""
@@ -67,6 +69,13 @@ class DoRAModule(LoRAModule):
     def tensors(self) -> dict[str, Tensor]:
         """Both factors, alpha and the magnitudes, under the name that LyCORIS gave them."""
         return {**super().tensors(), "dora_scale": self.dora_scale}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over all; of a plain LoRA, magnitudes are those of its weights, so that the outputs stay the same."""
+        super().load_tensors({"dora_scale": self.dora_scale, **tensors})
+        if "dora_scale" not in tensors:
+            self.dora_scale.copy_(self._norms().view_as(self.dora_scale))
 
     def _gains(self, rows: int) -> Tensor:
         """What to multiply the outputs by, float32 [O]; [rows, O] where the adapter is left out for some images."""

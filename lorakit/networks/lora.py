@@ -156,7 +156,7 @@ class LoRANetwork(Network):
         """Draw the micro-batch's dropouts from its images' seeds, int64 [B]."""
         if self._dropouts is not None:
             device = next(self.adapters.parameters()).device
-            self._dropouts.begin_batch(sample_seeds.to(device, non_blocking=True))
+            self._dropouts.begin_batch(sample_seeds.to(device))
 
     def after_update(self) -> Mapping[str, Tensor]:
         """Scale updates back that have grown beyond the largest norm; gives the norms for logs."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from attrs import frozen
@@ -43,6 +43,9 @@ class AdapterModule(nn.Module):
     Its parameters stay float32 whatever number format the model around it is put in.
     """
 
+    derivable: ClassVar[frozenset[str]] = frozenset()
+    """Suffixes of tensors that a file may lack, as `load_tensors` finds them from the others."""
+
     def __init__(self, key: str, base: nn.Module) -> None:
         super().__init__()
         self.key = key
@@ -66,10 +69,10 @@ class AdapterModule(nn.Module):
         return self.tensors()
 
     def misfit(self, tensors: Mapping[str, Tensor]) -> str:
-        """Why these tensors (by suffix, all there) cannot be loaded; empty if they can."""
+        """Why these tensors (by suffix, all but `derivable` ones there) cannot be loaded; empty if they can."""
         held = self.tensors()
         for suffix, own in (held if held.keys() == tensors.keys() else self.file_tensors()).items():
-            if tensors[suffix].shape != own.shape:
+            if suffix in tensors and tensors[suffix].shape != own.shape:
                 return f"{suffix} is {list(tensors[suffix].shape)} in the file, {list(own.shape)} in the network"
         return ""
 
@@ -197,19 +200,18 @@ class Network(nn.Module):
 
         Raises `AdapterError`, before anything is changed, unless all fit and none is missing or left over.
         """
+        derivable = {f"{key}.{suffix}" for key, adapter in self._by_key.items() for suffix in adapter.derivable}
         held = {f"{key}.{suffix}" for key, adapter in self._by_key.items() for suffix in adapter.tensors()}
         expected = {f"{key}.{suffix}" for key, adapter in self._by_key.items() for suffix in adapter.file_tensors()}
-        if tensors.keys() not in (held, expected):
-            missing, unexpected = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
+        if tensors.keys() | derivable not in (held | derivable, expected | derivable):
+            missing, unexpected = sorted(expected - derivable - tensors.keys()), sorted(tensors.keys() - expected)
             raise AdapterError(
                 f"{origin} is not of this network.{_some('Missing', missing)}{_some('Unexpected', unexpected)}"
                 " Set network.name, network.parts and network.dora, and ranks and learning rates of blocks, as the file"
-                " was trained, on the same kind of base model."
+                " was trained, on the same kind of base model; or set network.rank_from_weights = true, which adapts"
+                " the layers that the file adapts."
             )
-        by_adapter: dict[str, dict[str, Tensor]] = {key: {} for key in self._by_key}
-        for name, tensor in tensors.items():
-            key, _, suffix = name.partition(".")
-            by_adapter[key][suffix] = tensor
+        by_adapter = self._by_adapter(tensors)
         if misfits := list(self._misfits(by_adapter)):
             raise AdapterError(
                 f"{origin} does not fit this network.{_some('Misfits', misfits)}"
@@ -218,10 +220,29 @@ class Network(nn.Module):
         for key, adapter in self._by_key.items():
             adapter.load_tensors(by_adapter[key])
 
+    def _by_adapter(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """The tensors of each adapter, by key and suffix, in the shapes that it has them in."""
+        by_adapter: dict[str, dict[str, Tensor]] = {key: {} for key in self._by_key}
+        held = {key: adapter.tensors() for key, adapter in self._by_key.items()}
+        for name, tensor in tensors.items():
+            key, _, suffix = name.partition(".")
+            own = held[key].get(suffix)
+            by_adapter[key][suffix] = tensor if own is None else _as_deep(tensor, own.shape)
+        return by_adapter
+
     def _misfits(self, by_adapter: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
         for key, adapter in self._by_key.items():
             if misfit := adapter.misfit(by_adapter[key]):
                 yield f"{key}: {misfit}"
+
+
+def _as_deep(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """A tensor in a shape that differs from its own only in how many ones it ends with; any other as it is."""
+    own, other = (list(sides) for sides in (tensor.shape, shape))
+    for sides in (own, other):
+        while sides and sides[-1] == 1:
+            sides.pop()
+    return tensor.reshape(shape) if own == other else tensor
 
 
 def _copies(by_adapter: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -14,10 +14,12 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from lorakit.checkpoints import summarize
+from lorakit.checkpoints import pickled_tensors, summarize
+from lorakit.checkpoints.lora_files import PEFT_MAGNITUDE, lora_names
 from lorakit.checkpoints.safetensors_content import safetensors_content
 from lorakit.errors import AdapterError, ModelError
 from lorakit.files import replacing
+from lorakit.models.weights import open_tensors
 
 Precision = Literal["fp32", "fp16", "bf16"]
 """Number format of the weights in a file."""
@@ -110,17 +112,23 @@ def read_adapter(path: Path) -> AdapterFile:
         raise AdapterError(f"{path} is broken: {error}. Get the file anew.") from error
 
 
-def starting_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a LoRA file to continue from, with the alphas that it lacks: as all tools do, those of scale 1.
+def starting_tensors(path: Path, keys: Collection[str] = ()) -> dict[str, Tensor]:
+    """The tensors of a LoRA file of any tool to continue from, by the names that sd-scripts has for them.
 
-    Raises `AdapterError` as `read_adapter` does.
+    `keys` are those of the model's layers, whose tensors keep their names. Alphas that the file lacks are there, too:
+    those of PEFT's config, or else, as all tools do, those of scale 1. Raises `AdapterError` as `read_adapter` does.
     """
-    tensors = dict(read_adapter(path).tensors)
+    found = read_adapter(path).tensors
+    names = lora_names(summarize(path), keys)
+    tensors = {own: found[name] for own, name in names.in_file.items()}
+    tensors |= {own: tensors[own].flatten() for own, name in names.in_file.items() if PEFT_MAGNITUDE in name}
     for key, down in list(tensors.items()):
         if down.is_complex() or not down.float().isfinite().all():
-            raise AdapterError(f"{path} cannot be trained on: {key} holds NaN, infinity or complex numbers.")
+            name = names.in_file[key]
+            raise AdapterError(f"{path} cannot be trained on: {name} holds NaN, infinity or complex numbers.")
         if key.endswith(_DOWN) and down.ndim:
-            tensors.setdefault(f"{key.removesuffix(_DOWN)}.alpha", torch.tensor(float(len(down))))
+            layer = key.removesuffix(_DOWN)
+            tensors.setdefault(f"{layer}.alpha", torch.tensor(names.alphas.get(layer, float(len(down)))))
     return tensors
 
 
@@ -136,13 +144,11 @@ def ranks_and_alphas(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, floa
 
 
 def _read_pickle(path: Path) -> AdapterFile:
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    tensors = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
-    ):
+    names, read = pickled_tensors(path), open_tensors(path)
+    if not names:
         raise AdapterError(f"{path} is no LoRA file: it holds no dict of tensors by name. Choose another file.")
-    return AdapterFile(tensors)
+    # Copies, so that the file may be replaced while they are in use.
+    return AdapterFile({name: read(name).clone() for name in names})
 
 
 def _in_precision(tensors: Mapping[str, Tensor], precision: Precision) -> dict[str, Tensor]:

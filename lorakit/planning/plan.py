@@ -12,6 +12,7 @@ from lorakit.engine.base_model import build_model
 from lorakit.engine.preparation import PreparedRun
 from lorakit.engine.processes import Processes
 from lorakit.engine.schedule import Schedule
+from lorakit.engine.shortage import half_precision
 from lorakit.planning.examples import BatchShape, Texts, largest_shape, make_batch
 from lorakit.planning.ladder import Rung, climb
 from lorakit.planning.memory import EncodingMemory, caption_encoding_memory, image_encoding_memory, imaginable
@@ -42,15 +43,34 @@ class Plan:
         """The rung of the config as it is."""
         return next(rung for rung in self.rungs if rung.is_config)
 
+    @property
+    def could_be_half(self) -> bool:
+        """Whether half precision would need less, as the config does without."""
+        return self.prepared.config.training.mixed_precision == "no"
+
+    @property
+    def half_precision(self) -> str:
+        """The half precision that suits the device best."""
+        return half_precision(self.prepared.config.training.device)
+
+
+def schedule_of(prepared: PreparedRun) -> Schedule:
+    """The steps of a run on one device."""
+    return Schedule(prepared.datasets, prepared.config.training, Processes(torch.device("cpu")))
+
 
 def make_plan(prepared: PreparedRun, *, measured: bool = False) -> Plan:
     """Plan a run; weights are read only if steps are to be measured.
 
     Raises the errors that training would start with, as far as they show without weights.
     """
-    imagined, cpu = imaginable(prepared), Processes(torch.device("cpu"))
+    imagined = imaginable(prepared)
     log.info("estimating memory")
-    model, texts, largest = build_model(imagined.config, cpu.device), Texts.of(imagined), largest_shape(prepared)
+    model, texts, largest = (
+        build_model(imagined.config, torch.device("cpu")),
+        Texts.of(imagined),
+        largest_shape(prepared),
+    )
     images = image_encoding_memory(imagined)
     captions = None if prepared.encodes_captions else caption_encoding_memory(imagined)
     rungs = tuple(climb(prepared, make_batch(largest, texts, model), images))
@@ -58,7 +78,7 @@ def make_plan(prepared: PreparedRun, *, measured: bool = False) -> Plan:
         log.info("measuring steps")
     return Plan(
         prepared=prepared,
-        schedule=Schedule(prepared.datasets, prepared.config.training, cpu),
+        schedule=schedule_of(prepared),
         largest=largest,
         images=images,
         captions=captions,

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 
 from lorakit.columns import columns
 from lorakit.config.savings import changes, to_toml
 from lorakit.data.planning import buckets
+from lorakit.engine.preparation import PreparedRun
 from lorakit.planning.examples import BatchShape
 from lorakit.planning.ladder import RESERVE, first_that_fits
-from lorakit.planning.plan import Plan
+from lorakit.planning.plan import Plan, schedule_of
 from lorakit.planning.sizes import in_gib
 
 _HERE = "<- the config as it is"
 
 
 def report(plan: Plan, memory: int | None = None) -> Iterator[str]:
-    """The lines of a plan; with `memory`, in bytes, also what to set so that training fits into it."""
-    yield from _data(plan)
-    yield ""
+    """The lines of a plan but for the data; with `memory`, in bytes, also what to set so that training fits into it."""
     yield from _phases(plan)
     yield ""
     yield from _ladder(plan)
@@ -29,15 +29,16 @@ def report(plan: Plan, memory: int | None = None) -> Iterator[str]:
     yield from _times(plan)
 
 
-def _data(plan: Plan) -> Iterator[str]:
-    schedule, images = plan.schedule, plan.prepared.images
+def data_report(prepared: PreparedRun) -> Iterator[str]:
+    """The lines about images and steps, which take no time to find."""
+    schedule, images = schedule_of(prepared), prepared.images
     rows = [
         (_size(bucket.size), str(bucket.appearances), str(bucket.batch_size), str(bucket.micro_batches))
-        for bucket in buckets(plan.prepared.datasets)
+        for bucket in buckets(prepared.datasets)
     ]
     yield from columns(("bucket", "images, with repeats", "batch size", "batches per epoch"), rows)
     yield ""
-    yield (
+    yield from _wrapped(
         f"{_counted(images, 'image')}; {_counted(schedule.micro_batches_per_epoch, 'batch', 'batches')} and "
         f"{_counted(schedule.steps_per_epoch, 'step')} per epoch; {_counted(schedule.total_steps, 'step')} in all, "
         f"{_counted(schedule.total_epochs, 'epoch')}"
@@ -59,31 +60,61 @@ def _phases(plan: Plan) -> Iterator[str]:
 
 
 def _ladder(plan: Plan) -> Iterator[str]:
-    rows = [(str(rung), in_gib(rung.memory.peak), _HERE if rung.is_config else "") for rung in plan.rungs]
-    yield from columns(("keys of [training]", "training in GiB, estimated", ""), rows)
+    yield "TRAINING IN GIB, ESTIMATED, WITH THESE KEYS OF [TRAINING]"
+    for rung in plan.rungs:
+        here = f"  {_HERE}" if rung.is_config else ""
+        yield from _wrapped(f"{in_gib(rung.memory.peak):>6}  {rung}{here}", indent=8)
+        if rung.is_config and plan.could_be_half:
+            yield f"{'~' + in_gib(_in_half_precision(plan)):>6}  {_half_precision(plan)}  (on a GPU faster, too)"
 
 
 def _advice(plan: Plan, memory: int) -> Iterator[str]:
     """What to set so that training fits into so many bytes."""
     given, reserve = f"{in_gib(memory)} GiB", f"{in_gib(RESERVE)} GiB left for PyTorch and the device's driver"
     if plan.own.fits(memory):
-        yield f"The config as it is fits into {given}, with {reserve}."
+        yield from _wrapped(f"The config as it is fits into {given}, with {reserve}.")
     fitting = first_that_fits(plan.rungs, memory)
-    if fitting is None:
+    if plan.could_be_half and not plan.own.fits(memory) and _in_half_precision(plan) + RESERVE <= memory:
+        yield from _wrapped(f"What should fit into {given}, with {reserve}, and is faster on a GPU, too:")
+        yield from ("", "[training]", _half_precision(plan))
+    elif fitting is None:
         least = min(plan.rungs, key=lambda rung: rung.memory.peak)
-        yield f"Nothing of this fits into {given}: the least, {least}, needs {in_gib(least.memory.peak)} GiB,"
-        yield f"with {reserve}. What else helps: {', '.join(_other_ways(plan))}."
+        yield from _wrapped(
+            f"Nothing of this fits into {given}: the least, {least}, needs {in_gib(least.memory.peak)} GiB,"
+            f" with {reserve}. What else helps: {', '.join(_other_ways(plan))}."
+        )
     elif not fitting.is_config:
         keys = changes(fitting.training, plan.prepared.config.training)
-        yield f"The fastest that fits into {given}, with {reserve}:"
+        yield from _wrapped(f"The fastest that fits into {given}, with {reserve}:")
         yield from ("", "[training]", *to_toml(keys))
+        if plan.could_be_half:
+            yield ""
+            yield from _wrapped(f"With {_half_precision(plan)}, which is faster on a GPU, too, less of this may do.")
+
+
+def _half_precision(plan: Plan) -> str:
+    """The line of `[training]` that asks for half precision."""
+    return f'mixed_precision = "{plan.half_precision}"'
+
+
+def _in_half_precision(plan: Plan) -> int:
+    """About what training would need in half precision, in bytes: half of all but what is trained."""
+    memory = plan.own.memory
+    return (memory.frozen + memory.activations) // 2 + memory.trained
+
+
+def _wrapped(text: str, indent: int = 0) -> list[str]:
+    """The text in lines of 80 columns; later ones indented."""
+    return textwrap.wrap(
+        text, 80, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+    )
 
 
 def _other_ways(plan: Plan) -> Iterator[str]:
     """What saves memory besides the ladder, as far as it is not done yet."""
     config = plan.prepared.config
-    if config.training.mixed_precision == "no":
-        yield 'training.mixed_precision = "bf16"'
+    if plan.could_be_half:
+        yield f"training.{_half_precision(plan)}"
     if plan.largest.images > 1:
         yield f"a data.batch_size below {plan.largest.images}"
     yield "a lower data.resolution"
@@ -101,10 +132,13 @@ def _times(plan: Plan) -> Iterator[str]:
     rows = [(_shape(shape), f"{seconds:.3g}") for shape, seconds in timing.seconds.items()]
     yield from columns(("batch", f"seconds per step on {timing.device}, measured"), rows)
     yield ""
-    yield f"All {plan.schedule.total_steps} steps: about {_duration(timing.run)}, without encoding, saves and previews"
+    yield from _wrapped(
+        f"All {plan.schedule.total_steps} steps: about {_duration(timing.run)}, without encoding, saves and previews"
+    )
     if timing.peak is not None:
         estimated = in_gib(plan.own.memory.peak)
-        yield f"Most memory in use on {timing.device}: {in_gib(timing.peak)} GiB measured, {estimated} GiB estimated"
+        found = f"{in_gib(timing.peak)} GiB measured, {estimated} GiB estimated"
+        yield from _wrapped(f"Most memory in use on {timing.device}: {found}")
 
 
 def _size(size: tuple[int, int]) -> str:

@@ -11,11 +11,15 @@ _PREFIXES = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of an amount such as `8GB`, `7.5 GiB` or `512MiB`. Raises ValueError where it is none, or zero."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(i?)B\s*", text, re.IGNORECASE)
+    """Bytes of an amount such as `8GB`, `8G`, `7.5 GiB` or `512MiB`; those of GB where there is no unit.
+
+    Raises ValueError where it is none, or zero.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(i?)(B?)\s*", text, re.IGNORECASE)
     if found is None or (found[3] and not found[2]):
         raise ValueError(f"{text!r} is no amount of memory; write a number and a unit: 8GB, 7.5GiB, 512MiB")
-    size = int(float(found[1]) * (1024 if found[3] else 1000) ** _PREFIXES[found[2].upper()])
+    prefix = found[2].upper() if found[2] or found[4] else "G"
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** _PREFIXES[prefix])
     if not size:
         raise ValueError(f"{text!r} is no memory at all")
     return size

@@ -11,7 +11,7 @@ from attrs import frozen
 
 from lorakit.data.batches import Batch
 from lorakit.data.planning import Bucket, buckets
-from lorakit.engine.assembly import assemble_with
+from lorakit.engine.assembly import assemble_with, launched_processes
 from lorakit.engine.base_model import build_model
 from lorakit.engine.caching import Encoded
 from lorakit.engine.modes import in_mode
@@ -44,7 +44,7 @@ class Timing:
 def measure(prepared: PreparedRun, texts: Texts) -> Timing:
     """Read the model and take some steps with micro-batches of each shape that the run has."""
     training = prepared.config.training
-    processes = Processes.launched(training.device, training.process_timeout)
+    processes = launched_processes(training)
     run = _assembled(prepared, processes)
     found = buckets(prepared.datasets)
     if processes.device.type == "cuda":

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Previewer:
     """Draws what a prompt file says, as it is at that time."""
 
-    prompts: Path
-    """The prompt file."""
+    prompts: Path | Sequence[str]
+    """The prompt file, or the lines of one."""
     settings: PromptSettings
     """What holds for prompts that say nothing else."""
     seed: int
@@ -43,6 +43,10 @@ class Previewer:
         """Encode the prompts where that is done once. Raises ConfigError where the file cannot be used."""
         if not self.texts_change:
             self._encoded(model, self._pictures())
+
+    def count(self) -> int:
+        """How many images `draw` draws now. Raises ConfigError where the file cannot be used."""
+        return len(read_prompts(self.prompts, self.settings).prompts)
 
     def draw(self, model: DiffusionModel, folder: Path, stem: str, step: int) -> list[Path]:
         """Draw all prompts after so many training steps; gives the files, whose names start with `stem`.

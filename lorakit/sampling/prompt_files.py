@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from attrs import frozen
 
 from lorakit.config.suggestions import hint_for
 from lorakit.config.tables import TableReader, field_names
+from lorakit.config.toml_files import parse_toml
 from lorakit.config.values import shown
 from lorakit.errors import ConfigError, Problem
 from lorakit.sampling.prompts import Prompt, PromptSettings
@@ -71,17 +71,20 @@ class _Entry:
     """The line, in a text file."""
 
 
-def read_prompts(path: Path, settings: PromptSettings) -> PromptFile:
-    """The prompts in a `.txt`, `.toml` or `.json` file; what they leave open is as in `settings`.
+def read_prompts(source: Path | Sequence[str], settings: PromptSettings) -> PromptFile:
+    """The prompts in a `.txt`, `.toml` or `.json` file, or in lines; what they leave open is as in `settings`.
 
-    Raises ConfigError with every problem found in the file.
+    Raises ConfigError with every problem found in them.
     """
     defaults = {own.name: getattr(settings, own.name) for own in attrs.fields(PromptSettings)}
     prompts: list[Prompt | None] = []
     problems: list[Problem] = []
     warnings: list[Problem] = []
-    for entry in _entries(path):
-        reader = TableReader(path.parent, file=f"{path}, line {entry.line}" if entry.line else str(path))
+    name = str(source) if isinstance(source, Path) else ""
+    base = source.parent if isinstance(source, Path) else Path()
+    for entry in _entries(source):
+        place = f"{name}, line {entry.line}" if name else f"prompt {entry.line}"
+        reader = TableReader(base, file=place if entry.line else name)
         prompts.append(_prompt(reader, entry, defaults))
         problems += reader.problems
         foreign = [entry.paths[name] for name in entry.table if entry.names.get(name) in OF_OTHER_MODELS]
@@ -90,7 +93,7 @@ def read_prompts(path: Path, settings: PromptSettings) -> PromptFile:
         # What several subsets inherit is wrong once.
         raise ConfigError(dict.fromkeys(problems))
     if not prompts:
-        raise _refusal(path, "holds no prompt")
+        raise ConfigError([Problem(name, "holds no prompt" if name else "must hold a prompt")])
     return PromptFile(tuple(prompt for prompt in prompts if prompt), tuple(dict.fromkeys(warnings)))
 
 
@@ -106,7 +109,11 @@ def _prompt(reader: TableReader, entry: _Entry, defaults: Mapping[str, Any]) -> 
     return None if values is None else Prompt(**{**defaults, **values})
 
 
-def _entries(path: Path) -> list[_Entry]:
+def _entries(source: Path | Sequence[str]) -> list[_Entry]:
+    if not isinstance(source, Path):
+        lines = [" ".join(line.split()) for line in source]
+        return list(_lines("\n".join(lines), TableReader(Path())))
+    path = source
     form = _FORMS.get(path.suffix.lower())
     if form is None:
         raise _refusal(path, "is of no known form", f"its name must end in {', '.join(_FORMS)}")
@@ -117,7 +124,7 @@ def _entries(path: Path) -> list[_Entry]:
         raise _refusal(path, f"cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise _refusal(path, "is not UTF-8 text", "save it as UTF-8") from error
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise _refusal(path, f"is not valid {path.suffix[1:].upper()}: {error}") from error
     if reader.problems:
         raise ConfigError(reader.problems)
@@ -155,7 +162,7 @@ def _value(key: str, text: str) -> Any:
 
 def _from_toml(text: str, reader: TableReader) -> Iterator[_Entry]:
     """An entry for each `[[prompt.subset]]`, with what `[prompt]` says where the subset says nothing."""
-    tables = tomllib.loads(text)
+    tables = parse_toml(text)
     reader.refuse_unknown(tables, ["prompt"], "")
     common = reader.table(tables, "prompt")
     subsets = common.pop("subset", [{}] if common else [])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lorakit.checkpoints import CheckpointSummary, describe, traits_of
+from lorakit.checkpoints import CheckpointSummary, advice, describe, traits_of
 
 TEXT = "cond_stage_model.transformer."
 UNET = "model.diffusion_model."
@@ -64,6 +64,28 @@ TWO_ENCODERS = {**ONE_ENCODER, "text_encoder_2": ["transformers", "CLIPTextModel
         (folder(ONE_ENCODER, unet=SD1_UNET), "a Stable Diffusion 1.x model"),
         (folder(ONE_ENCODER, unet=SD2_UNET), "a Stable Diffusion 2.x model"),
         (folder(TWO_ENCODERS, unet=SDXL_UNET), "a Stable Diffusion XL model"),
+        (single_file(768, TEXT + CLIP, channels=8), "a Stable Diffusion 1.x image-editing model"),
+        (single_file(1024, f"cond_stage_model.model.{OPEN_CLIP}", linear=True, channels=5),
+         "a Stable Diffusion 2.x depth-to-image model"),
+        (single_file(1024, f"cond_stage_model.model.{OPEN_CLIP}", f"{UNET}label_emb.weight", linear=True, channels=7),
+         "a Stable Diffusion 2.x upscaling model"),
+        (single_file(1024, f"cond_stage_model.model.{OPEN_CLIP}", f"{UNET}label_emb.0.0.weight",
+                     "embedder.model.visual.conv1.weight", linear=True), "a Stable Diffusion 2.x unCLIP model"),
+        (single_file(768, TEXT + CLIP, f"{UNET}time_embed.cond_proj.weight"), "a Stable Diffusion 1.x LCM model"),
+        (single_file(1280, f"conditioner.embedders.0.model.{OPEN_CLIP}", f"{UNET}label_emb.0.0.weight", linear=True),
+         "the refiner of Stable Diffusion XL"),
+        (folder(ONE_ENCODER, unet={**SD1_UNET, "in_channels": 9}), "a Stable Diffusion 1.x inpainting model"),
+        (folder(ONE_ENCODER, unet={**SD1_UNET, "time_cond_proj_dim": 256}), "a Stable Diffusion 1.x LCM model"),
+        (folder(ONE_ENCODER, unet={**SD2_UNET, "class_embed_type": "projection"}),
+         "a Stable Diffusion 2.x unCLIP model"),
+        (folder(ONE_ENCODER, unet={**SD2_UNET, "in_channels": 7, "num_class_embeds": 1000}),
+         "a Stable Diffusion 2.x upscaling model"),
+        (folder(ONE_ENCODER, unet={**SD1_UNET, "encoder_hid_dim": 9}), "a Stable Diffusion 1.x special model"),
+        (folder({}, config={"_class_name": "AutoencoderKL"}), "a VAE alone"),
+        (folder({}, config={"_class_name": "ControlNetModel"}), "a ControlNet, not a base model"),
+        (folder({}, config={"architectures": ["CLIPTextModel"]}), "a text encoder alone"),
+        (folder({}, config={"_class_name": "Odd"}), "one part of a model, of the class Odd"),
+        (folder({}, config={"architectures": 5}), "a diffusers folder without a whole model"),
         (folder({"_class_name": "FluxPipeline"}), "a model for diffusers' FluxPipeline"),
         (single_file(768), "a U-Net without a text encoder"),
         (tensors("lora_unet_x.lora_down.weight"), "a LoRA file, not a base model"),
@@ -76,6 +98,77 @@ TWO_ENCODERS = {**ONE_ENCODER, "text_encoder_2": ["transformers", "CLIPTextModel
 def test_models_are_described(summary: CheckpointSummary, description: str) -> None:
     """Each kind of model is called what users call it."""
     assert describe(summary) == description
+
+
+@pytest.mark.parametrize(
+    ("names", "description"),
+    [
+        (["control_model.input_blocks.0.0.weight", "control_model.zero_convs.0.0.weight"], "a ControlNet"),
+        (["controlnet_cond_embedding.conv_in.weight", "down_blocks.0.attentions.0.proj_in.weight"], "a ControlNet"),
+        (["adapter.body.0.block1.weight"], "a T2I-Adapter"),
+        (["body.0.block1.weight", "conv_in.weight"], "a T2I-Adapter"),
+        (["image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"], "an IP-Adapter"),
+        (["down_blocks.0.motion_modules.0.temporal_transformer.norm.weight"], "a motion module of AnimateDiff"),
+        (["lora_unet_x.lora_down.weight", "lora_unet_x.dora_scale"], "a DoRA file"),
+        (["unet.x.lora_A.weight"], "a LoRA file"),
+        (["unet.x.processor.to_q_lora.down.weight"], "a LoRA file"),
+        (["text_encoder.x.lora_linear_layer.down.weight"], "a LoRA file"),
+        (["base_model.model.x.lora_A.default.weight"], "a LoRA file"),
+        (["lora_unet_x.hada_w1_a", "lora_unet_x.alpha"], "a LoHa file"),
+        (["lora_unet_x.lokr_w1", "lora_unet_x.lokr_w2_a"], "a LoKr file"),
+        (["lora_unet_x.oft_blocks"], "an OFT file"),
+        (["lora_unet_x.diff"], "a LoRA file"),
+        (["string_to_param.*"], "a textual-inversion embedding"),
+        (["emb_params"], "a textual-inversion embedding"),
+        (["model.1.sub.0.RDB1.conv1.0.weight"], "an image upscaler"),
+        (["body.0.rdb1.conv1.weight"], "an image upscaler"),
+        (["concept_embeds", "vision_model.vision_model.encoder.layers.0.x"], "a safety checker"),
+        (["model_ema.diffusion_modelinput_blocks00weight", "model_ema.decay"], "a file with nothing but EMA copies"),
+        (["model.diffusion_model.out.2.weight"], "half a model: its U-Net lacks the first layer"),
+        (["first_stage_model.encoder.conv_in.weight"], "a VAE alone"),
+        (["encoder.down_blocks.0.resnets.0.conv1.weight"], "a VAE alone"),
+        (["text_model.encoder.layers.0.self_attn.q_proj.weight"], "a text encoder alone"),
+        (["encoder.block.0.layer.0.SelfAttention.q.weight"], "a T5 text encoder"),
+        (["vision_model.encoder.layers.0.self_attn.q_proj.weight"], "an image encoder of CLIP"),
+        (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], "a Stable Diffusion 3 model"),
+        (["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"], "a FLUX model"),
+        (["blocks.0.attn.qkv.weight", "y_embedder.y_embedding"], "a PixArt model"),
+        (["clip_txt_pooled_mapper.weight"], "a Stable Cascade model"),
+    ],
+)
+def test_other_files_are_described(names: list[str], description: str) -> None:
+    """What is no base model, and what is one of another kind, is called by its name."""
+    assert describe(tensors(*names)).startswith(description)
+
+
+@pytest.mark.parametrize("shape", [(768,), (4, 768), (1, 1024), (8, 1280)])
+def test_embeddings_are_told_by_their_width(shape: tuple[int, ...]) -> None:
+    """An embedding may have its own token for a key."""
+    summary = CheckpointSummary(Path("x"), "safetensors", {"<zorp>": shape})
+    assert describe(summary).startswith("a textual-inversion embedding")
+    assert describe(CheckpointSummary(Path("x"), "safetensors", {"x": (9, 9)})) == "a file of an unknown kind of model"
+
+
+@pytest.mark.parametrize(
+    ("summary", "text"),
+    [
+        (tensors("lora_unet_x.lora_down.weight"), "network.weights takes a LoRA to continue from"),
+        (tensors("lora_unet_x.hada_w1_a"), "network.weights"),
+        (tensors("encoder.down.0.block.0.conv1.weight"), "give it as model.vae"),
+        (folder({}, config={"_class_name": "AutoencoderKL"}), "give it as model.vae"),
+        (
+            single_file(768, TEXT + CLIP, channels=9),
+            "train on the plain model that it was made from; the LoRA works with",
+        ),
+        (single_file(768, TEXT + CLIP, channels=8), "the LoRA works with the image-editing model, too"),
+        (tensors("model_ema.diffusion_modelout2weight"), "take the file that has the plain weights"),
+        (single_file(768, TEXT + CLIP), ""),
+    ],
+)
+def test_what_to_do_is_said(summary: CheckpointSummary, text: str) -> None:
+    """The key that takes a file, or what to take in its place, is named where there is one."""
+    assert text in advice(summary)
+    assert bool(text) == bool(advice(summary))
 
 
 def test_traits_of_xl_list_both_encoders() -> None:

@@ -150,11 +150,11 @@ def test_no_damage_leads_to_another_error(
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "bare"])
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, form: str) -> None:
-    """A checkpoint that calls a function is refused by the function's name, and the function is not called."""
+    """A file that is made by a function is refused by its name, and the function is not called."""
     path, trace = tmp_path / "evil.ckpt", tmp_path / "trace"
-    content = {"state_dict": {"w": torch.zeros(2)}, "evil": RunsCode(os.system, f"touch {trace}")}
+    content = RunsCode(os.system, f"touch {trace}")
     if form == "bare":
-        path.write_bytes(pickle.dumps(content["evil"]))
+        path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
     with pytest.raises(ModelError, match=r"evil\.ckpt needs to run code \((posix|nt)\.system\)") as caught:
@@ -175,13 +175,13 @@ def test_no_way_around_the_refusal(tmp_path: Path, name: str) -> None:
         summarize(path)
 
 
-def test_classes_of_other_packages_are_refused(tmp_path: Path) -> None:
-    """A checkpoint that holds objects of a training framework is refused by the name of their class."""
+def test_whole_models_of_other_packages_are_refused(tmp_path: Path) -> None:
+    """A file that holds nothing but an object of a training framework is refused by the name of its class."""
     path = tmp_path / "lightning.ckpt"
-    program = b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n."
+    program = b"cpytorch_lightning.core\nLightningModule\n)\x81}b."
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", program)
-    with pytest.raises(ModelError, match=r"pytorch_lightning\.callbacks\.model_checkpoint\.ModelCheckpoint"):
+    with pytest.raises(ModelError, match=r"pytorch_lightning\.core\.LightningModule"):
         summarize(path)
 
 
@@ -213,4 +213,12 @@ def test_broken_json_is_named(tmp_path: Path) -> None:
     """A config that is not JSON is refused with the file's name."""
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(ModelError, match=r"model_index\.json is not valid JSON"):
+        summarize(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "adapter_model.bin"])
+def test_a_folder_with_a_lora_is_told(tmp_path: Path, name: str) -> None:
+    """A folder of diffusers' or PEFT's with a LoRA is called that, with the key that takes its file."""
+    (tmp_path / name).touch()
+    with pytest.raises(ModelError, match=rf"holds a LoRA, {name}, and no base model; network\.weights takes"):
         summarize(tmp_path)

@@ -14,26 +14,27 @@ from PIL import Image
 from lorakit.config.reading import config_from_tables
 from lorakit.config.sections import TrainConfig
 from lorakit.errors import ConfigError
+from lorakit.models.stable_diffusion import layout
+from lorakit.models.stable_diffusion.structure import clip_shapes, unet_shapes, vae_shapes
 from lorakit.plugins import Catalog
 
 Tables = dict[str, Any]
 
+UNET = {
+    "block_out_channels": [8], "layers_per_block": 1, "cross_attention_dim": 16,
+    "down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"],
+}  # fmt: skip
+VAE = {
+    "block_out_channels": [4] * 4, "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}  # fmt: skip
+CLIP = {"vocab_size": 10, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
 SD1_SHAPES = {
-    "model.diffusion_model.input_blocks.0.0.weight": (32, 4, 3, 3),
-    "model.diffusion_model.input_blocks.1.0.out_layers.3.weight": (32, 32, 3, 3),
-    "model.diffusion_model.input_blocks.1.1.norm.weight": (32,),
-    "model.diffusion_model.input_blocks.1.1.proj_in.weight": (32, 32, 1, 1),
-    "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (32, 16),
-    "model.diffusion_model.out.2.weight": (4, 32, 3, 3),
-    "first_stage_model.encoder.conv_in.weight": (32, 3, 3, 3),
-    "first_stage_model.encoder.down.0.block.0.conv1.weight": (32, 32, 3, 3),
-    "first_stage_model.encoder.conv_out.weight": (8, 32, 3, 3),
-    "first_stage_model.decoder.conv_out.weight": (3, 32, 3, 3),
-    "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": (10, 16),
-    "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight": (77, 16),
-    "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight": (32, 16),
+    **{layout.UNET_PREFIX + layout.original_unet_name(name, UNET): shape for name, shape in unet_shapes(UNET).items()},
+    **{layout.VAE_PREFIX + layout.original_vae_name(name, VAE): shape for name, shape in vae_shapes(VAE).items()},
+    **{f"{layout.TEXT_PREFIX}text_model.{name}": shape for name, shape in clip_shapes(CLIP).items()},
 }
-"""The tensors that tell a single-file Stable Diffusion 1.x, in their original names, and little else of it."""
+"""The tensors of a very small single-file Stable Diffusion 1.x, in their original names."""
 
 
 def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Path:

@@ -9,12 +9,13 @@ from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
 from lorakit.components import ModelFamilyConfig
-from lorakit.config.data_tables import DATASET_KEYS, SUBSET_KEYS, SWITCHED_OFF, read_toml
+from lorakit.config.data_tables import DATASET_KEYS, SUBSET_KEYS, SWITCHED_OFF
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.reading import COMPONENT_SECTIONS, PLAIN_SECTIONS, SECTIONS, config_from_tables
 from lorakit.config.sections import TrainConfig
 from lorakit.config.suggestions import KOHYA_NAMES
 from lorakit.config.tables import field_names
+from lorakit.config.toml_files import read_toml
 from lorakit.config.writing import to_toml
 from lorakit.discovery import REGISTRATION_HOOKS
 from lorakit.errors import ConfigError

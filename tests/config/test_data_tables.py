@@ -151,7 +151,7 @@ def test_a_wrong_value_that_subsets_inherit_is_one_problem(data_problems: Callab
         ({"general": 3, "datasets": [{"resolution": 64, "subsets": [{"image_dir": "more"}]}]}, "data.general", "table"),
         ({"config": 3}, "data.config", "must be a path in quotes, not 3"),
         ({"config": "nowhere.toml"}, "data.config", "nowhere.toml cannot be read: No such file"),
-        ({"config": "photos/image.png"}, "data.config", "image.png is not UTF-8 text"),
+        ({"config": "photos/image.png"}, "data.config", "image.png is an image, not a config"),
         ({"image_dir": "photos"}, "data.resolution", "is missing (Width and height"),
         ({"image_dir": "photos", "resolution": [64, 64, 64]}, "data.resolution", "must have 2 values, not 3"),
         ({"image_dir": "photos", "resolution": True}, "data.resolution", "must be a whole number, not true"),
@@ -359,6 +359,46 @@ def test_metadata_files(
     )
     general = {"general": {"metadata_file": "photos/meta.json"}, "datasets": [{"resolution": 64, "subsets": [{}]}]}
     assert "write it in [[datasets.subsets]]" in data_problems(general)["data.general.metadata_file"]
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "message"),
+    [
+        ({"image_dir": "phtos"}, "image_dir", "phtos is not a folder (did you mean photos? relative paths"),
+        ({"image_dir": "Photos"}, "image_dir", "Photos is not a folder (did you mean photos? relative"),
+        ({"image_dir": "elsewhere/x"}, "image_dir", "is not a folder (relative paths are relative to the folder of"),
+        ({"image_dir": "photos/a.png"}, "image_dir", 'a.png is a file, not a folder (give a folder, "BASE/photos"'),
+        ({"image_dir": "photos/meta.jsonl"}, "image_dir", 'captions from it: metadata_file = "BASE/photos/meta.jsonl"'),
+        ({"image_dir": "dataset.toml"}, "image_dir", 'a dataset file: [data] with config = "BASE/dataset.toml" alone)'),
+        ({"metadata_file": "photos/mta.jsonl"}, "metadata_file", "is not a file (did you mean meta.jsonl"),
+    ],
+)  # fmt: skip
+def test_paths_that_lead_nowhere(
+    data_problems: Callable[..., dict[str, str]], base: Path, table: dict[str, Any], key: str, message: str
+) -> None:
+    """What is in the place of a folder is told with what it is good for, and which names are near."""
+    for name in ("photos/a.png", "photos/meta.jsonl", "dataset.toml"):
+        (base / name).write_text("{}")
+    found = data_problems({"resolution": 64, **table})
+    assert message.replace("BASE", str(base)) in found[f"data.{key}"]
+
+
+def test_subsets_that_are_switched_off(
+    read: Read, tables: Tables, data_problems: Callable[..., dict[str, str]]
+) -> None:
+    """Without repeats a subset is left out with a warning, whatever it says; not all of them can be."""
+    on, off = {"image_dir": "photos"}, {"image_dir": "nowhere", "num_repeats": 0}
+    for datasets in ([{"subsets": [on, off]}], [{"subsets": [off]}, {"subsets": [on]}]):
+        data = {"general": {"resolution": 64}, "datasets": datasets}
+        warnings = {warning.key: warning.message for warning in read({**tables, "data": data}).warnings()}
+        assert warnings["data.num_repeats"].startswith("is 0, which leaves out ")
+        assert warnings["data.num_repeats"].endswith("nowhere")
+    short = {"resolution": 64, **off}
+    message = "is 0 in every subset, so there is nothing to train on (1 is usual)"
+    assert data_problems(short) == {"data.num_repeats": message}
+    regularising = [off, {**on, "is_reg": True}]
+    found = data_problems({"datasets": [{"resolution": 64, "subsets": regularising}]})
+    assert "are all regularisation images" in found["data.datasets[0].subsets"]
 
 
 def test_validation_is_of_datasets(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomlkit
 
 from lorakit.config.reading import config_from_tables, read_config
 from lorakit.config.sections import TrainConfig
 from lorakit.config.suggestions import KOHYA_NAMES
 from lorakit.errors import ConfigError
+from lorakit.other_names import OTHER_NAMES, normalized
 from lorakit.plugins import Catalog
 from tests.config.conftest import Tables, write_safetensors
 from tests.guests import install, optimizer_source
@@ -92,6 +95,13 @@ def test_every_section_is_read(read: Read, tables: Tables, base: Path) -> None:
         ("output", "name", ["a"], "must be a text in quotes, such as \"text\", not ['a']"),
         ("output", "name", "a/b", "must be a plain file name, without folders, not 'a/b'"),
         ("output", "name", "..", "must be a plain file name"),
+        ("output", "name", "mine.safetensors", "must be without the file's extension, which is added: 'mine'"),
+        ("output", "name", "mine.v2.CKPT", "must be without the file's extension, which is added: 'mine.v2'"),
+        ("output", "name", "a:b", "must not hold :, which Windows has in no file name"),
+        ("output", "name", '<a|"b"?*>', 'must not hold " * < > ? |'),
+        ("output", "name", "CON", "must not be 'CON', which Windows keeps for a device"),
+        ("output", "name", "lpt1.best", "must not be 'lpt1.best'"),
+        ("output", "name", "mine ", "must be a plain file name"),
         ("output", "name", "", "must be a plain file name"),
         ("output", "name", "a\nb", "must be a plain file name"),
         ("output", "dir", "", "must be a path in quotes, not ''"),
@@ -133,6 +143,10 @@ def test_values_of_a_wrong_type_or_range(
         ("network", "conv_dim", "did you mean network.conv_rank?"),
         ("network", "conv_rank", "did you mean network.conv_rank of c3lier?"),
         ("output", "save_every_n_epoch", "did you mean output.save_every_n_epochs?"),
+        ("training", "maxEpochs", "did you mean training.max_epochs?"),
+        ("training", "--max-epochs", "did you mean training.max_epochs?"),
+        ("optimizer", "LR", "did you mean optimizer.lr?"),
+        ("training", "--learning_rate", "did you mean optimizer.lr?"),
     ],
 )
 def test_unknown_keys_are_met_with_what_was_meant(
@@ -144,6 +158,25 @@ def test_unknown_keys_are_met_with_what_was_meant(
     assert list(found) == [f"{section}.{key}"]
     assert "is not a known key" in found[f"{section}.{key}"]
     assert hint in found[f"{section}.{key}"]
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "key", "hint"),
+    [
+        ("optimizer", "adafactor", "betas", r"optimizer\.beta1\? betas is a key of \w+, \w+ or \d+ others"),
+        ("optimizer", "adamw", "beta1", r"optimizer\.betas\? beta1 is a key of adafactor"),
+        ("optimizer", "adamw", "momentum", r"optimizer\.momentum of .*\?"),
+        ("network", "lierla", "conv_rank", r"network\.conv_rank of c3lier\?"),
+        ("lr_scheduler", "constant", "warmup_steps", r"lr_scheduler\.warmup_steps of \w+, \w+ or \d+ others\?"),
+    ],
+)
+def test_keys_of_another_component(
+    problems: Problems, tables: Tables, section: str, name: str, key: str, hint: str
+) -> None:
+    """A key of another component of the kind is met with what the chosen one has instead, or with who has it."""
+    tables.setdefault(section, {}).update({"name": name, key: 1})
+    found = problems(tables)[f"{section}.{key}"]
+    assert re.fullmatch(rf".*is not a known key \(did you mean {hint}\)", found), found
 
 
 def test_keys_that_are_no_words_are_quoted(problems: Problems, tables: Tables) -> None:
@@ -322,13 +355,13 @@ def test_paths_of_the_model_that_cannot_be(problems: Problems, tables: Tables, p
 )
 @pytest.mark.parametrize("path", ["a" * 5000, "~nobody_of_this_name/a", "a\0b", "a\udce9", "model.safetensors/a"])
 def test_paths_that_cannot_be(problems: Problems, tables: Tables, key: str, path: str) -> None:
-    """A path that the system refuses to look at is one problem, at its key or at the model's."""
+    """A path that the system refuses to look at is one problem, at its key."""
     section, _, name = key.partition(".")
     tables[section] = {**tables.get(section, {}), name: path}
     if name == "config":
         tables["data"] = {"config": path}
     (found,) = problems(tables)
-    assert found in (key, "model.path" if key == "model.vae" else "")
+    assert found == key
 
 
 def test_keys_of_the_model_are_checked_without_the_model(problems: Problems, tables: Tables) -> None:
@@ -351,6 +384,16 @@ def test_paths_are_relative_to_the_config_file(base: Path, catalog: Catalog, mon
     assert config.model.path == str(base / "model.safetensors")
 
 
+@pytest.mark.parametrize("key", ["model.path", "data.image_dir", "output.dir"])
+def test_backslashes_that_were_lost(problems: Problems, tables: Tables, key: str) -> None:
+    """A path in which a backslash and a letter became one character is refused, with what to write."""
+    section, _, name = key.partition(".")
+    tables[section][name] = "C:\\my\new\train"
+    found = problems(tables)
+    assert list(found) == [key]
+    assert r"write 'C:\my\new\train' or" in found[key]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -359,7 +402,7 @@ def test_paths_are_relative_to_the_config_file(base: Path, catalog: Catalog, mon
         (b"a = " + b"[" * 5000, "is not valid TOML"),
         (b"name = '\xff\xfe'", "is not UTF-8 text; save it as UTF-8"),
         (None, "cannot be read: No such file or directory"),
-        ("folder", "cannot be read: Is a directory"),
+        ("folder", "is a folder, not a file"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, content: bytes | str | None, message: str) -> None:
@@ -402,6 +445,56 @@ def test_overrides(base: Path, catalog: Catalog) -> None:
     assert config.network.name == "c3lier"
     assert (config.data.datasets[0].subsets[0].num_repeats, config.data.datasets[0].batch_size) == (4, 2)
     assert config.observers[0].average == 0.5  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("section", "file", "typed", "left"),
+    [
+        ("training", {"max_epochs": 3}, ["max_steps=100"], {"max_epochs": None, "max_steps": 100}),
+        ("training", {"max_epochs": 3}, ["max_steps=9", "max_epochs=2"], {"max_epochs": 2, "max_steps": 9}),
+        ("training", {"max_epochs": 3, "max_steps": 9}, ["max_epochs=none"], {"max_epochs": None, "max_steps": 9}),
+        ("training", {"max_epochs": 3}, ["max_epochs=None"], {"max_epochs": None}),
+        ("training", {"seed": 7}, ["seed=null"], {"seed": 42}),
+        ("training", {}, ["seed=none"], {"seed": 42}),
+        (
+            "output", {"dir": "o", "save_n_epoch_ratio": 3}, ["save_every_n_epochs=2"],
+            {"save_n_epoch_ratio": None, "save_every_n_epochs": 2},
+        ),
+        ("network", {"rank_from_weights": True, "weights": "image.png"}, ["rank=8"], {"rank_from_weights": False}),
+        ("network", {}, ["parts=[unet, text_encoder]"], {"parts": ("unet", "text_encoder")}),
+        ("output", {"dir": "o"}, ['training_comment="none"'], {"training_comment": "none"}),
+        ("output", {"dir": "o"}, ["name=2026"], {"name": "2026"}),
+        ("output", {"dir": "o"}, ["training_comment=1e-4"], {"training_comment": "1e-4"}),
+    ],
+)  # fmt: skip
+def test_what_is_typed_wins(
+    base: Path, tables: Tables, section: str, file: Tables, typed: list[str], left: Tables
+) -> None:
+    """A key of the file that would have precedence over a typed one does not count; `none` unsets a key."""
+    (base / "image.png").touch()
+    path = base / "typed.toml"
+    path.write_text(tomlkit.dumps({**tables, section: file}))
+    config = read_config(path, [f"{section}.{one}" for one in typed])
+    assert {key: getattr(getattr(config, section), key) for key in left} == left
+    both = len(typed) == 2
+    assert any("has no effect" in warning.message for warning in config.training.warnings()) is both
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "message"),
+    [
+        ("model.path=none", "model.path", "is missing"),
+        ("training.max_epohcs=none", "training.max_epohcs", "did you mean training.max_epochs?"),
+        ("trainign=none", "trainign", "is not a known key"),
+    ],
+)
+def test_keys_that_cannot_be_unset(base: Path, catalog: Catalog, override: str, key: str, message: str) -> None:
+    """A key that must be there is missing then, and one that is misspelt is not passed over."""
+    with pytest.raises(ConfigError) as caught:
+        read_config(written(base), [override], catalog)
+    (problem,) = caught.value.problems
+    assert problem.key == key
+    assert message in str(problem)
 
 
 @pytest.mark.parametrize(
@@ -466,3 +559,95 @@ def test_components_that_refuse_their_values(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match="optimizer: cannot be used: too strong"):
         config_from_tables({**tables, "optimizer": {"name": "strict", "strength": 2}}, base)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "words"),
+    [
+        ("network", "locon", "LoCon is 'c3lier' here"),
+        ("network", "LoHa", "the plugin lorakit-network-modules has it"),
+        ("network", "networks.lora", "a plain LoRA is 'lierla' here"),
+        ("network", "dora", "dora = true"),
+        ("network", "C3-Lier", "did you mean 'c3lier'?"),
+        ("optimizer", "AdamW8bit", "did you mean 'adamw8bit'?"),
+        ("optimizer", "adamw_8bit", "did you mean 'adamw8bit'?"),
+        ("optimizer", "adam", "'adamw' is nearest"),
+        ("optimizer", "DAdaptation", "did you mean 'dadaptation'?"),
+        ("optimizer", "DAdaptAdamPreprint", "it is 'dadaptation' here"),
+        ("optimizer", "Prodigy", "it is in the plugin lorakit-prodigy: pip install ./plugins/lorakit-prodigy"),
+        ("optimizer", "AdamWScheduleFree", "pip install ./plugins/lorakit-schedulefree"),
+        ("optimizer", "came", 'write its class: "pytorch_optimizer.CAME"'),
+        ("optimizer", "RAdam", 'write its class: "torch.optim.RAdam"'),
+        ("lr_scheduler", "cosine_annealing", "it is 'cosine' here"),
+        ("lr_scheduler", "CosineAnnealingWarmRestarts", "it is 'cosine_with_restarts' here"),
+        ("attention", "xformers", "'sdpa' chooses among PyTorch's kernels"),
+        ("attention", "flash_attention_2", "'sdpa' chooses among PyTorch's kernels"),
+        ("saver", "safetensor", "did you mean 'safetensors'?"),
+        ("saver", "diffusers", 'name = "diffusers"'),
+        ("optimizer", "unheard-of", "there are adafactor, adamw"),
+    ],
+)
+def test_names_that_others_use(problems: Problems, tables: Tables, section: str, name: str, words: str) -> None:
+    """A name from elsewhere is answered with what it is called here, or with the plugin that has it."""
+    assert words in problems({**tables, section: {"name": name}})[f"{section}.name"]
+
+
+def test_every_name_of_the_table_leads_to_a_component(catalog: Catalog) -> None:
+    """What the table of other names says exists: each quoted name is one of the kind, each plugin is in `plugins`."""
+    plugins = Path(__file__).parents[2] / "plugins"
+    for registration in catalog.registrations:
+        assert registration.component.kind in OTHER_NAMES
+    for kind, names in OTHER_NAMES.items():
+        known = {found.component.name for found in catalog.registrations if found.component.kind == kind}
+        for name, words in names.items():
+            assert name == normalized(name)
+            assert name not in {normalized(own) for own in known}
+            assert set(re.findall(r"(?<!\w)'(\w+)'", words.replace("PyTorch's", ""))) <= known, words
+            assert all((plugins / plugin).is_dir() for plugin in re.findall(r"lorakit-[\w-]+", words))
+
+
+DOUBTFUL: list[tuple[Tables, str, str]] = [
+    ({"optimizer": {"name": "dadaptation", "lr": 1e-4}}, "optimizer.lr", "hardly anything is learnt"),
+    ({"optimizer": {"name": "dadaptlion", "lr": 0.1}}, "optimizer.lr", "set 1"),
+    ({"optimizer": {"name": "adamw", "lr": 1.0}}, "optimizer.lr", "0.0001 is usual"),
+    ({"optimizer": {"name": "adamw8bit", "unet_lr": 0.02}}, "optimizer.lr", "0.02 is far above"),
+    ({"optimizer": {"name": "lion", "lr": 4e-3}}, "optimizer.lr", "3e-05 is usual"),
+    ({"network": {"rank": 1000, "alpha": 1000.0}}, "network.rank", "4 to 128 are usual"),
+    ({"network": {"rank": 64, "alpha": 0.001}}, "network.alpha", "multiplies what is learnt by 1.6e-05"),
+    (
+        {"lr_scheduler": {"name": "cosine", "warmup_steps": 100}, "training": {"max_steps": 100}},
+        "lr_scheduler.warmup_steps", "as long as the run of 100 steps",
+    ),
+    (
+        {"lr_scheduler": {"name": "constant_with_warmup", "warmup_steps": 5000}},
+        "lr_scheduler.warmup_steps", "as long as the run of 1600 steps",
+    ),
+]  # fmt: skip
+SOUND: list[Tables] = [
+    {"optimizer": {"name": "dadaptation"}},
+    {"optimizer": {"name": "dadaptadam", "lr": 0.5}},
+    {"optimizer": {"name": "adamw", "lr": 1e-2}},
+    {"optimizer": {"name": "sgdnesterov", "lr": 10.0}},
+    {"optimizer": {"name": "torch.optim.RAdam", "lr": 1.0}},
+    {"network": {"rank": 128, "alpha": 1.0}},
+    {"network": {"rank": 256, "alpha": 1.0, "rank_stabilized": True}},
+    {"lr_scheduler": {"name": "cosine", "warmup_steps": 99}, "training": {"max_steps": 100}},
+    {"lr_scheduler": {"name": "cosine", "warmup_steps": 0.9}, "training": {"max_steps": 1}},
+    {"lr_scheduler": {"name": "cosine", "warmup_steps": 100}, "training": {"max_epochs": 1}},
+]
+
+
+@pytest.mark.parametrize(("changes", "key", "words"), DOUBTFUL)
+def test_settings_that_hardly_learn(
+    read: Callable[[Tables], TrainConfig], tables: Tables, changes: Tables, key: str, words: str
+) -> None:
+    """A learning rate, size or warm-up with which nothing good comes out is one warning at its key."""
+    (warning,) = read({**tables, **changes}).warnings()
+    assert warning.key == key
+    assert words in str(warning)
+
+
+@pytest.mark.parametrize("changes", SOUND)
+def test_settings_that_learn(read: Callable[[Tables], TrainConfig], tables: Tables, changes: Tables) -> None:
+    """What is usual, or may well be meant, is not warned of."""
+    assert not list(read({**tables, **changes}).warnings())

@@ -17,6 +17,7 @@ from lorakit.data.batches import Batch, BatchLoader, prefetch
 from lorakit.data.cache import Cache
 from lorakit.data.encoding import Encoding, encode_captions, encode_latents
 from lorakit.data.examples import index_datasets
+from lorakit.data.latents import on_device
 from lorakit.data.planning import Item, Share, plan_epoch
 from lorakit.errors import DataError
 from lorakit.randomness import derived_seed, keyed_generator
@@ -337,6 +338,25 @@ def test_prefetch_ends_when_the_consumer_stops():
     batches.close()
     assert prefetch_threads() == []
     assert len(made) < 15
+
+
+def test_only_copies_from_pinned_memory_do_not_wait(
+    cache: Cache, dataset: DatasetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device such as mps may read other memory when it is in other use already, so those copies are waited for."""
+    waits = []
+    move = torch.Tensor.to
+
+    def noting(tensor: torch.Tensor, *arguments: object, non_blocking: bool = False, **others: object) -> torch.Tensor:
+        waits.append(tensor.is_pinned() or not non_blocking)
+        return move(tensor, *arguments, non_blocking=non_blocking, **others)
+
+    batch = make_loader(dataset, cache).load(share_of(1, 2))
+    monkeypatch.setattr(torch.Tensor, "to", noting)
+    batch.to(torch.device("meta"))
+    on_device([np.zeros((8, 8, 3), np.uint8)] * 2, torch.device("meta"))
+    assert len(waits) > 6
+    assert all(waits)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -92,13 +92,13 @@ def test_memo_remembers_over_runs(tmp_path: Path):
     path = picture(tmp_path / "a.bmp", "red")
     memo = StatMemo(tmp_path / "files.json")
     digest = content_digest(path)
-    assert (memo.digest(path), memo.size(path)) == (digest, (30, 20))
+    assert (memo.digest(path), memo.image(path).size) == (digest, (30, 20))
     memo.save()
     status = path.stat()
     path.write_bytes(b"\0" * status.st_size)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     again = StatMemo(tmp_path / "files.json")
-    assert (again.digest(path), again.size(path)) == (digest, (30, 20))
+    assert (again.digest(path), again.image(path).size) == (digest, (30, 20))
 
 
 def test_memo_notices_changes(tmp_path: Path):
@@ -113,7 +113,7 @@ def test_memo_notices_changes(tmp_path: Path):
     assert path.stat().st_size == status.st_size
     assert memo.digest(path) == StatMemo(tmp_path / "files.json").digest(path) == content_digest(path) != before
     picture(path, "blue", (31, 21))
-    assert memo.size(path) == (31, 21)
+    assert memo.image(path).size == (31, 21)
 
 
 def test_memos_of_two_runs_are_merged(tmp_path: Path):
@@ -138,9 +138,9 @@ def test_damaged_memo_is_no_memo(tmp_path: Path, content: bytes):
     (tmp_path / "files.json").write_bytes(content)
     path = picture(tmp_path / "a.bmp", "red")
     memo = StatMemo(tmp_path / "files.json")
-    assert memo.size(path) == (30, 20)
+    assert memo.image(path).size == (30, 20)
     memo.save()
-    assert StatMemo(tmp_path / "files.json").size(path) == (30, 20)
+    assert StatMemo(tmp_path / "files.json").image(path).size == (30, 20)
 
 
 def test_memo_of_a_missing_file(tmp_path: Path):

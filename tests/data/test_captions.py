@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from lorakit.config.datasets import SubsetConfig
 from lorakit.data.captions import (
     CaptionUse,
+    by_lower_extension,
     caption_in_use,
     fill_wildcards,
     find_caption,
@@ -35,25 +36,19 @@ WriteFiles = Callable[[Mapping[str, bytes]], Path]
     ("content", "caption"),
     [
         (b"a cat", "a cat"),
-        (b"\xef\xbb\xbfa cat\r\nsecond line", "a cat"),
+        (b"\xef\xbb\xbfa cat\r\nsecond line", "a cat\nsecond line"),
         ("un château d’été".encode(), "un château d’été"),
         (b"  a cat , sitting \n", "a cat , sitting"),
-        (b"first\rsecond", "first"),
+        (b"first\rsecond", "first\nsecond"),
         (b"\n\n a cat\n", "a cat"),
+        (b"\xef\xbb\xbf a cat\r\n\r\n sitting \rthere\n", "a cat\nsitting\nthere"),
         (b"", ""),
         (b" \n\n", ""),
     ],
 )
-def test_caption_is_the_first_line(write_files: WriteFiles, content: bytes, caption: str):
-    """The first line that is not blank, whatever the line ends, without a byte-order mark; none is an empty caption."""
+def test_lines_of_a_caption(write_files: WriteFiles, content: bytes, caption: str):
+    """The lines that are not blank, whatever the line ends, without a byte-order mark; none is an empty caption."""
     assert read_caption(write_files({"a.txt": content}) / "a.txt") == caption
-
-
-def test_every_line_is_read_for_wildcards(write_files: WriteFiles):
-    """With `every_line`, all lines that are not blank are kept, whatever the line ends."""
-    folder = write_files({"a.txt": b"\xef\xbb\xbf a cat\r\n\r\n sitting \rthere\n", "b.txt": b"\n"})
-    assert read_caption(folder / "a.txt", every_line=True) == "a cat\nsitting\nthere"
-    assert read_caption(folder / "b.txt", every_line=True) == ""
 
 
 @pytest.mark.parametrize("content", ["é".encode("latin-1"), "a cat".encode("utf-16")])
@@ -70,12 +65,16 @@ def test_caption_that_cannot_be_read(tmp_path: Path):
 
 
 def test_which_file_is_the_caption(write_files: WriteFiles):
-    """Without an extension .txt comes before .caption; a given extension is the only one, with or without its dot."""
-    folder = write_files({"a.txt": b"1", "a.caption": b"2", "a.tags": b"3", "b.caption": b"4", "a_wd.txt": b"5"})
+    """Without an extension .txt comes before .caption; a given extension is the only one, with or without its dot.
+
+    Its case does not count, but where files differ in it, the one that is written as asked for is taken.
+    """
+    files = {"a.txt": b"1", "a.caption": b"2", "a.tags": b"3", "b.caption": b"4", "a_wd.txt": b"5", "a.TXT": b"6"}
+    folder = write_files({**files, "d.TXT": b"7", "e.Txt": b"8", "a.TAGS": b"9"})
 
     def found(name: str, extension: str | None) -> str | None:
         subset = SubsetConfig(image_dir=folder, caption_extension=extension)
-        path = find_caption(folder / name, subset, {path.name for path in folder.iterdir()})
+        path = find_caption(folder / name, subset, by_lower_extension([path.name for path in folder.iterdir()]))
         assert path is None or path.is_file()
         return path and path.name
 
@@ -83,6 +82,7 @@ def test_which_file_is_the_caption(write_files: WriteFiles):
     assert found("b.png", None) == "b.caption"
     assert found("c.png", None) is None
     assert found("b.png", ".txt") is None
+    assert (found("d.png", None), found("e.png", None), found("d.png", ".txt")) == ("d.TXT", "e.Txt", "d.TXT")
     assert found("a.png", ".tags") == found("a.png", "tags") == "a.tags"
     assert found("a.png", "_wd.txt") == "a_wd.txt"
 

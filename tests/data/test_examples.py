@@ -83,40 +83,19 @@ def test_images_of_one_stem_share_a_caption(folder: Path, dataset: DatasetConfig
 def test_name_that_is_no_text(folder: Path, with_subset: WithSubset):
     """A file name with bytes that are no UTF-8 still has an identity that can be a key."""
     shutil.copy(folder / "coffee.png", os.fsencode(folder) + b"/A\xff.png")
-    # With class tokens there is no warning of a missing caption, which pytest-xdist could not transfer.
-    examples = index_datasets([with_subset(class_tokens="a thing")])[0].examples
+    examples = index_datasets([with_subset()])[0].examples
     assert examples[0].identity.encode() == rb"0/0/A\udcff.png"
 
 
-def test_missing_captions(
-    folder: Path, dataset: DatasetConfig, with_subset: WithSubset, caplog: pytest.LogCaptureFixture
-):
-    """Class tokens stand in for a missing caption file; without them the caption is empty, with one warning."""
+def test_missing_captions(folder: Path, dataset: DatasetConfig, with_subset: WithSubset):
+    """Class tokens stand in for a missing caption file, not for an empty one; without them the caption is empty."""
     for name in ("coffee.txt", "rocket.txt"):
         (folder / name).unlink()
     (folder / "astronaut.txt").write_text("")
-    with caplog.at_level(logging.WARNING):
-        examples = index_datasets([with_subset(class_tokens="a thing")])[0].examples
-        assert [example.caption for example in examples if example.image.stem in ("coffee", "rocket")] == [
-            "a thing"
-        ] * 2
-        assert examples[0].caption == ""
-        assert not caplog.records
-        examples = index_datasets([dataset])[0].examples
-    assert [example.caption for example in examples].count("") == 3
-    assert [record.message for record in caplog.records] == [
-        f"Images without a caption file train on an empty caption (2): {folder / 'coffee.png'}, {folder / 'rocket.png'}"
-    ]
-
-
-def test_warning_lists_at_most_five_files(folder: Path, dataset: DatasetConfig, caplog: pytest.LogCaptureFixture):
-    """With many missing captions, five are named and all are counted."""
-    for number in range(6):
-        shutil.copy(folder / "coffee.png", folder / f"extra{number}.png")
-    index_datasets([dataset])
-    assert "(6)" in caplog.text
-    assert "extra4.png, …" in caplog.text
-    assert "extra5" not in caplog.text
+    examples = index_datasets([with_subset(class_tokens="a thing")])[0].examples
+    assert [example.caption for example in examples if example.image.stem in ("coffee", "rocket")] == ["a thing"] * 2
+    assert examples[0].caption == ""
+    assert [example.caption for example in index_datasets([dataset])[0].examples].count("") == 3
 
 
 def test_all_bad_files_are_told_at_once(folder: Path, dataset: DatasetConfig, with_subset: WithSubset):
@@ -133,7 +112,7 @@ def test_all_bad_files_are_told_at_once(folder: Path, dataset: DatasetConfig, wi
     assert sorted(lines[1:]) == sorted(
         [
             f"  {empty}: holds no images"
-            " (image_dir is searched for .bmp .jpeg .jpg .png .webp, not in folders inside it)",
+            " (image_dir is searched for PNG, JPEG, WebP, AVIF, TIFF, BMP or GIF files, not in folders inside it)",
             f"  {folder / 'nowhere'}: cannot be listed: No such file or directory"
             " (check image_dir; relative paths are relative to the config file)",
             f"  {folder / 'coffee.png'}: is empty (0 bytes) (restore or remove it)",
@@ -211,13 +190,6 @@ def test_index_and_plan_import_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_empty_class_tokens_count_as_none(folder: Path, with_subset: WithSubset, caplog: pytest.LogCaptureFixture):
-    """Class tokens without a letter do not silence the warning."""
-    (folder / "coffee.txt").unlink()
-    index_datasets([with_subset(class_tokens="")])
-    assert str(folder / "coffee.png") in caplog.text
-
-
 def test_unused_subset_config_is_kept_apart(dataset: DatasetConfig, folder: Path):
     """Each example knows the subset that it came from."""
     other = SubsetConfig(image_dir=folder, num_repeats=3)
@@ -262,3 +234,49 @@ def test_unused_regularisation_images_are_told(dataset: DatasetConfig, folder: P
     with caplog.at_level(logging.INFO):
         index_datasets([evolve(dataset, subsets=(*dataset.subsets, regularising))])
     assert "3 of 5 regularisation images are used" in caplog.text
+
+
+FOUND = [
+    (["20_fluffy dog"], """holds no images; 1 is in "FOLDER/20_fluffy dog" (as kohya_ss has it: """
+     """image_dir = "FOLDER/20_fluffy dog", num_repeats = 20, class_tokens = "fluffy dog")"""),
+    (["img/3_cat"], """1 is in "FOLDER/img/3_cat" (as kohya_ss has it: image_dir = "FOLDER/img/3_cat", """
+     """num_repeats = 3, class_tokens = "cat")"""),
+    (["7"], """(as kohya_ss has it: image_dir = "FOLDER/7", num_repeats = 7)"""),
+    (["photos"], """1 is in "FOLDER/photos" (image_dir = "FOLDER/photos")"""),
+    (["a", "b/c", "d", "e"], """1 is in "FOLDER/a", 1 is in "FOLDER/d", 1 is in "FOLDER/e", … """
+     """(each in a [[data.datasets.subsets]]; image_dir = "FOLDER/a")"""),
+    ([".hidden", "a/b/c/d"], "holds no images (image_dir is searched for"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("inner", "message"), FOUND)
+def test_images_in_folders_inside(tmp_path: Path, with_subset: WithSubset, inner: list[str], message: str):
+    """Where a folder has no images but folders inside it do, the error says what to write in the config."""
+    for name in inner:
+        (tmp_path / "above" / name).mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / "above" / name / "a.png")
+    with pytest.raises(DataError) as caught:
+        index_datasets([with_subset(image_dir=tmp_path / "above")])
+    assert message.replace("FOLDER", str(tmp_path / "above")) in str(caught.value)
+
+
+def test_folders_of_unread_formats(tmp_path: Path, with_subset: WithSubset):
+    """A folder of photographs from a telephone is refused with their number and the cure; so is the Hub's layout."""
+    phone = tmp_path / "phone"
+    phone.mkdir()
+    for name in ("a.HEIC", "b.heic", "c.MOV", "c.txt"):
+        (phone / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=r"but 2 \.heic, 1 \.mov: a\.HEIC, b\.heic, c\.MOV \(convert them to JPEG"):
+        index_datasets([with_subset(image_dir=phone)])
+    (phone / "metadata.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=rf'set metadata_file = "{phone}/metadata.jsonl"'):
+        index_datasets([with_subset(image_dir=phone)])
+
+
+def test_subsets_that_are_switched_off(dataset: DatasetConfig, folder: Path):
+    """Without repeats a subset has no examples though its folder is gone, and the others keep their identities."""
+    off, on = SubsetConfig(image_dir=folder / "gone", num_repeats=0), dataset.subsets[0]
+    (indexed,) = index_datasets([evolve(dataset, subsets=(off, on))])
+    assert [example.identity.split("/")[1] for example in indexed.examples] == ["1"] * 5
+    none, some = index_datasets([evolve(dataset, subsets=(off,)), dataset])
+    assert (len(none.examples), len(some.examples)) == (0, 5)

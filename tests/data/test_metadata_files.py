@@ -61,11 +61,22 @@ def test_images_and_captions_of_a_metadata_file(
     ]  # fmt: skip
 
 
-def test_missing_captions_of_a_metadata_file(listed: Path, with_subset: WithSubset, caplog: pytest.LogCaptureFixture):
-    """An image with neither caption nor tags is named in the warning of missing captions."""
-    index_datasets([with_subset(metadata_file=write(listed))])
-    assert "(1)" in caplog.text
-    assert str(listed / "astronaut.png") in caplog.text
+HUB = {
+    "metadata.jsonl": """{"file_name": "rocket.png", "text": "a rocket"}\n{"file_name": "inner/coffee.png"}""",
+    "metadata.csv": """file_name,text,year\nrocket.png,a rocket,1\ninner/coffee.png,,2\n""",
+    "metadata.json": """[{"file_name": "rocket.png", "text": "a rocket"}, {"file_name": "inner/coffee.png"}]""",
+    "prompts.jsonl": """{"image": "rocket.png", "prompt": "a rocket"}\n{"image": "inner/coffee.png", "prompt": null}""",
+    "by_path.json": """{"rocket.png": {"text": "a rocket"}, "inner/coffee.png": {}}""",
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_the_hubs_form(listed: Path, with_subset: WithSubset, name: str):
+    """`file_name` and `text`, as the Hub's image folders have them, mean the same, in JSON, JSON Lines and CSV."""
+    (listed / name).write_text(HUB[name])
+    (indexed,) = index_datasets([with_subset(metadata_file=listed / name, class_tokens="cup")])
+    found = [(example.image.relative_to(listed).as_posix(), example.caption) for example in indexed.examples]
+    assert found == [("inner/coffee.png", "cup"), ("rocket.png", "a rocket")]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +91,15 @@ def test_missing_captions_of_a_metadata_file(listed: Path, with_subset: WithSubs
         ("a.json", '{"rocket.png": "a rocket"}', "rocket.png: must have caption and tags"),
         ("a.json", '{"rocket.png": {"caption": ["a"]}}', "rocket.png: must have caption and tags"),
         ("a.json", r'{"rocket.png": {"tags": "a \ud83d"}}', "must have caption and tags, each a text in UTF-8"),
-        ("a.jsonl", '{"caption": "a"}', "must have caption and tags"),
+        (
+            "a.jsonl",
+            '{"caption": "a"}',
+            r"does not say its image's path \(it is looked for in image_path, file_name",
+        ),
+        ("a.csv", "a,b\n1,2\n", "does not say its image's path"),
+        ("a.csv", "file_name,text\n", "a.csv: lists no images"),
+        ("a.jsonl", '{"file_name": "a.heic", "text": "a"}', r"a\.heic: is of a format that is not read \(convert it"),
+        ("a.jsonl", '{"file_name": "../a.png", "text": "a"}', r"\.\./a\.png: leads out of image_dir"),
         ("a.jsonl", '{"image_path": "rocket.png"}\n{"image_path": "rocket.png"}', "rocket.png: is listed twice"),
     ],
 )

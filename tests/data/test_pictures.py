@@ -292,7 +292,9 @@ def test_damaged_images_are_told_before_training(cache: Cache, with_subset: With
         patch.setattr("lorakit.data.pictures.load_pixels", lambda *_: pytest.fail("was decoded again"))
         encode()
     for path in (photograph, mask):
-        path.write_bytes(path.read_bytes()[:-200])
+        content = path.read_bytes()
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + b"\xff" * 40 + content[middle + 40 :])
     with pytest.raises(DataError, match=r"(?s)2 problems.*coffee\.png: is damaged.*masks/rocket\.png: is damaged"):
         encode()
     assert model.touched == set()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,28 @@ def test_tf32(allowed: bool) -> None:
     assert now() == before
     with products_rounded(not before[0], torch.device("cpu")):
         assert now() == before
+
+
+NEWER = """
+import torch
+from lorakit.engine.arithmetic import products_rounded
+
+matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+matmul.fp32_precision = "tf32"
+conv.fp32_precision = "ieee"
+for allowed in (True, False):
+    with products_rounded(allowed, torch.device("cuda")):
+        print(matmul.fp32_precision, conv.fp32_precision)
+print(matmul.fp32_precision, conv.fp32_precision)
+"""
+
+
+def test_tf32_where_the_newer_settings_are_used() -> None:
+    """In a program that says it in PyTorch's newer way, a run does too, and leaves what was there."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("needs a PyTorch with the newer settings")
+    result = subprocess.run([sys.executable, "-c", NEWER], capture_output=True, text=True, timeout=120, check=False)
+    assert result.stdout.split() == ["tf32", "tf32", "ieee", "ieee", "tf32", "ieee"], result.stderr
 
 
 def one_that_does_not_repeat() -> Tensor:

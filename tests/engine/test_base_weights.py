@@ -43,10 +43,11 @@ def test_a_file_that_does_not_fit_stops_before_anything_is_encoded(make_config, 
     """A LoRA of another model is refused by name before the cache is filled."""
     from safetensors.torch import save_file
 
-    tensors = {"lora_unet_x.lora_up.weight": torch.ones(2, 2), "lora_unet_x.lora_down.weight": torch.ones(2, 2)}
+    key = "lora_unet_mid_block_attentions_9_proj_in"
+    tensors = {f"{key}.lora_up.weight": torch.ones(2, 2), f"{key}.lora_down.weight": torch.ones(2, 2)}
     save_file(tensors, tmp_path / "other.safetensors")
     config = make_config(model={"base_weights": ["other.safetensors"]}, data={"cache_dir": str(tmp_path / "cache")})
-    with pytest.raises(AdapterError, match=r"other\.safetensors cannot be merged .*lora_unet_x\.lora_up\.weight"):
+    with pytest.raises(AdapterError, match=r"other\.safetensors cannot be merged .*attentions_9_proj_in\.lora_up"):
         train_prepared(prepare(config), catalog)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
@@ -58,5 +59,5 @@ def test_problems_when_the_config_is_read(make_config, tiny_sd1: Path, tmp_path:
         make_config(model={"base_weights": ["gone.safetensors", model], "base_weights_multipliers": [1, 2, 3]})
     found = {problem.key: problem.message for problem in caught.value.problems}
     assert found["model.base_weights[0]"] == f"{tmp_path / 'gone.safetensors'} does not exist"
-    assert found["model.base_weights[1]"].endswith("holds no LoRA")
+    assert found["model.base_weights[1]"].endswith("is a U-Net without a text encoder, which cannot be merged")
     assert "more numbers" in found["model.base_weights_multipliers"]

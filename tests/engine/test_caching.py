@@ -19,4 +19,6 @@ def test_only_the_main_process_says_that_it_is_done(rank: str, said: bool, make_
     file.write_text(to_toml(make_config(data={"cache_dir": str(cache), "validation_split": 0.5})))
     result = CliRunner().invoke(cli, ["cache", str(file)], env={"RANK": rank}, catch_exceptions=False)
     assert (f"Done: {cache}" in result.stdout) is said
+    assert ("  images   4 encoded, 0 there already" in result.stdout) is said
+    assert ("  captions are encoded in each step" in result.stdout) is said
     assert len(list(cache.glob("*/*.safetensors"))) == 4

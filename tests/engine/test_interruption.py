@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -12,9 +13,13 @@ from typing import Any
 
 import pytest
 import tomlkit
+import torch
 from safetensors.torch import load_file
 
+from lorakit.engine.assembly import assemble
 from lorakit.engine.interruption import GRACE
+from lorakit.engine.preparation import prepare
+from lorakit.engine.processes import Processes
 
 
 def begun(tables: dict[str, Any], folder: Path, *options: str) -> subprocess.Popen[str]:
@@ -75,7 +80,7 @@ def test_a_second_one_stops_at_once(tables: dict[str, Any], tmp_path: Path) -> N
     begin = time.monotonic()
     errors = ended(process, tmp_path)
     assert time.monotonic() - begin < 30
-    assert "Stopped" in errors
+    assert re.search(r"Stopped at step \d+ of 10000; the last save is of step \d+: |Stopped after step ", errors)
     for state in tmp_path.glob("out/test-state/step*"):
         assert {path.name for path in state.iterdir()} == {"state.json", "network.safetensors", "machinery.safetensors"}
 
@@ -95,6 +100,31 @@ def test_more_of_them_while_the_command_ends(tables: dict[str, Any], tmp_path: P
         process.send_signal(signal.SIGINT)
         time.sleep(0.001)
     ended(process, tmp_path)
+
+
+def test_a_second_one_before_anything_is_saved(tables: dict[str, Any], tmp_path: Path) -> None:
+    """What was trained is lost, and that is said."""
+    process = begun(tables, tmp_path)
+    assert process.stderr is not None
+    said = ""
+    while not re.search(r" step \d+/10000 ", said):
+        letter = process.stderr.read(1)
+        assert letter, said
+        said += letter
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    errors = ended(process, tmp_path)
+    assert re.search(r"Stopped at step \d+ of 10000; nothing was saved since the start\.|Stopped after step ", errors)
+
+
+def test_what_is_said_of_a_resumed_run(make_config) -> None:
+    """A resumed run that is stopped at once says since which step nothing was saved, or what was."""
+    run = assemble(prepare(make_config()), Processes(torch.device("cpu")))
+    run.first_step, run.step = 2, 4
+    assert run.stop.status() == "Stopped at step 4 of 6; nothing was saved since step 2, from which it was resumed."
+    path = run.save_adapter("test")
+    run.step = 5
+    assert run.stop.status() == f"Stopped at step 5 of 6; the last save is of step 4: {path}"
 
 
 BUSY = """

@@ -77,7 +77,7 @@ def test_previews_before_the_first_step_are_in_the_log(make_config, tmp_path) ->
     lorakit.train(make_config(training={"max_steps": 1}, observers=[previews, log]))
     events = EventAccumulator(str(next((tmp_path / "logs").iterdir())))
     events.Reload()
-    assert [image.step for image in events.Images("previews/00")] == [0]
+    assert [image.step for image in events.Images("previews/00")] == [0, 1]
     assert [event.step for event in events.Scalars("loss")] == [1]
 
 

@@ -181,7 +181,7 @@ def test_files_and_what_they_say(make_config, catalog: Catalog, prompts: Path) -
     names = sorted(re.sub(r"_\d{14}", "_TIME", path.name) for path in folder.glob("test_*_0?_*"))
     assert names == [
         f"test_{when}_{ending}"
-        for when in ("000000", "000003", "e000001", "e000002")
+        for when in ("000000", "000003", "000004", "e000001", "e000002")
         for ending in ("00_TIME_7.png", "01_TIME.png")
     ]
     cat, dog = (next(folder.glob(f"test_000003_0{index}_*")) for index in (0, 1))
@@ -268,7 +268,7 @@ def test_brackets_mean_what_they_mean_in_captions(make_config, catalog: Catalog,
             output={"name": f"weighted{weighted}"}, observers=observer(prompts, at_first=True),
         )  # fmt: skip
         run, _ = trained(config, catalog)
-        paths = sorted((run.config.output.dir / "sample").glob(f"weighted{weighted}_0*"))
+        paths = sorted((run.config.output.dir / "sample").glob(f"weighted{weighted}_000000_*"))
         plain, by_one, heavier = (np.asarray(Image.open(path)) for path in paths)
         assert np.array_equal(plain, by_one) is weighted
         assert not np.array_equal(plain, heavier)
@@ -300,7 +300,7 @@ def test_changed_noise_process(make_config, catalog: Catalog, prompts: Path) -> 
             observers=observer(prompts, at_first=True, every_n_steps=9),
         )  # fmt: skip
         run, _ = trained(config, catalog)
-        drawn.append(np.asarray(Image.open(next((run.config.output.dir / "sample").glob(f"zero{zero}_*_00_*")))))
+        drawn.append(np.asarray(Image.open(next((run.config.output.dir / "sample").glob(f"zero{zero}_000000_00_*")))))
     assert not np.array_equal(*drawn)
 
 
@@ -316,6 +316,9 @@ def test_logs_show_previews(
     events = EventAccumulator(str(next((tmp_path / "logs").iterdir())))
     events.Reload()
     assert events.Tags()["images"] == ["previews/00", "previews/01"]
+    metadata = events.SummaryMetadata("previews/01")
+    assert metadata.display_name == "01 a dog"
+    assert metadata.summary_description.startswith("a dog\nNegative prompt: blurry")
     shown = events.Images("previews/01")
     assert [(image.step, image.width, image.height) for image in shown] == [(1, 64, 64), (2, 64, 64)]
     (first, _) = events.Tensors("previews/01/text_summary")
@@ -339,14 +342,12 @@ def test_problems_before_anything_is_read(make_config, prompts: Path) -> None:
 
 
 def test_warnings(make_config, prompts: Path) -> None:
-    """What has no effect is told: steps beside epochs, prompts that are never drawn, options of other models."""
+    """What has no effect is told: steps beside epochs, and options of other models."""
     prompts.write_text("a cat --cn face.png\n")
     both = make_config(observers=observer(prompts, every_n_steps=1, every_n_epochs=1))
-    never = make_config(observers=observer(prompts))
+    at_the_end = make_config(observers=observer(prompts))
     foreign = f"observers[0].prompts: {prompts}, line 1: --cn: is for other models and has no effect"
     assert [str(warning) for warning in both.warnings()] == [
         "observers[0].every_n_steps: has no effect, because every_n_epochs is given", foreign
     ]  # fmt: skip
-    assert [str(warning) for warning in never.warnings()] == [
-        "observers[0].prompts: has no effect without every_n_epochs, every_n_steps or at_first", foreign
-    ]  # fmt: skip
+    assert [str(warning) for warning in at_the_end.warnings()] == [foreign]

@@ -69,7 +69,10 @@ def test_a_step_that_memory_does_not_suffice_for(make_config) -> None:
         train(short)
     told = str(caught.value)
     assert told.startswith("Out of memory in step 3, with a batch of 2 images of 64x64. To need less, set ")
-    assert "set gradient_checkpointing = 0.5 in [training], or lower data.batch_size, or lower data.resolution" in told
+    first = (
+        'To need less, set mixed_precision = "bf16" in [training], or set gradient_checkpointing = 0.5 in [training]'
+    )
+    assert f"{first}, or lower data.batch_size, or lower data.resolution" in told
     (state,) = states_in(state_folder(short.config))
     assert f"The state after step 2 is in {state}; run the same command with --resume" in told
     resumed = assembled(
@@ -132,10 +135,11 @@ def test_the_ladder_is_climbed_to_its_end() -> None:
 
 def test_advice_at_the_end_of_the_ladder(make_config) -> None:
     """Where no rung is left, what else helps is told, and what is set already is not told again."""
-    nf4 = {"nf4_base": ["unet"], "gradient_checkpointing": True}
+    nf4 = {"nf4_base": ["unet"], "gradient_checkpointing": True, "mixed_precision": "bf16"}
     assert advice(assembled(make_config, training=nf4)) == "lower data.resolution; `lorakit plan` tells what fits"
     told = advice(assembled(make_config, training={"int8_base": ["unet"], "gradient_checkpointing": True}))
-    assert told.startswith('set nf4_base = ["unet"] and int8_base = [] in [training], or lower')
+    first = 'set mixed_precision = "bf16" in [training], or set '
+    assert told.startswith(f'{first}nf4_base = ["unet"] and int8_base = [] in [training], or lower')
 
 
 def metrics(step: int) -> StepMetrics:

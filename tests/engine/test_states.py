@@ -11,10 +11,10 @@ from attrs import evolve, frozen
 from safetensors.torch import load_file
 
 import lorakit
-from lorakit.engine.assembly import assemble, build_observers
+from lorakit.engine.assembly import assemble, build_observers, train_prepared
 from lorakit.engine.preparation import prepare
 from lorakit.engine.processes import Processes
-from lorakit.engine.state import find_state, read_state
+from lorakit.engine.state import find_state, forget_end, read_state
 from lorakit.errors import ConfigError, OutputError
 from lorakit.networks.saving import AdapterFile, SafetensorsSaver
 from lorakit.plugins import Catalog
@@ -199,3 +199,26 @@ def test_keys_without_effect(output: dict[str, Any], key: str | None, make_confi
     """A key of [output] that others leave without effect is told."""
     warnings = [warning.key for warning in make_config(output=output).warnings()]
     assert warnings == ([key] if key else [])
+
+
+def test_a_run_that_has_ended_is_not_resumed(
+    make_config: MakeConfig, catalog: Catalog, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The state of a stop on the way trains nothing again once the run has ended, unless the run is made longer.
+
+    A run that starts again, and one whose file is gone, can be resumed.
+    """
+    config = make_config()
+    state = state_at(assemble(prepare(config), Processes(torch.device("cpu"))), 3)
+    path = train_prepared(prepare(config), catalog, state)
+    written = path.stat().st_mtime_ns
+    assert train_prepared(prepare(config), catalog, Path()) == path
+    assert path.stat().st_mtime_ns == written
+    assert f"this run has ended already, after all of its 6 steps: {path}" in caplog.text
+    longer = make_config(training={"max_steps": 7})
+    assert train_prepared(prepare(longer), catalog, Path()).stat().st_mtime_ns > written
+    path.unlink()
+    assert train_prepared(prepare(config), catalog, Path()).exists()
+    forget_end(state.parent)
+    written = path.stat().st_mtime_ns
+    assert train_prepared(prepare(config), catalog, Path()).stat().st_mtime_ns > written

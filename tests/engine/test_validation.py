@@ -169,10 +169,11 @@ def test_logs_and_metadata(make_config, catalog: Catalog, tmp_path: Path, capsys
     for step in (4, 8):
         recent = np.mean([training[own] for own in range(step - 3, step + 1)])
         assert divergence[step] == pytest.approx(average[step] - recent, rel=1e-4)
-    assert (
-        f"validation loss after step 8: average {average[8]:.4f}, divergence {divergence[8]:.4f}"
-        in capsys.readouterr().err
-    )
+    assert f"epoch 2: validation loss {average[8]:.4f}" in capsys.readouterr().err
+    assert {scalars.Scalars(name)[-1].step for name in ("epoch", "steps_per_second")} == {8}
+    layout = scalars.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    assert b"^loss$" in layout
+    assert b"^loss/validation/average$" in layout
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     numbers = [metadata[f"ss_num_{kind}_images"] for kind in ("train", "validation", "reg")]

@@ -22,6 +22,7 @@ from score import SUBJECTS, load_pipeline, paint, score
 from train_base import train_painting, trained_vae
 from velocity import turn
 
+from lorakit.checkpoints.prediction import stated_prediction
 from lorakit.checkpoints.recognition import describe
 from lorakit.checkpoints.summary import summarize
 from lorakit.models.stable_diffusion.parts import StoredModel
@@ -192,7 +193,7 @@ def test_velocity_is_what_diffusers_means_by_it() -> None:
 def test_a_model_that_predicts_velocity_says_so(folder: Path, tmp_path: Path) -> None:
     """What was trained on for velocity is another model, with the same VAE, that lorakit and diffusers take for one."""
     turn(folder, tmp_path, steps=1, pictures=4)
-    assert StoredModel(tmp_path).scheduler_settings()["prediction_type"] == "v_prediction"
+    assert stated_prediction(summarize(tmp_path)).prediction == "v_prediction"
     assert load_pipeline(tmp_path).scheduler.config.prediction_type == "v_prediction"
     same = {part: sha(tmp_path, part) == sha(folder, part) for part in ("vae", "text_encoder", "unet")}
     assert same == {"vae": True, "text_encoder": False, "unet": False}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lorakit.data.buckets import Placement
-from lorakit.data.images import load_mask, load_pixels, load_with_alpha, read_size
+from lorakit.data.images import inspect_image, load_mask, load_pixels, load_with_alpha
 from lorakit.errors import DataError
 from tests.fuzz.mutations import damaged, ends_well, few
 
@@ -29,7 +29,7 @@ SOUND = {
     f"{form} {mode}": encoded(form, mode)
     for form, modes in {
         "PNG": ("RGB", "RGBA", "P", "L", "1", "I;16", "LA"), "JPEG": ("RGB", "L", "CMYK"), "WEBP": ("RGB", "RGBA"),
-        "BMP": ("RGB", "P"), "GIF": ("P",),
+        "BMP": ("RGB", "P"), "GIF": ("P",), "TIFF": ("RGB", "L", "I;16", "CMYK", "P", "RGBA"), "AVIF": ("RGB", "RGBA"),
     }.items()
     for mode in modes
 }  # fmt: skip
@@ -44,7 +44,7 @@ def test_images(tmp_path: Path, data: st.DataObject, kind: str) -> None:
     placement = Placement((64, 64), (64, 64))
 
     def act() -> None:
-        width, height = read_size(path)
+        width, height = inspect_image(path).size
         assert width > 0
         assert height > 0
         assert load_pixels(path, placement).shape == (64, 64, 3)

@@ -129,7 +129,7 @@ def test_captions(base: Path, content: bytes, options: dict[str, Any]) -> None:
     subset = SubsetConfig(image_dir=base, **options)
 
     def act() -> None:
-        caption = read_caption(path, subset.enable_wildcard)
+        caption = read_caption(path)
         possible = possible_captions(caption, subset)
         for step in range(3):
             used = caption_in_use(caption, subset, CaptionUse(1, step, 3), keyed_generator)

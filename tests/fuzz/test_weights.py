@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from lorakit.builtin.model_families.sd1 import SD1Config
-from lorakit.checkpoints import describe, summarize, traits_of
+from lorakit.checkpoints import describe, stated_prediction, summarize, traits_of
 from lorakit.data.cache import Cache
 from lorakit.errors import AdapterError, DataError, ModelError
 from lorakit.models.merging import MergedFile, Merging
@@ -149,6 +149,7 @@ def test_checkpoints(tmp_path: Path, content: bytes) -> None:
         read = open_tensors(path)
         for name in summary.tensors:
             assert tuple(read(name).shape) == summary.tensors[name]
+        StoredModel(path).check_vae()
         StoredModel(path).check()
 
     ends_well("checkpoints", act, ModelError, str(path))
@@ -176,8 +177,9 @@ def test_folders_of_models(model_folder: Path, data: st.DataObject, name: str) -
 
     def act() -> None:
         model = StoredModel(model_folder)
+        model.check_vae()
         model.check()
-        model.scheduler_settings()
+        stated_prediction(model.summary)
         for part, build in (("unet", unet_module), ("text_encoder", clip_module)):
             stored = model.part(part)  # type: ignore[arg-type]
             empty_module(stored, partial(build, stored))

@@ -57,6 +57,7 @@ def folder(tmp_path: Path) -> Path:
     for name in ("train/10_cat", "train/2_dog", "train/notes", "train/0_none"):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (80, 70), "teal").save(tmp_path / name / "image.png")
+        (tmp_path / name / "image.txt").write_text("an animal")
     return tmp_path
 
 

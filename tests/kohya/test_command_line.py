@@ -33,14 +33,14 @@ LINES = {
 @pytest.mark.parametrize("name", LINES)
 def test_pasted_lines(name: str, tmp_path: Path) -> None:
     """A line in one argument means the same however it is broken into lines and quoted."""
-    assert read_arguments([LINES[name]], tmp_path) == VALUES
+    assert read_arguments([LINES[name]], tmp_path).options == VALUES
 
 
 def test_words(tmp_path: Path) -> None:
     """Words that a shell has split are taken as they are; left-over line ends are ignored."""
     words = ["accelerate", "launch", "^", "/opt/sd-scripts/train_network.py", *OPTIONS, "\\"]
-    assert read_arguments(words, tmp_path) == VALUES
-    assert read_arguments(OPTIONS, tmp_path) == VALUES
+    assert read_arguments(words, tmp_path).options == VALUES
+    assert read_arguments(OPTIONS, tmp_path).options == VALUES
 
 
 def test_windows_paths() -> None:
@@ -124,23 +124,94 @@ def test_config_file(tmp_path: Path) -> None:
         "config_file": "own", "seed": 2, "network_dim": 4, "learning_rate": 1, "sdpa": False, "unet_lr": 1e-3,
         "network_args": ["conv_dim=2"], "text_encoder_lr": [0.5], "lr_warmup_steps": 0.1,
     }  # fmt: skip
-    assert read_arguments(["--config_file", "own", "--seed=2"], tmp_path) == expected
+    assert read_arguments(["--config_file", "own", "--seed=2"], tmp_path).options == expected
 
 
 def test_wrong_config_file(tmp_path: Path) -> None:
     """All that sd-scripts would pass over in a file of options is told at once: names, types, choices."""
     (tmp_path / "own.toml").write_text(
-        'netwrok_dim = 8\nseed = "1"\nsdpa = 1\nnetwork_args = [1]\nmixed_precision = "fp8"\nmax_grad_norm = true\n'
+        'netwrok_dim = 8\nseed = "one"\nsdpa = 2\nnetwork_args = [1]\nmixed_precision = "fp8"\nmax_grad_norm = true\n'
     )
     with pytest.raises(ConfigError) as raised:
         read_arguments(["--config_file=own.toml"], tmp_path)
     assert [str(problem) for problem in raised.value.problems] == [
         "own.toml: netwrok_dim: is not an option of train_network.py (did you mean network_dim?)",
-        "own.toml: seed: must be a whole number, not '1'",
-        "own.toml: sdpa: must be true or false, not 1",
+        "own.toml: seed: must be a whole number, not 'one'",
+        "own.toml: sdpa: must be true or false, not 2",
         "own.toml: network_args: must be texts, not [1]",
         "own.toml: mixed_precision: must be one of no, fp16, bf16, not 'fp8'",
         "own.toml: max_grad_norm: must be a number, not true",
     ]
     with pytest.raises(ConfigError, match=r"gone\.toml cannot be read"):
         read_arguments(["--config_file=gone"], tmp_path)
+
+
+def test_pasted_from_a_page(tmp_path: Path) -> None:
+    """Prompts, comments, typeset quotation marks and dashes, and line ends without a blank are seen through."""
+    line = (
+        "$ accelerate launch train_network.py \\\n# the output\n  –output_dir=“my out”\\\n"
+        '  --network_args "conv_dim=4" "conv_alpha=1"\\\n  —sdpa --learning_rate 1e-4\n'
+    )
+    assert read_arguments([line], tmp_path).options == VALUES
+    line = f"%cd sd-scripts\n!python train_network.py {' '.join(OPTIONS[1:])} --output_dir='my out'"
+    assert read_arguments([line], tmp_path).options == VALUES
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        r".\venv\Scripts\accelerate.exe launch --num_cpu_threads_per_process=2 .\sd-scripts\train_network.py",
+        r'"C:\Program Files\kohya\venv\Scripts\python.exe" "C:\Program Files\kohya\train_network.py"',
+        r"py -3.10 .\train_network.py",
+        "python3 -m accelerate.commands.launch --config_file=accelerate.yaml ./scripts/stable/train_network.py",
+        "CUDA_VISIBLE_DEVICES=1 torchrun --nproc_per_node=1 /opt/sd-scripts/train_network.py",
+    ],
+)
+def test_starters(start: str, tmp_path: Path) -> None:
+    """Whatever starts the script, with its own options, only what stands behind the script counts."""
+    options = '--output_dir="my out" --network_args conv_dim=4 conv_alpha=1 --sdpa --learning_rate 1e-4'
+    assert read_arguments([f"{start} {options}"], tmp_path).options == VALUES
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("fine_tune.py", "it trains the whole model (fine-tuning) (lorakit trains LoRA for Stable Diffusion 1.x and"
+         " 2.x: give the options to train_network.py, with --network_module=networks.lora)"),
+        ("train_db.py", "it trains the whole model (DreamBooth)"),
+        ("sdxl_train.py", "it trains the whole model, SDXL (lorakit trains LoRA for Stable Diffusion 1.x and 2.x)"),
+        ("train_textual_inversion.py", "it trains an embedding (textual inversion) (lorakit"),
+        ("train_textual_inversion_XTI.py", "it trains an embedding"),
+        ("sdxl_train_textual_inversion.py", "it trains an embedding (textual inversion) for SDXL"),
+        ("train_controlnet.py", "it trains a ControlNet (lorakit"),
+        ("flux_train_control_net.py", "it trains a ControlNet for FLUX"),
+        ("sdxl_train_control_net_lllite.py", "it trains a ControlNet for SDXL"),
+        ("sdxl_train_network.py", "it trains a LoRA for SDXL"),
+        ("train_network_xl_wrapper.py", "it trains a LoRA for SDXL"),
+        ("flux_train_network.py", "it trains a LoRA for FLUX"),
+        ("sd3_train_network.py", "it trains a LoRA for Stable Diffusion 3"),
+        ("lumina_train_network.py", "it trains a LoRA for Lumina"),
+        ("hunyuan_image_train_network.py", "it trains a LoRA for HunyuanImage"),
+        ("anima_train_network.py", "it trains a LoRA for Anima"),
+        ("resize_lora.py", "it changes LoRA files"),
+        ("svd_merge_lora.py", "it changes LoRA files"),
+        ("gen_img.py", "it generates images"),
+        ("my_train.py", "is another script than train_network.py (lorakit"),
+    ],
+)  # fmt: skip
+def test_other_scripts(script: str, words: str) -> None:
+    """Of another script it is said what it trains."""
+    with pytest.raises(ConfigError) as raised:
+        script_arguments(["accelerate", "launch", rf"D:\sd-scripts\{script}", "--sdpa"])
+    assert str(raised.value).startswith(f"{script}: is another script than train_network.py")
+    assert words in str(raised.value)
+
+
+def test_where_a_config_file_is(tmp_path: Path) -> None:
+    """A file of options is looked for in the folder where the command is called, which is said when it is not there."""
+    with pytest.raises(ConfigError) as raised:
+        read_arguments(["--config_file=gone"], tmp_path)
+    assert str(raised.value) == (
+        f"--config_file: {tmp_path / 'gone.toml'} cannot be read: No such file or directory"
+        f" (it is looked for in {tmp_path})"
+    )

@@ -307,7 +307,7 @@ def test_longest_captions_in_an_options_file(converted: Convert, folder: Path) -
     """A file for --config_file may say 75, as those do that user interfaces write, which is the model's own length."""
     (folder / "options.toml").write_text("max_token_length = 75\nnetwork_args = ['conv_dim=2']\ntext_encoder_lr = 1e-5")
     tables = converted("--config_file=options.toml").tables()
-    assert (tables["model"]["max_token_length"], tables["network"]["conv_rank"]) == (75, 2)
+    assert (tables["model"].get("max_token_length"), tables["network"]["conv_rank"]) == (None, 2)
     assert tables["optimizer"]["text_encoder_lr"] == 1e-5
 
 
@@ -406,7 +406,7 @@ def test_folders_with_repeats(converted: Convert, folder: Path, catalog: Catalog
 def test_folders_without_repeats(converted: Convert, folder: Path) -> None:
     """A folder that sd-scripts would find nothing in is an error; one that is not there only a remark."""
     with pytest.raises(ConfigError, match="has no folder with a name such as 10_cat"):
-        converted("--train_data_dir=train/2_dog", least=FOLDERS)
+        converted("--train_data_dir=train/notes", least=FOLDERS)
     draft = converted("--train_data_dir=gone", least=FOLDERS)
     assert "gone cannot be looked into" in remarks(draft)[0]
     assert draft.tables()["data"]["datasets"][0]["subsets"] == [{"image_dir": "gone"}]
@@ -634,3 +634,81 @@ def test_compiling(words: list[str], expected: dict[str, Any], told: str, conver
     training = draft.tables()["training"]
     assert {key: value for key, value in training.items() if key.startswith("compile")} == expected
     assert remarks(draft) == [told] * bool(told)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("img/10_cat", "img/10_cat is the folder with the images (give its parent: --train_data_dir=img)"),
+        ("10_cat", "10_cat is the folder with the images (give its parent: --train_data_dir=.)"),
+        ("img", "img has no folder with a name such as 10_cat, but img/sub has (--train_data_dir=img/sub)"),
+        ("photos", "photos has no folder with a name such as 10_cat, but images of its own, which sd-scripts does not"
+         " find (move them into photos/10_cat: each is trained 10 times an epoch then)"),
+        ("notes/", "notes/ has no folder with a name such as 10_cat (sd-scripts would find nothing to train on)"),
+    ],
+)  # fmt: skip
+def test_folders_one_level_off(name: str, message: str, converted: Convert, folder: Path) -> None:
+    """A folder of images, or one above their parent, is refused with the folder that is wanted."""
+    images = {"img/10_cat": "img/10_cat", "10_cat": "10_cat", "img": "img/sub/10_cat", "photos": "photos"}
+    (folder / images.get(name, "notes/none")).mkdir(parents=True)
+    if name in images:
+        (folder / images[name] / "1.jpg").write_bytes(b"")
+    with pytest.raises(ConfigError) as raised:
+        converted(f"--train_data_dir={name}", least=LEAST[:3])
+    assert str(raised.value) == f"--train_data_dir: {message}"
+
+
+@pytest.mark.parametrize(
+    ("value", "elsewhere"),
+    [
+        ("stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-mse"),
+        ("me/vae.v1", "me/vae.v1"),
+        ("vaes/x.vae.pt", "../vaes/x.vae.pt"),
+        ("vaes/there", "../vaes/there"),
+        ("./vaes/x", "../vaes/x"),
+        ("a/b/c", "../a/b/c"),
+    ],
+)
+def test_hub_ids(value: str, elsewhere: str, converted: Convert, folder: Path) -> None:
+    """Model and VAE may be names on the Hub, which stay as they are; what is there, or cannot be a name, is a path."""
+    (folder / "vaes/there").mkdir(parents=True)
+    draft = converted(f"--vae={value}", target=folder / "configs")
+    assert draft.tables()["model"]["vae"] == elsewhere
+    least = (f"--pretrained_model_name_or_path={value}", *LEAST[1:])
+    assert converted(least=least, target=folder / "configs").tables()["model"]["path"] == elsewhere
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("networks.lora_flux", "--network_module: networks.lora_flux is for FLUX (lorakit trains LoRA for Stable"),
+        ("networks.oft_flux", "is for FLUX"),
+        ("networks.lora_sd3", "is for Stable Diffusion 3"),
+    ],
+)
+def test_modules_for_other_models(module: str, words: str, converted: Convert) -> None:
+    """A network module of sd-scripts for another model is refused."""
+    with pytest.raises(ConfigError) as raised:
+        converted(f"--network_module={module}")
+    assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "cure"),
+    [
+        ("networks.dylora", ["unit=4"], 'algo = "dylora"'),
+        ("networks.lora_fa", [], "trains both factors"),
+        ("networks.oft", [], 'algo = "diag-oft"'),
+        ("networks.loha", [], 'algo = "loha"'),
+        ("networks.lokr", ["factor=4"], 'algo = "lokr"'),
+        ("lycoris.kohya", ["algo=locon", "conv_dim=4"], 'network.name = "c3lier"'),
+        ("lycoris.kohya", ["algo=loha"], "install the plugin lorakit-network-modules"),
+    ],
+)
+def test_other_modules(module: str, args: list[str], cure: str, converted: Convert, catalog: Catalog) -> None:
+    """A module that lorakit does not have is written with its arguments, and what to take instead is said."""
+    own = Catalog(tuple(found for found in catalog.registrations if found.provider.is_of("lorakit")))
+    draft = converted(f"--network_module={module}", *(["--network_args", *args] if args else []), with_catalog=own)
+    network = draft.tables()["network"]
+    assert (network["name"], network.get("args", {})) == (module, dict(text.split("=") for text in args))
+    assert [text for text in remarks(draft) if cure in text and module in text]

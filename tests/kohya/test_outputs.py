@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import lorakit
 from lorakit.components import ObserverConfig
 from lorakit.config.reading import config_from_tables
+from lorakit.errors import ConfigError
 from lorakit.kohya.command_line import read_arguments
 from lorakit.kohya.conversion import check, convert
 from lorakit.kohya.options import OPTIONS
@@ -164,3 +165,31 @@ def test_trains_on_from_a_state(tiny_sd1: Path, photographs: Path, tmp_path: Pat
     with safe_open(path.with_name("plain.safetensors"), "pt") as file:
         metadata = file.metadata()
     assert (metadata["modelspec.title"], "ss_seed" in metadata) == ("Plain", False)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("out/at-state/model.safetensors", "must be the folder of a state, not a file: out/at-state/model.safetensors"
+         " (--resume=out/at-state)"),
+        ("pytorch_model.bin", "must be the folder of a state, not a file: pytorch_model.bin (--resume=.)"),
+        ("out/lora.safetensors", "must be the folder of a state, not a file: out/lora.safetensors"
+         " (to start from a LoRA file: --network_weights=out/lora.safetensors)"),
+        ("own-state", "own-state is a state of lorakit, not of sd-scripts (lorakit train CONFIG --resume=own-state)"),
+        ("own-state/step00000001", "own-state/step00000001 is a state of lorakit"),
+    ],
+)  # fmt: skip
+def test_resume_from_what_is_no_state(state: str, message: str, converted: Convert, folder: Path) -> None:
+    """A file, or a state of lorakit, behind --resume is refused with what to write instead."""
+    (folder / "own-state" / "step00000001").mkdir(parents=True)
+    (folder / "own-state" / "step00000001" / "state.json").write_text("{}")
+    with pytest.raises(ConfigError) as raised:
+        converted(f"--resume={state}")
+    assert f"--resume: {message}" in str(raised.value)
+
+
+def test_resume_from_an_old_state(converted: Convert, folder: Path) -> None:
+    """States of old versions hold their weights in a file of another name."""
+    (folder / "at-state").mkdir()
+    (folder / "at-state" / "pytorch_model.bin").write_bytes(b"")
+    assert converted("--resume=at-state").tables()["network"]["weights"] == "at-state/pytorch_model.bin"

@@ -79,3 +79,39 @@ def test_converted_previews_are_drawn(converted: Convert, folder: Path, train_ta
     path = lorakit.train(config_from_tables({**train_tables, "observers": observers}, folder))
     names = sorted(file.name for file in (path.parent / "sample").glob("lora_e*"))
     assert [(name[:15], name[-6:]) for name in names] == [("lora_e000000_00", "_3.png"), ("lora_e000002_00", "_3.png")]
+
+
+@pytest.mark.parametrize("prompt", ["a cat, best quality --n blurry --w 64", "a cat.", "/a/cat", "x" * 5000, "a\0b"])
+def test_the_prompt_itself(prompt: str, converted: Convert, folder: Path, catalog: Catalog) -> None:
+    """A text that is no prompt file holds the prompts, which stand in the config then."""
+    draft = converted(f"--sample_prompts={prompt}", "--sample_at_first", target=folder / "configs")
+    (observer,) = draft.tables()["observers"]
+    assert observer["prompts"] == [prompt]
+
+
+def test_several_prompts(converted: Convert, folder: Path, catalog: Catalog) -> None:
+    """Each line is one, but for comments, and the config has no problem."""
+    draft = converted("--sample_prompts=a cat\n\n# none\n a dog --d 7 --s 3\n", "--sample_at_first")
+    assert draft.tables()["observers"][0]["prompts"] == ["a cat", "a dog --d 7 --s 3"]
+    assert check(draft, folder, catalog) == ()
+
+
+@pytest.mark.parametrize("name", ["p.txt", "sub/P.TXT", "p.toml", "p.json"])
+def test_prompt_files_that_are_not_there(name: str, converted: Convert) -> None:
+    """The name of a prompt file is one, whether the file is there or not."""
+    assert converted(f"--sample_prompts={name}", "--sample_at_first").tables()["observers"][0]["prompts"] == name
+
+
+def test_prompts_in_the_config_are_drawn(train_tables: dict[str, Any], tmp_path: Path) -> None:
+    """A run draws the prompts that its config holds; what is wrong with one is said by its number."""
+    observer = {"name": "samples", "prompts": ["a cat --w 64 --h 64 --s 1 --d 3", "a dog --d 4"], "at_first": True}
+    observer |= {"width": 64, "height": 64, "steps": 1}
+    path = lorakit.train(config_from_tables({**train_tables, "observers": [observer]}, tmp_path))
+    assert sorted(file.name[-6:] for file in (path.parent / "sample").glob("lora_0*")) == ["_3.png", "_4.png"]
+    for prompts, message in {
+        ("a cat", "a dog --w 65.5"): "observers[0].prompts: prompt 2: --w: must be a whole number",
+        (): "observers[0].prompts: must hold a prompt",
+    }.items():
+        with pytest.raises(ConfigError) as raised:
+            config_from_tables({**train_tables, "observers": [{**observer, "prompts": list(prompts)}]}, tmp_path)
+        assert message in str(raised.value)

@@ -112,6 +112,7 @@ def test_a_file_without_a_vae_needs_one(file: Path, folder: Path, tmp_path: Path
     tensors = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("first_stage")}
     save_file(tensors, tmp_path / "x.safetensors")
     assert len(found := problems(path=str(tmp_path / "x.safetensors"))) == 1
+    assert found[0].startswith("vae: is missing, and ")
     assert "x.safetensors has no VAE" in found[0]
     assert problems(path=str(tmp_path / "x.safetensors"), vae=folder) == []
 
@@ -208,3 +209,27 @@ def test_a_hub_model_is_read_from_the_cache(folder: Path, tmp_path: Path) -> Non
     expected = model.predict(torch.ones(1, 4, 8, 8), torch.tensor([5]), hidden).double().sum().item()
     assert name == "some/model"
     assert float(total) == pytest.approx(expected, rel=1e-5)
+
+
+def test_captions_that_are_cut_off(folder: Path) -> None:
+    """They are counted with the longest, in tokens, without brackets where those weigh words; torch stays out."""
+    words = {"a.png": "cat " * 75, "b.png": "cat " * 76, "c.png": "(cat:1.2) " * 200, "d.png": "", "e.png": "é" * 90}
+
+    def said(weighted: bool = False, **settings: Any) -> list[str]:
+        return [str(own) for own in SD1Config(path=str(folder), **settings).warnings_of_captions(words, weighted)]
+
+    shorter = "or write shorter captions"
+    assert said(weighted=True) == [
+        "max_token_length: of 75 cuts off the end of 3 of 5 captions; the longest, of c.png, has 200 tokens"
+        f" (set it to 150 or 225, {shorter})"
+    ]
+    assert said(weighted=True, max_token_length=225) == []
+    assert said(weighted=True, max_token_length=150)[0].endswith(f"has 200 tokens (set it to 225, {shorter})")
+    assert said(max_token_length=225)[0].endswith("(write shorter captions)")
+    code = (
+        "import sys; from lorakit.builtin.model_families.sd1 import SD1Config\n"
+        "print(*SD1Config(path=sys.argv[1]).warnings_of_captions({'a': 'cat ' * 99}, True), 'torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("False\n")
+    assert "99 tokens" in result.stdout

@@ -112,6 +112,41 @@ def test_folders_own_tokenizer_is_used(tiny_folder: Path, reference: CLIPTokeniz
     assert CaptionTokenizer(tmp_path)(["photograph"])[0, 0].tolist().index(49407) > 2
 
 
+@pytest.mark.parametrize("caption", ["wow!", "wow!!", "!", " ! ", "a!b !! c!?", "(cat!:1.2)", "<|endoftext|>!", "!★"])
+def test_what_pads_is_a_word_in_captions(tiny_sd2_folder: Path, tmp_path: Path, caption: str) -> None:
+    """A tokenizer of Stable Diffusion 2.x that declares `!` special reads it as the text encoder was trained."""
+    CLIPTokenizer.from_pretrained(tiny_sd2_folder / "tokenizer").save_pretrained(tmp_path)
+    assert '"content": "!"' in (tmp_path / "tokenizer.json").read_text()
+    declared, plain = CaptionTokenizer(tmp_path, pad=0), CaptionTokenizer(pad=0)
+    assert torch.equal(declared([caption]), plain([caption]))
+    assert all(torch.equal(*both) for both in zip(declared.weighted([caption]), plain.weighted([caption]), strict=True))
+
+
+def test_an_exclamation_mark_is_its_own_token(tiny_sd2_folder: Path, tmp_path: Path) -> None:
+    """`!` at the end of a word is token 256, and two of them 748."""
+    CLIPTokenizer.from_pretrained(tiny_sd2_folder / "tokenizer").save_pretrained(tmp_path)
+    assert CaptionTokenizer(tmp_path, pad=0)(["wow! wow!!"])[0, 0, :7].tolist() == [
+        49406,
+        2781,
+        256,
+        2781,
+        748,
+        49407,
+        0,
+    ]
+
+
+@pytest.mark.parametrize("at", [0, 74, 75, 149])
+def test_a_padding_token_among_words(at: int) -> None:
+    """A token of a caption that is the padding's changes nothing at the edges of chunks, only its own place."""
+    words = ["cat"] * 150
+    tokenizer = CaptionTokenizer(max_length=150, pad=0)
+    without = tokenizer([" ".join(words)])[0]
+    expected = without.clone()
+    expected[at // 75, at % 75 + 1] = 0
+    assert torch.equal(tokenizer._in_chunks([[0 if index == at else 2368 for index in range(150)]])[0], expected)
+
+
 def test_models_bring_their_own_tokenizer(tiny_folder: Path, tiny_file: Path) -> None:
     """A model from a folder tokenizes as its single file does, which uses CLIP's vocabulary."""
     own, packaged = (stable_diffusion(path).text_encoder for path in (tiny_folder, tiny_file))

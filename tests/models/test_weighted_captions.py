@@ -140,3 +140,13 @@ def test_the_grammar_needs_no_torch() -> None:
     """Captions can be looked into before anything heavy is imported."""
     program = "import sys, lorakit.models.weighting; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_lengths_of_captions(weighted: bool) -> None:
+    """They are the numbers of tokens up to the first that ends the caption, whatever spaces and brackets there are."""
+    captions = ["", "a cat", "1girl,  (red:1.3)hair\u3000x\ty", "été ~~ isn't [it](so) 2024", "(a (b c):2) d\n e"]
+    tokenizer = CaptionTokenizer()
+    ids = tokenizer.weighted(captions)[0] if weighted else tokenizer(captions)
+    ends = [row.tolist().index(tokenizer.end) - 1 for row in ids.flatten(1)]
+    assert tokenizer.lengths(captions, weighted) == ends

@@ -213,7 +213,7 @@ def test_evil_config_files(tmp_path: Path, trace: Path, capsys: pytest.CaptureFi
 
 
 def test_nothing_in_the_source_could_run_code_of_files() -> None:
-    """All calls of torch.load are for weights only, and no other reader that runs code is called at all."""
+    """No reader that can run code is called at all, but by the contract suites on bytes that they have just made."""
     root = Path(lorakit.__file__).parent
     calls = [
         (path.relative_to(root).as_posix(), node)
@@ -221,11 +221,8 @@ def test_nothing_in_the_source_could_run_code_of_files() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call)
     ]
-    loads = [(path, node) for path, node in calls if ast.unparse(node.func) in ("torch.load", "torch.jit.load")]
-    assert len(loads) >= 2
-    for path, node in loads:
-        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-        assert keywords.get("weights_only") == "True", path
+    loads = [path for path, node in calls if ast.unparse(node.func) in ("torch.load", "torch.jit.load")]
+    assert loads == ["testing/contracts/optimizers.py"]
     named = {ast.unparse(node.func) for _, node in calls}
     refused = {"eval", "exec", "pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads", "yaml.load"}
     assert not named & (refused | {"shelve.open", "numpy.load", "np.load", "joblib.load", "os.system"})

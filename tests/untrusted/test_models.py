@@ -29,6 +29,12 @@ def with_settings(model: Path, folder: Path, part: str, **settings: Any) -> Stor
     return StoredModel(folder)
 
 
+def check(model: StoredModel) -> None:
+    """What is looked at before training."""
+    model.check_vae()
+    model.check()
+
+
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
 def test_settings_that_name_code(tiny_sd1: Path, tmp_path: Path, key: str) -> None:
     """A text encoder's settings cannot make transformers fetch a kernel from the Hub: what is for it is left out."""
@@ -51,7 +57,7 @@ def test_settings_of_endless_layers(tiny_sd1: Path, tmp_path: Path, part: str, s
     """Settings of more layers than the file has tensors are refused before a module is made."""
     model = with_settings(tiny_sd1, tmp_path / "model", part, **settings)
     with pytest.raises(ModelError, match=rf"{part}/config\.json tells of more layers than .* has tensors"):
-        model.check()
+        check(model)
 
 
 @pytest.mark.parametrize("factor", ["x", 0, -1, float("nan"), float("inf"), None])
@@ -59,17 +65,24 @@ def test_scaling_factors_that_are_none(tiny_sd1: Path, tmp_path: Path, factor: o
     """A VAE's scaling factor is a positive number or the folder is refused."""
     model = with_settings(tiny_sd1, tmp_path / "model", "vae", scaling_factor=factor)
     with pytest.raises(ModelError, match="scaling_factor must be a positive number"):
-        model.check()
+        check(model)
 
 
 def test_layers_are_counted_in_one_go() -> None:
-    """What is inferred from names takes time in proportion to their number, up to the first gap."""
+    """What is inferred from names takes time in proportion to their number; a gap is something that is missing."""
     shapes: dict[str, tuple[int, ...]] = {
         f"encoder.layers.{index}.x": () for index in range(200_000) if index != 150_000
     }
     shapes |= {"embeddings.token_embedding.weight": (9, 64), "embeddings.position_embedding.weight": (77, 64)}
     shapes["encoder.layers.0.mlp.fc1.weight"] = (64, 64)
-    assert clip_settings(shapes)["num_hidden_layers"] == 150_000
+    assert clip_settings(shapes)["num_hidden_layers"] == 200_000
+
+
+def test_layers_are_not_counted_beyond_the_tensors() -> None:
+    """One name with a huge number in it makes no model of that many layers."""
+    shapes = {"embeddings.token_embedding.weight": (9, 64), "encoder.layers.0.mlp.fc1.weight": (64, 64)}
+    with pytest.raises(ValueError, match="counted further than there are tensors"):
+        clip_settings({**shapes, "encoder.layers.99999999.x": ()})
 
 
 def test_tokens_beyond_the_table(tiny_sd1: Path, tmp_path: Path) -> None:

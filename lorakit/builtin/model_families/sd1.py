@@ -23,6 +23,7 @@ class SD1Config(StableDiffusionConfig):
 
     name = "sd1"
     version = "1.x"
+    title = "Stable Diffusion 1.x"
 
     clip_skip: int = field(default=1, validator=[v.ge(1), v.le(12)])
     """Which layer of the text encoder is read, counted from the last, which is 1."""

@@ -26,23 +26,27 @@ class SD2Config(StableDiffusionConfig):
 
     name = "sd2"
     version = "2.x"
+    title = "Stable Diffusion 2.x"
 
     prediction: Literal["epsilon", "v_prediction"] | None = None
     """What the U-Net predicts: the noise in base models, the velocity (`v_prediction`) in those for 768 pixels. When
-    absent, what the model's folder says; a single file does not say it, and the noise is assumed."""
+    absent, what the model's files say: a folder's scheduler, the key `v_pred` or the header of a file, or a `.yaml` of
+    its name beside it. Where nothing says it, the noise is assumed."""
     clip_skip: int = field(default=1, validator=[v.ge(1), v.le(SD2_TEXT_LAYERS)])
     """Which layer of the text encoder is read, counted from the last that 2.x uses, which is 1; it is OpenCLIP's last
     but one, so 1 is right for nearly all models."""
 
     def warnings(self) -> Iterator[Problem]:
-        """A single file whose prediction is not given; keys are field names."""
+        """What all families warn of, and a prediction that nothing says; keys are field names."""
+        yield from super().warnings()
         try:
-            location = self.stored().location
+            location, stated = self.stored().location, self.stated()
         except ModelError:
             return
-        if self.prediction is None and not isinstance(location, HubModel) and location.is_file():
+        if self.prediction is None and stated.prediction is None:
+            name = location if isinstance(location, HubModel) else location.name
             hint = 'set "v_prediction" if it is a 768-v model, or "epsilon" to be rid of this warning'
-            yield Problem("prediction", f"is absent and {location.name} does not say it, so epsilon is assumed", hint)
+            yield Problem("prediction", f"is absent and {name} does not say it, so epsilon is assumed", hint)
 
     def variant(self, prediction: Prediction) -> Variant:
         """How models of 2.x are run: short captions are filled up with token 0."""

@@ -9,10 +9,15 @@ from attrs import validators as v
 
 from lorakit import hookimpl
 from lorakit.components import NetworkConfig
+from lorakit.errors import Problem
 from lorakit.networks.blocks import BlockwiseLoRAConfig, numbers_of_blocks
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lorakit.config.sections import TrainConfig
     from lorakit.models.protocol import AdaptationTarget
+    from lorakit.networks.starting import StartingFile
 
 
 @frozen(kw_only=True)
@@ -48,6 +53,14 @@ class C3LierConfig(BlockwiseLoRAConfig):
         from lorakit.networks.functions import is_pointwise
 
         return self.alpha if is_pointwise(target.module) or self.varies_by_block else self.conv_alpha
+
+    def problems_of_file(self, file: StartingFile, config: TrainConfig) -> Iterator[Problem]:
+        """A file of LoRA-LierLa, and what no network can start from."""
+        yield from super().problems_of_file(file, config)
+        any_layers = self.rank_from_weights or self.varies_by_block
+        if not any_layers and {"unet"} & {*config.trained_parts} & {*file.parts} and not file.has_resnets:
+            found = f"is c3lier, and {file.path} is of lierla: it has no adapters for ResNet blocks"
+            yield Problem("name", found, 'set network.name = "lierla"')
 
 
 @hookimpl

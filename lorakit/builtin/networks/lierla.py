@@ -8,10 +8,15 @@ from attrs import frozen
 
 from lorakit import hookimpl
 from lorakit.components import NetworkConfig
+from lorakit.errors import Problem
 from lorakit.networks.blocks import BlockwiseLoRAConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lorakit.config.sections import TrainConfig
     from lorakit.models.protocol import AdaptationTarget
+    from lorakit.networks.starting import StartingFile
 
 
 @frozen(kw_only=True)
@@ -26,6 +31,13 @@ class LierlaConfig(BlockwiseLoRAConfig):
 
         adapted = target.block in {"transformer", "text_encoder"} and is_pointwise(target.module)
         return self.in_block(target, (self.rank, self.alpha), self.block_ranks, self.block_alphas) if adapted else None
+
+    def problems_of_file(self, file: StartingFile, config: TrainConfig) -> Iterator[Problem]:
+        """A file of LoRA-C3Lier, and what no network can start from."""
+        yield from super().problems_of_file(file, config)
+        if not self.rank_from_weights and "unet" in config.trained_parts and file.has_resnets:
+            found = f"is lierla, and {file.path} is of c3lier: it has adapters for ResNet blocks, too"
+            yield Problem("name", found, 'set network.name = "c3lier", or network.rank_from_weights = true')
 
 
 @hookimpl

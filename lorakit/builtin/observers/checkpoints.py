@@ -39,8 +39,7 @@ class Checkpoints(Observer):
     def __init__(self, run: RunInfo) -> None:
         self._run = run
         self._output = run.config.output
-        ratio = self._output.save_n_epoch_ratio
-        epochs = max(1, run.total_epochs // ratio) if ratio else self._output.save_every_n_epochs
+        epochs = self._output.epochs_between_saves(run.total_epochs)
         self._every = Every(epochs, self._output.save_every_n_steps)
         self._saved = self._earlier_saves()
 

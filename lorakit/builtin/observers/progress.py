@@ -1,84 +1,118 @@
-"""The progress bar: loss, learning rate, speed and time left."""
+"""Progress: loss, learning rate, speed and time left, on a terminal as a bar and elsewhere as lines."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
 from lorakit.components import ObserverConfig
 from lorakit.engine.observing import Observer, RunInfo, StepMetrics
+from lorakit.wording import counted, shown_path
+
+if TYPE_CHECKING:
+    from lorakit.engine.progress import Display
 
 
 @frozen(kw_only=True)
 class ProgressConfig(ObserverConfig):
-    """A progress bar on the terminal; every run has one."""
+    """A progress bar on the terminal, or a line every half minute where output goes elsewhere; every run has one."""
 
     name = "progress"
 
     average: float = field(default=0.95, validator=[v.ge(0), v.lt(1)])
     """How slowly the shown loss follows the loss of each step; 0 shows each step's own."""
 
-    def build(self, run_info: RunInfo) -> Progress:  # noqa: ARG002
-        """The progress bar of one run."""
-        return Progress(self.average)
+    def build(self, run_info: RunInfo) -> Progress:
+        """The progress of one run, shown on standard error."""
+        from lorakit.engine.progress import display
+
+        return Progress(self.average, run_info, display())
 
 
 class Progress(Observer):
-    """Draws the bar on standard error; where that is no terminal, a line now and then."""
+    """Shows how far a run has come, and what it has written and measured."""
 
-    def __init__(self, average: float) -> None:
+    def __init__(self, average: float, run: RunInfo, display: Display) -> None:
+        from lorakit.engine.progress import Pace, Position
+
         self._average = average
-        self._loss: float | None = None
-        self._bar: Any = None
+        self._run = run
+        self._display = display
+        self._pace = Pace()
+        self._position = Position(done=run.first_step, total=run.total_steps)
+        self._lowest: tuple[float, str] | None = None
+        self._is_open = False
 
-    def run_started(self, run: RunInfo) -> None:
+    def run_started(self, run: RunInfo) -> None:  # noqa: ARG002
         """Draw the empty bar."""
-        from tqdm import tqdm
+        self._is_open = True
+        self._display.show(self._position)
 
-        interval = 0.2 if sys.stderr.isatty() else 10.0
-        self._bar = tqdm(
-            total=run.total_steps, initial=run.first_step, unit="step", dynamic_ncols=True, mininterval=interval
-        )
+    def busy(self, what: str) -> None:
+        """Say what goes on instead of the next step."""
+        if self._is_open:
+            self._position = evolve(self._position, busy=what)
+            self._display.show(self._position, now=True)
 
-    def step_finished(self, step: int) -> None:  # noqa: ARG002
+    def step_finished(self, step: int) -> None:
         """Move on by one."""
-        self._bar.update()
+        self._pace.add(step, self._run.training_seconds())
+        self._position = evolve(self._position, done=step, rate=self._pace.rate, busy="")
+        self._display.show(self._position)
 
     def metrics_read(self, metrics: StepMetrics) -> None:
-        """Show the newest numbers."""
-        previous = metrics.loss if self._loss is None else self._loss
-        self._loss = self._average * previous + (1 - self._average) * metrics.loss
-        rates = "/".join(dict.fromkeys(f"{rate:.2g}" for rate in metrics.learning_rates.values()))
-        self._bar.set_postfix_str(f"epoch {metrics.epoch}, loss {self._loss:.4f}, lr {rates}", refresh=False)
+        """Keep the newest numbers, to be shown with the next step."""
+        previous = metrics.loss if self._position.loss is None else self._position.loss
+        loss = self._average * previous + (1 - self._average) * metrics.loss
+        rates = tuple(metrics.learning_rates.values())
+        self._position = evolve(self._position, epoch=metrics.epoch, loss=loss, learning_rates=rates)
 
     def adapter_saved(self, path: Path) -> None:
         """Say where, above the bar."""
-        self._say(f"saved {path}")
+        self._say(f"saved {shown_path(path)}")
 
     def validated(self, step: int, losses: Mapping[str, float]) -> None:
-        """Show the losses, above the bar."""
-        shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        self._say(f"validation loss after step {step}: {shown}")
+        """Say how the loss compares with the lowest so far and with that of training, above the bar."""
+        from lorakit.engine.progress import shown_loss
+
+        self._at_steps_again()
+        loss, epochs = losses["average"], step / self._run.steps_per_epoch
+        when = f"epoch {epochs:.0f}" if epochs.is_integer() and step else f"step {step}"
+        notes = [f"training {shown_loss(loss - losses['divergence'])}"] if "divergence" in losses else []
+        is_lowest = self._lowest is None or loss < self._lowest[0]
+        if self._lowest is not None and not is_lowest:
+            notes.append(f"the lowest was {shown_loss(self._lowest[0])}, {self._lowest[1]}")
+        so_far = ", the lowest so far" if self._lowest is not None and is_lowest else ""
+        if is_lowest:
+            self._lowest = loss, when
+        self._say(f"{when}: validation loss {shown_loss(loss)}{so_far}" + (f" ({'; '.join(notes)})" if notes else ""))
 
     def previews_drawn(self, step: int, paths: Sequence[Path]) -> None:
         """Say where, above the bar."""
+        self._at_steps_again()
         if paths:
-            self._say(f"{len(paths)} previews of step {step} in {paths[0].parent}")
+            self._say(f"{counted(len(paths), 'preview')} of step {step} in {shown_path(paths[0].parent)}")
 
     def closed(self) -> None:
         """Leave the bar as it is."""
-        if self._bar is not None:
-            self._bar.close()
+        if self._is_open:
+            self._at_steps_again()
+            self._display.close()
+
+    def _at_steps_again(self) -> None:
+        """Show the steps again where it was said that something else goes on."""
+        if self._position.busy:
+            self._position = evolve(self._position, busy="")
+            self._display.show(self._position)
 
     def _say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+        if self._is_open:
+            self._display.say(text)
 
 
 @hookimpl

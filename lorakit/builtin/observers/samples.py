@@ -17,6 +17,7 @@ from lorakit.engine.observing import Every, Observer, RunInfo
 from lorakit.errors import ConfigError, LorakitError, Problem
 from lorakit.sampling.contact_sheets import Preview, find_previews, write_contact_sheet
 from lorakit.sampling.prompts import PromptSettings
+from lorakit.wording import counted
 
 if TYPE_CHECKING:
     from lorakit.sampling.previews import Previewer
@@ -26,13 +27,14 @@ log = logging.getLogger(__name__)
 
 @frozen(kw_only=True)
 class SamplesConfig(ObserverConfig, PromptSettings):
-    """Previews: pictures drawn with the adapters as they are, in `sample` in the output folder."""
+    """Previews: images drawn with the adapters as they are, on the way and at the end, into the folder `sample`."""
 
     name = "samples"
 
-    prompts: Path
+    prompts: Path | tuple[str, ...]
     """File with what to draw: a `.txt` with a prompt in each line, a `.toml` or a `.json`; it may be edited during the
-    run. What it leaves open is as the keys here say."""
+    run. Or the prompts themselves, as the lines of a `.txt`: `["a cat --n blurry", "a dog"]`. What they leave open is
+    as the keys here say."""
     every_n_epochs: int | None = field(default=None, validator=v.optional(v.ge(1)))
     """Draw after every this many epochs; wins over `every_n_steps`."""
     every_n_steps: int | None = field(default=None, validator=v.optional(v.ge(1)))
@@ -60,8 +62,6 @@ class SamplesConfig(ObserverConfig, PromptSettings):
 
         if self.every_n_epochs and self.every_n_steps:
             yield Problem("every_n_steps", "has no effect, because every_n_epochs is given")
-        if not (self.every_n_epochs or self.every_n_steps or self.at_first):
-            yield Problem("prompts", "has no effect without every_n_epochs, every_n_steps or at_first")
         for warning in read_prompts(self.prompts, self).warnings:
             yield Problem("prompts", str(warning))
 
@@ -93,6 +93,7 @@ class Samples(Observer):
         self._run = run
         self._previewer = previewer
         self._step = run.first_step
+        self._drawn_step = run.first_step or None
         self._every = Every(config.every_n_epochs, None if config.every_n_epochs else config.every_n_steps)
         self._folder = run.config.output.dir / "sample"
         self._drawn = self._drawn_before()
@@ -115,9 +116,17 @@ class Samples(Observer):
         if self._every.is_due_after_epoch(epoch):
             self._draw(f"e{epoch:06d}")
 
+    def run_finished(self) -> None:
+        """Draw what the run has come to, unless that was just done."""
+        if self._drawn_step != self._step:
+            epochs, rest = divmod(self._step, self._run.steps_per_epoch)
+            by_epochs = self._config.every_n_epochs and not rest
+            self._draw(f"e{epochs:06d}" if by_epochs else f"{self._step:06d}")
+
     def _draw(self, when: str) -> None:
-        name = self._run.config.output.name
+        name, self._drawn_step = self._run.config.output.name, self._step
         with self._warning():
+            self._run.tell("busy", f"drawing {counted(self._previewer.count(), 'preview')} of step {self._step}")
             with self._run.evaluating() as model:
                 paths = self._previewer.draw(model, self._folder, f"{name}_{when}", self._step)
             self._run.tell("previews_drawn", self._step, paths)

@@ -39,19 +39,32 @@ class TensorBoard(Observer):
         """`folder` is made when the first number arrives."""
         self._folder = folder
         self._writer: Any = None
+        self._run: Any = None
+        self._pace: Any = None
 
     def run_started(self, run: RunInfo) -> None:
         """Open the log; the config is its first entry."""
         from torch.utils.tensorboard.writer import SummaryWriter
 
         from lorakit.config.writing import to_toml
+        from lorakit.engine.progress import Pace
 
         self._writer = SummaryWriter(str(self._folder))
         self._writer.add_text("config", f"```toml\n{to_toml(run.config)}\n```")
+        losses = ["Multiline", ["^loss$", "^loss/validation/average$"]]
+        self._writer.add_custom_scalars({"loss": {"training and validation": losses}})
+        self._run, self._pace = run, Pace()
+
+    def step_finished(self, step: int) -> None:
+        """Write how fast steps are, previews and saves not counted."""
+        self._pace.add(step, self._run.training_seconds())
+        if self._pace.rate:
+            self._writer.add_scalar("steps_per_second", self._pace.rate, step)
 
     def metrics_read(self, metrics: StepMetrics) -> None:
         """Write one point of each curve."""
         self._writer.add_scalar("loss", metrics.loss, metrics.step)
+        self._writer.add_scalar("epoch", metrics.epoch, metrics.step)
         self._writer.add_scalar("gradient_norm", metrics.gradient_norm, metrics.step)
         for name, rate in metrics.learning_rates.items():
             self._writer.add_scalar(f"lr/{name}", rate, metrics.step)
@@ -64,14 +77,21 @@ class TensorBoard(Observer):
             self._writer.add_scalar(f"loss/validation/{name}", loss, step)
 
     def previews_drawn(self, step: int, paths: Sequence[Path]) -> None:
-        """Show the pictures, each under its place in the prompt file, and what they were drawn from."""
+        """Show the images, each under its place in the prompt file, with its prompt and what it was drawn from."""
         import numpy as np
         from PIL import Image
+        from torch.utils.tensorboard import summary
 
+        image_summary: Any = summary.image
         for index, path in enumerate(paths):
+            tag = f"previews/{index:02d}"
             with Image.open(path) as image:
-                self._writer.add_image(f"previews/{index:02d}", np.asarray(image), step, dataformats="HWC")
-                self._writer.add_text(f"previews/{index:02d}", image.info.get("parameters", ""), step)
+                shown = image_summary(tag, np.asarray(image), dataformats="HWC")
+                prompt, parameters = image.info.get("prompt", ""), image.info.get("parameters", "")
+            shown.value[0].metadata.display_name = f"{index:02d} {prompt}"
+            shown.value[0].metadata.summary_description = parameters
+            self._writer.file_writer.add_summary(shown, step)
+            self._writer.add_text(tag, parameters, step)
 
     def closed(self) -> None:
         """Close the log."""

@@ -86,6 +86,7 @@ class Validation(Observer):
         if self._validated == self._step:
             return
         self._validated = self._step
+        self._run.tell("busy", "validating")
         loss = self._measure(self._timesteps, self._config.max_steps)
         losses = {"average": loss}
         if self._recent:

@@ -23,6 +23,7 @@ class AdafactorConfig(OptimizerConfig):
     """Adafactor: Adam with the memory of a row and a column per matrix (Shazeer and Stern, 2018, arXiv:1804.04235)."""
 
     name = "adafactor"
+    usual_lr = 1e-4
 
     relative_step: bool = False
     """Find the learning rate itself: min(0.01, 1/√step), times the factor of the LR schedule; `lr` plays no part."""

@@ -22,6 +22,7 @@ class AdamWConfig(OptimizerConfig):
     """AdamW: Adam with weight decay of its own (Loshchilov and Hutter, 2019, arXiv:1711.05101)."""
 
     name = "adamw"
+    usual_lr = 1e-4
 
     betas: tuple[float, float] = field(default=(0.9, 0.999), validator=v.deep_iterable([v.ge(0), v.lt(1)]))
     """Decay of the running averages of the gradient and of its square."""

@@ -51,6 +51,8 @@ class _In8BitsConfig(BitsandbytesConfig):
 class _AdamWConfig(BitsandbytesConfig):
     """What all kinds of AdamW have."""
 
+    usual_lr = 1e-4
+
     betas: tuple[float, float] = field(default=(0.9, 0.999), validator=v.deep_iterable([v.ge(0), v.lt(1)]))
     """Decay of the running averages of the gradient and of its square."""
     eps: float = field(default=1e-8, validator=v.gt(0))
@@ -102,6 +104,7 @@ class Lion8bitConfig(_In8BitsConfig):
     """
 
     name = "lion8bit"
+    usual_lr = 3e-5
     class_name = "Lion8bit"
 
     betas: tuple[float, float] = field(default=(0.9, 0.99), validator=v.deep_iterable([v.ge(0), v.lt(1)]))
@@ -126,6 +129,7 @@ class SGDNesterov8bitConfig(_In8BitsConfig):
     """
 
     name = "sgdnesterov8bit"
+    usual_lr = 1.0
     class_name = "SGD8bit"
 
     momentum: float = field(default=0.9, validator=[v.gt(0), v.lt(1)])

@@ -29,6 +29,8 @@ class DAdaptConfig(OptimizerConfig):
 
     requires = ("dadaptation",)
     own_learning_rates = False
+    finds_learning_rate = True
+    usual_lr = 1.0
     module: ClassVar[str] = "dadaptation"
     """Where the class is."""
     class_name: ClassVar[str]

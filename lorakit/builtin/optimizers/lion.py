@@ -25,6 +25,7 @@ class LionConfig(OptimizerConfig):
     """
 
     name = "lion"
+    usual_lr = 3e-5
     requires = ("lion-pytorch",)
 
     betas: tuple[float, float] = field(default=(0.9, 0.99), validator=v.deep_iterable([v.ge(0), v.lt(1)]))

@@ -25,6 +25,7 @@ class SGDNesterovConfig(OptimizerConfig):
     """
 
     name = "sgdnesterov"
+    usual_lr = 1.0
 
     momentum: float = field(default=0.9, validator=[v.gt(0), v.lt(1)])
     """Decay of the running sum of gradients."""

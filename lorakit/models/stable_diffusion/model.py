@@ -44,6 +44,8 @@ ReadModule = Callable[[StoredPart, torch.device, torch.dtype, EditTensor | None]
 """Reads a stored part to a device, in a number format, its weights edited."""
 
 _PROCESS_MEMO = ProcessMemo()
+_PADS_WITH_A_WORD = "padding is a word in captions"
+"""Told apart in the cache from captions that were encoded with each `!` as padding."""
 _NOTHING_MERGED = Merging(())
 _TARGETS = {"unet": unet_targets, "text_encoder": text_encoder_targets}
 _KEYS = {"unet": unet_key, "text_encoder": text_encoder_key}
@@ -67,6 +69,11 @@ class Variant:
     """Token id that fills short captions up; the end token when absent."""
     no_half_vae: bool = False
     """Whether the VAE computes in float32 where the rest does not."""
+
+
+def _stamp(files: Sequence[Path]) -> str:
+    """A text that changes when one of the files does; empty for no files."""
+    return "".join(f" {file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
 
 
 class StableDiffusion:
@@ -123,10 +130,12 @@ class StableDiffusion:
                 self.variant.max_token_length,
                 self.variant.pad_token,
                 self._tokenizer_hash(),
+                *([_PADS_WITH_A_WORD] if self.variant.pad_token is not None else []),
                 *self._merging.fingerprint("lora_te", self.memo),
                 *([self._formats[part]] if part in self._formats else []),
             ]
-        weights = self.memo.remember(stored.file, part, partial(hash_of_weights, stored.file, names))
+        hashed = partial(hash_of_weights, stored.files, names)
+        weights = self.memo.remember(stored.files[0], part + _stamp(stored.files[1:]), hashed)
         dtype = self._vae_dtype if part == "image_encoder" else self.dtype
         text = json.dumps([weights, str(dtype), dict(stored.settings), options], sort_keys=True)
         return sha256(text.encode()).hexdigest()[:32]
@@ -259,7 +268,12 @@ class StableDiffusion:
         if not isinstance(location, HubModel):
             entries |= self._hashes(location, "sd_model")
         if self.stored.vae is not None:
-            entries |= {"ss_vae_name": self.stored.vae.name, **self._hashes(self.stored.vae, "vae")}
+            vae = self.stored.vae
+            entries |= (
+                {"ss_vae_name": str(vae)}
+                if isinstance(vae, HubModel)
+                else {"ss_vae_name": vae.name, **self._hashes(vae, "vae")}
+            )
         return {**entries, **self._merging.metadata(self.memo)}
 
     def _layers(self) -> dict[str, tuple[int, ...]]:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from lorakit.checkpoints import CheckpointSummary, HubModel, Location, Shapes, describe, read_json, summarize
 from lorakit.errors import ModelError
 from lorakit.models.places import Place, Rows
 from lorakit.models.stable_diffusion import layout
+from lorakit.models.stable_diffusion.folders import fetched, find_weights, vae_config, vae_folder
+from lorakit.models.stable_diffusion.latents import check_latents, other_latents, other_scale
 from lorakit.models.stable_diffusion.settings import clip_settings, open_clip_settings, unet_settings, vae_settings
+from lorakit.models.stable_diffusion.structure import clip_shapes, unet_shapes, vae_shapes
 
 PartName = Literal["unet", "vae", "text_encoder"]
 
@@ -28,6 +31,7 @@ _ROOTS = {
 }
 _OPEN_CLIP_ROOTS = ("transformer.resblocks.", "token_embedding.", "positional_embedding", "ln_final.")
 _INFERRED = {"unet": unet_settings, "vae": vae_settings, "text_encoder": clip_settings}
+_EXPECTED = {"unet": unet_shapes, "vae": vae_shapes, "text_encoder": clip_shapes}
 _FOLDER_FILES = {
     "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
     "vae": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
@@ -48,6 +52,7 @@ class StoredPart:
 
     name: PartName
     file: Path
+    """The file with the weights, or the index of the files that they are spread over."""
     settings: Mapping[str, Any] = field(repr=False)
     """Arguments of the part's module."""
     file_names: Mapping[str, Place] = field(repr=False)
@@ -56,6 +61,13 @@ class StoredPart:
     """Shape in the file of each of the part's tensors, by bare name."""
     rename: Callable[[str], str] = field(repr=False)
     """From a tensor's name in the module to its bare name."""
+    shards: tuple[Path, ...] = field(default=(), repr=False)
+    """The files that the weights are spread over; none where they are in one."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files with the weights."""
+        return self.shards or (self.file,)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Shape in the file of a tensor of the module."""
@@ -74,6 +86,15 @@ class StoredPart:
                 )
         return {name: self.file_names[self.rename(name)] for name in wanted}
 
+    def check(self) -> None:
+        """A `ModelError` unless the file has the tensors of a module with the part's settings, and no others."""
+        try:
+            wanted = _EXPECTED[self.name](self.settings)
+        except Exception as error:  # settings are whatever a stranger's file says
+            raise ModelError(f"{self} has settings that make no sense ({_cut(error)}); it is of another kind") from None
+        self.find(wanted)
+        self.check_complete(wanted)
+
     def check_complete(self, wanted: Shapes) -> None:
         """A `ModelError` if the file has tensors of this part that the module, with all its tensors, has no use for."""
         left = sorted(self.shapes.keys() - {self.rename(name) for name in wanted})
@@ -89,7 +110,7 @@ class StoredModel:
     """A Stable Diffusion model, a single file or a diffusers folder, on disk or on the Hub."""
 
     location: Location
-    vae: Path | None = None
+    vae: Location | None = None
     """A VAE to use instead of the model's own: a file, or a diffusers folder."""
 
     @cached_property
@@ -102,83 +123,89 @@ class StoredModel:
         if name == "vae" and self.vae is not None:
             return vae_at(self.vae)
         if self.summary.kind == "folder":
-            return _folder_part(self._part_folder(name), name)
-        found = _part(name, self.summary.path, self.summary.tensors, _PREFIXES[name])
-        if found is None and name == "text_encoder":
-            found = _open_clip_part(self.summary.path, self.summary.tensors)
+            return _folder_part(self.location, f"{name}/", name)
+        found = self._part_of_file(name)
         if found is None:
             raise ModelError(f"{self.summary.path} has no {_IN_WORDS[name]}; it is {describe(self.summary)}")
         return found
 
     def check(self) -> None:
-        """A `ModelError` unless all parts are there and fit together, as far as the Hub need not be asked."""
-        if self.vae is not None or not isinstance(self.location, HubModel):
-            self.part("vae")
+        """A `ModelError` unless U-Net and text encoder are there, whole, and fit together; a Hub model passes."""
         if isinstance(self.location, HubModel):
             return
-        taken = self.part("unet").settings.get("cross_attention_dim")
-        given = self.part("text_encoder").settings.get("hidden_size")
+        unet, text_encoder = self.part("unet"), self.part("text_encoder")
+        taken, given = unet.settings.get("cross_attention_dim"), text_encoder.settings.get("hidden_size")
         if taken != given:
             raise ModelError(
                 f"{self.location}: the U-Net takes {taken} channels of text, the text encoder gives {given}"
             )
+        unet.check()
+        text_encoder.check()
 
-    def scheduler_settings(self) -> Mapping[str, Any]:
-        """What a folder says of its noise schedule; empty for a single file."""
-        if self.summary.kind != "folder":
-            return {}
-        file = self._fetched(["scheduler/scheduler_config.json"]) / "scheduler" / "scheduler_config.json"
-        return read_json(file) if file.is_file() else {}
+    def check_vae(self) -> None:
+        """A `ModelError` unless the VAE is there, whole, and makes latents of the right shape.
+
+        Of a VAE on the Hub only the config is looked at; that of a Hub model passes.
+        """
+        if isinstance(self.vae, HubModel):
+            check_latents(vae_config(self.vae), self.vae)
+        elif self.vae is not None or not isinstance(self.location, HubModel):
+            part = self.part("vae")
+            check_latents(part.settings, part)
+            part.check()
+
+    @property
+    def lacks_vae(self) -> bool:
+        """Whether the model comes without a VAE."""
+        if self.summary.kind == "folder":
+            return "vae" not in self.summary.configs
+        return not any(name.startswith(layout.VAE_PREFIX) for name in self.summary.tensors)
+
+    def strange_vae(self) -> str:
+        """Why the VAE's latents are not those of Stable Diffusion 1.x and 2.x, as far as files say it; or nothing."""
+        location = self.location if self.vae is None else self.vae
+        if isinstance(location, HubModel) or os.path.isdir(location):  # noqa: PTH112 - see `vae_at`
+            own = self.vae is None
+            return other_scale(self.summary.configs.get("vae", {}) if own else vae_config(location))
+        return "" if self.vae is None else other_latents(summarize(location))
 
     def tokenizer_folder(self) -> Path | None:
         """The folder with the model's own tokenizer, or None if it brings none."""
         if self.summary.kind != "folder":
             return None
-        folder = self._fetched([f"tokenizer/{file}" for file in TOKENIZER_FILES]) / "tokenizer"
+        folder = fetched(self.location, [f"tokenizer/{file}" for file in TOKENIZER_FILES]) / "tokenizer"
         return folder if any((folder / file).is_file() for file in TOKENIZER_FILES[:2]) else None
 
-    def _part_folder(self, name: PartName) -> Path:
-        config = f"{name}/config.json"
-        for weights in _FOLDER_FILES[name]:
-            folder = self._fetched([config, f"{name}/{weights}"]) / name
-            if (folder / weights).is_file():
-                break
-        return folder
-
-    def _fetched(self, files: Sequence[str]) -> Path:
-        return self.location.fetch(files) if isinstance(self.location, HubModel) else self.location
+    def _part_of_file(self, name: PartName) -> StoredPart | None:
+        path, tensors = self.summary.path, self.summary.tensors
+        found = _part(name, path, tensors, _PREFIXES[name])
+        return _open_clip_part(path, tensors) if found is None and name == "text_encoder" else found
 
 
-def vae_at(path: Path) -> StoredPart:
-    """A VAE of its own: a diffusers folder, a file in either layout, or the VAE in a whole model's file."""
-    if os.path.isdir(path):  # noqa: PTH112 - `Path.is_dir` raises where it may not look
-        return _folder_part(path if (path / "config.json").is_file() else path / "vae", "vae")
-    summary = summarize(path)
-    part = _part("vae", path, summary.tensors, layout.VAE_PREFIX) or _part("vae", path, summary.tensors, "")
+def vae_at(location: Location) -> StoredPart:
+    """A VAE of its own: a diffusers folder or Hub model, a file in either layout, or the VAE in a whole model's."""
+    if isinstance(location, HubModel) or os.path.isdir(location):  # noqa: PTH112 - `Path.is_dir` may raise
+        return _folder_part(location, vae_folder(location), "vae")
+    summary = summarize(location)
+    part = _part("vae", location, summary.tensors, layout.VAE_PREFIX) or _part("vae", location, summary.tensors, "")
     if part is None:
-        raise ModelError(f"{path} holds no VAE; it is {describe(summary)}")
+        raise ModelError(f"{location} holds no VAE; it is {describe(summary)}")
     return part
 
 
-def _folder_part(folder: Path, name: PartName) -> StoredPart:
-    """A part of a diffusers folder, from the subfolder with its config and weights."""
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} has no config.json, so there is no {_IN_WORDS[name]} in it")
-    plain = [folder / file for file in _FOLDER_FILES[name]]
-    candidates = plain + [file.with_suffix(f".fp16{file.suffix}") for file in plain]
-    file = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if file is None:
-        raise ModelError(f"{folder} has no weights; there should be a file {plain[0].name}")
-    tensors, settings = summarize(file).tensors, read_json(folder / "config.json")
-    if _blocks(settings) > len(tensors):
-        raise ModelError(f"{folder / 'config.json'} tells of more layers than {file} has tensors; download it again")
-    part = _part(name, file, tensors, "", settings)
+def _folder_part(location: Location, folder: str, name: PartName) -> StoredPart:
+    """A part of a diffusers folder or Hub model, from the subfolder with its config and weights."""
+    config, weights = find_weights(location, folder, _FOLDER_FILES[name], _IN_WORDS[name])
+    settings, file = read_json(config), weights.file
+    if _blocks(settings) > len(weights.tensors):
+        raise ModelError(f"{config} tells of more layers than {file} has tensors; download it again")
+    part = _part(name, file, weights.tensors, "", settings)
     if part is None:
         raise ModelError(f"{file} holds no {_IN_WORDS[name]}; download it again")
     factor = settings.get("scaling_factor", 1.0)
     if not isinstance(factor, int | float) or not 0 < factor < math.inf:
-        raise ModelError(f"{folder / 'config.json'}: scaling_factor must be a positive number, not {factor!r}")
-    return part
+        raise ModelError(f"{config}: scaling_factor must be a positive number, not {factor!r}")
+    return evolve(part, shards=weights.shards)
 
 
 def _part(
@@ -239,7 +266,9 @@ def _inferred(name: PartName, file: Path, infer: Callable[[], dict[str, Any]]) -
     try:
         return infer()
     except KeyError as missing:
-        raise ModelError(f"the {_IN_WORDS[name]} in {file} lacks {missing}; it is another kind of model") from None
+        raise ModelError(
+            f"the {_IN_WORDS[name]} in {file} lacks {missing.args[0]}; the file is incomplete or another kind of model"
+        ) from None
     except (IndexError, TypeError, ValueError):
         raise ModelError(f"the {_IN_WORDS[name]} in {file} has tensors of other shapes than any model") from None
 
@@ -258,6 +287,10 @@ def _renaming(name: PartName, prefix: str, shapes: Shapes, settings: Mapping[str
 def _fits(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """Whether a tensor can be used as it is stored; a 1×1 convolution and a linear layer stand for each other."""
     return stored in {wanted, (*wanted, 1, 1)} or (*stored, 1, 1) == wanted
+
+
+def _cut(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _some(names: list[str]) -> str:

@@ -43,7 +43,7 @@ def read_module(
     part.check_complete(shapes_of(module))
     for child in without:
         delattr(module, child)
-    load_weights(module, part.file, part.find(shapes_of(module)), device, dtype, edit)
+    load_weights(module, part.files, part.find(shapes_of(module)), device, dtype, edit)
     return module
 
 

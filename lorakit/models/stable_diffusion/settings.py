@@ -9,7 +9,7 @@ Each function raises a `KeyError` with the name of a tensor that should be there
 from __future__ import annotations
 
 import math
-from itertools import count
+import re
 from typing import Any
 
 from lorakit.checkpoints import Shapes
@@ -26,17 +26,21 @@ DOWNSCALING = 8
 SD2_TEXT_LAYERS = 23
 """Layers of OpenCLIP's text encoder, 24 in all, that Stable Diffusion 2.x reads."""
 
+_DOWN = re.compile(r"input_blocks\.(\d{1,6})\.0\.op\.weight")
+_UP = re.compile(r"output_blocks\.(\d{1,6})\.[12]\.conv\.weight")
+
 
 def unet_settings(shapes: Shapes) -> dict[str, Any]:
     """Arguments of `UNet2DConditionModel` for a U-Net's tensors in original names.
 
     Attention is not upcast: whether 2.x or 2.1 does not show in the shapes, and backends sum in float32.
     """
-    inputs = _length(shapes, "input_blocks.{}.0.")
-    stride = next((index for index in range(1, inputs) if f"input_blocks.{index}.0.op.weight" in shapes), inputs)
+    # There are as many blocks on the way up as on the way down, so that either tells what the other lacks.
+    inputs = max(_length(shapes, "input_blocks.{}.0."), _length(shapes, "output_blocks.{}.0."))
+    stride = _stride(shapes, inputs)
     levels = [f"input_blocks.{index}." for index in range(1, inputs, stride)]
     channels = [shapes[f"{level}0.out_layers.3.weight"][0] for level in levels]
-    attentive = [f"{level}1.norm.weight" in shapes for level in levels]
+    attentive = [any(name.startswith(f"{level}1.") for name in shapes) for level in levels]
     transformer = f"{levels[attentive.index(True)] if any(attentive) else levels[0]}1."
     linear = len(shapes[f"{transformer}proj_in.weight"]) == 2
     return {
@@ -55,16 +59,19 @@ def unet_settings(shapes: Shapes) -> dict[str, Any]:
 
 def vae_settings(shapes: Shapes) -> dict[str, Any]:
     """Arguments of `AutoencoderKL` for a VAE's tensors in original or diffusers' names."""
-    is_original = "encoder.down.0.block.0.conv1.weight" in shapes
-    level, block = ("encoder.down.{}.", "block.{}.") if is_original else ("encoder.down_blocks.{}.", "resnets.{}.")
-    levels = [level.format(index) for index in range(_length(shapes, level))]
-    channels = [shapes[f"{level}{block.format(0)}conv1.weight"][0] for level in levels]
+    is_original = any(name.startswith("encoder.down.") for name in shapes)
+    end, block = ("", "block.{}.") if is_original else ("_blocks", "resnets.{}.")
+    down, up = f"encoder.down{end}.{{}}.", f"decoder.up{end}.{{}}."
+    levels = range(max(_length(shapes, down), _length(shapes, up)))
+    channels = [shapes[f"{down.format(level)}{block.format(0)}conv1.weight"][0] for level in levels]
+    # The decoder has one layer more at each level.
+    layers = max(_length(shapes, down.format(0) + block), _length(shapes, up.format(0) + block) - 1)
     return {
         "in_channels": shapes["encoder.conv_in.weight"][1],
         "out_channels": shapes["decoder.conv_out.weight"][0],
         "latent_channels": shapes["encoder.conv_out.weight"][0] // 2,
         "block_out_channels": channels,
-        "layers_per_block": _length(shapes, levels[0] + block) if levels else 0,
+        "layers_per_block": layers,
         "down_block_types": ["DownEncoderBlock2D"] * len(levels),
         "up_block_types": ["UpDecoderBlock2D"] * len(levels),
         "norm_num_groups": math.gcd(32, *channels),
@@ -110,9 +117,22 @@ def _clip_heads(hidden: int) -> int:
     return hidden // 64 if hidden % 64 == 0 else 4
 
 
+def _stride(shapes: Shapes, inputs: int) -> int:
+    """Blocks of each level of a U-Net in original names, its downsampler included."""
+    down = [int(found[1]) for name in shapes if (found := _DOWN.fullmatch(name))]
+    up = [int(found[1]) + 1 for name in shapes if (found := _UP.fullmatch(name))]
+    return math.gcd(*down, *up) or max(inputs, 1)
+
+
 def _length(shapes: Shapes, template: str) -> int:
-    """How many of `template` with 0, 1, 2, … in it some tensor's name starts with, up to the first gap."""
+    """How many there are of `template` with 0, 1, 2, … in it, by the largest that some tensor's name starts with.
+
+    Raises ValueError where that is more than there are tensors.
+    """
     before, _, behind = template.partition("{}")
     numbered = (name.removeprefix(before) for name in shapes if name.startswith(before))
     found = {number for number, end, _ in (rest.partition(behind) for rest in numbered) if end}
-    return next(index for index in count() if str(index) not in found)
+    length = max((int(number) + 1 for number in found if number.isdecimal() and len(number) < 9), default=0)
+    if length > len(shapes):
+        raise ValueError(f"{template.format(length - 1)} is counted further than there are tensors")
+    return length

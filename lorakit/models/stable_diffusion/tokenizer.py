@@ -1,24 +1,28 @@
 """CLIP's tokenizer: captions to token ids, long captions in chunks.
 
+Imports torch when captions become tensors.
 B captions, n chunks of 77 tokens: the start token, 75 tokens of the caption, the end token.
 """
 
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-from torch import Tensor
-from torch.nn.functional import pad
 
+from lorakit.checkpoints import read_json
 from lorakit.errors import ModelError
 from lorakit.models.weighting import weighted_fragments
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK = 75
 """Tokens of the caption in one chunk."""
@@ -63,9 +67,10 @@ class CaptionTokenizer:
 
         The words of each weight are tokenized alone. Tokens that stand for no words have the weight 1.
         """
-        fragments = [weighted_fragments(caption) for caption in captions]
-        ids_of = iter(self._ids([words for own in fragments for words, _ in own]))
-        tokens = [[(token, weight) for _, weight in own for token in next(ids_of)] for own in fragments]
+        import torch
+        from torch.nn.functional import pad
+
+        tokens = self._weighted_ids(captions)
         ids = self._in_chunks([[token for token, _ in own] for own in tokens])
         weights = torch.ones(len(captions), self.max_length)
         for row, own in zip(weights, tokens, strict=True):
@@ -73,20 +78,41 @@ class CaptionTokenizer:
             row[: len(kept)] = torch.tensor([weight for _, weight in kept])
         return ids, pad(weights.view(len(captions), -1, CHUNK), (1, 1), value=1.0)
 
+    def lengths(self, captions: Sequence[str], weighted: bool = False) -> list[int]:
+        """How many tokens captions have before they are cut off; imports no torch.
+
+        No token reaches over a space, so each word of all captions is tokenized once.
+        """
+        texts = ([text for text, _ in weighted_fragments(own)] if weighted else [own] for own in captions)
+        words = [[word for text in own for word in text.split()] for own in texts]
+        known = list({word for own in words for word in own})
+        lengths = dict(zip(known, map(len, self._ids(known)), strict=True))
+        return [sum(lengths[word] for word in own) for own in words]
+
+    def _weighted_ids(self, captions: Sequence[str]) -> list[list[tuple[int, float]]]:
+        """The token ids of captions of any length, without brackets, each with its weight."""
+        fragments = [weighted_fragments(caption) for caption in captions]
+        ids_of = iter(self._ids([words for own in fragments for words, _ in own]))
+        return [[(token, weight) for _, weight in own for token in next(ids_of)] for own in fragments]
+
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         with _damage_told(self._folder):
             return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
     def _in_chunks(self, captions: Sequence[Sequence[int]]) -> Tensor:
         """Token ids, int64 [B, n, 77], of the ids of captions of any length."""
+        import torch
+
         stream = torch.full((len(captions), self.max_length + 1), self.pad, dtype=torch.int64)
         for row, own in zip(stream, captions, strict=True):
             ids = [*own[: self.max_length], self.end]
             row[: len(ids)] = torch.tensor(ids)
         body = stream[:, :-1].reshape(len(stream), -1, CHUNK).clone()
-        goes_on = (body[..., -1] != self.end) & (body[..., -1] != self.pad)
-        last = torch.where(goes_on, self.end, stream[:, -1:])
-        body[..., 0].masked_fill_(body[..., 0] == self.pad, self.end)
+        # By lengths, as what pads may be a token of captions, too: `!` is, within words.
+        lengths = torch.tensor([[min(len(own), self.max_length)] for own in captions])
+        starts = torch.arange(0, self.max_length, CHUNK)
+        last = torch.where(lengths >= starts + CHUNK, self.end, stream[:, -1:])
+        body[..., 0].masked_fill_(lengths < starts, self.end)
         start = torch.full_like(last, self.start)
         return torch.cat([start.unsqueeze(-1), body, last.unsqueeze(-1)], dim=-1)
 
@@ -118,12 +144,22 @@ def _folder_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a diffusers folder: `tokenizer.json`, or `vocab.json` with `merges.txt`."""
     with _damage_told(folder):
         if (folder / "tokenizer.json").is_file():
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokenizer = Tokenizer.from_str(json.dumps(_without_special_words(read_json(folder / "tokenizer.json"))))
             tokenizer.no_truncation()
             tokenizer.no_padding()
             return tokenizer
         vocabulary, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
         return _byte_pair_tokenizer(models.BPE.from_file(vocabulary, merges, unk_token=_END, end_of_word_suffix="</w>"))
+
+
+def _without_special_words(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What is in a `tokenizer.json`, words of the vocabulary no longer declared special but for start and end.
+
+    Stable Diffusion 2.x and XL pad with `!`. Tools therefore declare it special, so that each `!` in a caption would be
+    padding, where the text encoder was trained with the words `!`, `!!` and so on.
+    """
+    words = content["model"]["vocab"].keys() - {_START, _END}
+    return {**content, "added_tokens": [token for token in content["added_tokens"] if token["content"] not in words]}
 
 
 @contextmanager

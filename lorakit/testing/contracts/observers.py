@@ -88,6 +88,7 @@ class ObserverContract(ComponentContract):
 
 def _tell_of_step(observer: Observer, step: int, epoch: int) -> None:
     rates = {"text_encoder": 1e-4, "unet": 1e-3}
+    observer.busy("validating")
     observer.step_finished(step)
     observer.metrics_read(StepMetrics(step=step, epoch=epoch, loss=1 / step, gradient_norm=0.5, learning_rates=rates))
     observer.previews_drawn(step, [])

@@ -23,6 +23,8 @@ class ProdigyConfig(OptimizerConfig):
     """Prodigy: Adam that finds the learning rate itself (Mishchenko and Defazio, 2023, arXiv:2306.06101)."""
 
     name = "prodigy"
+    finds_learning_rate = True
+    usual_lr = 1.0
     requires = ("prodigyopt",)
     own_learning_rates = False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from attrs import field, frozen
@@ -10,6 +10,8 @@ from attrs import validators as v
 
 from lorakit import hookimpl
 from lorakit.components import OptimizerConfig
+from lorakit.errors import Problem
+from lorakit.schedules import warning_of_warmup
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -33,6 +35,10 @@ class ScheduleFreeConfig(OptimizerConfig):
     weight_lr_power: float = field(default=2.0, validator=v.ge(0))
     """Weight of steps of the warm-up in the average: their learning rate to this power."""
 
+    def warnings_of_length(self, total_steps: int) -> Iterator[Problem]:
+        """Says so if the warm-up is as long as the run."""
+        yield from warning_of_warmup("warmup_steps", getattr(self, "warmup_steps", 0), total_steps)
+
     def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
         """The one of the package schedulefree."""
         import schedulefree
@@ -48,6 +54,7 @@ class AdamWScheduleFreeConfig(ScheduleFreeConfig):
     """AdamW without a schedule: it saves an average of the weights instead (Defazio et al., 2024, arXiv:2405.15682)."""
 
     name = "adamw_schedulefree"
+    usual_lr = 3e-4
     class_name = "AdamWScheduleFree"
 
     betas: tuple[float, float] = field(default=(0.9, 0.999), validator=v.deep_iterable([v.gt(0), v.lt(1)]))
@@ -63,6 +70,7 @@ class RAdamScheduleFreeConfig(ScheduleFreeConfig):
     """RAdam without a schedule, which needs no warm-up either (arXiv:1908.03265, arXiv:2405.15682)."""
 
     name = "radam_schedulefree"
+    usual_lr = 3e-4
     class_name = "RAdamScheduleFree"
 
     betas: tuple[float, float] = field(default=(0.9, 0.999), validator=v.deep_iterable([v.gt(0), v.lt(1)]))

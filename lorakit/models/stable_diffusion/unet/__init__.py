@@ -6,9 +6,9 @@ the ones, and modules for other trainers find the layers that they adapt by the 
 
 from lorakit.models.stable_diffusion.unet.attention import Attention, use_backend
 from lorakit.models.stable_diffusion.unet.resnet import ResnetBlock2D
-from lorakit.models.stable_diffusion.unet.settings import UNetSettings
 from lorakit.models.stable_diffusion.unet.transformer import BasicTransformerBlock
 from lorakit.models.stable_diffusion.unet.unet import UNet
+from lorakit.models.stable_diffusion.unet_settings import UNetSettings
 
 __all__ = [
     "Attention",

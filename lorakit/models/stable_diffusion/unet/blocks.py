@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.models.stable_diffusion.unet.resnet import Downsample2D, ResnetBlock2D, Upsample2D
-from lorakit.models.stable_diffusion.unet.settings import Level, UNetSettings
 from lorakit.models.stable_diffusion.unet.transformer import Transformer2DModel
+from lorakit.models.stable_diffusion.unet_settings import Level, UNetSettings
 
 
 class DownBlock(nn.Module):

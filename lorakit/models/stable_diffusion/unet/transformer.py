@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorakit.models.memory_format import memory_format_of
 from lorakit.models.recomputation import RecomputableBlock
 from lorakit.models.stable_diffusion.unet.attention import Attention
-from lorakit.models.stable_diffusion.unet.settings import Level, UNetSettings
+from lorakit.models.stable_diffusion.unet_settings import Level, UNetSettings
 
 
 class Transformer2DModel(nn.Module):

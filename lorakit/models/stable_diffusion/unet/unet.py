@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lorakit.models.stable_diffusion.unet.blocks import DownBlock, MidBlock, UpBlock
-from lorakit.models.stable_diffusion.unet.settings import UNetSettings
+from lorakit.models.stable_diffusion.unet_settings import UNetSettings
 
 _LONGEST_PERIOD = 10000
 

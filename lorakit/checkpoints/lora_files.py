@@ -1,0 +1,114 @@
+"""LoRA files of all tools: what their tensors are called here, and the alphas that are no tensors.
+
+PEFT and diffusers write alphas into a config, as text: `adapter_config.json` beside the file, or in its header.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+from attrs import frozen
+
+from lorakit.checkpoints.lora_names import ALPHA, DOWN, layer_path, own_name
+from lorakit.checkpoints.summary import CheckpointSummary, Shapes, read_json
+from lorakit.errors import AdapterError, ModelError
+
+PEFT_MAGNITUDE = "lora_magnitude_vector"
+"""Part of the names that PEFT has for magnitudes, which are [out], or [1, out, 1, 1] for convolutions."""
+
+_PEFT_PREFIX = "base_model.model."
+_PARTS = {"lora_unet_": "unet.", "lora_te_": "text_encoder."}
+
+
+@frozen
+class LoRANames:
+    """How the tensors of a LoRA file are called here."""
+
+    in_file: Mapping[str, str]
+    """The name in the file of each tensor, by its name here: `lora_unet_….lora_down.weight`."""
+    alphas: Mapping[str, float]
+    """Alphas that are no tensors of the file, by the key of the layer."""
+
+
+def lora_names(summary: CheckpointSummary, keys: Collection[str] = ()) -> LoRANames:
+    """How the tensors of a file are called here; `keys` are those of layers, whose tensors keep their names.
+
+    Raises `AdapterError` where the file has a tensor twice, or says something odd of alphas.
+    """
+    in_file: dict[str, str] = {}
+    for name in summary.tensors:
+        own = name if name.partition(".")[0] in keys else own_name(name)
+        if own in in_file:
+            raise AdapterError(f"{summary.path} holds two adapters for one layer: {in_file[own]} and {name}.")
+        in_file[own] = name
+    return LoRANames(in_file, dict(_alphas(summary, in_file)))
+
+
+def own_shapes(summary: CheckpointSummary, names: LoRANames) -> Shapes:
+    """The shape of each tensor by its name here; one side for PEFT's magnitudes, which have ones around it."""
+    shapes = {own: summary.tensors[name] for own, name in names.in_file.items()}
+    peft = [own for own, name in names.in_file.items() if PEFT_MAGNITUDE in name]
+    return shapes | {own: (math.prod(shapes[own]),) for own in peft}
+
+
+def _alphas(summary: CheckpointSummary, in_file: Mapping[str, str]) -> Iterator[tuple[str, float]]:
+    lacking = {
+        own: name
+        for own, name in in_file.items()
+        if own.endswith(f".{DOWN}") and f"{own.removesuffix(DOWN)}{ALPHA}" not in in_file and summary.tensors[name]
+    }
+    try:
+        config = _peft_config(summary, lacking.values())
+        for own, name in lacking.items() if config else ():
+            prefix = next((prefix for start, prefix in _PARTS.items() if own.startswith(start)), "")
+            alpha = _alpha(_of_part(config, prefix), layer_path(name), summary.tensors[name][0])
+            if alpha is not None:
+                yield own.removesuffix(f".{DOWN}"), alpha
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{summary.path}: the settings that PEFT wrote for it cannot be used: {error}.") from None
+    except ModelError as error:
+        raise AdapterError(f"{error}.") from error
+
+
+def _peft_config(summary: CheckpointSummary, names: Iterable[str]) -> Mapping[str, Any]:
+    """The settings that PEFT or diffusers wrote for a file; empty if there are none."""
+    written = summary.metadata.get("lora_adapter_metadata")
+    if written is not None:
+        config = json.loads(written)
+        return config if isinstance(config, Mapping) else {}
+    beside = summary.path.with_name("adapter_config.json")
+    return read_json(beside) if any(name.startswith(_PEFT_PREFIX) for name in names) and beside.is_file() else {}
+
+
+def _of_part(config: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+    """The settings of one part of a pipeline, where they have prefixes."""
+    own = {key.removeprefix(prefix): value for key, value in config.items() if prefix and key.startswith(prefix)}
+    is_whole = any(key.startswith(tuple(_PARTS.values())) for key in config)
+    return own if is_whole else config
+
+
+def _alpha(config: Mapping[str, Any], path: str, rank: int) -> float | None:
+    """The alpha of a layer, such that alpha / rank is what its update is multiplied by. Raises ValueError."""
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise ValueError("alpha_pattern is no table")
+    alpha = next((own for pattern, own in patterns.items() if _matches(pattern, path)), config.get("lora_alpha"))
+    if alpha is None:
+        return None
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e9:
+        raise ValueError(f"an alpha is {str(alpha)[:50]}")
+    return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """Whether a pattern of PEFT is for a layer: the end of its path, from the start of one of its steps.
+
+    Raises ValueError for patterns that are regular expressions, as those of strangers can take forever.
+    """
+    plain = pattern.removeprefix("^").removeprefix(".*").removesuffix("$").replace("\\.", ".").removeprefix(".")
+    if not plain.replace(".", "").replace("_", "").isalnum():
+        raise ValueError(f"alpha_pattern has a regular expression, {pattern[:50]}, which lorakit does not read")
+    return path == plain or path.endswith(f".{plain}")

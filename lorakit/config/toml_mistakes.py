@@ -1,0 +1,263 @@
+"""Mistakes in TOML that people make, each with the line and how it is written right.
+
+Python's reader says what it met, such as `Invalid value (at line 98, column 8)`; who writes TOML once a year needs to
+hear what to write.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+_CURLY = "“”„‟‘’‚″«»＂"
+_INVISIBLE = {"\xa0": "a no-break space", "\u200b": "an invisible space", "\ufeff": "an invisible mark"}
+_FULL_WIDTH = {"−": "-", "＝": "=", "，": ",", "［": "[", "］": "]", "＃": "#", "：": "=", "\u3000": "a space"}
+_BACKSLASH = ("Unescaped '\\'", "Invalid hex value", "Escaped character", "Illegal escape")
+_LONGEST = 60
+
+
+class _Line(NamedTuple):
+    """A line with a mistake."""
+
+    text: str
+    """The line, without spaces around it and without a comment."""
+    key: str
+    """What stands before the first `=`; the whole line where there is none."""
+    value: str
+    """What stands behind it."""
+    message: str
+    """What Python's reader says."""
+
+
+def explain(text: str, message: str) -> str:
+    """What is wrong with a TOML text: `line 7: name = lierla: text needs quotation marks: name = "lierla"`.
+
+    `message` is what tomllib says.
+    """
+    lines = text.split("\n")
+    place = re.search(r" \(at line (\d+), column (\d+)\)$", message)
+    number = min(int(place[1]), len(lines)) if place else len(lines)
+    while number > 1 and not lines[number - 1].strip():
+        number -= 1
+    bare = re.sub(r" \(at [^)]*\)$", "", message)
+    if bare.startswith(("Cannot overwrite", "Cannot declare", "Cannot mutate")):
+        return _twice(lines, number, bare)
+    if bare.startswith(("Unclosed array", "Invalid value", "Unclosed inline")):
+        number = _opening(lines, number)
+    if bare.startswith(("Unterminated string", "Expected \"'", "Expected \"\\'")):
+        number = _unclosed(lines, number)
+    line = _line(lines[number - 1], bare)
+    cure = next((cure for rule in _RULES for cure in rule(line)), f"{bare[:1].lower()}{bare[1:]}")
+    return f"line {number}: {_cut(line.text)}: {_printable(cure)}"
+
+
+def _line(text: str, message: str) -> _Line:
+    stripped = text.strip()
+    without_comment = re.sub(r"\s+#[^\"']*$", "", stripped)
+    key, _, value = without_comment.partition("=")
+    return _Line(without_comment, key.strip(), value.strip(), message)
+
+
+def _cut(text: str) -> str:
+    shown = _printable(text)
+    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 1]}…"
+
+
+def _printable(text: str) -> str:
+    # What a stranger's file holds must not steer the terminal.
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _opening(lines: Sequence[str], number: int) -> int:
+    """The line where a list begins that is not closed before this line; the line itself where there is none."""
+    depth = 0
+    for earlier in range(number - 1, 0, -1):
+        text = lines[earlier - 1].strip()
+        depth += text.count("]") - text.count("[")
+        if re.fullmatch(r"[\w.\"'-]+\s*=\s*\[.*", text):
+            return earlier if depth < 0 else number
+        if text.startswith("["):
+            break
+    return number
+
+
+def _unclosed(lines: Sequence[str], number: int) -> int:
+    """The first line with a text that does not end in it; the line itself where there is none."""
+    for count, line in enumerate(lines, 1):
+        rest = re.sub(r"\"[^\"]+\"|'[^']+'|#.*", "", line)
+        if re.search(r"=\s*(\"\"\"|'''|')", rest) and rest.count("'") != 2:
+            return count
+    return number
+
+
+def _twice(lines: Sequence[str], number: int, message: str) -> str:
+    """That a key or section is there already, and in which line."""
+    header = ""
+    places: dict[str, int] = {}
+    for count, line in enumerate(lines[:number], 1):
+        text = line.strip()
+        section = re.match(r"\[+\s*([^\]]+?)\s*\]+", text)
+        name = re.match(r"([\w.\"'-]+)\s*=", text)
+        if section:
+            header, key = section[1], section[1]
+            if text.startswith("[["):  # each has keys of its own
+                places = {known: place for known, place in places.items() if not known.startswith(f"{key}.")}
+                if count != number:
+                    continue
+        elif name:
+            key = f"{header}.{name[1]}" if header else name[1]
+        else:
+            continue
+        if key in places and (count == number or name):
+            what = f"the section [{key}]" if section else name[1] if name else key
+            cure = "put its keys there" if section else "leave one of them"
+            return f"line {count}: {_cut(text)}: {what} is there already, in line {places[key]}; {cure}"
+        places.setdefault(key, count)
+    return f"line {number}: {_cut(lines[number - 1].strip())}: it is there already ({message})"
+
+
+def _odd_characters(line: _Line) -> Iterator[str]:
+    if line.value[:1] and line.value[0] in _CURLY:
+        text = line.value.strip(_CURLY + "\"'")
+        yield f"curly quotation marks do not count; write straight ones: {line.key} = {_quoted(text)}"
+    outside = re.sub(r"\"[^\"]*\"|'[^']*'", "", line.text)
+    for character, name in _INVISIBLE.items():
+        if character in outside:
+            yield f"it holds {name}, as text from web pages does; delete the spaces and type them"
+    for character, wanted in _FULL_WIDTH.items():
+        if character in outside:
+            yield f"{character} is a full-width character; write {wanted}"
+
+
+def _backslashes(line: _Line) -> Iterator[str]:
+    # A backslash before the last quotation mark makes that a part of the text.
+    ends = line.message.startswith("Illegal character '\\n'") and re.search(r'\\"\s*$', line.text)
+    if not ends and not line.message.startswith(_BACKSLASH):
+        return
+    found = re.search(r'"([^"]*\\[^"]*)"?', line.text)
+    text = found[1] if found else line.value.strip('"')
+    bare = _cut(text.rstrip("\\") or text)
+    yield f"between double quotation marks \\ is special; write '{bare}' or \"{bare.replace(chr(92), '/')}\""
+
+
+def _missing_quote(line: _Line) -> Iterator[str]:
+    if not line.message.startswith(("Illegal character '\\n'", "Unterminated string", "Expected \"'", "Expected '")):
+        return
+    triple = next((marks for marks in ('"""', "'''") if marks in line.text or marks in line.message), "")
+    if triple:
+        yield f"a text that begins with {triple} must end with {triple}"
+    if line.message.startswith("Expected '") and line.value[:1] not in ("'", '"'):
+        return
+    mark = line.value[:1]
+    if mark in ("'", '"'):
+        yield f"the quotation mark at the end is missing: {line.key} = {line.value}{mark}"
+
+
+def _missing_equals(line: _Line) -> Iterator[str]:
+    if not line.message.startswith("Expected '=' after a key"):
+        return
+    colon = re.match(r"[\"']?([\w.-]+)[\"']?\s*:\s*(.+?),?$", line.text)
+    if colon:
+        yield f"between key and value stands =: {colon[1]} = {_as_value(colon[2])}"
+    if "=" in line.text and re.fullmatch(r"[\w.-]+( +[\w.-]+)+", line.key):
+        yield f"a key has no spaces: {line.key.replace(' ', '_')} = {line.value}"
+    apart = re.fullmatch(r"([\w.-]+)\s+(\S.*)", line.text)
+    if apart:
+        yield f"= is missing between key and value: {apart[1]} = {_as_value(apart[2])}"
+    yield f"a value is missing: {line.text} = …"
+
+
+def _statements(line: _Line) -> Iterator[str]:
+    if line.text.startswith("[") and not line.message.startswith("Unclosed"):
+        if line.message.startswith("Expected newline"):
+            yield "the keys of a section stand in lines of their own, below it"
+        yield "a section is a name in brackets: [network]"
+    if line.message.startswith("Unclosed array"):
+        yield "a list ends with ], and has commas between its values"
+    if line.message.startswith("Unclosed inline table"):
+        yield "what begins with { ends with }, and has commas between its keys"
+    if line.message.startswith("Invalid statement"):
+        if line.text.startswith(("//", ";", "--", "/*", "%", "REM ", "rem ")):
+            yield "a comment begins with #"
+        if line.text.startswith("="):
+            yield "a key is missing before ="
+    if "=" in line.text and not line.value:
+        yield "a value is missing"
+
+
+def _numbers(line: _Line) -> Iterator[str]:
+    value, key = line.value, line.key
+    if re.fullmatch(r"[+-]?\d,\d+|[+-]?\d\d,\d", value):
+        yield f"the decimal sign is a point: {key} = {value.replace(',', '.')}"
+    sides = re.fullmatch(r"([\d.e-]+)\s*[,;xX×*]\s*([\d.e-]+)", value)
+    if sides:
+        yield f"two numbers are a list: {key} = [{sides[1]}, {sides[2]}]"
+    if re.fullmatch(r"[+-]?\.\d+(e-?\d+)?", value):
+        yield f"a number has a digit before the point: {key} = {value.replace('.', '0.', 1)}"
+    if re.fullmatch(r"[+-]?\d+\.(e-?\d+)?", value):
+        yield f"a number has a digit behind the point: {key} = {value.replace('.', '.0', 1)}"
+    if re.fullmatch(r"0\d+", value):
+        yield f"a number has no zeros in front: {key} = {value.lstrip('0') or '0'}"
+    if re.fullmatch(r"\d+(\.\d+)?\s*%", value):
+        yield f"write a share: {key} = {float(value.rstrip('% ')) / 100:g}"
+    if re.fullmatch(r"\d+(\.\d+)?\s*[kK]", value):
+        yield f"write all digits: {key} = {float(value.rstrip('kK ')) * 1000:g}"
+    if re.fullmatch(r"\d{1,3}([ '.]\d{3})+", value):
+        yield f"write the digits together: {key} = {re.sub(r'[^0-9]', '', value)}"
+
+
+def _words(line: _Line) -> Iterator[str]:
+    value, key = line.value, line.key
+    if not value or "=" not in line.text:
+        return
+    mark, inside = value[0], value[1:-1]
+    if mark in "[{":
+        yield from _in_brackets(line)
+        return
+    if value[-1] in ",;" and len(value) > 1:
+        yield f"nothing stands behind a value: {key} = {_as_value(value[:-1].rstrip())}"
+    lowered = value.lower()
+    if lowered in ("true", "yes", "on", "false", "no", "off"):
+        yield f"write {key} = {'true' if lowered in ('true', 'yes', 'on') else 'false'}"
+    if lowered in ("none", "null", "nil", "undefined"):
+        yield "leave the line out; a key that is absent has its default"
+    if mark in "\"'" and value[-1] == mark and mark in inside:
+        other = '"' if mark == "'" else "'"
+        escaped = inside.replace('"', '\\"')
+        written = f"{other}{inside}{other}" if other not in inside else f'"{escaped}"'
+        yield f"the quotation mark in the text ends it; write {key} = {written}"
+    behind = re.fullmatch(r"(\"[^\"]*\"|'[^']*')\s*\S.*", value)
+    if behind:
+        yield f"nothing stands behind a value: {key} = {behind[1]}"
+    if mark not in "\"'" and not mark.isdigit():
+        text = value if value.count('"') > 1 else value.strip(_CURLY + "\"'")
+        yield f"text needs quotation marks: {key} = {_quoted(text)}"
+
+
+def _in_brackets(line: _Line) -> Iterator[str]:
+    """What is wrong in a list or an inline table."""
+    if line.value[0] == "{":
+        yield "what begins with { ends with }, and its values are written as elsewhere"
+    items = [item.strip().strip(_CURLY) for item in line.value.strip("[]").split(",")]
+    written = ", ".join(_as_value(item) for item in items if item)
+    if line.value[-1] != "]" or line.value.count("[") > 1:
+        yield "a list ends with ], and has commas between its values"
+    yield f"text needs quotation marks: {line.key} = [{written}]"
+
+
+def _quoted(text: str) -> str:
+    """A text in the quotation marks that suit it."""
+    return f"'{text}'" if "\\" in text or '"' in text else f'"{text}"'
+
+
+def _as_value(text: str) -> str:
+    """What was meant as a value, as it is written: a number, true or false as it is, other text in quotation marks."""
+    is_plain = re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?|true|false|[\"'\[{].*", text)
+    return text if is_plain else _quoted(text)
+
+
+_RULES: Sequence[Callable[[_Line], Iterator[str]]] = (
+    _odd_characters, _backslashes, _missing_quote, _missing_equals, _statements, _numbers, _words,
+)  # fmt: skip
+"""Each gives the cure of one kind of mistakes, or nothing; the first that gives one counts."""

@@ -1,0 +1,212 @@
+"""Files that hold options of `train_network.py`: those for --config_file, written by hand or by another program.
+
+sd-scripts passes over a key that it does not know, and takes 1 for true. Programs write what is not set as an empty
+text, an empty list or zero.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import Factory, frozen
+
+from lorakit.config.toml_files import read_toml
+from lorakit.config.values import shown
+from lorakit.errors import ConfigError, Problem
+from lorakit.kohya.options import OPTIONS, Option
+
+
+@frozen
+class Given:
+    """The options of one call, and what is to be said of where they come from."""
+
+    options: Mapping[str, Any]
+    """By name."""
+    sources: Mapping[str, str] = Factory(dict)
+    """For those of a file what they are called there: `--network_dim`, or the name of another program's key."""
+    remarks: tuple[Problem, ...] = ()
+
+
+UNSAID = "the file says nothing: set it"
+"""The source of a value that is only in the place of another."""
+
+_OTHERS = frozenset({
+    "ae", "clip_g_dropout_rate", "clip_l_dropout_rate", "controlnet_model_name_or_path", "epoch",
+    "gemma2_max_token_length", "learning_rate_te", "learning_rate_te1", "learning_rate_te2", "learning_rate_te3",
+    "lowvram", "lr_restart_cycles", "mem_eff_save", "noise_offset_type", "qwen3_max_token_length",
+    "sample_batch_size", "stop_text_encoder_training", "t5_dropout_rate", "t5_max_token_length",
+    "t5xxl_max_token_length", "text_encoder", "text_encoder_batch_size", "text_encoder_cpu",
+    "unsloth_offload_checkpointing", "vae_chunk_size",
+})  # fmt: skip
+"""Keys that programs write and train_network.py does not have, and that are no misspelt options."""
+
+_UNFINISHED = frozenset({
+    "conv_alpha", "conv_dim", "down_lr_weight", "dylora_unit", "lokr_factor", "lycoris_algo", "mid_lr_weight",
+    "negative_prompts", "network_args_custom", "optimizer_args_custom", "positive_prompts", "prodigy_d0",
+    "prodigy_d_coef", "prompt_file", "sample_cfg", "sample_height", "sample_seed", "sample_steps", "sample_width",
+    "train_norm", "up_lr_weight",
+})  # fmt: skip
+"""Keys that the page of lora-scripts makes options of when a run starts."""
+
+_ZERO_COUNTS = frozenset({"seed", "validation_seed", "unet_lr", "lr_scheduler_min_lr_ratio"})
+"""Numbers without a default for which 0 is something else than nothing."""
+
+
+def read_options_file(path: Path) -> Given:
+    """The options in a file for `--config_file`; its tables have no meaning, as with sd-scripts.
+
+    Raises ConfigError, which names all misspelt keys and all wrong values.
+    """
+    try:
+        tables = read_toml(path)
+    except ValueError as error:
+        raise ConfigError([Problem("--config_file", f"{path} {error}")]) from error
+    values: dict[str, Any] = {}
+    for key, value in tables.items():
+        values |= value if isinstance(value, Mapping) else {key: value}
+    found: dict[str, Any] = {}
+    problems: list[Problem] = []
+    unknown = []
+    for key, value in values.items():
+        if key in OPTIONS:
+            take(key, value, f"{path.name}: {key}", found, problems)
+        elif isinstance(value, Mapping):
+            hint = "programs with files of their own make one of options for sd-scripts when a run starts: take that"
+            problems.append(
+                Problem(f"{path.name}: {key}", "is a table in a table, which sd-scripts does not read", hint)
+            )
+        elif key in _OTHERS | _UNFINISHED or not nearest(key, cutoff=0.75):
+            unknown.append(key)
+        else:
+            problems.append(unknown_option(key, f"{path.name}: "))
+    if problems:
+        raise ConfigError(problems)
+    return Given(found, {name: f"--{name}" for name in found}, tuple(_remarks(path.name, unknown)))
+
+
+def take(name: str, value: Any, place: str, found: dict[str, Any], problems: list[Problem]) -> None:
+    """Put the value of an option from a file into `found` where it says anything, or what is wrong into `problems`."""
+    option = OPTIONS[name]
+    if value is None or value in ("", []) or (option.default is None and _is_zero(value) and name not in _ZERO_COUNTS):
+        return
+    try:
+        found[name] = _value(option, value)
+    except ValueError as error:
+        problems.append(Problem(place, str(error)))
+
+
+def _is_zero(value: Any) -> bool:
+    return not isinstance(value, bool) and value in (0, "0")
+
+
+def _remarks(file: str, unknown: list[str]) -> list[Problem]:
+    """What is said of the keys that sd-scripts does not read either."""
+    unfinished = [key for key in unknown if key in _UNFINISHED]
+    others = [key for key in unknown if key not in _UNFINISHED]
+    found = []
+    if others:
+        found.append(Problem(file, f"sd-scripts passes over {', '.join(others)}, and so does lorakit"))
+    if unfinished:
+        message = f"sd-scripts passes over {', '.join(unfinished)}, and so does lorakit"
+        hint = "lora-scripts turns them into options when a run starts: take the file in its config/autosave"
+        found.append(Problem(file, message, hint))
+    return found
+
+
+def _value(option: Option, value: Any) -> Any:
+    """The value as one of the option's type; raises ValueError with the end of a sentence that starts with it."""
+    kind = option.kind
+    if kind in ("texts", "floats"):
+        return _list(kind, value)
+    wrong = f"must be {WORDS[kind]}, not {shown(value)}"
+    if kind == "flag":
+        found: Any = _FLAGS.get(str(value).lower())
+    elif kind in ("text", "path"):
+        found = value if isinstance(value, str) else None
+        if kind == "text" and isinstance(value, int | float):
+            found = str(value).lower() if isinstance(value, bool) else f"{value}"
+    else:
+        found = _number(kind, value)
+    if found is None:
+        raise ValueError(wrong)
+    if option.name == "max_token_length" and 75 < found < 300:
+        found = 75 * len(range(75, found + 1, 75))  # the whole chunks of 75 tokens that sd-scripts makes: 255 is 225
+    if option.choices and found not in (*option.choices, *option.in_files):
+        raise ValueError(not_a_choice(option, found))
+    return found
+
+
+_FLAGS: Mapping[str, bool] = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+def _number(kind: str, value: Any) -> int | float | None:
+    """A number as it is meant; programs write `64.0` and `"64"` for 64. None where it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        if kind == "int or share":
+            return whole_or_share(str(value))
+        number = float(value)
+        if kind == "float":
+            return value if isinstance(value, int) else number
+        return int(number) if number.is_integer() else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _list(kind: str, value: Any) -> list[Any]:
+    """A list of texts or numbers; a single one stands for itself."""
+    items = value if isinstance(value, list) else [value]
+    if kind == "texts":
+        if isinstance(value, str) and value.count("=") > 1:
+            items = shlex.split(value)
+        found: list[Any] = [item for item in items if isinstance(item, str)]
+    else:
+        found = [number for number in (_number("float", item) for item in items) if number is not None]
+    if len(found) != len(items):
+        raise ValueError(f"must be {WORDS[kind]}, not {shown(value)}")
+    return found
+
+
+def whole_or_share(text: str) -> int | float:
+    """A number of steps, or a share of the run below 1, which may be given in per cent: `500`, `0.1`, `10%`."""
+    if text.endswith("%"):
+        return float(text[:-1]) / 100
+    value = float(text)
+    return int(text.removesuffix(".0")) if value >= 1 or value == 0 else value
+
+
+WORDS: Mapping[str, str] = {
+    "flag": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "text": "a text",
+    "path": "a path",
+    "texts": "texts",
+    "floats": "numbers",
+    "int or share": "whole steps, or a share below 1",
+}
+"""What an option of each kind takes."""
+
+
+def not_a_choice(option: Option, value: object) -> str:
+    """What is said of a value that is not among the option's choices."""
+    return f"must be one of {', '.join(map(str, option.choices))}, not {value!r}"
+
+
+def nearest(name: str, cutoff: float = 0.6) -> str:
+    """The option with the nearest name; empty where none is near."""
+    near = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=cutoff)
+    return near[0] if near else ""
+
+
+def unknown_option(word: str, place: str = "") -> Problem:
+    """What is said of an option that sd-scripts does not have; `place` is the file that it is in."""
+    name = word.lstrip("-").partition("=")[0]
+    near, dashes = nearest(name), "" if place else "--"
+    hint = f"did you mean {dashes}{near}?" if near else ""
+    return Problem(f"{place}{dashes}{name}", "is not an option of train_network.py", hint)

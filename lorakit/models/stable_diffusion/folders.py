@@ -1,0 +1,102 @@
+"""Files of a part in a diffusers folder or Hub model: one with all weights, or an index and several."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from attrs import field, frozen
+
+from lorakit.checkpoints import HubModel, Location, Shapes, read_json, summarize
+from lorakit.errors import ModelError
+
+_SHARD = re.compile(r"\w[\w.-]*")
+
+
+@frozen
+class Weights:
+    """The weights of one part: in one file, or spread over several that an index lists."""
+
+    file: Path
+    """The file, or the index."""
+    tensors: Shapes = field(repr=False)
+    """Shape of each tensor."""
+    shards: tuple[Path, ...] = ()
+    """The files that an index lists."""
+
+
+def fetched(location: Location, files: Sequence[str]) -> Path:
+    """The local folder with those of the files that there are; downloads those of a Hub model."""
+    return location.fetch(files) if isinstance(location, HubModel) else location
+
+
+def vae_folder(location: Location) -> Literal["", "vae/"]:
+    """Where in a folder or Hub model the VAE is: it is one, or has one beside other parts."""
+    root = fetched(location, ["config.json", "vae/config.json"])
+    has_parts = (root / "vae" / "config.json").is_file() or not (root / "config.json").is_file()
+    return "vae/" if has_parts else ""
+
+
+def vae_config(location: Location) -> Mapping[str, Any]:
+    """What the config says of a VAE in a folder or on the Hub; a `ModelError` if there is none."""
+    file = fetched(location, ["config.json", "vae/config.json"]) / vae_folder(location) / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{location} holds no VAE as diffusers stores it: there is no vae/config.json in it")
+    return read_json(file)
+
+
+def find_weights(location: Location, folder: str, names: Sequence[str], words: str) -> tuple[Path, Weights]:
+    """The config and the weights of a part in a subfolder; `names` are those that its weights may have, best first.
+
+    Files of a Hub model are fetched one by one until there is one. A `ModelError` if something is missing.
+    """
+    config = fetched(location, [f"{folder}config.json"]) / folder / "config.json"
+    if not config.is_file():
+        raise ModelError(f"{config.parent} has no config.json, so there is no {words} in it")
+    for name in _candidates(names):
+        file = fetched(location, [f"{folder}config.json", folder + name]) / folder / name
+        if file.is_file():
+            return config, _sharded(location, folder, file) if name.endswith(".json") else _whole(file)
+    raise ModelError(f"{config.parent} has no weights; there should be a file {names[0]}")
+
+
+def _candidates(names: Sequence[str]) -> Iterator[str]:
+    """Each name in full precision, of one file or of an index; then the same in half precision."""
+    for variant in ("", ".fp16"):
+        for name in names:
+            stem, _, suffix = name.rpartition(".")
+            yield f"{stem}{variant}.{suffix}"
+            yield f"{name}.index{variant}.json"
+
+
+def _whole(file: Path) -> Weights:
+    return Weights(file, summarize(file).tensors)
+
+
+def _sharded(location: Location, folder: str, index: Path) -> Weights:
+    """The weights in all files that an index lists; a `ModelError` if some are missing."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, Mapping) or not places or not all(map(_is_shard, places.values())):
+        raise ModelError(f"{index} does not say which files hold the weights; download it again")
+    names = sorted(set(places.values()))
+    root = fetched(location, [folder + name for name in (index.name, *names)]) / folder
+    missing = [name for name in names if not (root / name).is_file()]
+    if missing:
+        cure = "download it, too" if len(missing) == 1 else "download them, too"
+        raise ModelError(f"{root} lacks {', '.join(missing[:3])}, which {index.name} lists; {cure}")
+    tensors: dict[str, tuple[int, ...]] = {}
+    for file in (root / name for name in names):
+        own = summarize(file).tensors
+        lost = next((name for name, place in places.items() if place == file.name and name not in own), None)
+        if lost is not None or own.keys() & tensors.keys():
+            fault = f"lacks {lost}" if lost is not None else "repeats tensors of another"
+            raise ModelError(f"{file} {fault}, other than {index.name} says; download it again")
+        tensors |= own
+    return Weights(index, tensors, tuple(root / name for name in names))
+
+
+def _is_shard(name: object) -> bool:
+    """Whether an index lists a file in its own folder."""
+    return isinstance(name, str) and _SHARD.fullmatch(name) is not None

@@ -1,0 +1,136 @@
+"""Whether a LoRA file is one that a network can start from, as far as names and shapes tell; imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attrs import field, frozen
+
+from lorakit.checkpoints import CheckpointSummary, Shapes, summarize
+from lorakit.checkpoints.lora_files import lora_names, own_shapes
+from lorakit.checkpoints.lora_kinds import OF_LYCORIS, AdapterKind, adapter_kind
+from lorakit.checkpoints.lora_names import DOWN
+from lorakit.errors import Problem
+
+if TYPE_CHECKING:
+    from lorakit.config.sections import TrainConfig
+
+_PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te"}
+
+
+@frozen
+class StartingFile:
+    """What a LoRA file holds, for a network that is to start from it."""
+
+    path: Path
+    kind: AdapterKind
+    shapes: Shapes = field(repr=False)
+    """Shape of each tensor, by its name as sd-scripts has it."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the model that it has adapters for."""
+        return tuple(part for part, prefix in _PARTS.items() if any(name.startswith(prefix) for name in self.shapes))
+
+    @property
+    def has_resnets(self) -> bool:
+        """Whether it has adapters for ResNet or sampling blocks of the U-Net, as LoRA-C3Lier has."""
+        return any(step in name for name in self.shapes for step in ("_resnets_", "samplers_0_conv"))
+
+    def ranks(self, parts: tuple[str, ...], *, wide: bool) -> list[int]:
+        """All ranks of adapters of these parts: of 3×3 convolutions (`wide`), or of the other layers."""
+        prefixes = tuple(_PARTS[part] for part in parts if part in _PARTS)
+        return sorted(
+            {
+                shape[0]
+                for name, shape in self.shapes.items()
+                if name.endswith(f".{DOWN}")
+                and name.startswith(prefixes)
+                and shape
+                and (shape[2:] not in _ONES) == wide
+            }
+        )
+
+    def layers(self, part: str) -> set[str]:
+        """The ends of the keys of the layers of a part: `attn1_to_q`, `ff_net_2`, `fc1`."""
+        keys = {name.partition(".")[0] for name in self.shapes if name.startswith(_PARTS[part])}
+        return {end for key in keys for end in LAYERS[part] if key.endswith(f"_{end}")}
+
+
+_ONES = ((), (1, 1))
+LAYERS = {
+    "unet": (
+        *(f"attn{number}_to_{name}" for number in (1, 2) for name in ("q", "k", "v", "out_0")),
+        "ff_net_0_proj",
+        "ff_net_2",
+        "proj_in",
+        "proj_out",
+    ),
+    "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+}
+"""What layers are called that LoRA-LierLa adapts in Stable Diffusion, by part."""
+
+
+def starting_file(path: Path) -> StartingFile:
+    """What a LoRA file holds. Raises ModelError or AdapterError where it cannot be read."""
+    summary: CheckpointSummary = summarize(path)
+    return StartingFile(path, adapter_kind(summary), own_shapes(summary, lora_names(summary)))
+
+
+def problems_of_kind(file: StartingFile, config: TrainConfig) -> Iterator[Problem]:
+    """Says so where a file is no LoRA for the config's kind of model."""
+    kind, model = file.kind, _model(config)
+    if kind.algorithm not in {"LoRA", "DoRA"}:
+        found = f"{file.path} is {kind.description}, which network.name = {config.network.name!r} cannot start from"
+        yield Problem("weights", found, _cure(kind))
+    elif model and kind.model not in {"", model}:
+        hint = f"give a LoRA for {model}, or set model.path to a model that the file is for"
+        yield Problem("weights", f"{file.path} is {kind.description}, and the base model is {model}", hint)
+    elif kind.algorithm == "DoRA" and not getattr(config.network, "dora", True):
+        yield Problem("weights", f"{file.path} is {kind.description}", "set network.dora = true")
+
+
+def problems_of_parts(file: StartingFile, config: TrainConfig, any_layers: bool) -> Iterator[Problem]:
+    """Says so where a file has adapters for other parts of the model; with `any_layers` it may have fewer."""
+    trained = config.trained_parts
+    lacking = [part for part in trained if part in _PARTS and part not in file.parts]
+    more = [part for part in file.parts if part not in trained]
+    if more or (lacking and not any_layers):
+        what = f"has {'no ' * bool(lacking)}adapters for {' and '.join(lacking or more)}"
+        parts = ", ".join(f'"{part}"' for part in file.parts)
+        hint = f"set network.parts = [{parts}], each with a learning rate above 0"
+        yield Problem("weights", f"{file.path} {what}", hint)
+    for part in file.parts if not any_layers and config.model.layout is not None else ():
+        absent = [layer for layer in LAYERS[part] if layer not in file.layers(part)]
+        if absent:
+            found = f"{file.path} has no adapters for the layers {', '.join(absent)} of {part}"
+            yield Problem("weights", found, "network.rank_from_weights = true adapts those alone that the file adapts")
+
+
+def problem_of_rank(file: StartingFile, key: str, rank: int, ranks: list[int]) -> Iterator[Problem]:
+    """Says so where the ranks in a file are not the one that a key of the config gives."""
+    if ranks and ranks != [rank]:
+        found, cure = f"rank {ranks[0]}", f"network.{key} = {ranks[0]}, or "
+        if len(ranks) > 1:
+            found, cure = f"ranks from {ranks[0]} to {ranks[-1]}", ""
+        hint = f"set {cure}network.rank_from_weights = true"
+        yield Problem(key, f"is {rank}, and {file.path} has adapters of {found}", hint)
+
+
+def _model(config: TrainConfig) -> str:
+    """What kind of model is trained on, as `AdapterKind.model` has it; empty for families that do not say."""
+    version = getattr(config.model, "version", "")
+    return f"Stable Diffusion {version}" if version else ""
+
+
+def _cure(kind: AdapterKind) -> str:
+    if kind.algorithm in OF_LYCORIS:
+        return (
+            f'the plugin lorakit-network-modules trains it: network.name = "lycoris.kohya",'
+            f' network.args = {{ algo = "{OF_LYCORIS[kind.algorithm]}" }}'
+        )
+    if not kind.algorithm:
+        return "give a LoRA file, or leave network.weights out"
+    return "give a plain LoRA or DoRA, or leave network.weights out"

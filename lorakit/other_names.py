@@ -1,0 +1,124 @@
+"""What components are called elsewhere: in sd-scripts, its GUIs, PyTorch, and by people.
+
+Names are compared in lower case and without anything but letters and digits, so `AdamW_8bit` is `adamw8bit`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+_LYCORIS = 'the plugin lorakit-network-modules has it: name = "lycoris.kohya" with args = {{ algo = "{algo}" }}'
+_PLUGIN = "it is in the plugin {0}: pip install ./plugins/{0}"
+_PATH = 'write its class: "{0}"'
+_SDPA = "'sdpa' chooses among PyTorch's kernels, FlashAttention and the memory-efficient one among them"
+_NETWORK_MODULES = "lorakit-network-modules"
+
+OTHER_NAMES: Mapping[str, Mapping[str, str]] = {
+    "network": {
+        "locon": "LoCon is 'c3lier' here",
+        "lora": "a plain LoRA is 'lierla' here",
+        "standard": "a plain LoRA is 'lierla' here",
+        "loraconv": "'c3lier' adapts convolutions too",
+        "networkslora": "a plain LoRA is 'lierla' here, and 'c3lier' with convolutions",
+        "dora": "a DoRA is a network with dora = true: name = \"lierla\" and dora = true",
+        "rslora": "it is a network with rank_stabilized = true",
+        "loraplus": "it is a network with loraplus_lr_ratio = 16",
+        **{algo: _LYCORIS.format(algo=algo) for algo in ("loha", "lokr", "ia3", "glora", "boft", "dylora")},
+        "oft": _LYCORIS.format(algo="diag-oft"),
+        "lycoris": _PLUGIN.format(_NETWORK_MODULES) + ', with name = "lycoris.kohya"',
+        "lycoriskohya": _PLUGIN.format(_NETWORK_MODULES),
+        "networksdylora": _PLUGIN.format(_NETWORK_MODULES),
+        "networkslorafa": _PLUGIN.format(_NETWORK_MODULES),
+    },
+    "optimizer": {
+        "adam": "'adamw' is nearest; " + _PATH.format("torch.optim.Adam"),
+        "adam8bit": "did you mean 'adamw8bit'?",
+        "8bitadam": "did you mean 'adamw8bit'?",
+        "prodigy": _PLUGIN.format("lorakit-prodigy"),
+        **{
+            name: _PLUGIN.format("lorakit-schedulefree")
+            for name in ("schedulefree", "adamwschedulefree", "radamschedulefree", "sgdschedulefree")
+        },
+        "prodigyplusschedulefree": _PATH.format("prodigyplus.ProdigyPlusScheduleFree"),
+        "came": _PATH.format("pytorch_optimizer.CAME"),
+        "sgd": "'sgdnesterov' is nearest; " + _PATH.format("torch.optim.SGD"),
+        "dadapt": "did you mean 'dadaptation'?",
+        "dadaptadampreprint": "it is 'dadaptation' here",
+        "ademamix8bit": _PATH.format("bitsandbytes.optim.AdEMAMix8bit"),
+        **{
+            name.lower(): _PATH.format(f"torch.optim.{name}")
+            for name in ("RAdam", "NAdam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Rprop", "ASGD", "Muon")
+        },
+    },
+    "LR scheduler": {
+        "cosineannealing": "it is 'cosine' here",
+        "cosineannealinglr": "it is 'cosine' here; " + _PATH.format("torch.optim.lr_scheduler.CosineAnnealingLR"),
+        "cosineannealingwarmrestarts": "it is 'cosine_with_restarts' here",
+        "cosinewithwarmup": "it is 'cosine' with warmup_steps here",
+        "linearwithwarmup": "it is 'linear' with warmup_steps here",
+        "warmup": "did you mean 'constant_with_warmup'?",
+        "none": "did you mean 'constant'?",
+        "poly": "did you mean 'polynomial'?",
+        "wsd": "it is 'warmup_stable_decay' here",
+        "adafactor": "with adafactor, set optimizer.relative_step = true and leave 'constant' here",
+        **{
+            name.lower(): _PATH.format(f"torch.optim.lr_scheduler.{cls}")
+            for name, cls in (
+                ("step", "StepLR"), ("StepLR", "StepLR"), ("exponential", "ExponentialLR"),
+                ("ExponentialLR", "ExponentialLR"), ("onecycle", "OneCycleLR"), ("OneCycleLR", "OneCycleLR"),
+                ("cyclic", "CyclicLR"), ("CyclicLR", "CyclicLR"), ("MultiStepLR", "MultiStepLR"),
+            )
+        },
+    },
+    "attention backend": {
+        **dict.fromkeys(
+            (
+                "xformers", "flash", "flashattn", "flashattention", "flashattention2", "memefficient", "memeffattn",
+                "memoryefficient", "efficient", "sdp", "sageattention", "sage", "torch", "auto",
+            ),
+            _SDPA,
+        ),
+        **dict.fromkeys(("math", "none", "vanilla"), "did you mean 'eager'?"),
+    },
+    "observer": {
+        "wandb": _PLUGIN.format("lorakit-wandb"),
+        "weightsandbiases": _PLUGIN.format("lorakit-wandb"),
+        "tensorboardx": "did you mean 'tensorboard'?",
+        "tb": "did you mean 'tensorboard'?",
+        "previews": "did you mean 'samples'?",
+        "preview": "did you mean 'samples'?",
+        "huggingface": "did you mean 'hub'?",
+        "tqdm": "did you mean 'progress'?",
+    },
+    "saver": {
+        "safetensor": "did you mean 'safetensors'?",
+        "st": "did you mean 'safetensors'?",
+        "pth": "did you mean 'pt'?",
+        "diffusers": "diffusers' layout is written by an observer: [[observers]] with name = \"diffusers\"",
+    },
+    "model family": {
+        **dict.fromkeys(("sd", "sd14", "sd15", "sdv1", "sdv15", "stablediffusion", "stablediffusionv1"), "it is 'sd1'"),
+        **dict.fromkeys(("sd20", "sd21", "sdv2", "sdv21", "stablediffusionv2"), "it is 'sd2'"),
+        **dict.fromkeys(
+            ("sdxl", "xl", "pony", "illustrious", "sd3", "sd35", "flux", "flux1", "zimage", "qwenimage", "chroma"),
+            "lorakit trains Stable Diffusion 1.x and 2.x",
+        ),
+    },
+}  # fmt: skip
+"""By kind of component: what a name that is not known here means, or what to write instead."""
+
+
+def normalized(name: str) -> str:
+    """A name in lower case, without anything but letters and digits."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def meaning_of(kind: str, name: str, known: Iterable[str]) -> str:
+    """What a name that no component has may mean; `known` are the names that there are. Empty where nobody knows.
+
+    A name that is only spelt otherwise is found by itself.
+    """
+    wanted = normalized(name)
+    same = next((own for own in known if normalized(own) == wanted), None)
+    return f"did you mean {same!r}?" if same else OTHER_NAMES.get(kind, {}).get(wanted, "")
