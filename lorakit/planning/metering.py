@@ -13,6 +13,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from attrs import evolve, frozen
 from torch import Tensor
 from torch.autograd.variable import Variable
 from torch.nn.functional import scaled_dot_product_attention
@@ -27,6 +28,9 @@ _READ_A_NUMBER = torch.ops.aten._local_scalar_dense.default
 _COPY = torch.ops.aten._to_copy.default
 _NEW_CONSTANT = torch.ops.aten.lift_fresh.default
 _NORMS = (torch.ops.aten.native_layer_norm.default, torch.ops.aten.native_group_norm.default)
+
+_OUTLINES: dict[Any, Any] = {}
+"""Results of operations so far, without their tensors: many layers have the same shapes, and a plan has ten steps."""
 
 Run = Callable[[Callable[..., Any], Sequence[Any], Mapping[str, Any]], Any]
 """Gives what an operation gives for its arguments."""
@@ -50,14 +54,51 @@ def _fake(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return func(*args)
     if func is _COPY and args[0].is_meta and _moves_only(args[0], kwargs):
         return torch.ops.aten.alias(args[0])
-    args, kwargs = tree_map_only(Tensor, _without_memory, (list(args), dict(kwargs)))
+    args, kwargs = [_without_memory(value) for value in args], {key: _without_memory(kwargs[key]) for key in kwargs}
     if _takes_device(func):
         kwargs["device"] = _META
-    result = func(*args, **kwargs)
+    if not _makes_tensors(func):
+        return func(*args, **kwargs)
+    key = (func, *map(_signature, args), *kwargs, *map(_signature, kwargs.values()))
+    if key not in _OUTLINES:
+        _OUTLINES[key] = _outline(func, func(*args, **kwargs), args)
+    return tree_map_only(_Outline, _Outline.tensor, _OUTLINES[key])
+
+
+def _outline(func: Any, result: Any, args: Sequence[Any]) -> Any:
+    """The result of an operation with an outline in the place of each tensor."""
+    outline = tree_map_only(Tensor, _Outline.of, result)
     if func in _NORMS:
         # `meta` gives means and deviations in float32; kernels of CPUs give them in the input's dtype.
-        return result[0], *(statistic.to(args[0].dtype) for statistic in result[1:])
-    return result
+        return outline[0], *(evolve(statistic, dtype=args[0].dtype) for statistic in outline[1:])
+    return outline
+
+
+@frozen
+class _Outline:
+    """All that there is of a tensor without memory."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Outline:
+        """The outline of a tensor."""
+        return cls(tensor.shape, tensor.stride(), tensor.dtype)
+
+    def tensor(self) -> Tensor:
+        """A tensor of this outline, without memory."""
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=_META)
+
+
+def _signature(value: Any) -> Any:
+    """What the outlines of an operation's results depend on, of one of its arguments."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.storage_offset()
+    if isinstance(value, list | tuple):
+        return type(value), *map(_signature, value)
+    return type(value), value
 
 
 def _moves_only(tensor: Tensor, kwargs: Mapping[str, Any]) -> bool:
@@ -65,10 +106,18 @@ def _moves_only(tensor: Tensor, kwargs: Mapping[str, Any]) -> bool:
     return kwargs.get("device") is not None and kwargs.get("dtype") in (None, tensor.dtype)
 
 
-def _without_memory(tensor: Tensor) -> Tensor:
-    if tensor.is_meta:
-        return tensor
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_META)
+def _without_memory(value: Any) -> Any:
+    """An argument with tensors without memory in the place of others."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_without_memory, value))
+    return _Outline.of(value).tensor() if isinstance(value, Tensor) and not value.is_meta else value
+
+
+@cache
+def _makes_tensors(func: Any) -> bool:
+    """Whether an operation gives tensors of its own, no views of others, and changes none."""
+    schema = func._schema
+    return not schema.is_mutable and all(own.alias_info is None for own in (*schema.returns, *schema.arguments))
 
 
 @cache
@@ -88,7 +137,7 @@ class _FusedAttention(TorchFunctionMode):
                 (loss,) = args[0]
                 engine = Variable._execution_engine
                 return engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, True)
-        if func is not scaled_dot_product_attention or not torch.backends.cuda.flash_sdp_enabled():
+        if func is not scaled_dot_product_attention or not torch._C._get_flash_sdp_enabled():
             return func(*args, **kwargs)
         query, key, value = args
         mask, causal, scale = kwargs.get("attn_mask"), kwargs.get("is_causal", False), kwargs.get("scale")
