@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
-from pathlib import Path
 
 from lorakit.config.sections import TrainConfig
 from lorakit.data.examples import IndexedDataset
 from lorakit.data.planning import steps_per_epoch
 from lorakit.errors import Problem
+from lorakit.wording import shown_path
 
 
 def run_warnings(config: TrainConfig, datasets: Sequence[IndexedDataset], resuming: bool) -> Iterator[Problem]:
@@ -27,7 +27,7 @@ def run_warnings(config: TrainConfig, datasets: Sequence[IndexedDataset], resumi
     finished = config.output.dir / f"{config.output.name}.{config.saver.name}"
     if not resuming and finished.is_file():
         when = _in_words(datetime.fromtimestamp(finished.stat().st_mtime), datetime.now())
-        message = f"{_short(finished)} ({when}) will be replaced at the end"
+        message = f"{shown_path(finished)} ({when}) will be replaced at the end"
         yield Problem("output.name", message, "--set output.name=NAME keeps it")
 
 
@@ -36,7 +36,3 @@ def _in_words(then: datetime, now: datetime) -> str:
     days = {now.date(): "today", (now - timedelta(days=1)).date(): "yesterday"}
     return f"{days.get(then.date(), f'{then:%Y-%m-%d}')} {then.hour}:{then:%M}"
 
-
-def _short(path: Path) -> str:
-    """The path as it is typed in this folder, if it is in it."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -13,6 +13,7 @@ from lorakit.planning.examples import BatchShape
 from lorakit.planning.ladder import RESERVE, first_that_fits
 from lorakit.planning.plan import Plan, schedule_of
 from lorakit.planning.sizes import in_gib
+from lorakit.wording import counted
 
 _HERE = "<- the config as it is"
 
@@ -39,9 +40,9 @@ def data_report(prepared: PreparedRun) -> Iterator[str]:
     yield from columns(("bucket", "images, with repeats", "batch size", "batches per epoch"), rows)
     yield ""
     yield from _wrapped(
-        f"{_counted(images, 'image')}; {_counted(schedule.micro_batches_per_epoch, 'batch', 'batches')} and "
-        f"{_counted(schedule.steps_per_epoch, 'step')} per epoch; {_counted(schedule.total_steps, 'step')} in all, "
-        f"{_counted(schedule.total_epochs, 'epoch')}"
+        f"{counted(images, 'image')}; {counted(schedule.micro_batches_per_epoch, 'batch', 'batches')} and "
+        f"{counted(schedule.steps_per_epoch, 'step')} per epoch; {counted(schedule.total_steps, 'step')} in all, "
+        f"{counted(schedule.total_epochs, 'epoch')}"
     )
 
 
@@ -147,10 +148,6 @@ def _size(size: tuple[int, int]) -> str:
 
 def _shape(shape: BatchShape) -> str:
     return f"{shape.images} of {_size(shape.size)}"
-
-
-def _counted(number: int, word: str, plural: str = "") -> str:
-    return f"{number} {word if number == 1 else plural or word + 's'}"
 
 
 def _duration(seconds: float) -> str:
