@@ -35,4 +35,3 @@ def _in_words(then: datetime, now: datetime) -> str:
     """A time as people say it: `today 9:05`, `yesterday 21:03`, `2026-11-22 21:03`."""
     days = {now.date(): "today", (now - timedelta(days=1)).date(): "yesterday"}
     return f"{days.get(then.date(), f'{then:%Y-%m-%d}')} {then.hour}:{then:%M}"
-
