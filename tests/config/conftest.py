@@ -16,6 +16,7 @@ from lorakit.config.sections import TrainConfig
 from lorakit.errors import ConfigError
 from lorakit.models.stable_diffusion import layout
 from lorakit.models.stable_diffusion.structure import clip_shapes, unet_shapes, vae_shapes
+from lorakit.networks.starting import LAYERS
 from lorakit.plugins import Catalog
 
 Tables = dict[str, Any]
@@ -46,6 +47,13 @@ def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Path
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
     return path
+
+
+def write_lora(path: Path, rank: int) -> Path:
+    """A LoRA file with an adapter of that rank for each kind of layer that LoRA-LierLa adapts, as names tell."""
+    prefixes = {"unet": "lora_unet_mid_block_x", "text_encoder": "lora_te_text_model_encoder_layers_0"}
+    keys = [f"{prefixes[part]}_{layer}" for part, own in LAYERS.items() for layer in own]
+    return write_safetensors(path, {f"{key}.lora_down.weight": (rank, 8) for key in keys})
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from lorakit.config.suggestions import KOHYA_NAMES
 from lorakit.errors import ConfigError
 from lorakit.other_names import OTHER_NAMES, normalized
 from lorakit.plugins import Catalog
-from tests.config.conftest import Tables, write_safetensors
+from tests.config.conftest import Tables, write_lora, write_safetensors
 from tests.guests import install, optimizer_source
 
 Read = Callable[[Tables], TrainConfig]
@@ -460,7 +460,7 @@ def test_overrides(base: Path, catalog: Catalog) -> None:
             "output", {"dir": "o", "save_n_epoch_ratio": 3}, ["save_every_n_epochs=2"],
             {"save_n_epoch_ratio": None, "save_every_n_epochs": 2},
         ),
-        ("network", {"rank_from_weights": True, "weights": "image.png"}, ["rank=8"], {"rank_from_weights": False}),
+        ("network", {"rank_from_weights": True, "weights": "x.safetensors"}, ["rank=8"], {"rank_from_weights": False}),
         ("network", {}, ["parts=[unet, text_encoder]"], {"parts": ("unet", "text_encoder")}),
         ("output", {"dir": "o"}, ['training_comment="none"'], {"training_comment": "none"}),
         ("output", {"dir": "o"}, ["name=2026"], {"name": "2026"}),
@@ -471,7 +471,7 @@ def test_what_is_typed_wins(
     base: Path, tables: Tables, section: str, file: Tables, typed: list[str], left: Tables
 ) -> None:
     """A key of the file that would have precedence over a typed one does not count; `none` unsets a key."""
-    (base / "image.png").touch()
+    write_lora(base / "x.safetensors", 8)
     path = base / "typed.toml"
     path.write_text(tomlkit.dumps({**tables, section: file}))
     config = read_config(path, [f"{section}.{one}" for one in typed])

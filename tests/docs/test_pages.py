@@ -18,9 +18,8 @@ from lorakit.components import ModelFamilyConfig, ObserverConfig
 from lorakit.config.reading import COMPONENT_SECTIONS, config_from_tables, read_config
 from lorakit.config.suggestions import KOHYA_NAMES
 from lorakit.errors import ConfigError
-from lorakit.networks.starting import LAYERS
 from lorakit.plugins import Catalog
-from tests.config.conftest import SD1_SHAPES, write_safetensors
+from tests.config.conftest import SD1_SHAPES, write_lora, write_safetensors
 from tests.docs.pages import PAGES, ROOT, Block, anchors_of, blocks, blocks_of, links_of, sections_of
 from tests.docs.test_reference import own_components, page_sections, rows
 
@@ -71,10 +70,7 @@ def with_files(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
     if "weights" in whole.get("network", {}):
         weights = folder / whole["network"]["weights"]
         weights.parent.mkdir(parents=True, exist_ok=True)
-        rank = whole["network"].get("rank", 4)
-        prefixes = {"unet": "lora_unet_mid_block_x", "text_encoder": "lora_te_text_model_encoder_layers_0"}
-        keys = [f"{prefixes[part]}_{layer}" for part, own in LAYERS.items() for layer in own]
-        write_safetensors(weights, {f"{key}.lora_down.weight": (rank, 8) for key in keys})
+        write_lora(weights, whole["network"].get("rank", 4))
     return whole
 
 
