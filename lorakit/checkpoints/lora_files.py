@@ -12,9 +12,10 @@ from typing import Any
 
 from attrs import frozen
 
-from lorakit.checkpoints.lora_names import ALPHA, DOWN, layer_path, own_name
+from lorakit.checkpoints.lora_names import ALPHA, DOWN, UP, layer_path, own_name
 from lorakit.checkpoints.summary import CheckpointSummary, Shapes, read_json
 from lorakit.errors import AdapterError, ModelError
+from lorakit.wording import counted
 
 PEFT_MAGNITUDE = "lora_magnitude_vector"
 """Part of the names that PEFT has for magnitudes, which are [out], or [1, out, 1, 1] for convolutions."""
@@ -52,6 +53,16 @@ def own_shapes(summary: CheckpointSummary, names: LoRANames) -> Shapes:
     shapes = {own: summary.tensors[name] for own, name in names.in_file.items()}
     peft = [own for own, name in names.in_file.items() if PEFT_MAGNITUDE in name]
     return shapes | {own: (math.prod(shapes[own]),) for own in peft}
+
+
+def missing_factors(shapes: Shapes) -> str:
+    """What a file lacks of adapters of which it has one factor: `lora_unet_….lora_up.weight and 8 more tensors`."""
+    other = {UP: DOWN, DOWN: UP}
+    split = (name.partition(".") for name in shapes)
+    pairs = (f"{key}.{other[suffix]}" for key, _, suffix in split if suffix in other)
+    lacking = [name for name in pairs if name not in shapes]
+    more = f" and {counted(len(lacking) - 1, 'more tensor', 'more tensors')}" if len(lacking) > 1 else ""
+    return f"{lacking[0]}{more}" if lacking else ""
 
 
 def _alphas(summary: CheckpointSummary, in_file: Mapping[str, str]) -> Iterator[tuple[str, float]]:

@@ -104,7 +104,14 @@ def _entries(file: Path) -> Sequence[tuple[Any, Any]]:
 
 
 def _json_lines(text: str) -> list[Any]:
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    found = []
+    # Lines end at line feeds alone: texts in JSON may hold the other characters that `splitlines` parts at.
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            found += [json.loads(line)] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{error} (line {number} of the file)") from error
+    return found
 
 
 def _rows(text: str) -> list[dict[str, str]]:

@@ -141,7 +141,11 @@ def _merged(file: MergedFile, key: str, read: ReadTensor, weight: Tensor) -> Ten
     """A float32 weight with what a file has for it."""
 
     def tensor(suffix: str) -> Tensor:
-        return read(file.names.in_file[f"{key}.{suffix}"]).to(weight.device).float()
+        own = read(file.names.in_file[f"{key}.{suffix}"])
+        if own.is_complex() or not own.float().isfinite().all():
+            found = f"{file.names.in_file[f'{key}.{suffix}']} holds NaN, infinity or complex numbers"
+            raise AdapterError(f"{file.path} cannot be merged into the base model: {found}. Give another file.")
+        return own.to(weight.device).float()
 
     up, down = tensor(UP), tensor(DOWN)
     update = (up.flatten(1) @ down.flatten(1)).view_as(weight)

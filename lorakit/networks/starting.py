@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 
 from lorakit.checkpoints import CheckpointSummary, Shapes, summarize
-from lorakit.checkpoints.lora_files import lora_names, own_shapes
+from lorakit.checkpoints.lora_files import lora_names, missing_factors, own_shapes
 from lorakit.checkpoints.lora_kinds import OF_LYCORIS, AdapterKind, adapter_kind
 from lorakit.checkpoints.lora_names import DOWN
 from lorakit.errors import Problem
@@ -90,6 +90,8 @@ def problems_of_kind(file: StartingFile, config: TrainConfig) -> Iterator[Proble
         yield Problem("weights", f"{file.path} is {kind.description}, and the base model is {model}", hint)
     elif kind.algorithm == "DoRA" and not getattr(config.network, "dora", True):
         yield Problem("weights", f"{file.path} is {kind.description}", "set network.dora = true")
+    elif lacking := missing_factors(file.shapes):
+        yield Problem("weights", f"{file.path} lacks {lacking}, so it is incomplete", "download it again")
 
 
 def problems_of_parts(file: StartingFile, config: TrainConfig, any_layers: bool) -> Iterator[Problem]:

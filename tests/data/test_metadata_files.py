@@ -86,6 +86,8 @@ def test_the_hubs_form(listed: Path, with_subset: WithSubset, name: str):
         ("a.json", "[1]", "a.json: lists no images"),
         ("a.jsonl", "1\n", "a.jsonl: lists no images"),
         ("a.jsonl", "", "a.jsonl: lists no images"),
+        ("a.jsonl", '{"file_name": "rocket.png"}\n\n{"file_name": ', r"is not valid JSON: .* \(line 3 of the file\)"),
+        ("a.jsonl", "{}\n" + "[" * 100000, r"a\.jsonl: is not valid JSON: .* \(line 2 of the file\)"),
         ("a.json", '{"gone.png": {"caption": "a"}}', "a.json: gone.png: is no image file"),
         ("a.json", '{"gone": {"caption": "a"}}', "a.json: gone: is no image file"),
         ("a.json", '{"rocket.png": "a rocket"}', "rocket.png: must have caption and tags"),

@@ -82,6 +82,28 @@ def test_kinds_that_are_no_start(make_config, tmp_path: Path, kind: str) -> None
         assert told.removesuffix(", ") in merged["model.base_weights[0]"]
 
 
+@pytest.mark.parametrize("cut", ["lora_down.weight", "lora_up.weight"])
+@pytest.mark.parametrize("of_diffusers", [False, True])
+def test_files_that_lack_factors(make_config, tiny_sd1: Path, tmp_path: Path, cut: str, of_diffusers: bool) -> None:
+    """Half a LoRA is told before a run, to start from or merge, whichever tool has written it."""
+    tensors = load_file(trained(tiny_sd1, LierlaConfig(rank=4), tmp_path / "whole.safetensors"))
+    lacking = [name for name in tensors if name.endswith(cut)][:9]
+    if of_diffusers:
+        paths = {target.key: target.place for target in read_model(tiny_sd1).targets(("text_encoder", "unet"))}
+        half = to_diffusers(tensors, paths)
+        ending = ".lora_A.weight" if cut == "lora_down.weight" else ".lora_B.weight"
+        gone = [name for name in half if name.endswith(ending)][:9]
+        half = {name: tensor for name, tensor in half.items() if name not in gone}
+    else:
+        half = {name: tensor for name, tensor in tensors.items() if name not in lacking}
+    save_file(half, tmp_path / "half.safetensors")
+    for table in ({"network": {"weights": "half.safetensors"}}, {"model": {"base_weights": ["half.safetensors"]}}):
+        ((key, found),) = problems(lambda table=table: make_config(**table)).items()
+        assert key in {"network.weights", "model.base_weights[0]"}
+        assert f"half.safetensors lacks {lacking[0].partition('_')[0]}_" in found
+        assert f"{cut} and 8 more tensors, so it is incomplete (download it again)" in found
+
+
 def test_a_base_model_is_no_start(make_config, tiny_sd1_file: Path) -> None:
     """A whole model is told by what it is."""
     found = problems(lambda: make_config(network={"weights": str(tiny_sd1_file)}))

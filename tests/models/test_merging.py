@@ -183,7 +183,7 @@ def test_metadata(tiny_folder: Path, files: dict[str, Path]) -> None:
 
 
 def test_files_that_do_not_fit(tiny_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
-    """Unknown keys, wrong shapes, and pairs that are not whole are an error that names file and key."""
+    """Unknown keys, wrong shapes, half pairs, and numbers that cannot be added are an error that names file and key."""
     good = content(files["text"])
     key = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
     up, down = f"{key}.lora_up.weight", f"{key}.lora_down.weight"
@@ -191,6 +191,8 @@ def test_files_that_do_not_fit(tiny_folder: Path, files: dict[str, Path], tmp_pa
         f"{key}.hada_w1_a is for no layer": good | {f"{key}.hada_w1_a": torch.ones(2, 2)},
         "lora_te2_x.lora_up.weight is for no layer": good | {"lora_te2_x.lora_up.weight": torch.ones(2, 2)},
         f"{key} lacks lora_down.weight": {name: tensor for name, tensor in good.items() if name != down},
+        f"{up} holds NaN, infinity or complex numbers": good | {up: torch.full_like(good[up], torch.nan)},
+        f"{down} holds NaN, infinity or complex numbers": good | {down: torch.full_like(good[down], torch.inf)},
         f"{key} has factors of [32, 2] and [2, 31], the layer's weights are [32, 32]": good | {down: torch.ones(2, 31)},
         f"{key} has factors of [32, 3] and [2, 32]": good | {up: torch.ones(32, 3)},
         f"{key}.dora_scale is [1, 32], the layer has 32 outputs": good | {f"{key}.dora_scale": torch.ones(1, 32)},
@@ -199,7 +201,7 @@ def test_files_that_do_not_fit(tiny_folder: Path, files: dict[str, Path], tmp_pa
         file = tmp_path / f"{number}.safetensors"
         save_file(tensors, file)
         with pytest.raises(AdapterError) as caught:
-            merged(tiny_folder, file)
+            weights_of(SD1Config(path=str(tiny_folder), base_weights=(file,)).build(CPU, torch.float32))
         assert str(file) in str(caught.value)
         assert message in str(caught.value)
 

@@ -22,7 +22,7 @@ from lorakit.checkpoints import (
     stated_prediction,
     summarize,
 )
-from lorakit.checkpoints.lora_files import lora_names
+from lorakit.checkpoints.lora_files import lora_names, missing_factors, own_shapes
 from lorakit.checkpoints.lora_kinds import adapter_kind
 from lorakit.components import ModelFamilyConfig
 from lorakit.errors import AdapterError, ModelError, Problem
@@ -181,7 +181,7 @@ class StableDiffusionConfig(ModelFamilyConfig):
         for index, path in enumerate(self.base_weights):
             try:
                 summary = summarize(path)
-                lora_names(summary)
+                lacking = missing_factors(own_shapes(summary, lora_names(summary)))
             except (ModelError, AdapterError) as error:
                 yield Problem(f"base_weights[{index}]", str(error).removesuffix("."))
                 continue
@@ -192,5 +192,8 @@ class StableDiffusionConfig(ModelFamilyConfig):
             elif kind.model not in {"", ours}:
                 found = f"{path} is {kind.description}, and the base model is {ours}"
                 yield Problem(f"base_weights[{index}]", found, "give LoRA files for the same kind of base model")
+            elif lacking:
+                found = f"{path} lacks {lacking}, so it is incomplete"
+                yield Problem(f"base_weights[{index}]", found, "download it again")
         if len(self.base_weights_multipliers) > len(self.base_weights):
             yield Problem("base_weights_multipliers", "has more numbers than base_weights has files")
