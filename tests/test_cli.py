@@ -336,6 +336,7 @@ def test_the_keys_of_a_component_are_listed(folder: Path) -> None:
         "pt",
         "safetensors",
     ]
+    assert "args = {}   # table\n" in run(folder, "plugins", "package.Class").stdout
     result = run(folder, "plugins", "Prodigy")
     assert result.returncode == 2
     assert result.stderr.startswith("error: no component is called 'Prodigy' (it is in the plugin lorakit-prodigy: pip")
