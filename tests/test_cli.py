@@ -95,7 +95,7 @@ def test_check_warns_of_data_once(folder: Path) -> None:
         f"warning: 1 file in {folder}/photos is not read: bird.heic",
         f"warning: 1 caption in {folder}/photos has several lines, of which the first is used: cat.txt",
         f"warning: 1 image in {folder}/photos is the same as another: cat.png = dog.png",
-        "warning: model.max_token_length: of 75 cuts off the end of 1 of 2 captions; the longest, of"
+        "warning: model.max_token_length: 75 cuts off the end of 1 of 2 captions; the longest, of"
         f" {folder}/photos/cat.png, has 160 tokens",
     ]
 
