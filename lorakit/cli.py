@@ -97,7 +97,8 @@ Example:
   lorakit check
   lorakit train
 \b
-The documentation is the folder docs where lorakit was downloaded; it begins with docs/index.md.""",
+The documentation is in the folder docs of the repository; start with
+docs/index.md.""",
 )
 @click.option(
     "--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version,
@@ -254,7 +255,7 @@ def plan(config: Path, overrides: tuple[str, ...], memory: int | None, measure: 
 def cache(config: Path, overrides: tuple[str, ...]) -> None:
     """Encode images and captions into the cache, and stop."""
     catalog = _catalog()
-    prepared = _prepared(config, overrides, catalog)
+    prepared = _prepared(config, overrides, catalog, resuming=True)  # it replaces no finished LoRA either
     from lorakit.engine.assembly import fill_cache
 
     filled = fill_cache(prepared)

@@ -189,7 +189,7 @@ class OptimizerConfig(Component):
             return
         for key, own in rates.items():
             for rate in own - {self.lr}:
-                hint = f"Leave it out, or set {key} = 0 to leave this part out"
+                hint = f"leave it out, or set {key} = 0 to leave this part out"
                 yield Problem(key, f"must be lr, {self.lr:g}, with {self.name}, not {rate:g}", hint)
 
     def problems_of_rates(self, rates: Sequence[float]) -> Iterator[Problem]:

@@ -127,4 +127,6 @@ def _default(own: attrs.Attribute[Any]) -> str:
         return "(must be given)"
     if value is None:
         return "(absent)"
+    if value == {}:
+        return "{}"  # an empty table's own text is empty
     return str(tomlkit.item(list(value) if isinstance(value, tuple) else value).as_string())

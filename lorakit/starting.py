@@ -146,8 +146,9 @@ def _preamble(start: Start, path: Path) -> str:
     repeats, epochs = start.repeats_and_epochs
     count = start.images.count if start.images else 20
     length = f"{count} images, {repeats} times an epoch, {epochs} epochs: {count * repeats * epochs} steps"
+    usual = start.purpose.steps
     return (
-        f"# {'' if start.images else 'With '}{length}; 1000 to 3000 are a good first try.\n"
+        f"# {'' if start.images else 'With '}{length}; about {usual} are a good first try.\n"
         f"# Check it: lorakit check {path.name}   Train: lorakit train {path.name}\n"
         "# Paths are relative to this file. Every key there is: lorakit init --full every_key.toml"
     )
@@ -253,11 +254,11 @@ def _relative(path: Path, config: Path) -> str:
 def _line(key: str, value: object, comment: str, *, is_off: bool = False) -> str:
     """A key with its value and a comment beside it; one that is off is itself a comment."""
     setting = f"{'# ' if is_off else ''}{key} = {_toml(value)}"
-    return f"{setting:<{_COMMENT_COLUMN}}# {comment}" if comment else setting
+    return f"{f'{setting}  ':<{_COMMENT_COLUMN}}# {comment}" if comment else setting
 
 
 def _toml(value: object) -> str:
     if isinstance(value, float):
-        short = re.sub(r"e-0", "e-", f"{value:.0e}")
-        return short if value < 1e-3 and float(short) == value else repr(value)
+        short = re.sub(r"\.?0*e-0?", "e-", f"{value:.5e}")
+        return short if 0 < value < 1e-3 and float(short) == value else repr(value)
     return str(tomlkit.item(value).as_string())

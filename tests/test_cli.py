@@ -95,7 +95,7 @@ def test_check_warns_of_data_once(folder: Path) -> None:
         f"warning: 1 file in {folder}/photos is not read: bird.heic",
         f"warning: 1 caption in {folder}/photos has several lines, of which the first is used: cat.txt",
         f"warning: 1 image in {folder}/photos is the same as another: cat.png = dog.png",
-        "warning: model.max_token_length: of 75 cuts off the end of 1 of 2 captions; the longest, of"
+        "warning: model.max_token_length: 75 cuts off the end of 1 of 2 captions; the longest, of"
         f" {folder}/photos/cat.png, has 160 tokens",
     ]
 
@@ -336,6 +336,7 @@ def test_the_keys_of_a_component_are_listed(folder: Path) -> None:
         "pt",
         "safetensors",
     ]
+    assert "args = {}   # table\n" in run(folder, "plugins", "package.Class").stdout
     result = run(folder, "plugins", "Prodigy")
     assert result.returncode == 2
     assert result.stderr.startswith("error: no component is called 'Prodigy' (it is in the plugin lorakit-prodigy: pip")

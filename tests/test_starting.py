@@ -80,6 +80,17 @@ def test_it_is_short(catalog: Catalog) -> None:
     assert "lorakit init --full" in text
 
 
+def test_its_lines_read_well(folder: Path, catalog: Catalog) -> None:
+    """Comments stand apart from long values, small rates are written alike, and the first line fits the purpose."""
+    long = "name/" + "of-a-model-on-the-hub" * 3
+    for purpose, rate in (("subject", "1.5e-5"), ("style", "7.5e-6")):
+        text = short_config(start(catalog, "lion", purpose, model=long), folder / "config.toml")
+        assert f'path = "{long}"  # or a Hub id' in text
+        assert f"text_encoder_lr = {rate} " in text
+        assert "lr = 3e-5 " in text
+        assert f"about {PURPOSES[purpose].steps} are a good first try" in text.splitlines()[0]
+
+
 @pytest.mark.parametrize(("count", "steps"), [(1, 2000), (7, 2000), (20, 2000), (150, 2000), (900, 2000)])
 def test_repeats_and_epochs_follow_from_the_number_of_images(
     folder: Path, catalog: Catalog, count: int, steps: int

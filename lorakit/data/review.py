@@ -110,7 +110,7 @@ def _equal_images(examples: Sequence[Example], memo: StatMemo | None) -> Iterato
         pairs = "; ".join(" = ".join(path.name for path in group[:3]) for group in groups[:3])
         count, folder = sum(len(group) - 1 for group in groups), groups[0][0].parent
         message = f"the same as another: {pairs}{'; …' if len(groups) > 3 else ''}"
-        yield Problem("", f"{counted(count, 'image', folder)} {message}", "remove them; num_repeats repeats images")
+        yield Problem("", f"{counted(count, 'image', folder)} {message}", "keep one; num_repeats repeats images")
 
 
 def _settings(dataset: IndexedDataset) -> Iterator[Problem]:

@@ -172,7 +172,7 @@ def test_equal_images(folder: Path, dataset: DatasetConfig):
         image.putpixel((0, 0), Image.new("RGB", (1, 1), colours[0]).getpixel((0, 0)))
         image.save(folder / f"{name}.bmp")
         (folder / f"{name}.txt").write_text("x")
-    cure = "remove them; num_repeats repeats images"
+    cure = "keep one; num_repeats repeats images"
     assert said(dataset) == [f"1 image in {folder} is the same as another: coffee.png = cup.png ({cure})"]
     other = evolve(dataset, resolution=(128, 128))
     assert said(dataset, other) == said(dataset)

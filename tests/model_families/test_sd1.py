@@ -220,7 +220,7 @@ def test_captions_that_are_cut_off(folder: Path) -> None:
 
     shorter = "or write shorter captions"
     assert said(weighted=True) == [
-        "max_token_length: of 75 cuts off the end of 3 of 5 captions; the longest, of c.png, has 200 tokens"
+        "max_token_length: 75 cuts off the end of 3 of 5 captions; the longest, of c.png, has 200 tokens"
         f" (set it to 150 or 225, {shorter})"
     ]
     assert said(weighted=True, max_token_length=225) == []

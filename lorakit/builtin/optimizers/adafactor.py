@@ -48,7 +48,7 @@ class AdafactorConfig(OptimizerConfig):
             yield Problem("warmup_init", "needs relative_step = true", "For a warm-up of `lr`, see lr_scheduler")
         if not self.relative_step:
             return
-        hint = "Leave it out, or set relative_step = false"
+        hint = "leave it out, or set relative_step = false"
         if self.lr != fields(AdafactorConfig).lr.default:
             yield Problem("lr", "has no effect with relative_step = true", hint)
         for part in ("unet", "text_encoder"):

@@ -144,7 +144,7 @@ class StableDiffusionConfig(ModelFamilyConfig):
         if not cut:
             return
         tokens, name = max(cut)
-        message = f"of {self.max_token_length} cuts off the end of {len(cut)} of {len(captions)} captions"
+        message = f"{self.max_token_length} cuts off the end of {len(cut)} of {len(captions)} captions"
         larger = " or ".join(str(length) for length in (150, 225) if length > self.max_token_length)
         hint = f"set it to {larger}, or write shorter captions" if larger else "write shorter captions"
         yield Problem("max_token_length", f"{message}; the longest, of {name}, has {tokens} tokens", hint)
