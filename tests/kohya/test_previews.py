@@ -107,7 +107,8 @@ def test_prompts_in_the_config_are_drawn(train_tables: dict[str, Any], tmp_path:
     observer = {"name": "samples", "prompts": ["a cat --w 64 --h 64 --s 1 --d 3", "a dog --d 4"], "at_first": True}
     observer |= {"width": 64, "height": 64, "steps": 1}
     path = lorakit.train(config_from_tables({**train_tables, "observers": [observer]}, tmp_path))
-    assert sorted(file.name[-6:] for file in (path.parent / "sample").glob("lora_0*")) == ["_3.png", "_3.png", "_4.png", "_4.png"]
+    names = sorted(file.name[-6:] for file in (path.parent / "sample").glob("lora_0*"))
+    assert names == ["_3.png", "_3.png", "_4.png", "_4.png"]
     for prompts, message in {
         ("a cat", "a dog --w 65.5"): "observers[0].prompts: prompt 2: --w: must be a whole number",
         (): "observers[0].prompts: must hold a prompt",
