@@ -88,9 +88,10 @@ def hint_for(section: str, name: str, known: Collection[str], places: Mapping[st
     `known` are the section's keys; `places` says, by bare name, where options of other sections and components stand.
     Of a key that other components of the section have, such as `betas`, the nearest key here may be meant: `beta1`.
     """
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     # As other tools write it: --max-epochs, maxEpochs, MAX_EPOCHS.
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.lstrip("-")).replace("-", "_").lower()
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     if name in known:
         meant = f"{section}.{name}" if section else name

@@ -7,6 +7,8 @@ from attrs import validators as v
 
 from lorakit.sampling.samplers import SamplerName, missing_package
 
+LARGEST_SIDE = 4096
+"""Most pixels of a preview's side: larger ones are typing errors, and would take hours."""
 MOST_STEPS = 999
 """Most steps of a picture: samplers have a thousand timesteps to choose from, and leave one of them out."""
 
@@ -27,9 +29,9 @@ class PromptSettings:
 
     negative_prompt: str = ""
     """What to lead the pictures away from."""
-    width: int = field(default=512, converter=_whole_latents, validator=v.ge(1))
+    width: int = field(default=512, converter=_whole_latents, validator=v.le(LARGEST_SIDE))
     """Width in pixels, rounded down to a multiple of 8, at least 64."""
-    height: int = field(default=512, converter=_whole_latents, validator=v.ge(1))
+    height: int = field(default=512, converter=_whole_latents, validator=v.le(LARGEST_SIDE))
     """Height in pixels, rounded down to a multiple of 8, at least 64."""
     steps: int = field(default=30, validator=[v.ge(1), v.le(MOST_STEPS)])
     """Steps of the sampler."""

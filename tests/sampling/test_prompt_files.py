@@ -58,6 +58,12 @@ def test_sizes_are_rounded_down() -> None:
     assert sizes == [64, 64, 64, 64, 72, 512, 520]
 
 
+def test_sizes_have_a_limit(read) -> None:
+    """A side that would take hours is a typing error, and refused where the prompts are read."""
+    with pytest.raises(ConfigError, match="4096"):
+        read("prompts.txt", "a cat --w 99999")
+
+
 TOML = """\
 [prompt]
 width = 128
