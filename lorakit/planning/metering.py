@@ -58,11 +58,11 @@ def _fake(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if _takes_device(func):
         kwargs["device"] = _META
     if not _makes_tensors(func):
-        return func(*args, **kwargs)
+        return args[0] if _changes_numbers_only(func) else func(*args, **kwargs)
     key = (func, *map(_signature, args), *kwargs, *map(_signature, kwargs.values()))
     if key not in _OUTLINES:
         _OUTLINES[key] = _outline(func, func(*args, **kwargs), args)
-    return tree_map_only(_Outline, _Outline.tensor, _OUTLINES[key])
+    return _tensors(_OUTLINES[key])
 
 
 def _outline(func: Any, result: Any, args: Sequence[Any]) -> Any:
@@ -92,6 +92,13 @@ class _Outline:
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=_META)
 
 
+def _tensors(outline: Any) -> Any:
+    """A result with tensors in the place of outlines."""
+    if isinstance(outline, _Outline):
+        return outline.tensor()
+    return type(outline)(map(_tensors, outline)) if isinstance(outline, list | tuple) else outline
+
+
 def _signature(value: Any) -> Any:
     """What the outlines of an operation's results depend on, of one of its arguments."""
     if isinstance(value, Tensor):
@@ -111,6 +118,15 @@ def _without_memory(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(map(_without_memory, value))
     return _Outline.of(value).tensor() if isinstance(value, Tensor) and not value.is_meta else value
+
+
+@cache
+def _changes_numbers_only(func: Any) -> bool:
+    """Whether an operation gives its first tensor with other numbers in it, as `add_` does, in the same shape."""
+    arguments, returns = func._schema.arguments, func._schema.returns
+    changed = [own for own in arguments if own.alias_info is not None and own.alias_info.is_write]
+    is_in_place = len(returns) == 1 and returns[0].alias_info is not None and changed == arguments[:1]
+    return is_in_place and torch.Tag.inplace_view not in func.tags and "resize" not in func.__name__
 
 
 @cache
