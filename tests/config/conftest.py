@@ -53,7 +53,8 @@ def write_lora(path: Path, rank: int) -> Path:
     """A LoRA file with an adapter of that rank for each kind of layer that LoRA-LierLa adapts, as names tell."""
     prefixes = {"unet": "lora_unet_mid_block_x", "text_encoder": "lora_te_text_model_encoder_layers_0"}
     keys = [f"{prefixes[part]}_{layer}" for part, own in LAYERS.items() for layer in own]
-    return write_safetensors(path, {f"{key}.lora_down.weight": (rank, 8) for key in keys})
+    shapes = {"lora_down": (rank, 8), "lora_up": (8, rank)}
+    return write_safetensors(path, {f"{key}.{name}.weight": shape for key in keys for name, shape in shapes.items()})
 
 
 @pytest.fixture(scope="session")
