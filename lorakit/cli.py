@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from lorakit.engine.preparation import PreparedRun
     from lorakit.errors import Problem
     from lorakit.plugins import Catalog
-    from lorakit.starting import Start
 
 DEFAULT_CONFIG = Path("config.toml")
 """The config that is written and read when none is named."""
@@ -171,9 +170,9 @@ def init(path: Path, full: bool, **chosen: Any) -> None:
         write_atomically(path, starter(_catalog()).encode())
         click.echo(f"Wrote {path}. Set model.path and data.image_dir in it, then: lorakit check {path}")
         return
-    from lorakit.starting import prompts_beside, short_config
+    from lorakit.starting import plan_start, prompts_beside, short_config
 
-    start, prompts = _start(**chosen), prompts_beside(path)
+    start, prompts = plan_start(_catalog(), **chosen), prompts_beside(path)
     written = [path] if prompts.exists() else [path, prompts]
     write_atomically(path, short_config(start, path).encode())
     if not prompts.exists():
@@ -181,21 +180,6 @@ def init(path: Path, full: bool, **chosen: Any) -> None:
     missing = [key for key, given in (("model.path", start.model), ("data.image_dir", start.images)) if not given]
     todo = f"Set {' and '.join(missing)} in it, then" if missing else "Then"
     click.echo(f"Wrote {' and '.join(map(str, written))}. {todo}: lorakit check {path}")
-
-
-def _start(purpose: str, images: Path | None, model: str | None, optimizer: str) -> Start:
-    """What a short config is written for."""
-    from lorakit.components import OptimizerConfig
-    from lorakit.starting import PURPOSES, Start, look_at_images, look_at_model
-
-    catalog = _catalog()
-    return Start(
-        purpose=PURPOSES[purpose],
-        images=look_at_images(images) if images else None,
-        model=model,
-        family=look_at_model(model, catalog) if model else None,
-        optimizer=catalog.find(OptimizerConfig, optimizer),
-    )
 
 
 @cli.command(cls=_ConfigCommand, short_help="Say all that is wrong with a config file.")

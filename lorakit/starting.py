@@ -96,6 +96,17 @@ class Start:
         return "\n".join([f"# A prompt in each line{note}.", *lines, ""])
 
 
+def plan_start(catalog: Catalog, purpose: str, images: Path | None, model: str | None, optimizer: str) -> Start:
+    """What a short config is written for. Raises ConfigError or PluginError for what is not there."""
+    return Start(
+        purpose=PURPOSES[purpose],
+        images=look_at_images(images) if images else None,
+        model=model,
+        family=look_at_model(model, catalog) if model else None,
+        optimizer=catalog.find(OptimizerConfig, optimizer),
+    )
+
+
 def look_at_images(folder: Path) -> Images:
     """What is in a folder of images. Raises ConfigError where there are none, and names folders in it with some."""
     from lorakit.data.formats import EXTENSIONS
