@@ -119,7 +119,7 @@ def test_account_of_a_run(make_config, catalog: Catalog, tmp_path: Path, monkeyp
     seconds = iter([100.0, 100.0 + 780.0])
     account = RunAccount(clock=lambda: next(seconds))
     assert account.lines() == []
-    path = train_prepared(prepare(config), catalog, None, account)
+    path = train_prepared(prepare(config), catalog, observers=[account])
     account.validated(6, {"average": -1.0})
     first, lowest, *use = account.lines()
     assert first == f"Done in 13 min: out/test.safetensors ({file_size(path.stat().st_size)}), and 1 earlier save"
