@@ -156,7 +156,10 @@ def forge(state: Path, name: str, content: bytes) -> None:
 def test_states_and_caches_run_no_code(
     train_tables: Tables, tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No file of a state or of the cache is trusted: states are refused, what is cached is made anew."""
+    """No file of a state or of the cache is trusted: states are refused, what is cached is made anew.
+
+    What says that the run had come to its end is not needed; where it is damaged the state is gone on from.
+    """
     train_tables["training"]["max_epochs"] = 1
     train_tables["output"]["save_state"] = True
     train_tables["data"]["cache_dir"] = str(tmp_path / "cache")
@@ -173,8 +176,8 @@ def test_states_and_caches_run_no_code(
             forge(state, file.name, evil_bytes(trace, form))
             outcome = run_command(capsys, "train", config, "--resume", state)
             assert not trace.exists(), file
-            assert outcome.status == 2, outcome.said
-            assert state.name in outcome.said
+            assert outcome.status == (0 if file.name == "finished.json" else 2), outcome.said
+            assert outcome.status == 0 or state.name in outcome.said
     cached = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert len(cached) > 4
     for file in cached:
