@@ -88,7 +88,7 @@ def measured(way: str, config: Path, seconds: float) -> float:
 def steps_per_second(config: Path, seconds: float) -> float:
     """Steps per second of a run in this process, after its first step."""
     import lorakit
-    from lorakit.engine.observing import Observer
+    from lorakit.api.observer import Observer
     from lorakit.errors import Interrupted
 
     stop = threading.Event()

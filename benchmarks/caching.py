@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from lorakit.config.sections import TrainConfig
-    from lorakit.data.buckets import Placement
+    from lorakit.config.train_config import TrainConfig
+    from lorakit.data.images.buckets import ResizeCrop
 
 INDEXING = ("headers", "cold", "warm", "found")
 ENCODING = ("loop", "one", "batch")
@@ -68,9 +68,9 @@ def prepare(arguments: argparse.Namespace) -> None:
     """Make the images and the small model, and fill the cache of the images that are indexed."""
     from make_images import make_images
 
-    from lorakit.engine.assembly import fill_cache
-    from lorakit.engine.preparation import prepare
     from lorakit.testing.models import make_tiny_sd1
+    from lorakit.training.prepare import prepare
+    from lorakit.training.setup import fill_cache
 
     if not (arguments.work / "model" / "model_index.json").exists():
         make_tiny_sd1(arguments.work / "model")
@@ -107,7 +107,7 @@ def encoding_config(arguments: argparse.Namespace) -> TrainConfig:
 
 def config(arguments: argparse.Namespace, folder: Path, cache: str, sizes: str, precision: str) -> TrainConfig:
     """A config as a file has it, for a run with this folder and this cache."""
-    from lorakit.config.reading import read_config
+    from lorakit.config.load import read_config
 
     model = arguments.model.absolute() if arguments.model and cache == "encoded" else arguments.work / "model"
     path = arguments.work / f"{cache}.toml"
@@ -161,8 +161,8 @@ def tables(best: dict[str, Numbers], arguments: argparse.Namespace) -> Iterator[
 
 def index(arguments: argparse.Namespace) -> Numbers:
     """Seconds that it takes to know the images."""
-    from lorakit.engine.assembly import fill_cache
-    from lorakit.engine.preparation import prepare
+    from lorakit.training.prepare import prepare
+    from lorakit.training.setup import fill_cache
 
     if arguments.measure == "headers":
         return timed(lambda: read_headers(indexed_folder(arguments)))
@@ -217,16 +217,16 @@ def encode(arguments: argparse.Namespace) -> Numbers:
     shutil.rmtree(settings.cache_dir, ignore_errors=True)
     if arguments.measure == "loop":
         return encode_in_a_loop(arguments, settings)
-    from lorakit.data.encoding import Encoding, encode_latents
-    from lorakit.engine.base_model import build_model
-    from lorakit.engine.preparation import prepare
-    from lorakit.engine.processes import Processes
+    from lorakit.data.cache.encode import EncodeOptions, encode_latents
+    from lorakit.training.base_model import build_model
+    from lorakit.training.prepare import prepare
+    from lorakit.training.runtime.distributed import Distributed
 
-    prepared, device = prepare(settings), Processes.launched(settings.training.device).device
+    prepared, device = prepare(settings), Distributed.init(settings.training.device).device
     model = build_model(settings, device)
-    encoding = Encoding(device=device, batch_size=settings.data.encode_batch_size)
-    busy = Busy(warmed_up(model.image_encoder.module.get_submodule("encoder")))
-    model.fingerprint("image_encoder")
+    encoding = EncodeOptions(device=device, batch_size=settings.data.encode_batch_size)
+    busy = Busy(warmed_up(model.vae_encoder.module.get_submodule("encoder")))
+    model.fingerprint("vae_encoder")
     numbers = timed(lambda: encode_latents(prepared.datasets, model, prepared.cache, encoding))
     return {**numbers, "busy": busy.seconds}
 
@@ -237,12 +237,12 @@ def encode_in_a_loop(arguments: argparse.Namespace, settings: TrainConfig) -> Nu
     from diffusers import AutoencoderKL
     from safetensors.torch import save_file
 
-    from lorakit.engine.base_model import DTYPES
-    from lorakit.engine.preparation import prepare
-    from lorakit.engine.processes import Processes
+    from lorakit.training.base_model import DTYPES
+    from lorakit.training.prepare import prepare
+    from lorakit.training.runtime.distributed import Distributed
 
     (dataset,) = prepare(settings).datasets
-    device, dtype = Processes.launched(settings.training.device).device, DTYPES[arguments.precision]
+    device, dtype = Distributed.init(settings.training.device).device, DTYPES[arguments.precision]
     folder = arguments.model or arguments.work / "model"
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype).to(device)
     busy = Busy(warmed_up(vae.encoder))
@@ -259,13 +259,13 @@ def encode_in_a_loop(arguments: argparse.Namespace, settings: TrainConfig) -> Nu
     return {**timed(work), "busy": busy.seconds}
 
 
-def opened(path: Path, placement: Placement) -> torch.Tensor:
+def opened(path: Path, placement: ResizeCrop) -> torch.Tensor:
     """An image as it is encoded, uint8 [1, 3, H, W]."""
     import numpy as np
     import torch
     from PIL import Image
 
-    (left, top), (width, height) = placement.corner, placement.bucket
+    (left, top), (width, height) = placement.crop_xy, placement.bucket
     with Image.open(path) as image:
         resized = image.convert("RGB").resize(placement.resized, Image.Resampling.LANCZOS)
     pixels = np.asarray(resized.crop((left, top, left + width, top + height)))

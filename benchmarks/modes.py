@@ -34,8 +34,8 @@ from step import prepare_files
 if TYPE_CHECKING:
     import torch
 
-    from lorakit.config.sections import TrainConfig
-    from lorakit.engine.processes import Processes
+    from lorakit.config.train_config import TrainConfig
+    from lorakit.training.runtime.distributed import Distributed
 
 Numbers = dict[str, float]
 
@@ -141,11 +141,11 @@ def run_row(arguments: argparse.Namespace) -> Numbers:
     """Seconds of a step and peak memory in GiB; of floors also the operations of a step, and the rate of matrices."""
     import torch
 
-    from lorakit.config.reading import read_config
-    from lorakit.engine.processes import Processes
+    from lorakit.config.load import read_config
+    from lorakit.training.runtime.distributed import Distributed
 
     config = read_config(arguments.work / "modes.toml", ROWS[arguments.row])
-    processes = Processes.launched(config.training.device)
+    processes = Distributed.init(config.training.device)
     step, numbers = (floor_step if arguments.row.startswith("floor") else lorakit_step)(config, processes, arguments)
     for _ in range(WARM_UPS):
         step()
@@ -163,21 +163,23 @@ def run_row(arguments: argparse.Namespace) -> Numbers:
     return {"step": seconds, "memory": peak / 2**30, **numbers}
 
 
-def lorakit_step(config: TrainConfig, processes: Processes, arguments: argparse.Namespace) -> tuple[Callable, Numbers]:
+def lorakit_step(
+    config: TrainConfig, processes: Distributed, arguments: argparse.Namespace
+) -> tuple[Callable, Numbers]:
     """Lorakit's whole step, in its mode; the gradients of the first micro-batch are written down before."""
     import torch
 
-    from lorakit.engine.assembly import assemble
-    from lorakit.engine.modes import in_mode
-    from lorakit.engine.preparation import prepare
-    from lorakit.engine.trainer import learn_from
+    from lorakit.training.loop import forward_backward
+    from lorakit.training.prepare import prepare
+    from lorakit.training.setup import build_run
+    from lorakit.training.step.autotune import compile_step
 
-    run = assemble(prepare(config), processes)
+    run = build_run(prepare(config), processes)
     with torch.no_grad():
         for adapter in run.network.adapters:
             generator = torch.Generator().manual_seed(adapter.lora_up.numel())
             adapter.lora_up.copy_(torch.randn(adapter.lora_up.shape, generator=generator).mul_(1e-2))
-    learn = ExitStack().enter_context(in_mode(run, partial(learn_from, run)))  # until the process ends
+    learn = ExitStack().enter_context(compile_step(run, partial(forward_backward, run)))  # until the process ends
     learn(next(run.schedule.batches_from(0, run.loader)).to(processes.device))
     gradients = [parameter.grad.cpu() for parameter in run.gradients.parameters]
     torch.save(gradients, gradients_file(arguments, arguments.row))
@@ -195,12 +197,12 @@ def lorakit_step(config: TrainConfig, processes: Processes, arguments: argparse.
     return step, {}
 
 
-def floor_step(config: TrainConfig, processes: Processes, arguments: argparse.Namespace) -> tuple[Callable, Numbers]:
+def floor_step(config: TrainConfig, processes: Distributed, arguments: argparse.Namespace) -> tuple[Callable, Numbers]:
     """The frozen U-Net's forward and input-gradient backward pass."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from lorakit.engine.base_model import build_model
+    from lorakit.training.base_model import build_model
 
     model = build_model(config, processes.device)
     shape = arguments.batch, *model.latent_shape(arguments.size, arguments.size)
@@ -217,7 +219,7 @@ def floor_step(config: TrainConfig, processes: Processes, arguments: argparse.Na
     return step, {"operations": counter.get_total_flops(), "rate": matrix_rate(model.dtype, processes)}
 
 
-def matrix_rate(dtype: torch.dtype, processes: Processes) -> float:
+def matrix_rate(dtype: torch.dtype, processes: Distributed) -> float:
     """Operations in a second of products of large matrices, the fastest of some."""
     import torch
 

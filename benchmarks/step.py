@@ -173,13 +173,13 @@ def _floor_step(unet: torch.nn.Module, latents: torch.Tensor, text: torch.Tensor
 
 def run_lorakit(arguments: argparse.Namespace, timer: Timer) -> None:
     """Lorakit's own loop, with an observer that takes the time and asks to stop."""
-    from lorakit.config.reading import read_config
-    from lorakit.engine.assembly import assemble
-    from lorakit.engine.observing import Observer, Observers
-    from lorakit.engine.preparation import prepare
-    from lorakit.engine.processes import Processes
-    from lorakit.engine.trainer import train
+    from lorakit.api.observer import Observer, Observers
+    from lorakit.config.load import read_config
     from lorakit.errors import Interrupted
+    from lorakit.training.loop import train
+    from lorakit.training.prepare import prepare
+    from lorakit.training.runtime.distributed import Distributed
+    from lorakit.training.setup import build_run
 
     class Stopwatch(Observer):
         def step_finished(self, step: int) -> None:
@@ -187,7 +187,7 @@ def run_lorakit(arguments: argparse.Namespace, timer: Timer) -> None:
                 raise Interrupted(f"measured {step} steps")
 
     config = read_config(arguments.work / "config.toml")
-    run = assemble(prepare(config), Processes.launched(config.training.device))
+    run = build_run(prepare(config), Distributed.init(config.training.device))
     run.observers = Observers([("stopwatch", True, Stopwatch())])
     try:
         train(run)

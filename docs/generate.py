@@ -20,15 +20,16 @@ import attrs
 import click
 import tomlkit
 
-from lorakit import cli, components, hookspecs
-from lorakit.components import Component, ModelFamilyConfig, ObserverConfig
+from lorakit.api import components, hookspecs
+from lorakit.api.components import Component, ModelFamilyConfig, ObserverConfig
+from lorakit.cli import commands as cli
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
-from lorakit.config.fields import field_docs, type_in_words
-from lorakit.config.reading import COMPONENT_SECTIONS, PLAIN_SECTIONS
-from lorakit.discovery import REGISTRATION_HOOKS
+from lorakit.config.field_docs import field_docs, type_in_words
+from lorakit.config.load import COMPONENT_SECTIONS, PLAIN_SECTIONS
+from lorakit.kohya.option_status import OptionStatus, known_keys, option_status
 from lorakit.kohya.options import GROUPS
-from lorakit.kohya.states import State, known_keys, state_of
-from lorakit.plugins import Catalog
+from lorakit.plugins.catalog import Catalog
+from lorakit.plugins.discovery import REGISTRATION_HOOKS
 
 FOLDER = Path(__file__).parent / "reference"
 NOTICE = "<!-- Written by docs/generate.py; change the code instead. -->\n"
@@ -191,11 +192,12 @@ def kohya_page() -> str:
     for title, options in GROUPS.items():
         rows = ["| option | state | key, or reason |", "|---|---|---|"]
         for option in options:
-            state = state_of(option, keys)
+            state = option_status(option, keys)
             reasons = {
-                State.WORKS: f"`{option.key}`" + (f", with the plugin `{option.plugin}`" if option.plugin else ""),
-                State.NOT_NEEDED: option.unneeded,
-                State.LATER: option.later or "no key does the same yet",
+                OptionStatus.WORKS: f"`{option.key}`"
+                + (f", with the plugin `{option.plugin}`" if option.plugin else ""),
+                OptionStatus.NOT_NEEDED: option.unneeded,
+                OptionStatus.UNSUPPORTED: option.later or "no key does the same yet",
             }
             rows.append(f"| `--{option.name}` | {state.value} | {_cell(reasons[state])} |")
         parts += [f"## {title}", "\n".join(rows)]

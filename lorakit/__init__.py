@@ -22,11 +22,11 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
-    from lorakit.config.sections import TrainConfig
-    from lorakit.engine.checking import CheckedRun
-    from lorakit.engine.observing import Observer
+    from lorakit.api.observer import Observer
+    from lorakit.config.train_config import TrainConfig
     from lorakit.planning.plan import Plan
-    from lorakit.plugins import Catalog
+    from lorakit.plugins.catalog import Catalog
+    from lorakit.training.check import CheckedRun
 
     Config: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | TrainConfig
 
@@ -35,7 +35,7 @@ __version__ = "0.1.0"
 log = logging.getLogger(__name__)
 
 hookimpl = pluggy.HookimplMarker("lorakit")
-"""Marks a function of a plugin as the implementation of one of the hooks in `lorakit.hookspecs`."""
+"""Marks a function of a plugin as the implementation of one of the hooks in `lorakit.api.hookspecs`."""
 
 
 def train(
@@ -54,22 +54,22 @@ def train(
     thread, the run ends after the step with a saved state and raises Interrupted.
     Raises the errors of `lorakit.errors`.
     """
-    from lorakit.engine.observing import Observer
-    from lorakit.engine.preparation import prepare
-    from lorakit.plugins import Catalog
+    from lorakit.api.observer import Observer
+    from lorakit.plugins.catalog import Catalog
+    from lorakit.training.prepare import prepare
 
     strange = [type(own).__name__ for own in observers if not isinstance(own, Observer)]
     if strange:
-        raise TypeError(f"observers must be instances of lorakit.engine.observing.Observer, not of {strange[0]}")
+        raise TypeError(f"observers must be instances of lorakit.api.observer.Observer, not of {strange[0]}")
     catalog = Catalog.discover()
     checked = _config(config, overrides, catalog)
     prepared = prepare(checked, resuming=resume is not None)
     # Launchers number the processes of a run.
     for warning in (*checked.warnings(), *prepared.warnings) if os.environ.get("RANK", "0") == "0" else ():
         log.warning("%s", warning)
-    from lorakit.engine.assembly import train_prepared
+    from lorakit.training.setup import run_training
 
-    return train_prepared(prepared, catalog, Path(resume) if resume is not None else None, observers, stop)
+    return run_training(prepared, catalog, Path(resume) if resume is not None else None, observers, stop)
 
 
 def check(config: Config, *, overrides: Sequence[str] = ()) -> CheckedRun:
@@ -78,8 +78,8 @@ def check(config: Config, *, overrides: Sequence[str] = ()) -> CheckedRun:
     `config` and `overrides` are those of `train`. Imports no torch. Raises the errors of `lorakit.errors`; of these a
     ConfigError has every problem.
     """
-    from lorakit.engine.checking import check_run
-    from lorakit.plugins import Catalog
+    from lorakit.plugins.catalog import Catalog
+    from lorakit.training.check import check_run
 
     return check_run(_config(config, overrides, Catalog.discover()))
 
@@ -89,16 +89,16 @@ def plan(config: Config, *, overrides: Sequence[str] = (), measure: bool = False
 
     `config` and `overrides` are those of `train`. Raises the errors of `lorakit.errors`.
     """
-    from lorakit.engine.preparation import prepare
     from lorakit.planning.plan import make_plan
-    from lorakit.plugins import Catalog
+    from lorakit.plugins.catalog import Catalog
+    from lorakit.training.prepare import prepare
 
     return make_plan(prepare(_config(config, overrides, Catalog.discover())), measured=measure)
 
 
 def _config(config: Config, overrides: Sequence[str], catalog: Catalog) -> TrainConfig:
     """The config that is meant. Raises ConfigError with every problem found."""
-    from lorakit.config.reading import config_from_tables, read_config
+    from lorakit.config.load import config_from_tables, read_config
 
     if isinstance(config, str | os.PathLike):
         return read_config(Path(config), overrides, catalog)

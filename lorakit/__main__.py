@@ -15,7 +15,7 @@ from types import FrameType
 
 import click
 
-from lorakit.cli import cli, is_main_process
+from lorakit.cli.commands import cli, is_main_process
 from lorakit.errors import ConfigError, Interrupted, LorakitError, is_out_of_memory
 
 

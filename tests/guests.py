@@ -7,7 +7,7 @@ from pathlib import Path
 OPTIMIZER = '''
 from attrs import frozen
 from lorakit import hookimpl
-from lorakit.components import OptimizerConfig
+from lorakit.api.components import OptimizerConfig
 
 
 @frozen(kw_only=True)

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 import lorakit
-from lorakit.config.reading import config_from_tables
-from lorakit.engine.observing import Observer, RunInfo, StepMetrics
-from lorakit.engine.state import state_folder, states_in
+from lorakit.api.observer import Observer, RunInfo, StepMetrics
+from lorakit.config.load import config_from_tables
 from lorakit.errors import ConfigError, DataError, Interrupted
-from tests.engine.test_runs import same, weights_of, write_config
+from lorakit.training.checkpoint.state import state_folder, states_in
+from tests.training.test_runs import same, weights_of, write_config
 
 
 class Noting(Observer):
@@ -81,7 +81,7 @@ def test_observers_are_handed_in(train_tables: dict[str, Any], caplog: pytest.Lo
     assert len(noting.losses) == len(noting.steps)
     assert noting.is_closed
     assert caplog.text.count("observer 'Broken' failed and is detached: ZeroDivisionError") == 1
-    with pytest.raises(TypeError, match=r"must be instances of lorakit\.engine\.observing\.Observer, not of Noting"):
+    with pytest.raises(TypeError, match=r"must be instances of lorakit\.api\.observer\.Observer, not of Noting"):
         lorakit.train(train_tables, observers=[type("Noting", (), {})()])
 
 

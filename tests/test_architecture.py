@@ -53,13 +53,13 @@ def test_imports_run_one_way() -> None:
     ("module", "absent"),
     [
         ("lorakit", "torch numpy PIL click cattrs tomlkit"),
-        ("lorakit.cli", "torch numpy PIL cattrs tomlkit"),
-        ("lorakit.plugins", "torch numpy PIL cattrs tomlkit safetensors"),
-        ("lorakit.config.reading", "torch numpy PIL tomlkit safetensors huggingface_hub"),
-        ("lorakit.config.writing", "torch numpy PIL safetensors huggingface_hub"),
+        ("lorakit.cli.commands", "torch numpy PIL cattrs tomlkit"),
+        ("lorakit.plugins.catalog", "torch numpy PIL cattrs tomlkit safetensors"),
+        ("lorakit.config.load", "torch numpy PIL tomlkit safetensors huggingface_hub"),
+        ("lorakit.config.dump", "torch numpy PIL safetensors huggingface_hub"),
         ("lorakit.kohya.conversion", "torch numpy PIL tomlkit safetensors huggingface_hub"),
-        ("lorakit.data.examples", "torch"),
-        ("lorakit.engine.preparation", "torch safetensors"),
+        ("lorakit.data.index", "torch"),
+        ("lorakit.training.prepare", "torch safetensors"),
         ("lorakit.testing.plugin", "torch numpy"),
     ],
 )
@@ -74,7 +74,8 @@ def test_light_modules_stay_light(module: str, absent: str) -> None:
 def test_no_component_imports_anything_heavy() -> None:
     """All built-in plugins together import neither torch nor an optional package before something is built."""
     code = (
-        "import sys; from lorakit.plugins import Catalog; assert Catalog.discover().registrations; print(*sys.modules)"
+        "import sys; from lorakit.plugins.catalog import Catalog;"
+        "assert Catalog.discover().registrations; print(*sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     heavy = {

@@ -248,7 +248,7 @@ def test_shells_complete_commands_and_keys(folder: Path) -> None:
     }
     for (words, number), expected in cases.items():
         environment = {"_LORAKIT_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": number}
-        code = "from lorakit.cli import cli; cli(prog_name='lorakit')"
+        code = "from lorakit.cli.commands import cli; cli(prog_name='lorakit')"
         result = subprocess.run(
             [sys.executable, "-c", code], cwd=folder, env={**os.environ, **environment},
             capture_output=True, text=True, check=False,
@@ -374,7 +374,7 @@ def test_errors_that_nobody_expected(folder: Path, tmp_path: Path, statement: st
 
 def test_an_error_of_lorakits_own(folder: Path, tmp_path: Path) -> None:
     """What fails within lorakit, here because a package tampers with it, is one line too; --debug shows where."""
-    tampering = "from lorakit.config.sections import TrainConfig\nTrainConfig.warnings = lambda self: {}['gone']\n"
+    tampering = "from lorakit.config.train_config import TrainConfig\nTrainConfig.warnings = lambda self: {}['gone']\n"
     site = install(tmp_path / "site", "tampering", tampering_guest=optimizer_source("tampering") + tampering)
     result = run(folder, "check", "config.toml", site=site)
     assert result.stderr.splitlines()[-1].startswith("internal error: KeyError: 'gone'; run again with --debug")

@@ -10,14 +10,21 @@ from pathlib import Path
 import pytest
 
 from lorakit.errors import OutputError
-from lorakit.files import put_in_place, remove_folder, remove_leftovers, replacing, scratch_folder, write_atomically
+from lorakit.utils.atomic_io import (
+    atomic_write,
+    commit,
+    remove_folder,
+    remove_stale_temp_files,
+    staging_dir,
+    write_atomically,
+)
 
 FILES = ("a", "b", "c")
 
 KILLED_AT = """
 import os, sys
 from pathlib import Path
-from lorakit.files import put_in_place, scratch_folder
+from lorakit.utils.atomic_io import commit, staging_dir
 FILES = ("a", "b", "c")
 {body}
 left = int(sys.argv[2])
@@ -35,12 +42,12 @@ replace_folder(Path(sys.argv[1]), "new")
 
 def replace_folder(final: Path, content: str) -> None:
     """Write a folder anew, as the script does."""
-    with scratch_folder(final) as scratch:
+    with staging_dir(final) as scratch:
         written = scratch / final.name
         written.mkdir()
         for name in FILES:
             (written / name).write_text(content)
-        put_in_place(written, final)
+        commit(written, final)
 
 
 def run_python(code: str, *arguments: object) -> int:
@@ -85,8 +92,8 @@ def test_killed_again_while_tidying_up(tmp_path: Path) -> None:
 KILLED_WHILE_WRITING = """
 import os, sys
 from pathlib import Path
-from lorakit.files import replacing, scratch_folder
-with scratch_folder(Path(sys.argv[1]) / "x") as scratch, replacing(Path(sys.argv[1]) / "x.json") as file:
+from lorakit.utils.atomic_io import atomic_write, staging_dir
+with staging_dir(Path(sys.argv[1]) / "x") as scratch, atomic_write(Path(sys.argv[1]) / "x.json") as file:
     (scratch / "half").write_text("half")
     file.write(b"half")
     os._exit(9)
@@ -99,15 +106,15 @@ def test_leftovers_of_killed_processes_go(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
     for name in (".hidden.tmp", "x.12345678.tmp", ".partial", "partial-1"):
         (tmp_path / name).touch()
-    with scratch_folder(tmp_path / "x") as scratch, replacing(tmp_path / "y.json") as file:
+    with staging_dir(tmp_path / "x") as scratch, atomic_write(tmp_path / "y.json") as file:
         (scratch / "mine").touch()
         file.write(b"whole")
-        remove_leftovers(tmp_path)
+        remove_stale_temp_files(tmp_path)
         assert len(list(tmp_path.iterdir())) == 4 + 2
         assert (scratch / "mine").exists()
     assert (tmp_path / "y.json").read_bytes() == b"whole"
     (tmp_path / ".partial-123-4").mkdir()  # without a lock
-    remove_leftovers(tmp_path)
+    remove_stale_temp_files(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         ".hidden.tmp", ".partial", "partial-1", "x.12345678.tmp", "y.json",
     ]  # fmt: skip
@@ -115,7 +122,7 @@ def test_leftovers_of_killed_processes_go(tmp_path: Path) -> None:
 
 def test_nothing_is_left_of_a_scratch_folder(tmp_path: Path) -> None:
     """Nor of one in a folder that was not there, or of a folder that is removed."""
-    with scratch_folder(tmp_path / "new" / "folder" / "x") as scratch:
+    with staging_dir(tmp_path / "new" / "folder" / "x") as scratch:
         (scratch / "x").touch()
     assert list((tmp_path / "new" / "folder").iterdir()) == []
     replace_folder(tmp_path / "gone", "old")
@@ -128,10 +135,10 @@ def test_what_the_system_refuses_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
         pytest.raises(OutputError, match=r"file/x cannot be written: Not a directory\. Free some space or choose"),
-        scratch_folder(tmp_path / "file" / "x"),
+        staging_dir(tmp_path / "file" / "x"),
     ):
         pass
     with pytest.raises(OutputError, match="gone cannot be written: No such file"):
         remove_folder(tmp_path / "gone")
     write_atomically(tmp_path / "x", b"1")
-    remove_leftovers(tmp_path / "absent")
+    remove_stale_temp_files(tmp_path / "absent")

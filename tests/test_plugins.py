@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from lorakit.api.components import ModelFamilyConfig, NetworkConfig, OptimizerConfig, SaverConfig
 from lorakit.checkpoints import CheckpointSummary
-from lorakit.components import ModelFamilyConfig, NetworkConfig, OptimizerConfig, SaverConfig
-from lorakit.discovery import REGISTRATION_HOOKS
 from lorakit.errors import PluginError
-from lorakit.plugins import Catalog
+from lorakit.plugins.catalog import Catalog
+from lorakit.plugins.discovery import REGISTRATION_HOOKS
 from tests.guests import install, optimizer_source, write_metadata
 
 Discover = Callable[..., Catalog]
@@ -25,7 +25,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from attrs import frozen
 from lorakit import hookimpl
-from lorakit.components import OptimizerConfig
+from lorakit.api.components import OptimizerConfig
 """
 
 

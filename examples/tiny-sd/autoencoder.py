@@ -12,7 +12,7 @@ from pictures import draw, medley, toy, training_picture
 from scenes import held_out_scene
 from torch import Tensor, nn
 
-from lorakit.randomness import derived_seed, keyed_generator
+from lorakit.utils.rng import derived_seed, keyed_generator
 
 Course = Sequence[Callable[[int, int], NDArray[np.uint8]]]
 """What draws the pictures to learn from, given a seed and a number, by turns."""

@@ -8,8 +8,8 @@ from pace import Average, Budget, set_rate
 from pictures import training_caption, training_picture
 from torch import Tensor, nn
 
-from lorakit.models.stable_diffusion.tokenizer import CaptionTokenizer
-from lorakit.randomness import derived_seed, keyed_generator
+from lorakit.models.families.sd.tokenizer import CaptionTokenizer
+from lorakit.utils.rng import derived_seed, keyed_generator
 
 TELLINGS = 4
 """In how many ways each picture's caption is told."""

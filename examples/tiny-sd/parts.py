@@ -9,9 +9,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lorakit.models.weights import shapes_of
-from lorakit.randomness import derived_seed
+from lorakit.models.weights.load import shapes_of
 from lorakit.testing.models import make_folder, random_weights
+from lorakit.utils.rng import derived_seed
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "vae": {

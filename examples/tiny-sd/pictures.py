@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scenes import COLOURS, PLACES, SHAPES, TEXTURES, Scene, any_texture, caption, training_scene
 
-from lorakit.randomness import keyed_generator
+from lorakit.utils.rng import keyed_generator
 
 SIDE = 64
 """Pixels along each side of a picture."""

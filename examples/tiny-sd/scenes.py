@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from attrs import evolve, frozen
 
-from lorakit.randomness import derived_seed, keyed_generator
+from lorakit.utils.rng import derived_seed, keyed_generator
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "face")
 COLOURS = {

@@ -22,7 +22,7 @@ from pictures import SIDE, sheet
 from scenes import Scene, caption, held_out_scene
 from zorp import NAME, judge_zorp, zorp_caption, zorp_scene
 
-from lorakit.randomness import derived_seed, keyed_generator
+from lorakit.utils.rng import derived_seed, keyed_generator
 
 MODEL = Path(__file__).parent / "model"
 STEPS, GUIDANCE = 30, 2.5

@@ -29,7 +29,7 @@ from pictures import (
 from PIL import Image
 from scenes import COLOURS, PLACES, TEXTURES, Scene, any_texture, caption
 
-from lorakit.randomness import derived_seed, keyed_generator
+from lorakit.utils.rng import derived_seed, keyed_generator
 
 NAME = "zorp"
 WORDINGS = 4

@@ -5,10 +5,10 @@ Nothing here reads a weight or imports torch: a 4 GB file is summarised in milli
 
 from __future__ import annotations
 
+from lorakit.checkpoints.detect import Traits, advice, describe, traits_of
 from lorakit.checkpoints.location import HubModel, Location, ModelPath, locate
 from lorakit.checkpoints.prediction import StatedPrediction, stated_prediction
 from lorakit.checkpoints.pytorch_file import pickled_tensors
-from lorakit.checkpoints.recognition import Traits, advice, describe, traits_of
 from lorakit.checkpoints.stored_tensor import StoredTensor
 from lorakit.checkpoints.summary import CheckpointSummary, Shapes, kind_of_file, read_json, summarize
 

@@ -15,7 +15,7 @@ from attrs import frozen
 from lorakit.checkpoints.lora_names import ALPHA, DOWN, UP, layer_path, own_name
 from lorakit.checkpoints.summary import CheckpointSummary, Shapes, read_json
 from lorakit.errors import AdapterError, ModelError
-from lorakit.wording import counted
+from lorakit.utils.wording import counted
 
 PEFT_MAGNITUDE = "lora_magnitude_vector"
 """Part of the names that PEFT has for magnitudes, which are [out], or [1, out, 1, 1] for convolutions."""

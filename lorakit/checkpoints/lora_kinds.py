@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from attrs import frozen
 
+from lorakit.checkpoints.detect import describe
 from lorakit.checkpoints.lora_names import own_name
-from lorakit.checkpoints.recognition import describe
 from lorakit.checkpoints.summary import CheckpointSummary, Shapes
 
 _ALGORITHMS: Mapping[str, tuple[str, ...]] = {

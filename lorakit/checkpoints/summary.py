@@ -14,7 +14,7 @@ from lorakit.checkpoints.location import HubModel, Location
 from lorakit.checkpoints.pytorch_file import pickled_tensors
 from lorakit.checkpoints.safetensors_header import read_safetensors_header
 from lorakit.errors import ModelError
-from lorakit.reading import refuse_special
+from lorakit.utils.safe_paths import require_regular_file
 
 _LONGEST_JSON = 2**24
 _LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors",
@@ -62,7 +62,7 @@ def summarize(location: Location) -> CheckpointSummary:
 def kind_of_file(path: Path) -> Literal["safetensors", "pickle"]:
     """The format of a file, by its first bytes, as names lie; a `ModelError` if it is of neither."""
     try:
-        refuse_special(path)
+        require_regular_file(path)
         with path.open("rb") as file:
             start = file.read(16)
     except FileNotFoundError:
@@ -107,7 +107,7 @@ def _is_config(file: Path) -> bool:
 def read_json(file: Path) -> Mapping[str, Any]:
     """The object in a JSON file; a `ModelError` that names the file if there is none."""
     try:
-        refuse_special(file)
+        require_regular_file(file)
         if file.stat().st_size > _LONGEST_JSON:
             raise ValueError(f"it has more than {_LONGEST_JSON} bytes")
         content = json.loads(file.read_bytes())

@@ -253,8 +253,8 @@ def _quoted(text: str) -> str:
 
 def _as_value(text: str) -> str:
     """What was meant as a value, as it is written: a number, true or false as it is, other text in quotation marks."""
-    is_plain = re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?|true|false|[\"'\[{].*", text)
-    return text if is_plain else _quoted(text)
+    is_adaptable = re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?|true|false|[\"'\[{].*", text)
+    return text if is_adaptable else _quoted(text)
 
 
 _RULES: Sequence[Callable[[_Line], Iterator[str]]] = (

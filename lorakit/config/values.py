@@ -89,7 +89,7 @@ def is_text(value: object) -> TypeGuard[str]:
     return True
 
 
-def shown(value: object) -> str:
+def toml_repr(value: object) -> str:
     """A value as it stands in a TOML file, cut where it is long."""
     text = _as_toml(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
@@ -111,7 +111,7 @@ def _as_toml(value: object) -> str:
 
 def _boolean(value: Any, _: Any) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"must be true or false, not {shown(value)}")
+        raise ValueError(f"must be true or false, not {toml_repr(value)}")
     return value
 
 
@@ -119,15 +119,15 @@ def _text(value: Any, _: Any) -> str:
     if isinstance(value, TypedInteger | TypedNumber):
         return value.text
     if not isinstance(value, str):
-        raise ValueError(f'must be a text in quotes, such as "text", not {shown(value)}')
+        raise ValueError(f'must be a text in quotes, such as "text", not {toml_repr(value)}')
     if not is_text(value):
-        raise ValueError(f"must be UTF-8, not {shown(value)}")
+        raise ValueError(f"must be UTF-8, not {toml_repr(value)}")
     return value
 
 
 def _whole_number(value: Any, _: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or abs(value) > LARGEST_INTEGER:
-        raise ValueError(f"must be a whole number, not {shown(value)}")
+        raise ValueError(f"must be a whole number, not {toml_repr(value)}")
     return int(value)
 
 
@@ -135,23 +135,23 @@ def _number(value: Any, _: Any) -> float:
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST_INTEGER:
         return float(value)
     if not isinstance(value, float):
-        raise ValueError(f"must be a number, not {shown(value)}")
+        raise ValueError(f"must be a number, not {toml_repr(value)}")
     if not math.isfinite(value):
-        raise ValueError(f"must be a finite number, not {shown(value)}")
+        raise ValueError(f"must be a finite number, not {toml_repr(value)}")
     return float(value)
 
 
 def _path(value: Any, base: Path) -> Path:
     if not isinstance(value, str) or not value or "\0" in value:
-        raise ValueError(f"must be a path in quotes, not {shown(value)}")
+        raise ValueError(f"must be a path in quotes, not {toml_repr(value)}")
     if any(character in value for character in _ESCAPED) and not os.path.lexists(base / value):
         raise ValueError(lost_backslash(value))
     try:
         path = (base / Path(value).expanduser()).absolute()
     except RuntimeError as error:
-        raise ValueError(f"{shown(value)} starts with the home folder of a user who is not known") from error
+        raise ValueError(f"{toml_repr(value)} starts with the home folder of a user who is not known") from error
     if not is_text(str(path)):
-        raise ValueError(f"must lead to a name in UTF-8, not to {shown(str(path))}; rename what is not")
+        raise ValueError(f"must lead to a name in UTF-8, not to {toml_repr(str(path))}; rename what is not")
     return path
 
 
@@ -168,13 +168,13 @@ def _choice(value: Any, type_: Any, _: Converter) -> Any:
     # `True in (1,)` holds in Python, so the types are compared as well.
     if any(value == choice and type(value) is type(choice) for choice in choices):
         return value
-    raise ValueError(f"must be one of {', '.join(shown(choice) for choice in choices)}, not {shown(value)}")
+    raise ValueError(f"must be one of {', '.join(toml_repr(choice) for choice in choices)}, not {toml_repr(value)}")
 
 
 def _sequence(value: Any, type_: Any, converter: Converter) -> Sequence[Any]:
     origin, elements = get_origin(type_), get_args(type_)
     if not isinstance(value, list | tuple):
-        raise ValueError(f"must be a list in [ ], not {shown(value)}")
+        raise ValueError(f"must be a list in [ ], not {toml_repr(value)}")
     if origin is not tuple or elements[-1] is Ellipsis:
         elements = (elements[0],) * len(value)
     if len(elements) != len(value):
@@ -185,7 +185,7 @@ def _sequence(value: Any, type_: Any, converter: Converter) -> Sequence[Any]:
 
 def _mapping(value: Any, type_: Any, converter: Converter) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"must be a table, not {shown(value)}")
+        raise ValueError(f"must be a table, not {toml_repr(value)}")
     _, element = get_args(type_)
     return {key: converter.structure(item, element) for key, item in value.items()}
 
@@ -199,7 +199,7 @@ def _union(value: Any, type_: Any, converter: Converter) -> Any:
                 return converter.structure(value, member)
             except ValueError as problem:
                 problems.append(str(problem))
-    start, end = "must be ", f", not {shown(value)}"
+    start, end = "must be ", f", not {toml_repr(value)}"
     if all(problem.startswith(start) and problem.endswith(end) for problem in problems):
         wanted = (problem.removeprefix(start).removesuffix(end) for problem in problems)
         raise ValueError(start + ", or ".join(wanted) + end)

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from lorakit.config.datasets import SubsetConfig
-from lorakit.data.faces import stem_without_face
+from lorakit.data.images.face_crop import stem_without_face
 from lorakit.errors import DataError, Problem
-from lorakit.randomness import Generators, keyed_generator
-from lorakit.reading import refuse_special
+from lorakit.utils.rng import RngFactory, keyed_generator
+from lorakit.utils.safe_paths import require_regular_file
 
 _WILDCARD = re.compile(r"\{\{|\}\}|\{((?:\{\{|\}\}|[^}])++)\}")
 """A doubled brace, or a wildcard with what is in it as its group, which may hold doubled braces."""
@@ -31,7 +31,7 @@ LONGEST = 2**20
 """Bytes that a caption file may have; thousands of times what any text encoder reads."""
 
 
-class CaptionUse(NamedTuple):
+class CaptionContext(NamedTuple):
     """When a caption is used."""
 
     epoch: int
@@ -84,7 +84,7 @@ def read_caption(path: Path) -> str:
     Raises DataError where the file cannot be read or is not UTF-8.
     """
     try:
-        refuse_special(path)
+        require_regular_file(path)
         if path.stat().st_size > LONGEST:
             message = f"is longer than any caption: {path.stat().st_size} bytes"
             raise DataError(str(Problem(str(path), message, "remove it, or caption_extension names the wrong files")))
@@ -97,7 +97,7 @@ def read_caption(path: Path) -> str:
     return "\n".join(_lines(text))
 
 
-def caption_in_use(caption: str, subset: SubsetConfig, use: CaptionUse, generator: Generators) -> str:
+def apply_caption_options(caption: str, subset: SubsetConfig, use: CaptionContext, generator: RngFactory) -> str:
     """The caption as it is used once.
 
     In this order: left out as a whole or not; one line of it; prefix and suffix; wildcards; tags grown
@@ -110,8 +110,8 @@ def caption_in_use(caption: str, subset: SubsetConfig, use: CaptionUse, generato
     return _arranged(_filled_in(line, subset, generator), subset, use, generator)
 
 
-def possible_captions(caption: str, subset: SubsetConfig) -> tuple[str, ...] | None:
-    """All that `caption_in_use` makes of a caption over a run; None where tags or wildcards vary it freely."""
+def caption_variants(caption: str, subset: SubsetConfig) -> tuple[str, ...] | None:
+    """All that `apply_caption_options` makes of a caption over a run; None where tags or wildcards vary it freely."""
     texts = []
     for line in _lines(caption) if subset.enable_wildcard else [caption]:
         if subset.enable_wildcard and has_choice(_framed(line, subset)):
@@ -120,14 +120,14 @@ def possible_captions(caption: str, subset: SubsetConfig) -> tuple[str, ...] | N
         text = _filled_in(line, subset, keyed_generator)
         if _vary(split_parts(text, subset).loose, subset):
             return None
-        texts.append(_arranged(text, subset, CaptionUse(1, 0, 1), keyed_generator))
+        texts.append(_arranged(text, subset, CaptionContext(1, 0, 1), keyed_generator))
     if subset.caption_dropout_rate or subset.caption_dropout_every_n_epochs:
         texts.append("")
     return tuple(dict.fromkeys(texts))
 
 
 def longest_captions(caption: str, subset: SubsetConfig) -> list[str]:
-    """What `caption_in_use` makes of each line of a caption at most: with all tags, and the longest of wildcards."""
+    """What `apply_caption_options` makes of each line of a caption at most: all tags, longest wildcards."""
     lines = [_framed(line, subset) for line in (_lines(caption) if subset.enable_wildcard else [caption])]
     if subset.enable_wildcard:
         lines = [_WILDCARD.sub(_longest_part, line) for line in lines]
@@ -189,12 +189,12 @@ def _framed(line: str, subset: SubsetConfig) -> str:
     return " ".join(filter(None, (subset.caption_prefix, line, subset.caption_suffix)))
 
 
-def _filled_in(line: str, subset: SubsetConfig, generator: Generators) -> str:
+def _filled_in(line: str, subset: SubsetConfig, generator: RngFactory) -> str:
     text = _framed(line, subset)
     return fill_wildcards(text, generator("wildcard")) if subset.enable_wildcard else text
 
 
-def _is_dropped(subset: SubsetConfig, epoch: int, generator: Generators) -> bool:
+def _is_dropped(subset: SubsetConfig, epoch: int, generator: RngFactory) -> bool:
     every = subset.caption_dropout_every_n_epochs
     if every and epoch % every == 0:
         return True
@@ -211,7 +211,7 @@ def _vary(loose: Sequence[str], subset: SubsetConfig) -> bool:
     )
 
 
-def _arranged(text: str, subset: SubsetConfig, use: CaptionUse | None, generator: Generators) -> str:
+def _arranged(text: str, subset: SubsetConfig, use: CaptionContext | None, generator: RngFactory) -> str:
     """The text with its tags as this use has them, or all of them; unchanged where nothing is to be done to them."""
     parts = split_parts(text, subset)
     if _vary(parts.loose, subset) or (subset.keep_tokens_separator and subset.keep_tokens_separator in text):
@@ -221,7 +221,7 @@ def _arranged(text: str, subset: SubsetConfig, use: CaptionUse | None, generator
     return text.replace(subset.secondary_separator, subset.caption_separator) if subset.secondary_separator else text
 
 
-def _chosen(loose: Sequence[str], subset: SubsetConfig, use: CaptionUse, generator: Generators) -> list[str]:
+def _chosen(loose: Sequence[str], subset: SubsetConfig, use: CaptionContext, generator: RngFactory) -> list[str]:
     """The loose tags that this use has, in its order."""
     tags = list(loose[: tags_after(use.step, len(loose), subset, use.total_steps)])
     if subset.shuffle_caption:

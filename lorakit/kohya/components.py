@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from lorakit.components import Component, LRSchedulerConfig, OptimizerConfig
-from lorakit.config.tables import field_names
+from lorakit.api.components import Component, LRSchedulerConfig, OptimizerConfig
+from lorakit.config.table_reader import field_names
 from lorakit.errors import ConfigError, PluginError, Problem
-from lorakit.kohya.drafts import Command, Draft, Setting
+from lorakit.kohya.draft import Command, Draft, Setting
+from lorakit.kohya.option_status import OptionStatus
 from lorakit.kohya.options import OPTIONS
-from lorakit.kohya.states import State
-from lorakit.plugins import Catalog
+from lorakit.plugins.catalog import Catalog
 
 ComponentT = TypeVar("ComponentT", bound=Component)
 
@@ -55,7 +55,7 @@ def write_optimizer(command: Command, draft: Draft, catalog: Catalog) -> None:
     component = _component(catalog, OptimizerConfig, name)
     if component is None:
         cure = f"install the plugin {GUESTS[name]}" if name in GUESTS else "choose another"
-        draft.leave_out(option, command.get(option), f"`lorakit check` refuses the config; {cure}")
+        draft.mark_unsupported(option, command.get(option), f"`lorakit check` refuses the config; {cure}")
     _write_arguments("optimizer", component, command, draft)
     if name == "adafactor":
         for key, value in ADAFACTOR_DEFAULTS.items():
@@ -67,7 +67,7 @@ def write_optimizer(command: Command, draft: Draft, catalog: Catalog) -> None:
         return
     for rate in ("learning_rate", "unet_lr", "text_encoder_lr"):
         if command.is_typed(rate):
-            draft.remark(rate, "has no effect, as Adafactor with relative_step=True finds the learning rate itself")
+            draft.note(rate, "has no effect, as Adafactor with relative_step=True finds the learning rate itself")
 
 
 def finds_its_lr(draft: Draft) -> bool:
@@ -101,7 +101,7 @@ def _learning_rates(command: Command, draft: Draft) -> None:
     if rates:
         draft.set("optimizer", "text_encoder_lr", command.setting("text_encoder_lr", rates[0]))
         if len(rates) > 1 and rates[1] != rates[0]:
-            draft.remark("text_encoder_lr", f"{rates[1]:g} has no effect, as networks.lora takes only the first")
+            draft.note("text_encoder_lr", f"{rates[1]:g} has no effect, as networks.lora takes only the first")
 
 
 def write_lr_scheduler(command: Command, draft: Draft, catalog: Catalog) -> None:
@@ -111,14 +111,14 @@ def write_lr_scheduler(command: Command, draft: Draft, catalog: Catalog) -> None
         draft.set("lr_scheduler", "name", Setting("constant", source))
         for other in ("lr_scheduler", "lr_scheduler_type", "lr_scheduler_args", *_SCHEDULE_OPTIONS):
             if command.is_typed(other) and command.get(other) != OPTIONS[other].default:
-                draft.remark(other, f"has no effect: {source}")
+                draft.note(other, f"has no effect: {source}")
         return
     option, name = _schedule_name(command)
     draft.set("lr_scheduler", "name", command.setting(option, name))
     component = _component(catalog, LRSchedulerConfig, name)
     if component is None:
         reason = "`lorakit check` refuses the config until lr_scheduler.name names another"
-        draft.leave_out(option, name, reason)
+        draft.mark_unsupported(option, name, reason)
     _refuse_schedule(command, option, name)
     for other, key in _SCHEDULE_OPTIONS.items():
         is_default = command.get(other) == OPTIONS[other].default
@@ -126,8 +126,8 @@ def write_lr_scheduler(command: Command, draft: Draft, catalog: Catalog) -> None
             continue
         if component is None or key in field_names(component):
             draft.set("lr_scheduler", key, command.setting(other))
-        elif command.state(other) is State.WORKS and command.is_typed(other):
-            draft.remark(other, f"has no effect with --{option}={command.get(option)}")
+        elif command.state(other) is OptionStatus.WORKS and command.is_typed(other):
+            draft.note(other, f"has no effect with --{option}={command.get(option)}")
     _write_arguments("lr_scheduler", component, command, draft)
 
 
@@ -165,10 +165,10 @@ def _refuse_schedule(command: Command, option: str, name: str) -> None:
 def _write_arguments(section: str, component: type[Component] | None, command: Command, draft: Draft) -> None:
     """Write those of a component's `key=value` arguments that it takes; all of them where there is none to ask."""
     option = f"{section}_args"
-    values = command.literals(option)
+    values = command.parse_literals(option)
     known = field_names(component) if component else [*values]
     name = draft.sections[section]["name"].value
-    if component and component.by_path:
+    if component and component.takes_import_path:
         given = {key: _as_list(value) for key, value in values.items() if _fits_toml(value)}
         if given:
             draft.set(section, "args", Setting(given, f"--{option}"))
@@ -177,8 +177,8 @@ def _write_arguments(section: str, component: type[Component] | None, command: C
         if key in IMPLIED_ARGS.get(name, ()) and value is True:
             continue
         if key not in known or not _fits_toml(value):
-            draft.leave_out(option, f"{key}={value}")
-        elif not (component and component.by_path):
+            draft.mark_unsupported(option, f"{key}={value}")
+        elif not (component and component.takes_import_path):
             draft.set(section, key, Setting(_as_list(value), f"--{option} {key}"))
 
 

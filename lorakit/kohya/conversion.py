@@ -7,20 +7,20 @@ from typing import Any
 
 import attrs
 
-from lorakit.config.reading import config_from_tables
-from lorakit.config.sections import TrainingSection
+from lorakit.config.load import config_from_tables
+from lorakit.config.train_config import TrainingSection
 from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.components import write_lr_scheduler, write_optimizer
 from lorakit.kohya.datasets import FOLDER_OPTIONS, write_data
-from lorakit.kohya.drafts import Command, Draft, Setting
+from lorakit.kohya.draft import Command, Draft, Setting
 from lorakit.kohya.networks import write_network
 from lorakit.kohya.observers import write_observers
+from lorakit.kohya.option_status import OptionStatus, known_keys, target_of
 from lorakit.kohya.options import OPTIONS, Option
 from lorakit.kohya.options_files import Given
 from lorakit.kohya.previews import write_previews
 from lorakit.kohya.saving import write_saving
-from lorakit.kohya.states import State, known_keys, target_of
-from lorakit.plugins import Catalog
+from lorakit.plugins.catalog import Catalog
 
 _NOTHING_AT_ZERO = frozenset({"vae_batch_size", "lr_scheduler_num_cycles"})
 """Options with a default for which 0 is no number of anything."""
@@ -78,9 +78,9 @@ def _write_plainly(option: Option, command: Command, draft: Draft) -> None:
     state = command.state(option.name)
     if option.name in FOLDER_OPTIONS and command.get("dataset_config"):
         return
-    if state is State.LATER and is_given and value not in (0, "", []):
-        draft.leave_out(option.name, value, option.later)
-    if state is not State.WORKS or option.special:
+    if state is OptionStatus.UNSUPPORTED and is_given and value not in (0, "", []):
+        draft.mark_unsupported(option.name, value, option.later)
+    if state is not OptionStatus.WORKS or option.special:
         return
     section, key, flag_value = target_of(option)
     default = command.keys[option.key.partition(" = ")[0]]
@@ -106,7 +106,7 @@ def _copied(option: Option, value: Any, command: Command) -> Any:
 def _model(command: Command, draft: Draft) -> None:
     name = "pretrained_model_name_or_path"
     draft.set("model", "path", command.setting(name, command.model_path(command.get(name))))
-    if command.state("v_parameterization") is State.WORKS:
+    if command.state("v_parameterization") is OptionStatus.WORKS:
         is_velocity = command.get("v_parameterization")
         source = "--v_parameterization" + ("" if is_velocity else " is absent")
         draft.set("model", "prediction", Setting("v_prediction" if is_velocity else "epsilon", source))
@@ -114,7 +114,7 @@ def _model(command: Command, draft: Draft) -> None:
 
 def _base_weights(command: Command, draft: Draft) -> None:
     """LoRA files to merge; sd-scripts merges those for which there is no number with 1, and leaves numbers over."""
-    if command.state("base_weights") is not State.WORKS:
+    if command.state("base_weights") is not OptionStatus.WORKS:
         return
     paths, multipliers = command.get("base_weights"), command.get("base_weights_multiplier")
     if paths:
@@ -124,7 +124,7 @@ def _base_weights(command: Command, draft: Draft) -> None:
         draft.set("model", "base_weights_multipliers", command.setting("base_weights_multiplier", used))
     if left:
         numbers = " ".join(f"{number:g}" for number in left)
-        draft.remark("base_weights_multiplier", f"{numbers} has no effect, as --base_weights names no more files")
+        draft.note("base_weights_multiplier", f"{numbers} has no effect, as --base_weights names no more files")
 
 
 def _attention(command: Command, draft: Draft) -> None:
@@ -136,7 +136,7 @@ def _attention(command: Command, draft: Draft) -> None:
 def _training(command: Command, draft: Draft) -> None:
     if command.get("max_train_epochs"):
         if command.is_typed("max_train_steps"):
-            draft.remark("max_train_steps", "has no effect beside --max_train_epochs")
+            draft.note("max_train_steps", "has no effect beside --max_train_epochs")
     elif command.get("max_train_steps"):
         draft.set("training", "max_steps", command.setting("max_train_steps"))
     else:
@@ -155,9 +155,9 @@ def _compiling(command: Command, draft: Draft) -> None:
     backend = command.get("dynamo_backend")
     if not command.get("torch_compile"):
         if command.is_typed("dynamo_backend"):
-            draft.remark("dynamo_backend", "has no effect without --torch_compile")
+            draft.note("dynamo_backend", "has no effect without --torch_compile")
     elif backend == "no":
-        draft.remark("torch_compile", "has no effect with --dynamo_backend=no")
+        draft.note("torch_compile", "has no effect with --dynamo_backend=no")
     else:
         draft.set("training", "compile", command.setting("torch_compile"))
         if "dynamo_backend" in command.given:

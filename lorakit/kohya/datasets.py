@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorakit.config.data_tables import SECTION_KEYS
+from lorakit.config.dataset_tables import SECTION_KEYS
 from lorakit.config.toml_files import read_toml
 from lorakit.errors import ConfigError, Problem
-from lorakit.kohya.drafts import Command, Draft, Setting, Table
+from lorakit.kohya.draft import Command, Draft, Setting, Table
+from lorakit.kohya.option_status import OptionStatus
 from lorakit.kohya.options_files import UNSAID
-from lorakit.kohya.states import State
 
 FOLDER_OPTIONS = ("train_data_dir", "reg_data_dir", "in_json")
 """What says on which images to train where there is no dataset file."""
@@ -60,7 +60,7 @@ def _bucket_steps(command: Command, draft: Draft) -> Table:
     steps, least = command.get("bucket_reso_steps"), 8
     if not 0 < steps < least:
         return {}
-    draft.remark("bucket_reso_steps", f"{steps} is {least} here, as sides of latents are whole with sd-scripts, too")
+    draft.note("bucket_reso_steps", f"{steps} is {least} here, as sides of latents are whole with sd-scripts, too")
     return {"bucket_reso_steps": command.setting("bucket_reso_steps", least)}
 
 
@@ -69,7 +69,7 @@ def _face_crop(command: Command, draft: Draft) -> Table:
     if text is None:
         return {}
     if command.get("enable_bucket"):
-        draft.remark("face_crop_aug_range", "has no effect beside --enable_bucket")
+        draft.note("face_crop_aug_range", "has no effect beside --enable_bucket")
         return {}
     try:
         low, high = (float(number) for number in text.split(","))
@@ -90,7 +90,7 @@ def _from_file(command: Command, draft: Draft, shared: Table) -> None:
     """The dataset file; its tables where they would mean something else when read from the config's folder."""
     for name in FOLDER_OPTIONS:
         if name in command.given:
-            draft.remark(name, "has no effect beside --dataset_config")
+            draft.note(name, "has no effect beside --dataset_config")
     name = command.get("dataset_config")
     path = command.on_disk(name)
     if {"caption_extension", "caption_extention"} & command.given.keys():
@@ -106,12 +106,12 @@ def _from_file(command: Command, draft: Draft, shared: Table) -> None:
         return
     draft.set("data", "config", command.setting("dataset_config", command.path(name)))
     for key in shared:
-        draft.remark("dataset_config", f"is to say {key} = {shared[key].value!r}, from {shared[key].source}")
+        draft.note("dataset_config", f"is to say {key} = {shared[key].value!r}, from {shared[key].source}")
     if tables and not _says("caption_extension", tables):
         message = (
             f"{name} has no caption_extension: sd-scripts reads .caption files then, lorakit .txt files before those"
         )
-        draft.remark("caption_extension", message)
+        draft.note("caption_extension", message)
 
 
 def _is_elsewhere(command: Command, path: Path, tables: Mapping[str, Any]) -> bool:
@@ -165,14 +165,14 @@ def _from_folders(command: Command, draft: Draft, shared: Table) -> None:
     folder = command.get("train_data_dir")
     if command.get("in_json"):
         subset = {"image_dir": command.setting("train_data_dir", command.path(folder))}
-        if command.state("in_json") is State.WORKS:
+        if command.state("in_json") is OptionStatus.WORKS:
             subset["metadata_file"] = command.setting("in_json", command.path(command.get("in_json")))
         draft.datasets = [(shared, [{**subset, "num_repeats": command.setting("dataset_repeats")}])]
         return
     if "dataset_repeats" in command.given:
-        draft.remark("dataset_repeats", "has no effect: the names of the folders say how often images are repeated")
+        draft.note("dataset_repeats", "has no effect: the names of the folders say how often images are repeated")
     subsets = _subsets(command, draft, "train_data_dir")
-    if command.get("reg_data_dir") and command.state("reg_data_dir") is State.WORKS:
+    if command.get("reg_data_dir") and command.state("reg_data_dir") is OptionStatus.WORKS:
         is_reg = {"is_reg": command.setting("reg_data_dir", value=True)}
         subsets += [{**subset, **is_reg} for subset in _subsets(command, draft, "reg_data_dir")]
     draft.datasets = [(shared, subsets)]
@@ -187,13 +187,13 @@ def _subsets(command: Command, draft: Draft, option: str) -> list[Table]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         if command.sources.get(option) != UNSAID:
-            draft.remark(option, f"{name} cannot be looked into for folders named NUMBER_words: {reason}")
+            draft.note(option, f"{name} cannot be looked into for folders named NUMBER_words: {reason}")
         return [{"image_dir": command.setting(option, command.path(name))}]
     found: list[Table] = []
     for subfolder in subfolders:
         number, _, words = subfolder.name.partition("_")
         if not _has_repeats(subfolder):
-            draft.remark(option, f"{subfolder.name} is left out, as its name does not start with a number of repeats")
+            draft.note(option, f"{subfolder.name} is left out, as its name does not start with a number of repeats")
             continue
         path = command.path(os.path.join(name, subfolder.name))  # noqa: PTH118 - keeps the path as it was typed
         table = {"image_dir": command.setting(option, path), "num_repeats": Setting(int(number), "the folder's name")}

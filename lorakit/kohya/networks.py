@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 
 from attrs import frozen
 
-from lorakit.blocks import STABLE_DIFFUSION, Side, curve
-from lorakit.class_paths import problems_of
-from lorakit.components import NetworkConfig
-from lorakit.config.tables import field_names
+from lorakit.api.block_layout import STABLE_DIFFUSION, Side, curve
+from lorakit.api.components import NetworkConfig
+from lorakit.config.table_reader import field_names
 from lorakit.errors import ConfigError, PluginError, Problem
-from lorakit.kohya.drafts import Command, Draft, Setting
+from lorakit.kohya.draft import Command, Draft, Setting
 from lorakit.kohya.scripts import refuse_other_model
-from lorakit.plugins import Catalog
+from lorakit.plugins.catalog import Catalog
+from lorakit.plugins.import_path import check_import_path
 
 LORA_MODULE = "networks.lora"
 """sd-scripts' own network module, and the name that tools know LoRA networks by."""
@@ -130,7 +130,7 @@ def write_network(command: Command, draft: Draft, catalog: Catalog) -> None:
     values = {key: _value(key, text) for key, text in args.items()}
     for key, reason in _without_effect(values, command.get("dim_from_weights")):
         del values[key]
-        draft.remark("network_args", f"{key}={args[key]} has no effect {reason}")
+        draft.note("network_args", f"{key}={args[key]} has no effect {reason}")
     _drop_sizes(command, draft)
     source = next((f"--network_args {key}" for key in ("conv_dim", "conv_block_dims") if key in values), "")
     draft.set("network", "name", Setting("c3lier" if source else "lierla", source or "--network_module"))
@@ -148,19 +148,19 @@ def _write_other(module: str, args: Mapping[str, str], command: Command, draft: 
     draft.set("network", "name", command.setting("network_module"))
     for option, key in _OF_LORA_ALONE.items():
         if draft.sections["network"].pop(key, None) is not None:
-            draft.leave_out(option, command.get(option), f"the adapters of {module} have nothing like it")
+            draft.mark_unsupported(option, command.get(option), f"the adapters of {module} have nothing like it")
     if args:
         draft.set("network", "args", Setting(dict(args), "--network_args"))
     try:
         catalog.find(NetworkConfig, module)
-        is_there = module not in _CURES or not any(problems_of(module))
+        is_there = module not in _CURES or not any(check_import_path(module))
     except PluginError:
         is_there = False
     if not is_there:
         cure = _CURES.get(module, "install the plugin lorakit-network-modules")
         if module == "lycoris.kohya" and args.get("algo", "lora") in ("lora", "locon"):
             cure += ', or take network.name = "c3lier" with conv_rank and conv_alpha, which is LoCon'
-        draft.leave_out("network_module", module, f"`lorakit check` refuses the config; {cure}")
+        draft.mark_unsupported("network_module", module, f"`lorakit check` refuses the config; {cure}")
 
 
 def _value(key: str, text: str) -> Value:
@@ -196,7 +196,7 @@ def _drop_sizes(command: Command, draft: Draft) -> None:
     if command.get("dim_from_weights"):
         for name, key in _OPTIONS_NOT_FROM_WEIGHTS.items():
             if draft.sections.get("network", {}).pop(key, None) is not None and name in command.given:
-                draft.remark(name, "has no effect with --dim_from_weights")
+                draft.note(name, "has no effect with --dim_from_weights")
 
 
 def _write_values(values: Mapping[str, Value], command: Command, draft: Draft, catalog: Catalog) -> None:
@@ -218,7 +218,7 @@ def _write_values(values: Mapping[str, Value], command: Command, draft: Draft, c
         if NETWORK_ARGS[key].key in known:
             draft.set("network", NETWORK_ARGS[key].key, Setting(value, f"--network_args {key}"))
         else:
-            draft.leave_out("network_args", f"{key}={given}")
+            draft.mark_unsupported("network_args", f"{key}={given}")
 
 
 def _as_long_as_side(key: str, numbers: list[int] | list[float], draft: Draft) -> list[float]:
@@ -226,7 +226,7 @@ def _as_long_as_side(key: str, numbers: list[int] | list[float], draft: Draft) -
     length = len(STABLE_DIFFUSION.numbers(_SIDES[key]))
     if len(numbers) != length:
         done = "filled up with 1" if len(numbers) < length else "cut off"
-        draft.remark("network_args", f"{key} has {len(numbers)} numbers, which are {done} to make {length}")
+        draft.note("network_args", f"{key} has {len(numbers)} numbers, which are {done} to make {length}")
     return [float(number) for number in numbers[:length]] + [1.0] * (length - len(numbers))
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lorakit.components import ObserverConfig
+from lorakit.api.components import ObserverConfig
 from lorakit.config.toml_files import read_toml
 from lorakit.errors import ConfigError, Problem
-from lorakit.kohya.drafts import Command, Draft, Setting, Table
+from lorakit.kohya.draft import Command, Draft, Setting, Table
 from lorakit.kohya.options import HUB, OPTIONS
-from lorakit.plugins import Catalog
+from lorakit.plugins.catalog import Catalog
 
 _TRACKER_KEYS: Mapping[str, type] = {"entity": str, "group": str, "tags": list, "notes": str}
 """Settings of Weights & Biases in a file for --log_tracker_config that an observer has too."""
@@ -33,7 +33,7 @@ def write_observers(command: Command, draft: Draft, catalog: Catalog) -> None:
         draft.observers.append(_wandb(command, draft))
         plugin = OPTIONS["wandb_run_name"].plugin
         if "wandb" not in catalog.of_kind(ObserverConfig):
-            draft.remark("log_with", f"{kind} needs the plugin {plugin}: pip install {plugin}")
+            draft.note("log_with", f"{kind} needs the plugin {plugin}: pip install {plugin}")
     else:
         _tell_unused(command, draft, "log_with=wandb", ("log_tracker_config", "wandb_run_name"))
     if command.get("huggingface_repo_id"):
@@ -46,7 +46,7 @@ def write_observers(command: Command, draft: Draft, catalog: Catalog) -> None:
 def _tell_unused(command: Command, draft: Draft, missing: str, options: Iterable[str]) -> None:
     for option in options:
         if command.get(option) and command.is_typed(option):
-            draft.remark(option, f"has no effect without --{missing}")
+            draft.note(option, f"has no effect without --{missing}")
 
 
 def _tensorboard(command: Command, folder: str) -> Table:
@@ -71,7 +71,7 @@ def _wandb(command: Command, draft: Draft) -> Table:
     if command.get("wandb_run_name"):
         observer["run_name"] = command.setting("wandb_run_name")
     if command.get("wandb_api_key"):
-        draft.remark("wandb_api_key", "is not written into a file: call `wandb login` once, or set WANDB_API_KEY")
+        draft.note("wandb_api_key", "is not written into a file: call `wandb login` once, or set WANDB_API_KEY")
     return observer
 
 
@@ -81,7 +81,7 @@ def _tracker_settings(command: Command, draft: Draft) -> Table:
     try:
         settings: Any = read_toml(command.on_disk(name)).get("wandb", {})
     except ValueError as error:
-        draft.remark("log_tracker_config", f"{name} {error}")
+        draft.note("log_tracker_config", f"{name} {error}")
         return {}
     found: Table = {}
     for key, value in settings.items() if isinstance(settings, Mapping) else ():
@@ -89,7 +89,7 @@ def _tracker_settings(command: Command, draft: Draft) -> Table:
         if isinstance(value, _TRACKER_KEYS.get(key, str if key == "name" else ())):
             found[target] = Setting(value, f"--log_tracker_config {key}")
         else:
-            draft.leave_out("log_tracker_config", name, f"its key {key} is left out")
+            draft.mark_unsupported("log_tracker_config", name, f"its key {key} is left out")
     return found
 
 
@@ -109,14 +109,14 @@ def _hub(command: Command, draft: Draft) -> Table:
     if command.get("save_state_to_huggingface"):
         observer["states"] = command.setting("save_state_to_huggingface")
     if command.get("huggingface_token"):
-        draft.remark("huggingface_token", "is not written into a file: call `hf auth login` once, or set HF_TOKEN")
+        draft.note("huggingface_token", "is not written into a file: call `hf auth login` once, or set HF_TOKEN")
     return observer
 
 
 def _write_validation(command: Command, draft: Draft) -> None:
     """How often to validate, where that is not after each epoch on everything, which lorakit does by itself."""
     if command.get("in_json") and command.get("validation_split") and not command.get("dataset_config"):
-        draft.remark("validation_split", "holds out images here; sd-scripts trains on all images of --in_json")
+        draft.note("validation_split", "holds out images here; sd-scripts trains on all images of --in_json")
     options = {
         "every_n_epochs": "validate_every_n_epochs",
         "every_n_steps": "validate_every_n_steps",

@@ -1,6 +1,6 @@
 """All options of sd-scripts' `train_network.py`, and what does the same in lorakit.
 
-A row that names a key works as soon as lorakit has that key; see `lorakit.kohya.states`.
+A row that names a key works as soon as lorakit has that key; see `lorakit.kohya.option_status`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any
 from attrs import Factory, frozen
 
 from lorakit.config.toml_files import read_toml
-from lorakit.config.values import shown
+from lorakit.config.values import toml_repr
 from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.options import OPTIONS, Option
 
@@ -122,7 +122,7 @@ def _value(option: Option, value: Any) -> Any:
     kind = option.kind
     if kind in ("texts", "floats"):
         return _list(kind, value)
-    wrong = f"must be {WORDS[kind]}, not {shown(value)}"
+    wrong = f"must be {WORDS[kind]}, not {toml_repr(value)}"
     if kind == "flag":
         found: Any = _FLAGS.get(str(value).lower())
     elif kind in ("text", "path"):
@@ -168,7 +168,7 @@ def _list(kind: str, value: Any) -> list[Any]:
     else:
         found = [number for number in (_number("float", item) for item in items) if number is not None]
     if len(found) != len(items):
-        raise ValueError(f"must be {WORDS[kind]}, not {shown(value)}")
+        raise ValueError(f"must be {WORDS[kind]}, not {toml_repr(value)}")
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PureWindowsPath
 
 from lorakit.errors import ConfigError, Problem
-from lorakit.kohya.drafts import Command, Draft
+from lorakit.kohya.draft import Command, Draft
 
 
 def write_previews(command: Command, draft: Draft) -> None:
@@ -13,7 +13,7 @@ def write_previews(command: Command, draft: Draft) -> None:
     counts = [name for name in ("sample_every_n_epochs", "sample_every_n_steps") if (command.get(name) or 0) > 0]
     for name in ("sample_every_n_epochs", "sample_every_n_steps"):
         if command.is_typed(name) and name not in counts:
-            draft.remark(name, f"{command.get(name)} means never")
+            draft.note(name, f"{command.get(name)} means never")
     asked = [*counts, *(["sample_at_first"] if command.get("sample_at_first") else [])]
     if asked and not command.get("sample_prompts") and not any(map(command.is_typed, asked)):
         source, hint = command.sources[asked[0]], "add --sample_prompts=FILE behind the file"
@@ -24,10 +24,10 @@ def write_previews(command: Command, draft: Draft) -> None:
     if not asked:
         for name in ("sample_prompts", "sample_sampler"):
             if command.is_typed(name):
-                draft.remark(name, "has no effect without --sample_every_n_epochs or --sample_every_n_steps")
+                draft.note(name, "has no effect without --sample_every_n_epochs or --sample_every_n_steps")
         return
     if len(counts) == 2:
-        draft.remark("sample_every_n_steps", "has no effect beside --sample_every_n_epochs")
+        draft.note("sample_every_n_steps", "has no effect beside --sample_every_n_epochs")
         asked.remove("sample_every_n_steps")
     observer = {
         "name": command.setting("sample_prompts", "samples"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 
 from lorakit.errors import ConfigError, Problem
-from lorakit.kohya.drafts import Command, Draft
+from lorakit.kohya.draft import Command, Draft
 
 PRECISIONS: Mapping[str, str] = {"float": "fp32", "fp16": "fp16", "bf16": "bf16"}
 """lorakit's names of the number formats of --save_precision."""
@@ -45,12 +45,12 @@ def _keep_last(command: Command, draft: Draft, key: str, ending: str) -> None:
         kept[of_steps] = steps // every + 1
     for name, value in ((of_epochs, epochs), (of_steps, steps)):
         if value and name not in kept:
-            draft.remark(name, "has no effect, as nothing is saved every so many epochs or steps")
+            draft.note(name, "has no effect, as nothing is saved every so many epochs or steps")
     if kept:
         name, count = max(kept.items(), key=lambda item: item[1])
         draft.set("output", key, command.setting(name, count))
         if len(kept) > 1:
-            draft.remark(min(kept, key=lambda item: kept[item]), f"counts with --{name} here: {count} saves are kept")
+            draft.note(min(kept, key=lambda item: kept[item]), f"counts with --{name} here: {count} saves are kept")
 
 
 def _resume(command: Command, draft: Draft) -> None:
@@ -59,16 +59,18 @@ def _resume(command: Command, draft: Draft) -> None:
     if not state:
         return
     if command.get("resume_from_huggingface"):
-        draft.leave_out("resume", state, "the state is on the Hub: fetch it with `hf download`, and name its folder")
+        draft.mark_unsupported(
+            "resume", state, "the state is on the Hub: fetch it with `hf download`, and name its folder"
+        )
         return
     folder = command.on_disk(state)
     _refuse_other_states(state, folder)
     names = [name for name in _WEIGHTS_OF_A_STATE if (folder / name).is_file()]
     file = f"{state.rstrip('/')}/{(names or _WEIGHTS_OF_A_STATE)[0]}"
     draft.set("network", "weights", command.setting("resume", command.path(file)))
-    draft.remark("resume", "gives the weights alone: optimizer and schedule start anew, at the first step")
+    draft.note("resume", "gives the weights alone: optimizer and schedule start anew, at the first step")
     if command.get("network_weights"):
-        draft.remark("network_weights", "has no effect beside --resume")
+        draft.note("network_weights", "has no effect beside --resume")
 
 
 def _refuse_other_states(state: str, folder: Path) -> None:

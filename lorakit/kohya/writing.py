@@ -8,7 +8,7 @@ from typing import Any
 
 import tomlkit
 
-from lorakit.kohya.drafts import Draft, Table
+from lorakit.kohya.draft import Draft, Table
 
 _SECTIONS = (
     "model",

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from attrs import evolve, field, frozen
 from attrs import validators as v
 
-from lorakit.blocks import BlockLayout, Side, curve
-from lorakit.components import ModelFamilyConfig
+from lorakit.api.block_layout import BlockLayout, Side, curve
+from lorakit.api.components import ModelFamilyConfig
 from lorakit.errors import Problem
 from lorakit.networks.config import LoRAConfig
 
 if TYPE_CHECKING:
-    from lorakit.config.sections import TrainConfig
-    from lorakit.models.protocol import AdaptationTarget
+    from lorakit.config.train_config import TrainConfig
+    from lorakit.models.interfaces import AdaptationTarget
     from lorakit.networks.lora import LRFactors
     from lorakit.networks.starting import StartingFile
 
@@ -33,7 +33,7 @@ def _curve_or_numbers(_: object, __: object, value: str | tuple[float, ...] | No
         raise ValueError(f"must be numbers from 0 up, not {min(value):g}")
 
 
-def numbers_of_blocks(validator: Any) -> Any:
+def per_block(validator: Any) -> Any:
     """A field for a list with one number for each block, each of which the validator checks; it may be absent."""
     each: Any = v.deep_iterable(validator)
     return field(default=None, validator=v.optional(each))
@@ -45,15 +45,15 @@ class BlockwiseLoRAConfig(LoRAConfig):
 
     size_keys: ClassVar[tuple[str, ...]] = (*LoRAConfig.size_keys, "block_ranks", "block_alphas")
 
-    block_ranks: tuple[int, ...] | None = numbers_of_blocks(v.ge(0))
+    block_ranks: tuple[int, ...] | None = per_block(v.ge(0))
     """Ranks for the blocks of the U-Net instead of `rank`, 25 for Stable Diffusion; a block of rank 0 gets no
     adapters."""
-    block_alphas: tuple[float, ...] | None = numbers_of_blocks(v.gt(0))
+    block_alphas: tuple[float, ...] | None = per_block(v.gt(0))
     """Alphas for the blocks of the U-Net instead of `alpha`, 25 for Stable Diffusion."""
     down_lr_weight: str | tuple[float, ...] | None = field(default=None, validator=_curve_or_numbers)
     """What multiplies the learning rate of the U-Net in its blocks on the way down: 12 numbers for Stable Diffusion, or
     one of `sine`, `cosine`, `linear`, `reverse_linear`, `zeros`, with, say, `+0.25` behind it."""
-    mid_lr_weight: tuple[float, ...] | None = numbers_of_blocks(v.ge(0))
+    mid_lr_weight: tuple[float, ...] | None = per_block(v.ge(0))
     """The same for the blocks in the middle, of which Stable Diffusion has one."""
     up_lr_weight: str | tuple[float, ...] | None = field(default=None, validator=_curve_or_numbers)
     """The same for the blocks on the way up: 12 numbers for Stable Diffusion, or one of the names."""
@@ -103,7 +103,7 @@ class BlockwiseLoRAConfig(LoRAConfig):
         adapted = [factor > 0 and any(own is None or own[n] for own in ranks) for n, factor in enumerate(factors)]
         if self.parts == ("unet",) and not any(adapted):
             yield Problem("parts", "is the U-Net, of which no block has both a rank and a learning rate above zero")
-        if not optimizer.keeps_lr_factors and set(factors) - {0.0, 1.0}:
+        if not optimizer.supports_lr_multipliers and set(factors) - {0.0, 1.0}:
             hint = "give only 0 and 1, or choose another optimizer"
             for key in filter(lambda key: getattr(self, key) is not None, LR_WEIGHTS.values()):
                 yield Problem(key, f"cannot be used with {optimizer.name}, which finds one learning rate for all", hint)

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, ClassVar
 from attrs import field, fields, frozen
 from attrs import validators as v
 
-from lorakit.components import NetworkConfig
+from lorakit.api.components import NetworkConfig
 from lorakit.errors import AdapterError, ModelError, Problem
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lorakit.config.sections import TrainConfig
-    from lorakit.models.protocol import AdaptationTarget
+    from lorakit.config.train_config import TrainConfig
+    from lorakit.models.interfaces import AdaptationTarget
     from lorakit.networks.lora import LRFactors
     from lorakit.networks.network import Network
     from lorakit.networks.starting import StartingFile
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _LARGEST_USUAL_RANK = 512
 _SMALLEST_USUAL_SCALE = 128  # alpha 1 with rank 128 is much used
 
-Size = tuple[int, float, float]
+RankAlphas = tuple[int, float, float]
 """Rank of an adapter, its alpha, and the alpha that files hold for it."""
 
 
@@ -125,7 +125,7 @@ class LoRAConfig(NetworkConfig):
         """Learning rates that vary where the optimizer can have only one, and a file that is not for this network."""
         optimizer = config.optimizer
         ratios = {key for part in self.parts if (key := self._loraplus_key(part))}
-        for key in sorted(ratios if not optimizer.keeps_lr_factors else ()):
+        for key in sorted(ratios if not optimizer.supports_lr_multipliers else ()):
             if getattr(self, key) != 1:
                 hint = "leave it out, or choose another optimizer"
                 yield Problem(key, f"cannot be used with {optimizer.name}, which finds one learning rate for all", hint)
@@ -176,19 +176,19 @@ class LoRAConfig(NetworkConfig):
         key = self._loraplus_key(part)
         return getattr(self, key) if key else None
 
-    def _size(self, target: AdaptationTarget) -> Size | None:
+    def _size(self, target: AdaptationTarget) -> RankAlphas | None:
         size = self.rank_and_alpha(target)
         if size is None:
             return None
         rank, alpha = size
         return rank, alpha * math.sqrt(rank) if self.rank_stabilized else alpha, self.file_alpha(target)
 
-    def _sizes_in_weights(self, targets: Sequence[AdaptationTarget]) -> Callable[[AdaptationTarget], Size | None]:
+    def _sizes_in_weights(self, targets: Sequence[AdaptationTarget]) -> Callable[[AdaptationTarget], RankAlphas | None]:
         """The sizes of the adapters in the file that `weights` names, whose most common alpha files will hold."""
-        from lorakit.networks.saving import ranks_and_alphas, starting_tensors
+        from lorakit.networks.adapter_file import load_initial_weights, ranks_and_alphas
 
         if self.weights is None:
             raise ValueError("rank_from_weights needs weights")
-        found = ranks_and_alphas(starting_tensors(self.weights, {target.key for target in targets}))
+        found = ranks_and_alphas(load_initial_weights(self.weights, {target.key for target in targets}))
         common = Counter(alpha for _, alpha in found.values()).most_common(1)
         return lambda target: (*found[target.key], common[0][0]) if target.key in found else None

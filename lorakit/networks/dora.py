@@ -20,8 +20,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lorakit.networks.dropout import AdapterDropout, DropoutRates
-from lorakit.networks.functions import autocast_device, low_rank_operation
 from lorakit.networks.lora import LoRAModule
+from lorakit.networks.lora_function import autocast_device, low_rank_operation
 
 
 class DoRAModule(LoRAModule):

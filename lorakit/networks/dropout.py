@@ -16,7 +16,7 @@ from attrs import field, frozen
 from attrs import validators as v
 from torch import Tensor
 
-from lorakit.randomness import derived_seed
+from lorakit.utils.rng import derived_seed
 
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
@@ -85,11 +85,11 @@ class AdapterDropout:
 
     def _neurons(self, stream: Tensor, gamma: Tensor, hidden: Tensor) -> Tensor:
         places = torch.arange(_FIRST_NEURON, _FIRST_NEURON + hidden.numel() // len(stream), device=stream.device)
-        kept = _survives(_numbers(stream, gamma, places), self._rate)
+        kept = _keep_mask(_numbers(stream, gamma, places), self._rate)
         return kept.view(hidden.shape).to(hidden.dtype).div_(1 - self._rate)
 
 
-class Dropouts:
+class NetworkDropout:
     """The dropout masks of all adapters of a network, for one micro-batch after another."""
 
     def __init__(self, rates: DropoutRates, keys: Sequence[str], rank: int) -> None:
@@ -113,8 +113,8 @@ class Dropouts:
             places = torch.arange(1 + self._rank, device=device)
             numbers = _numbers(streams, self._gamma, places)  # [A, B, 1 + rank]
             module, ranks = numbers[:, :, :1], numbers[:, :, 1:]
-            survivors = _survives(module, self.rates.module)
-            surviving_ranks = survivors & _survives(ranks, self.rates.rank)
+            survivors = _keep_mask(module, self.rates.module)
+            surviving_ranks = survivors & _keep_mask(ranks, self.rates.rank)
             factors = (surviving_ranks.float() / (1 - self.rates.rank)).unsqueeze(2).unbind()  # A of [B, 1, rank]
             kept = survivors.squeeze(2).unbind()  # A of [B]
         for adapter, stream, own, own_kept in zip(self.adapters, streams.unbind(), factors, kept, strict=True):
@@ -126,7 +126,7 @@ def _numbers(streams: Tensor, gamma: Tensor, places: Tensor) -> Tensor:
     return _mix(streams.unsqueeze(-1) + places * gamma)
 
 
-def _survives(numbers: Tensor, rate: float) -> Tensor:
+def _keep_mask(numbers: Tensor, rate: float) -> Tensor:
     """True for the share 1 - rate of uniform int64 numbers."""
     return numbers >= int(rate * 2**64) - 2**63
 

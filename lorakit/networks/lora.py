@@ -13,13 +13,13 @@ from attrs import field, frozen
 from torch import Tensor, nn
 
 from lorakit.errors import AdapterError
-from lorakit.models.layers import is_plain
-from lorakit.models.protocol import AdaptationTarget
-from lorakit.networks.dropout import AdapterDropout, DropoutRates, Dropouts
-from lorakit.networks.functions import DrawMask, low_rank_operation
+from lorakit.models.interfaces import AdaptationTarget
+from lorakit.models.memory.layers import is_adaptable
+from lorakit.networks.dropout import AdapterDropout, DropoutRates, NetworkDropout
+from lorakit.networks.lora_function import DropoutMask, low_rank_operation
 from lorakit.networks.max_norm import MaxNorm
 from lorakit.networks.network import AdapterModule, Network
-from lorakit.randomness import keyed_generator
+from lorakit.utils.rng import keyed_generator
 
 _ALPHA_TOLERANCE = 2.0**-8
 """Relative; what the coarsest number format of LoRA files, bfloat16, does to an alpha."""
@@ -38,7 +38,7 @@ class LoRAModule(AdapterModule):
         Raises `AdapterError` for layers of other kinds.
         """
         super().__init__(key, base)
-        if not is_plain(base):
+        if not is_adaptable(base):
             raise AdapterError(f"{key} cannot be adapted: it is neither a linear layer nor a plain 2-D convolution.")
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
         self.file_alpha = alpha if file_alpha is None else file_alpha
@@ -46,7 +46,7 @@ class LoRAModule(AdapterModule):
         device, (out, *inputs) = weight.device, weight.shape
         self.lora_down = nn.Parameter(torch.empty(rank, *inputs, dtype=torch.float32, device=device))
         self.lora_up = nn.Parameter(torch.empty(out, rank, *[1] * len(inputs[1:]), dtype=torch.float32, device=device))
-        self.draw_mask: DrawMask | None = None
+        self.draw_mask: DropoutMask | None = None
         LoRAModule.initialize(self, 0)
 
     @torch.no_grad()
@@ -83,14 +83,14 @@ class LoRAModule(AdapterModule):
             tensors["alpha"] = torch.tensor(self.file_alpha, dtype=torch.float32)
         return tensors
 
-    def misfit(self, tensors: Mapping[str, Tensor]) -> str:
+    def shape_mismatch(self, tensors: Mapping[str, Tensor]) -> str:
         """Names the rank where it differs, and shapes otherwise."""
         down, alpha = tensors["lora_down.weight"], tensors["alpha"]
         if down.ndim and len(down) != self.rank:
             return f"rank {len(down)} in the file, {self.rank} in the config"
         if alpha.numel() == 1 and not math.isfinite(alpha.item()):
             return f"alpha {alpha.item():g} in the file"
-        return super().misfit(tensors)
+        return super().shape_mismatch(tensors)
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -135,10 +135,10 @@ class LoRANetwork(Network):
         self._lr_factors = lr_factors
         adapters = [adapter for adapter in self.adapters if isinstance(adapter, LoRAModule)]
         self._max_norm = MaxNorm(adapters, max_norm) if max_norm else None
-        self._dropouts: Dropouts | None = None
+        self._dropouts: NetworkDropout | None = None
         if rates:
             rank = max(adapter.rank for adapter in adapters)
-            self._dropouts = Dropouts(rates, [adapter.key for adapter in adapters], rank)
+            self._dropouts = NetworkDropout(rates, [adapter.key for adapter in adapters], rank)
             for adapter, dropout in zip(adapters, self._dropouts.adapters, strict=True):
                 adapter.use_dropout(dropout, rates)
 
@@ -158,6 +158,6 @@ class LoRANetwork(Network):
             device = next(self.adapters.parameters()).device
             self._dropouts.begin_batch(sample_seeds.to(device))
 
-    def after_update(self) -> Mapping[str, Tensor]:
+    def on_optimizer_step(self) -> Mapping[str, Tensor]:
         """Scale updates back that have grown beyond the largest norm; gives the norms for logs."""
         return self._max_norm.apply() if self._max_norm else {}

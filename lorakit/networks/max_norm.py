@@ -32,7 +32,7 @@ class MaxNorm:
         shapes: dict[tuple[torch.Size, torch.Size], list[LoRAModule]] = {}
         for adapter in adapters:
             shapes.setdefault((adapter.lora_up.shape, adapter.lora_down.shape), []).append(adapter)
-        self._alike = [_Alike(group) for group in shapes.values()]
+        self._alike = [_ShapeGroup(group) for group in shapes.values()]
         self._limit = limit
 
     @torch.no_grad()
@@ -48,7 +48,7 @@ class MaxNorm:
         }
 
 
-class _Alike:
+class _ShapeGroup:
     """Adapters whose factors have the same shapes, so that they are computed with at once."""
 
     def __init__(self, adapters: Sequence[LoRAModule]) -> None:

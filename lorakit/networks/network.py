@@ -15,7 +15,7 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from lorakit.errors import AdapterError
-from lorakit.models.protocol import AdaptationTarget
+from lorakit.models.interfaces import AdaptationTarget
 
 
 @frozen
@@ -68,7 +68,7 @@ class AdapterModule(nn.Module):
         """What a LoRA file holds: `tensors`, or others of the same effect that more tools understand."""
         return self.tensors()
 
-    def misfit(self, tensors: Mapping[str, Tensor]) -> str:
+    def shape_mismatch(self, tensors: Mapping[str, Tensor]) -> str:
         """Why these tensors (by suffix, all but `derivable` ones there) cannot be loaded; empty if they can."""
         held = self.tensors()
         for suffix, own in (held if held.keys() == tensors.keys() else self.file_tensors()).items():
@@ -136,7 +136,7 @@ class Network(nn.Module):
     def begin_batch(self, sample_seeds: Tensor) -> None:
         """Be told, before a training micro-batch of B images, their seeds, int64 [B], for whatever is random in it."""
 
-    def after_update(self) -> Mapping[str, Tensor]:
+    def on_optimizer_step(self) -> Mapping[str, Tensor]:
         """Be told that the optimizer has moved the parameters; gives numbers for logs, scalars on the device.
 
         The names are those of curves: `norm/avg_key_norm`. Nothing in here should wait for the device.
@@ -169,14 +169,14 @@ class Network(nn.Module):
         adapters = zip(self._targets, self._by_key.values(), strict=True)
         return tuple(p for target, a in adapters if target.part == part for p in a.parameters() if p.requires_grad)
 
-    def parameter_groups(self, lr_of: Callable[[AdaptationTarget], float]) -> list[ParameterGroup]:
-        """The trained parameters, in groups that each have a learning rate; `lr_of` gives that of a layer's adapter."""
+    def parameter_groups(self, lr_for: Callable[[AdaptationTarget], float]) -> list[ParameterGroup]:
+        """The trained parameters, grouped by learning rate; `lr_for` gives that of a layer's adapter."""
         groups: dict[tuple[str, str, float], list[nn.Parameter]] = {}
         for target, adapter in zip(self._targets, self._by_key.values(), strict=True):
             for parameter_name, parameter in adapter.named_parameters():
                 if parameter.requires_grad:
                     name, factor = self.group_of(target, parameter_name)
-                    groups.setdefault((name, target.part, factor * lr_of(target)), []).append(parameter)
+                    groups.setdefault((name, target.part, factor * lr_for(target)), []).append(parameter)
         return [ParameterGroup(name, part, tuple(own), lr) for (name, part, lr), own in groups.items()]
 
     def group_of(self, target: AdaptationTarget, parameter_name: str) -> tuple[str, float]:  # noqa: ARG002
@@ -212,9 +212,9 @@ class Network(nn.Module):
                 " the layers that the file adapts."
             )
         by_adapter = self._by_adapter(tensors)
-        if misfits := list(self._misfits(by_adapter)):
+        if mismatches := list(self._misfits(by_adapter)):
             raise AdapterError(
-                f"{origin} does not fit this network.{_some('Misfits', misfits)}"
+                f"{origin} does not fit this network.{_some('Misfits', mismatches)}"
                 " Set the [network] options as the file was trained."
             )
         for key, adapter in self._by_key.items():
@@ -232,8 +232,8 @@ class Network(nn.Module):
 
     def _misfits(self, by_adapter: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
         for key, adapter in self._by_key.items():
-            if misfit := adapter.misfit(by_adapter[key]):
-                yield f"{key}: {misfit}"
+            if shape_mismatch := adapter.shape_mismatch(by_adapter[key]):
+                yield f"{key}: {shape_mismatch}"
 
 
 def _as_deep(tensor: Tensor, shape: torch.Size) -> Tensor:

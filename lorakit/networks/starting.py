@@ -15,7 +15,7 @@ from lorakit.checkpoints.lora_names import DOWN
 from lorakit.errors import Problem
 
 if TYPE_CHECKING:
-    from lorakit.config.sections import TrainConfig
+    from lorakit.config.train_config import TrainConfig
 
 _PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te"}
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lorakit.components import OptimizerConfig
-from lorakit.engine.evaluation import begin_training
+from lorakit.api.components import OptimizerConfig
 from lorakit.networks.network import ParameterGroup
+from lorakit.training.step.eval_weights import begin_training
 
 
 def state_bytes(config: OptimizerConfig, shapes: Sequence[tuple[int, ...]]) -> int:
@@ -24,7 +24,7 @@ def state_bytes(config: OptimizerConfig, shapes: Sequence[tuple[int, ...]]) -> i
     samples = {shape: nn.Parameter(torch.zeros(shape)) for shape in counts}
     for parameter in samples.values():
         parameter.grad = torch.full_like(parameter, 1e-3)
-    rate = max(max(config.lrs_of(part)) for part in ("unet", "text_encoder"))
+    rate = max(max(config.lrs_for(part)) for part in ("unet", "text_encoder"))
     optimizer = config.build([ParameterGroup("sample", "unet", tuple(samples.values()), rate)])
     begin_training(optimizer)
     optimizer.step()

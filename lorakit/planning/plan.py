@@ -8,15 +8,15 @@ from collections.abc import Sequence
 import torch
 from attrs import frozen
 
-from lorakit.engine.base_model import build_model
-from lorakit.engine.preparation import PreparedRun
-from lorakit.engine.processes import Processes
-from lorakit.engine.schedule import Schedule
-from lorakit.engine.shortage import half_precision
-from lorakit.planning.examples import BatchShape, Texts, largest_shape, make_batch
-from lorakit.planning.ladder import Rung, climb
-from lorakit.planning.memory import EncodingMemory, caption_encoding_memory, image_encoding_memory, imaginable
+from lorakit.planning.dummy_batches import BatchShape, Texts, largest_shape, make_batch
+from lorakit.planning.estimate import EncodingMemory, as_cpu_run, caption_encoding_memory, image_encoding_memory
+from lorakit.planning.memory_ladder import MemoryPreset, estimate_presets
 from lorakit.planning.timing import Timing, measure
+from lorakit.training.base_model import build_model
+from lorakit.training.prepare import PreparedRun
+from lorakit.training.runtime.distributed import Distributed
+from lorakit.training.runtime.out_of_memory import half_precision
+from lorakit.training.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +33,13 @@ class Plan:
     """What encoding images needs."""
     captions: EncodingMemory | None
     """What encoding captions needs; None where that is part of each step."""
-    rungs: Sequence[Rung]
+    rungs: Sequence[MemoryPreset]
     """The ladder of memory."""
     timing: Timing | None
     """Measured times; None if nothing was measured."""
 
     @property
-    def own(self) -> Rung:
+    def own(self) -> MemoryPreset:
         """The rung of the config as it is."""
         return next(rung for rung in self.rungs if rung.is_config)
 
@@ -56,7 +56,7 @@ class Plan:
 
 def schedule_of(prepared: PreparedRun) -> Schedule:
     """The steps of a run on one device."""
-    return Schedule(prepared.datasets, prepared.config.training, Processes(torch.device("cpu")))
+    return Schedule(prepared.datasets, prepared.config.training, Distributed(torch.device("cpu")))
 
 
 def make_plan(prepared: PreparedRun, *, measured: bool = False) -> Plan:
@@ -64,7 +64,7 @@ def make_plan(prepared: PreparedRun, *, measured: bool = False) -> Plan:
 
     Raises the errors that training would start with, as far as they show without weights.
     """
-    imagined = imaginable(prepared)
+    imagined = as_cpu_run(prepared)
     log.info("estimating memory")
     model, texts, largest = (
         build_model(imagined.config, torch.device("cpu")),
@@ -73,7 +73,7 @@ def make_plan(prepared: PreparedRun, *, measured: bool = False) -> Plan:
     )
     images = image_encoding_memory(imagined)
     captions = None if prepared.encodes_captions else caption_encoding_memory(imagined)
-    rungs = tuple(climb(prepared, make_batch(largest, texts, model), images))
+    rungs = tuple(estimate_presets(prepared, make_batch(largest, texts, model), images))
     if measured:
         log.info("measuring steps")
     return Plan(

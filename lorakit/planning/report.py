@@ -5,15 +5,15 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
-from lorakit.columns import columns
-from lorakit.config.savings import changes, to_toml
-from lorakit.data.planning import buckets
-from lorakit.engine.preparation import PreparedRun
-from lorakit.planning.examples import BatchShape
-from lorakit.planning.ladder import RESERVE, first_that_fits
+from lorakit.config.memory_presets import preset_diff, to_toml
+from lorakit.data.batch_sampler import buckets
+from lorakit.planning.dummy_batches import BatchShape
+from lorakit.planning.memory_ladder import RESERVE, first_that_fits
 from lorakit.planning.plan import Plan, schedule_of
-from lorakit.planning.sizes import in_gib
-from lorakit.wording import counted
+from lorakit.training.prepare import PreparedRun
+from lorakit.utils.bytes import in_gib
+from lorakit.utils.text_table import columns
+from lorakit.utils.wording import counted
 
 _HERE = "<- the config as it is"
 
@@ -85,7 +85,7 @@ def _advice(plan: Plan, memory: int) -> Iterator[str]:
             f" with {reserve}. What else helps: {', '.join(_other_ways(plan))}."
         )
     elif not fitting.is_config:
-        keys = changes(fitting.training, plan.prepared.config.training)
+        keys = preset_diff(fitting.training, plan.prepared.config.training)
         yield from _wrapped(f"The fastest that fits into {given}, with {reserve}:")
         yield from ("", "[training]", *to_toml(keys))
         if plan.could_be_half:

@@ -9,19 +9,19 @@ from functools import partial
 import torch
 from attrs import frozen
 
-from lorakit.data.batches import Batch
-from lorakit.data.planning import Bucket, buckets
-from lorakit.engine.assembly import assemble_with, launched_processes
-from lorakit.engine.base_model import build_model
-from lorakit.engine.caching import Encoded
-from lorakit.engine.modes import in_mode
-from lorakit.engine.preparation import PreparedRun
-from lorakit.engine.processes import Processes
-from lorakit.engine.replaying import Learn
-from lorakit.engine.run import Run
-from lorakit.engine.schedule import Schedule
-from lorakit.engine.trainer import learn_from
-from lorakit.planning.examples import BatchShape, Texts, make_batch
+from lorakit.data.batch_sampler import Bucket, buckets
+from lorakit.data.loader import Batch
+from lorakit.planning.dummy_batches import BatchShape, Texts, make_batch
+from lorakit.training.base_model import build_model
+from lorakit.training.encode import Encoded
+from lorakit.training.loop import forward_backward
+from lorakit.training.prepare import PreparedRun
+from lorakit.training.run import Run
+from lorakit.training.runtime.distributed import Distributed
+from lorakit.training.schedule import Schedule
+from lorakit.training.setup import build_run_from, init_distributed
+from lorakit.training.step.autotune import compile_step
+from lorakit.training.step.cuda_graphs import Learn
 
 _STEPS = 3
 """Steps that are taken for each shape, of which the first does not count: it makes what the others find."""
@@ -44,14 +44,14 @@ class Timing:
 def measure(prepared: PreparedRun, texts: Texts) -> Timing:
     """Read the model and take some steps with micro-batches of each shape that the run has."""
     training = prepared.config.training
-    processes = launched_processes(training)
+    processes = init_distributed(training)
     run = _assembled(prepared, processes)
     found = buckets(prepared.datasets)
     if processes.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(processes.device)
     # The largest first: what fits once it did fits again.
     shapes = sorted({BatchShape.of(bucket) for bucket in found}, key=lambda shape: -shape.pixels)
-    with in_mode(run, partial(learn_from, run)) as learn:
+    with compile_step(run, partial(forward_backward, run)) as learn:
         seconds = {
             shape: min(_steps(run, learn, make_batch(shape, texts, run.model).to(processes.device))) for shape in shapes
         }
@@ -59,11 +59,11 @@ def measure(prepared: PreparedRun, texts: Texts) -> Timing:
     return Timing(processes.device.type, seconds, _whole(seconds, found, run.schedule), peak)
 
 
-def _assembled(prepared: PreparedRun, processes: Processes) -> Run:
+def _assembled(prepared: PreparedRun, processes: Distributed) -> Run:
     """The run with nothing encoded; what encoders it needs for its steps are read when they are used."""
     model = build_model(prepared.config, processes.device)
     schedule = Schedule(prepared.datasets, prepared.config.training, processes)
-    return assemble_with(prepared, model, schedule, Encoded({}, {}, None), processes, time.time())
+    return build_run_from(prepared, model, schedule, Encoded({}, {}, None), processes, time.time())
 
 
 def _steps(run: Run, learn: Learn, batch: Batch) -> Iterator[float]:

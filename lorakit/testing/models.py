@@ -192,7 +192,7 @@ def to_single_file(folder: Path, path: Path) -> Path:
 
 def _original_name(part: str, name: str, settings: Mapping[str, Any]) -> str:
     """The name in a single file of a tensor in a diffusers folder."""
-    from lorakit.models.stable_diffusion import layout
+    from lorakit.models.families.sd import state_dict_keys as layout
 
     if part == "unet":
         return layout.UNET_PREFIX + layout.original_unet_name(name, settings)
@@ -203,7 +203,7 @@ def _clip(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """CLIP's text encoder as single files of Stable Diffusion 1.x have it."""
     import torch
 
-    from lorakit.models.stable_diffusion.layout import TEXT_PREFIX
+    from lorakit.models.families.sd.state_dict_keys import TEXT_PREFIX
 
     tensors = {TEXT_PREFIX + name: tensor for name, tensor in stored.items()}
     tensors[f"{TEXT_PREFIX}text_model.embeddings.position_ids"] = torch.arange(77).unsqueeze(0)
@@ -217,7 +217,7 @@ def _open_clip(stored: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dic
     """
     import torch
 
-    from lorakit.models.stable_diffusion.layout import OPEN_CLIP_PREFIX, open_clip_name
+    from lorakit.models.families.sd.state_dict_keys import OPEN_CLIP_PREFIX, open_clip_name
 
     layers, width = settings["num_hidden_layers"], settings["hidden_size"]
     named = {open_clip_name(name.removeprefix("text_model.")): tensor for name, tensor in stored.items()}
@@ -233,7 +233,7 @@ def _open_clip(stored: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dic
 
 def _config_and_shapes(part: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     """What a part's config file says, and the shapes of its tensors under the names of its weights file."""
-    from lorakit.models.weights import shapes_of, without_weights
+    from lorakit.models.weights.load import shapes_of, without_weights
 
     if part == "text_encoder":
         from transformers.models.clip.configuration_clip import CLIPTextConfig
@@ -254,7 +254,7 @@ def _config_and_shapes(part: str, settings: dict[str, Any]) -> tuple[dict[str, A
 
 def _write_tokenizer(folder: Path, pad: int) -> None:
     """CLIP's tokenizer in the form that transformers reads, with the token of that id for padding."""
-    from lorakit.models.stable_diffusion.tokenizer import clip_vocabulary
+    from lorakit.models.families.sd.tokenizer import clip_vocabulary
 
     folder.mkdir(exist_ok=True)
     vocabulary, merges = clip_vocabulary()

@@ -77,7 +77,7 @@ def train_tables(
 ) -> dict[str, Any]:
     """The tables of a config that trains four steps on the CPU in about a second; a test may change them.
 
-    `lorakit.config.reading.config_from_tables(train_tables, tmp_path)` makes the config, and
+    `lorakit.config.load.config_from_tables(train_tables, tmp_path)` makes the config, and
     `lorakit.train(config)` the file `tmp_path / "out" / "lora.safetensors"`. Encoded images are shared by all tests.
     """
     return {
@@ -99,7 +99,7 @@ def _draw(path: Path, size: tuple[int, int]) -> None:
     import numpy as np
     from PIL import Image
 
-    from lorakit.randomness import keyed_generator
+    from lorakit.utils.rng import keyed_generator
 
     generator = keyed_generator("photographs", path.stem)
     width, height = size

@@ -8,9 +8,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lorakit.api.components import AttentionConfig
 from lorakit.builtin.attention.eager import EagerConfig
 from lorakit.builtin.attention.sdpa import SdpaConfig
-from lorakit.components import AttentionConfig
 from lorakit.testing.contracts.attention import AttentionContract
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lorakit.config.reading import config_from_tables
-from lorakit.config.sections import TrainConfig
+from lorakit.config.load import config_from_tables
+from lorakit.config.train_config import TrainConfig
 from lorakit.errors import ConfigError
-from lorakit.models.stable_diffusion import layout
-from lorakit.models.stable_diffusion.structure import clip_shapes, unet_shapes, vae_shapes
+from lorakit.models.families.sd import state_dict_keys as layout
+from lorakit.models.families.sd.structure import clip_shapes, unet_shapes, vae_shapes
 from lorakit.networks.starting import LAYERS
-from lorakit.plugins import Catalog
+from lorakit.plugins.catalog import Catalog
 
 Tables = dict[str, Any]
 

@@ -8,18 +8,18 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
-from lorakit.components import ModelFamilyConfig
-from lorakit.config.data_tables import DATASET_KEYS, SUBSET_KEYS, SWITCHED_OFF
+from lorakit.api.components import ModelFamilyConfig
+from lorakit.config.dataset_tables import DATASET_KEYS, SUBSET_KEYS, UNSUPPORTED_DEFAULTS
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
-from lorakit.config.reading import COMPONENT_SECTIONS, PLAIN_SECTIONS, SECTIONS, config_from_tables
-from lorakit.config.sections import TrainConfig
+from lorakit.config.dump import to_toml
+from lorakit.config.load import COMPONENT_SECTIONS, PLAIN_SECTIONS, SECTIONS, config_from_tables
 from lorakit.config.suggestions import KOHYA_NAMES
-from lorakit.config.tables import field_names
+from lorakit.config.table_reader import field_names
 from lorakit.config.toml_files import read_toml
-from lorakit.config.writing import to_toml
-from lorakit.discovery import REGISTRATION_HOOKS
+from lorakit.config.train_config import TrainConfig
 from lorakit.errors import ConfigError
-from lorakit.plugins import Catalog
+from lorakit.plugins.catalog import Catalog
+from lorakit.plugins.discovery import REGISTRATION_HOOKS
 
 quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -28,7 +28,7 @@ CATALOG = Catalog.discover()
 KEYS = sorted(
     {"name", "family", "config", "datasets", "general", "subsets", *SECTIONS, *DATASET_KEYS, *SUBSET_KEYS}
     | {key for found in CATALOG.registrations for key in field_names(found.component)}
-    | {*list(KOHYA_NAMES)[::5], *list(SWITCHED_OFF)[::3]}
+    | {*list(KOHYA_NAMES)[::5], *list(UNSUPPORTED_DEFAULTS)[::3]}
 )
 NAMES = sorted({name for base in REGISTRATION_HOOKS.values() for name in CATALOG.of_kind(base)})
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from lorakit.config.data_tables import EMPTY, SWITCHED_OFF, WITHOUT_EFFECT
+from lorakit.config.dataset_tables import EMPTY, IGNORED_KEYS, UNSUPPORTED_DEFAULTS
 from lorakit.config.datasets import DataSection, SubsetConfig
-from lorakit.config.sections import TrainConfig
+from lorakit.config.train_config import TrainConfig
 from tests.config.conftest import Tables
 
 Read = Callable[[Tables], TrainConfig]
@@ -183,13 +183,13 @@ def test_json_that_is_no_dataset_file(data_problems: Callable[..., dict[str, str
     assert list(data_problems({"config": "wrong.json"})) == ["data.config"]
 
 
-@pytest.mark.parametrize("name", sorted(SWITCHED_OFF))
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED_DEFAULTS))
 def test_options_of_sd_scripts_that_are_not_here(
     data_of: Callable[..., DataSection], data_problems: Callable[..., dict[str, str]], name: str
 ) -> None:
     """An option that would change the training is refused by name; switched off, it is let through."""
     table = {"image_dir": "photos", "resolution": 64}
-    assert data_of({**table, name: SWITCHED_OFF[name]}) == data_of(table)
+    assert data_of({**table, name: UNSUPPORTED_DEFAULTS[name]}) == data_of(table)
     found = data_problems({**table, name: "something"})
     assert "is an option of sd-scripts that lorakit does not have" in found[f"data.{name}"]
 
@@ -262,7 +262,7 @@ def test_masks_win_over_transparency(read: Read, tables: Tables) -> None:
     assert "has no effect" in warnings["data.alpha_mask"]
 
 
-@pytest.mark.parametrize("name", sorted(WITHOUT_EFFECT))
+@pytest.mark.parametrize("name", sorted(IGNORED_KEYS))
 def test_options_of_sd_scripts_without_effect(data_of: Callable[..., DataSection], name: str) -> None:
     """Options of dataset files that change nothing in training are let through in subsets too."""
     subset = {"image_dir": "photos", name: 5}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lorakit.config.loss import LossSection
-from lorakit.config.sections import TrainConfig
+from lorakit.config.train_config import TrainConfig
 
 Tables = dict[str, Any]
 Read = Callable[[Tables], TrainConfig]

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import tomlkit
 
-from lorakit.config.reading import config_from_tables, read_config
-from lorakit.config.sections import TrainConfig
+from lorakit.config.load import config_from_tables, read_config
 from lorakit.config.suggestions import KOHYA_NAMES
+from lorakit.config.train_config import TrainConfig
 from lorakit.errors import ConfigError
-from lorakit.other_names import OTHER_NAMES, normalized
-from lorakit.plugins import Catalog
+from lorakit.plugins.catalog import Catalog
+from lorakit.plugins.other_names import OTHER_NAMES, normalized
 from tests.config.conftest import Tables, write_lora, write_safetensors
 from tests.guests import install, optimizer_source
 

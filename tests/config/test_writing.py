@@ -11,16 +11,16 @@ from typing import get_type_hints
 import attrs
 import pytest
 
-from lorakit.components import OptimizerConfig
+from lorakit.api.components import OptimizerConfig
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
-from lorakit.config.fields import field_docs
-from lorakit.config.reading import PLAIN_SECTIONS, SECTIONS, config_from_tables
-from lorakit.config.sections import TrainConfig
-from lorakit.config.tables import field_names
+from lorakit.config.dump import starter, to_toml
+from lorakit.config.field_docs import field_docs
+from lorakit.config.load import PLAIN_SECTIONS, SECTIONS, config_from_tables
+from lorakit.config.table_reader import field_names
+from lorakit.config.train_config import TrainConfig
 from lorakit.config.values import value_converter
-from lorakit.config.writing import starter, to_toml
 from lorakit.errors import ConfigError
-from lorakit.plugins import Catalog
+from lorakit.plugins.catalog import Catalog
 from tests.config.conftest import Tables
 from tests.guests import install, optimizer_source
 

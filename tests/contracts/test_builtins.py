@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorakit.components import Component, LRSchedulerConfig, OptimizerConfig, named
-from lorakit.discovery import REGISTRATION_HOOKS
-from lorakit.plugins import Catalog
+from lorakit.api.components import Component, LRSchedulerConfig, OptimizerConfig, with_import_path
+from lorakit.plugins.catalog import Catalog
+from lorakit.plugins.discovery import REGISTRATION_HOOKS
 from lorakit.testing import contracts
 from lorakit.testing.models import make_tiny_sd1, make_tiny_sd2, to_single_file
 
@@ -82,7 +82,7 @@ def base_of(component: type[Component]) -> type[Component]:
 
 
 BUILTINS = [
-    named(found.component, PATHS.get(base_of(found.component), ""))
+    with_import_path(found.component, PATHS.get(base_of(found.component), ""))
     for found in Catalog.discover().registrations
     if found.provider.is_of("lorakit")
 ]

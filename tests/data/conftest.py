@@ -11,7 +11,7 @@ from attrs import evolve
 from PIL import Image
 
 from lorakit.config.datasets import DatasetConfig, SubsetConfig
-from lorakit.data.cache import Cache
+from lorakit.data.cache.store import Cache
 from tests.data.tiny import TinyModel
 
 PHOTOGRAPHS = Path(skimage.__file__).parent / "data"

@@ -13,14 +13,14 @@ from attrs import evolve
 
 from lorakit.config.datasets import DatasetConfig
 from lorakit.config.loss import LossSection
-from lorakit.data.batches import Batch, BatchLoader, prefetch
-from lorakit.data.cache import Cache
-from lorakit.data.encoding import Encoding, encode_captions, encode_latents
-from lorakit.data.examples import index_datasets
-from lorakit.data.latents import on_device
-from lorakit.data.planning import Item, Share, plan_epoch
+from lorakit.data.batch_sampler import RankMicroBatch, SampleRef, plan_epoch
+from lorakit.data.cache.encode import EncodeOptions, encode_captions, encode_latents
+from lorakit.data.cache.store import Cache
+from lorakit.data.cache.vae import on_device
+from lorakit.data.index import index_datasets
+from lorakit.data.loader import Batch, BatchLoader, prefetch
 from lorakit.errors import DataError
-from lorakit.randomness import derived_seed, keyed_generator
+from lorakit.utils.rng import derived_seed, keyed_generator
 from tests.data.tiny import TinyModel
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def make_loader(
     dataset: DatasetConfig, cache: Cache, *, tokens: bool = False, seed: int = 7, **settings: object
 ) -> BatchLoader:
     """A loader of a dataset whose images and captions are encoded, of a run of 100 steps."""
-    datasets, model, encoding = index_datasets([dataset]), TinyModel(), Encoding(device=CPU)
+    datasets, model, encoding = index_datasets([dataset]), TinyModel(), EncodeOptions(device=CPU)
     return BatchLoader(
         datasets=datasets,
         cache=cache,
@@ -56,9 +56,9 @@ def make_loader(
     )
 
 
-def share_of(*examples: int, epoch: int = 1, repeat: int = 0, of: int | None = None) -> Share:
+def share_of(*examples: int, epoch: int = 1, repeat: int = 0, of: int | None = None) -> RankMicroBatch:
     """A share with these examples of the first dataset."""
-    return Share(epoch, tuple(Item(0, example, repeat) for example in examples), of or len(examples))
+    return RankMicroBatch(epoch, tuple(SampleRef(0, example, repeat) for example in examples), of or len(examples))
 
 
 def test_batch_holds_what_the_formula_says(cache: Cache, dataset: DatasetConfig):

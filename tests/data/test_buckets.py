@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorakit.config.datasets import DatasetConfig, SubsetConfig
-from lorakit.data.buckets import Placement, bucket_resolutions, place
+from lorakit.data.images.buckets import ResizeCrop, assign_bucket, bucket_resolutions
 from lorakit.errors import DataError
 
 
@@ -54,7 +54,7 @@ def test_limits_are_rounded_to_steps():
 )
 def test_placement_in_the_closest_bucket(size: tuple[int, int], resized: tuple[int, int], bucket: tuple[int, int]):
     """An image goes to the bucket of the closest aspect ratio and covers it."""
-    assert place(size, make_dataset()) == Placement(resized, bucket)
+    assert assign_bucket(size, make_dataset()) == ResizeCrop(resized, bucket)
 
 
 @pytest.mark.parametrize(
@@ -68,27 +68,27 @@ def test_placement_in_the_closest_bucket(size: tuple[int, int], resized: tuple[i
 )
 def test_placement_without_enlarging(size: tuple[int, int], resized: tuple[int, int], bucket: tuple[int, int]):
     """Without enlarging, an image's bucket is its own size, or that of its area, rounded down."""
-    assert place(size, make_dataset(bucket_no_upscale=True)) == Placement(resized, bucket)
+    assert assign_bucket(size, make_dataset(bucket_no_upscale=True)) == ResizeCrop(resized, bucket)
 
 
 def test_placement_without_buckets():
     """Without buckets every image covers the one resolution, even if bucket_no_upscale is set."""
     dataset = make_dataset((512, 384), enable_bucket=False, bucket_no_upscale=True)
-    assert place((100, 100), dataset) == Placement((512, 512), (512, 384))
-    assert place((2000, 500), dataset) == Placement((1536, 384), (512, 384))
+    assert assign_bucket((100, 100), dataset) == ResizeCrop((512, 512), (512, 384))
+    assert assign_bucket((2000, 500), dataset) == ResizeCrop((1536, 384), (512, 384))
 
 
 @pytest.mark.parametrize("size", [(63, 400), (400, 63), (20_000, 100), (1, 1)])
 def test_image_too_small_for_its_steps(size: tuple[int, int]):
     """A side below the step is an error with a cure, not a division by zero."""
     with pytest.raises(DataError, match=r"leave no bucket with sides of at least 64 pixels \(.*bucket_no_upscale"):
-        place(size, make_dataset(bucket_no_upscale=True))
+        assign_bucket(size, make_dataset(bucket_no_upscale=True))
 
 
 def test_step_larger_than_the_resolution():
     """Steps that leave no bucket at all are an error that names the key."""
     with pytest.raises(DataError, match="bucket_reso_steps 256 leave no bucket"):
-        place((100, 100), make_dataset((128, 128), bucket_reso_steps=256))
+        assign_bucket((100, 100), make_dataset((128, 128), bucket_reso_steps=256))
 
 
 @given(st.integers(64, 5000), st.integers(64, 5000), st.booleans(), st.sampled_from([32, 64]))
@@ -96,7 +96,7 @@ def test_resized_image_covers_its_bucket(width: int, height: int, no_upscale: bo
     """The resized image is at least as large as its bucket, whose sides are multiples of the step."""
     dataset = make_dataset(bucket_no_upscale=no_upscale, bucket_reso_steps=step)
     try:
-        placement = place((width, height), dataset)
+        placement = assign_bucket((width, height), dataset)
     except DataError:
         assert max(width, height) / min(width, height) > 512 * 512 / (2 * step) ** 2
         return

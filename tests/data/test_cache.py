@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lorakit.data.cache import Cache, NotFiniteError, content_key
-from lorakit.data.memo import StatMemo, content_digest
+from lorakit.data.cache.file_cache import FileStatCache, content_digest
+from lorakit.data.cache.store import Cache, NotFiniteError, content_key
 from lorakit.errors import DataError, OutputError
 
 KEY = content_key("test", 1)
@@ -90,28 +90,28 @@ def picture(path: Path, colour: str, size: tuple[int, int] = (30, 20)) -> Path:
 def test_memo_remembers_over_runs(tmp_path: Path):
     """What one run computed, the next knows although the file can no longer be read as an image."""
     path = picture(tmp_path / "a.bmp", "red")
-    memo = StatMemo(tmp_path / "files.json")
+    memo = FileStatCache(tmp_path / "files.json")
     digest = content_digest(path)
     assert (memo.digest(path), memo.image(path).size) == (digest, (30, 20))
     memo.save()
     status = path.stat()
     path.write_bytes(b"\0" * status.st_size)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    again = StatMemo(tmp_path / "files.json")
+    again = FileStatCache(tmp_path / "files.json")
     assert (again.digest(path), again.image(path).size) == (digest, (30, 20))
 
 
 def test_memo_notices_changes(tmp_path: Path):
     """A file of another length or another time of change is read anew, in the same run and in the next."""
     path = picture(tmp_path / "a.bmp", "red")
-    memo = StatMemo(tmp_path / "files.json")
+    memo = FileStatCache(tmp_path / "files.json")
     before = memo.digest(path)
     memo.save()
     status = path.stat()
     picture(path, "blue")
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert path.stat().st_size == status.st_size
-    assert memo.digest(path) == StatMemo(tmp_path / "files.json").digest(path) == content_digest(path) != before
+    assert memo.digest(path) == FileStatCache(tmp_path / "files.json").digest(path) == content_digest(path) != before
     picture(path, "blue", (31, 21))
     assert memo.image(path).size == (31, 21)
 
@@ -119,7 +119,7 @@ def test_memo_notices_changes(tmp_path: Path):
 def test_memos_of_two_runs_are_merged(tmp_path: Path):
     """Runs that share a cache do not forget what the other learned."""
     first, second = picture(tmp_path / "a.bmp", "red"), picture(tmp_path / "b.bmp", "blue")
-    memos = [StatMemo(tmp_path / "files.json") for _ in range(2)]
+    memos = [FileStatCache(tmp_path / "files.json") for _ in range(2)]
     memos[0].digest(first)
     memos[1].digest(second)
     for memo in memos:
@@ -127,7 +127,7 @@ def test_memos_of_two_runs_are_merged(tmp_path: Path):
     first_status = first.stat()
     first.write_bytes(b"\0" * first_status.st_size)
     os.utime(first, ns=(first_status.st_atime_ns, first_status.st_mtime_ns))
-    assert StatMemo(tmp_path / "files.json").digest(first) == memos[0].digest(first) != content_digest(first)
+    assert FileStatCache(tmp_path / "files.json").digest(first) == memos[0].digest(first) != content_digest(first)
 
 
 @pytest.mark.parametrize(
@@ -137,16 +137,16 @@ def test_damaged_memo_is_no_memo(tmp_path: Path, content: bytes):
     """A memo that cannot be read is begun anew."""
     (tmp_path / "files.json").write_bytes(content)
     path = picture(tmp_path / "a.bmp", "red")
-    memo = StatMemo(tmp_path / "files.json")
+    memo = FileStatCache(tmp_path / "files.json")
     assert memo.image(path).size == (30, 20)
     memo.save()
-    assert StatMemo(tmp_path / "files.json").image(path).size == (30, 20)
+    assert FileStatCache(tmp_path / "files.json").image(path).size == (30, 20)
 
 
 def test_memo_of_a_missing_file(tmp_path: Path):
     """A file that is gone is an error that names it."""
     with pytest.raises(DataError, match=r"gone\.png: cannot be read: No such file"):
-        StatMemo(tmp_path / "files.json").digest(tmp_path / "gone.png")
+        FileStatCache(tmp_path / "files.json").digest(tmp_path / "gone.png")
 
 
 def test_entries_of_another_kind(cache: Cache):

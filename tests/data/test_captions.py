@@ -16,18 +16,18 @@ from hypothesis import strategies as st
 
 from lorakit.config.datasets import SubsetConfig
 from lorakit.data.captions import (
-    CaptionUse,
+    CaptionContext,
+    apply_caption_options,
     by_lower_extension,
-    caption_in_use,
+    caption_variants,
     fill_wildcards,
     find_caption,
     has_choice,
-    possible_captions,
     read_caption,
     tags_after,
 )
 from lorakit.errors import DataError
-from lorakit.randomness import keyed_generator
+from lorakit.utils.rng import keyed_generator
 
 WriteFiles = Callable[[Mapping[str, bytes]], Path]
 
@@ -90,7 +90,9 @@ def test_which_file_is_the_caption(write_files: WriteFiles):
 def used(caption: str, epoch: int = 1, step: int = 0, **settings: object) -> str:
     """The caption as an epoch and step of a run of 1000 steps use it."""
     subset = SubsetConfig(image_dir=Path(), **settings)
-    return caption_in_use(caption, subset, CaptionUse(epoch, step, 1000), lambda what: keyed_generator(0, what, epoch))
+    return apply_caption_options(
+        caption, subset, CaptionContext(epoch, step, 1000), lambda what: keyed_generator(0, what, epoch)
+    )
 
 
 shuffled = partial(used, shuffle_caption=True)
@@ -276,7 +278,7 @@ def test_warmup_uses_the_first_loose_tags():
 )
 def test_all_that_captions_may_become(caption: str, settings: dict[str, object], possible: list[str] | None):
     """Captions that vary freely have no list; the list of the others is exactly what is used over many epochs."""
-    found = possible_captions(caption, SubsetConfig(image_dir=Path(), **settings))
+    found = caption_variants(caption, SubsetConfig(image_dir=Path(), **settings))
     assert found == (None if possible is None else tuple(possible))
     seen = {used(caption, epoch, epoch, **settings) for epoch in range(200)}
     assert len(seen) > 1 if possible is None else seen == set(possible)

@@ -7,8 +7,8 @@ import colorsys
 import numpy as np
 import pytest
 
-from lorakit.data.colours import varied_colours, with_gamma, with_hue_shifted
-from lorakit.randomness import keyed_generator
+from lorakit.data.images.color_jitter import color_jitter, with_gamma, with_hue_shifted
+from lorakit.utils.rng import keyed_generator
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_gamma_is_of_values_between_0_and_1(pixels: np.ndarray) -> None:
 
 def test_a_third_of_images_vary(pixels: np.ndarray) -> None:
     """About a third of draws change an image, half of these its hue; no draw depends on another."""
-    drawn = [varied_colours(pixels, keyed_generator("draw", number)) for number in range(1000)]
+    drawn = [color_jitter(pixels, keyed_generator("draw", number)) for number in range(1000)]
     changed = [own for own in drawn if not np.array_equal(own, pixels)]
     assert 280 < len(changed) < 380
     # Grey stays grey by hue, and a pure colour pure by gamma.
@@ -47,4 +47,4 @@ def test_a_third_of_images_vary(pixels: np.ndarray) -> None:
     gammas = [own for own in changed if np.array_equal(own[0, 3], (255, 0, 0))]
     assert 120 < len(hues) < 210
     assert len(hues) + len(gammas) == pytest.approx(len(changed), abs=25)
-    assert np.array_equal(drawn[7], varied_colours(pixels, keyed_generator("draw", 7)))
+    assert np.array_equal(drawn[7], color_jitter(pixels, keyed_generator("draw", 7)))

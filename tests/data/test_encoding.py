@@ -13,10 +13,10 @@ from attrs import evolve
 from PIL import Image
 
 from lorakit.config.datasets import DatasetConfig
-from lorakit.data.cache import Cache
-from lorakit.data.encoding import Encoding, encode_captions, encode_latents
-from lorakit.data.examples import index_datasets
-from lorakit.data.images import load_pixels
+from lorakit.data.cache.encode import EncodeOptions, encode_captions, encode_latents
+from lorakit.data.cache.store import Cache
+from lorakit.data.images.decode import load_pixels
+from lorakit.data.index import index_datasets
 from lorakit.errors import DataError
 from tests.data.tiny import TinyModel
 
@@ -27,7 +27,7 @@ WithSubset = Callable[..., DatasetConfig]
 def fill(cache: Cache, dataset: DatasetConfig, model: TinyModel, **settings: object) -> dict[tuple[str, bool], str]:
     """Index a dataset and encode its images."""
     return dict(
-        encode_latents(index_datasets([dataset], memo=cache.memo), model, cache, Encoding(device=CPU, **settings))
+        encode_latents(index_datasets([dataset], memo=cache.memo), model, cache, EncodeOptions(device=CPU, **settings))
     )
 
 
@@ -51,11 +51,11 @@ def test_latents_are_those_of_the_encoder(
     for example in examples:
         pixels = torch.tensor(load_pixels(example.image, example.placement)) / 127.5 - 1
         for mirrored, image in ((False, pixels), (True, pixels.flip(1))):
-            mean, std = TinyModel().image_encoder.encode(image.permute(2, 0, 1)[None])
+            mean, std = TinyModel().vae_encoder.encode(image.permute(2, 0, 1)[None])
             entry = cache.load(keys[example.identity, mirrored])
             torch.testing.assert_close(entry, {"mean": mean[0].detach(), "std": std[0].detach()})
     sizes = {1: [1] * 10, 2: [1, 1, 1, 1, 2, 2, 1, 1], 3: [1, 1, 1, 1, 3, 3]}[batch_size]
-    assert model.image_encoder.batch_sizes == sizes
+    assert model.vae_encoder.batch_sizes == sizes
 
 
 def test_warm_start_touches_neither_images_nor_encoders(
@@ -64,20 +64,20 @@ def test_warm_start_touches_neither_images_nor_encoders(
     """With a full cache, no image file is opened and no encoder is read."""
     dataset = with_subset(flip_aug=True)
     cold = fill(cache, dataset, model)
-    encode_captions(index_datasets([dataset]), model, cache, Encoding(device=CPU))
-    assert model.touched == {"image_encoder", "text_encoder"}
+    encode_captions(index_datasets([dataset]), model, cache, EncodeOptions(device=CPU))
+    assert model.touched == {"vae_encoder", "text_encoder"}
 
     def refuse(path: object, *_: object, **__: object) -> None:
         raise AssertionError(f"{path} was opened")
 
     captions = Path.read_bytes
     monkeypatch.setattr(Image, "open", refuse)
-    monkeypatch.setattr("lorakit.data.memo.content_digest", refuse)
+    monkeypatch.setattr("lorakit.data.cache.file_cache.content_digest", refuse)
     monkeypatch.setattr(Path, "read_bytes", lambda path: refuse(path) if path.suffix == ".png" else captions(path))
     warm_model, warm_cache = TinyModel(), Cache(cache.folder)
     datasets = index_datasets([dataset], memo=warm_cache.memo)
-    assert encode_latents(datasets, warm_model, warm_cache, Encoding(device=CPU)) == cold
-    assert encode_captions(datasets, warm_model, warm_cache, Encoding(device=CPU)).keys() == {
+    assert encode_latents(datasets, warm_model, warm_cache, EncodeOptions(device=CPU)) == cold
+    assert encode_captions(datasets, warm_model, warm_cache, EncodeOptions(device=CPU)).keys() == {
         example.caption for example in datasets[0].examples
     }
     assert warm_model.touched == set()
@@ -109,8 +109,8 @@ def test_identical_images_are_encoded_once(cache: Cache, dataset: DatasetConfig,
     shutil.copy(folder / "coffee.png", folder / "copy.png")
     model = TinyModel()
     datasets = index_datasets([dataset, with_subset(flip_aug=True)])
-    keys = encode_latents(datasets, model, cache, Encoding(device=CPU))
-    assert sum(model.image_encoder.batch_sizes) == 10
+    keys = encode_latents(datasets, model, cache, EncodeOptions(device=CPU))
+    assert sum(model.vae_encoder.batch_sizes) == 10
     assert keys["0/0/copy.png", False] == keys["0/0/coffee.png", False] == keys["1/0/copy.png", False]
     assert len(set(keys.values())) == 10
 
@@ -144,10 +144,10 @@ def test_processes_share_the_work(cache: Cache, with_subset: WithSubset, world_s
         own = Cache(cache.folder)
         fill(own, dataset, model, rank=rank, world_size=world_size)
         datasets = index_datasets([dataset])
-        encode_captions(datasets, model, own, Encoding(device=CPU, rank=rank, world_size=world_size))
+        encode_captions(datasets, model, own, EncodeOptions(device=CPU, rank=rank, world_size=world_size))
     assert sum(sum(model._image_encoder.batch_sizes) for model in models) == 10
     assert sum(sum(model._text_encoder.batch_sizes) for model in models) == 5
-    assert sum("image_encoder" in model.touched for model in models) == min(world_size, 5)
+    assert sum("vae_encoder" in model.touched for model in models) == min(world_size, 5)
     assert images_encoded(cache, dataset) == 0
 
 
@@ -184,17 +184,17 @@ def test_damaged_images_are_told_at_once_and_the_rest_is_encoded(
     assert message.startswith("2 problems with the data:")
     assert "chelsea.png: is damaged" in message
     assert "rocket.png: is damaged" in message
-    assert sum(model.image_encoder.batch_sizes) == 3
+    assert sum(model.vae_encoder.batch_sizes) == 3
     assert len(list(cache.folder.rglob("*.safetensors"))) == 3
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_overflow_of_the_image_encoder(cache: Cache, dataset: DatasetConfig, model: TinyModel, batch_size: int):
     """Latents with infinity are an error that names the image and the cure, and are not cached."""
-    model.image_encoder.overflows_on = 3
+    model.vae_encoder.overflows_on = 3
     with pytest.raises(DataError, match=r"coffee\.png: cannot be encoded: .*no_half_vae.*training\.mixed_precision"):
         fill(cache, dataset, model, batch_size=batch_size)
-    model.image_encoder.overflows_on = -1
+    model.vae_encoder.overflows_on = -1
     encoded_before = len(list(cache.folder.rglob("*.safetensors")))
     assert images_encoded(cache, dataset) == 5 - encoded_before > 0
 
@@ -203,13 +203,13 @@ def test_overflow_of_the_text_encoder(cache: Cache, dataset: DatasetConfig, mode
     """Conditioning with NaN is an error that quotes the caption, and is not cached."""
     model.text_encoder.embedding.weight.data[ord("k")] = torch.nan
     with pytest.raises(DataError, match=r"caption 'photo, rocket, sharp': cannot be encoded"):
-        encode_captions(index_datasets([dataset]), model, cache, Encoding(device=CPU))
+        encode_captions(index_datasets([dataset]), model, cache, EncodeOptions(device=CPU))
 
 
 def test_captions_are_encoded_once_each(cache: Cache, dataset: DatasetConfig, folder: Path, model: TinyModel):
     """Equal captions share one entry, which is what the text encoder gives for them."""
     (folder / "coffee.txt").write_text("photo, rocket, sharp")
-    keys = encode_captions(index_datasets([dataset]), model, cache, Encoding(device=CPU))
+    keys = encode_captions(index_datasets([dataset]), model, cache, EncodeOptions(device=CPU))
     assert sum(model.text_encoder.batch_sizes) == len(keys) == 4
     for caption, key in keys.items():
         expected = model.text_encoder.encode(model.text_encoder.tokenize([caption]))
@@ -220,8 +220,8 @@ def test_weighted_captions_have_entries_of_their_own(cache: Cache, dataset: Data
     """With weights, captions are encoded as the text encoder weighs them, and what was encoded without is not used."""
     (folder / "coffee.txt").write_text("a (photo)")
     datasets, model = index_datasets([dataset]), TinyModel()
-    plain = encode_captions(datasets, model, cache, Encoding(device=CPU))
-    weighted = encode_captions(datasets, model, cache, Encoding(device=CPU, weighted_captions=True))
+    plain = encode_captions(datasets, model, cache, EncodeOptions(device=CPU))
+    weighted = encode_captions(datasets, model, cache, EncodeOptions(device=CPU, weighted_captions=True))
     assert plain.keys() == weighted.keys()
     assert not set(plain.values()) & set(weighted.values())
     expected = model.text_encoder.encode(model.text_encoder.tokenize(["a photo"]))["hidden_states"][0]
@@ -234,7 +234,7 @@ def test_changed_caption_and_text_encoder_are_noticed(cache: Cache, dataset: Dat
 
     def captions_encoded(version: str) -> int:
         model = TinyModel(version)
-        encode_captions(index_datasets([dataset]), model, cache, Encoding(device=CPU))
+        encode_captions(index_datasets([dataset]), model, cache, EncodeOptions(device=CPU))
         return sum(model._text_encoder.batch_sizes)
 
     assert captions_encoded("1") == 5
@@ -251,11 +251,11 @@ def test_decoding_runs_ahead_of_encoding_within_bounds(
         Image.new("RGB", (96, 64), (number, 0, 0)).save(folder / f"{number:02}.png")
     decoded: list[Path] = []
     monkeypatch.setattr(
-        "lorakit.data.pictures.load_pixels",
+        "lorakit.data.images.augmentation.load_pixels",
         lambda path, *how: (decoded.append(path), load_pixels(path, *how))[1],
     )
     ahead: list[int] = []
-    encoder = model.image_encoder
+    encoder = model.vae_encoder
     encoder.patches.register_forward_pre_hook(lambda *_: ahead.append(len(decoded) - sum(encoder.batch_sizes)))
     fill(cache, dataset, model, workers=2, batch_size=2)
     assert len(decoded) == 35
@@ -267,8 +267,8 @@ def test_latents_encoded_on_cuda(cache: Cache, dataset: DatasetConfig, model: Ti
     """Images reach an encoder on a CUDA device, and their latents the cache, as on the CPU."""
     keys = fill(cache, dataset, model)
     cuda_cache, cuda_model = Cache(cache.folder / "cuda"), TinyModel()
-    cuda_model.image_encoder.cuda()
-    encoding = Encoding(device=torch.device("cuda", 0), batch_size=3)
+    cuda_model.vae_encoder.cuda()
+    encoding = EncodeOptions(device=torch.device("cuda", 0), batch_size=3)
     assert encode_latents(index_datasets([dataset]), cuda_model, cuda_cache, encoding) == keys
     for key in keys.values():
         torch.testing.assert_close(cuda_cache.load(key), cache.load(key), rtol=1e-2, atol=1e-2)

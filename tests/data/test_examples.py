@@ -15,8 +15,8 @@ from attrs import evolve
 from PIL import Image
 
 from lorakit.config.datasets import DatasetConfig, SubsetConfig
-from lorakit.data.examples import captions_vary, index_datasets
-from lorakit.data.memo import StatMemo
+from lorakit.data.cache.file_cache import FileStatCache
+from lorakit.data.index import has_dynamic_captions, index_datasets
 from lorakit.errors import DataError
 
 WithSubset = Callable[..., DatasetConfig]
@@ -149,17 +149,17 @@ def test_image_dir_that_is_a_file(folder: Path, with_subset: WithSubset):
 def test_warm_start_opens_no_image(dataset: DatasetConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """With a memo of an earlier run, indexing opens no image; of a changed image it does."""
     memo_file = tmp_path / "files.json"
-    memo = StatMemo(memo_file)
+    memo = FileStatCache(memo_file)
     cold = index_datasets([dataset], memo=memo)
     memo.save()
     opened: list[Path] = []
     really_open = Image.open
     monkeypatch.setattr(Image, "open", lambda path, **options: (opened.append(path), really_open(path, **options))[1])
-    assert index_datasets([dataset], memo=StatMemo(memo_file)) == cold
+    assert index_datasets([dataset], memo=FileStatCache(memo_file)) == cold
     assert opened == []
     changed = cold[0].examples[2].image
     Image.new("RGB", (64, 128)).save(changed)
-    warm = index_datasets([dataset], memo=StatMemo(memo_file))
+    warm = index_datasets([dataset], memo=FileStatCache(memo_file))
     assert opened == [changed]
     assert warm[0].examples[2].placement.bucket == (64, 128)
 
@@ -181,12 +181,12 @@ def test_warm_start_opens_no_image(dataset: DatasetConfig, tmp_path: Path, monke
 )
 def test_captions_vary(with_subset: WithSubset, settings: dict[str, object], vary: bool):
     """Captions vary only where tags or wildcards take more forms than can be listed."""
-    assert captions_vary(index_datasets([with_subset(**settings)])) is vary
+    assert has_dynamic_captions(index_datasets([with_subset(**settings)])) is vary
 
 
 def test_index_and_plan_import_no_torch():
     """Checking a dataset and planning an epoch need no torch."""
-    code = "import sys, lorakit.data.planning, lorakit.data.examples; sys.exit('torch' in sys.modules)"
+    code = "import sys, lorakit.data.batch_sampler, lorakit.data.index; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorakit.data.buckets import Placement
-from lorakit.data.faces import Face, around_face, face_named
+from lorakit.data.images.buckets import ResizeCrop
+from lorakit.data.images.face_crop import Face, around_face, face_named
 from lorakit.errors import DataError
-from lorakit.randomness import keyed_generator
+from lorakit.utils.rng import keyed_generator
 
 FACE = Face((300, 200), 80, (800, 600))
 
@@ -40,13 +40,13 @@ def test_wrong_names(name: str, message: str) -> None:
 def test_a_fixed_size_is_exact() -> None:
     """With one number for the size: the face's 80 pixels become 64/2, the scale is 0.4, the face is in the middle."""
     placement = around_face(FACE, (64, 96), (2.0, 2.0), keyed_generator(1), anywhere=False)
-    assert placement == Placement((320, 240), (64, 96), (120 - 32, 80 - 48))
+    assert placement == ResizeCrop((320, 240), (64, 96), (120 - 32, 80 - 48))
 
 
 def test_crops_stay_in_the_image() -> None:
     """Near a border the crop ends there, and an image is never made smaller than the bucket."""
-    corner = Face((0, 599), 80, (800, 600))
-    assert around_face(corner, (64, 96), (2.0, 2.0), keyed_generator(1), anywhere=False).corner == (0, 240 - 96)
+    crop_xy = Face((0, 599), 80, (800, 600))
+    assert around_face(crop_xy, (64, 96), (2.0, 2.0), keyed_generator(1), anywhere=False).crop_xy == (0, 240 - 96)
     far = around_face(FACE, (64, 96), (50.0, 50.0), keyed_generator(1), anywhere=False)
     assert far.resized == (128, 96)
     small = around_face(Face((10, 10), 5, (40, 30)), (64, 96), (2.0, 2.0), keyed_generator(1), anywhere=False)
@@ -64,10 +64,10 @@ def test_sizes_and_places_vary(anywhere: bool) -> None:
         placement = around_face(face, (64, 96), (2.0, 4.0), keyed_generator("crop", number), anywhere=anywhere)
         scale = placement.resized[0] / 800
         sizes.append(64 / (80 * scale))
-        middle = np.add(placement.corner, (32, 48))
+        middle = np.add(placement.crop_xy, (32, 48))
         offsets.append((middle - np.multiply(face.center, scale)) / (80 * scale))
-        assert (np.array(placement.corner) >= 0).all()
-        assert (np.array(placement.corner) + placement.bucket <= placement.resized).all()
+        assert (np.array(placement.crop_xy) >= 0).all()
+        assert (np.array(placement.crop_xy) + placement.bucket <= placement.resized).all()
     assert 1.95 < min(sizes) < 2.1
     assert 3.7 < max(sizes) < 4.05
     reach = np.abs(offsets).max(axis=0)

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
-from lorakit.data.buckets import Placement
-from lorakit.data.images import inspect_image, load_pixels
+from lorakit.data.images.buckets import ResizeCrop
+from lorakit.data.images.decode import inspect_image, load_pixels
 from lorakit.errors import DataError
 
 Photograph = Callable[..., Image.Image]
 
 
-def as_is(size: tuple[int, int]) -> Placement:
+def as_is(size: tuple[int, int]) -> ResizeCrop:
     """The placement that changes nothing."""
-    return Placement(size, size)
+    return ResizeCrop(size, size)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -167,7 +167,7 @@ def test_pixels_are_resized_then_cropped_at_the_centre(
     left, top = (resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2
     whole = photograph().resize(resized, Image.Resampling.LANCZOS)
     expected = np.asarray(whole.crop((left, top, left + bucket[0], top + bucket[1]))).astype(int)
-    loaded = load_pixels(tmp_path / "a.png", Placement(resized, bucket))
+    loaded = load_pixels(tmp_path / "a.png", ResizeCrop(resized, bucket))
     assert loaded.shape == (bucket[1], bucket[0], 3)
     assert np.abs(loaded - expected).max() <= 1
 
@@ -176,14 +176,14 @@ def test_shrinking_averages(tmp_path: Path):
     """A fine chessboard shrinks to even grey and not to a coarse pattern."""
     board = (np.indices((256, 256)).sum(axis=0) % 2 * 255).astype(np.uint8)
     Image.fromarray(board).save(tmp_path / "a.png")
-    inner = load_pixels(tmp_path / "a.png", Placement((32, 32), (32, 32)))[4:-4, 4:-4]
+    inner = load_pixels(tmp_path / "a.png", ResizeCrop((32, 32), (32, 32)))[4:-4, 4:-4]
     assert np.abs(inner.astype(int) - 128).max() <= 2
 
 
 def test_extreme_shapes_cost_no_memory(tmp_path: Path):
     """Of an image one pixel high, only the part that is kept is enlarged."""
     Image.new("RGB", (20_000, 1), "red").save(tmp_path / "a.png")
-    placement = Placement((20_000 * 1024, 1024), (64, 1024))
+    placement = ResizeCrop((20_000 * 1024, 1024), (64, 1024))
     assert (load_pixels(tmp_path / "a.png", placement) == (255, 0, 0)).all()
 
 
@@ -307,7 +307,7 @@ def test_large_images_are_read_without_a_word(tmp_path: Path):
     Image.new("1", (12_000, 10_000)).save(tmp_path / "a.png")
     Image.new("1", (14_000, 14_000)).save(tmp_path / "b.png")
     code = (
-        "import sys; from pathlib import Path; from lorakit.data.images import inspect_image\n"
+        "import sys; from pathlib import Path; from lorakit.data.images.decode import inspect_image\n"
         "for path in sys.argv[1:]:\n try: print(inspect_image(Path(path)))\n except Exception as e: print(e)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "a.png"), str(tmp_path / "b.png")]

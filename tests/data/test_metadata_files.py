@@ -10,7 +10,7 @@ import pytest
 from attrs import evolve
 
 from lorakit.config.datasets import DatasetConfig
-from lorakit.data.examples import index_datasets
+from lorakit.data.index import index_datasets
 from lorakit.errors import DataError
 
 WithSubset = Callable[..., DatasetConfig]

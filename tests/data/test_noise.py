@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from lorakit.config.loss import LossSection
-from lorakit.data.noise import Generators, channel_offset, normal, perturbation, target_noise, with_coarser_noise
-from lorakit.randomness import keyed_generator
+from lorakit.diffusion.noise import RngFactory, channel_offset, normal, perturbation, pyramid_noise, target_noise
+from lorakit.utils.rng import keyed_generator
 
 LATENTS = torch.linspace(-1, 2, 4 * 8 * 6).view(4, 8, 6)
 
 
-def generators(image: int = 0) -> Generators:
+def generators(image: int = 0) -> RngFactory:
     """The generators of one of many images."""
     return lambda purpose: keyed_generator(3, purpose, image)
 
@@ -84,7 +84,7 @@ def test_coarser_noise_is_the_sum_of_the_formula() -> None:
         if min(height, width) == 1:
             break
     assert 2 < levels < 6
-    found = with_coarser_noise(noise, 10, 0.6, keyed_generator(9))
+    found = pyramid_noise(noise, 10, 0.6, keyed_generator(9))
     torch.testing.assert_close(found.double(), total / total.std(), rtol=1e-4, atol=1e-5)
 
 
@@ -103,7 +103,7 @@ def test_coarser_noise_has_unit_deviation_and_low_frequencies() -> None:
 def test_more_levels_are_no_other_ones() -> None:
     """A limit that is never reached changes nothing, and one that is does."""
     noise = normal(keyed_generator(8), (4, 8, 8))
-    results = [with_coarser_noise(noise, levels, 0.9, keyed_generator(4)) for levels in (1, 20, 50)]
+    results = [pyramid_noise(noise, levels, 0.9, keyed_generator(4)) for levels in (1, 20, 50)]
     assert torch.equal(results[1], results[2])
     assert not torch.equal(results[0], results[1])
 
@@ -112,7 +112,7 @@ def test_inputs_are_left_alone() -> None:
     """Neither noise nor latents are written to."""
     noise, latents = normal(keyed_generator(8), (4, 8, 8)), LATENTS.clone()
     before = noise.clone()
-    with_coarser_noise(noise, 3, 0.5, keyed_generator(1))
+    pyramid_noise(noise, 3, 0.5, keyed_generator(1))
     target_noise(latents, LossSection(noise_offset=0.1, adaptive_noise_scale=0.1), generators())
     assert torch.equal(noise, before)
     assert torch.equal(latents, LATENTS)

@@ -13,17 +13,17 @@ from attrs import evolve
 from PIL import Image
 
 from lorakit.config.datasets import DatasetConfig, SubsetConfig
-from lorakit.data.batches import BatchLoader, prefetch
-from lorakit.data.buckets import Placement
-from lorakit.data.cache import Cache
-from lorakit.data.encoding import Encoding, encode_captions, encode_latents
-from lorakit.data.examples import Example, index_datasets
-from lorakit.data.images import load_pixels
-from lorakit.data.latents import LiveEncoder, latent_masks
-from lorakit.data.pictures import augmented_picture, load_picture
-from lorakit.data.planning import Item, Share, plan_epoch
+from lorakit.data.batch_sampler import RankMicroBatch, SampleRef, plan_epoch
+from lorakit.data.cache.encode import EncodeOptions, encode_captions, encode_latents
+from lorakit.data.cache.store import Cache
+from lorakit.data.cache.vae import OnlineEncoder, latent_masks
+from lorakit.data.images.augmentation import augmented_picture, load_picture
+from lorakit.data.images.buckets import ResizeCrop
+from lorakit.data.images.decode import load_pixels
+from lorakit.data.index import Example, index_datasets
+from lorakit.data.loader import BatchLoader, prefetch
 from lorakit.errors import DataError
-from lorakit.randomness import keyed_generator
+from lorakit.utils.rng import keyed_generator
 from tests.data.tiny import TinyModel
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def masks(folder: Path) -> Path:
 
 def loader_of(datasets: list[DatasetConfig], cache: Cache, workers: int = 1, batch_size: int = 1) -> BatchLoader:
     """A loader that encodes live what cannot be cached."""
-    indexed, model, encoding = index_datasets(datasets), TinyModel(), Encoding(device=CPU)
+    indexed, model, encoding = index_datasets(datasets), TinyModel(), EncodeOptions(device=CPU)
     return BatchLoader(
         datasets=indexed,
         cache=cache,
@@ -55,13 +55,13 @@ def loader_of(datasets: list[DatasetConfig], cache: Cache, workers: int = 1, bat
         latent_keys=encode_latents(indexed, model, cache, encoding),
         captions=encode_captions(indexed, model, cache, encoding),
         total_steps=100,
-        live=LiveEncoder(encoder=model.image_encoder, device=CPU, batch_size=batch_size, workers=workers),
+        live=OnlineEncoder(encoder=model.vae_encoder, device=CPU, batch_size=batch_size, workers=workers),
     )
 
 
-def share_of(*examples: int, epoch: int = 1) -> Share:
+def share_of(*examples: int, epoch: int = 1) -> RankMicroBatch:
     """A share with these examples of the first dataset."""
-    return Share(epoch, tuple(Item(0, example, 0) for example in examples), len(examples))
+    return RankMicroBatch(epoch, tuple(SampleRef(0, example, 0) for example in examples), len(examples))
 
 
 @pytest.mark.parametrize(
@@ -76,14 +76,14 @@ def test_interpolations_are_pillows(folder: Path, name: str, filter_: str) -> No
     with Image.open(folder / "coffee.png") as image:
         for size in ((40, 24), (200, 120)):
             expected = np.asarray(image.resize(size, Image.Resampling[filter_]))
-            assert np.array_equal(load_pixels(folder / "coffee.png", Placement(size, size), name), expected)
+            assert np.array_equal(load_pixels(folder / "coffee.png", ResizeCrop(size, size), name), expected)
 
 
 def test_area_is_the_mean(folder: Path) -> None:
     """Halving with `area` gives the mean of each four pixels."""
     with Image.open(folder / "coffee.png") as image:
         mean = np.asarray(image, dtype=float).reshape(32, 2, 48, 2, 3).mean(axis=(1, 3))
-    halved = load_pixels(folder / "coffee.png", Placement((48, 32), (48, 32)), "area")
+    halved = load_pixels(folder / "coffee.png", ResizeCrop((48, 32), (48, 32)), "area")
     assert np.abs(halved - mean).max() <= 1
 
 
@@ -92,7 +92,7 @@ def test_interpolation_is_part_of_the_key(cache: Cache, with_subset: WithSubset)
 
     def keys(**settings: object) -> set[str]:
         datasets = index_datasets([with_subset(**settings)])
-        return set(encode_latents(datasets, TinyModel(), cache, Encoding(device=CPU)).values())
+        return set(encode_latents(datasets, TinyModel(), cache, EncodeOptions(device=CPU)).values())
 
     assert keys() == keys(resize_interpolation="lanczos")
     assert keys(resize_interpolation="area") == keys(resize_interpolation="box")
@@ -150,7 +150,7 @@ def test_transparency_as_a_mask(cache: Cache, dataset: DatasetConfig, folder: Pa
         picture = image.copy()
         picture.putalpha(Image.fromarray(alpha))
         picture.save(folder / "coffee.png")
-    placement = Placement((96, 64), (96, 64))
+    placement = ResizeCrop((96, 64), (96, 64))
     example = Example(folder / "coffee.png", "", SubsetConfig(image_dir=folder), placement, "x")
     on_white = load_picture(example, placement)
     assert on_white.mask is None
@@ -173,7 +173,7 @@ def test_sixteen_bits_and_a_clear_colour(tmp_path: Path) -> None:
     grey = np.full((8, 8), 65535, np.uint16)
     grey[:4] = 257
     Image.fromarray(grey).save(tmp_path / "a.png", transparency=257)
-    placement = Placement((8, 8), (8, 8))
+    placement = ResizeCrop((8, 8), (8, 8))
     example = Example(tmp_path / "a.png", "", SubsetConfig(image_dir=tmp_path, alpha_mask=True), placement, "x")
     picture = load_picture(example, placement)
     assert (picture.pixels[:4] == 1).all()
@@ -218,8 +218,8 @@ def test_crops_are_anywhere_and_masks_follow(with_subset: WithSubset, masks: Pat
     dataset = evolve(with_subset(random_crop=True, conditioning_data_dir=masks), enable_bucket=False)
     example = index_datasets([evolve(dataset, resolution=(64, 64))])[0].examples[1]
     assert (example.placement.resized, example.is_augmented) == ((96, 64), True)
-    whole = load_pixels(example.image, Placement((96, 64), (96, 64)))
-    mask = load_pixels(masks / example.image.name, Placement((96, 64), (96, 64)))[..., 0]
+    whole = load_pixels(example.image, ResizeCrop((96, 64), (96, 64)))
+    mask = load_pixels(masks / example.image.name, ResizeCrop((96, 64), (96, 64)))[..., 0]
     seen = set()
     for epoch in range(300):
         draw = partial(keyed_generator, 7, epoch)
@@ -235,10 +235,12 @@ def test_only_what_changes_is_encoded_live(cache: Cache, with_subset: WithSubset
     """Images that a random crop cannot change are cached; others are left out of the cache."""
     dataset = evolve(with_subset(random_crop=True), enable_bucket=False, resolution=(64, 64))
     datasets = index_datasets([dataset])
-    keys = encode_latents(datasets, model, cache, Encoding(device=CPU))
+    keys = encode_latents(datasets, model, cache, EncodeOptions(device=CPU))
     assert {identity for identity, _ in keys} == {"0/0/astronaut.png"}
     assert {example.identity for example in datasets[0].examples if not example.is_augmented} == {"0/0/astronaut.png"}
-    assert not encode_latents(index_datasets([with_subset(color_aug=True)]), TinyModel(), cache, Encoding(device=CPU))
+    assert not encode_latents(
+        index_datasets([with_subset(color_aug=True)]), TinyModel(), cache, EncodeOptions(device=CPU)
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -250,7 +252,7 @@ def test_live_is_as_cached(
     live = loader_of([with_subset(color_aug=True, **options)], cache, batch_size=batch_size)
     cached = loader_of([with_subset(**options)], cache)
     assert not live.latent_keys
-    monkeypatch.setattr("lorakit.data.colours.SHARE", 0.0)
+    monkeypatch.setattr("lorakit.data.images.color_jitter.P_APPLY", 0.0)
     for epoch in range(6):
         share = share_of(1, 2, 3, epoch=epoch)
         now, before = live.load(share), cached.load(share)
@@ -284,12 +286,12 @@ def test_damaged_images_are_told_before_training(cache: Cache, with_subset: With
     model = TinyModel()
 
     def encode() -> None:
-        encode_latents(index_datasets([dataset]), model, Cache(cache.folder), Encoding(device=CPU))
+        encode_latents(index_datasets([dataset]), model, Cache(cache.folder), EncodeOptions(device=CPU))
 
     encode()
     photograph, mask = dataset.subsets[0].image_dir / "coffee.png", masks / "rocket.png"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorakit.data.pictures.load_pixels", lambda *_: pytest.fail("was decoded again"))
+        patch.setattr("lorakit.data.images.augmentation.load_pixels", lambda *_: pytest.fail("was decoded again"))
         encode()
     for path in (photograph, mask):
         content = path.read_bytes()

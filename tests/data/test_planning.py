@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorakit.config.datasets import DatasetConfig, SubsetConfig
-from lorakit.data.buckets import Placement
-from lorakit.data.examples import Example, IndexedDataset
-from lorakit.data.planning import PlannedStep, plan_epoch, steps_per_epoch
+from lorakit.data.batch_sampler import PlannedStep, plan_epoch, steps_per_epoch
+from lorakit.data.images.buckets import ResizeCrop
+from lorakit.data.index import Example, IndexedDataset
 
 
 def make_dataset(buckets: Sequence[tuple[int, int]], repeats: int = 1, batch_size: int = 1) -> IndexedDataset:
@@ -22,7 +22,7 @@ def make_dataset(buckets: Sequence[tuple[int, int]], repeats: int = 1, batch_siz
     subset = SubsetConfig(image_dir=Path("photos"), num_repeats=repeats)
     config = DatasetConfig(subsets=(subset,), resolution=(64, 64), batch_size=batch_size)
     examples = (
-        Example(Path(f"photos/{number}.png"), "", subset, Placement(bucket, bucket), f"0/0/{number}.png")
+        Example(Path(f"photos/{number}.png"), "", subset, ResizeCrop(bucket, bucket), f"0/0/{number}.png")
         for number, bucket in enumerate(buckets)
     )
     return IndexedDataset(config, tuple(examples))

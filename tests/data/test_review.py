@@ -13,10 +13,10 @@ from attrs import evolve
 from PIL import Image
 
 from lorakit.config.datasets import DatasetConfig, SubsetConfig
-from lorakit.data.caption_review import longest_by_image
-from lorakit.data.examples import index_datasets
-from lorakit.data.memo import StatMemo
-from lorakit.data.review import review
+from lorakit.data.cache.file_cache import FileStatCache
+from lorakit.data.index import index_datasets
+from lorakit.data.review.captions import longest_by_image
+from lorakit.data.review.images import review
 
 WithSubset = Callable[..., DatasetConfig]
 
@@ -181,7 +181,7 @@ def test_equal_images(folder: Path, dataset: DatasetConfig):
 def test_known_images_are_not_read_again(folder: Path, dataset: DatasetConfig, tmp_path: Path):
     """A second review knows from the memo which files are equal."""
     shutil.copy(folder / "coffee.png", folder / "cup.png")
-    memo = StatMemo(tmp_path / "files.json")
+    memo = FileStatCache(tmp_path / "files.json")
     first = review(index_datasets([dataset], memo=memo), memo)
     memo.save()
     records = json.loads((tmp_path / "files.json").read_text())["files"]
@@ -189,7 +189,7 @@ def test_known_images_are_not_read_again(folder: Path, dataset: DatasetConfig, t
         "coffee.png",
         "cup.png",
     ]
-    again = StatMemo(tmp_path / "files.json")
+    again = FileStatCache(tmp_path / "files.json")
     assert review(index_datasets([dataset], memo=again), again) == first
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from lorakit.data.threads import in_chunks
+from lorakit.data.cache.parallel import map_chunked
 
 
 @pytest.mark.parametrize("count", [0, 1, 32, 33, 100])
@@ -19,10 +19,10 @@ def test_chunks_keep_the_order(count: int) -> None:
         return item * item
 
     with ThreadPoolExecutor(3) as pool:
-        assert list(in_chunks(pool, squared, range(count))) == [item * item for item in range(count)]
+        assert list(map_chunked(pool, squared, range(count))) == [item * item for item in range(count)]
 
 
 def test_error_in_a_chunk_is_raised() -> None:
     """What goes wrong in a thread is raised where the results are taken."""
     with ThreadPoolExecutor(2) as pool, pytest.raises(ZeroDivisionError):
-        list(in_chunks(pool, lambda item: 1 // item, range(40)))
+        list(map_chunked(pool, lambda item: 1 // item, range(40)))

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from lorakit.config.datasets import DatasetConfig, SubsetConfig
-from lorakit.config.tables import field_names
-from lorakit.data.captions import possible_captions
-from lorakit.data.examples import Example, index_datasets
-from lorakit.data.review import review
+from lorakit.config.table_reader import field_names
+from lorakit.data.captions import caption_variants
+from lorakit.data.index import Example, index_datasets
+from lorakit.data.review.images import review
 from lorakit.errors import DataError
 
 MakeFolder = Callable[..., Path]
@@ -141,7 +141,7 @@ def test_what_is_held_out_stays_the_same(make_folder: MakeFolder) -> None:
     )  # fmt: skip
     (indexed,) = index_datasets([config_of(varied, share=0.5)])
     (example,) = indexed.held_out
-    assert possible_captions(example.caption, example.subset) == ("a one, two, three",)
+    assert caption_variants(example.caption, example.subset) == ("a one, two, three",)
     assert (example.repeats, example.subset.flip_aug, example.subset.num_repeats) == (1, False, 1)
     assert indexed.examples[0].subset == varied
 

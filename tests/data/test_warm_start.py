@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from lorakit.config.datasets import DatasetConfig
-from lorakit.data.cache import Cache
-from lorakit.data.encoding import CaptionKeys, Encoding, LatentKeys, encode_captions, encode_latents
-from lorakit.data.examples import IndexedDataset, index_datasets
+from lorakit.data.cache.encode import CaptionKeys, EncodeOptions, LatentKeys, encode_captions, encode_latents
+from lorakit.data.cache.store import Cache
+from lorakit.data.index import IndexedDataset, index_datasets
 from tests.data.tiny import TinyModel
 
 Known = tuple[tuple[IndexedDataset, ...], LatentKeys, CaptionKeys]
@@ -21,7 +21,7 @@ Known = tuple[tuple[IndexedDataset, ...], LatentKeys, CaptionKeys]
 
 def start(dataset: DatasetConfig, cache_folder: Path, model: TinyModel | None = None) -> Known:
     """All that a run knows of its data when its first step begins."""
-    cache, model, encoding = Cache(cache_folder), model or TinyModel(), Encoding(device=torch.device("cpu"))
+    cache, model, encoding = Cache(cache_folder), model or TinyModel(), EncodeOptions(device=torch.device("cpu"))
     datasets = index_datasets([dataset], memo=cache.memo)
     known = (
         datasets,

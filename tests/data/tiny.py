@@ -59,14 +59,14 @@ class TinyModel:
         self.version = version
         self.touched: set[str] = set()
 
-    def fingerprint(self, part: Literal["image_encoder", "text_encoder"]) -> str:
+    def fingerprint(self, part: Literal["vae_encoder", "text_encoder"]) -> str:
         """The part's name and the model's version."""
         return f"{part}-{self.version}"
 
     @property
-    def image_encoder(self) -> TinyImageEncoder:
+    def vae_encoder(self) -> TinyImageEncoder:
         """The image encoder."""
-        self.touched.add("image_encoder")
+        self.touched.add("vae_encoder")
         return self._image_encoder
 
     @property

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from lorakit.components import ModelFamilyConfig, ObserverConfig
-from lorakit.config.reading import COMPONENT_SECTIONS, config_from_tables, read_config
+from lorakit.api.components import ModelFamilyConfig, ObserverConfig
+from lorakit.config.load import COMPONENT_SECTIONS, config_from_tables, read_config
 from lorakit.config.suggestions import KOHYA_NAMES
 from lorakit.errors import ConfigError
-from lorakit.plugins import Catalog
+from lorakit.plugins.catalog import Catalog
 from tests.config.conftest import SD1_SHAPES, write_lora, write_safetensors
 from tests.docs.pages import PAGES, ROOT, Block, anchors_of, blocks, blocks_of, links_of, sections_of
 from tests.docs.test_reference import own_components, page_sections, rows

@@ -12,12 +12,13 @@ import attrs
 import click
 import pytest
 
-from lorakit import cli, hookspecs
-from lorakit.components import Component, ModelFamilyConfig, ObserverConfig
+from lorakit.api import hookspecs
+from lorakit.api.components import Component, ModelFamilyConfig, ObserverConfig
+from lorakit.cli import commands as cli
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
-from lorakit.config.reading import COMPONENT_SECTIONS, PLAIN_SECTIONS
-from lorakit.discovery import REGISTRATION_HOOKS
-from lorakit.plugins import Catalog
+from lorakit.config.load import COMPONENT_SECTIONS, PLAIN_SECTIONS
+from lorakit.plugins.catalog import Catalog
+from lorakit.plugins.discovery import REGISTRATION_HOOKS
 from tests.docs.pages import ROOT, sections_of
 
 REFERENCE = ROOT / "docs" / "reference"

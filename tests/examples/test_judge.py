@@ -13,7 +13,7 @@ from pictures import SIDE, medley, training_picture
 from PIL import Image, ImageFilter
 from scenes import COLOURS, PLACES, SHAPES, TEXTURES, Scene, training_scene
 
-from lorakit.randomness import keyed_generator
+from lorakit.utils.rng import keyed_generator
 
 COUNT = 150
 

@@ -22,7 +22,7 @@ from scenes import (
     training_scene,
 )
 
-from lorakit.randomness import keyed_generator
+from lorakit.utils.rng import keyed_generator
 
 
 def telling(scene: Scene) -> tuple[str, str, str]:

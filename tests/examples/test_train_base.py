@@ -22,11 +22,11 @@ from score import SUBJECTS, load_pipeline, paint, score
 from train_base import train_painting, trained_vae
 from velocity import turn
 
+from lorakit.checkpoints.detect import describe
 from lorakit.checkpoints.prediction import stated_prediction
-from lorakit.checkpoints.recognition import describe
 from lorakit.checkpoints.summary import summarize
-from lorakit.models.stable_diffusion.parts import StoredModel
-from lorakit.models.stable_diffusion.settings import SCALING_FACTOR
+from lorakit.models.families.sd.checkpoint import ModelCheckpoint
+from lorakit.models.families.sd.infer_config import SCALING_FACTOR
 from lorakit.testing.models import to_single_file
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "tiny-sd" / "train_base.py"
@@ -90,7 +90,7 @@ def test_lorakit_trains_on_it(folder: Path, tmp_path: Path) -> None:
 
 def test_a_single_file_is_read_the_same(folder: Path, tmp_path: Path) -> None:
     """Converted to one file, which has no settings, the model is taken to have the settings that it has."""
-    model = StoredModel(to_single_file(folder, tmp_path / "model.safetensors"))
+    model = ModelCheckpoint(to_single_file(folder, tmp_path / "model.safetensors"))
     for part, settings in SETTINGS.items():
         told = model.part(part).settings
         for key in ("norm_num_groups", "num_attention_heads", "block_out_channels", "cross_attention_dim"):

@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 from scenes import COLOURS, PLACES, Scene
 from zorp import draw_zorp, judge_zorp, main, teaching_scene, zorp_caption, zorp_scene
 
-from lorakit.randomness import keyed_generator
+from lorakit.utils.rng import keyed_generator
 
 COUNT = 150
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"

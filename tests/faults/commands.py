@@ -22,8 +22,8 @@ from attrs import frozen
 from tests.faults.injection import Fault, Injection
 
 PRELOADED = [
-    "pytest", "attrs", "PIL.Image", "PIL.PngImagePlugin", "scipy.integrate", "lorakit.engine.assembly", "torch._dynamo",
-    "lorakit.sampling.previews", "lorakit.data.pictures", "transformers.models.clip.modeling_clip",
+    "pytest", "attrs", "PIL.Image", "PIL.PngImagePlugin", "scipy.integrate", "lorakit.training.setup", "torch._dynamo",
+    "lorakit.previews.previews", "lorakit.data.images.augmentation", "transformers.models.clip.modeling_clip",
     "diffusers.models.autoencoders.autoencoder_kl", "transformers.optimization", "bitsandbytes", "dadaptation",
     "lion_pytorch",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 
-from lorakit.randomness import keyed_generator
+from lorakit.utils.rng import keyed_generator
 from tests.faults.conftest import KILLS
 from tests.faults.runs import Reference, SmallRun, weights_of
 from tests.faults.scenarios import PROMPTS, SCENARIOS

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from lorakit.randomness import keyed_generator
+from lorakit.utils.rng import keyed_generator
 from tests.faults.conftest import KILLS
 from tests.faults.injection import Fault
 from tests.faults.runs import Reference, SmallRun, weights_of

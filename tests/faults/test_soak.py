@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from lorakit.randomness import keyed_generator
+from lorakit.utils.rng import keyed_generator
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-from lorakit.randomness import keyed_generator
+from lorakit.utils.rng import keyed_generator
 from tests.faults.runs import Reference, SmallRun, weights_of
 
 

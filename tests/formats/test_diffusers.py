@@ -15,8 +15,8 @@ from skimage.io import imsave
 from torch import Tensor, nn
 
 import lorakit
-from lorakit.config.reading import config_from_tables
-from lorakit.models.stable_diffusion.targets import text_encoder_targets, unet_targets
+from lorakit.config.load import config_from_tables
+from lorakit.models.families.sd.targets import text_encoder_targets, unet_targets
 from lorakit.testing.models import FULL_SD1, make_folder, make_tiny_sd1, make_tiny_sd2, to_single_file
 
 NAMES = ("astronaut", "chelsea", "coffee", "rocket")

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lorakit.data.buckets import Placement
-from lorakit.data.images import inspect_image, load_mask, load_pixels, load_with_alpha
+from lorakit.data.images.buckets import ResizeCrop
+from lorakit.data.images.decode import inspect_image, load_mask, load_pixels, load_with_alpha
 from lorakit.errors import DataError
 from tests.fuzz.mutations import damaged, ends_well, few
 
@@ -41,7 +41,7 @@ def test_images(tmp_path: Path, data: st.DataObject, kind: str) -> None:
     """Whatever is done to the bytes of an image, it is read as a picture or refused by name."""
     path = tmp_path / "image.png"
     path.write_bytes(data.draw(damaged(SOUND[kind]) | st.binary(max_size=60)))
-    placement = Placement((64, 64), (64, 64))
+    placement = ResizeCrop((64, 64), (64, 64))
 
     def act() -> None:
         width, height = inspect_image(path).size

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from lorakit.config.reading import config_from_tables
-from lorakit.engine.assembly import assemble
-from lorakit.engine.preparation import prepare
-from lorakit.engine.processes import Processes
-from lorakit.engine.run import Run
-from lorakit.engine.state import find_state
+from lorakit.config.load import config_from_tables
 from lorakit.errors import ConfigError
-from lorakit.plugins import Catalog
+from lorakit.plugins.catalog import Catalog
+from lorakit.training.checkpoint.state import find_state
+from lorakit.training.prepare import prepare
+from lorakit.training.run import Run
+from lorakit.training.runtime.distributed import Distributed
+from lorakit.training.setup import build_run
 from tests.fuzz.mutations import damaged, ends_well, few, mutated
 
 NETWORK, MACHINERY, DESCRIPTION = "network.safetensors", "machinery.safetensors", "state.json"
@@ -40,7 +40,7 @@ def run(tiny_sd1: Path, photographs: Path, tmp_path_factory: pytest.TempPathFact
         "training": {"max_steps": 9, "device": "cpu"},
         "output": {"dir": str(folder / "out")},
     }
-    made = assemble(prepare(config_from_tables(tables, folder, Catalog.discover())), Processes(torch.device("cpu")))
+    made = build_run(prepare(config_from_tables(tables, folder, Catalog.discover())), Distributed(torch.device("cpu")))
     for parameter in made.network.parameters_of("unet"):
         parameter.grad = torch.ones_like(parameter)
     made.optimizer.step()

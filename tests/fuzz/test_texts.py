@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorakit.config.datasets import DatasetConfig, SubsetConfig
-from lorakit.config.reading import read_config
-from lorakit.data.captions import CaptionUse, caption_in_use, possible_captions, read_caption
-from lorakit.data.examples import index_datasets
+from lorakit.config.load import read_config
+from lorakit.data.captions import CaptionContext, apply_caption_options, caption_variants, read_caption
+from lorakit.data.index import index_datasets
 from lorakit.errors import ConfigError, DataError
-from lorakit.plugins import Catalog
-from lorakit.randomness import keyed_generator
-from lorakit.sampling.prompt_files import read_prompts
-from lorakit.sampling.prompts import PromptSettings
+from lorakit.plugins.catalog import Catalog
+from lorakit.previews.prompt_files import read_prompts
+from lorakit.previews.prompts import PromptSettings
+from lorakit.utils.rng import keyed_generator
 from tests.fuzz.conftest import CONFIG, DATASET, META
 from tests.fuzz.mutations import damaged, ends_well, few, mutated
 
@@ -130,9 +130,9 @@ def test_captions(base: Path, content: bytes, options: dict[str, Any]) -> None:
 
     def act() -> None:
         caption = read_caption(path)
-        possible = possible_captions(caption, subset)
+        possible = caption_variants(caption, subset)
         for step in range(3):
-            used = caption_in_use(caption, subset, CaptionUse(1, step, 3), keyed_generator)
+            used = apply_caption_options(caption, subset, CaptionContext(1, step, 3), keyed_generator)
             assert possible is None or used in possible
 
     ends_well("captions", act, DataError, str(path))

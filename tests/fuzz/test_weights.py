@@ -18,15 +18,15 @@ from safetensors.torch import save
 
 from lorakit.builtin.model_families.sd1 import SD1Config
 from lorakit.checkpoints import describe, stated_prediction, summarize, traits_of
-from lorakit.data.cache import Cache
+from lorakit.data.cache.store import Cache
 from lorakit.errors import AdapterError, DataError, ModelError
-from lorakit.models.merging import MergedFile, Merging
-from lorakit.models.stable_diffusion.parts import StoredModel, vae_at
-from lorakit.models.stable_diffusion.reading import empty_module, unet_module
-from lorakit.models.stable_diffusion.text import clip_module
-from lorakit.models.stable_diffusion.tokenizer import CaptionTokenizer
-from lorakit.models.weights import open_tensors
-from lorakit.networks.saving import ranks_and_alphas, read_adapter, starting_tensors
+from lorakit.models.families.sd.checkpoint import ModelCheckpoint, vae_at
+from lorakit.models.families.sd.load import empty_module, unet_module
+from lorakit.models.families.sd.text_encoder import clip_module
+from lorakit.models.families.sd.tokenizer import CaptionTokenizer
+from lorakit.models.weights.load import open_tensors
+from lorakit.models.weights.merge_lora import MergedFile, Merging
+from lorakit.networks.adapter_file import load_initial_weights, ranks_and_alphas, read_adapter
 from tests.config.conftest import SD1_SHAPES
 from tests.fuzz.mutations import damaged, ends_well, few, mutated
 from tests.untrusted.hostile import safetensors_bytes
@@ -84,7 +84,7 @@ def test_lora_files(tmp_path: Path, content: bytes, suffix: str) -> None:
 
     def act() -> None:
         read_adapter(path)
-        for rank, alpha in ranks_and_alphas(starting_tensors(path)).values():
+        for rank, alpha in ranks_and_alphas(load_initial_weights(path)).values():
             assert rank > 0
             assert alpha == alpha  # noqa: PLR0124 - it is no NaN
 
@@ -149,8 +149,8 @@ def test_checkpoints(tmp_path: Path, content: bytes) -> None:
         read = open_tensors(path)
         for name in summary.tensors:
             assert tuple(read(name).shape) == summary.tensors[name]
-        StoredModel(path).check_vae()
-        StoredModel(path).check()
+        ModelCheckpoint(path).check_vae()
+        ModelCheckpoint(path).check()
 
     ends_well("checkpoints", act, ModelError, str(path))
 
@@ -176,7 +176,7 @@ def test_folders_of_models(model_folder: Path, data: st.DataObject, name: str) -
     file.write_bytes(content)
 
     def act() -> None:
-        model = StoredModel(model_folder)
+        model = ModelCheckpoint(model_folder)
         model.check_vae()
         model.check()
         stated_prediction(model.summary)
@@ -232,4 +232,4 @@ def test_cache_entries(tmp_path: Path, content: bytes) -> None:
 
 def test_the_folder_is_sound(model_folder: Path) -> None:
     """The folder that is damaged above is taken as it is."""
-    assert StoredModel(model_folder).check() is None
+    assert ModelCheckpoint(model_folder).check() is None

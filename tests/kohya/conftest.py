@@ -10,8 +10,8 @@ from PIL import Image
 
 from lorakit.kohya.command_line import read_arguments
 from lorakit.kohya.conversion import convert
-from lorakit.kohya.drafts import Draft
-from lorakit.plugins import Catalog
+from lorakit.kohya.draft import Draft
+from lorakit.plugins.catalog import Catalog
 from tests.config.conftest import SD1_SHAPES, write_safetensors
 
 LEAST = (

@@ -10,11 +10,11 @@ from typing import Any
 import attrs
 import pytest
 
-from lorakit.config.reading import config_from_tables
+from lorakit.config.load import config_from_tables
 from lorakit.errors import ConfigError
 from lorakit.kohya.conversion import check
 from lorakit.kohya.writing import to_text
-from lorakit.plugins import Catalog
+from lorakit.plugins.catalog import Catalog
 from tests.kohya.conftest import LEAST, Convert
 
 DIMS = ",".join(map(str, range(25)))

@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import lorakit
-from lorakit.config.reading import config_from_tables
-from lorakit.config.sections import TrainConfig
-from lorakit.data.buckets import place
+from lorakit.config.load import config_from_tables
+from lorakit.config.train_config import TrainConfig
+from lorakit.data.images.buckets import assign_bucket
 from lorakit.kohya.command_line import read_arguments
 from lorakit.kohya.conversion import convert
+from lorakit.kohya.option_status import OptionStatus
 from lorakit.kohya.options import OPTIONS
-from lorakit.kohya.states import State
-from lorakit.models.stable_diffusion.image import VaeEncoder
-from lorakit.plugins import Catalog
+from lorakit.models.families.sd.vae import VaeEncoder
+from lorakit.plugins.catalog import Catalog
 from lorakit.testing.models import make_tiny_sd2
 from tests.docs.pages import ROOT
 from tests.kohya.conftest import LEAST
@@ -50,7 +50,7 @@ def sources_of_conversions() -> str:
     return "\n".join(path.read_text(encoding="utf-8") for path in files)
 
 
-@pytest.mark.parametrize("name", by_state(State.WORKS))
+@pytest.mark.parametrize("name", by_state(OptionStatus.WORKS))
 def test_options_that_work_are_tested(name: str) -> None:
     """A test of what an option acts on names its key; one that picks a component is in a test of conversions."""
     key = OPTIONS[name].key.partition(" = ")[0].rpartition(".")[2]
@@ -129,7 +129,7 @@ def test_images_are_encoded_in_batches(
 def test_buckets(words: str, size: tuple[int, int], bucket: tuple[int, int], configured: Configure) -> None:
     """Images go to the buckets that sd-scripts' arithmetic gives by hand for these limits, for 256×256 pixels."""
     (dataset,) = configured("--resolution=256", "--enable_bucket", *words.split()).data.datasets
-    assert place(size, dataset).bucket == bucket
+    assert assign_bucket(size, dataset).bucket == bucket
 
 
 def test_second_version(tmp_path: Path, configured: Configure) -> None:

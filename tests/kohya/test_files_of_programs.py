@@ -15,15 +15,15 @@ import tomlkit
 from safetensors import safe_open
 
 import lorakit
-from lorakit.config.reading import config_from_tables, read_config
-from lorakit.config.sections import TrainConfig
+from lorakit.config.load import config_from_tables, read_config
+from lorakit.config.train_config import TrainConfig
 from lorakit.errors import ConfigError
 from lorakit.kohya.command_line import read_arguments
 from lorakit.kohya.conversion import convert
-from lorakit.kohya.drafts import Draft
+from lorakit.kohya.draft import Draft
 from lorakit.kohya.options import OPTIONS
 from lorakit.kohya.writing import to_text
-from lorakit.plugins import Catalog
+from lorakit.plugins.catalog import Catalog
 from tests.kohya.test_conversion import remarks
 from tests.test_cli import run
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 
 import lorakit
-from lorakit.config.reading import read_config
+from lorakit.config.load import read_config
 from tests.kohya.conftest import LEAST
 from tests.test_cli import imported, run
 

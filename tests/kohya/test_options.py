@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from lorakit.config.suggestions import KOHYA_NAMES
+from lorakit.kohya.option_status import OptionStatus, known_keys, option_status
 from lorakit.kohya.options import GROUPS, OPTIONS, Option
-from lorakit.kohya.states import State, known_keys, state_of
-from lorakit.plugins import Catalog
+from lorakit.plugins.catalog import Catalog
 from tests.docs.pages import ROOT
 from tests.docs.test_pages import known_keys as keys_of_the_reference
 from tests.kohya.conftest import LEAST, Convert
@@ -83,10 +83,10 @@ def words(option: Option) -> list[str]:
     return [f"--{option.name}", *(OWN_VALUES.get(option.name) or choices[:1] or VALUES[option.kind])]
 
 
-def by_state(state: State) -> list[str]:
+def by_state(state: OptionStatus) -> list[str]:
     """The names of all options in a state."""
     keys = known_keys(Catalog.discover())
-    return [name for name, option in OPTIONS.items() if state_of(option, keys) is state]
+    return [name for name, option in OPTIONS.items() if option_status(option, keys) is state]
 
 
 def test_there_are_193_options() -> None:
@@ -102,7 +102,7 @@ def test_there_are_193_options() -> None:
 def test_keys_exist() -> None:
     """No option that works names a key that the reference of the config file does not have."""
     keys = keys_of_the_reference() | {"observers.name", "data.config"}
-    working = [name for name in by_state(State.WORKS) if not OPTIONS[name].plugin]
+    working = [name for name in by_state(OptionStatus.WORKS) if not OPTIONS[name].plugin]
     assert len(working) > 50
     assert not [name for name in working if OPTIONS[name].key.partition(" = ")[0] not in keys]
 
@@ -111,9 +111,9 @@ def test_a_new_key_makes_options_work() -> None:
     """An option works from the moment when its key, or the component that the key names, is there."""
     flag, number = Option("v2", "flag", False, key='model.family = "sd9"'), Option("x", "float", key="loss.x")
     keys = known_keys(Catalog.discover())
-    assert [state_of(option, keys) for option in (flag, number)] == [State.LATER] * 2
+    assert [option_status(option, keys) for option in (flag, number)] == [OptionStatus.UNSUPPORTED] * 2
     keys |= {'model.family = "sd9"': None, "loss.x": None}
-    assert [state_of(option, keys) for option in (flag, number)] == [State.WORKS] * 2
+    assert [option_status(option, keys) for option in (flag, number)] == [OptionStatus.WORKS] * 2
 
 
 def test_plugins_have_the_keys_of_their_options() -> None:
@@ -140,11 +140,11 @@ def test_page_lists_every_option() -> None:
     text = Path(ROOT / "docs/how-to/coming-from-sd-scripts.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `--(\w+)` \| ([a-z ]+) \| .+ \|$", text, re.M)
     assert sorted(name for name, _ in rows) == sorted(OPTIONS)
-    expected = {name: state.value for state in State for name in by_state(state)}
+    expected = {name: state.value for state in OptionStatus for name in by_state(state)}
     assert dict(rows) == expected
 
 
-@pytest.mark.parametrize("name", by_state(State.WORKS))
+@pytest.mark.parametrize("name", by_state(OptionStatus.WORKS))
 def test_options_that_work_change_the_config(name: str, converted: Convert) -> None:
     """An option that works changes the key that the table names, and is named there as its source."""
     data = [] if name in ("dataset_config", "train_data_dir") else ["--train_data_dir=train"]
@@ -166,7 +166,7 @@ def sources(draft: Any) -> list[str]:
     return [setting.source for table in tables for setting in table.values()]
 
 
-@pytest.mark.parametrize("name", by_state(State.LATER))
+@pytest.mark.parametrize("name", by_state(OptionStatus.UNSUPPORTED))
 def test_options_without_a_counterpart_are_told(name: str, converted: Convert) -> None:
     """An option that nothing does the same as is noted, with its value, and changes nothing else."""
     draft = converted(*words(OPTIONS[name]))
@@ -176,7 +176,7 @@ def test_options_without_a_counterpart_are_told(name: str, converted: Convert) -
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in by_state(State.LATER) if OPTIONS[name].default not in (None, (), False)]
+    "name", [name for name in by_state(OptionStatus.UNSUPPORTED) if OPTIONS[name].default not in (None, (), False)]
 )
 def test_options_at_their_default_are_not_told(name: str, converted: Convert) -> None:
     """An option without a counterpart is nothing to speak of when it is given its default."""
@@ -184,7 +184,7 @@ def test_options_at_their_default_are_not_told(name: str, converted: Convert) ->
     assert not converted(f"--{name}={option.default}").remarks
 
 
-@pytest.mark.parametrize("name", sorted(set(by_state(State.NOT_NEEDED)) - {"config_file"}))
+@pytest.mark.parametrize("name", sorted(set(by_state(OptionStatus.NOT_NEEDED)) - {"config_file"}))
 def test_options_that_are_not_needed_change_nothing(name: str, converted: Convert) -> None:
     """An option that is not needed changes nothing and is not told."""
     draft = converted(*words(OPTIONS[name]))

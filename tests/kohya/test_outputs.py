@@ -11,15 +11,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lorakit
-from lorakit.components import ObserverConfig
-from lorakit.config.reading import config_from_tables
+from lorakit.api.components import ObserverConfig
+from lorakit.config.load import config_from_tables
 from lorakit.errors import ConfigError
 from lorakit.kohya.command_line import read_arguments
 from lorakit.kohya.conversion import check, convert
+from lorakit.kohya.option_status import known_keys
 from lorakit.kohya.options import OPTIONS
-from lorakit.kohya.states import known_keys
 from lorakit.kohya.writing import to_text
-from lorakit.plugins import Catalog
+from lorakit.plugins.catalog import Catalog
 from tests.kohya.conftest import LEAST, Convert
 from tests.kohya.test_conversion import remarks
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 import lorakit
-from lorakit.config.reading import config_from_tables
+from lorakit.config.load import config_from_tables
+from lorakit.diffusion.samplers import SAMPLERS
 from lorakit.errors import ConfigError
 from lorakit.kohya.conversion import check
 from lorakit.kohya.options import OPTIONS
-from lorakit.plugins import Catalog
-from lorakit.sampling.samplers import SAMPLERS
+from lorakit.plugins.catalog import Catalog
 from tests.kohya.conftest import Convert
 
 

@@ -9,6 +9,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import optimization as hf
 
+from lorakit.api.components import LRSchedulerConfig
 from lorakit.builtin.lr_schedulers.constant import ConstantConfig
 from lorakit.builtin.lr_schedulers.constant_with_warmup import ConstantWithWarmupConfig
 from lorakit.builtin.lr_schedulers.cosine import CosineConfig
@@ -19,7 +20,6 @@ from lorakit.builtin.lr_schedulers.linear import LinearConfig
 from lorakit.builtin.lr_schedulers.piecewise_constant import PiecewiseConstantConfig
 from lorakit.builtin.lr_schedulers.polynomial import PolynomialConfig
 from lorakit.builtin.lr_schedulers.warmup_stable_decay import WarmupStableDecayConfig
-from lorakit.components import LRSchedulerConfig
 
 STEPS, LR = 40, 2e-4
 

@@ -12,7 +12,7 @@ from lorakit.builtin.model_families.sd1 import SD1Config
 from lorakit.builtin.model_families.sd1 import detect_model_family as detect_sd1
 from lorakit.builtin.model_families.sd2 import SD2Config, detect_model_family, register_model_families
 from lorakit.checkpoints import CheckpointSummary, summarize
-from lorakit.config.reading import config_from_tables
+from lorakit.config.load import config_from_tables
 from lorakit.testing.models import make_tiny_sd1, make_tiny_sd2, to_single_file
 from tests.model_families.test_sd1 import run_python, with_label, with_nine_channels, without_text
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lorakit.builtin.model_families.sd1 import SD1Config
 from lorakit.builtin.model_families.sd2 import SD2Config
-from lorakit.config.reading import config_from_tables
+from lorakit.config.load import config_from_tables
 from lorakit.testing.models import make_tiny_sd2, to_single_file
 
 V_HEADER = {"modelspec.prediction_type": "v"}

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lorakit.builtin.model_families.sd1 import SD1Config
-from lorakit.config.reading import config_from_tables
+from lorakit.config.load import config_from_tables
 from lorakit.errors import ConfigError
 from lorakit.testing.models import TINY_SD1, make_folder
 

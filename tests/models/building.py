@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from lorakit.models.stable_diffusion.model import StableDiffusion, Variant
-from lorakit.models.stable_diffusion.parts import StoredModel
+from lorakit.models.families.sd.checkpoint import ModelCheckpoint
+from lorakit.models.families.sd.model import StableDiffusion, Variant
 
 CPU = torch.device("cpu")
 
@@ -18,9 +18,9 @@ def stable_diffusion(
     """The model at a path, on the CPU; options are those of `Variant`, by default those of 1.x."""
     named = {"version": "sd_v1", "architecture": "stable-diffusion-v1/lora"}
     variant = Variant(**{**named, **options})  # type: ignore[arg-type]
-    return StableDiffusion(StoredModel(path, vae), variant, CPU, dtype)
+    return StableDiffusion(ModelCheckpoint(path, vae), variant, CPU, dtype)
 
 
 def read(model: StableDiffusion, part: str) -> object:
-    """A part of the model, `denoiser`, `text_encoder` or `image_encoder`, read if it is not yet."""
+    """A part of the model, `denoiser`, `text_encoder` or `vae_encoder`, read if it is not yet."""
     return getattr(model, part)

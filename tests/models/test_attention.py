@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lorakit.models.stable_diffusion.unet import Attention
+from lorakit.models.families.sd.unet import Attention
 from tests.models.building import stable_diffusion
 
 

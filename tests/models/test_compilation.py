@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from lorakit.components import NetworkConfig
-from lorakit.models.compilation import compile_blocks, why_not
-from lorakit.models.quantization import quantize
-from lorakit.models.recomputation import recompute
-from lorakit.models.stable_diffusion.targets import unet_blocks, unet_targets
-from lorakit.models.stable_diffusion.unet import BasicTransformerBlock, ResnetBlock2D
-from lorakit.models.weight_formats import FORMATS
+from lorakit.api.components import NetworkConfig
+from lorakit.models.families.sd.targets import unet_blocks, unet_targets
+from lorakit.models.families.sd.unet import BasicTransformerBlock, ResnetBlock2D
+from lorakit.models.memory.activation_checkpointing import checkpoint_blocks
+from lorakit.models.memory.compile import compile_blocks, compile_unsupported_reason
+from lorakit.models.memory.quantization import quantize
+from lorakit.models.memory.weight_formats import FORMATS
 from lorakit.networks.network import Network
-from lorakit.plugins import Catalog
+from lorakit.plugins.catalog import Catalog
 from tests.models.building import stable_diffusion
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ class Blocks(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock2D(16, 16, time_channels=8, groups=4) for _ in range(2))
         self.attentions = nn.ModuleList(BasicTransformerBlock(16, 8, heads=2) for _ in range(2))
-        recompute(unet_blocks(self))
+        checkpoint_blocks(unet_blocks(self))
 
     def forward(self, images: Tensor, times: Tensor, texts: Tensor) -> Tensor:
         """[B, 16, h, w] of images of that shape, times [B, 8] and texts [B, n, 8]."""
@@ -84,7 +84,7 @@ def step(blocks: Blocks, network: Network, height: int = 4, width: int = 6) -> l
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_is_as_exact_as_not(backend: str, weight_format: str) -> None:
     """With dropout, recomputed activations and small weights, loss and gradients are those without; nothing is left."""
-    if reason := why_not(backend, CPU):
+    if reason := compile_unsupported_reason(backend, CPU):
         pytest.skip(reason)
     (blocks, network), expected = adapted(weight_format), step(*adapted(weight_format))
     compile_blocks(blocks, KINDS, backend)
@@ -132,9 +132,9 @@ def test_blocks_of_a_unet(tiny_file: Path, is_read: bool) -> None:
 
 def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that is not there, and a compiler that is not, are told beforehand; eager needs nothing."""
-    assert why_not("eager", CPU) == ""
-    assert "'nvfuser'" in why_not("nvfuser", CPU)
-    assert "inductor" in why_not("nvfuser", CPU)
+    assert compile_unsupported_reason("eager", CPU) == ""
+    assert "'nvfuser'" in compile_unsupported_reason("nvfuser", CPU)
+    assert "inductor" in compile_unsupported_reason("nvfuser", CPU)
     monkeypatch.setenv("CXX", "/nowhere/g++")
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/g++",))
-    assert "install g++" in why_not("inductor", CPU)
+    assert "install g++" in compile_unsupported_reason("inductor", CPU)

@@ -10,7 +10,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from transformers import CLIPTextModel
 
 from lorakit.errors import ModelError
-from lorakit.models.stable_diffusion.image import VaeDecoder, VaeEncoder
+from lorakit.models.families.sd.vae import VaeDecoder, VaeEncoder
 from tests.models.building import read, stable_diffusion
 
 CAPTION = "a photo of a cat"
@@ -56,7 +56,7 @@ def test_more_layers_than_there_are_cannot_be_skipped(tiny_file: Path) -> None:
 def test_latents_are_those_of_diffusers(tiny_file: Path, tiny_folder: Path) -> None:
     """Mean and deviation are those of diffusers' VAE times the scaling factor, in float32."""
     images = torch.rand(2, 3, 64, 48) * 2 - 1
-    mean, deviation = stable_diffusion(tiny_file).image_encoder.encode(images)
+    mean, deviation = stable_diffusion(tiny_file).vae_encoder.encode(images)
     with torch.no_grad():
         expected = AutoencoderKL.from_pretrained(tiny_folder / "vae").encode(images).latent_dist
     torch.testing.assert_close(mean, expected.mean * 0.18215)
@@ -68,7 +68,7 @@ def test_latents_are_those_of_diffusers(tiny_file: Path, tiny_folder: Path) -> N
 def test_images_are_those_of_diffusers(tiny_file: Path, tiny_folder: Path) -> None:
     """Decoded images are those of diffusers' VAE for the unscaled latents, in float32, cut off at -1 and 1."""
     latents = torch.randn(2, 4, 8, 6, generator=torch.Generator().manual_seed(0)) * 0.18215
-    images = stable_diffusion(tiny_file).image_decoder.decode(latents)
+    images = stable_diffusion(tiny_file).vae_decoder.decode(latents)
     with torch.no_grad():
         expected = AutoencoderKL.from_pretrained(tiny_folder / "vae").decode(latents / 0.18215).sample
     assert expected.abs().max() > 1
@@ -79,20 +79,20 @@ def test_images_are_those_of_diffusers(tiny_file: Path, tiny_folder: Path) -> No
 
 def test_only_the_decoder_is_read(tiny_file: Path) -> None:
     """The decoder comes without the encoder's weights."""
-    names = {name.partition(".")[0] for name in stable_diffusion(tiny_file).image_decoder.module.state_dict()}
+    names = {name.partition(".")[0] for name in stable_diffusion(tiny_file).vae_decoder.module.state_dict()}
     assert names == {"decoder", "post_quant_conv"}
 
 
 def test_decoding_that_overflows_half_precision_is_mended(tiny_file: Path) -> None:
     """An image that overflows float16 is decoded again in float32, its neighbour is left as it is."""
-    decoder = stable_diffusion(tiny_file, torch.float16).image_decoder
+    decoder = stable_diffusion(tiny_file, torch.float16).vae_decoder
     decoder.module.decoder.conv_in.weight.mul_(3000)
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.001
     latents[1] *= 2000
     half = decoder.module.decoder(decoder.module.post_quant_conv(latents.half() / 0.18215))
     assert [image.isfinite().all().item() for image in half] == [True, False]
     images = decoder.decode(latents)
-    exact = stable_diffusion(tiny_file, torch.float16).image_decoder.module.float()
+    exact = stable_diffusion(tiny_file, torch.float16).vae_decoder.module.float()
     exact.decoder.conv_in.weight.mul_(3000)
     torch.testing.assert_close(images, VaeDecoder(exact, 0.18215).decode(latents), rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(images[:1], decoder.decode(latents[:1]), rtol=1e-2, atol=1e-2)
@@ -105,14 +105,14 @@ def test_scaling_factor_of_a_folder_is_used(tiny_folder: Path, tmp_path: Path) -
     vae.register_to_config(scaling_factor=0.5)
     vae.save_pretrained(tmp_path / "vae")
     images = torch.rand(1, 3, 64, 64)
-    other, _ = stable_diffusion(tiny_folder, vae=tmp_path / "vae").image_encoder.encode(images)
-    own, _ = stable_diffusion(tiny_folder).image_encoder.encode(images)
+    other, _ = stable_diffusion(tiny_folder, vae=tmp_path / "vae").vae_encoder.encode(images)
+    own, _ = stable_diffusion(tiny_folder).vae_encoder.encode(images)
     torch.testing.assert_close(other / 0.5, own / 0.18215)
 
 
 def test_overflow_in_half_precision_is_mended_per_image(tiny_file: Path) -> None:
     """An image that overflows float16 is encoded again in float32; the others in its batch are left as they are."""
-    encoder = stable_diffusion(tiny_file, torch.float16).image_encoder
+    encoder = stable_diffusion(tiny_file, torch.float16).vae_encoder
     encoder.module.encoder.conv_in.weight.mul_(3000)
     images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 0.01
     images[1] *= 2000
@@ -120,7 +120,7 @@ def test_overflow_in_half_precision_is_mended_per_image(tiny_file: Path) -> None
     assert not half[1].isfinite().all()
     assert half[[0, 2]].isfinite().all()
     mean, deviation = encoder.encode(images)
-    exact = stable_diffusion(tiny_file, torch.float16).image_encoder.module.float()
+    exact = stable_diffusion(tiny_file, torch.float16).vae_encoder.module.float()
     exact.encoder.conv_in.weight.mul_(3000)
     expected, _ = VaeEncoder(exact, 0.18215).encode(images)
     assert mean.isfinite().all()
@@ -137,8 +137,8 @@ def test_vae_in_float32(tiny_file: Path) -> None:
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     half, mixed = (stable_diffusion(tiny_file, torch.bfloat16, no_half_vae=on) for on in (False, True))
     full = stable_diffusion(tiny_file)
-    exact, _ = full.image_encoder.encode(images)
-    assert torch.equal(mixed.image_encoder.encode(images)[0], exact)
-    assert not torch.equal(half.image_encoder.encode(images)[0], exact)
-    assert mixed.fingerprint("image_encoder") == full.fingerprint("image_encoder") != half.fingerprint("image_encoder")
+    exact, _ = full.vae_encoder.encode(images)
+    assert torch.equal(mixed.vae_encoder.encode(images)[0], exact)
+    assert not torch.equal(half.vae_encoder.encode(images)[0], exact)
+    assert mixed.fingerprint("vae_encoder") == full.fingerprint("vae_encoder") != half.fingerprint("vae_encoder")
     assert mixed.fingerprint("text_encoder") == half.fingerprint("text_encoder")

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lorakit.errors import ModelError
-from lorakit.models.stable_diffusion.layout import original_unet_name, original_vae_name
-from lorakit.models.stable_diffusion.settings import clip_settings, unet_settings, vae_settings
-from lorakit.models.weights import shapes_of, without_weights
+from lorakit.models.families.sd.infer_config import clip_settings, unet_settings, vae_settings
+from lorakit.models.families.sd.state_dict_keys import original_unet_name, original_vae_name
+from lorakit.models.weights.load import shapes_of, without_weights
 from tests.models.building import read, stable_diffusion
 
 SD15_UNET = {
@@ -114,7 +114,7 @@ def test_single_files_are_read_as_diffusers_reads_them(single_file: Path, tiny_f
     )
     model = stable_diffusion(single_file)
     assert_same_weights(model.denoiser.state_dict(), pipeline.unet.state_dict())
-    assert_same_weights(model.image_encoder.module.state_dict(), pipeline.vae.state_dict())
+    assert_same_weights(model.vae_encoder.module.state_dict(), pipeline.vae.state_dict())
     assert_same_weights(model.text_encoder.module.state_dict(), pipeline.text_encoder.state_dict())
     assert model.denoiser.state_dict().keys() == pipeline.unet.state_dict().keys()
     assert_same_weights(
@@ -131,7 +131,7 @@ def test_every_form_of_a_model_predicts_the_same(tiny_folder: Path, tiny_file: P
         model = stable_diffusion(path)
         conditioning = model.text_encoder.encode(model.text_encoder.tokenize(["a cat"]))
         prediction = model.predict(latents, torch.tensor([500]), conditioning)
-        outputs.append(torch.cat([prediction, *model.image_encoder.encode(images)]))
+        outputs.append(torch.cat([prediction, *model.vae_encoder.encode(images)]))
     assert outputs[0].isfinite().all()
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
@@ -151,7 +151,7 @@ def test_folders_with_other_files(tiny_folder: Path, tmp_path: Path, suffix: str
         else:
             stem = "pytorch_model" if file.stem == "model" else file.stem
             torch.save(tensors, file.with_name(f"{stem}{variant}.bin"))
-    for part in ("denoiser", "image_encoder", "text_encoder"):
+    for part in ("denoiser", "vae_encoder", "text_encoder"):
         assert read(stable_diffusion(copy), part)
 
 
@@ -206,8 +206,8 @@ def test_another_vae_replaces_the_models_own(tiny_file: Path, tiny_folder: Path,
     """A VAE is taken from a folder or file, in old and new names, with and without prefix; the rest stays."""
     model = stable_diffusion(tiny_file, vae=other_vae(tiny_folder, form, tmp_path / "vae"))
     own = stable_diffusion(tiny_file)
-    doubled = {name: tensor * 2 for name, tensor in own.image_encoder.module.state_dict().items()}
-    assert_same_weights(model.image_encoder.module.state_dict(), doubled)
+    doubled = {name: tensor * 2 for name, tensor in own.vae_encoder.module.state_dict().items()}
+    assert_same_weights(model.vae_encoder.module.state_dict(), doubled)
     assert_same_weights(model.denoiser.state_dict(), own.denoiser.state_dict())
 
 
@@ -215,7 +215,7 @@ def test_a_file_without_a_vae_is_no_vae(tiny_file: Path, tmp_path: Path) -> None
     """A file that is something else is refused as a VAE, and called what it is."""
     save_file({"lora_unet_x.lora_down.weight": torch.zeros(4, 8)}, tmp_path / "lora.safetensors")
     with pytest.raises(ModelError, match=r"lora\.safetensors holds no VAE; it is a LoRA file"):
-        read(stable_diffusion(tiny_file, vae=tmp_path / "lora.safetensors"), "image_encoder")
+        read(stable_diffusion(tiny_file, vae=tmp_path / "lora.safetensors"), "vae_encoder")
 
 
 def changed(file: Path, target: Path, change: Any) -> Path:
@@ -279,4 +279,4 @@ def test_settings_that_make_no_model_are_refused(
     config.write_text(json.dumps({**json.loads(config.read_text()), **settings}))
     model = stable_diffusion(copy)
     with pytest.raises(ModelError, match=r"the (U-Net|text encoder|VAE) in .*safetensors"):
-        read(model, {"unet": "denoiser", "vae": "image_encoder"}.get(part, part))
+        read(model, {"unet": "denoiser", "vae": "vae_encoder"}.get(part, part))

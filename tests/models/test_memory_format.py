@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.components import NetworkConfig
-from lorakit.models.memory_format import memory_format_of
-from lorakit.models.stable_diffusion.unet import ResnetBlock2D
-from lorakit.plugins import Catalog
+from lorakit.api.components import NetworkConfig
+from lorakit.models.families.sd.unet import ResnetBlock2D
+from lorakit.models.memory.channels_last import memory_format_of
+from lorakit.plugins.catalog import Catalog
 from tests.models.building import stable_diffusion
 
 

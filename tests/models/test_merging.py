@@ -15,9 +15,9 @@ from lorakit.builtin.model_families.sd1 import SD1Config
 from lorakit.builtin.networks.c3lier import C3LierConfig
 from lorakit.builtin.networks.lierla import LierlaConfig
 from lorakit.errors import AdapterError
-from lorakit.models.merging import MergedFile, Merging
-from lorakit.models.stable_diffusion.model import StableDiffusion
-from lorakit.models.weight_formats import FORMATS
+from lorakit.models.families.sd.model import StableDiffusion
+from lorakit.models.memory.weight_formats import FORMATS
+from lorakit.models.weights.merge_lora import MergedFile, Merging
 from lorakit.networks.config import LoRAConfig
 from tests.models.building import CPU
 from tests.models.test_stable_diffusion import INPUTS
@@ -83,7 +83,7 @@ def files(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 def content(file: Path) -> Tensors:
     """The tensors of a file of either kind."""
-    from lorakit.networks.saving import read_adapter
+    from lorakit.networks.adapter_file import read_adapter
 
     return dict(read_adapter(file).tensors)
 
@@ -169,7 +169,7 @@ def test_fingerprints(tiny_folder: Path, files: dict[str, Path], tmp_path: Path)
     assert text["plain"] == text["unet"]
     assert text["text"] == text["copy"]
     assert len(set(text.values())) == 4
-    assert len({model.fingerprint("image_encoder") for model in models.values()}) == 1
+    assert len({model.fingerprint("vae_encoder") for model in models.values()}) == 1
 
 
 def test_metadata(tiny_folder: Path, files: dict[str, Path]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-from lorakit.models.noise import DiscreteNoise
+from lorakit.diffusion.noise_schedule import DDPMSchedule
 
 REFERENCE = {
     0: (0.99915000, 1175.47),
@@ -38,7 +38,7 @@ ZERO_TERMINAL = {
 @pytest.mark.parametrize(("timestep", "expected"), REFERENCE.items())
 def test_schedule_has_the_reference_values(timestep: int, expected: tuple[float, float]) -> None:
     """Signal power and signal-to-noise ratio agree with the reference to all of its digits."""
-    noise, steps = DiscreteNoise(), torch.tensor([timestep])
+    noise, steps = DDPMSchedule(), torch.tensor([timestep])
     signal = noise.add_noise(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), steps)
     spread = noise.add_noise(torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), steps)
     assert signal.item() ** 2 == pytest.approx(expected[0], abs=1e-7)
@@ -52,7 +52,7 @@ def test_noise_and_target_are_those_of_diffusers(prediction: str) -> None:
     scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
     )
-    noise = DiscreteNoise(prediction)  # type: ignore[arg-type]
+    noise = DDPMSchedule(prediction)  # type: ignore[arg-type]
     torch.manual_seed(0)
     latents, drawn, steps = torch.randn(1000, 4, 2, 2), torch.randn(1000, 4, 2, 2), torch.arange(1000)
     target = drawn if prediction == "epsilon" else scheduler.get_velocity(latents, drawn, steps)
@@ -62,7 +62,7 @@ def test_noise_and_target_are_those_of_diffusers(prediction: str) -> None:
 
 def test_velocity_and_noisy_latents_determine_the_latents() -> None:
     """Signal times noisy latents less spread times velocity is the latents, the identity that defines the velocity."""
-    noise, steps = DiscreteNoise("v_prediction"), torch.tensor([3, 400, 990])
+    noise, steps = DDPMSchedule("v_prediction"), torch.tensor([3, 400, 990])
     latents, drawn = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
     ratio = noise.signal_to_noise(steps).view(-1, 1, 1, 1)
     signal, spread = (ratio / (1 + ratio)).sqrt(), (1 / (1 + ratio)).sqrt()
@@ -72,7 +72,7 @@ def test_velocity_and_noisy_latents_determine_the_latents() -> None:
 
 def test_other_latent_shapes_are_mixed_alike() -> None:
     """Factors belong to the first side, whatever sides follow."""
-    noise, steps = DiscreteNoise(), torch.tensor([10, 900])
+    noise, steps = DDPMSchedule(), torch.tensor([10, 900])
     latents, drawn = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
     flat = noise.add_noise(latents.flatten(1), drawn.flatten(1), steps)
     assert torch.equal(flat.view_as(latents), noise.add_noise(latents, drawn, steps))
@@ -84,14 +84,14 @@ def test_betas_are_those_of_diffusers(rescaled: bool) -> None:
     scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=rescaled
     )
-    noise = DiscreteNoise().with_zero_terminal_snr() if rescaled else DiscreteNoise()
+    noise = DDPMSchedule().with_zero_terminal_snr() if rescaled else DDPMSchedule()
     torch.testing.assert_close(noise.betas.float(), scheduler.betas, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(("timestep", "expected"), ZERO_TERMINAL.items())
 def test_zero_terminal_schedule_has_the_reference_values(timestep: int, expected: float) -> None:
     """Signal, noise and their ratio are those of the changed schedule, to all digits of the reference."""
-    noise, steps = DiscreteNoise().with_zero_terminal_snr(), torch.tensor([timestep])
+    noise, steps = DDPMSchedule().with_zero_terminal_snr(), torch.tensor([timestep])
     signal = noise.add_noise(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), steps)
     spread = noise.add_noise(torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), steps)
     assert signal.item() ** 2 == pytest.approx(expected, abs=1e-7)
@@ -104,7 +104,7 @@ def test_zero_terminal_schedule_is_that_of_diffusers() -> None:
     scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True
     )
-    noise = DiscreteNoise("v_prediction").with_zero_terminal_snr()
+    noise = DDPMSchedule("v_prediction").with_zero_terminal_snr()
     steps, one = torch.arange(1000), torch.ones(1000, 1)
     signal = noise.add_noise(one, torch.zeros_like(one), steps).flatten()
     torch.testing.assert_close(signal**2, scheduler.alphas_cumprod, rtol=1e-3, atol=1e-6)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from lorakit.models.quantization import QuantizedLayer, quantize
-from lorakit.models.weight_formats import FORMATS
+from lorakit.models.memory.quantization import QuantizedLayer, quantize
+from lorakit.models.memory.weight_formats import FORMATS
 from lorakit.networks.lora import LoRAModule
 
 CPU = torch.device("cpu")

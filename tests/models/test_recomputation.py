@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from lorakit.models.recomputation import RecomputableBlock, bytes_kept, recompute
-from lorakit.models.stable_diffusion.targets import unet_blocks
+from lorakit.models.families.sd.targets import unet_blocks
+from lorakit.models.memory.activation_checkpointing import CheckpointedBlock, bytes_kept, checkpoint_blocks
 from tests.models.building import stable_diffusion
 
 
-class Block(RecomputableBlock):
+class Block(CheckpointedBlock):
     """Keeps as many tensors of the size of its input as it is told, and counts how often it runs."""
 
     def __init__(self, kept: int, dropout: float = 0.0) -> None:
@@ -53,7 +53,7 @@ def made(dropout: float = 0.0) -> list[Block]:
 def test_the_blocks_that_keep_the_most_recompute(share: float, chosen: list[int]) -> None:
     """After the first step only that share of the blocks, rounded up, runs twice in a step: those that keep most."""
     blocks, x = made(), torch.randn(4, 8)
-    recompute(blocks, share)
+    checkpoint_blocks(blocks, share)
     step(blocks, x)
     for block in blocks:
         block.calls = 0
@@ -67,7 +67,7 @@ def test_the_blocks_that_keep_the_most_recompute(share: float, chosen: list[int]
 def test_nothing_else_changes(share: float) -> None:
     """Loss, gradients and random numbers drawn stay the same, bit for bit, in every step."""
     plain, recomputing, x = made(0.3), made(0.3), torch.randn(4, 8)
-    recompute(recomputing, share)
+    checkpoint_blocks(recomputing, share)
     for _ in range(3):
         expected, state = step(plain, x), torch.get_rng_state()
         assert all(torch.equal(*pair) for pair in zip(step(recomputing, x), expected, strict=True))
@@ -77,7 +77,7 @@ def test_nothing_else_changes(share: float) -> None:
 def test_without_gradients_nothing_is_recomputed_or_chosen() -> None:
     """What is predicted for a preview runs once, and says nothing of what blocks keep."""
     blocks, x = made(), torch.randn(4, 8)
-    recompute(blocks, 0.1)
+    checkpoint_blocks(blocks, 0.1)
     with torch.no_grad():
         for block in blocks:
             block(x)
@@ -91,7 +91,7 @@ def test_another_share() -> None:
     """Blocks that recompute may be told to recompute less, or all again."""
     blocks, x = made(), torch.randn(4, 8)
     for share, calls in ((1.0, 12), (0.1, 7), (0.5, 9), (1.0, 12)):
-        recompute(blocks, share)
+        checkpoint_blocks(blocks, share)
         step(blocks, x)
         for block in blocks:
             block.calls = 0

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorakit.builtin.model_families.sd1 import SD1Config
-from lorakit.models.hashing import ProcessMemo
-from lorakit.models.protocol import DiffusionModel
+from lorakit.models.interfaces import DiffusionModel
+from lorakit.models.weights.hashing import ProcessMemo
 
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
@@ -66,8 +66,8 @@ def test_sharded_folders(tiny_sd1: Path, tmp_path: Path, suffix: str, variant: s
     sharded, whole = build(folder), build(tiny_sd1)
     assert torch.equal(prediction(sharded), prediction(whole))
     image = torch.ones(1, 3, 64, 64)
-    assert torch.equal(sharded.image_encoder.encode(image)[0], whole.image_encoder.encode(image)[0])
-    for part in ("image_encoder", "text_encoder"):
+    assert torch.equal(sharded.vae_encoder.encode(image)[0], whole.vae_encoder.encode(image)[0])
+    for part in ("vae_encoder", "text_encoder"):
         assert sharded.fingerprint(part) == whole.fingerprint(part)  # type: ignore[arg-type]
 
 
@@ -143,5 +143,5 @@ def test_hub_models_in_shards_and_halves(tiny_sd1: Path, tmp_path: Path) -> None
     model = build(tiny_sd1)
     assert name == "some/vae"
     assert float(out) == pytest.approx(prediction(model).double().sum().item(), rel=1e-5)
-    expected = model.image_encoder.encode(torch.ones(1, 3, 64, 64))[0].double().sum().item()
+    expected = model.vae_encoder.encode(torch.ones(1, 3, 64, 64))[0].double().sum().item()
     assert float(mean) == pytest.approx(expected, rel=1e-5)

@@ -13,9 +13,9 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lorakit.models.hashing import ProcessMemo
-from lorakit.models.protocol import AdaptationTarget
-from lorakit.models.stable_diffusion.model import StableDiffusion
+from lorakit.models.families.sd.model import StableDiffusion
+from lorakit.models.interfaces import AdaptationTarget
+from lorakit.models.weights.hashing import ProcessMemo
 from lorakit.testing.models import to_single_file
 from tests.models.building import stable_diffusion
 
@@ -51,7 +51,7 @@ def test_parts_are_read_once_and_on_first_use(tiny_file: Path, tmp_path: Path) -
     assert "copy.safetensors" not in Path("/proc/self/maps").read_text()
     first = model.text_encoder
     assert model.text_encoder is first
-    assert model.image_encoder is model.image_encoder
+    assert model.vae_encoder is model.vae_encoder
     assert model.denoiser is model.denoiser
     model.free("text_encoder")
     assert model.text_encoder is not first
@@ -63,10 +63,10 @@ def test_freed_weights_are_gone(tiny_file: Path, tmp_path: Path) -> None:
     copy.write_bytes(tiny_file.read_bytes())
     model = stable_diffusion(copy)
     assert model.text_encoder.module
-    assert model.image_encoder.module
+    assert model.vae_encoder.module
     assert "freed.safetensors" in Path("/proc/self/maps").read_text()
     model.free("text_encoder")
-    model.free("image_encoder")
+    model.free("vae_encoder")
     assert "freed.safetensors" not in Path("/proc/self/maps").read_text()
 
 
@@ -93,7 +93,7 @@ def test_fingerprints_follow_what_the_output_depends_on(tiny_folder: Path, tmp_p
     """Each encoder's fingerprint changes with its own weights and settings, and with nothing else."""
     models = variations(tiny_folder, tmp_path)
     text = {name: model.fingerprint("text_encoder") for name, model in models.items()}
-    image = {name: model.fingerprint("image_encoder") for name, model in models.items()}
+    image = {name: model.fingerprint("vae_encoder") for name, model in models.items()}
     assert text["vae weights"] == text["plain"]
     assert len(set(text.values())) == 5
     assert image["text weights"] == image["clip_skip"] == image["max_token_length"] == image["plain"]
@@ -103,7 +103,7 @@ def test_fingerprints_follow_what_the_output_depends_on(tiny_folder: Path, tmp_p
 def test_fingerprint_is_that_of_the_content(tiny_file: Path, tiny_ckpt: Path, tmp_path: Path) -> None:
     """A copy under another name, and the same weights in the other file format, have the same fingerprints."""
     (tmp_path / "copy.safetensors").write_bytes(tiny_file.read_bytes())
-    for part in ("image_encoder", "text_encoder"):
+    for part in ("vae_encoder", "text_encoder"):
         prints = {
             stable_diffusion(path).fingerprint(part) for path in (tiny_file, tiny_ckpt, tmp_path / "copy.safetensors")
         }
@@ -117,14 +117,14 @@ class CountingMemo(ProcessMemo):
         super().__init__()
         self.computed: list[str] = []
 
-    def remember(self, path: Path, name: str, compute: Callable[[], str]) -> str:
+    def get_or_compute(self, path: Path, name: str, compute: Callable[[], str]) -> str:
         """As the memo does, noting the name when it computes."""
 
         def noting() -> str:
             self.computed.append(name)
             return compute()
 
-        return super().remember(path, name, noting)
+        return super().get_or_compute(path, name, noting)
 
 
 def test_fingerprints_are_remembered_until_the_file_changes(tiny_file: Path, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_fingerprint_needs_only_the_parts_own_bytes(tiny_file: Path, tmp_path: P
     own = ("first_stage_model.encoder.", "first_stage_model.quant_conv.")
     others = {name: tensor + 1 for name, tensor in tensors.items() if not name.startswith(own)}
     save_file({**tensors, **others}, tmp_path / "x.safetensors")
-    prints = {stable_diffusion(path).fingerprint("image_encoder") for path in (tiny_file, tmp_path / "x.safetensors")}
+    prints = {stable_diffusion(path).fingerprint("vae_encoder") for path in (tiny_file, tmp_path / "x.safetensors")}
     assert len(prints) == 1
 
 

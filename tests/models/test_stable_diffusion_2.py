@@ -17,10 +17,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lorakit.errors import ModelError
-from lorakit.models.stable_diffusion.layout import open_clip_name, original_unet_name
-from lorakit.models.stable_diffusion.model import StableDiffusion
-from lorakit.models.stable_diffusion.settings import open_clip_settings, unet_settings
-from lorakit.models.weights import shapes_of, without_weights
+from lorakit.models.families.sd.infer_config import open_clip_settings, unet_settings
+from lorakit.models.families.sd.model import StableDiffusion
+from lorakit.models.families.sd.state_dict_keys import open_clip_name, original_unet_name
+from lorakit.models.weights.load import shapes_of, without_weights
 from lorakit.testing.models import FULL_SD2
 from tests.models.building import read, stable_diffusion
 from tests.models.test_layout import assert_same_weights, configured
@@ -99,7 +99,7 @@ def test_single_files_are_read_as_diffusers_reads_them(
     )
     model = sd2(file)
     assert_same_weights(model.denoiser.state_dict(), pipeline.unet.state_dict())
-    assert_same_weights(model.image_encoder.module.state_dict(), pipeline.vae.state_dict())
+    assert_same_weights(model.vae_encoder.module.state_dict(), pipeline.vae.state_dict())
     assert_same_weights(model.text_encoder.module.state_dict(), pipeline.text_encoder.state_dict())
     assert model.text_encoder.module.state_dict().keys() == pipeline.text_encoder.state_dict().keys()
     own = load_file(tiny_sd2_folder / "text_encoder" / "model.safetensors")

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit.models.layers import is_plain
-from lorakit.models.quantization import QuantizedLayer, quantize
-from lorakit.models.stable_diffusion.model import StableDiffusion
-from lorakit.models.stable_diffusion.targets import layers_by_block, text_encoder_targets, unet_targets
-from lorakit.models.stable_diffusion.unet.resnet import Downsample2D, ResnetBlock2D, Upsample2D
-from lorakit.models.stable_diffusion.unet.transformer import Transformer2DModel
-from lorakit.models.streaming import Conveyor, Group, stream, streamed_bytes
-from lorakit.models.weight_formats import FORMATS
+from lorakit.models.families.sd.model import StableDiffusion
+from lorakit.models.families.sd.targets import layers_by_block, text_encoder_targets, unet_targets
+from lorakit.models.families.sd.unet.resnet import Downsample2D, ResnetBlock2D, Upsample2D
+from lorakit.models.families.sd.unet.transformer import Transformer2DModel
+from lorakit.models.memory.block_swap import BlockSwapper, Group, stream, streamed_bytes
+from lorakit.models.memory.layers import is_adaptable
+from lorakit.models.memory.quantization import QuantizedLayer, quantize
+from lorakit.models.memory.weight_formats import FORMATS
 from lorakit.networks.lora import LoRAModule
 from tests.models.building import stable_diffusion
 
@@ -94,7 +94,7 @@ def test_a_weight_that_was_asked_for_stays_what_it_is() -> None:
     assert torch.equal(streamed[0].weight, plain[0].weight)
 
 
-class Watched(Conveyor):
+class Watched(BlockSwapper):
     """A conveyor that notes which groups are copied, and whether that was on demand."""
 
     def __init__(self, groups: list[Group]) -> None:
@@ -162,7 +162,7 @@ def test_groups_of_stable_diffusion(tiny_file: Path) -> None:
         (unet_targets, unet, blocks),
         (text_encoder_targets, encoder, list(encoder.get_submodule("encoder.layers"))),
     ):
-        expected = {frozenset(layer for layer in own.modules() if is_plain(layer)) for own in owners}
+        expected = {frozenset(layer for layer in own.modules() if is_adaptable(layer)) for own in owners}
         groups = layers_by_block(targets(root))
         assert {frozenset(group) for group in groups} == expected
         assert len(groups) == len(expected) > 1

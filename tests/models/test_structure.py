@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-from lorakit.models.stable_diffusion.parts import StoredPart
-from lorakit.models.stable_diffusion.structure import clip_shapes, unet_shapes, vae_shapes
-from lorakit.models.stable_diffusion.text import clip_module
-from lorakit.models.stable_diffusion.unet import UNet, UNetSettings
-from lorakit.models.weights import shapes_of, without_weights
+from lorakit.models.families.sd.checkpoint import CheckpointPart
+from lorakit.models.families.sd.structure import clip_shapes, unet_shapes, vae_shapes
+from lorakit.models.families.sd.text_encoder import clip_module
+from lorakit.models.families.sd.unet import UNet, UNetConfig
+from lorakit.models.weights.load import shapes_of, without_weights
 from lorakit.testing.models import FULL_SD1, FULL_SD2, TINY_SD1, TINY_SD2
 
 MODELS = [TINY_SD1, TINY_SD2, FULL_SD1, FULL_SD2]
@@ -40,7 +40,7 @@ VAES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("settings", UNETS)
 def test_tensors_of_unets(settings: dict[str, Any]) -> None:
     """Every name and shape of the U-Net's module, and no other."""
-    module = without_weights(lambda: UNet(UNetSettings.of(settings)))
+    module = without_weights(lambda: UNet(UNetConfig.of(settings)))
     assert unet_shapes(settings) == shapes_of(module)
 
 
@@ -53,7 +53,7 @@ def test_tensors_of_vaes(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("settings", [{}, *(model["text_encoder"] for model in MODELS)], ids=["defaults", *NAMES])
 def test_tensors_of_text_encoders(settings: dict[str, Any]) -> None:
     """The same of the text encoder's."""
-    part = StoredPart("text_encoder", Path("x"), settings, {}, {}, str)
+    part = CheckpointPart("text_encoder", Path("x"), settings, {}, {}, str)
     assert clip_shapes(settings) == shapes_of(without_weights(partial(clip_module, part)))
 
 
@@ -66,7 +66,7 @@ def test_blocks_of_other_vaes_are_refused() -> None:
 def test_torch_is_not_needed() -> None:
     """The names are known without torch."""
     code = (
-        "import sys; from lorakit.models.stable_diffusion.structure import unet_shapes\n"
+        "import sys; from lorakit.models.families.sd.structure import unet_shapes\n"
         "assert len(unet_shapes({})) == 686\n"
         "print({'torch', 'diffusers', 'transformers', 'numpy'} & sys.modules.keys())"
     )

@@ -11,9 +11,9 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lorakit.models.protocol import AdaptationTarget
-from lorakit.models.stable_diffusion.targets import text_encoder_targets, unet_targets
-from lorakit.models.weights import without_weights
+from lorakit.models.families.sd.targets import text_encoder_targets, unet_targets
+from lorakit.models.interfaces import AdaptationTarget
+from lorakit.models.weights.load import without_weights
 from lorakit.testing.models import FULL_SD1, FULL_SD2, Settings
 from tests.models.building import stable_diffusion
 

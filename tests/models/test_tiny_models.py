@@ -12,7 +12,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lorakit.models.weights import without_weights
+from lorakit.models.weights.load import without_weights
 from lorakit.testing.models import FULL_SD1, FULL_SD2, TINY_SD1, Settings, make_folder, make_tiny_sd1, to_single_file
 from tests.models.building import stable_diffusion
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from lorakit.errors import ModelError
-from lorakit.models.stable_diffusion.tokenizer import CaptionTokenizer
+from lorakit.models.families.sd.tokenizer import CaptionTokenizer
 from tests.models.building import stable_diffusion
 
 CAPTIONS = [

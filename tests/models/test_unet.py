@@ -12,20 +12,20 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
+from lorakit.api.components import AttentionConfig
 from lorakit.builtin.attention.eager import EagerConfig
 from lorakit.builtin.attention.sdpa import SdpaConfig
-from lorakit.components import AttentionConfig
-from lorakit.models.recomputation import recompute
-from lorakit.models.stable_diffusion.targets import unet_blocks
-from lorakit.models.stable_diffusion.unet import (
+from lorakit.models.families.sd.targets import unet_blocks
+from lorakit.models.families.sd.unet import (
     BasicTransformerBlock,
     ResnetBlock2D,
     UNet,
-    UNetSettings,
+    UNetConfig,
     use_backend,
 )
-from lorakit.models.stable_diffusion.unet.unet import sinusoids
-from lorakit.models.weights import without_weights
+from lorakit.models.families.sd.unet.unet import timestep_embedding
+from lorakit.models.memory.activation_checkpointing import checkpoint_blocks
+from lorakit.models.weights.load import without_weights
 from lorakit.testing.models import FULL_SD1, FULL_SD2, TINY_SD1, TINY_SD2
 
 SD1, SD2 = TINY_SD1["unet"], TINY_SD2["unet"]
@@ -63,7 +63,7 @@ def both(settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[
     """Diffusers' U-Net and lorakit's, with the same random weights and biases."""
     torch.manual_seed(0)
     theirs = UNet2DConditionModel.from_config(settings).to(dtype).eval()
-    ours = UNet(UNetSettings.of(settings)).to(dtype).eval()
+    ours = UNet(UNetConfig.of(settings)).to(dtype).eval()
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
@@ -92,7 +92,7 @@ def results(unet: nn.Module, inputs: list[Tensor]) -> dict[str, Tensor]:
 def test_weights_are_interchangeable(settings: dict[str, Any]) -> None:
     """Tensors have diffusers' names, shapes and order, and the modules that hold them its classes' names."""
     theirs = without_weights(lambda: UNet2DConditionModel.from_config(settings))
-    ours = without_weights(lambda: UNet(UNetSettings.of(settings)))
+    ours = without_weights(lambda: UNet(UNetConfig.of(settings)))
     expected, found = theirs.state_dict(), ours.state_dict()
     assert list(found) == list(expected)
     assert all(found[name].shape == tensor.shape for name, tensor in expected.items())
@@ -142,7 +142,7 @@ def test_recomputing_changes_nothing(settings: dict[str, Any]) -> None:
     _, unet = both(settings)
     inputs = made_up(settings, torch.float32, 2, 8, 8)
     expected = results(unet, inputs)
-    recompute(unet_blocks(unet))
+    checkpoint_blocks(unet_blocks(unet))
     blocks = [module for module in unet.modules() if isinstance(module, ResnetBlock2D | BasicTransformerBlock)]
     runs = dict.fromkeys(unet.modules(), 0)
     for module in runs:
@@ -161,7 +161,7 @@ def test_recomputing_changes_nothing(settings: dict[str, Any]) -> None:
 def test_waves_of_timesteps(cosines_first: bool, shift: int) -> None:
     """Waves are diffusers' bit for bit, and the formula's in float64 as near as float32 angles let them be."""
     timesteps = torch.tensor([0, 1, 37, 500, 999])
-    found = sinusoids(timesteps, 32, cosines_first, shift)
+    found = timestep_embedding(timesteps, 32, cosines_first, shift)
     assert torch.equal(found, get_timestep_embedding(timesteps, 32, cosines_first, shift))
     angles = timesteps.double().unsqueeze(1) * 10000.0 ** (-torch.arange(16).double() / (16 - shift))
     exact = torch.cat([angles.cos(), angles.sin()] if cosines_first else [angles.sin(), angles.cos()], dim=1)
@@ -186,7 +186,7 @@ def test_waves_of_timesteps(cosines_first: bool, shift: int) -> None:
 def test_settings_of_other_models_are_refused(name: str, value: object) -> None:
     """A setting that would change the computation, and that no Stable Diffusion 1.x or 2.x has, is named."""
     with pytest.raises(ValueError, match=rf"^{name} is "):
-        UNetSettings.of({**SD1, name: value})
+        UNetConfig.of({**SD1, name: value})
 
 
 def test_all_settings_of_diffusers_are_known_or_make_no_difference() -> None:
@@ -206,13 +206,13 @@ def test_all_settings_of_diffusers_are_known_or_make_no_difference() -> None:
     refused = set()
     for name in defaults:
         try:
-            UNetSettings.of({name: object()})
+            UNetConfig.of({name: object()})
         except ValueError:
             refused.add(name)
-    looked_at = refused | {field.name for field in UNetSettings.__attrs_attrs__}
+    looked_at = refused | {field.name for field in UNetConfig.__attrs_attrs__}
     assert {name for name in defaults if not name.startswith("_")} - looked_at == ignored.keys()
     theirs, ours = both({**SD1, **ignored})
-    assert UNetSettings.of(defaults) == UNetSettings.of(SD1) == ours.settings
+    assert UNetConfig.of(defaults) == UNetConfig.of(SD1) == ours.settings
     inputs = made_up(SD1, torch.float32, 1, 8, 8)
     assert torch.equal(ours(*inputs), theirs(*inputs).sample)
 
@@ -230,15 +230,15 @@ def test_all_settings_of_diffusers_are_known_or_make_no_difference() -> None:
 def test_settings_that_contradict_themselves_are_refused(settings: dict[str, Any], message: str) -> None:
     """Unknown blocks, lists of the wrong length and heads that do not fit are named."""
     with pytest.raises(ValueError, match=message):
-        without_weights(lambda: UNet(UNetSettings.of({**SD1, **settings})))
+        without_weights(lambda: UNet(UNetConfig.of({**SD1, **settings})))
 
 
 def test_it_needs_nothing_but_torch() -> None:
     """A U-Net is built, used and trained through with neither diffusers, transformers nor torch's compiler imported."""
     code = (
         "import sys, torch\n"
-        "from lorakit.models.stable_diffusion.unet import UNet, UNetSettings\n"
-        f"unet = UNet(UNetSettings.of({SD1!r}))\n"
+        "from lorakit.models.families.sd.unet import UNet, UNetConfig\n"
+        f"unet = UNet(UNetConfig.of({SD1!r}))\n"
         "unet(torch.ones(1, 4, 8, 8), torch.tensor([3]), torch.ones(1, 7, 32)).sum().backward()\n"
         "print([m for m in ('diffusers', 'transformers', 'peft', 'torch._dynamo', 'sympy') if m in sys.modules])"
     )

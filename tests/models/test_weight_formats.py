@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.models.weight_formats import FORMATS, NF4_LEVELS
+from lorakit.models.memory.weight_formats import FORMATS, NF4_LEVELS
 
 SHAPES = [(16, 512), (16, 8, 3, 3), (5, 13), (1, 1)]
 

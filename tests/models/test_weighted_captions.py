@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.models.stable_diffusion.tokenizer import CaptionTokenizer
-from lorakit.models.weighting import weighted_fragments
+from lorakit.models.families.sd.tokenizer import CaptionTokenizer
+from lorakit.models.prompt_weights import weighted_fragments
 from tests.models.building import stable_diffusion
 
 GRAMMAR = {
@@ -138,7 +138,7 @@ def test_captions_that_are_not_weighted_carry_no_weights(tiny_file: Path) -> Non
 
 def test_the_grammar_needs_no_torch() -> None:
     """Captions can be looked into before anything heavy is imported."""
-    program = "import sys, lorakit.models.weighting; sys.exit('torch' in sys.modules)"
+    program = "import sys, lorakit.models.prompt_weights; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorakit.errors import ModelError
-from lorakit.models.weights import open_tensors
+from lorakit.models.weights.load import open_tensors
 from tests.models.building import stable_diffusion
 
 
@@ -27,7 +27,7 @@ def test_parameters_are_views_of_the_file(request: pytest.FixtureRequest, form: 
     """On the CPU, every parameter of every part lies in the mapped file: there is no second copy, even of thirds."""
     file = request.getfixturevalue(form)
     model = stable_diffusion(file)
-    modules = [model.denoiser, model.text_encoder.module, model.image_encoder.module]
+    modules = [model.denoiser, model.text_encoder.module, model.vae_encoder.module]
     ranges = mapped_ranges(file)
     assert ranges
     for parameter in (parameter for module in modules for parameter in module.parameters()):
@@ -49,7 +49,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lorakit.models.weights import load_weights, without_weights
+from lorakit.models.weights.load import load_weights, without_weights
 
 
 def resident_bytes():
@@ -81,7 +81,7 @@ def test_memory_grows_by_the_weights_in_the_new_format_only(tmp_path: Path, dtyp
 def test_number_format_is_the_one_asked_for(tiny_folder: Path, tiny_file: Path, dtype: torch.dtype) -> None:
     """All parts are in the number format asked for, frozen, in evaluation mode, and rounded once."""
     model = stable_diffusion(tiny_folder, dtype)
-    for module in (model.denoiser, model.text_encoder.module, model.image_encoder.module):
+    for module in (model.denoiser, model.text_encoder.module, model.vae_encoder.module):
         assert {parameter.dtype for parameter in module.parameters()} == {dtype}
         assert not any(parameter.requires_grad for parameter in module.parameters())
         assert not any(child.training for child in module.modules())

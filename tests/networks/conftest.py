@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit.models.protocol import AdaptationTarget
+from lorakit.models.interfaces import AdaptationTarget
 
 
 class TinyModel(nn.Module):

@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit.blocks import STABLE_DIFFUSION, curve
+from lorakit.api.block_layout import STABLE_DIFFUSION, curve
+from lorakit.api.components import ModelFamilyConfig, OptimizerConfig
 from lorakit.builtin.model_families.sd1 import SD1Config
 from lorakit.builtin.networks.c3lier import C3LierConfig
 from lorakit.builtin.networks.lierla import LierlaConfig
 from lorakit.builtin.optimizers.adafactor import AdafactorConfig
 from lorakit.builtin.optimizers.adamw import AdamWConfig
 from lorakit.builtin.optimizers.dadaptation import DAdaptationConfig
-from lorakit.components import ModelFamilyConfig, OptimizerConfig
-from lorakit.models.protocol import AdaptationTarget
-from lorakit.models.stable_diffusion.targets import text_encoder_targets, unet_targets
-from lorakit.models.weights import without_weights
+from lorakit.models.families.sd.targets import text_encoder_targets, unet_targets
+from lorakit.models.interfaces import AdaptationTarget
+from lorakit.models.weights.load import without_weights
 from lorakit.networks.blocks import BlockwiseLoRAConfig
 from lorakit.networks.network import ParameterGroup
 from lorakit.testing.contracts.networks import NetworkContract
@@ -171,7 +171,7 @@ def test_several_text_encoders() -> None:
     ]
     optimizer = AdamWConfig(text_encoder_lr=(1e-3, 2e-3))
     network = LierlaConfig(rank=1, loraplus_lr_ratio=2.0).build(found)
-    built = network.parameter_groups(lambda target: optimizer.lr_of(target.part, target.position))
+    built = network.parameter_groups(lambda target: optimizer.lr_for(target.part, target.position))
     assert [(group.name, group.lr) for group in built] == [
         ("text_encoder_1", 1e-3), ("text_encoder_1 plus", 2e-3), ("text_encoder_2", 2e-3), ("text_encoder_2 plus", 4e-3)
     ]  # fmt: skip

@@ -14,8 +14,8 @@ from lorakit.builtin.networks.c3lier import C3LierConfig
 from lorakit.builtin.observers.diffusers import DiffusersConfig
 from lorakit.builtin.savers.safetensors import SafetensorsConfig
 from lorakit.errors import AdapterError
+from lorakit.networks.adapter_file import AdapterFile
 from lorakit.networks.diffusers_format import to_diffusers
-from lorakit.networks.saving import AdapterFile
 
 PATHS = {"lora_unet_a_b": "unet.a.b", "lora_te_c": "text_encoder.c"}
 
@@ -92,7 +92,7 @@ def test_paths_are_those_of_the_model(tiny_sd1: Path) -> None:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    from lorakit.testing.contracts.denoising import read_model
+    from lorakit.testing.contracts.tiny_batch import read_model
 
     network = C3LierConfig(rank=2).build(read_model(tiny_sd1).targets(("text_encoder", "unet")))
     unet = UNet2DConditionModel.from_pretrained(tiny_sd1 / "unet")

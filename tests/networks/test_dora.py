@@ -8,8 +8,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lorakit.api.components import NetworkConfig
 from lorakit.builtin.networks.c3lier import C3LierConfig
-from lorakit.components import NetworkConfig
 from lorakit.networks.dora import DoRAModule
 from lorakit.networks.network import Network
 from lorakit.testing.contracts import NetworkContract
@@ -264,8 +264,8 @@ def test_max_norm(model: nn.Module) -> None:
     """The norm of the low-rank update is what a limit is for; the magnitudes are left alone."""
     network = build(model, scale_weight_norms=0.1)
     before = {adapter.key: adapter.dora_scale.clone() for adapter in network.adapters}
-    assert network.after_update()["max_norm/keys_scaled"] == 4
-    assert network.after_update()["max_norm/max_key_norm"].item() == pytest.approx(0.1, rel=1e-4)
+    assert network.on_optimizer_step()["max_norm/keys_scaled"] == 4
+    assert network.on_optimizer_step()["max_norm/max_key_norm"].item() == pytest.approx(0.1, rel=1e-4)
     assert all(torch.equal(adapter.dora_scale, before[adapter.key]) for adapter in network.adapters)
 
 

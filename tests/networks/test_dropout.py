@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.builtin.networks.c3lier import C3LierConfig
-from lorakit.networks.dropout import DropoutRates, Dropouts, _mix
+from lorakit.networks.dropout import DropoutRates, NetworkDropout, _mix
 from lorakit.networks.network import Network
-from lorakit.randomness import derived_seed
+from lorakit.utils.rng import derived_seed
 
 Inputs = tuple[Tensor, Tensor]
 KINDS = ["dropout", "rank_dropout", "module_dropout"]
@@ -44,7 +44,7 @@ def test_the_mix_is_splitmix64() -> None:
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_neuron_rate(rate: float) -> None:
     """The share `dropout` of the activations is zero, independently; the others are scaled so that the mean is kept."""
-    dropouts = Dropouts(DropoutRates(neuron=rate), ["a", "b"], 16)
+    dropouts = NetworkDropout(DropoutRates(neuron=rate), ["a", "b"], 16)
     dropouts.begin_batch(seeds(8))
     mask = dropouts.adapters[1].mask(torch.empty(8, 500, 16))
     assert mask.shape == (8, 500, 16)
@@ -66,14 +66,14 @@ def test_rank_and_module_rates(rate: float) -> None:
     tolerance = 5 * (rate * (1 - rate)) ** 0.5
     hidden = torch.empty(32, 3, 16)
 
-    ranks = Dropouts(DropoutRates(rank=rate), keys, 16)
+    ranks = NetworkDropout(DropoutRates(rank=rate), keys, 16)
     ranks.begin_batch(seeds(32))
     mask = torch.stack([ranks.adapters[index].mask(hidden) for index in range(len(keys))])
     assert mask.shape == (200, 32, 1, 16)
     assert float((mask > 0).double().mean()) == pytest.approx(1 - rate, abs=tolerance / mask.numel() ** 0.5)
     assert mask.unique().tolist() == pytest.approx([0.0, 1 / (1 - rate)])
 
-    modules = Dropouts(DropoutRates(module=rate), keys, 16)
+    modules = NetworkDropout(DropoutRates(module=rate), keys, 16)
     modules.begin_batch(seeds(32))
     mask = torch.stack([modules.adapters[index].mask(hidden) for index in range(len(keys))])
     assert set(mask.unique().tolist()) == {0.0, 1.0}
@@ -86,7 +86,7 @@ def test_kinds_multiply() -> None:
     rates = {"neuron": 0.3, "rank": 0.4, "module": 0.2}
     masks = {}
     for names in (["neuron"], ["rank"], ["module"], list(rates)):
-        dropouts = Dropouts(DropoutRates(**{name: rates[name] for name in names}), ["a"], 8)
+        dropouts = NetworkDropout(DropoutRates(**{name: rates[name] for name in names}), ["a"], 8)
         dropouts.begin_batch(seeds(6))
         masks[" ".join(names)] = dropouts.adapters[0].mask(torch.empty(6, 5, 8))
     assert torch.allclose(masks["neuron rank module"], masks["neuron"] * masks["rank"] * masks["module"])
@@ -94,7 +94,7 @@ def test_kinds_multiply() -> None:
 
 def test_text_chunks_share_their_images_seed() -> None:
     """Of n rows per image, all have the image's ranks and module, and neurons of their own."""
-    dropouts = Dropouts(DropoutRates(neuron=0.5, rank=0.5), ["a"], 8)
+    dropouts = NetworkDropout(DropoutRates(neuron=0.5, rank=0.5), ["a"], 8)
     dropouts.begin_batch(seeds(2))
     mask = dropouts.adapters[0].mask(torch.empty(6, 50, 8)) > 0
     ranks = mask.any(dim=1)

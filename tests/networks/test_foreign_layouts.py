@@ -21,10 +21,10 @@ from lorakit.checkpoints import summarize
 from lorakit.checkpoints.lora_files import lora_names
 from lorakit.checkpoints.lora_names import own_name
 from lorakit.errors import AdapterError
-from lorakit.models.protocol import AdaptationTarget
-from lorakit.models.stable_diffusion.layout import original_unet_name
+from lorakit.models.families.sd.state_dict_keys import original_unet_name
+from lorakit.models.interfaces import AdaptationTarget
+from lorakit.networks.adapter_file import load_initial_weights
 from lorakit.networks.network import Network
-from lorakit.networks.saving import starting_tensors
 from lorakit.testing.models import FULL_SD1
 
 KEYS = Path(__file__).with_name("lora_keys_sd15.tsv")
@@ -91,7 +91,7 @@ def started(folder: Path, file: Path, **options: Any) -> Network:
     """A network that has started from a file, with its ranks."""
     targets = targets_of(folder)
     network = LierlaConfig(weights=file, rank_from_weights=True, **options).build(targets)
-    network.load_tensors(starting_tensors(file, {target.key for target in targets}), str(file))
+    network.load_tensors(load_initial_weights(file, {target.key for target in targets}), str(file))
     return network
 
 
@@ -171,7 +171,7 @@ def test_dora_of_peft(tiny_sd1: Path, tmp_path: Path) -> None:
     file = tmp_path / "adapter_model.safetensors"
     config = LierlaConfig(weights=file, rank_from_weights=True, dora=True, parts=("unet",))
     network = config.build(model.targets(("unet",)))
-    network.load_tensors(starting_tensors(file))
+    network.load_tensors(load_initial_weights(file))
     generator = torch.Generator().manual_seed(1)
     latents, timesteps = torch.randn(1, 4, 8, 8, generator=generator, dtype=torch.float64), torch.tensor([500])
     states = torch.randn(1, 77, 32, generator=generator, dtype=torch.float64)
@@ -270,7 +270,7 @@ def test_alphas_of_settings(tmp_path: Path, settings: dict[str, Any], alpha: flo
     file = tmp_path / "a.safetensors"
     tensors = {f"unet.mid_block.x.proj_in.lora_{factor}.weight": torch.ones(2, 2) for factor in "AB"}
     save_file(tensors, file, {"lora_adapter_metadata": json.dumps(settings)})
-    assert starting_tensors(file)["lora_unet_mid_block_x_proj_in.alpha"].item() == pytest.approx(alpha)
+    assert load_initial_weights(file)["lora_unet_mid_block_x_proj_in.alpha"].item() == pytest.approx(alpha)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_settings_that_make_no_sense(tmp_path: Path, settings: str, told: str) -
     file = tmp_path / "a.safetensors"
     save_file({"unet.mid_block.x.lora_A.weight": torch.ones(2, 2)}, file, {"lora_adapter_metadata": settings})
     with pytest.raises(AdapterError, match=rf"a\.safetensors.*{told}"):
-        starting_tensors(file)
+        load_initial_weights(file)
 
 
 def test_two_adapters_for_a_layer(tmp_path: Path) -> None:
@@ -297,4 +297,4 @@ def test_two_adapters_for_a_layer(tmp_path: Path) -> None:
     names = ("lora_unet_mid_block_x.lora_down.weight", "unet.mid_block.x.lora_A.weight")
     save_file({name: torch.ones(2, 2) for name in names}, tmp_path / "a.safetensors")
     with pytest.raises(AdapterError, match=f"two adapters for one layer: {names[0]} and {names[1]}"):
-        starting_tensors(tmp_path / "a.safetensors")
+        load_initial_weights(tmp_path / "a.safetensors")

@@ -11,8 +11,8 @@ from torch import nn
 
 from lorakit.builtin.networks.c3lier import C3LierConfig
 from lorakit.builtin.networks.lierla import LierlaConfig
-from lorakit.models.protocol import AdaptationTarget
-from lorakit.models.stable_diffusion.targets import text_encoder_targets, unet_targets
+from lorakit.models.families.sd.targets import text_encoder_targets, unet_targets
+from lorakit.models.interfaces import AdaptationTarget
 from lorakit.networks.config import LoRAConfig
 
 Shapes = dict[str, tuple[int, ...]]

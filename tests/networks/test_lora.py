@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.errors import AdapterError
-from lorakit.networks.functions import low_rank_operation
 from lorakit.networks.lora import LoRAModule
-from lorakit.randomness import keyed_generator
+from lorakit.networks.lora_function import low_rank_operation
+from lorakit.utils.rng import keyed_generator
 
 RANK, ALPHA = 3, 2.0
 

@@ -44,7 +44,7 @@ def test_equals_the_formula(model: nn.Module) -> None:
     """Each update becomes min(n, M)/n times what it was, with n by the full matrix; those below M stay, bit for bit."""
     network = build(model)
     before = network.tensors()
-    numbers = network.after_update()
+    numbers = network.on_optimizer_step()
     after = network.tensors()
     norms = []
     for key, update in updates(before).items():
@@ -65,7 +65,7 @@ def test_without_effect_below_the_limit(model: nn.Module) -> None:
     """A fresh network, all of whose updates are zero, stays as it is, and its norms are zero."""
     network = C3LierConfig(rank=4, scale_weight_norms=LIMIT).build(model.targets())
     before = network.tensors()
-    assert {name: value.item() for name, value in network.after_update().items()} == {
+    assert {name: value.item() for name, value in network.on_optimizer_step().items()} == {
         "max_norm/keys_scaled": 0,
         "max_norm/max_key_norm": 0,
         "norm/avg_key_norm": 0,
@@ -75,10 +75,10 @@ def test_without_effect_below_the_limit(model: nn.Module) -> None:
 
 def test_no_limit(model: nn.Module) -> None:
     """Without the option nothing is measured and nothing scaled."""
-    assert C3LierConfig(rank=4).build(model.targets()).after_update() == {}
+    assert C3LierConfig(rank=4).build(model.targets()).on_optimizer_step() == {}
 
 
 def test_runs_on_the_device(model: nn.Module) -> None:
     """No number is read back: the whole computation runs on tensors that have shapes but no values."""
     network = build(model.to("meta"))
-    assert all(value.device.type == "meta" for value in network.after_update().values())
+    assert all(value.device.type == "meta" for value in network.on_optimizer_step().values())

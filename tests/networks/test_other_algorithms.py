@@ -8,9 +8,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lorakit.errors import AdapterError
-from lorakit.models.protocol import AdaptationTarget
+from lorakit.models.interfaces import AdaptationTarget
 from lorakit.networks.network import AdapterModule, Network
-from lorakit.randomness import derived_seed
+from lorakit.utils.rng import derived_seed
 
 
 class HadamardModule(AdapterModule):

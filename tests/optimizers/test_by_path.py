@@ -13,16 +13,16 @@ from torch import nn
 from torch.optim import RAdam
 from torch.optim.lr_scheduler import StepLR
 
-from lorakit.components import LRSchedulerConfig, OptimizerConfig
-from lorakit.config.reading import config_from_tables
-from lorakit.config.writing import to_toml
-from lorakit.engine.assembly import assemble
-from lorakit.engine.metrics import effective_rate
-from lorakit.engine.preparation import prepare
-from lorakit.engine.processes import Processes
+from lorakit.api.components import LRSchedulerConfig, OptimizerConfig
+from lorakit.config.dump import to_toml
+from lorakit.config.load import config_from_tables
 from lorakit.errors import ConfigError, PluginError
 from lorakit.networks.network import ParameterGroup
-from lorakit.plugins import Catalog
+from lorakit.plugins.catalog import Catalog
+from lorakit.training.prepare import prepare
+from lorakit.training.runtime.distributed import Distributed
+from lorakit.training.setup import build_run
+from lorakit.training.step.metrics import effective_lr
 
 CATALOG = Catalog.discover()
 
@@ -114,8 +114,8 @@ def test_what_shows_early(path: str, message: str, train_tables: dict[str, Any],
 def test_early_checks_import_nothing() -> None:
     """The package and the class are looked for without importing them."""
     code = (
-        "import sys; from lorakit.class_paths import problems_of;"
-        "print(*problems_of('torch.optim.RAdam'), *problems_of('bitsandbytes.optim.AdEMAMix8bit'));"
+        "import sys; from lorakit.plugins.import_path import check_import_path;"
+        "print(*check_import_path('torch.optim.RAdam'), *check_import_path('bitsandbytes.optim.AdEMAMix8bit'));"
         "print({'torch', 'bitsandbytes'} & {*sys.modules})"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -162,7 +162,7 @@ def test_refusals_come_before_any_work(train_tables: dict[str, Any], tmp_path: P
     ):
         config = config_from_tables({**train_tables, **changes}, tmp_path)
         with pytest.raises(ConfigError, match="refuses them"):
-            assemble(prepare(config), Processes(torch.device("cpu")))
+            build_run(prepare(config), Distributed(torch.device("cpu")))
     assert not list(cache.rglob("*.safetensors"))
 
 
@@ -177,4 +177,4 @@ def test_refusals_come_before_any_work(train_tables: dict[str, Any], tmp_path: P
 )
 def test_effective_rate(group: dict[str, Any], rate: float) -> None:
     """Logs have the rate of the step: times the estimate, where it is a plain number; of a warm-up of its own."""
-    assert effective_rate(group) == rate
+    assert effective_lr(group) == rate

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from lorakit.fused_adamw import FusedAdamW
+from lorakit.builtin.optimizers._fused_adamw import FusedAdamW
 
 SETTINGS: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 SHAPES = ((3, 5), (7,), (2, 3, 1, 1), (4,))

@@ -18,6 +18,7 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import Adafactor
 
+from lorakit.api.components import OptimizerConfig
 from lorakit.builtin.optimizers.adafactor import AdafactorConfig
 from lorakit.builtin.optimizers.adamw import AdamWConfig
 from lorakit.builtin.optimizers.bitsandbytes import (
@@ -40,8 +41,7 @@ from lorakit.builtin.optimizers.dadaptation import (
 )
 from lorakit.builtin.optimizers.lion import LionConfig
 from lorakit.builtin.optimizers.sgdnesterov import SGDNesterovConfig
-from lorakit.components import OptimizerConfig
-from lorakit.config.reading import config_from_tables
+from lorakit.config.load import config_from_tables
 from lorakit.networks.network import ParameterGroup
 
 CONFIGS = [
@@ -217,10 +217,10 @@ def test_dadaptation_wants_one_learning_rate() -> None:
 
 def test_dadaptation_refuses_rates_of_single_layers() -> None:
     """Layers with rates of their own, as networks may ask for, are a problem; layers left out are none."""
-    (problem,) = DAdaptLionConfig().problems_of_rates([1.0, 16.0, 0.0])
+    (problem,) = DAdaptLionConfig().check_lrs([1.0, 16.0, 0.0])
     assert problem.key == "optimizer.name"
-    assert not list(DAdaptLionConfig().problems_of_rates([1.0, 1.0, 0.0]))
-    assert not list(AdamWConfig().problems_of_rates([1.0, 16.0]))
+    assert not list(DAdaptLionConfig().check_lrs([1.0, 1.0, 0.0]))
+    assert not list(AdamWConfig().check_lrs([1.0, 16.0]))
 
 
 def test_relative_steps_are_adafactors_own_times_the_schedule() -> None:
@@ -291,7 +291,7 @@ def test_equals_pytorchs(config: OptimizerConfig, reference: Any) -> None:
     ours = group("unet", config.lr)
     train(config, [ours], 5)
     theirs = nn.Parameter(torch.full_like(TARGET, 0.5))
-    settings = {key: value for key, value in config.own_settings().items() if key != "min_8bit_size"}
+    settings = {key: value for key, value in config.extra_options().items() if key != "min_8bit_size"}
     optimizer = reference([theirs], config.lr, **settings)
     for _ in range(5):
         optimizer.zero_grad()
@@ -331,7 +331,7 @@ def test_equals_dadaptations(config: OptimizerConfig, cls: Any) -> None:
     ours = group("unet", 1.0)
     optimizer, _ = train(config, [ours], 12)
     theirs = nn.Parameter(torch.full_like(TARGET, 0.5))
-    settings = {key: value for key, value in config.own_settings().items() if value is not None}
+    settings = {key: value for key, value in config.extra_options().items() if value is not None}
     reference = cls([theirs], **settings)
     for _ in range(12):
         reference.zero_grad()

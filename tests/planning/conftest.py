@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.engine.conftest import catalog, make_config, tables
+from tests.training.conftest import catalog, make_config, tables
 
 __all__ = ["catalog", "make_config", "tables"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tomlkit
 
-from lorakit.planning.sizes import in_gib, parse_size
+from lorakit.utils.bytes import in_gib, parse_size
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ import pytest
 import tomlkit
 from attrs import evolve
 
-from lorakit.config.savings import changes
-from lorakit.data.planning import buckets
-from lorakit.engine.preparation import prepare
-from lorakit.planning.ladder import RESERVE, first_that_fits
+from lorakit.config.memory_presets import preset_diff
+from lorakit.data.batch_sampler import buckets
+from lorakit.planning.memory_ladder import RESERVE, first_that_fits
 from lorakit.planning.plan import Plan, make_plan
 from lorakit.planning.report import report
+from lorakit.training.prepare import prepare
 
 UNET = {"parts": ["unet"]}
 NEITHER: Mapping[str, Any] = {}
@@ -105,8 +105,8 @@ def test_keys_that_the_config_should_do_without(plan) -> None:
     made = plan(gradient_checkpointing=0.25)
     own = evolve(made.prepared.config.training, fp8_base=("unet",), nf4_base=("unet",))
     plain, nf4 = made.rungs[1], made.rungs[6]
-    assert changes(plain.training, own) == {"gradient_checkpointing": False, "fp8_base": (), "nf4_base": ()}
-    assert changes(nf4.training, own) == {"gradient_checkpointing": False, "nf4_base": ("unet",), "fp8_base": ()}
+    assert preset_diff(plain.training, own) == {"gradient_checkpointing": False, "fp8_base": (), "nf4_base": ()}
+    assert preset_diff(nf4.training, own) == {"gradient_checkpointing": False, "nf4_base": ("unet",), "fp8_base": ()}
 
 
 def test_text_encoder_gets_fewer_bits_where_it_is_in_memory(make_config) -> None:

@@ -12,25 +12,25 @@ from attrs import evolve
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from lorakit.data.batches import Batch
-from lorakit.engine.assembly import adapt, assemble
-from lorakit.engine.base_model import plain_model
-from lorakit.engine.conditioning import conditioning_of
-from lorakit.engine.loss import denoising_loss
-from lorakit.engine.preparation import PreparedRun, prepare
-from lorakit.engine.processes import Processes
+from lorakit.data.loader import Batch
+from lorakit.diffusion.loss import denoising_loss
 from lorakit.errors import PluginError
-from lorakit.models.protocol import DiffusionModel
-from lorakit.planning.examples import BatchShape, Texts, make_batch
-from lorakit.planning.memory import (
+from lorakit.models.interfaces import DiffusionModel
+from lorakit.planning.dummy_batches import BatchShape, Texts, make_batch
+from lorakit.planning.estimate import (
     EncodingMemory,
     TrainingMemory,
     caption_encoding_memory,
     image_encoding_memory,
     training_memory,
 )
-from lorakit.planning.metering import MemoryMeter, imagined
+from lorakit.planning.memory_tracker import MemoryTracker, fake_tensors
 from lorakit.planning.optimizer_state import state_bytes
+from lorakit.training.base_model import load_model
+from lorakit.training.conditioning import conditioning_of
+from lorakit.training.prepare import PreparedRun, prepare
+from lorakit.training.runtime.distributed import Distributed
+from lorakit.training.setup import attach_network, build_run
 
 CPU = torch.device("cpu")
 NO_IMAGES = EncodingMemory(weights=0, passing=0)
@@ -48,7 +48,7 @@ SHARES: Mapping[str, Mapping[str, Any]] = {
 
 def example(prepared: PreparedRun, shape: BatchShape = SHAPE) -> Batch:
     """A micro-batch of the run."""
-    return make_batch(shape, Texts.of(prepared), plain_model(prepared.config, CPU))
+    return make_batch(shape, Texts.of(prepared), load_model(prepared.config, CPU))
 
 
 def estimate(prepared: PreparedRun, shape: BatchShape = SHAPE) -> TrainingMemory:
@@ -75,8 +75,8 @@ def given_in(batch: Batch) -> list[Tensor]:
 def saved_by_autograd(prepared: PreparedRun) -> int:
     """Bytes that a real forward pass has saved when it ends, besides weights, adapters and the batch."""
     config, batch = prepared.config, example(prepared)
-    model = plain_model(config, CPU)
-    network, _ = adapt(model, config)
+    model = load_model(config, CPU)
+    network, _ = attach_network(model, config)
     known = {tensor.untyped_storage()._cdata for tensor in (*tensors_of(parts_of(model, prepared)), *given_in(batch))}
     for _ in range(2):  # blocks that recompute are chosen in the first step
         seen: dict[int, weakref.ref[Any]] = {}
@@ -125,10 +125,10 @@ def test_imagined_tensors_take_what_real_ones_take(make_config, sections: Any) -
     """
     prepared = prepare(make_config(**sections))
     batch = example(prepared)
-    real, found = training_memory(prepared, batch, NO_IMAGES, MemoryMeter), estimate(prepared)
+    real, found = training_memory(prepared, batch, NO_IMAGES, MemoryTracker), estimate(prepared)
     assert evolve(real, kept=found.kept, passing=found.passing) == found
     assert real.passing == pytest.approx(found.passing, rel=0.01)
-    table = 3 * 4 * plain_model(prepared.config, CPU).noise.num_timesteps
+    table = 3 * 4 * load_model(prepared.config, CPU).noise.num_timesteps
     assert 0 <= real.kept - found.kept <= sum(tensor.nbytes for tensor in given_in(batch)) + table
 
 
@@ -138,9 +138,9 @@ def test_weights_are_as_large_as_the_real_ones(make_config, precision: str, form
     """Frozen weights, adapters and gradients are those of the assembled run, in whatever form."""
     prepared = prepare(make_config(training={"mixed_precision": precision, **form}))
     found = estimate(prepared)
-    model = plain_model(prepared.config, CPU)
+    model = load_model(prepared.config, CPU)
     assert found.frozen == sum(tensor.nbytes for tensor in tensors_of(parts_of(model, prepared)))
-    _, groups = adapt(model, prepared.config)
+    _, groups = attach_network(model, prepared.config)
     trained = sum(parameter.nbytes for group in groups for parameter in group.parameters)
     assert found.adapters == found.gradients == trained
 
@@ -150,7 +150,7 @@ def test_optimizer_state_is_that_of_a_real_run(make_config, name: str) -> None:
     """The state that is told is as large as that of the run's own optimizer after its first step."""
     rate = {"lr": 1.0} if name == "dadaptation" else {}
     config = make_config(optimizer={"name": name, **rate}, network={"name": "c3lier", "rank": 16, **UNET})
-    run = assemble(prepare(config), Processes(CPU))
+    run = build_run(prepare(config), Distributed(CPU))
     run.update()
     states = (leaf for state in run.optimizer.state.values() for leaf in state.values() if isinstance(leaf, Tensor))
     storages = {leaf.untyped_storage()._cdata: leaf.untyped_storage().nbytes() for leaf in states}
@@ -161,9 +161,9 @@ def test_optimizer_state_is_that_of_a_real_run(make_config, name: str) -> None:
 def test_encoding(make_config) -> None:
     """Encoders' weights are as large as the real ones, and more images at once take more beside them."""
     prepared = prepare(make_config(network=UNET))
-    model = plain_model(prepared.config, CPU)
+    model = load_model(prepared.config, CPU)
     images, captions = image_encoding_memory(prepared), caption_encoding_memory(prepared)
-    assert images.weights == sum(tensor.nbytes for tensor in tensors_of([model.image_encoder.module]))
+    assert images.weights == sum(tensor.nbytes for tensor in tensors_of([model.vae_encoder.module]))
     assert captions.weights == sum(tensor.nbytes for tensor in tensors_of([model.text_encoder.module]))
     four = image_encoding_memory(prepare(make_config(network=UNET, data={"encode_batch_size": 4})))
     assert four.weights == images.weights
@@ -195,7 +195,7 @@ def test_larger_batches_take_more(make_config) -> None:
 
 def test_the_meter_forgets_what_is_gone() -> None:
     """Bytes are held for as long as a tensor is there, views do not count, and the peak stays."""
-    with MemoryMeter() as meter:
+    with MemoryTracker() as meter:
         one = torch.zeros(100)
         two = one.view(10, 10).t()
         three = one + 1
@@ -208,7 +208,7 @@ def test_the_meter_forgets_what_is_gone() -> None:
 
 def test_imagined_tensors_have_no_memory() -> None:
     """A terabyte is counted and not taken; nothing that is imagined has overflowed, and its numbers are 1."""
-    with imagined() as meter:
+    with fake_tensors() as meter:
         large = torch.zeros(2**38)
         assert meter.held == 2**40
         assert not (large > 1).any()
@@ -217,5 +217,5 @@ def test_imagined_tensors_have_no_memory() -> None:
 
 def test_what_cannot_be_imagined() -> None:
     """Code whose course depends on numbers is said to be the reason, and by what operation."""
-    with pytest.raises(PluginError, match=r"a component needs weights .*nonzero.* try the built-in"), imagined():
+    with pytest.raises(PluginError, match=r"a component needs weights .*nonzero.* try the built-in"), fake_tensors():
         torch.ones(3).nonzero()

@@ -6,10 +6,10 @@ import logging
 
 import pytest
 
-from lorakit.engine.preparation import prepare
-from lorakit.planning.examples import Texts
-from lorakit.planning.memory import imaginable
+from lorakit.planning.dummy_batches import Texts
+from lorakit.planning.estimate import as_cpu_run
 from lorakit.planning.timing import measure
+from lorakit.training.prepare import prepare
 
 
 @pytest.mark.usefixtures("lorakit_one_thread")
@@ -18,7 +18,7 @@ def test_steps_are_measured_in_the_mode_of_the_config(make_config, caplog: pytes
     caplog.set_level(logging.INFO, "lorakit")
     config = make_config(network={"parts": ["unet"]}, training={"channels_last": "auto", "max_steps": 100_000})
     prepared = prepare(config)
-    timing = measure(prepared, Texts.of(imaginable(prepared)))
+    timing = measure(prepared, Texts.of(as_cpu_run(prepared)))
     assert len(timing.seconds) == 1
     assert timing.run == pytest.approx(100_000 * min(timing.seconds.values()))
     assert "training.channels_last is o" in caplog.text

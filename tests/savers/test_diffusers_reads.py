@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lorakit.api.components import SaverConfig
 from lorakit.builtin.networks.c3lier import C3LierConfig
 from lorakit.builtin.networks.lierla import LierlaConfig
 from lorakit.builtin.savers.ckpt import CkptConfig
 from lorakit.builtin.savers.safetensors import SafetensorsConfig
-from lorakit.components import SaverConfig
-from lorakit.models.stable_diffusion.targets import text_encoder_targets, unet_targets
+from lorakit.models.families.sd.targets import text_encoder_targets, unet_targets
+from lorakit.networks.adapter_file import AdapterFile
 from lorakit.networks.config import LoRAConfig
-from lorakit.networks.saving import AdapterFile
 from lorakit.testing.models import TINY_SD1
 
 Parts = tuple[nn.Module, nn.Module]

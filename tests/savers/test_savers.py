@@ -17,13 +17,13 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
+from lorakit.api.components import SaverConfig
 from lorakit.builtin.savers.ckpt import CkptConfig
 from lorakit.builtin.savers.pt import PtConfig
 from lorakit.builtin.savers.safetensors import SafetensorsConfig
-from lorakit.components import SaverConfig
 from lorakit.errors import AdapterError, OutputError
-from lorakit.files import replacing
-from lorakit.networks.saving import AdapterFile, read_adapter
+from lorakit.networks.adapter_file import AdapterFile, read_adapter
+from lorakit.utils.atomic_io import atomic_write
 from tests.memory import growth
 
 SAVERS = [SafetensorsConfig, CkptConfig, PtConfig]
@@ -142,8 +142,8 @@ def test_killed_while_writing(tmp_path: Path) -> None:
     SafetensorsConfig().build().save(adapter(), path)
     before = path.read_bytes()
     code = (
-        "import os, sys; from pathlib import Path; from lorakit.files import replacing\n"
-        "with replacing(Path(sys.argv[1])) as file:\n"
+        "import os, sys; from pathlib import Path; from lorakit.utils.atomic_io import atomic_write\n"
+        "with atomic_write(Path(sys.argv[1])) as file:\n"
         "    file.write(b'half'); file.flush(); os._exit(9)\n"
     )
     assert subprocess.run([sys.executable, "-c", code, path], check=False).returncode == 9
@@ -154,7 +154,7 @@ def test_an_error_while_writing_leaves_no_trace(tmp_path: Path) -> None:
     """An exception of any kind inside the block, Ctrl-C included, goes through and leaves no file."""
 
     def interrupted() -> None:
-        with replacing(tmp_path / "x") as file:
+        with atomic_write(tmp_path / "x") as file:
             file.write(b"half")
             raise KeyboardInterrupt
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 import lorakit
 from lorakit.checkpoints import describe, summarize
-from lorakit.config.reading import config_from_tables
+from lorakit.config.load import config_from_tables
 
 
 def test_models(tiny_sd1, tiny_sd1_file):

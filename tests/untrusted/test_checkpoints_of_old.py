@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorakit.checkpoints import kind_of_file, summarize
-from lorakit.models.hashing import hash_of_weights
+from lorakit.models.weights.hashing import hash_of_weights
 from tests.untrusted.hostile import run_command
 
 Tables = dict[str, Any]

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from lorakit.config.datasets import DatasetConfig, SubsetConfig
-from lorakit.data.cache import Cache
+from lorakit.data.cache.file_cache import FileStatCache
+from lorakit.data.cache.store import Cache
 from lorakit.data.captions import LONGEST
-from lorakit.data.examples import IndexedDataset, index_datasets
-from lorakit.data.images import inspect_image
-from lorakit.data.memo import StatMemo
+from lorakit.data.images.decode import inspect_image
+from lorakit.data.index import IndexedDataset, index_datasets
 from lorakit.errors import DataError
 
 
@@ -137,7 +137,7 @@ def test_a_memo_that_lies(folder: Path, tmp_path: Path, record: Any) -> None:
     if isinstance(record, dict) and "stamp" not in record:
         record = {"stamp": [status.st_size, status.st_mtime_ns], **record}
     (tmp_path / "files.json").write_text(json.dumps({"format": 1, "files": {str(path): record}}))
-    memo = StatMemo(tmp_path / "files.json")
+    memo = FileStatCache(tmp_path / "files.json")
     assert memo.image(path).size == inspect_image(path).size
     assert isinstance(memo.digest(path), str)
 

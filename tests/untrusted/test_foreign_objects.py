@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from lorakit.checkpoints import summarize
 from lorakit.errors import ModelError
-from lorakit.models.weights import open_tensors
-from lorakit.networks.saving import read_adapter
+from lorakit.models.weights.load import open_tensors
+from lorakit.networks.adapter_file import read_adapter
 from tests.untrusted.hostile import MakesFolder
 
 NEWER = ("torch.uint", "torch.float8")

@@ -15,7 +15,7 @@ import torch
 
 from lorakit.checkpoints import summarize
 from lorakit.errors import ModelError
-from lorakit.models.weights import open_tensors
+from lorakit.models.weights.load import open_tensors
 from tests.untrusted.hostile import safetensors_bytes
 
 DOUBLED = b")" + b"2\x86" * 100

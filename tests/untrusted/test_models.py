@@ -13,23 +13,23 @@ import torch
 from safetensors.torch import save_file
 
 from lorakit.errors import AdapterError, ModelError
-from lorakit.models.stable_diffusion.parts import StoredModel
-from lorakit.models.stable_diffusion.reading import empty_module
-from lorakit.models.stable_diffusion.settings import clip_settings
-from lorakit.models.stable_diffusion.text import clip_module
-from lorakit.models.stable_diffusion.tokenizer import CaptionTokenizer
-from lorakit.networks.saving import starting_tensors
+from lorakit.models.families.sd.checkpoint import ModelCheckpoint
+from lorakit.models.families.sd.infer_config import clip_settings
+from lorakit.models.families.sd.load import empty_module
+from lorakit.models.families.sd.text_encoder import clip_module
+from lorakit.models.families.sd.tokenizer import CaptionTokenizer
+from lorakit.networks.adapter_file import load_initial_weights
 
 
-def with_settings(model: Path, folder: Path, part: str, **settings: Any) -> StoredModel:
+def with_settings(model: Path, folder: Path, part: str, **settings: Any) -> ModelCheckpoint:
     """A copy of a model in a folder with other settings of a part."""
     shutil.copytree(model, folder)
     file = folder / part / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-    return StoredModel(folder)
+    return ModelCheckpoint(folder)
 
 
-def check(model: StoredModel) -> None:
+def check(model: ModelCheckpoint) -> None:
     """What is looked at before training."""
     model.check_vae()
     model.check()
@@ -126,4 +126,4 @@ def test_factors_that_are_no_numbers(tmp_path: Path, value: complex) -> None:
     down = torch.full((2, 4), value)
     save_file({"lora_unet_x.lora_down.weight": down, "lora_unet_x.lora_up.weight": torch.ones(4, 2)}, tmp_path / "a.st")
     with pytest.raises(AdapterError, match=r"a\.st cannot be trained on: lora_unet_x\.lora_down\.weight holds NaN"):
-        starting_tensors(tmp_path / "a.st")
+        load_initial_weights(tmp_path / "a.st")

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from lorakit import hookimpl
-from lorakit.components import AttentionConfig
+from lorakit.api.components import AttentionConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorakit.models.protocol import AttentionBackend
+    from lorakit.models.interfaces import AttentionBackend
 
 
 @frozen(kw_only=True)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Literal
 from attrs import frozen
 
 from lorakit import hookimpl
-from lorakit.components import AttentionConfig
+from lorakit.api.components import AttentionConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorakit.models.protocol import AttentionBackend
+    from lorakit.models.interfaces import AttentionBackend
 
 _NAMES = {
     "cudnn": "CUDNN_ATTENTION",

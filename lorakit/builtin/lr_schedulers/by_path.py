@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from attrs import field, frozen
 
 from lorakit import hookimpl
-from lorakit.class_paths import load, made, problems_of
-from lorakit.components import LRSchedulerConfig
+from lorakit.api.components import LRSchedulerConfig
 from lorakit.errors import Problem
+from lorakit.plugins.import_path import check_import_path, import_class, instantiate
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -22,20 +22,20 @@ class LRSchedulerByPathConfig(LRSchedulerConfig):
     """Any schedule class of an installed package, by its dotted path, such as `torch.optim.lr_scheduler.StepLR`."""
 
     name = "package.Class"
-    by_path = True
+    takes_import_path = True
 
     args: Mapping[str, Any] = field(factory=dict)
     """Arguments of the class, such as `{ step_size = 100, gamma = 0.5 }`."""
 
     def problems(self) -> Iterator[Problem]:
         """Says so if there is no such class."""
-        yield from problems_of(self.name)
+        yield from check_import_path(self.name)
 
     def build(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:  # noqa: ARG002
         """The class with its arguments; raises ConfigError where it is none, or does not take them."""
         from torch.optim.lr_scheduler import LRScheduler
 
-        return made(load(self.name, LRScheduler, "lr_scheduler"), optimizer, self.args, "lr_scheduler")
+        return instantiate(import_class(self.name, LRScheduler, "lr_scheduler"), optimizer, self.args, "lr_scheduler")
 
 
 @hookimpl

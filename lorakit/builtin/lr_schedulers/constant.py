@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from lorakit import hookimpl
-from lorakit.components import LRSchedulerConfig
+from lorakit.api.components import LRSchedulerConfig
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

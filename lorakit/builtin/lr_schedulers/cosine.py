@@ -5,8 +5,8 @@ from __future__ import annotations
 from attrs import frozen
 
 from lorakit import hookimpl
-from lorakit.components import LRSchedulerConfig
-from lorakit.schedules import WarmupConfig, half_waves
+from lorakit.api.components import LRSchedulerConfig
+from lorakit.api.lr_schedules import WarmupConfig, cosine_factor
 
 
 @frozen(kw_only=True)
@@ -17,7 +17,7 @@ class CosineConfig(WarmupConfig):
 
     def factor(self, progress: float, lr: float) -> float:  # noqa: ARG002
         """½(1 + cos π·progress)."""
-        return half_waves(progress)
+        return cosine_factor(progress)
 
 
 @hookimpl

@@ -6,8 +6,8 @@ from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
-from lorakit.components import LRSchedulerConfig
-from lorakit.schedules import WarmupConfig, half_waves
+from lorakit.api.components import LRSchedulerConfig
+from lorakit.api.lr_schedules import WarmupConfig, cosine_factor
 
 
 @frozen(kw_only=True)
@@ -23,7 +23,7 @@ class CosineWithMinLRConfig(WarmupConfig):
 
     def factor(self, progress: float, lr: float) -> float:  # noqa: ARG002
         """Factor m + (1 − m)·½(1 + cos π·n·progress), with m for `min_lr_ratio` and n for `num_cycles`."""
-        return half_waves(progress, self.num_cycles, self.min_lr_ratio)
+        return cosine_factor(progress, self.num_cycles, self.min_lr_ratio)
 
 
 @hookimpl

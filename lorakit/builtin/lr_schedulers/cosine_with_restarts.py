@@ -6,8 +6,8 @@ from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
-from lorakit.components import LRSchedulerConfig
-from lorakit.schedules import WarmupConfig, half_waves
+from lorakit.api.components import LRSchedulerConfig
+from lorakit.api.lr_schedules import WarmupConfig, cosine_factor
 
 
 @frozen(kw_only=True)
@@ -23,7 +23,7 @@ class CosineWithRestartsConfig(WarmupConfig):
         """½(1 + cos π·p), with p the progress within the cycle; 0 at the end of the run."""
         if progress >= 1:
             return 0.0
-        return half_waves(self.num_cycles * progress % 1)
+        return cosine_factor(self.num_cycles * progress % 1)
 
 
 @hookimpl

@@ -9,8 +9,8 @@ from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
-from lorakit.components import LRSchedulerConfig
-from lorakit.schedules import WarmupConfig
+from lorakit.api.components import LRSchedulerConfig
+from lorakit.api.lr_schedules import WarmupConfig
 
 TIMESCALE = 10_000
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from attrs import frozen
 
 from lorakit import hookimpl
-from lorakit.components import LRSchedulerConfig
-from lorakit.schedules import WarmupConfig
+from lorakit.api.components import LRSchedulerConfig
+from lorakit.api.lr_schedules import WarmupConfig
 
 
 @frozen(kw_only=True)

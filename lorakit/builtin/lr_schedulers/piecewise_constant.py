@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from lorakit import hookimpl
-from lorakit.components import LRSchedulerConfig
+from lorakit.api.components import LRSchedulerConfig
+from lorakit.api.lr_schedules import resolve_steps
 from lorakit.errors import Problem
-from lorakit.schedules import whole_steps
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -36,7 +36,7 @@ class PiecewiseConstantConfig(LRSchedulerConfig):
         """The step that ends each level, and the level's factor; the last one has no end in the run."""
         *rules, last = self.step_rules.replace(" ", "").split(",")
         pairs = [rule.split(":") for rule in rules]
-        levels = [(whole_steps(float(end), total_steps), float(factor)) for factor, end in pairs]
+        levels = [(resolve_steps(float(end), total_steps), float(factor)) for factor, end in pairs]
         return [*sorted(levels), (total_steps + 1, float(last))]
 
     def problems(self) -> Iterator[Problem]:

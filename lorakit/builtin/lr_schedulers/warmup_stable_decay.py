@@ -8,9 +8,9 @@ from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
-from lorakit.components import LRSchedulerConfig
+from lorakit.api.components import LRSchedulerConfig
+from lorakit.api.lr_schedules import WarmupConfig, check_steps, cosine_factor, resolve_steps
 from lorakit.errors import Problem
-from lorakit.schedules import WarmupConfig, half_waves, problem_of_length, whole_steps
 
 
 @frozen(kw_only=True)
@@ -31,19 +31,19 @@ class WarmupStableDecayConfig(WarmupConfig):
 
     def curve(self, lr: float, warmup: int, total_steps: int) -> Callable[[int], float]:  # noqa: ARG002
         """1 until the decay; m + (1 − m)·½(1 + cos π·n·progress), m being `min_lr_ratio`, n `num_cycles`."""
-        decay = whole_steps(self.decay_steps, total_steps)
+        decay = resolve_steps(self.decay_steps, total_steps)
         start = max(warmup, total_steps - decay)
 
         def factor(step: int) -> float:
             progress = min(1.0, max(0, step - start) / max(1, decay))
-            return half_waves(progress, self.num_cycles, self.min_lr_ratio)
+            return cosine_factor(progress, self.num_cycles, self.min_lr_ratio)
 
         return factor
 
     def problems(self) -> Iterator[Problem]:
         """Says so if warm-up or decay is neither whole steps nor a share."""
         yield from super().problems()
-        yield from problem_of_length("decay_steps", self.decay_steps)
+        yield from check_steps("decay_steps", self.decay_steps)
 
 
 @hookimpl

@@ -8,13 +8,13 @@ from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
+from lorakit.api.components import ModelFamilyConfig
 from lorakit.checkpoints import CheckpointSummary, traits_of
-from lorakit.components import ModelFamilyConfig
-from lorakit.models.stable_diffusion.config import StableDiffusionConfig
+from lorakit.models.families.sd.config import StableDiffusionConfig
 
 if TYPE_CHECKING:
-    from lorakit.models.noise import Prediction
-    from lorakit.models.stable_diffusion.model import Variant
+    from lorakit.diffusion.noise_schedule import Prediction
+    from lorakit.models.families.sd.model import Variant
 
 
 @frozen(kw_only=True)
@@ -30,7 +30,7 @@ class SD1Config(StableDiffusionConfig):
 
     def variant(self, prediction: Prediction) -> Variant:
         """How models of 1.x are run: short captions are filled up with the end token."""
-        from lorakit.models.stable_diffusion.model import Variant
+        from lorakit.models.families.sd.model import Variant
 
         return Variant(
             version="sd_v1",

@@ -9,15 +9,15 @@ from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
+from lorakit.api.components import ModelFamilyConfig
 from lorakit.checkpoints import CheckpointSummary, HubModel, traits_of
-from lorakit.components import ModelFamilyConfig
 from lorakit.errors import ModelError, Problem
-from lorakit.models.stable_diffusion.config import StableDiffusionConfig
-from lorakit.models.stable_diffusion.settings import SD2_TEXT_LAYERS
+from lorakit.models.families.sd.config import StableDiffusionConfig
+from lorakit.models.families.sd.infer_config import SD2_TEXT_LAYERS
 
 if TYPE_CHECKING:
-    from lorakit.models.noise import Prediction
-    from lorakit.models.stable_diffusion.model import Variant
+    from lorakit.diffusion.noise_schedule import Prediction
+    from lorakit.models.families.sd.model import Variant
 
 
 @frozen(kw_only=True)
@@ -50,7 +50,7 @@ class SD2Config(StableDiffusionConfig):
 
     def variant(self, prediction: Prediction) -> Variant:
         """How models of 2.x are run: short captions are filled up with token 0."""
-        from lorakit.models.stable_diffusion.model import Variant
+        from lorakit.models.families.sd.model import Variant
 
         kind = "768-v" if prediction == "v_prediction" else "512"
         return Variant(

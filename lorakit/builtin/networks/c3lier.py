@@ -8,15 +8,15 @@ from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
-from lorakit.components import NetworkConfig
+from lorakit.api.components import NetworkConfig
 from lorakit.errors import Problem
-from lorakit.networks.blocks import BlockwiseLoRAConfig, numbers_of_blocks
+from lorakit.networks.blocks import BlockwiseLoRAConfig, per_block
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lorakit.config.sections import TrainConfig
-    from lorakit.models.protocol import AdaptationTarget
+    from lorakit.config.train_config import TrainConfig
+    from lorakit.models.interfaces import AdaptationTarget
     from lorakit.networks.starting import StartingFile
 
 
@@ -31,16 +31,16 @@ class C3LierConfig(BlockwiseLoRAConfig):
     """Rank of the updates of 3×3 convolutions."""
     conv_alpha: float = field(default=1.0, validator=v.gt(0))
     """Strength of the updates of 3×3 convolutions: they are multiplied by conv_alpha / conv_rank."""
-    conv_block_ranks: tuple[int, ...] | None = numbers_of_blocks(v.ge(0))
+    conv_block_ranks: tuple[int, ...] | None = per_block(v.ge(0))
     """Ranks of the updates of 3×3 convolutions for the blocks of the U-Net instead of `conv_rank`, as `block_ranks`."""
-    conv_block_alphas: tuple[float, ...] | None = numbers_of_blocks(v.gt(0))
+    conv_block_alphas: tuple[float, ...] | None = per_block(v.gt(0))
     """Alphas of 3×3 convolutions for the blocks of the U-Net instead of `conv_alpha`."""
 
     def rank_and_alpha(self, target: AdaptationTarget) -> tuple[int, float] | None:
         """Those of the linear layers and 1×1 convolutions of all blocks, and those of the other convolutions."""
         from torch import nn
 
-        from lorakit.networks.functions import is_pointwise
+        from lorakit.networks.lora_function import is_pointwise
 
         if is_pointwise(target.module):
             return self.in_block(target, (self.rank, self.alpha), self.block_ranks, self.block_alphas)
@@ -50,7 +50,7 @@ class C3LierConfig(BlockwiseLoRAConfig):
 
     def file_alpha(self, target: AdaptationTarget) -> float:
         """That of 3×3 convolutions is `conv_alpha`, unless they might outnumber the others, as in single blocks."""
-        from lorakit.networks.functions import is_pointwise
+        from lorakit.networks.lora_function import is_pointwise
 
         return self.alpha if is_pointwise(target.module) or self.varies_by_block else self.conv_alpha
 

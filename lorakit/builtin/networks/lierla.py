@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from lorakit import hookimpl
-from lorakit.components import NetworkConfig
+from lorakit.api.components import NetworkConfig
 from lorakit.errors import Problem
 from lorakit.networks.blocks import BlockwiseLoRAConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lorakit.config.sections import TrainConfig
-    from lorakit.models.protocol import AdaptationTarget
+    from lorakit.config.train_config import TrainConfig
+    from lorakit.models.interfaces import AdaptationTarget
     from lorakit.networks.starting import StartingFile
 
 
@@ -27,7 +27,7 @@ class LierlaConfig(BlockwiseLoRAConfig):
 
     def rank_and_alpha(self, target: AdaptationTarget) -> tuple[int, float] | None:
         """The same for all layers, or for all of a block."""
-        from lorakit.networks.functions import is_pointwise
+        from lorakit.networks.lora_function import is_pointwise
 
         adapted = target.block in {"transformer", "text_encoder"} and is_pointwise(target.module)
         return self.in_block(target, (self.rank, self.alpha), self.block_ranks, self.block_alphas) if adapted else None

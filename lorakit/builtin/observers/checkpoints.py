@@ -10,10 +10,10 @@ from pathlib import Path
 from attrs import frozen
 
 from lorakit import hookimpl
-from lorakit.components import ObserverConfig
-from lorakit.engine.observing import Every, Observer, RunInfo
-from lorakit.engine.rescue import saved_somewhere
+from lorakit.api.components import ObserverConfig
+from lorakit.api.observer import Every, Observer, RunInfo
 from lorakit.errors import NotSaved, OutputError
+from lorakit.training.output.fallback import save_with_fallback
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Checkpoints(Observer):
     def _refusal_at_end(self, save: Callable[..., Path]) -> str:
         """Save something; why it is not in its place and where it is instead, empty if all is well."""
         try:
-            saved = saved_somewhere(save, self._output.name)
+            saved = save_with_fallback(save, self._output.name)
         except NotSaved as error:
             return f"{error} No other place takes it either, so it is lost; earlier saves are kept."
         return f"{saved.refusal} Until then it is in {saved.path}." if saved.refusal else ""

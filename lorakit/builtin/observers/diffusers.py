@@ -8,8 +8,8 @@ from pathlib import Path
 from attrs import frozen
 
 from lorakit import hookimpl
-from lorakit.components import ObserverConfig
-from lorakit.engine.observing import Observer, RunInfo
+from lorakit.api.components import ObserverConfig
+from lorakit.api.observer import Observer, RunInfo
 from lorakit.errors import AdapterError
 
 log = logging.getLogger(__name__)
@@ -35,8 +35,8 @@ class DiffusersCopies(Observer):
 
     def adapter_saved(self, path: Path) -> None:
         """Write the copy of a file; a warning if it is of a network that the layout has no place for."""
+        from lorakit.networks.adapter_file import AdapterFile, SafetensorsSaver, read_adapter
         from lorakit.networks.diffusers_format import to_diffusers
-        from lorakit.networks.saving import AdapterFile, SafetensorsSaver, read_adapter
 
         adapter = read_adapter(path)
         copy = path.with_name(f"{path.stem}.diffusers.safetensors")

@@ -15,8 +15,8 @@ from typing import Any, Literal
 from attrs import field, frozen
 
 from lorakit import hookimpl
-from lorakit.components import ObserverConfig
-from lorakit.engine.observing import Observer, RunInfo
+from lorakit.api.components import ObserverConfig
+from lorakit.api.observer import Observer, RunInfo
 
 log = logging.getLogger(__name__)
 

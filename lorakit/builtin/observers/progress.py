@@ -10,12 +10,12 @@ from attrs import evolve, field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
-from lorakit.components import ObserverConfig
-from lorakit.engine.observing import Observer, RunInfo, StepMetrics
-from lorakit.wording import counted, shown_path
+from lorakit.api.components import ObserverConfig
+from lorakit.api.observer import Observer, RunInfo, StepMetrics
+from lorakit.utils.wording import counted, shown_path
 
 if TYPE_CHECKING:
-    from lorakit.engine.progress import Display
+    from lorakit.training.progress import Display
 
 
 @frozen(kw_only=True)
@@ -29,7 +29,7 @@ class ProgressConfig(ObserverConfig):
 
     def build(self, run_info: RunInfo) -> Progress:
         """The progress of one run, shown on standard error."""
-        from lorakit.engine.progress import display
+        from lorakit.training.progress import display
 
         return Progress(self.average, run_info, display())
 
@@ -38,7 +38,7 @@ class Progress(Observer):
     """Shows how far a run has come, and what it has written and measured."""
 
     def __init__(self, average: float, run: RunInfo, display: Display) -> None:
-        from lorakit.engine.progress import Pace, Position
+        from lorakit.training.progress import Pace, Position
 
         self._average = average
         self._run = run
@@ -78,7 +78,7 @@ class Progress(Observer):
 
     def validated(self, step: int, losses: Mapping[str, float]) -> None:
         """Say how the loss compares with the lowest so far and with that of training, above the bar."""
-        from lorakit.engine.progress import shown_loss
+        from lorakit.training.progress import shown_loss
 
         self._at_steps_again()
         loss, epochs = losses["average"], step / self._run.steps_per_epoch

@@ -12,15 +12,15 @@ from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
-from lorakit.components import ObserverConfig
-from lorakit.engine.observing import Every, Observer, RunInfo
+from lorakit.api.components import ObserverConfig
+from lorakit.api.observer import Every, Observer, RunInfo
 from lorakit.errors import ConfigError, LorakitError, Problem
-from lorakit.sampling.contact_sheets import Preview, find_previews, write_contact_sheet
-from lorakit.sampling.prompts import PromptSettings
-from lorakit.wording import counted
+from lorakit.previews.contact_sheet import Preview, find_previews, write_contact_sheet
+from lorakit.previews.prompts import PromptSettings
+from lorakit.utils.wording import counted
 
 if TYPE_CHECKING:
-    from lorakit.sampling.previews import Previewer
+    from lorakit.previews.previews import Previewer
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class SamplesConfig(ObserverConfig, PromptSettings):
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the prompt file."""
-        from lorakit.sampling.prompt_files import read_prompts
+        from lorakit.previews.prompt_files import read_prompts
 
         try:
             read_prompts(self.prompts, self)
@@ -58,7 +58,7 @@ class SamplesConfig(ObserverConfig, PromptSettings):
 
     def warnings(self) -> Iterator[Problem]:
         """What has no effect here or in the prompt file."""
-        from lorakit.sampling.prompt_files import read_prompts
+        from lorakit.previews.prompt_files import read_prompts
 
         if self.every_n_epochs and self.every_n_steps:
             yield Problem("every_n_steps", "has no effect, because every_n_epochs is given")
@@ -67,7 +67,7 @@ class SamplesConfig(ObserverConfig, PromptSettings):
 
     def build(self, run_info: RunInfo) -> Samples:
         """The previews of one run."""
-        from lorakit.sampling.previews import Previewer
+        from lorakit.previews.previews import Previewer
 
         previewer = Previewer(
             prompts=self.prompts,

@@ -10,8 +10,8 @@ from typing import Any
 from attrs import frozen
 
 from lorakit import hookimpl
-from lorakit.components import ObserverConfig
-from lorakit.engine.observing import Observer, RunInfo, StepMetrics
+from lorakit.api.components import ObserverConfig
+from lorakit.api.observer import Observer, RunInfo, StepMetrics
 
 
 @frozen(kw_only=True)
@@ -46,8 +46,8 @@ class TensorBoard(Observer):
         """Open the log; the config is its first entry."""
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        from lorakit.config.writing import to_toml
-        from lorakit.engine.progress import Pace
+        from lorakit.config.dump import to_toml
+        from lorakit.training.progress import Pace
 
         self._writer = SummaryWriter(str(self._folder))
         self._writer.add_text("config", f"```toml\n{to_toml(run.config)}\n```")

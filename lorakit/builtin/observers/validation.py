@@ -9,9 +9,9 @@ from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
-from lorakit.components import ObserverConfig
-from lorakit.config.sections import TrainConfig
-from lorakit.engine.observing import Every, Observer, RunInfo, StepMetrics
+from lorakit.api.components import ObserverConfig
+from lorakit.api.observer import Every, Observer, RunInfo, StepMetrics
+from lorakit.config.train_config import TrainConfig
 from lorakit.errors import Problem
 
 

@@ -9,7 +9,7 @@ from attrs import field, fields, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
-from lorakit.components import OptimizerConfig
+from lorakit.api.components import OptimizerConfig
 from lorakit.errors import Problem
 
 if TYPE_CHECKING:
@@ -52,11 +52,11 @@ class AdafactorConfig(OptimizerConfig):
         if self.lr != fields(AdafactorConfig).lr.default:
             yield Problem("lr", "has no effect with relative_step = true", hint)
         for part in ("unet", "text_encoder"):
-            if getattr(self, f"{part}_lr") is not None and any(self.lrs_of(part)):
+            if getattr(self, f"{part}_lr") is not None and any(self.lrs_for(part)):
                 yield Problem(f"{part}_lr", "has no effect with relative_step = true", hint)
 
     @property
-    def keeps_lr_factors(self) -> bool:
+    def supports_lr_multipliers(self) -> bool:
         """Not with `relative_step`, where no learning rate plays a part."""
         return not self.relative_step
 

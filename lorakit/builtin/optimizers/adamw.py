@@ -9,7 +9,7 @@ from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
-from lorakit.components import OptimizerConfig
+from lorakit.api.components import OptimizerConfig
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -35,7 +35,7 @@ class AdamWConfig(OptimizerConfig):
         """PyTorch's, as one kernel for all parameters where the device has it."""
         from torch.optim import AdamW
 
-        from lorakit.fused_adamw import FusedAdamW
+        from lorakit.builtin.optimizers._fused_adamw import FusedAdamW
         from lorakit.networks.network import torch_groups
 
         is_fused = all(p.device.type in {"cpu", "cuda"} for group in groups for p in group.parameters)

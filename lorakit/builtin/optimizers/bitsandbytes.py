@@ -12,7 +12,7 @@ from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
-from lorakit.components import OptimizerConfig
+from lorakit.api.components import OptimizerConfig
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -35,7 +35,7 @@ class BitsandbytesConfig(OptimizerConfig):
         from lorakit.networks.network import torch_groups
 
         highest = max(group.lr for group in groups)
-        optimizer: Optimizer = getattr(optim, self.class_name)(torch_groups(groups), lr=highest, **self.own_settings())
+        optimizer: Optimizer = getattr(optim, self.class_name)(torch_groups(groups), lr=highest, **self.extra_options())
         return optimizer
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from attrs import field, frozen
 
 from lorakit import hookimpl
-from lorakit.class_paths import load, made, problems_of
-from lorakit.components import OptimizerConfig
+from lorakit.api.components import OptimizerConfig
 from lorakit.errors import Problem
+from lorakit.plugins.import_path import check_import_path, import_class, instantiate
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -23,7 +23,7 @@ class OptimizerByPathConfig(OptimizerConfig):
     """Any optimizer class of an installed package, by its dotted path, such as `torch.optim.RAdam`."""
 
     name = "package.Class"
-    by_path = True
+    takes_import_path = True
 
     args: Mapping[str, Any] = field(factory=dict)
     """Arguments of the class, such as `{ betas = [0.9, 0.99] }`; the learning rate is `lr`."""
@@ -31,7 +31,7 @@ class OptimizerByPathConfig(OptimizerConfig):
     def problems(self) -> Iterator[Problem]:
         """Says so if there is no such class, or if arguments are given that are set elsewhere."""
         yield from super().problems()
-        yield from problems_of(self.name)
+        yield from check_import_path(self.name)
         for key in {"lr", "params"} & self.args.keys():
             yield Problem(f"args.{key}", "cannot be given here", "see optimizer.lr" if key == "lr" else "")
 
@@ -41,9 +41,9 @@ class OptimizerByPathConfig(OptimizerConfig):
 
         from lorakit.networks.network import torch_groups
 
-        cls = load(self.name, Optimizer, "optimizer")
+        cls = import_class(self.name, Optimizer, "optimizer")
         highest = max(group.lr for group in groups)
-        return made(cls, torch_groups(groups), self.args, "optimizer", lr=highest)
+        return instantiate(cls, torch_groups(groups), self.args, "optimizer", lr=highest)
 
 
 @hookimpl

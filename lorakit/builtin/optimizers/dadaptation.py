@@ -15,7 +15,7 @@ from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
-from lorakit.components import OptimizerConfig
+from lorakit.api.components import OptimizerConfig
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -28,7 +28,7 @@ class DAdaptConfig(OptimizerConfig):
     """An optimizer of the package dadaptation; a subclass names the class and has its options as fields."""
 
     requires = ("dadaptation",)
-    own_learning_rates = False
+    supports_group_lrs = False
     finds_learning_rate = True
     usual_lr = 1.0
     module: ClassVar[str] = "dadaptation"
@@ -45,11 +45,11 @@ class DAdaptConfig(OptimizerConfig):
 
     def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
         """The one of the package dadaptation, at rest while the LR schedule is at zero."""
-        from lorakit.learning_rate_free import resting_at_zero
+        from lorakit.api.learning_rate_free import skip_at_zero_lr
         from lorakit.networks.network import torch_groups
 
-        cls = resting_at_zero(self.repaired(getattr(import_module(self.module), self.class_name)))
-        settings = {key: math.inf if value is None else value for key, value in self.own_settings().items()}
+        cls = skip_at_zero_lr(self.repaired(getattr(import_module(self.module), self.class_name)))
+        settings = {key: math.inf if value is None else value for key, value in self.extra_options().items()}
         d0 = settings.pop("d0")
         # As options of each group, because the constructors print some of them.
         optimizer: Optimizer = cls([{**group, **settings} for group in torch_groups(groups)], d0=d0)

@@ -9,7 +9,7 @@ from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
-from lorakit.components import OptimizerConfig
+from lorakit.api.components import OptimizerConfig
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

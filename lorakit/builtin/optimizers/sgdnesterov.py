@@ -9,7 +9,7 @@ from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
-from lorakit.components import OptimizerConfig
+from lorakit.api.components import OptimizerConfig
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -40,7 +40,7 @@ class SGDNesterovConfig(OptimizerConfig):
         from lorakit.networks.network import torch_groups
 
         fused = all(p.device.type in {"cpu", "cuda"} for group in groups for p in group.parameters)
-        optimizer = SGD(torch_groups(groups), nesterov=True, fused=fused, **self.own_settings())
+        optimizer = SGD(torch_groups(groups), nesterov=True, fused=fused, **self.extra_options())
         for parameter in (p for group in groups for p in group.parameters):
             # PyTorch would leave it unset in a first step that a loss scaler skips, and use it in the next.
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from lorakit import hookimpl
-from lorakit.components import SaverConfig
+from lorakit.api.components import SaverConfig
 
 if TYPE_CHECKING:
-    from lorakit.networks.saving import Saver
+    from lorakit.networks.adapter_file import Saver
 
 
 @frozen(kw_only=True)
@@ -21,7 +21,7 @@ class SafetensorsConfig(SaverConfig):
 
     def build(self) -> Saver:
         """Writes and reads `.safetensors` files."""
-        from lorakit.networks.saving import SafetensorsSaver
+        from lorakit.networks.adapter_file import SafetensorsSaver
 
         return SafetensorsSaver(self.precision)
 

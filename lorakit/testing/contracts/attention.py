@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.components import AttentionConfig
+from lorakit.api.components import AttentionConfig
 from lorakit.testing.contracts.component import ComponentContract
 
 SHAPES = {"self": (64, 64, 40), "cross": (64, 77, 40), "wide": (16, 16, 160), "long-caption": (16, 227, 80)}

@@ -14,7 +14,7 @@ import attrs
 import pytest
 import tomlkit
 
-from lorakit.components import (
+from lorakit.api.components import (
     AttentionConfig,
     Component,
     LRSchedulerConfig,
@@ -23,13 +23,13 @@ from lorakit.components import (
     ObserverConfig,
     OptimizerConfig,
     SaverConfig,
-    named,
+    with_import_path,
 )
-from lorakit.config.fields import field_docs
-from lorakit.config.reading import config_from_tables
-from lorakit.config.sections import TrainConfig
-from lorakit.config.writing import to_toml
-from lorakit.plugins import Catalog
+from lorakit.config.dump import to_toml
+from lorakit.config.field_docs import field_docs
+from lorakit.config.load import config_from_tables
+from lorakit.config.train_config import TrainConfig
+from lorakit.plugins.catalog import Catalog
 
 HEAVY = ("torch", "diffusers", "transformers", "accelerate")
 """Packages that no component's module may import before something is built."""
@@ -88,13 +88,13 @@ class ComponentContract:
 
     def test_has_a_plain_name(self) -> None:
         """The name can be written without thinking: lower-case letters, digits, - and _; or it is a dotted path."""
-        assert re.fullmatch(r"[\w.]+" if self.config.by_path else r"[a-z0-9_-]+", self.config.name)
+        assert re.fullmatch(r"[\w.]+" if self.config.takes_import_path else r"[a-z0-9_-]+", self.config.name)
 
     def test_registered(self) -> None:
         """The component is found under its name, as `lorakit plugins` shows."""
         catalog = Catalog.discover()
         known = [found.component for same in catalog.of_kind(self._base).values() for found in same]
-        found = [named(component, self.config.name) for component in known]
+        found = [with_import_path(component, self.config.name) for component in known]
         assert type(self.config) in found, f"no entry point registers it; broken plugins: {catalog.broken}"
 
     def test_imports_nothing_heavy(self) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lorakit.components import LRSchedulerConfig
+from lorakit.api.components import LRSchedulerConfig
 from lorakit.testing.contracts.component import ComponentContract
 from lorakit.testing.contracts.optimizers import _saved_and_read
 

@@ -15,19 +15,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lorakit.api.components import ModelFamilyConfig, NetworkConfig
 from lorakit.checkpoints import locate, summarize
-from lorakit.components import ModelFamilyConfig, NetworkConfig
 from lorakit.errors import ModelError
-from lorakit.models.protocol import AttentionBackend, DiffusionModel
-from lorakit.models.quantization import QuantizedLayer
-from lorakit.models.streaming import streamed_bytes
-from lorakit.models.weight_formats import FORMATS
-from lorakit.plugins import Catalog
+from lorakit.models.interfaces import AttentionBackend, DiffusionModel
+from lorakit.models.memory.block_swap import streamed_bytes
+from lorakit.models.memory.quantization import QuantizedLayer
+from lorakit.models.memory.weight_formats import FORMATS
+from lorakit.plugins.catalog import Catalog
 from lorakit.testing.contracts.attention import reference
 from lorakit.testing.contracts.component import ComponentContract
-from lorakit.testing.contracts.denoising import CAPTIONS, CPU, loss_of, make_batch, pictures, predict
+from lorakit.testing.contracts.tiny_batch import CAPTIONS, CPU, loss_of, make_batch, pictures, predict
 
-ENCODERS: tuple[Literal["image_encoder"], Literal["text_encoder"]] = ("image_encoder", "text_encoder")
+ENCODERS: tuple[Literal["vae_encoder"], Literal["text_encoder"]] = ("vae_encoder", "text_encoder")
 
 
 _ERRORS = {"fp8": 0.2, "int8": 0.2, "nf4": 0.8}
@@ -79,7 +79,7 @@ class ModelFamilyContract(ComponentContract):
 
     def test_image_encoder(self) -> None:
         """Latents have a mean and a positive deviation, float32 [B, C, h, w], the same for each image alone."""
-        encoder = self.built().image_encoder
+        encoder = self.built().vae_encoder
         mean, deviation = encoder.encode(pictures(2))
         assert mean.shape == deviation.shape
         assert mean.dtype == deviation.dtype == torch.float32
@@ -91,16 +91,16 @@ class ModelFamilyContract(ComponentContract):
     def test_image_decoder(self) -> None:
         """Latents of the told shape become images of the same size as encoded, float32 in [-1, 1], each as if alone."""
         model = self.built()
-        latents, _ = model.image_encoder.encode(pictures(2))
+        latents, _ = model.vae_encoder.encode(pictures(2))
         height, width = pictures().shape[2:]
         assert tuple(latents.shape[1:]) == model.latent_shape(width, height)
         assert model.latent_shape(2 * width, height)[1:] == (latents.shape[2], 2 * latents.shape[3])
-        images = model.image_decoder.decode(latents)
+        images = model.vae_decoder.decode(latents)
         assert images.shape == pictures(2).shape
         assert images.dtype == torch.float32
         assert images.abs().max() <= 1
         assert images.std() > 0
-        torch.testing.assert_close(model.image_decoder.decode(latents[1:]), images[1:], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model.vae_decoder.decode(latents[1:]), images[1:], rtol=1e-4, atol=1e-4)
 
     def test_text_encoder(self) -> None:
         """Tokens, on the CPU, and conditioning have the captions as their first side; captions differ in it."""
@@ -209,7 +209,7 @@ class ModelFamilyContract(ComponentContract):
         again = self.built()
         for part in ENCODERS:
             assert model.fingerprint(part) == again.fingerprint(part) != half.fingerprint(part)
-        assert model.fingerprint("image_encoder") != model.fingerprint("text_encoder")
+        assert model.fingerprint("vae_encoder") != model.fingerprint("text_encoder")
         for name, value in self.text_settings.items():
             changed = attrs.evolve(self.config, **{name: value}).build(CPU, torch.float32)
             assert changed.fingerprint("text_encoder") != model.fingerprint("text_encoder")
@@ -218,10 +218,10 @@ class ModelFamilyContract(ComponentContract):
         """A part that was freed is read again when it is asked for, and puts out the same, bit for bit."""
         model = self.built()
         before = _encodings(model)
-        parts = model.image_encoder, model.image_decoder, model.text_encoder
-        for part in (*ENCODERS, "image_decoder"):
+        parts = model.vae_encoder, model.vae_decoder, model.text_encoder
+        for part in (*ENCODERS, "vae_decoder"):
             model.free(part)
-        again = model.image_encoder, model.image_decoder, model.text_encoder
+        again = model.vae_encoder, model.vae_decoder, model.text_encoder
         assert all(old is not new for old, new in zip(parts, again, strict=True))
         assert all(torch.equal(old, new) for old, new in zip(before, _encodings(model), strict=True))
 
@@ -306,8 +306,8 @@ class _Counting:
 def _encodings(model: DiffusionModel) -> list[Tensor]:
     with torch.no_grad():
         conditioning = model.text_encoder.encode(model.text_encoder.tokenize(CAPTIONS))
-        mean, deviation = model.image_encoder.encode(pictures())
-        return [mean, deviation, model.image_decoder.decode(mean), *conditioning.values()]
+        mean, deviation = model.vae_encoder.encode(pictures())
+        return [mean, deviation, model.vae_decoder.decode(mean), *conditioning.values()]
 
 
 def _loss_and_gradients(model: DiffusionModel, parts: tuple[str, ...]) -> list[Tensor]:

@@ -11,13 +11,13 @@ from attrs import frozen
 from torch import Tensor
 from torch.optim import AdamW
 
-from lorakit.components import NetworkConfig
-from lorakit.data.batches import Batch
+from lorakit.api.components import NetworkConfig
+from lorakit.data.loader import Batch
 from lorakit.errors import AdapterError
-from lorakit.models.protocol import AdaptationTarget, DiffusionModel
+from lorakit.models.interfaces import AdaptationTarget, DiffusionModel
 from lorakit.networks.network import Network, torch_groups
 from lorakit.testing.contracts.component import ComponentContract
-from lorakit.testing.contracts.denoising import loss_of, make_batch, predict, read_model
+from lorakit.testing.contracts.tiny_batch import loss_of, make_batch, predict, read_model
 
 
 @frozen

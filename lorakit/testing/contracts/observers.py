@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 import lorakit
-from lorakit.components import ObserverConfig
-from lorakit.config.reading import config_from_tables
-from lorakit.engine.assembly import assemble
-from lorakit.engine.observing import Observer, RunInfo, StepMetrics
-from lorakit.engine.preparation import prepare
-from lorakit.engine.processes import Processes
-from lorakit.engine.trainer import train
-from lorakit.plugins import Catalog
+from lorakit.api.components import ObserverConfig
+from lorakit.api.observer import Observer, RunInfo, StepMetrics
+from lorakit.config.load import config_from_tables
+from lorakit.plugins.catalog import Catalog
 from lorakit.testing.contracts.component import ComponentContract
+from lorakit.training.loop import train
+from lorakit.training.prepare import prepare
+from lorakit.training.runtime.distributed import Distributed
+from lorakit.training.setup import build_run
 
 
 class ObserverContract(ComponentContract):
@@ -40,7 +40,7 @@ class ObserverContract(ComponentContract):
     def run_info(self, train_tables: dict[str, Any], tmp_path: Path) -> RunInfo:
         """A real run of four steps, before its first one; its output folder is there."""
         config = self.train_config(self.with_settings(train_tables), tmp_path)
-        run = assemble(prepare(config), Processes(torch.device("cpu")))
+        run = build_run(prepare(config), Distributed(torch.device("cpu")))
         run.writer.write_config(Catalog())
         return run.info
 
@@ -72,13 +72,13 @@ class ObserverContract(ComponentContract):
     ) -> None:
         """A run with the observer gives the same weights as one without any, bit for bit, and does not lose it."""
         tables = self.with_settings(train_tables)
-        run = assemble(prepare(config_from_tables(tables, tmp_path)), Processes(torch.device("cpu")))
+        run = build_run(prepare(config_from_tables(tables, tmp_path)), Distributed(torch.device("cpu")))
         train(run)
         without = run.network.tensors()
         observed = load_file(lorakit.train(self.train_config(tables, tmp_path)))
         assert observed.keys() == without.keys()
         assert all(torch.equal(observed[key], tensor) for key, tensor in without.items())
-        assert not [record for record in caplog.records if record.name == "lorakit.engine.observing"]
+        assert not [record for record in caplog.records if record.name == "lorakit.api.observer"]
 
     def with_settings(self, tables: dict[str, Any]) -> dict[str, Any]:
         """The tables with `run_settings` in them."""

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lorakit.components import OptimizerConfig
-from lorakit.engine.evaluation import begin_training
-from lorakit.engine.gradients import FlatGradients
-from lorakit.engine.nonfinite import StepGuard
-from lorakit.engine.processes import Processes
+from lorakit.api.components import OptimizerConfig
 from lorakit.networks.network import ParameterGroup
 from lorakit.testing.contracts.component import ComponentContract
+from lorakit.training.runtime.distributed import Distributed
+from lorakit.training.step.eval_weights import begin_training
+from lorakit.training.step.gradients import FlatGradients
+from lorakit.training.step.nan_guard import StepGuard
 
 SHAPES: Mapping[str, list[tuple[int, ...]]] = {
     "text_encoder": [(4, 32), (32, 4)],
@@ -58,7 +58,7 @@ class OptimizerContract(ComponentContract):
 
     def test_groups_keep_their_learning_rates(self) -> None:
         """Each group begins with the learning rate that the config gives its part of the model."""
-        share = 0.5 if self.config.own_learning_rates else 1.0
+        share = 0.5 if self.config.supports_group_lrs else 1.0
         problem = Problem.fresh(self.config, text_encoder_lr=self.config.lr * share)
         assert [group["lr"] for group in problem.optimizer.param_groups] == [self.config.lr * share, self.config.lr]
 
@@ -105,7 +105,7 @@ class OptimizerContract(ComponentContract):
         """Steps whose gradients are NaN, the very first among them, leave parameters and state as they were."""
         problem, hit = (Problem.fresh(self.config) for _ in range(2))
         scaler = torch.amp.GradScaler("cpu", init_scale=1.0, enabled=scaled)
-        guard = StepGuard(hit.optimizer, scaler, Processes(torch.device("cpu")), skips=True)
+        guard = StepGuard(hit.optimizer, scaler, Distributed(torch.device("cpu")), skips=True)
         for step in range(5):
             loss = hit.loss() * (torch.nan if step in {0, 3} else 1.0)
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]

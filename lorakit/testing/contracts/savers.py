@@ -11,9 +11,9 @@ import attrs
 import pytest
 import torch
 
-from lorakit.components import SaverConfig
+from lorakit.api.components import SaverConfig
 from lorakit.errors import AdapterError, OutputError
-from lorakit.networks.saving import AdapterFile, Precision
+from lorakit.networks.adapter_file import AdapterFile, Precision
 from lorakit.testing.contracts.component import ComponentContract
 
 DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -8,8 +8,8 @@ from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
-from lorakit.components import ObserverConfig
-from lorakit.engine.observing import Observer, RunInfo, StepMetrics
+from lorakit.api.components import ObserverConfig
+from lorakit.api.observer import Observer, RunInfo, StepMetrics
 
 
 @frozen(kw_only=True)

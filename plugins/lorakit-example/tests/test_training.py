@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 import lorakit
-from lorakit.config.reading import config_from_tables
+from lorakit.config.load import config_from_tables
 from lorakit.errors import ConfigError
 
 

@@ -9,13 +9,13 @@ from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
-from lorakit.class_paths import problems_of
-from lorakit.components import NetworkConfig
+from lorakit.api.components import NetworkConfig
 from lorakit.errors import Problem
 from lorakit.kohya.networks import network_args
+from lorakit.plugins.import_path import check_import_path
 
 if TYPE_CHECKING:
-    from lorakit.models.protocol import AdaptationTarget
+    from lorakit.models.interfaces import AdaptationTarget
     from lorakit.networks.network import Network
 
 
@@ -27,7 +27,7 @@ class NetworkModuleConfig(NetworkConfig):
     """
 
     name = "package.module"
-    by_path = True
+    takes_import_path = True
 
     rank: int = field(default=4, validator=v.ge(1))
     """Rank of the updates, where the module's algorithm has one."""
@@ -40,7 +40,7 @@ class NetworkModuleConfig(NetworkConfig):
 
     def problems(self) -> Iterator[Problem]:
         """Says so if there is no such module."""
-        yield from problems_of(self.name)
+        yield from check_import_path(self.name)
 
     def metadata(self) -> Mapping[str, object]:
         """The module and its arguments, as sd-scripts has them."""

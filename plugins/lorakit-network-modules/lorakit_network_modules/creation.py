@@ -15,8 +15,8 @@ from attrs import frozen
 from torch import nn
 
 from lorakit.errors import AdapterError
-from lorakit.models.protocol import AdaptationTarget
-from lorakit.randomness import derived_seed
+from lorakit.models.interfaces import AdaptationTarget
+from lorakit.utils.rng import derived_seed
 
 if TYPE_CHECKING:
     from lorakit_network_modules.component import NetworkModuleConfig

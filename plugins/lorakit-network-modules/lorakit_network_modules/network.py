@@ -10,9 +10,9 @@ import torch
 from attrs import evolve
 from torch import Tensor, nn
 
-from lorakit.models.protocol import AdaptationTarget
+from lorakit.models.interfaces import AdaptationTarget
 from lorakit.networks.network import AdapterModule, Network
-from lorakit.randomness import derived_seed
+from lorakit.utils.rng import derived_seed
 from lorakit_network_modules.creation import Created, by_part, create
 
 if TYPE_CHECKING:
@@ -48,12 +48,12 @@ class ModuleAdapter(AdapterModule):
         """What the module says belongs into a file."""
         return dict(self.module.state_dict())
 
-    def misfit(self, tensors: Mapping[str, Tensor]) -> str:
+    def shape_mismatch(self, tensors: Mapping[str, Tensor]) -> str:
         """Names alpha where it differs, as the module would go on with its own, and shapes otherwise."""
         own, other = self.tensors().get("alpha"), tensors.get("alpha")
         if own is not None and other is not None and not math.isclose(own.item(), other.item(), rel_tol=2**-8):
             return f"alpha {other.item():g} in the file, {own.item():g} in the config"
-        return super().misfit(tensors)
+        return super().shape_mismatch(tensors)
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what the module held, exactly, or what is in a file, as the module does."""

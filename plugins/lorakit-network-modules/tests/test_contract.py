@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lorakit_network_modules.component import NetworkModuleConfig
 
-from lorakit.components import named
+from lorakit.api.components import with_import_path
 from lorakit.testing.contracts import NetworkContract
 
 PRESET = Path(__file__).with_name("transformers.toml")
@@ -16,7 +16,7 @@ PRESET = Path(__file__).with_name("transformers.toml")
 def lycoris(algo: str, dropout: float = 0.0, **args: bool | float | str) -> NetworkModuleConfig:
     """An algorithm of LyCORIS."""
     settings = {"algo": algo, "preset": str(PRESET), **args}
-    component = named(NetworkModuleConfig, "lycoris.kohya")
+    component = with_import_path(NetworkModuleConfig, "lycoris.kohya")
     return component(rank=4, alpha=2.0, dropout=dropout, args=settings)
 
 

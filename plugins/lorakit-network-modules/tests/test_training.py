@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lorakit
-from lorakit.components import NetworkConfig
-from lorakit.config.reading import config_from_tables
+from lorakit.api.components import NetworkConfig
+from lorakit.config.load import config_from_tables
 from lorakit.errors import AdapterError, ConfigError
-from lorakit.plugins import Catalog
-from lorakit.testing.contracts.denoising import make_batch, predict, read_model
+from lorakit.plugins.catalog import Catalog
+from lorakit.testing.contracts.tiny_batch import make_batch, predict, read_model
 
 PRESET = Path(__file__).with_name("transformers.toml")
 ALGORITHMS = {"loha": "hada_w1_a", "lokr": "lokr_w1"}

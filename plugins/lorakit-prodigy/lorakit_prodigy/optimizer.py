@@ -10,7 +10,7 @@ from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
-from lorakit.components import OptimizerConfig
+from lorakit.api.components import OptimizerConfig
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -26,7 +26,7 @@ class ProdigyConfig(OptimizerConfig):
     finds_learning_rate = True
     usual_lr = 1.0
     requires = ("prodigyopt",)
-    own_learning_rates = False
+    supports_group_lrs = False
 
     lr: float = field(default=1.0, validator=v.ge(0))
     """Factor of the learning rate that is found; leave it at 1."""
@@ -57,13 +57,13 @@ class ProdigyConfig(OptimizerConfig):
         """The one of prodigyopt, at rest while the LR schedule is at zero."""
         from prodigyopt import Prodigy
 
-        from lorakit.learning_rate_free import resting_at_zero
+        from lorakit.api.learning_rate_free import skip_at_zero_lr
         from lorakit.networks.network import torch_groups
 
-        settings = self.own_settings() | {"growth_rate": self.growth_rate or math.inf}
+        settings = self.extra_options() | {"growth_rate": self.growth_rate or math.inf}
         # As options of each group, because the constructor prints some of them.
         own_groups = [{**group, **settings} for group in torch_groups(groups)]
-        optimizer: Optimizer = resting_at_zero(Prodigy)(own_groups, d0=self.d0)
+        optimizer: Optimizer = skip_at_zero_lr(Prodigy)(own_groups, d0=self.d0)
         return optimizer
 
 

@@ -12,15 +12,15 @@ from prodigyopt import Prodigy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorakit.config.reading import config_from_tables
-from lorakit.engine.assembly import assemble
-from lorakit.engine.observing import Observer, Observers, StepMetrics
-from lorakit.engine.preparation import prepare
-from lorakit.engine.processes import Processes
-from lorakit.engine.trainer import train
+from lorakit.api.observer import Observer, Observers, StepMetrics
+from lorakit.config.load import config_from_tables
 from lorakit.errors import ConfigError
 from lorakit.networks.network import ParameterGroup
 from lorakit.testing.contracts import OptimizerContract
+from lorakit.training.loop import train
+from lorakit.training.prepare import prepare
+from lorakit.training.runtime.distributed import Distributed
+from lorakit.training.setup import build_run
 
 
 class TestProdigy(OptimizerContract):
@@ -91,7 +91,7 @@ def test_a_run_with_a_warmup(train_tables: dict[str, Any], tmp_path: Path) -> No
     """The schedule's first step, at rate 0, is borne; the rates that are told are the estimate times the schedule."""
     train_tables["optimizer"] = {"name": "prodigy", "safeguard_warmup": True, "d0": 1e-4}
     train_tables["lr_scheduler"] = {"name": "constant_with_warmup", "warmup_steps": 2}
-    run = assemble(prepare(config_from_tables(train_tables, tmp_path)), Processes(torch.device("cpu")))
+    run = build_run(prepare(config_from_tables(train_tables, tmp_path)), Distributed(torch.device("cpu")))
     rates = Rates()
     run.observers = Observers([("rates", True, rates)])
     train(run)

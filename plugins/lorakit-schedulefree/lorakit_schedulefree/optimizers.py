@@ -9,9 +9,9 @@ from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
-from lorakit.components import OptimizerConfig
+from lorakit.api.components import OptimizerConfig
+from lorakit.api.lr_schedules import warning_of_warmup
 from lorakit.errors import Problem
-from lorakit.schedules import warning_of_warmup
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -45,7 +45,7 @@ class ScheduleFreeConfig(OptimizerConfig):
 
         from lorakit.networks.network import torch_groups
 
-        optimizer: Optimizer = getattr(schedulefree, self.class_name)(torch_groups(groups), **self.own_settings())
+        optimizer: Optimizer = getattr(schedulefree, self.class_name)(torch_groups(groups), **self.extra_options())
         return optimizer
 
 

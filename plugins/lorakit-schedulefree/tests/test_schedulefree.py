@@ -14,16 +14,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lorakit
-from lorakit.components import OptimizerConfig
-from lorakit.config.reading import config_from_tables
-from lorakit.config.sections import TrainConfig
-from lorakit.engine.assembly import assemble
-from lorakit.engine.preparation import prepare
-from lorakit.engine.processes import Processes
-from lorakit.engine.run import Run
-from lorakit.engine.trainer import train
+from lorakit.api.components import OptimizerConfig
+from lorakit.config.load import config_from_tables
+from lorakit.config.train_config import TrainConfig
 from lorakit.networks.network import ParameterGroup
 from lorakit.testing.contracts import OptimizerContract
+from lorakit.training.loop import train
+from lorakit.training.prepare import prepare
+from lorakit.training.run import Run
+from lorakit.training.runtime.distributed import Distributed
+from lorakit.training.setup import build_run
 
 NAMES = ["adamw_schedulefree", "radam_schedulefree", "sgd_schedulefree"]
 Configure = Callable[..., TrainConfig]
@@ -65,7 +65,7 @@ def configure(train_tables: dict[str, Any], tmp_path: Path) -> Configure:
 
 def fresh_run(config: TrainConfig) -> Run:
     """A run at its first step."""
-    return assemble(prepare(config), Processes(torch.device("cpu")))
+    return build_run(prepare(config), Distributed(torch.device("cpu")))
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

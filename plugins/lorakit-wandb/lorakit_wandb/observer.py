@@ -11,10 +11,10 @@ from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit import hookimpl
-from lorakit.components import ObserverConfig
-from lorakit.config.sections import TrainConfig
-from lorakit.config.writing import to_toml
-from lorakit.engine.observing import Observer, RunInfo, StepMetrics
+from lorakit.api.components import ObserverConfig
+from lorakit.api.observer import Observer, RunInfo, StepMetrics
+from lorakit.config.dump import to_toml
+from lorakit.config.train_config import TrainConfig
 
 
 @frozen(kw_only=True)

@@ -13,8 +13,8 @@ from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
 import lorakit
-from lorakit.config.reading import config_from_tables
-from lorakit.engine.observing import RunInfo
+from lorakit.api.observer import RunInfo
+from lorakit.config.load import config_from_tables
 from lorakit.testing.contracts import ObserverContract
 
 

@@ -10,12 +10,12 @@ import attrs
 from torch import nn
 from torch.nn.functional import dropout
 
-from lorakit.components import ModelFamilyConfig
-from lorakit.models.stable_diffusion.model import StableDiffusion
+from lorakit.api.components import ModelFamilyConfig
+from lorakit.models.families.sd.model import StableDiffusion
 from lorakit.networks.config import LoRAConfig
 from lorakit.networks.dropout import DropoutRates
 from lorakit.networks.lora import LoRAModule, LoRANetwork
-from lorakit.plugins import Catalog
+from lorakit.plugins.catalog import Catalog
 from lorakit.testing.contracts import ModelFamilyContract, NetworkContract
 from lorakit.testing.models import make_tiny_sd1
 

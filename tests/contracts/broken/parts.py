@@ -10,10 +10,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
-from lorakit.components import AttentionConfig, LRSchedulerConfig, ObserverConfig, OptimizerConfig, SaverConfig
-from lorakit.engine.observing import Observer
+from lorakit.api.components import AttentionConfig, LRSchedulerConfig, ObserverConfig, OptimizerConfig, SaverConfig
+from lorakit.api.observer import Observer
+from lorakit.networks.adapter_file import SafetensorsSaver, read_adapter
 from lorakit.networks.network import torch_groups
-from lorakit.networks.saving import SafetensorsSaver, read_adapter
 from lorakit.testing.contracts import (
     AttentionContract,
     LRSchedulerContract,

@@ -1,0 +1,67 @@
+"""The hooks of lorakit: all that a plugin can add.
+
+A plugin is a module named in the entry-point group `lorakit`. It implements any of these functions,
+each marked with `@lorakit.hookimpl`. The `register_*` hooks return config classes
+(`lorakit.api.components`), so that components can be listed, documented and checked before
+anything heavy is imported; what each class's `build` makes is said there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from lorakit.api.components import (
+        AttentionConfig,
+        LRSchedulerConfig,
+        ModelFamilyConfig,
+        NetworkConfig,
+        ObserverConfig,
+        OptimizerConfig,
+        SaverConfig,
+    )
+    from lorakit.checkpoints import CheckpointSummary
+
+hookspec = pluggy.HookspecMarker("lorakit")
+
+
+@hookspec
+def register_model_families() -> list[type[ModelFamilyConfig]]:  # type: ignore[empty-body]
+    """Families of base models, such as Stable Diffusion 1.x."""
+
+
+@hookspec
+def register_networks() -> list[type[NetworkConfig]]:  # type: ignore[empty-body]
+    """Kinds of adapters, such as LoRA-LierLa."""
+
+
+@hookspec
+def register_optimizers() -> list[type[OptimizerConfig]]:  # type: ignore[empty-body]
+    """Optimizers, such as Lion."""
+
+
+@hookspec
+def register_lr_schedulers() -> list[type[LRSchedulerConfig]]:  # type: ignore[empty-body]
+    """Learning-rate schedules, such as cosine decay."""
+
+
+@hookspec
+def register_attention_backends() -> list[type[AttentionConfig]]:  # type: ignore[empty-body]
+    """Ways to compute the denoiser's attention."""
+
+
+@hookspec
+def register_savers() -> list[type[SaverConfig]]:  # type: ignore[empty-body]
+    """File formats for trained adapters."""
+
+
+@hookspec
+def register_observers() -> list[type[ObserverConfig]]:  # type: ignore[empty-body]
+    """Things that are told how a run goes, such as a log."""
+
+
+@hookspec(firstresult=True)
+def detect_model_family(checkpoint: CheckpointSummary) -> str | None:
+    """The name of the family that a checkpoint's tensor names and shapes belong to, or None."""

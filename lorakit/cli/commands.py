@@ -1,0 +1,391 @@
+"""The command line: parse, call, echo."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from lorakit.errors import OutputError
+
+if TYPE_CHECKING:
+    from lorakit.errors import Problem
+    from lorakit.plugins.catalog import Catalog
+    from lorakit.training.prepare import PreparedRun
+
+DEFAULT_CONFIG = Path("config.toml")
+"""The config that is written and read when none is named."""
+
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
+
+def _set_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        context.find_root().ensure_object(dict)["debug"] = True
+        logging.getLogger("lorakit").setLevel(logging.DEBUG)
+
+
+def _print_version(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        from lorakit.cli.version import about
+
+        click.echo(about())
+        context.exit()
+
+
+def _debug_option() -> click.Option:
+    return click.Option(
+        ["--debug"], is_flag=True, expose_value=False, is_eager=True, callback=_set_debug,
+        help="Show where an error came from.",
+    )  # fmt: skip
+
+
+class _Command(click.Command):
+    """A command that takes --debug, as the group does, so that it may stand in either place."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.params.append(_debug_option())
+
+
+class _ConfigCommand(_Command):
+    """A command on a config file, which says how keys are set where they are given as options of their own."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; a wrong option or argument that is like a key is answered with what to type."""
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            cure = self._cure(error, given)
+            if not cure:
+                raise
+            raise click.UsageError(f"{error.message.rstrip('.')}: {cure}", ctx) from error
+
+    def _cure(self, error: click.UsageError, given: list[str]) -> str:
+        from lorakit.cli.usage import cure_of_arguments, cure_of_options
+        from lorakit.config.load import known_keys
+
+        if isinstance(error, click.NoSuchOption):
+            own = [name for parameter in self.params for name in (*parameter.opts, "-h", "--help")]
+            return cure_of_options(given, own, known_keys(_catalog()))
+        return cure_of_arguments(given) if "extra argument" in error.message else ""
+
+
+class _Group(click.Group):
+    """The group of all commands, which are listed in the order of work."""
+
+    command_class = _Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """Their names as they were defined, not by the alphabet."""
+        return list(self.commands)
+
+
+@click.group(
+    cls=_Group,
+    params=[_debug_option()],
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\b
+Example:
+  lorakit init --images photos --model v1-5-pruned.safetensors
+  lorakit check
+  lorakit train
+\b
+The documentation is in the folder docs of the repository; start with
+docs/index.md.""",
+)
+@click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version,
+    help="Show the versions of lorakit, Python and PyTorch, and the GPU.",
+)  # fmt: skip
+def cli() -> None:
+    """Train LoRA adapters for Stable Diffusion.
+
+    Start with `lorakit init`, which writes a commented config file.
+    """
+
+
+def with_config(command: CommandT) -> CommandT:
+    """Give a command the CONFIG argument and the --set option."""
+    override = click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", shell_complete=_complete_key,
+        help="Override a key of the config: --set optimizer.lr=1e-4; none unsets it. May be given several times.",
+    )  # fmt: skip
+    argument = click.argument("config", type=click.Path(path_type=Path), default=DEFAULT_CONFIG, callback=_config_file)
+    return argument(override(command))
+
+
+def _config_file(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
+    """The config file; the usual name counts only where there is such a file."""
+    source = context.get_parameter_source(parameter.name or "")
+    if source is click.core.ParameterSource.DEFAULT and not value.is_file() and not context.resilient_parsing:
+        cure = f"there is no {value} here, which counts when none is named; `lorakit init` writes one"
+        raise click.UsageError(f"Missing argument 'CONFIG': {cure}", context)
+    return value
+
+
+def _complete_key(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    """The keys that begin as what is typed, for shells that complete it."""
+    from lorakit.config.load import known_keys
+
+    return [f"{key}=" for key in dict.fromkeys(known_keys(_catalog())) if key.startswith(incomplete)]
+
+
+@cli.command(short_help="Write a commented config file to start from.")
+@click.option("--full", is_flag=True, help="Write every key there is, with its default and what it means.")
+@click.option(
+    "--for", "purpose", type=click.Choice(["subject", "person", "style"]), default="subject", show_default=True,
+    help="What the LoRA is for: sets the usual rank, steps and learning rates.",
+)  # fmt: skip
+@click.option(
+    "--images", type=click.Path(path_type=Path), metavar="FOLDER",
+    help="Folder of images; their number sets repeats and epochs.",
+)  # fmt: skip
+@click.option("--model", metavar="MODEL", help="The base model: a file, a folder, or a Hub id.")
+@click.option(
+    "--optimizer",
+    default="adamw",
+    show_default=True,
+    metavar="NAME",
+    help="The optimizer; sets a learning rate that suits it.",
+)
+@click.argument("path", type=click.Path(path_type=Path), default=DEFAULT_CONFIG)
+def init(path: Path, full: bool, **chosen: Any) -> None:
+    """Write a commented config file to start from (PATH, or config.toml).
+
+    It has the keys that a first LoRA needs, and prompts for previews beside it. With --full it has every key.
+    """
+    from lorakit.utils.atomic_io import write_atomically
+
+    if path.exists():
+        raise OutputError(f"{path} exists already; give another name, or remove it first")
+    if full:
+        from lorakit.config.dump import starter
+
+        write_atomically(path, starter(_catalog()).encode())
+        click.echo(f"Wrote {path}. Set model.path and data.image_dir in it, then: lorakit check {path}")
+        return
+    from lorakit.cli.init import plan_start, prompts_beside, short_config
+
+    start, prompts = plan_start(_catalog(), **chosen), prompts_beside(path)
+    written = [path] if prompts.exists() else [path, prompts]
+    write_atomically(path, short_config(start, path).encode())
+    if not prompts.exists():
+        write_atomically(prompts, start.prompts().encode())
+    missing = [key for key, given in (("model.path", start.model), ("data.image_dir", start.images)) if not given]
+    todo = f"Set {' and '.join(missing)} in it, then" if missing else "Then"
+    click.echo(f"Wrote {' and '.join(map(str, written))}. {todo}: lorakit check {path}")
+
+
+@cli.command(cls=_ConfigCommand, short_help="Say all that is wrong with a config file.")
+@with_config
+def check(config: Path, overrides: tuple[str, ...]) -> None:
+    """Say all that is wrong with the file CONFIG, reading no weights.
+
+    Images, captions and the kind of model are looked at too.
+    """
+    prepared, warnings = _prepared_and_warned(config, overrides, _catalog())
+    _print_summary(prepared, config)
+    from lorakit.training.summary import length_in_words
+    from lorakit.utils.wording import counted
+
+    held_out = sum(len(dataset.held_out) for dataset in prepared.datasets)
+    validated = f", and {held_out} held out for validation" if held_out else ""
+    doubts = f", {counted(warnings, 'warning')}" if warnings else ""
+    images = counted(prepared.images, "image")
+    click.echo(f"{config}: no problems{doubts}; {images}{validated}, {length_in_words(prepared.length)}")
+
+
+def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    from lorakit.utils.bytes import parse_size
+
+    try:
+        return None if value is None else parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+@cli.command(cls=_ConfigCommand, short_help="Say what a run will take: steps, memory, time.")
+@with_config
+@click.option(
+    "--memory", callback=_bytes, metavar="SIZE",
+    help="How much memory there is to train in, such as 8GB or 8; what to set so that the run fits is said.",
+)  # fmt: skip
+@click.option("--measure", is_flag=True, help="Read the model and take a few steps of each size, for times.")
+def plan(config: Path, overrides: tuple[str, ...], memory: int | None, measure: bool) -> None:
+    """Say what a run of the file CONFIG will take: steps, memory and, with --measure, time.
+
+    Memory is estimated without reading weights, for the config as it is and for each rung of the ladder
+    of keys that save memory.
+    """
+    prepared = _prepared(config, overrides, _catalog())
+    from lorakit.planning.plan import make_plan
+    from lorakit.planning.report import data_report, report
+
+    for line in (*data_report(prepared), "") if is_main_process() else ():
+        click.echo(line)
+    made = make_plan(prepared, measured=measure)
+    for line in report(made, memory) if is_main_process() else ():
+        click.echo(line)
+
+
+@cli.command(cls=_ConfigCommand, short_help="Encode images and captions into the cache.")
+@with_config
+def cache(config: Path, overrides: tuple[str, ...]) -> None:
+    """Encode images and captions into the cache, and stop."""
+    catalog = _catalog()
+    prepared = _prepared(config, overrides, catalog, resuming=True)  # it replaces no finished LoRA either
+    from lorakit.training.setup import fill_cache
+
+    filled = fill_cache(prepared)
+    if is_main_process():
+        click.echo(f"Done: {prepared.config.cache_dir}")
+        for what in ("images", "captions"):
+            done = f"{filled[what].new} encoded, {filled[what].there} there already" if what in filled else ""
+            click.echo(f"  {what:<8} {done or 'are encoded in each step'}")
+
+
+@cli.command(cls=_ConfigCommand, short_help="Train as a config file says.")
+@with_config
+@click.option(
+    "--resume", is_flag=False, flag_value=Path(), type=click.Path(path_type=Path), metavar="[STATE_DIR]",
+    help="Go on from a saved state: the one in STATE_DIR, or the newest of this run.",
+)  # fmt: skip
+def train(config: Path, overrides: tuple[str, ...], resume: Path | None) -> None:
+    """Train as the file CONFIG says.
+
+    Everything that can be checked before the model is read is checked first. Ctrl-C stops after the
+    current step and saves a state; `--resume` goes on from there.
+    """
+    if resume and resume.suffix in (".toml", ".json") and resume.is_file():
+        raise click.UsageError(f"--resume takes the folder of a state: write lorakit train {resume} --resume")
+    catalog = _catalog()
+    prepared = _prepared(config, overrides, catalog, resuming=resume is not None)
+    _print_summary(prepared, config)
+    from lorakit.training.account import RunAccount
+    from lorakit.training.setup import run_training
+
+    account = RunAccount()
+    run_training(prepared, catalog, resume, observers=[account])
+    for line in account.lines():
+        click.echo(line)
+
+
+@cli.command(
+    "from-kohya",
+    short_help="Turn a command line of sd-scripts, or a file of its GUI, into a config file.",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+@click.option(
+    "-o", "output", type=click.Path(path_type=Path), metavar="CONFIG",
+    help="Where to write the config; standard output when absent. Stands in front of ARGS, or at the end.",
+)  # fmt: skip
+@click.argument("arguments", metavar="ARGS...", nargs=-1, required=True, type=click.UNPROCESSED)
+def from_kohya(output: Path | None, arguments: tuple[str, ...]) -> None:
+    """Turn a command line of sd-scripts' train_network.py into a config file that trains the same.
+
+    ARGS is the whole line, `accelerate launch … train_network.py …`, or its options alone; in quotation
+    marks it may be pasted with its line breaks. `--config_file X.toml` is read too. Or ARGS are files, with
+    or without options behind them: the .json or .toml that the GUI kohya_ss saves, the .toml files of
+    lora-scripts and of Colab. Options that have no counterpart are listed on standard error and in the file.
+    """
+    from lorakit.kohya.command_line import read_arguments
+    from lorakit.kohya.conversion import convert
+    from lorakit.kohya.writing import to_text
+    from lorakit.utils.atomic_io import write_atomically
+
+    if output is None and arguments[-2:-1] == ("-o",):
+        output, arguments = Path(arguments[-1]), arguments[:-2]
+    if output and output.exists():
+        raise OutputError(f"{output} exists already; give another name, or remove it first")
+    catalog, target = _catalog(), output.absolute().parent if output else Path.cwd()
+    draft = convert(read_arguments(arguments, Path.cwd()), Path.cwd(), target, catalog)
+    if output:
+        write_atomically(output, to_text(draft).encode())
+    else:
+        click.echo(to_text(draft), nl=False)
+    _print_warnings(draft.remarks)
+    problems = _problems(draft.tables(), target, catalog)
+    for problem in problems:
+        click.secho(f"to mend: {problem}", fg="red", err=True)
+    if output:
+        cure = f"Mend what is listed, then: lorakit check {output}"
+        click.echo(f"Wrote {output}. {cure if problems else f'Next: lorakit train {output}'}")
+
+
+def _problems(tables: Mapping[str, Any], folder: Path, catalog: Catalog) -> tuple[Problem, ...]:
+    """What `lorakit check` would say is wrong with a config in a folder."""
+    from lorakit.config.load import config_from_tables
+    from lorakit.errors import ConfigError, LorakitError, Problem
+    from lorakit.training.prepare import prepare
+
+    try:
+        prepare(config_from_tables(tables, folder, catalog))
+    except ConfigError as error:
+        return error.problems
+    except LorakitError as error:
+        return (Problem("", str(error)),)
+    return ()
+
+
+@cli.command(short_help="List what there is to choose from, or the keys of one.")
+@click.argument("name", required=False)
+def plugins(name: str | None) -> None:
+    """List all components that plugins bring, and the plugins that are broken, with the reason.
+
+    With NAME, such as lion, show the keys of that component; with a kind, such as optimizer, list those of the kind.
+    """
+    from lorakit.cli.listing import details, listing
+
+    for line in details(_catalog(), name) if name else listing(_catalog()):
+        click.secho(line.text, fg="red" if line.is_broken else None, bold=line.is_title)
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks to the user; launchers number the processes of a run."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _catalog() -> Catalog:
+    from lorakit.plugins.catalog import Catalog
+
+    return Catalog.discover()
+
+
+def _prepared(path: Path, overrides: tuple[str, ...], catalog: Catalog, *, resuming: bool = False) -> PreparedRun:
+    """The run of a config file, ready to start; prints each warning once."""
+    return _prepared_and_warned(path, overrides, catalog, resuming=resuming)[0]
+
+
+def _prepared_and_warned(
+    path: Path, overrides: tuple[str, ...], catalog: Catalog, *, resuming: bool = False
+) -> tuple[PreparedRun, int]:
+    """The run of a config file, ready to start, and how many warnings were printed, each once."""
+    from lorakit.config.load import read_config
+    from lorakit.training.prepare import prepare
+
+    config = read_config(path, overrides, catalog)
+    printed = _print_warnings(config.warnings())
+    prepared = prepare(config, resuming=resuming)
+    return prepared, printed + _print_warnings(prepared.warnings)
+
+
+def _print_warnings(warnings: Iterable[Problem]) -> int:
+    """Print warnings, on the main process; gives how many there are."""
+    listed = list(warnings)
+    for warning in listed if is_main_process() else ():
+        click.secho(f"warning: {warning}", fg="yellow", err=True)
+    return len(listed)
+
+
+def _print_summary(prepared: PreparedRun, source: Path) -> None:
+    """Say what the run is going to do, on the main process."""
+    from lorakit.training.summary import summarize_run
+
+    for line in summarize_run(prepared, source) if is_main_process() else ():
+        logging.getLogger(__name__).info("%s", line)

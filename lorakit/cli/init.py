@@ -1,0 +1,275 @@
+"""A short config to start from: the keys that a beginner needs, filled in for a purpose, images and a model."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import attrs
+import tomlkit
+from attrs import frozen
+
+from lorakit.api.components import OptimizerConfig
+from lorakit.checkpoints import HubModel, describe, locate, summarize
+from lorakit.errors import ConfigError, LorakitError, Problem
+from lorakit.plugins.catalog import Catalog
+
+_EPOCHS = 10
+_COMMENT_COLUMN = 40
+
+
+@frozen
+class Purpose:
+    """What a LoRA is trained for, and the usual settings for it."""
+
+    steps: int
+    """About how many steps to train."""
+    rank: int
+    alpha: float
+    text_encoder_share: float
+    """What multiplies the learning rate of the U-Net for the text encoder."""
+    word: str
+    """Words for the subject in captions, if the user has none."""
+    prompts: tuple[str, ...]
+    """What to draw as previews; `{}` is the caption's word."""
+
+
+PURPOSES: Mapping[str, Purpose] = {
+    "subject": Purpose(2000, 16, 16.0, 0.5, "photo of fluffy_cat", ("{}", "{} on a beach", "{}, oil painting")),
+    "person": Purpose(
+        2000, 32, 16.0, 0.5, "photo of jane_doe", ("{}", "{}, portrait, smiling", "{} walking in a city")
+    ),
+    "style": Purpose(
+        3000, 32, 16.0, 0.25, "in my_style", ("a castle on a hill {}", "a portrait of a woman {}", "a cat {}")
+    ),
+}
+"""The purposes to choose from."""
+
+
+@frozen
+class Images:
+    """A folder of images."""
+
+    folder: Path
+    count: int
+    with_caption: int
+    """How many have a caption file beside them."""
+    word: str | None
+    """The words in the name of a folder as sd-scripts has it, `20_fluffy dog`."""
+
+
+@frozen(kw_only=True)
+class Start:
+    """What a config is written for."""
+
+    purpose: Purpose
+    images: Images | None = None
+    model: str | None = None
+    """Path or Hub id of the base model."""
+    family: str | None = None
+    """Its family, where it is known."""
+    optimizer: type[OptimizerConfig]
+
+    @property
+    def repeats_and_epochs(self) -> tuple[int, int]:
+        """How often each image is repeated, and the epochs, for about the usual number of steps at batch size 1."""
+        count = self.images.count if self.images else 20
+        repeats = max(1, round(self.purpose.steps / _EPOCHS / count))
+        return repeats, _EPOCHS if repeats > 1 else max(1, round(self.purpose.steps / count))
+
+    @property
+    def word(self) -> str:
+        """The words for the subject in captions."""
+        return (self.images.word if self.images else None) or self.purpose.word
+
+    @property
+    def resolution(self) -> int:
+        """Side of the images that the base model is for, in pixels."""
+        return 768 if self.family == "sd2" else 512
+
+    def prompts(self) -> str:
+        """A file of prompts for previews."""
+        lines = [prompt.format(self.word) for prompt in self.purpose.prompts]
+        note = "" if self.images and self.images.word else f"; write your own word in place of {self.word.split()[-1]}"
+        return "\n".join([f"# A prompt in each line{note}.", *lines, ""])
+
+
+def plan_start(catalog: Catalog, purpose: str, images: Path | None, model: str | None, optimizer: str) -> Start:
+    """What a short config is written for. Raises ConfigError or PluginError for what is not there."""
+    return Start(
+        purpose=PURPOSES[purpose],
+        images=look_at_images(images) if images else None,
+        model=model,
+        family=look_at_model(model, catalog) if model else None,
+        optimizer=catalog.find(OptimizerConfig, optimizer),
+    )
+
+
+def look_at_images(folder: Path) -> Images:
+    """What is in a folder of images. Raises ConfigError where there are none, and names folders in it with some."""
+    from lorakit.data.images.formats import EXTENSIONS
+
+    if not folder.is_dir():
+        raise ConfigError([Problem("--images", f"{folder} is not a folder", "name the folder with the images")])
+    own = _images_in(folder, EXTENSIONS)
+    if not own:
+        inside = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and _images_in(path, EXTENSIONS)]
+        hint = f"they are in {', '.join(map(repr, inside[:3]))}" if inside else "put them there first"
+        raise ConfigError([Problem("--images", f"{folder} holds no images", hint)])
+    with_caption = sum(any(path.with_suffix(end).is_file() for end in (".txt", ".caption")) for path in own)
+    word = re.fullmatch(r"\d+_(.+)", folder.resolve().name)
+    return Images(folder, len(own), with_caption, word[1] if word else None)
+
+
+def _images_in(folder: Path, extensions: frozenset[str]) -> list[Path]:
+    try:
+        found = list(folder.iterdir())
+    except OSError as error:
+        raise ConfigError([Problem("--images", f"{folder} cannot be read: {error.strerror}")]) from error
+    return [path for path in found if path.suffix.lower() in extensions and not path.name.startswith(".")]
+
+
+def look_at_model(model: str, catalog: Catalog) -> str | None:
+    """The family of a base model; None for one on the Hub. Raises ConfigError for what cannot be trained on."""
+    try:
+        location = locate(model, Path.cwd())
+        if isinstance(location, HubModel):
+            return None
+        summary = summarize(location)
+    except (LorakitError, OSError, RuntimeError) as error:
+        raise ConfigError([Problem("--model", str(error))]) from error
+    family = catalog.detect_model_family(summary)
+    if family is None:
+        raise ConfigError([Problem("--model", f"{model} is {describe(summary)}; no installed plugin trains it")])
+    return family
+
+
+def short_config(start: Start, path: Path) -> str:
+    """The text of a config that is to be written to `path`."""
+    sections = (_model, _data, _network, _optimizer, _lr_scheduler, _training, _output, _previews)
+    parts = [_preamble(start, path), *("\n".join(section(start, path)) for section in sections)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _preamble(start: Start, path: Path) -> str:
+    repeats, epochs = start.repeats_and_epochs
+    count = start.images.count if start.images else 20
+    length = f"{count} images, {repeats} times an epoch, {epochs} epochs: {count * repeats * epochs} steps"
+    usual = start.purpose.steps
+    return (
+        f"# {'' if start.images else 'With '}{length}; about {usual} are a good first try.\n"
+        f"# Check it: lorakit check {path.name}   Train: lorakit train {path.name}\n"
+        "# Paths are relative to this file. Every key there is: lorakit init --full every_key.toml"
+    )
+
+
+def _model(start: Start, path: Path) -> Iterator[str]:
+    yield "[model]"
+    model = start.model or "v1-5-pruned.safetensors"
+    if start.model and not isinstance(locate(start.model, Path.cwd()), HubModel):
+        model = _relative(Path(start.model).expanduser(), path)
+    yield _line("path", model, 'or a Hub id: "stable-diffusion-v1-5/stable-diffusion-v1-5"')
+
+
+def _data(start: Start, path: Path) -> Iterator[str]:
+    images = start.images
+    yield "[data]"
+    folder = _relative(images.folder, path) if images else "photos"
+    yield _line("image_dir", folder, "beside each image its caption: 001.jpg, 001.txt")
+    named = images and (images.word or not images.with_caption)
+    yield _line("class_tokens", start.word, "caption of images without a .txt", is_off=not named)
+    size = "768 for 768-v models, 512 for base ones" if start.resolution == 768 else "what the base model is for"
+    yield _line("resolution", start.resolution, size)
+    yield _line("enable_bucket", True, "images keep their shape")
+    yield _line("num_repeats", start.repeats_and_epochs[0], "how often an image counts in an epoch")
+    yield _line("batch_size", 1, "images in a step; more need more memory")
+
+
+def _network(start: Start, _: Path) -> Iterator[str]:
+    yield "[network]"
+    yield _line("name", "lierla", '"c3lier" adapts convolutions too')
+    yield _line("rank", start.purpose.rank, "higher: more detail, larger file")
+    yield _line("alpha", start.purpose.alpha, "strength: multiplies by alpha / rank")
+
+
+def _optimizer(start: Start, _: Path) -> Iterator[str]:
+    own = start.optimizer
+    lr = _rate(own)
+    yield "[optimizer]"
+    yield _line("name", own.name, "others: docs/how-to/optimizers.md")
+    if own.finds_learning_rate:
+        yield _line("lr", lr, "leave it at 1: it finds the learning rate itself")
+        return
+    yield _line("lr", lr, "of another optimizer: lion 3e-5, dadaptation and prodigy 1")
+    if own.supports_group_lrs:
+        share = start.purpose.text_encoder_share
+        yield _line("text_encoder_lr", float(f"{lr * share:.2g}"), "lower than lr; 0 leaves the text encoder as it is")
+
+
+def _rate(optimizer: type[OptimizerConfig]) -> float:
+    if optimizer.usual_lr is not None:
+        return optimizer.usual_lr
+    return float(attrs.fields_dict(optimizer)["lr"].default)  # type: ignore[arg-type]
+
+
+def _lr_scheduler(start: Start, _: Path) -> Iterator[str]:
+    yield "[lr_scheduler]"
+    if start.optimizer.schedule_free or start.optimizer.finds_learning_rate:
+        yield _line("name", "constant", "")
+        return
+    yield _line("name", "cosine", '"constant" stays the same to the end')
+    yield _line("warmup_steps", 0.05, "a share of the run")
+
+
+def _training(start: Start, _: Path) -> Iterator[str]:
+    yield "[training]"
+    yield _line("max_epochs", start.repeats_and_epochs[1], "")
+    yield _line("mixed_precision", "no", '"bf16" on RTX 30 and newer, "fp16" on older GPUs')
+    yield _line("gradient_checkpointing", True, "less memory, a third more time", is_off=True)
+
+
+def _output(start: Start, _: Path) -> Iterator[str]:
+    yield "[output]"
+    yield _line("dir", "out", "")
+    name = re.sub(r"[^\w-]+", "_", start.images.word).strip("_") if start.images and start.images.word else ""
+    yield _line("name", name or "my_lora", "of the file: out/NAME.safetensors")
+    yield _line("save_every_n_epochs", 1, "to compare afterwards")
+    yield ""
+    yield "[saver]"
+    yield _line("precision", "fp16", "half as large as fp32, and as good")
+
+
+def _previews(start: Start, path: Path) -> Iterator[str]:
+    yield "[[observers]]"
+    yield _line("name", "samples", "preview images, in out/sample")
+    yield _line("prompts", prompts_beside(path).name, "")
+    yield _line("every_n_epochs", 1, "")
+    if start.resolution != 512:
+        yield _line("width", start.resolution, "")
+        yield _line("height", start.resolution, "")
+
+
+def prompts_beside(path: Path) -> Path:
+    """The file of prompts for previews that a config at `path` names."""
+    return path.parent / "prompts.txt"
+
+
+def _relative(path: Path, config: Path) -> str:
+    """A path as the config is to name it: from its folder where that leads down, with slashes on all systems."""
+    own, folder = Path(os.path.abspath(path)), Path(os.path.abspath(config)).parent  # noqa: PTH100 - keeps links
+    return (own.relative_to(folder) if own.is_relative_to(folder) else own).as_posix()
+
+
+def _line(key: str, value: object, comment: str, *, is_off: bool = False) -> str:
+    """A key with its value and a comment beside it; one that is off is itself a comment."""
+    setting = f"{'# ' if is_off else ''}{key} = {_toml(value)}"
+    return f"{f'{setting}  ':<{_COMMENT_COLUMN}}# {comment}" if comment else setting
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, float):
+        short = re.sub(r"\.?0*e-0?", "e-", f"{value:.5e}")
+        return short if 0 < value < 1e-3 and float(short) == value else repr(value)
+    return str(tomlkit.item(value).as_string())

@@ -1,0 +1,207 @@
+"""The [data] section: a dataset file in sd-scripts' format, the same tables in place, or the short form.
+
+A key that is absent in a subset is looked up in its dataset and then in [general], as in sd-scripts.
+Relative paths in a dataset file are relative to the folder of that file, so that the file means the
+same wherever it is used from.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from lorakit.config.data_paths import near_names, why_no_folder
+from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
+from lorakit.config.table_reader import TableReader, field_names
+from lorakit.config.toml_files import read_toml
+from lorakit.config.values import toml_repr
+
+SUBSET_KEYS = field_names(SubsetConfig)
+DATASET_KEYS = [key for key in field_names(DatasetConfig) if key != "subsets"]
+SECTION_KEYS = [key for key in field_names(DataSection) if key != "datasets"]
+OWN_KEYS = ("image_dir", "metadata_file", "is_reg", "conditioning_data_dir")
+"""What belongs to one subset; the rest can be shared."""
+SHARED_KEYS = [key for key in (*DATASET_KEYS, *SUBSET_KEYS) if key not in OWN_KEYS]
+
+UNSUPPORTED_DEFAULTS: Mapping[str, object] = {
+    "custom_attributes": {},
+}
+"""Options of sd-scripts' dataset files that lorakit does not have, with the value that changes nothing."""
+
+EMPTY: Mapping[str, object] = {
+    "conditioning_data_dir": "",
+    "face_crop_aug_range": [],
+    "resize_interpolation": "",
+}
+"""Keys that may be there with a value that says no more than if they were absent."""
+
+_NOTHING = object()
+
+IGNORED_KEYS = frozenset({"cache_info", "network_multiplier"})
+"""Options of sd-scripts' dataset files that change nothing in what is trained."""
+
+
+def read_data_section(reader: TableReader, table: Mapping[str, Any]) -> DataSection | None:
+    """The [data] section, with its dataset file read if it names one."""
+    own = {key: value for key, value in table.items() if key in SECTION_KEYS}
+    rest = {key: value for key, value in table.items() if key not in SECTION_KEYS}
+    if "config" in rest:
+        datasets = _from_file(reader, rest)
+    elif "datasets" in rest or "general" in rest:
+        datasets = _from_tables(reader, rest, "data")
+    else:
+        datasets = _short_form(reader, rest)
+    values = reader.values(DataSection, own, "data", given=["datasets"])
+    if values is None or datasets is None:
+        return None
+    return reader.instance(DataSection, {**values, "datasets": datasets}, "data")
+
+
+def _from_file(reader: TableReader, table: Mapping[str, Any]) -> tuple[DatasetConfig, ...] | None:
+    for key in table:
+        if key in (*SHARED_KEYS, *OWN_KEYS, "general", "datasets"):
+            reader.report(f"data.{key}", "cannot stand beside data.config", "write it in the dataset file")
+        elif key != "config":
+            reader.report_unknown_keys([key], [*SECTION_KEYS, "config"], "data")
+    path = reader.path(table["config"], "data.config")
+    if path is None:
+        return None
+    try:
+        tables = read_toml(path)
+    except ValueError as error:
+        reader.report("data.config", f"{path} {error}")
+        return None
+    inner = TableReader(path.parent, path.name, reader.places)
+    datasets = _from_tables(inner, tables, "")
+    reader.problems += inner.problems
+    return datasets
+
+
+def _short_form(reader: TableReader, table: Mapping[str, Any]) -> tuple[DatasetConfig, ...] | None:
+    if "image_dir" not in table and "metadata_file" not in table:
+        reader.report("data", "names no images", "give image_dir, or config with a dataset file, or [[data.datasets]]")
+        known = [*SHARED_KEYS, *OWN_KEYS, "config", "datasets", "general", *SECTION_KEYS]
+        _refuse_unknown(reader, table, known, "data")
+        return None
+    _refuse_unknown(reader, table, [*SHARED_KEYS, *OWN_KEYS, *SECTION_KEYS], "data")
+    shared = {key: (value, f"data.{key}") for key, value in table.items() if key in SHARED_KEYS}
+    own = {key: table[key] for key in OWN_KEYS if key in table}
+    dataset = _dataset(reader, [(own, "data")], shared, "data")
+    return (dataset,) if dataset else None
+
+
+def _from_tables(reader: TableReader, tables: Mapping[str, Any], section: str) -> tuple[DatasetConfig, ...] | None:
+    prefix = f"{section}." if section else ""
+    _refuse_unknown(reader, tables, ["general", "datasets"], section)
+    general = tables.get("general", {})
+    if not isinstance(general, Mapping):
+        reader.report(f"{prefix}general", f"must be a table, not {toml_repr(general)}")
+        general = {}
+    _refuse_unknown(reader, general, SHARED_KEYS, f"{prefix}general")
+    shared = {key: (value, f"{prefix}general.{key}") for key, value in general.items()}
+    datasets = []
+    for index, table in enumerate(_list_of_tables(reader, tables, f"{prefix}datasets")):
+        place = f"{prefix}datasets[{index}]"
+        _refuse_unknown(reader, table, [*SHARED_KEYS, "subsets"], place)
+        own = {key: (value, f"{place}.{key}") for key, value in table.items()}
+        subsets = [
+            (subset, f"{place}.subsets[{number}]")
+            for number, subset in enumerate(_list_of_tables(reader, table, f"{place}.subsets"))
+        ]
+        for subset, subset_place in subsets:
+            _refuse_unknown(reader, subset, SUBSET_KEYS, subset_place)
+        datasets.append(_dataset(reader, subsets, {**shared, **own}, place))
+    complete = tuple(dataset for dataset in datasets if dataset)
+    return complete if complete and len(complete) == len(datasets) else None
+
+
+def _dataset(
+    reader: TableReader, subsets: list[tuple[Mapping[str, Any], str]], shared: Mapping[str, tuple[Any, str]], place: str
+) -> DatasetConfig | None:
+    """One dataset; `subsets` are its tables and their places, `shared` the values and full keys that they inherit."""
+    made = []
+    for table, subset_place in subsets:
+        elsewhere = {key: shared[key] for key in SUBSET_KEYS if key in shared and key not in table}
+        own = {**_folder_of_metadata(table), **{key: value for key, value in table.items() if key in SUBSET_KEYS}}
+        said = {key: value for key, value in {**own, **_values(elsewhere)}.items() if value != EMPTY.get(key, _NOTHING)}
+        subset = reader.structure(SubsetConfig, said, subset_place, _keys(elsewhere))
+        if subset:
+            _refuse_missing(reader, subset, subset_place)
+        made.append(subset)
+    found = {key: shared[key] for key in DATASET_KEYS if key in shared}
+    if "resolution" in found:
+        resolution, key = found["resolution"]
+        found["resolution"] = (_both_sides(resolution), key)
+    values = reader.values(DatasetConfig, _values(found), place, _keys(found), given=["subsets"])
+    complete = tuple(subset for subset in made if subset)
+    if values is None or not complete:
+        return None
+    dataset = reader.instance(DatasetConfig, {**values, "subsets": complete}, place, _keys(found))
+    return dataset if len(complete) == len(made) else None
+
+
+def _refuse_missing(reader: TableReader, subset: SubsetConfig, place: str) -> None:
+    """Note each folder and file that the subset names and that is not there, if it is not switched off."""
+    if subset.num_repeats == 0:
+        return
+    where = f"relative paths are relative to the folder of {reader.file or 'the config file'}"
+    for key in ("image_dir", "conditioning_data_dir"):
+        folder = getattr(subset, key)
+        if folder and not os.path.isdir(folder):  # noqa: PTH112 - `Path.is_dir` raises for overlong names
+            message, hint = why_no_folder(folder)
+            hint = hint if "file" in message else f"{hint} {where}".strip()
+            reader.report(f"{place}.{key}", f"{folder} {message}", hint)
+    if subset.metadata_file and not os.path.isfile(subset.metadata_file):  # noqa: PTH113 - likewise
+        hint = near_names(subset.metadata_file)
+        reader.report(f"{place}.metadata_file", f"{subset.metadata_file} is not a file", hint)
+
+
+def _folder_of_metadata(table: Mapping[str, Any]) -> dict[str, Any]:
+    """`image_dir` for a subset that names a metadata file only."""
+    file = table.get("metadata_file")
+    return {"image_dir": str(Path(file).parent)} if isinstance(file, str) and file else {}
+
+
+def _both_sides(resolution: Any) -> Any:
+    """Width and height, where one number stands for both."""
+    return resolution if isinstance(resolution, list | tuple) else (resolution, resolution)
+
+
+def _values(found: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
+    return {key: value for key, (value, _) in found.items()}
+
+
+def _keys(found: Mapping[str, tuple[Any, str]]) -> dict[str, str]:
+    return {key: full_key for key, (_, full_key) in found.items()}
+
+
+def _refuse_unknown(reader: TableReader, table: Mapping[str, Any], known: Collection[str], place: str) -> None:
+    """Note each key that has no place in this table of a dataset file, and where it belongs if that is known."""
+    prefix = f"{place}." if place else ""
+    for key, value in table.items():
+        if key in known or key in IGNORED_KEYS or (key in UNSUPPORTED_DEFAULTS and value == UNSUPPORTED_DEFAULTS[key]):
+            continue
+        if key in UNSUPPORTED_DEFAULTS:
+            reader.report(f"{prefix}{key}", "is an option of sd-scripts that lorakit does not have", "remove it")
+        elif key in OWN_KEYS:
+            reader.report(f"{prefix}{key}", "does not belong here", "write it in [[datasets.subsets]]")
+        elif key in SHARED_KEYS:
+            where = "[[datasets]] or [general]" if key in DATASET_KEYS else "[general] or [[datasets.subsets]]"
+            reader.report(f"{prefix}{key}", "does not belong here", f"write it in {where}")
+        else:
+            reader.report_unknown_keys([key], known, place)
+
+
+def _list_of_tables(reader: TableReader, table: Mapping[str, Any], place: str) -> list[Mapping[str, Any]]:
+    """The tables in the list that the last name of `place` stands for; that there are none is noted."""
+    name = place.rpartition(".")[2]
+    found = table.get(name, [])
+    if not isinstance(found, list) or not all(isinstance(item, Mapping) for item in found):
+        reader.report(place, f"must be a list of tables, [[…{name}]], not {toml_repr(found)}")
+        return []
+    if not found:
+        example = "[[datasets.subsets]] with image_dir" if name == "subsets" else "[[datasets]]"
+        reader.report(place, "has no entry", f"add {example}")
+    return found

@@ -1,0 +1,169 @@
+"""From a TOML table to a frozen config class, collecting every problem on the way."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_origin, get_type_hints
+
+import attrs
+
+from lorakit.api.components import Component
+from lorakit.config.field_docs import field_docs
+from lorakit.config.suggestions import hint_for
+from lorakit.config.values import toml_repr, value_converter
+from lorakit.errors import PluginError, Problem
+from lorakit.plugins.failures import collect_problems
+
+ConfigT = TypeVar("ConfigT")
+
+_COMPARISONS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
+
+
+def field_names(cls: type) -> list[str]:
+    """The keys of the table that a config class is read from."""
+    return [field.name for field in attrs.fields(cls) if field.init]
+
+
+class TableReader:
+    """Structures the tables of one config file and remembers all that is wrong with them."""
+
+    def __init__(self, base: Path, file: str = "", places: Mapping[str, str] | None = None) -> None:
+        """`base` is what relative paths are relative to; `file` is put in front of keys in messages.
+
+        `places` gives the full key of options by their bare names, for hints.
+        """
+        self.problems: list[Problem] = []
+        self.base = base
+        self.places = places or {}
+        self.file = file
+        self._converter = value_converter(base)
+
+    def report(self, key: str, message: str, hint: str = "") -> None:
+        """Note one problem."""
+        place = f"{self.file}: {key}" if self.file else key
+        self.problems.append(Problem(place, message, hint))
+
+    def table(self, tables: Mapping[str, Any], key: str) -> dict[str, Any]:
+        """A sub-table by its key, empty where it is absent or not a table (which is noted)."""
+        found = tables.get(key, {})
+        if isinstance(found, Mapping):
+            return dict(found)
+        self.report(key, f"must be a table, [{key}], not {toml_repr(found)}")
+        return {}
+
+    def path(self, value: object, key: str) -> Path | None:
+        """The path that a value stands for, or None if it is none (which is noted)."""
+        try:
+            return self._converter.structure(value, Path)
+        except ValueError as error:
+            self.report(key, str(error))
+            return None
+
+    def report_unknown_keys(self, table: Iterable[str], known: Collection[str], section: str, free: str = "") -> None:
+        """Note each key of the table that is not known; `free` is a key of the section that is a table of any keys."""
+        for name in table:
+            if name not in known:
+                hint = hint_for(section, name, known, self.places)
+                if free and not difflib.get_close_matches(name, known, n=1):
+                    hint = f"did you mean {section}.{free}.{name}?"
+                self.report(_join(section, name), "is not a known key", hint)
+
+    def structure(
+        self, cls: type[ConfigT], table: Mapping[str, Any], section: str, paths: Mapping[str, str] | None = None
+    ) -> ConfigT | None:
+        """An instance of `cls` from a table, or None where the table does not give one.
+
+        `paths` gives the full key of a field that was written elsewhere than in this section.
+        """
+        self.report_unknown_keys(table, field_names(cls), section, _free_table(cls))
+        values = self.values(cls, table, section, paths)
+        return None if values is None else self.instance(cls, values, section, paths)
+
+    def values(
+        self,
+        cls: type,
+        table: Mapping[str, Any],
+        section: str,
+        paths: Mapping[str, str] | None = None,
+        given: Collection[str] = (),
+    ) -> dict[str, Any] | None:
+        """The values of a class's fields, each checked on its own; None if one is wrong or missing.
+
+        Fields in `given` are left to the caller.
+        """
+        hints = get_type_hints(cls, include_extras=True)
+        values: dict[str, Any] = {}
+        is_complete = True
+        for field in attrs.fields(cls):
+            key = (paths or {}).get(field.name) or _join(section, field.name)
+            if field.name in given or not field.init:
+                continue
+            if field.name in table:
+                try:
+                    values[field.name] = self._value(field, hints[field.name], table[field.name])
+                except Exception as error:  # a plugin's types and validators can raise anything
+                    self.report(key, str(error))
+                    is_complete = False
+            elif field.default is attrs.NOTHING:
+                self.report(key, "is missing", field_docs(cls).get(field.name, "").rstrip("."))
+                is_complete = False
+        return values if is_complete else None
+
+    def instance(
+        self, cls: type[ConfigT], values: Mapping[str, Any], section: str, paths: Mapping[str, str] | None = None
+    ) -> ConfigT | None:
+        """An instance of `cls`, or None if it refuses the values; what is wrong with them taken together is noted."""
+        try:
+            config = cls(**values)
+        except Exception as error:  # a plugin's class can raise anything
+            self.report(section, f"cannot be used: {error}")
+            return None
+        try:
+            problems = _told(config)
+        except PluginError as error:
+            self.report(section, str(error))
+            return None
+        for problem in problems:
+            key = (paths or {}).get(problem.key) or _join(section, problem.key)
+            self.report(key, problem.message, problem.hint)
+        return config
+
+    def _value(self, field: attrs.Attribute[Any], type_: Any, value: Any) -> Any:
+        """The value as its type; raises with the end of a sentence that starts with the key."""
+        structured = self._converter.structure(value, type_)
+        if field.validator is not None:
+            try:
+                field.validator(None, field, structured)
+            except (ValueError, TypeError) as error:
+                raise ValueError(_in_words(error, structured)) from error
+        return structured
+
+
+def _told(config: object) -> list[Problem]:
+    """What a config says is wrong with its fields taken together, where it can tell."""
+    if not isinstance(config, Component):
+        return list(getattr(config, "problems", lambda: ())())
+    return collect_problems(config, "problems")
+
+
+def _free_table(cls: type) -> str:
+    """The field of a config class that is a table of any keys; empty where it has none."""
+    types = get_type_hints(cls)
+    return next((field.name for field in attrs.fields(cls) if get_origin(types[field.name]) is Mapping), "")
+
+
+def _join(section: str, name: str) -> str:
+    key = name if re.fullmatch(r"[\w\[\].-]+", name) else repr(name)
+    return f"{section}.{key}" if section else key
+
+
+def _in_words(error: Exception, value: object) -> str:
+    """A validator's message, without the field's name in front."""
+    text = re.sub(r"^'[^']*' ", "", str(error.args[0]) if error.args else str(error))
+    comparison = re.match(r"must be ([<>]=?) ([^:]*)", text)
+    if comparison:
+        return f"must be {_COMPARISONS[comparison[1]]} {comparison[2]}, not {toml_repr(value)}"
+    return "must not be empty" if text.startswith("Length of") else text

@@ -1,0 +1,1 @@
+"""Latents and encoded captions on disk."""

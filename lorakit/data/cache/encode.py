@@ -1,0 +1,305 @@
+"""Encoding: images and captions through the frozen encoders into the cache, each distinct content once.
+
+Shapes: B images or captions encoded together, H and W bucket sides in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+import torch
+from attrs import field, frozen
+from torch import Tensor
+
+from lorakit.data.cache.parallel import map_chunked, map_prefetch
+from lorakit.data.cache.store import Cache, NotFiniteError, content_key, to_storable
+from lorakit.data.cache.vae import encode_pixels, latent_masks, not_encodable, on_device
+from lorakit.data.captions import caption_variants
+from lorakit.data.images.augmentation import Picture, load_picture
+from lorakit.data.images.buckets import ResizeCrop
+from lorakit.data.images.decode import RESAMPLING
+from lorakit.data.index import Example, IndexedDataset, default_workers
+from lorakit.data.problems import data_error
+from lorakit.errors import DataError
+from lorakit.models.interfaces import DiffusionModel, Tokens
+
+T = TypeVar("T")
+
+LatentKeys = Mapping[tuple[str, bool], str]
+"""Where the latents of an example are in the cache, by its identity and whether it is mirrored."""
+
+CaptionKeys = Mapping[str, str]
+"""Where the conditioning of a caption is in the cache, by the caption."""
+
+Captions = CaptionKeys | Callable[[Sequence[str]], Tokens]
+"""Where captions are in the cache; or the text encoder's `tokenize`, if they are encoded in each step."""
+
+_LATENT_FORMAT = 1
+_CAPTION_FORMAT = 1
+CAPTIONS_AT_ONCE = 16
+"""Captions that are encoded together."""
+
+
+@frozen(kw_only=True)
+class EncodeOptions:
+    """How the cache is filled."""
+
+    device: torch.device
+    """Where the encoders are."""
+    batch_size: int = 1
+    """Images of one bucket that are encoded at once."""
+    workers: int | None = None
+    """Threads that decode images; one per processor core, at most 8, when absent."""
+    rank: int = 0
+    """Number of this process."""
+    world_size: int = 1
+    """Processes that share the work; each must be given the same datasets."""
+    weighted_captions: bool = False
+    """Whether brackets in captions say how much the words in them count."""
+    progress: Callable[[int, int], None] | None = None
+    """Told after each batch how many of this process's missing entries are done, and how many there are."""
+
+
+@frozen
+class _Content:
+    """What there is to be seen in an image, as far as it can be told without decoding it."""
+
+    digest: str
+    """Key of the file's content."""
+    placement: ResizeCrop
+    more: tuple[str, ...]
+    """What is not as usual: resampling, and where the mask comes from."""
+
+
+@frozen
+class _Job:
+    """An image to decode once, and the keys of the entries to make of it, by whether they are mirrored."""
+
+    example: Example
+    keys: dict[bool, str] = field(factory=dict)
+
+
+@frozen
+class _Encoded:
+    """Entries for the cache, still on the encoder's device; the first side of every tensor is B."""
+
+    keys: Sequence[str]
+    names: Sequence[str]
+    tensors: Mapping[str, Tensor]
+    masks: Sequence[Tensor | None] = ()
+    """What only some of the entries have, already on the CPU."""
+
+
+def _latent_key(content: _Content, mirrored: bool, fingerprint: str) -> str:
+    """Key of all that an image's latents depend on: its content, size, crop, mirroring and image encoder."""
+    placement, more = content.placement, content.more
+    return content_key(
+        "latents", _LATENT_FORMAT, content.digest, placement.resized, placement.bucket, mirrored, fingerprint, *more
+    )
+
+
+def caption_key(caption: str, fingerprint: str, weighted: bool = False) -> str:
+    """Key of all that a caption's conditioning depends on: its text, what brackets in it mean, and the text encoder."""
+    kind = "weighted caption" if weighted else "caption"
+    return content_key(kind, _CAPTION_FORMAT, caption, fingerprint)
+
+
+def encode_latents(
+    datasets: Sequence[IndexedDataset], model: DiffusionModel, cache: Cache, encoding: EncodeOptions
+) -> LatentKeys:
+    """Fill the cache with this process's share of the missing latents: `mean` and `std`, float32 [C, h, w] each.
+
+    Where the loss is to count in parts of an image only, there is a `mask` too, float32 [1, h, w]. Images whose
+    pixels change from epoch to epoch are left out, but decoded once, to find those that cannot be.
+
+    The image encoder is read only if something is missing. Raises one DataError for all damaged
+    images, after the whole ones are encoded, and one at once where the encoder gives NaN.
+    """
+    workers = encoding.workers or default_workers()
+    with ThreadPoolExecutor(workers) as pool:
+        damaged = _damaged(_own(_augmented(datasets), encoding), cache, pool)
+        keys, jobs = _latent_jobs(datasets, model.fingerprint("vae_encoder"), cache, pool)
+        missing = [_Job(job.example, _without_cached(job.keys, cache)) for job in _own(jobs, encoding)]
+        missing = [job for job in missing if job.keys]
+        if missing:
+            decoded = map_prefetch(pool, _decode, missing, 2 * max(encoding.batch_size, workers))
+            batches = _same_size(decoded, encoding.batch_size, damaged)
+            encoded = (entries for batch in batches for entries in _encode_images(batch, model, encoding.device))
+            _store_all(encoded, cache, sum(len(job.keys) for job in missing), encoding)
+    if damaged:
+        raise data_error(damaged)
+    return keys
+
+
+def encode_captions(
+    datasets: Sequence[IndexedDataset], model: DiffusionModel, cache: Cache, encoding: EncodeOptions
+) -> CaptionKeys:
+    """Fill the cache with this process's share of the missing conditioning of all that captions may become.
+
+    Captions that vary freely are left out. The text encoder is read only if something is missing.
+    Raises DataError where it gives NaN.
+    """
+    fingerprint = model.fingerprint("text_encoder")
+    examples = [example for dataset in datasets for example in dataset.examples]
+    captions = dict.fromkeys(
+        text for example in examples for text in caption_variants(example.caption, example.subset) or ()
+    )
+    weighted = encoding.weighted_captions
+    keys = {caption: caption_key(caption, fingerprint, weighted) for caption in captions}
+    missing = [caption for caption in _own(list(keys), encoding) if not cache.has(keys[caption])]
+    if missing:
+        chunks = (missing[start : start + CAPTIONS_AT_ONCE] for start in range(0, len(missing), CAPTIONS_AT_ONCE))
+        encoded = (_encode_texts(chunk, keys, model, encoding) for chunk in chunks)
+        _store_all(encoded, cache, len(missing), encoding)
+    return keys
+
+
+def _latent_jobs(
+    datasets: Sequence[IndexedDataset], fingerprint: str, cache: Cache, pool: Executor
+) -> tuple[LatentKeys, list[_Job]]:
+    """The keys of all latents, and one job for each distinct image and placement, bucket by bucket."""
+    examples = [example for dataset in datasets for example in dataset.examples if not example.is_augmented]
+    contents = map_chunked(pool, lambda example: _content(example, cache), examples)
+    keys: dict[tuple[str, bool], str] = {}
+    jobs: dict[_Content, _Job] = {}
+    for example, content in zip(examples, contents, strict=True):
+        job = jobs.setdefault(content, _Job(example))
+        for mirrored in (False, True) if example.subset.flip_aug else (False,):
+            key = _latent_key(content, mirrored, fingerprint)
+            keys[example.identity, mirrored] = job.keys[mirrored] = key
+    cache.memo.save()
+    return keys, sorted(jobs.values(), key=lambda job: job.example.placement.bucket)
+
+
+def _own(work: Sequence[T], encoding: EncodeOptions) -> Sequence[T]:
+    """The share of one process: of all work, not of what is missing, which changes while others store entries."""
+    return work[encoding.rank :: encoding.world_size]
+
+
+def _without_cached(keys: Mapping[bool, str], cache: Cache) -> dict[bool, str]:
+    return {mirrored: key for mirrored, key in keys.items() if not cache.has(key)}
+
+
+def _augmented(datasets: Sequence[IndexedDataset]) -> list[Example]:
+    """One example of each image that is encoded later, each time it is used."""
+    examples = (example for dataset in datasets for example in dataset.examples if example.is_augmented)
+    return list({(example.image, example.mask): example for example in examples}.values())
+
+
+def _damaged(examples: Sequence[Example], cache: Cache, pool: Executor) -> list[str]:
+    """What is wrong with examples that cannot be decoded; files that were decoded once are not read again."""
+
+    def problem(example: Example) -> str | None:
+        def decode() -> str:
+            load_picture(example, example.placement)
+            return mask
+
+        try:
+            mask = cache.memo.digest(example.mask) if example.mask else "none"
+            cache.memo.get_or_compute(example.image, f"decodes with mask {mask}", decode)
+        except DataError as error:
+            return str(error)
+        return None
+
+    return [text for text in map_chunked(pool, problem, examples) if text]
+
+
+def _content(example: Example, cache: Cache) -> _Content:
+    """What an example shows; reads its files only where they have changed."""
+    interpolation = example.subset.resize_interpolation
+    more = [] if interpolation == "lanczos" else [RESAMPLING[interpolation].name]
+    if example.mask is not None:
+        more.append(cache.memo.digest(example.mask))
+    elif example.subset.alpha_mask:
+        more.append("alpha")
+    return _Content(cache.memo.digest(example.image), example.placement, tuple(more))
+
+
+def _decode(job: _Job) -> tuple[_Job, Picture | DataError]:
+    try:
+        return job, load_picture(job.example, job.example.placement)
+    except DataError as error:
+        return job, error
+
+
+def _same_size(
+    decoded: Iterable[tuple[_Job, Picture | DataError]], batch_size: int, damaged: list[str]
+) -> Iterator[list[tuple[_Job, Picture]]]:
+    """Batches of neighbours of one size; what could not be decoded is left out and noted."""
+    batch: list[tuple[_Job, Picture]] = []
+    for job, picture in decoded:
+        if isinstance(picture, DataError):
+            damaged.append(str(picture))
+            continue
+        if batch and (len(batch) == batch_size or batch[0][1].pixels.shape != picture.pixels.shape):
+            yield batch
+            batch = []
+        batch.append((job, picture))
+    if batch:
+        yield batch
+
+
+def _encode_images(
+    batch: Sequence[tuple[_Job, Picture]], model: DiffusionModel, device: torch.device
+) -> Iterator[_Encoded]:
+    """Latents of a batch as they are missing: once upright, once mirrored."""
+    pixels = on_device([picture.pixels for _, picture in batch], device)
+    for mirrored in (False, True):
+        rows = [row for row, (job, _) in enumerate(batch) if mirrored in job.keys]
+        if rows:
+            tensors = encode_pixels(pixels[rows].flip(2) if mirrored else pixels[rows], model.vae_encoder)
+            jobs, pictures = [batch[row][0] for row in rows], [batch[row][1] for row in rows]
+            masks = latent_masks([picture.mask for picture in pictures], tensors["mean"])
+            if mirrored:
+                masks = [None if mask is None else mask.flip(2) for mask in masks]
+            yield _Encoded([job.keys[mirrored] for job in jobs], [own.name for own in pictures], tensors, masks)
+
+
+def _encode_texts(
+    captions: Sequence[str], keys: CaptionKeys, model: DiffusionModel, encoding: EncodeOptions
+) -> _Encoded:
+    with torch.no_grad():
+        tokens = model.text_encoder.tokenize(captions, encoding.weighted_captions)
+        conditioning = model.text_encoder.encode({name: tensor.to(encoding.device) for name, tensor in tokens.items()})
+    return _Encoded([keys[caption] for caption in captions], [f"caption {text!r}" for text in captions], conditioning)
+
+
+def _store_all(encoded: Iterable[_Encoded], cache: Cache, total: int, encoding: EncodeOptions) -> None:
+    """Write entries in a thread of their own, so that the encoder does not wait for the disk.
+
+    On a GPU that thread also waits for what is encoded. On a CPU it computes nothing: that would slow the encoder down.
+    """
+    done = 0
+    with ThreadPoolExecutor(1) as writer:
+        if encoding.device.type == "cpu":
+            batches = map_prefetch(writer, partial(_write, cache), map(_entries, encoded), ahead=4)
+        else:
+            batches = map_prefetch(writer, lambda own: _write(cache, _entries(own)), encoded, ahead=4)
+        for stored in batches:
+            done += stored
+            if encoding.progress:
+                encoding.progress(done, total)
+
+
+def _write(cache: Cache, entries: Mapping[str, Mapping[str, Tensor]]) -> int:
+    """Write entries, by key, and count them."""
+    for key, entry in entries.items():
+        cache.write(key, entry)
+    return len(entries)
+
+
+def _entries(encoded: _Encoded) -> dict[str, dict[str, Tensor]]:
+    """The entries of a batch as the cache is to hold them, by key. Raises DataError where one is not finite."""
+    entries = {}
+    tensors = {name: tensor.cpu() for name, tensor in encoded.tensors.items()}
+    for row, (key, name) in enumerate(zip(encoded.keys, encoded.names, strict=True)):
+        entry = {part: tensor[row] for part, tensor in tensors.items()}
+        mask = encoded.masks[row] if encoded.masks else None
+        try:
+            entries[key] = to_storable(entry if mask is None else {**entry, "mask": mask})
+        except NotFiniteError as error:
+            raise not_encodable(name, error) from error
+    return entries

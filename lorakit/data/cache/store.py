@@ -1,0 +1,140 @@
+"""The cache of encoded images and captions: tensors found by a key of all that they were made from.
+
+A key says everything about its entry, so an entry never goes stale, and any number of runs and
+processes may share a folder. Imports torch when tensors are first read or written.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorakit.data.cache.file_cache import FileStatCache
+from lorakit.errors import DataError, OutputError, Problem
+from lorakit.utils.atomic_io import write_atomically
+from lorakit.utils.safe_paths import require_regular_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def content_key(*parts: object) -> str:
+    """A 160-bit key, in hexadecimal, of the parts' texts."""
+    return blake2b("\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
+
+
+class NotFiniteError(ValueError):
+    """Tensors with NaN or infinity, which are never stored."""
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise NotFiniteError where a tensor holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise NotFiniteError(f"its {name} holds NaN or infinity")
+
+
+def to_storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of an entry's tensors as they are to be written. Raises NotFiniteError."""
+    from torch import contiguous_format
+
+    check_finite(tensors)
+    # A row of a batch would be written with the layout, and the memory, of the whole.
+    return {name: tensor.detach().cpu().clone(memory_format=contiguous_format) for name, tensor in tensors.items()}
+
+
+class Cache:
+    """A folder of tensors: one safetensors file for each key, in sub-folders named by the key's first two digits."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.memo = FileStatCache(folder / "files.json")
+        """What is known of images, captions and entries without opening their files."""
+        self.keeps_unwritten = False
+        """Whether entries that the disk does not take are kept in memory; else they are errors."""
+        self._unwritten: dict[str, dict[str, Tensor]] = {}
+
+    def has(self, key: str) -> bool:
+        """Whether there is a whole entry; a damaged one counts as absent."""
+        if key in self._unwritten:
+            return True
+        path = self._path(key)
+        try:
+            return bool(self.memo.get_or_compute(path, "whole", lambda: _is_whole(path)))
+        except DataError:
+            return False
+
+    def load(self, key: str, names: Collection[str] = ()) -> dict[str, Tensor]:
+        """The tensors of an entry, on the CPU. Raises DataError where it is absent or damaged, or lacks a name."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        if key in self._unwritten:
+            return dict(self._unwritten[key])
+        path = self._path(key)
+        try:
+            require_regular_file(path)
+            entry = load(path.read_bytes())
+        except (OSError, SafetensorError) as error:
+            hint = "start again: what is missing from the cache is encoded anew"
+            raise DataError(str(Problem(str(path), "was removed or damaged while it was in use", hint))) from error
+        if not entry.keys() >= set(names):
+            raise DataError(str(Problem(str(path), f"does not hold {' and '.join(names)}", "remove this file")))
+        return entry
+
+    def load_stacked(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """The tensors of several entries, a row each. Raises DataError where they do not have the same ones."""
+        import torch
+
+        entries = [self.load(key) for key in keys]
+        try:
+            return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
+        except (KeyError, RuntimeError) as error:
+            files = ", ".join(str(self._path(key)) for key in dict.fromkeys(keys))
+            raise DataError(str(Problem(files, f"do not fit together: {error}", "remove these files"))) from error
+
+    def store(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write an entry. Raises NotFiniteError, or OutputError where it can neither be written nor kept."""
+        self.write(key, to_storable(tensors))
+
+    def write(self, key: str, entry: Mapping[str, Tensor]) -> None:
+        """Write an entry that is `settled`, which computes nothing.
+
+        Raises OutputError where it can neither be written nor kept.
+        """
+        from safetensors.torch import save
+
+        try:
+            write_atomically(self._path(key), save(dict(entry)))
+        except OutputError as error:
+            self._keep(key, entry, error)
+        else:
+            self.memo.get_or_compute(self._path(key), "whole", lambda: True)
+
+    def _keep(self, key: str, entry: Mapping[str, Tensor], error: OutputError) -> None:
+        """Keep an entry in memory, where that helps, and say so at the first."""
+        if not self.keeps_unwritten:
+            raise error
+        if not self._unwritten:
+            logger.warning("%s Until then what is encoded is kept in memory, for this run alone.", error)
+        self._unwritten[key] = dict(entry)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file has all the bytes that its header tells of."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        require_regular_file(path)
+        with safe_open(path, framework="np"):
+            return True
+    except (OSError, SafetensorError):
+        return False

@@ -1,0 +1,1 @@
+"""Reading, cropping and augmenting images."""

@@ -1,0 +1,73 @@
+"""Pictures: pixels of images as they are encoded, with their masks, and what changes them from epoch to epoch.
+
+Imports no torch. H and W bucket sides in pixels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from attrs import evolve, frozen
+from numpy.typing import NDArray
+
+from lorakit.data.images.buckets import ResizeCrop
+from lorakit.data.images.color_jitter import color_jitter
+from lorakit.data.images.decode import load_mask, load_pixels, load_with_alpha
+from lorakit.data.images.face_crop import around_face
+from lorakit.data.index import Example
+from lorakit.utils.rng import RngFactory
+
+
+@frozen(eq=False)
+class Picture:
+    """The pixels of an image."""
+
+    name: str
+    """The image's file, for messages."""
+    pixels: NDArray[np.uint8]
+    """RGB, [H, W, 3]."""
+    mask: NDArray[np.uint8] | None
+    """How much the loss counts at each, from 0 to 255, [H, W]; None where all of it does."""
+
+
+def load_picture(example: Example, placement: ResizeCrop) -> Picture:
+    """The pixels and mask of an example, brought to the size of its bucket alike.
+
+    Raises DataError where a file is damaged.
+    """
+    interpolation, name = example.subset.resize_interpolation, str(example.image)
+    if example.mask is not None:
+        mask = load_mask(example.mask, placement, interpolation)
+        return Picture(name, load_pixels(example.image, placement, interpolation), mask)
+    if example.subset.alpha_mask:
+        return Picture(name, *load_with_alpha(example.image, placement, interpolation))
+    return Picture(name, load_pixels(example.image, placement, interpolation), None)
+
+
+def augmented_picture(example: Example, draw: RngFactory) -> Picture:
+    """The picture as it is this once: cropped, coloured and mirrored as its subset asks for."""
+    picture = load_picture(example, _crop(example, draw))
+    if example.subset.color_aug:
+        picture = evolve(picture, pixels=color_jitter(picture.pixels, draw("colours")))
+    if is_mirrored(example, draw):
+        mask = None if picture.mask is None else picture.mask[:, ::-1]
+        picture = evolve(picture, pixels=picture.pixels[:, ::-1], mask=mask)
+    return picture
+
+
+def is_mirrored(example: Example, draw: RngFactory) -> bool:
+    """Whether an image is mirrored this once: in half of all cases if it is to be at all."""
+    return example.subset.flip_aug and bool(draw("flip").integers(2))
+
+
+def _crop(example: Example, draw: RngFactory) -> ResizeCrop:
+    """The part of the image that is used this once."""
+    placement, subset = example.placement, example.subset
+    if example.face is not None and subset.face_crop_aug_range is not None:
+        return around_face(
+            example.face, placement.bucket, subset.face_crop_aug_range, draw("crop"), anywhere=subset.random_crop
+        )
+    if not subset.random_crop:
+        return placement
+    room = np.subtract(placement.resized, placement.bucket)
+    left, top = draw("crop").integers(0, room, endpoint=True)
+    return evolve(placement, crop_xy=(int(left), int(top)))

@@ -1,0 +1,1 @@
+"""Warnings about images and captions."""

@@ -1,0 +1,153 @@
+"""Folders: which image files a dataset has, with the files of their captions and masks; looks into none of them.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from attrs import frozen
+
+from lorakit.config.datasets import DatasetConfig, SubsetConfig
+from lorakit.data.captions import by_lower_extension, find_caption
+from lorakit.data.images.formats import EXTENSIONS, NAMES, UNREAD, extension_of
+from lorakit.data.images.masks import find_masks
+from lorakit.data.problems import some
+from lorakit.data.sources.metadata_files import METADATA_FILES, read_metadata_file
+from lorakit.errors import DataError, Problem
+from lorakit.utils.safe_paths import list_files
+
+_DEEP = 2
+_MOST_FOLDERS = 200
+"""How deep images are searched for, and in how many folders, for a message only."""
+
+
+@frozen
+class FoundImage:
+    """An image file that has not been looked into."""
+
+    image: Path
+    caption: Path | str | None
+    """The caption's file, or the caption itself."""
+    dataset: DatasetConfig
+    subset: SubsetConfig
+    identity: str
+    """Key of its randomness: the numbers of dataset and subset, and the file's name; the same on every machine."""
+    mask: Path | None
+
+
+def find_images(number: int, dataset: DatasetConfig, problems: list[str]) -> list[FoundImage]:
+    """The image files of a dataset; what is wrong with its folders is added to the problems.
+
+    Subsets that `num_repeats` switches off have none.
+    """
+    found = []
+    for subset_number, subset in enumerate(dataset.subsets):
+        if subset.num_repeats == 0:
+            continue
+        try:
+            listed = list(_listed(subset, problems))
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        folder = subset.conditioning_data_dir
+        masks = find_masks(folder, [image for _, image, _ in listed], problems) if folder else {}
+        for name, image, caption in listed:
+            # File names need not be valid text, but keys of randomness must be.
+            text = name.encode("utf-8", "backslashreplace").decode()
+            identity = f"{number}/{subset_number}/{text}"
+            found.append(FoundImage(image, caption, dataset, subset, identity, masks.get(image.stem)))
+    return found
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name is taken for an image that is read."""
+    return extension_of(name) in EXTENSIONS
+
+
+def kinds_of(names: Sequence[str]) -> str:
+    """How many files there are of each extension: `300 .heic, 12 .mp4`."""
+    counts = Counter(map(extension_of, names))
+    return ", ".join(f"{count} {extension}" for extension, count in counts.most_common())
+
+
+def unread_images(names: Sequence[str]) -> list[str]:
+    """Those of a folder's files that are images or videos of a format that is not read, sorted."""
+    return sorted(name for name in names if extension_of(name) in UNREAD)
+
+
+def _listed(subset: SubsetConfig, problems: list[str]) -> Iterator[tuple[str, Path, Path | str | None]]:
+    """The images of a subset: name, file, and caption or its file; of its folder, or of its metadata file."""
+    if subset.metadata_file:
+        for listed in read_metadata_file(subset.metadata_file, subset, problems):
+            yield listed.path, listed.image, listed.caption or None
+        return
+    names = _names_in(subset.image_dir)
+    files = by_lower_extension(names)
+    for image in (subset.image_dir / name for name in names if is_image(name)):
+        yield image.name, image, find_caption(image, subset, files)
+
+
+def _names_in(folder: Path) -> list[str]:
+    """The names of the files directly in a folder, sorted, some of them images; hidden ones do not count."""
+    try:
+        names = sorted(list_files(folder))
+    except OSError as error:
+        hint = "check image_dir; relative paths are relative to the config file"
+        raise DataError(str(Problem(str(folder), f"cannot be listed: {error.strerror}", hint))) from error
+    if not any(is_image(name) for name in names):
+        raise DataError(str(_why_no_images(folder, names)))
+    return names
+
+
+def _why_no_images(folder: Path, names: Sequence[str]) -> Problem:
+    """That there are none, and where they may be instead."""
+    metadata = next((name for name in METADATA_FILES if name in names), None)
+    unread, inner = unread_images(names), _images_inside(folder)
+    if metadata:
+        hint = f'to read the images that {metadata} lists, set metadata_file = "{(folder / metadata).as_posix()}"'
+        return Problem(str(folder), "holds no images", hint)
+    if inner:
+        places = some(
+            [f'{count} {"is" if count == 1 else "are"} in "{path.as_posix()}"' for path, count in inner.items()]
+        )
+        return Problem(str(folder), f"holds no images; {places}", _how_to_use(inner))
+    if unread:
+        message = f"holds no images that are read, but {kinds_of(unread)}: {some(unread)}"
+        return Problem(str(folder), message, "convert them to JPEG or PNG")
+    hint = f"image_dir is searched for {NAMES} files, not in folders inside it"
+    return Problem(str(folder), "holds no images", hint)
+
+
+def _how_to_use(folders: Mapping[Path, int]) -> str:
+    """What to write in the config for folders of images, whose names may be those of kohya_ss."""
+    path = next(iter(folders))
+    name = re.fullmatch(r"(\d+)(?:_(.*))?", path.name)
+    keys = f'image_dir = "{path.as_posix()}"'
+    if name:
+        keys = f"as kohya_ss has it: {keys}, num_repeats = {name[1]}"
+        keys += f', class_tokens = "{name[2]}"' if name[2] else ""
+    return keys if len(folders) == 1 else f"each in a [[data.datasets.subsets]]; {keys}"
+
+
+def _images_inside(folder: Path) -> dict[Path, int]:
+    """The folders inside a folder that hold images, with how many; not all are searched where there are many."""
+    found, searched, waiting = {}, 0, [(folder, 0)]
+    while waiting and searched < _MOST_FOLDERS:
+        path, depth = waiting.pop(0)
+        searched += 1
+        try:
+            count = sum(is_image(name) for name in list_files(path))
+            inner = [entry.path for entry in os.scandir(path) if entry.name[0] != "." and entry.is_dir()]
+        except OSError:
+            continue
+        if count:
+            found[path] = count
+        if depth < _DEEP:
+            waiting += [(Path(own), depth + 1) for own in sorted(inner)]
+    return found

@@ -1,0 +1,1 @@
+"""Noise, timesteps, losses and samplers; knows no model family."""

@@ -1,0 +1,199 @@
+"""What the families Stable Diffusion 1.x and 2.x have in common in the config file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from itertools import chain, repeat
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from attrs import evolve, field, frozen
+from attrs import validators as v
+
+from lorakit.api.block_layout import STABLE_DIFFUSION, BlockLayout
+from lorakit.api.components import ModelFamilyConfig
+from lorakit.checkpoints import (
+    HubModel,
+    ModelPath,
+    StatedPrediction,
+    advice,
+    describe,
+    locate,
+    stated_prediction,
+    summarize,
+)
+from lorakit.checkpoints.lora_files import lora_names, missing_factors, own_shapes
+from lorakit.checkpoints.lora_kinds import adapter_kind
+from lorakit.errors import AdapterError, ModelError, Problem
+from lorakit.models.families.sd.checkpoint import ModelCheckpoint
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorakit.config.train_config import TrainConfig
+    from lorakit.diffusion.noise_schedule import Prediction
+    from lorakit.models.families.sd.model import Variant
+    from lorakit.models.interfaces import DiffusionModel
+
+
+def _text(path: str | Path | None) -> ModelPath | None:
+    return None if path is None else ModelPath(str(path))
+
+
+_USUAL_VAE = "stabilityai/sd-vae-ft-mse"
+"""A VAE for Stable Diffusion 1.x and 2.x on the Hub."""
+
+
+@frozen(kw_only=True)
+class StableDiffusionConfig(ModelFamilyConfig):
+    """Stable Diffusion with one text encoder; a family says its version and its variant."""
+
+    version: ClassVar[Literal["1.x", "2.x"]]
+    """The version of Stable Diffusion."""
+    layout: ClassVar[BlockLayout | None] = STABLE_DIFFUSION
+
+    prediction: Literal["epsilon", "v_prediction"] | None = None
+    """What the U-Net predicts, the noise or the velocity; when absent, what the model's files say, or the noise."""
+    vae: ModelPath | None = field(default=None, converter=_text)
+    """A VAE to use instead of the model's own: a file, a diffusers folder, or a Hub id. It must be one for Stable
+    Diffusion 1.x or 2.x. One for SDXL has the same tensors, and only a folder's `scaling_factor`, the header of a file
+    or a whole SDXL model tells it; then there is a warning. A bare file without a header cannot be told apart."""
+    no_half_vae: bool = False
+    """Encode images in float32 whatever `training.mixed_precision` is; for a VAE that half precision harms."""
+    clip_skip: int = field(default=1, validator=v.ge(1))
+    """Which layer of the text encoder is read, counted from the last, which is 1."""
+    max_token_length: Literal[75, 150, 225] = 75
+    """Longest caption in tokens; what is longer is cut off."""
+    base_weights: tuple[Path, ...] = ()
+    """LoRA files that are merged into the model before training, in this order."""
+    base_weights_multipliers: tuple[float, ...] = ()
+    """How strongly each of `base_weights` is merged; 1 for those without a number here."""
+
+    def problems(self) -> Iterator[Problem]:
+        """What is wrong with the files, as far as it shows without reading weights; keys are field names."""
+        yield from self._problems_of_base_weights()
+        try:
+            stored = self._base
+            kind = None if isinstance(stored.location, HubModel) else describe(stored.summary)
+        except ModelError as error:
+            yield Problem("path", str(error))
+            return
+        if kind not in (None, f"a Stable Diffusion {self.version} model"):
+            message = f"{stored.location} is {kind}, not a Stable Diffusion {self.version} model"
+            yield Problem("path", message, advice(stored.summary) or "leave model.family out, and it is recognised")
+            return
+        yield from self._problems_of_vae()
+        try:
+            stored.check()
+        except ModelError as error:
+            yield Problem("path", str(error))
+
+    def warnings(self) -> Iterator[Problem]:
+        """A prediction that contradicts what the model says, and a VAE for other latents; keys are field names."""
+        try:
+            stated, strange = self.stated(), self.stored().strange_vae()
+        except ModelError:
+            return
+        if self.prediction is not None and stated.prediction not in (None, self.prediction):
+            message = f'is "{self.prediction}", but the model says {stated.prediction} in {stated.source}'
+            yield Problem("prediction", message, "leave it out to go by the model")
+        if strange:
+            key = "path" if self.vae is None else "vae"
+            message = f"{getattr(self, key)} has a VAE that is not for Stable Diffusion {self.version}: {strange}"
+            yield Problem(key, message, f'give a VAE for this model, such as model.vae = "{_USUAL_VAE}"')
+
+    def build(self, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
+        """The model, its weights not read yet: each part is read when it is first asked for."""
+        from lorakit.models.families.sd.model import StableDiffusion
+        from lorakit.models.weights.merge_lora import MergedFile, Merging
+
+        stored = self.stored()
+        prediction = self.prediction or stated_prediction(stored.summary).prediction or "epsilon"
+        multipliers = chain(self.base_weights_multipliers, repeat(1.0))
+        merging = Merging([MergedFile(path, next(multipliers)) for path in self.base_weights])
+        variant = evolve(self.variant(prediction), no_half_vae=self.no_half_vae)
+        return StableDiffusion(stored, variant, device, dtype, merging=merging)
+
+    def warnings_with(self, config: TrainConfig) -> Iterator[Problem]:
+        """A VAE in full precision in a run that has no other, and another noise schedule than the model's."""
+        if self.no_half_vae and config.training.mixed_precision == "no":
+            yield Problem("no_half_vae", "has no effect without training.mixed_precision")
+        try:
+            stated = self.stated()
+        except ModelError:
+            return
+        velocity = (self.prediction or stated.prediction) == "v_prediction"
+        if stated.snr_source and velocity and not config.loss.zero_terminal_snr:
+            message = f"{self.path} was trained with zero terminal SNR, as {stated.snr_source} says"
+            yield Problem("path", message, "set loss.zero_terminal_snr = true")
+
+    def warnings_of_captions(self, captions: Mapping[str, str], weighted: bool) -> Iterator[Problem]:
+        """Captions that have more tokens than are read."""
+        # A token is one byte or more.
+        long = {name: text for name, text in captions.items() if len(text.encode()) > self.max_token_length}
+        if not long:
+            return
+        from lorakit.models.families.sd.tokenizer import CaptionTokenizer
+
+        stored = self.stored()
+        # Nothing is downloaded for a warning; models on the Hub have CLIP's tokens.
+        folder = None if isinstance(stored.location, HubModel) else stored.tokenizer_folder()
+        lengths = CaptionTokenizer(folder).lengths(list(long.values()), weighted)
+        cut = [(length, name) for length, name in zip(lengths, long, strict=True) if length > self.max_token_length]
+        if not cut:
+            return
+        tokens, name = max(cut)
+        message = f"{self.max_token_length} cuts off the end of {len(cut)} of {len(captions)} captions"
+        larger = " or ".join(str(length) for length in (150, 225) if length > self.max_token_length)
+        hint = f"set it to {larger}, or write shorter captions" if larger else "write shorter captions"
+        yield Problem("max_token_length", f"{message}; the longest, of {name}, has {tokens} tokens", hint)
+
+    def variant(self, prediction: Prediction) -> Variant:
+        """How this family's models are run, and what LoRA files call them."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its variant")
+
+    def stored(self) -> ModelCheckpoint:
+        """Where the model's parts are; a `ModelError` if a path leads nowhere."""
+        return self._base if self.vae is None else ModelCheckpoint(self._base.location, locate(self.vae, Path()))
+
+    @cached_property
+    def _base(self) -> ModelCheckpoint:
+        """The model with its own VAE, whose header is read once; a `ModelError` if the path leads nowhere."""
+        return ModelCheckpoint(locate(self.path, Path()))
+
+    def stated(self) -> StatedPrediction:
+        """What the model says of its prediction; a `ModelError` if it cannot be read."""
+        return stated_prediction(self._base.summary)
+
+    def _problems_of_vae(self) -> Iterator[Problem]:
+        try:
+            stored = self.stored()
+            if self.vae is None and stored.lacks_vae:
+                hint = f'give a file, a folder or a Hub id, such as "{_USUAL_VAE}"'
+                yield Problem("vae", f"is missing, and {stored.location} has no VAE", hint)
+                return
+            stored.check_vae()
+        except ModelError as error:
+            yield Problem("path" if self.vae is None else "vae", str(error))
+
+    def _problems_of_base_weights(self) -> Iterator[Problem]:
+        for index, path in enumerate(self.base_weights):
+            try:
+                summary = summarize(path)
+                lacking = missing_factors(own_shapes(summary, lora_names(summary)))
+            except (ModelError, AdapterError) as error:
+                yield Problem(f"base_weights[{index}]", str(error).removesuffix("."))
+                continue
+            kind, ours = adapter_kind(summary), f"Stable Diffusion {self.version}"
+            if kind.algorithm not in {"LoRA", "DoRA"}:
+                found = f"{path} is {kind.description}, which cannot be merged"
+                yield Problem(f"base_weights[{index}]", found, "give LoRA files")
+            elif kind.model not in {"", ours}:
+                found = f"{path} is {kind.description}, and the base model is {ours}"
+                yield Problem(f"base_weights[{index}]", found, "give LoRA files for the same kind of base model")
+            elif lacking:
+                found = f"{path} lacks {lacking}, so it is incomplete"
+                yield Problem(f"base_weights[{index}]", found, "download it again")
+        if len(self.base_weights_multipliers) > len(self.base_weights):
+            yield Problem("base_weights_multipliers", "has more numbers than base_weights has files")

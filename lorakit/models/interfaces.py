@@ -1,0 +1,218 @@
+"""What the engine asks of a base model, whatever its family.
+
+Shapes: B images in a micro-batch, C latent channels, h and w latent sides, H and W image sides in
+pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+from attrs import frozen
+from torch import Tensor, nn
+
+from lorakit.api.block_layout import BlockLayout
+
+Conditioning = Mapping[str, Tensor]
+"""What the denoiser is told about each image, by name; every tensor's first side is B."""
+
+Tokens = Mapping[str, Tensor]
+"""What a text encoder reads of each caption, by name; every tensor's first side is B."""
+
+Block = Literal["transformer", "resnet", "sampler", "text_encoder"]
+"""The kind of block that a layer belongs to."""
+
+
+@frozen
+class AdaptationTarget:
+    """A layer of the base model that a network may adapt."""
+
+    key: str
+    """Its name in LoRA files: `lora_unet_down_blocks_0_attentions_0_proj_in`."""
+    part: str
+    """The part of the model it belongs to: `unet` or `text_encoder`."""
+    block: Block
+    """The kind of block it sits in."""
+    root: nn.Module
+    """The whole part that it belongs to."""
+    path: str
+    """Its dotted path in the root: `down_blocks.0.attentions.0.proj_in`."""
+    position: int = 0
+    """Number of the block of the U-Net, as `layout` counts them, or of the text encoder that it is in, from 0."""
+    layout: BlockLayout | None = None
+    """How the blocks of the U-Net are numbered; None elsewhere."""
+    place: str = ""
+    """Its path in a pipeline of diffusers, `unet.down_blocks.0.attentions.0.proj_in`; empty where it has none."""
+
+    @property
+    def parent(self) -> nn.Module:
+        """The module that holds it."""
+        return self.root.get_submodule(self.path.rpartition(".")[0])
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer as it is now: the base layer, or what replaced it."""
+        return self.root.get_submodule(self.path)
+
+    def replace(self, module: nn.Module) -> None:
+        """Put another module in the layer's place."""
+        setattr(self.parent, self.path.rpartition(".")[2], module)
+
+
+class AttentionBackend(Protocol):
+    """A way to compute attention."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """softmax(q·kᵀ/√d)·v; query, key, value and result are [B, heads, tokens, d]."""
+        ...
+
+
+class ImageEncoder(Protocol):
+    """Turns images into the distribution of their latents."""
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of scaled latents, float32 [B, C, h, w], of images [B, 3, H, W] in [-1, 1]."""
+        ...
+
+
+class ImageDecoder(Protocol):
+    """Turns latents into images."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images, float32 [B, 3, H, W] in [-1, 1], of scaled latents [B, C, h, w]."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """Turns captions into conditioning."""
+
+    def tokenize(self, captions: Sequence[str], weighted: bool = False) -> Tokens:
+        """The captions as `encode` takes them, on the CPU; truncates what is longer than the model is set to.
+
+        With `weighted`, brackets are no words but say how much those in them count (`lorakit.models.prompt_weights`).
+        """
+        ...
+
+    def encode(self, tokens: Tokens) -> Conditioning:
+        """Conditioning of tokenized captions; differentiable with respect to the encoder's adapters."""
+        ...
+
+
+class NoiseProcess(Protocol):
+    """How noise is mixed into latents, and what the denoiser learns to predict."""
+
+    num_timesteps: int
+    prediction: Literal["epsilon", "v_prediction"]
+    betas: Tensor
+    """Share of the signal's power that each timestep takes away, float64 [T], on the CPU; 1 where none is left."""
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Latents [B, C, h, w] with noise of the same shape mixed in as of timesteps [B]."""
+        ...
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser should predict, [B, C, h, w]."""
+        ...
+
+    def signal_to_noise(self, timesteps: Tensor) -> Tensor:
+        """Ratio of the powers of signal and noise, float32 [B]."""
+        ...
+
+    def with_zero_terminal_snr(self) -> NoiseProcess:
+        """The same process with no signal left at the last timestep; raises ModelError where there is none."""
+        ...
+
+
+class Memo(Protocol):
+    """Remembers what was computed from a file."""
+
+    def get_or_compute(self, path: Path, name: str, compute: Callable[[], str]) -> str:
+        """What `compute` returns, computed once per name for as long as the file's size and time stay the same."""
+        ...
+
+
+class DiffusionModel(Protocol):
+    """A base model whose parts are read when first asked for and can be freed one by one."""
+
+    noise: NoiseProcess
+    memo: Memo
+    """Remembers hashes of files; one that outlives the process makes the next start faster."""
+
+    def fingerprint(self, part: Literal["vae_encoder", "text_encoder"]) -> str:
+        """A short key of all that the part's output depends on, from weights to settings; reads no weights twice."""
+        ...
+
+    @property
+    def vae_encoder(self) -> ImageEncoder:
+        """The image encoder, read on first use."""
+        ...
+
+    @property
+    def vae_decoder(self) -> ImageDecoder:
+        """The image decoder, read on first use."""
+        ...
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """The text encoder, read on first use."""
+        ...
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The denoiser, read on first use, frozen."""
+        ...
+
+    def free(self, part: Literal["vae_encoder", "vae_decoder", "text_encoder"]) -> None:
+        """Forget a part's weights; it is read again if it is asked for again."""
+        ...
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """Shape [C, h, w] of the latents of an image of that size in pixels; reads no weights."""
+        ...
+
+    def targets(self, parts: Sequence[str]) -> list[AdaptationTarget]:
+        """The layers of these parts that can be adapted, in a fixed order: text encoder first, then the U-Net."""
+        ...
+
+    def use_attention(self, backend: AttentionBackend) -> None:
+        """Compute the denoiser's attention with this backend."""
+        ...
+
+    def quantize(self, formats: Mapping[str, str]) -> None:
+        """Keep the weights of the layers that can be adapted in fewer bits.
+
+        `formats` maps parts to names in `lorakit.models.memory.weight_formats.FORMATS`.
+        """
+        ...
+
+    def compile(self, backend: str | None) -> None:
+        """Compile the denoiser's blocks, with the adapters in them, with a backend of torch.compile; None undoes it."""
+        ...
+
+    def use_channels_last(self, on: bool) -> None:
+        """Keep images in the denoiser with channels last in memory, or first; results are the same but for rounding."""
+        ...
+
+    def stream(self, parts: Sequence[str]) -> None:
+        """Keep the weights of the layers of these parts that can be adapted in the host's memory.
+
+        They are copied to the device ahead of their use, in the form that `quantize` has given them.
+        """
+        ...
+
+    def enable_gradient_checkpointing(self, share: float = 1.0) -> None:
+        """Recompute activations in the backward pass instead of keeping them (non-reentrant).
+
+        With a share below 1, only in that share of the denoiser's blocks, those that keep the most.
+        """
+        ...
+
+    def metadata(self) -> Mapping[str, str]:
+        """What LoRA files say about their base model: `ss_base_model_version`, `modelspec.architecture`, and so on."""
+        ...
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The denoiser's output for noisy latents [B, C, h, w] at timesteps [B]: [B, C, h, w]."""
+        ...

@@ -1,0 +1,1 @@
+"""Quantization, block swap, activation checkpointing and compilation."""

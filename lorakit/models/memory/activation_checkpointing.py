@@ -1,0 +1,103 @@
+"""Blocks that compute their activations again in the backward pass instead of keeping them.
+
+Chen et al., 2016, arXiv:1604.06174, for some of a denoiser's blocks: those that keep the most bytes, as blocks that
+see large images do, are worth the time of computing them twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+
+class CheckpointedBlock(nn.Module):
+    """A block that keeps its activations for the backward pass, unless it is chosen to recompute them.
+
+    What is recomputed is the call, not `forward`, so that a compiled block stays one graph.
+    """
+
+    choice: Choice | None = None
+    """Which blocks recompute; None if none does."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What `forward` gives."""
+        run, choice = super().__call__, self.choice
+        if choice is None or not torch.is_grad_enabled():
+            return run(*args, **kwargs)
+        if choice.is_open(self):
+            choice.note(self, bytes_kept(self, partial(run, *args, **kwargs), (*args, *kwargs.values())))
+        elif self not in choice:
+            return run(*args, **kwargs)
+        # Imports the compiler, which takes longer than all else that a run imports.
+        from torch.utils.checkpoint import checkpoint
+
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=not _is_recorded(), **kwargs)
+
+
+def _is_recorded() -> bool:
+    """Whether a CUDA graph is being captured, in which generators have no state that could be put back."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def checkpoint_blocks(blocks: Sequence[CheckpointedBlock], share: float = 1.0) -> None:
+    """Let blocks keep nothing but their inputs for the backward pass, where they run again.
+
+    With a share below 1, only that share of the blocks does so, rounded up: those that keep the most. How much that is
+    shows when they first run with gradients; until then, each recomputes. The same blocks may be given another share.
+    """
+    choice = Choice(share, len(blocks))
+    for block in blocks:
+        block.choice = choice
+
+
+def bytes_kept(block: nn.Module, run: Callable[[], object], inputs: Sequence[object]) -> int:
+    """Bytes that calling `run`, which runs a block, keeps for the backward pass; its weights and inputs do not count.
+
+    Draws no random numbers that others would miss.
+    """
+    own = [*block.parameters(), *block.buffers(), *(tensor for tensor in inputs if isinstance(tensor, Tensor))]
+    without = {tensor.untyped_storage()._cdata for tensor in own}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        # Not its address, which tensors without memory have in common.
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    device = next(block.parameters()).device
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
+        _output = run()  # held until all is counted, so that no storage takes another one's place
+    return sum(size for storage, size in kept.items() if storage not in without)
+
+
+class Choice:
+    """Which of some blocks recompute."""
+
+    def __init__(self, share: float, blocks: int) -> None:
+        self.number = math.ceil(share * blocks)
+        self.is_all = self.number >= blocks
+        self._kept: dict[CheckpointedBlock, int] = {}
+        """Bytes that blocks would keep, for those that have run."""
+        self._chosen: frozenset[CheckpointedBlock] = frozenset()
+
+    def is_open(self, block: CheckpointedBlock) -> bool:
+        """Whether it has to be seen first how much a block keeps."""
+        return not self.is_all and block not in self._kept
+
+    def note(self, block: CheckpointedBlock, size: int) -> None:
+        """Take into account that a block would keep so many bytes."""
+        self._kept[block] = size
+        self._chosen = frozenset(sorted(self._kept, key=self._kept.__getitem__, reverse=True)[: self.number])
+
+    def __contains__(self, block: CheckpointedBlock) -> bool:
+        return self.is_all or block in self._chosen

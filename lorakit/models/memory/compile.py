@@ -1,0 +1,60 @@
+"""Compiles a denoiser block by block with torch.compile.
+
+Blocks of the same kind and size share what was compiled for the first of them, so that compiling
+takes a fraction of what the whole denoiser would take.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+MOST_VARIANTS = 256
+"""How often a kind of block may be compiled: for each size, with and without gradients, and so on."""
+
+
+def compile_blocks(module: nn.Module, kinds: Sequence[type[nn.Module]], backend: str | None) -> None:
+    """Let blocks of these kinds inside a module, with all that is in them then, be compiled when they first run.
+
+    Without a backend they run as they are written, whatever was said before.
+    """
+    blocks = [block for block in module.modules() if isinstance(block, tuple(kinds))]
+    if backend is None:
+        for block in blocks:
+            block._compiled_call_impl = None
+        return
+    torch._dynamo.config.recompile_limit = MOST_VARIANTS
+    torch._dynamo.config.accumulated_recompile_limit = 4 * MOST_VARIANTS
+    for block in blocks:
+        block.compile(backend=backend)
+
+
+def compile_unsupported_reason(backend: str, device: torch.device) -> str:
+    """Why a backend of torch.compile cannot be used on a device, as far as it shows beforehand; empty if it can."""
+    from torch._dynamo.eval_frame import is_dynamo_supported
+
+    if not is_dynamo_supported():
+        return "cannot be used, because this PyTorch has no torch.compile on this system"
+    if backend not in torch._dynamo.list_backends(exclude_tags=()):
+        known = ", ".join(torch._dynamo.list_backends())
+        return f"must be a backend that this PyTorch has ({known}), not {backend!r}"
+    return _missing_for_inductor(device) if backend == "inductor" else ""
+
+
+def _missing_for_inductor(device: torch.device) -> str:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch.utils._triton import has_triton
+
+    if device.type == "cpu":
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            return "needs a C++ compiler: install g++ or clang++, or name one in the environment variable CXX"
+    elif device.type != "mps" and not has_triton():
+        package = "triton-windows" if sys.platform == "win32" else "triton"
+        return f"needs Triton: install the package {package}"
+    return ""

@@ -1,0 +1,117 @@
+"""Forms of frozen weights that take fewer bits than the number format to compute in.
+
+Shapes: a weight is [out, …]; blocks are what is left of the weight, flattened, when it is cut into pieces of 64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise, product
+from statistics import NormalDist
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from attrs import frozen
+from torch import Tensor
+
+_TINY = torch.finfo(torch.float32).tiny
+_BLOCK = 64
+
+
+class WeightFormat(Protocol):
+    """A way to keep weights, and to get them back, nearly."""
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """What to keep of weights, by name, on their device."""
+        ...
+
+    def unpack(self, kept: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Weights of this shape in the number format `dtype`, a new tensor, from what was kept of them."""
+        ...
+
+
+@frozen
+class PerChannel:
+    """A byte for each weight, with a scale for each output channel that makes its largest weight the largest number.
+
+    As float8 e4m3 (Micikevicius et al., 2022, arXiv:2209.05433), a weight is wrong by at most a sixteenth, or by a
+    458,752nd of the largest in its channel where that is more; as int8, by at most a 254th of the largest in its
+    channel. What the number format to compute in rounds away comes on top.
+    """
+
+    dtype: torch.dtype
+    """The number format of one byte."""
+    largest: float
+    """The largest number to use of it."""
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """`stored`, the weight divided by its scale, [out, …], and `scale`, float32 [out, 1, …]."""
+        exact = weight.float()
+        largest = exact.abs().amax(dim=tuple(range(1, exact.ndim)), keepdim=True)
+        scale = (largest / self.largest).clamp(min=_TINY)
+        scaled = exact / scale
+        # A cast rounds to the nearest number of floating-point formats, but to zero in others.
+        return {"stored": (scaled if self.dtype.is_floating_point else scaled.round_()).to(self.dtype), "scale": scale}
+
+    def unpack(self, kept: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:  # noqa: ARG002
+        """The weight, rounded to `dtype` once."""
+        return kept["stored"].to(dtype).mul_(kept["scale"])
+
+
+class NormalFloat4:
+    """Half a byte for each weight, with a scale for each block: QLoRA's NF4 (Dettmers et al., 2023, arXiv:2305.14314).
+
+    A weight is the nearest of 16 levels times the largest weight of its block, and wrong by at most half of the widest
+    gap between levels, which is 0.152 of that largest weight.
+    """
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """`stored`, two levels in each byte, uint8 [blocks, 32]; `scale`, float32 [blocks, 1]; `levels` of bytes."""
+        values = weight.float().flatten()
+        blocks = F.pad(values, (0, -len(values) % _BLOCK)).view(-1, _BLOCK)
+        scale = blocks.abs().amax(dim=1, keepdim=True).clamp(min=_TINY)
+        middles = torch.tensor([(low + high) / 2 for low, high in pairwise(NF4_LEVELS)], device=weight.device)
+        codes = torch.bucketize(blocks / scale, middles, out_int32=True).to(torch.uint8)
+        # Two levels for each byte, [256, 2], so that a byte need not be taken apart.
+        levels = torch.tensor(list(product(NF4_LEVELS, repeat=2)), device=weight.device)
+        return {"stored": codes[:, ::2] << 4 | codes[:, 1::2], "scale": scale, "levels": levels}
+
+    def unpack(self, kept: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The weight, computed in `dtype`."""
+        levels = kept["levels"].to(dtype).index_select(0, kept["stored"].flatten().int())
+        return levels.view(-1, _BLOCK).mul_(kept["scale"]).flatten()[: math.prod(shape)].view(*shape)
+
+
+class Unquantized:
+    """All bits of each weight, in the number format that it has."""
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """`stored`, the weight itself."""
+        return {"stored": weight}
+
+    def unpack(self, kept: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:  # noqa: ARG002
+        """A copy, since what is kept may be there for a moment only."""
+        return kept["stored"].to(dtype, copy=True)
+
+
+def _normal_levels() -> tuple[float, ...]:
+    """Quantiles of a normal distribution, -1 to 1: zero with 7 below and 8 above, evenly spaced in probability."""
+    quantile, last = NormalDist().inv_cdf, 1 - (1 / 32 + 1 / 30) / 2
+
+    def side(count: int) -> list[float]:
+        return [quantile(0.5 + (last - 0.5) * step / count) / quantile(last) for step in range(1, count + 1)]
+
+    return (*(-level for level in reversed(side(7))), 0.0, *side(8))
+
+
+NF4_LEVELS = _normal_levels()
+"""The 16 levels of NF4, in ascending order."""
+
+FORMATS: Mapping[str, WeightFormat] = {
+    "fp8": PerChannel(torch.float8_e4m3fn, torch.finfo(torch.float8_e4m3fn).max),
+    "int8": PerChannel(torch.int8, 127),
+    "nf4": NormalFloat4(),
+}
+"""The forms by their names in configs."""

@@ -1,0 +1,1 @@
+"""Reading, hashing and merging weights."""

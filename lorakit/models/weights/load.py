@@ -1,0 +1,130 @@
+"""Reads weights from files: mapped into memory, once, straight to the device and number format asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from mmap import ACCESS_COPY, mmap
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._mode_utils import no_dispatch
+
+from lorakit.checkpoints import StoredTensor, kind_of_file, pickled_tensors, summarize
+from lorakit.checkpoints.stored_tensor import ITEM_BYTES
+from lorakit.errors import ModelError
+from lorakit.models.weights.placement import TensorRef
+
+ReadTensor = Callable[[TensorRef], Tensor]
+"""The tensor at that place, on the CPU, in the file's number format; its bytes are read when they are used."""
+
+EditTensor = Callable[[str, Tensor], Tensor]
+"""A tensor of a module, by its name there, as it is to be used, in any number format; made from the file's."""
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def open_tensors(file: Path | Sequence[Path]) -> ReadTensor:
+    """The tensors of a safetensors or PyTorch file, or of several that have no name twice; runs no code from the file.
+
+    A `ModelError` if a file cannot be read.
+    """
+    whole = _open_whole_tensors(file) if isinstance(file, Path) else _open_shards(file)
+
+    def read(place: TensorRef) -> Tensor:
+        # What is in a file is there even where all other tensors are only imagined.
+        with no_dispatch():
+            return whole(place) if isinstance(place, str) else whole(place.name).chunk(place.count)[place.index]
+
+    return read
+
+
+def _open_shards(files: Sequence[Path]) -> Callable[[str], Tensor]:
+    readers = {file: _open_whole_tensors(file) for file in files}
+    homes = {name: file for file in files for name in (summarize(file).tensors if len(files) > 1 else ())}
+    return lambda name: readers[homes.get(name, files[0])](name)
+
+
+def _open_whole_tensors(file: Path) -> Callable[[str], Tensor]:
+    from safetensors import safe_open
+
+    try:
+        if kind_of_file(file) == "safetensors":
+            read: Callable[[str], Tensor] = safe_open(file, "pt").get_tensor
+            return read
+        tensors = pickled_tensors(file)
+        with file.open("rb") as stream:
+            content = mmap(stream.fileno(), 0, access=ACCESS_COPY)
+    except ModelError:
+        raise
+    except Exception as error:  # the readers raise all kinds of exceptions for damaged files
+        raise _unreadable(file, error) from error
+
+    def mapped(name: str) -> Tensor:
+        try:
+            return _mapped_tensor(content, tensors[name])
+        except (AttributeError, RuntimeError, ValueError) as error:
+            raise _unreadable(file, error) from error
+
+    return mapped
+
+
+def _unreadable(file: Path, error: Exception) -> ModelError:
+    reason = str(error).strip().split("\n")[0]
+    return ModelError(f"{file} cannot be read ({reason}); download or convert it again")
+
+
+def _mapped_tensor(content: mmap, stored: StoredTensor) -> Tensor:
+    """A tensor of a PyTorch file that is mapped into memory: a view of it, or a copy where processors need one.
+
+    Before PyTorch 1.6, numbers lay at any address; kernels expect them at multiples of their size.
+    """
+    dtype, size = getattr(torch, stored.dtype), ITEM_BYTES[stored.dtype]
+    start = stored.record.start_in(content) + stored.offset
+    if not stored.span:
+        return torch.empty(stored.shape, dtype=dtype)
+    if start % size == 0:
+        numbers = torch.frombuffer(content, dtype=dtype, count=stored.span, offset=start)
+        return numbers.as_strided(stored.shape, stored.strides)
+    raw = torch.frombuffer(content, dtype=torch.uint8, count=stored.span * size, offset=start)
+    if stored.span <= math.prod(stored.shape):
+        return raw.clone().view(dtype).as_strided(stored.shape, stored.strides)
+    # Without what lies between the numbers, of which there may be much, the copy is never larger than the tensor.
+    raw = raw.as_strided((*stored.shape, size), (*(step * size for step in stored.strides), 1))
+    return raw.clone(memory_format=torch.contiguous_format).view(dtype).squeeze(-1)
+
+
+def without_weights(build: Callable[[], ModuleT]) -> ModuleT:
+    """A module whose parameters have shapes but no memory, for `load_weights` to fill."""
+    with torch.device("meta"):
+        return build()
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor that a module keeps in files."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def load_weights(
+    module: nn.Module,
+    file: Path | Sequence[Path],
+    names: Mapping[str, TensorRef],
+    device: torch.device,
+    dtype: torch.dtype,
+    edit: EditTensor | None = None,
+) -> None:
+    """Fill a module that has no weights from a file or several; `names` has the place there of each of its tensors.
+
+    `edit` may change each tensor, on the device, before it is put in the number format `dtype`. The module is frozen
+    and in evaluation mode afterwards. On the CPU, tensors that are stored in the number format asked for stay views of
+    the mapped file: they take no memory of their own.
+    """
+    read = open_tensors(file)
+    state = {}
+    for name, empty in module.state_dict().items():
+        tensor = read(names[name]).reshape(empty.shape).to(device)
+        state[name] = (edit(name, tensor) if edit else tensor).to(dtype)
+    module.load_state_dict(state, assign=True)
+    module.requires_grad_(requires_grad=False).eval()

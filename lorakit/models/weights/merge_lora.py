@@ -1,0 +1,160 @@
+"""LoRA files that are merged into a base model's weights as these are read.
+
+W ← W + multiplier·(alpha/rank)·U·D in float32, for convolutions with U of 1×1 and D of the base's kernel size. A file
+with magnitudes (DoRA) takes W multiplier of the way to magnitude·(W + ΔW)/‖W + ΔW‖, the norm of each output's weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from lorakit.checkpoints import CheckpointSummary, Shapes, summarize
+from lorakit.checkpoints.lora_files import LoRANames, lora_names, own_shapes
+from lorakit.checkpoints.lora_kinds import adapter_kind
+from lorakit.checkpoints.lora_names import ALPHA, DOWN, MAGNITUDE, UP
+from lorakit.errors import AdapterError
+from lorakit.models.interfaces import Memo
+from lorakit.models.weights.hashing import hash_of_file, hash_of_weights
+from lorakit.models.weights.load import EditTensor, ReadTensor, open_tensors
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@frozen(slots=False)
+class MergedFile:
+    """A LoRA file of any tool, and how strongly it is merged."""
+
+    path: Path
+    multiplier: float = 1.0
+
+    @cached_property
+    def summary(self) -> CheckpointSummary:
+        """What is in the file; a `ModelError` if it cannot be read."""
+        return summarize(self.path)
+
+    @cached_property
+    def names(self) -> LoRANames:
+        """What its tensors are called. Raises `AdapterError` where two have one name."""
+        return lora_names(self.summary)
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """Shape of each tensor, by its name as sd-scripts has it; a `ModelError` if the file cannot be read."""
+        return own_shapes(self.summary, self.names)
+
+    def mismatches(self, layers: Shapes) -> Iterator[str]:
+        """What in the file is not for layers with weights of these shapes, by key."""
+        for name in self.shapes:
+            key, _, suffix = name.partition(".")
+            if key not in layers or suffix not in (UP, DOWN, ALPHA, MAGNITUDE):
+                yield f"{name} is for no layer of the base model"
+        for key in dict.fromkeys(name.partition(".")[0] for name in self.shapes):
+            if key in layers and (shape_mismatch := self._misfit(key, layers[key])):
+                yield shape_mismatch
+
+    def _misfit(self, key: str, weight: tuple[int, ...]) -> str:
+        up, down = (self.shapes.get(f"{key}.{suffix}") for suffix in (UP, DOWN))
+        if up is None or down is None:
+            return f"{key} lacks {UP if up is None else DOWN}"
+        ones = (1, 1)
+        rank = down[0] if down else 0
+        fits_up = up in ((weight[0], rank), (weight[0], rank, *ones))
+        fits_down = down in ((rank, *weight[1:]), (rank, *weight[1:], *ones)) or (*down, *ones) == (rank, *weight[1:])
+        if not fits_up or not fits_down:
+            return f"{key} has factors of {list(up)} and {list(down)}, the layer's weights are {list(weight)}"
+        magnitude = self.shapes.get(f"{key}.{MAGNITUDE}", (weight[0],))
+        if magnitude[:1] != weight[:1] or any(side != 1 for side in magnitude[1:]):
+            return f"{key}.{MAGNITUDE} is {list(magnitude)}, the layer has {weight[0]} outputs"
+        return ""
+
+
+class Merging:
+    """LoRA files that are merged one after the other."""
+
+    def __init__(self, files: Sequence[MergedFile]) -> None:
+        self._files = tuple(files)
+
+    def __bool__(self) -> bool:
+        return bool(self._files)
+
+    def check(self, layers: Shapes) -> None:
+        """An `AdapterError` unless all that is in the files fits layers with weights of these shapes, by key."""
+        for file in self._files:
+            mismatches = list(file.mismatches(layers))
+            if mismatches or not file.shapes:
+                more = f" and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
+                reasons = f"{'; '.join(mismatches[:3])}{more}" if mismatches else "it is empty"
+                kind = adapter_kind(file.summary).description
+                raise AdapterError(
+                    f"{file.path} cannot be merged into the base model: {reasons}."
+                    f" It is {kind}; give a LoRA for the same kind of base model."
+                )
+
+    def edit(self, key_of: Callable[[str], str]) -> EditTensor | None:
+        """What merges the files into the weights of a part; None if there are none.
+
+        `key_of` gives the key that LoRA files have for a layer, by its path in the part's module.
+        """
+        opened = [(file, open_tensors(file.path)) for file in self._files]
+
+        def merge(name: str, weight: Tensor) -> Tensor:
+            key = key_of(name.removesuffix(".weight"))
+            for file, read in opened:
+                if name.endswith(".weight") and f"{key}.{UP}" in file.shapes:
+                    weight = _merged(file, key, read, weight.float())
+            return weight
+
+        return merge if opened else None
+
+    def fingerprint(self, prefix: str, memo: Memo) -> list[object]:
+        """Hash and multiplier of each file that has keys with this prefix."""
+        found: list[object] = []
+        for file in self._files:
+            names = {own: name for own, name in file.names.in_file.items() if own.startswith(prefix)}
+            if names:
+                found.append(memo.get_or_compute(file.path, prefix, partial(hash_of_weights, file.path, names)))
+                found.append(file.multiplier)
+                found += [item for item in sorted(file.names.alphas.items()) if item[0].startswith(prefix)]
+        return found
+
+    def metadata(self, memo: Memo) -> Mapping[str, str]:
+        """What LoRA files say of those that were merged before; nothing if there are none."""
+        entries = [
+            {
+                "name": file.path.name,
+                "multiplier": file.multiplier,
+                "sha256": memo.get_or_compute(file.path, "sha256", partial(hash_of_file, file.path)),
+            }
+            for file in self._files
+        ]
+        return {"ss_base_weights": json.dumps(entries)} if entries else {}
+
+
+def _merged(file: MergedFile, key: str, read: ReadTensor, weight: Tensor) -> Tensor:
+    """A float32 weight with what a file has for it."""
+
+    def tensor(suffix: str) -> Tensor:
+        own = read(file.names.in_file[f"{key}.{suffix}"])
+        if own.is_complex() or not own.float().isfinite().all():
+            found = f"{file.names.in_file[f'{key}.{suffix}']} holds NaN, infinity or complex numbers"
+            raise AdapterError(f"{file.path} cannot be merged into the base model: {found}. Give another file.")
+        return own.to(weight.device).float()
+
+    up, down = tensor(UP), tensor(DOWN)
+    update = (up.flatten(1) @ down.flatten(1)).view_as(weight)
+    if f"{key}.{ALPHA}" in file.shapes:
+        update *= tensor(ALPHA) / len(down)
+    elif key in file.names.alphas:
+        update *= file.names.alphas[key] / len(down)
+    if f"{key}.{MAGNITUDE}" in file.shapes:
+        changed = (weight + update).flatten(1)
+        changed *= tensor(MAGNITUDE).view(-1, 1) / changed.norm(dim=1, keepdim=True).clamp(min=_TINY)
+        update = changed.view_as(weight) - weight
+    return weight + file.multiplier * update

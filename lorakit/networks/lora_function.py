@@ -1,0 +1,166 @@
+"""A frozen layer plus a low-rank update, y = W·x + b + scale·U·(D·x), as one operation.
+
+Written by hand because it is the innermost loop: the update is added to the base layer's output in
+place, the activations are never copied to the factors' float32, and only the input and the rank-r
+activations are kept for the backward pass. The base layer's weight is asked for in both passes, as a
+layer may keep it in another form.
+
+Shapes: B images or texts, L positions in each, r rank. "Rows" are [B, L, channels], a view in either
+memory format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+DropoutMask = Callable[[Tensor], Tensor]
+"""Given the rank-r activations as rows [B, L, r], what to multiply them by, in their dtype, broadcastable to them."""
+
+Layer = nn.Linear | nn.Conv2d
+"""What can be adapted."""
+
+LowRankOperation = Callable[[Tensor, Tensor, Tensor, nn.Module, float, DropoutMask | None], Tensor]
+"""Output of input, down and up factor, base layer, scale, and dropout; differentiable in the first three."""
+
+
+class _LowRank(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, base: Layer, *options: Any) -> Tensor:
+        scale, draw_mask = options
+        x, down, up, weight, bias = _cast(x, down, up, base)
+        is_conv = isinstance(base, nn.Conv2d)
+        out = F.conv2d(x, weight, bias, *_geometry(base)) if is_conv else F.linear(x, weight, bias)
+        hidden = _projection(base, x, down, scale)
+        mask = None
+        if draw_mask is not None:
+            mask = draw_mask(hidden)
+            hidden.mul_(mask)
+        _add_product(_rows(base, out), hidden, up.flatten(1).t())
+        ctx.save_for_backward(x, hidden, down, up, mask)
+        ctx.base, ctx.scale = base, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, hidden, down, up, mask = ctx.saved_tensors
+        with torch.autocast(autocast_device(x), enabled=False):
+            grad = _rows(ctx.base, grad_out)
+            grad_hidden = torch.empty_like(hidden)
+            _add_product(grad_hidden, grad, up.flatten(1), alpha=ctx.scale, beta=0)
+            if mask is not None:
+                grad_hidden.mul_(mask)
+            grad_up = _contract(grad, hidden).view(up.shape)
+            gradients = _pointwise_gradients if is_pointwise(ctx.base) else _conv_gradients
+            grad_x, grad_down = gradients(ctx.base, x, down, grad_out, grad_hidden, ctx.needs_input_grad[0])
+        return grad_x, grad_down, grad_up, None, None, None
+
+
+def _projection(base: Layer, x: Tensor, down: Tensor, scale: float) -> Tensor:
+    """Scale·D·x as rows [B, L, r]."""
+    if not is_pointwise(base):
+        return _rows(base, F.conv2d(x, down, None, *_geometry(base)).mul_(scale))
+    rows = _rows(base, x)
+    hidden = x.new_empty(*rows.shape[:2], len(down))
+    _add_product(hidden, rows, down.flatten(1).t(), alpha=scale, beta=0)
+    return hidden
+
+
+def _pointwise_gradients(
+    base: Layer, x: Tensor, down: Tensor, grad_out: Tensor, grad_hidden: Tensor, wants_x: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of the input, if it is wanted, and of the down factor."""
+    grad_down = _contract(grad_hidden, _rows(base, x)).view(down.shape)
+    if not wants_x:
+        return None, grad_down
+    grad_x = torch.empty_like(x, memory_format=_memory_format(base, x))
+    _add_product(_rows(base, grad_x), _rows(base, grad_out), base.weight.to(x.dtype).flatten(1), beta=0)
+    _add_product(_rows(base, grad_x), grad_hidden, down.flatten(1))
+    return grad_x, grad_down
+
+
+def _conv_gradients(
+    base: Layer, x: Tensor, down: Tensor, grad_out: Tensor, grad_hidden: Tensor, wants_x: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of the input, if it is wanted, and of the down factor."""
+    geometry = (*_geometry(base), False, (0, 0), 1)
+    grad_images = grad_hidden.transpose(1, 2).view(len(x), -1, *grad_out.shape[2:])
+    grad_x, grad_down, _ = _conv_backward(grad_images, x, down, None, *geometry, (wants_x, True, False))
+    if wants_x:
+        grad_x += _conv_backward(grad_out, x, base.weight.to(x.dtype), None, *geometry, (True, False, False))[0]
+    return grad_x, grad_down
+
+
+_conv_backward = torch.ops.aten.convolution_backward
+
+low_rank_operation = cast("LowRankOperation", _LowRank.apply)
+"""The operation, for each kind of layer that can be adapted."""
+
+
+def is_pointwise(layer: nn.Module) -> bool:
+    """Whether a layer is linear or a 1×1 convolution that keeps height and width."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0)
+    return isinstance(layer, nn.Linear)
+
+
+def autocast_device(tensor: Tensor) -> str:
+    """The kind of device whose autocast state a tensor heeds; those without memory (`meta`) count as on a CPU."""
+    return "cpu" if tensor.is_meta else tensor.device.type
+
+
+def _cast(x: Tensor, down: Tensor, up: Tensor, base: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Input, factors, base weight and bias in the dtype to compute in: autocast's if it is on, else the input's."""
+    dtype, device = x.dtype, autocast_device(x)
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    weight, bias = base.weight, base.bias
+    if weight.dtype != dtype and torch.is_autocast_enabled(device):
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    return x.to(dtype), down.to(dtype), up.to(dtype), weight, bias
+
+
+def _geometry(conv: Layer) -> tuple[Any, ...]:
+    """Stride, padding and dilation of a convolution."""
+    return conv.stride, conv.padding, conv.dilation
+
+
+def _rows(layer: Layer, tensor: Tensor) -> Tensor:
+    """What a layer reads or puts out, [B, channels, h, w] or [B, …, channels], as rows [B, L, channels].
+
+    A view of what a layer puts out.
+    """
+    if isinstance(layer, nn.Conv2d):
+        return tensor.flatten(2).transpose(1, 2)
+    return tensor.reshape(len(tensor), -1, tensor.shape[-1])
+
+
+def _memory_format(layer: Layer, x: Tensor) -> torch.memory_format:
+    channels_last = isinstance(layer, nn.Conv2d) and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _add_product(out: Tensor, rows: Tensor, matrix: Tensor, alpha: float = 1.0, beta: float = 1.0) -> None:
+    """Out ← beta·out + alpha·rows·matrix, of [B, L, m], [B, L, k] and [k, m]; as one multiplication where it can be."""
+    if len(rows) == 1 or (out.is_contiguous() and rows.is_contiguous()):
+        out.flatten(0, 1).addmm_(rows.flatten(0, 1), matrix, alpha=alpha, beta=beta)
+    elif out.is_contiguous():
+        out.baddbmm_(rows, matrix.expand(len(rows), -1, -1), alpha=alpha, beta=beta)
+    else:
+        # With a result that is transposed in memory, baddbmm_ is thousands of times slower in bfloat16 on processors.
+        transposed, matrices = rows.transpose(1, 2), matrix.t().expand(len(rows), -1, -1)
+        out.transpose(1, 2).baddbmm_(matrices, transposed, alpha=alpha, beta=beta)
+
+
+def _contract(left: Tensor, right: Tensor) -> Tensor:
+    """Σ over images and positions of left·rightᵀ: [m, k] of [B, L, m] and [B, L, k]."""
+    if len(left) == 1 or (left.is_contiguous() and right.is_contiguous()):
+        return left.flatten(0, 1).t() @ right.flatten(0, 1)
+    return (left.transpose(1, 2) @ right).sum(0)

@@ -1,0 +1,97 @@
+"""Batches of the shapes that a run trains on, without its images and captions.
+
+B images in a micro-batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from lorakit.data.batch_sampler import Bucket, buckets
+from lorakit.data.images.buckets import Size
+from lorakit.data.loader import Batch
+from lorakit.diffusion.noise import normal
+from lorakit.models.interfaces import Conditioning, DiffusionModel, Tokens
+from lorakit.planning.memory_tracker import fake_tensors
+from lorakit.training.base_model import load_model
+from lorakit.training.prepare import PreparedRun
+from lorakit.utils.rng import keyed_generator
+
+CPU = torch.device("cpu")
+
+
+@frozen
+class BatchShape:
+    """The shape of micro-batches."""
+
+    images: int
+    """B."""
+    size: Size
+    """Width and height of the images in pixels."""
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of all its images together, which the memory that it takes grows with."""
+        return self.images * self.size[0] * self.size[1]
+
+    @classmethod
+    def of(cls, bucket: Bucket) -> BatchShape:
+        """The largest micro-batches of a bucket."""
+        return cls(min(bucket.batch_size, bucket.appearances), bucket.size)
+
+
+def largest_shape(prepared: PreparedRun) -> BatchShape:
+    """The shape of the largest micro-batches of a run."""
+    return max((BatchShape.of(bucket) for bucket in buckets(prepared.datasets)), key=lambda shape: shape.pixels)
+
+
+@frozen
+class Texts:
+    """What micro-batches hold of one caption: its conditioning or its tokens, whichever they hold in a run."""
+
+    conditioning: Conditioning | None
+    tokens: Tokens | None
+
+    @classmethod
+    def of(cls, prepared: PreparedRun) -> Texts:
+        """Of the shapes and number formats that they have in a run; reads no weights."""
+        model = load_model(prepared.config, CPU)
+        with fake_tensors(), torch.no_grad():
+            tokens = model.text_encoder.tokenize([""], prepared.config.data.weighted_captions)
+            conditioning = None if prepared.encodes_captions else model.text_encoder.encode(tokens)
+        return cls(None, _made_up(tokens)) if conditioning is None else cls(_made_up(conditioning), None)
+
+
+def make_batch(shape: BatchShape, texts: Texts, model: DiffusionModel) -> Batch:
+    """A micro-batch of that shape, of noise, on the CPU; reads no weights."""
+    latents = shape.images, *model.latent_shape(*shape.size)
+    return Batch(
+        latents=normal(keyed_generator("plan", "latents"), latents),
+        noise=normal(keyed_generator("plan", "noise"), latents),
+        timesteps=torch.full((shape.images,), model.noise.num_timesteps // 2),
+        weights=torch.ones(shape.images),
+        sample_seeds=torch.arange(shape.images),
+        conditioning=_repeated(texts.conditioning, shape.images),
+        tokens=_repeated(texts.tokens, shape.images),
+        images=("noise",) * shape.images,
+        share=1.0,
+    )
+
+
+def _made_up(tensors: Conditioning | Tokens) -> dict[str, Tensor]:
+    """Noise, or the first token, in the shapes of imagined tensors."""
+    generator = keyed_generator("plan", "texts")
+    return {
+        name: normal(generator, tensor.shape).to(tensor.dtype)
+        if tensor.is_floating_point()
+        else torch.zeros(tensor.shape, dtype=tensor.dtype)
+        for name, tensor in tensors.items()
+    }
+
+
+def _repeated(tensors: Conditioning | Tokens | None, count: int) -> dict[str, Tensor] | None:
+    if tensors is None:
+        return None
+    return {name: tensor.repeat(count, *[1] * (tensor.ndim - 1)) for name, tensor in tensors.items()}

@@ -1,0 +1,1 @@
+"""Finding plugins, building components and reporting their errors."""

@@ -1,0 +1,203 @@
+"""The catalog of all that installed plugins provide.
+
+Each entry point is loaded and asked on its own, so that a plugin that fails to import, misspells a
+hook or raises is noted with its error and takes nothing else down. A name that two distributions
+provide belongs to neither: asking for it names both.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
+from typing import TypeVar
+
+from attrs import frozen
+
+from lorakit.api.components import Component, with_import_path
+from lorakit.checkpoints import CheckpointSummary
+from lorakit.errors import PluginError
+from lorakit.plugins.discovery import (
+    Installed,
+    PluginSource,
+    format_error,
+    installed_plugins,
+    load_hooks,
+    named_if_slow,
+    registered_components,
+)
+from lorakit.plugins.other_names import meaning_of
+
+log = logging.getLogger(__name__)
+
+ComponentT = TypeVar("ComponentT", bound=Component)
+
+
+@frozen
+class Registration:
+    """A component and where it comes from."""
+
+    component: type[Component]
+    provider: PluginSource
+
+
+@frozen
+class Detector:
+    """A function that recognises models of a family, and where it comes from."""
+
+    detect: Callable[..., object]
+    """The hook; takes `checkpoint`."""
+    provider: PluginSource
+
+
+@frozen
+class BrokenPlugin:
+    """A plugin that could not be used, and why."""
+
+    provider: PluginSource
+    error: str
+
+
+@frozen
+class Catalog:
+    """All components that installed plugins provide, and the plugins that failed."""
+
+    registrations: tuple[Registration, ...] = ()
+    broken: tuple[BrokenPlugin, ...] = ()
+    detectors: tuple[Detector, ...] = ()
+
+    @classmethod
+    def discover(cls) -> Catalog:
+        """The catalog of what is installed."""
+        return cls.of(installed_plugins())
+
+    @classmethod
+    def of(cls, plugins: Iterable[Installed]) -> Catalog:
+        """The catalog of given plugins, each with a function that imports it."""
+        # A dict, because a module that imports another's hook registers the same component once more.
+        registrations: dict[tuple[type[Component], str], Registration] = {}
+        broken: list[BrokenPlugin] = []
+        detectors: list[Detector] = []
+        for provider, load in plugins:
+            try:
+                with named_if_slow(provider):
+                    hooks = load_hooks(load())
+                    components = list(registered_components(hooks))
+            # SystemExit too: an import that calls sys.exit must not end lorakit.
+            except (Exception, SystemExit) as error:
+                log.debug("plugin %r of %s is broken", provider.entry_point, provider, exc_info=True)
+                broken.append(BrokenPlugin(provider, format_error(error)))
+                continue
+            for component in components:
+                registrations.setdefault((component, provider.distribution), Registration(component, provider))
+            if hooks.detect_model_family.get_hookimpls():
+                detectors.append(Detector(hooks.detect_model_family, provider))
+        return cls(tuple(registrations.values()), tuple(broken), tuple(detectors))
+
+    def of_kind(self, base: type[Component]) -> dict[str, list[Registration]]:
+        """The components derived from `base`, by name; more than one entry is a clash."""
+        found: dict[str, list[Registration]] = {}
+        for registration in self.registrations:
+            if issubclass(registration.component, base):
+                found.setdefault(registration.component.name, []).append(registration)
+        return dict(sorted(found.items()))
+
+    def find(self, base: type[ComponentT], name: str) -> type[ComponentT]:
+        """The component of a kind by its name, or by `distribution:name` where two share the name.
+
+        A dotted path that is nobody's name is one to a class, for the component that is `takes_import_path`.
+        Raises PluginError, which says what is near, what clashes, or which broken plugin may have provided it.
+        """
+        distribution, _, short_name = name.rpartition(":")
+        known = self.of_kind(base).get(short_name) or (self._by_path(base) if "." in short_name else [])
+        candidates = [found for found in known if not distribution or found.provider.is_of(distribution)]
+        if not candidates:
+            raise PluginError(self._unknown(base, name))
+        if len(candidates) > 1:
+            raise PluginError(_clash(base, short_name, candidates))
+        component: type[ComponentT] = with_import_path(candidates[0].component, short_name)  # type: ignore[arg-type]
+        missing = missing_packages(component)
+        if missing:
+            what = "a package that is" if len(missing) == 1 else "packages that are"
+            raise PluginError(f"{base.kind} {name!r} needs {what} not installed: pip install {' '.join(missing)}")
+        return component
+
+    def _by_path(self, base: type[Component]) -> list[Registration]:
+        own = [found for found in self.registrations if issubclass(found.component, base)]
+        return [found for found in own if found.component.takes_import_path]
+
+    def full_name(self, component: type[Component]) -> str:
+        """What to write in a config for a component: its name, with the distribution where two share the name."""
+        same = [found for found in self.registrations if _kind_and_name(found.component) == _kind_and_name(component)]
+        own = next((found.provider for found in same if found.component is component), None)
+        return f"{own.distribution}:{component.name}" if own and len(same) > 1 else component.name
+
+    def detect_model_family(self, checkpoint: CheckpointSummary) -> str | None:
+        """The family that a checkpoint belongs to, as the first plugin says that knows it.
+
+        A plugin that fails at it is passed over with a warning.
+        """
+        for detector in self.detectors:
+            try:
+                found = detector.detect(checkpoint=checkpoint)
+                if not isinstance(found, str | None):
+                    raise TypeError(f"detect_model_family returned {found!r}, not the name of a family")
+            except (Exception, SystemExit) as error:  # a plugin can raise anything
+                plugin = detector.provider
+                log.warning(
+                    "the plugin %r of %s cannot tell the family of %s: %s",
+                    plugin.entry_point, plugin, checkpoint.path, format_error(error),
+                    exc_info=log.isEnabledFor(logging.DEBUG),
+                )  # fmt: skip
+            else:
+                if found is not None:
+                    return found
+        return None
+
+    def _unknown(self, base: type[Component], name: str) -> str:
+        known = self.of_kind(base)
+        short_name = name.rpartition(":")[2]
+        near = difflib.get_close_matches(short_name.lower(), known, n=1, cutoff=0.6)
+        hint = f"there are {', '.join(known)}" if known else "there is none"
+        if near:
+            hint = f"did you mean {near[0]!r}?"
+        hint = meaning_of(base.kind, short_name, known) or hint
+        if short_name in known:
+            hint = f"{short_name!r} is provided by {_listed(known[short_name])}"
+        text = f"no {base.kind} is called {name!r} ({hint})"
+        for plugin in self.broken:
+            text += (
+                f"; the plugin {plugin.provider.entry_point!r} of {plugin.provider}, "
+                f"which may provide it, is broken: {plugin.error}"
+            )
+        return text
+
+
+def missing_packages(component: type[Component]) -> list[str]:
+    """Those of the optional packages that a component needs which are not installed."""
+    missing = []
+    for package in component.requires:
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError:
+            missing.append(package)
+    return missing
+
+
+def _clash(base: type[Component], name: str, candidates: Sequence[Registration]) -> str:
+    names = sorted({candidate.provider.distribution for candidate in candidates})
+    text = f"{base.kind} {name!r} is provided by {_listed(candidates)}"
+    if len(names) == 1:
+        return f"{text}; one distribution cannot provide it twice, so tell its authors, or uninstall it"
+    qualified = " or ".join(f"'{distribution}:{name}'" for distribution in names)
+    return f"{text}; write {qualified}, or uninstall one of them"
+
+
+def _listed(registrations: Sequence[Registration]) -> str:
+    providers = [registration.provider for registration in registrations]
+    return " and ".join(f"{provider} ({provider.entry_point})" for provider in providers)
+
+
+def _kind_and_name(component: type[Component]) -> tuple[str, str]:
+    return component.kind, component.name

@@ -1,0 +1,113 @@
+"""Classes of other packages by dotted path: what can be said of them early, and how they are made.
+
+`check_import_path` imports nothing: it looks for the package and for the class's name in the source. That the
+class is of the right kind and takes the arguments shows when it is imported, which `made` does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lorakit.errors import ConfigError, Problem
+
+ClassT = TypeVar("ClassT")
+
+
+def check_import_path(path: str) -> Iterator[Problem]:
+    """What is wrong with a dotted path to a class, as far as it shows without importing it; the key is `name`."""
+    package, *inner = path.split(".")
+    if not inner or not all(part.isidentifier() for part in (package, *inner)):
+        yield Problem("name", f"{path!r} is not a path to a class", 'such as "torch.optim.RAdam"')
+        return
+    place, spec = package, _spec_of(package)
+    if spec is None:
+        yield Problem("name", f"the package {package!r} is not installed", "pip install the one that has the class")
+    for part in inner:
+        if spec is None:
+            return
+        module = PathFinder.find_spec(f"{place}.{part}", spec.submodule_search_locations or [])
+        if module is None:
+            yield from _problems_of_name(place, part, _source(spec))
+        place, spec = f"{place}.{part}", module
+
+
+def _spec_of(package: str) -> ModuleSpec | None:
+    try:
+        return find_spec(package)
+    except (ImportError, ValueError):  # such as `__main__`
+        return None
+
+
+def _source(spec: ModuleSpec) -> str:
+    """The text of a module's file; empty where it has none that is written in Python."""
+    if spec.origin is None or not spec.origin.endswith(".py"):
+        return ""
+    return Path(spec.origin).read_text(encoding="utf-8", errors="replace")
+
+
+def _problems_of_name(place: str, name: str, source: str) -> Iterator[Problem]:
+    """Says so if a module's source shows that it has no such name."""
+    words = set(re.findall(r"\w+", source))
+    if words and name not in words and "__getattr__" not in words and "import *" not in source:
+        near = difflib.get_close_matches(name, words, n=1, cutoff=0.6)
+        yield Problem("name", f"{place} has no {name!r}", f"did you mean {place}.{near[0]}?" if near else "")
+
+
+def import_class(path: str, base: type[ClassT], section: str) -> type[ClassT]:
+    """The class at a path. Raises ConfigError where it is none, or none that is derived from `base`."""
+    modules, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(modules), name)
+    except (Exception, SystemExit) as error:  # an import can raise anything
+        text = " ".join(str(error).split())
+        raise ConfigError([Problem(f"{section}.name", f"{path} cannot be imported: {text}")]) from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        what = f"{base.__module__}.{base.__qualname__}"
+        raise ConfigError([Problem(f"{section}.name", f"{path} is not a class derived from {what}")])
+    required = [one.name for one in _parameters(found.step)[1:] if one.default is inspect.Parameter.empty]  # type: ignore[attr-defined]
+    if required:
+        message = f"{path} needs {' and '.join(required)} at each step, which there is nothing to give it"
+        raise ConfigError([Problem(f"{section}.name", message, "choose another")])
+    return found
+
+
+def instantiate(cls: type[ClassT], first: object, arguments: Mapping[str, Any], section: str, **given: Any) -> ClassT:
+    """An instance of a class: from its first argument, those of the config, and those of `given` that it takes.
+
+    Lists become tuples where the class has a tuple. Raises ConfigError, which names the argument where it can.
+    """
+    parameters = {parameter.name: parameter for parameter in _parameters(cls)[1:]}
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    unknown = [name for name in arguments if name not in parameters and not takes_any]
+    if unknown:
+        hint = f"it takes {', '.join(name for name in parameters if name not in given)}"
+        raise ConfigError(
+            [Problem(f"{section}.args.{name}", f"{cls.__name__} has no such argument", hint) for name in unknown]
+        )
+    converted = {name: _as_expected(value, parameters.get(name)) for name, value in arguments.items()}
+    own = {name: value for name, value in given.items() if name in parameters}
+    try:
+        return cls(first, **own, **converted)  # type: ignore[call-arg]
+    except Exception as error:  # a constructor can raise anything
+        text = " ".join(str(error).split())
+        raise ConfigError([Problem(f"{section}.args", f"{cls.__name__} refuses them: {text}")]) from error
+
+
+def _parameters(function: Any) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # one that is not written in Python
+        return []
+
+
+def _as_expected(value: Any, parameter: inspect.Parameter | None) -> Any:
+    expects_tuple = parameter is not None and isinstance(parameter.default, tuple)
+    return tuple(value) if expects_tuple and isinstance(value, list) else value

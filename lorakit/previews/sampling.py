@@ -1,0 +1,103 @@
+"""Drawing: prompts to latents, and latents to pixels.
+
+B pictures drawn at once, C latent channels, h and w latent sides, H and W picture sides in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorakit.diffusion.samplers import SAMPLERS, build_scheduler
+from lorakit.previews.png import PreviewJob
+
+if TYPE_CHECKING:
+    from lorakit.models.interfaces import Conditioning, DiffusionModel
+
+Texts = Mapping[str, "Conditioning"]
+"""Encoded texts, by text, each with one row."""
+
+
+def encode_texts(model: DiffusionModel, texts: Iterable[str], weighted: bool = False) -> dict[str, Conditioning]:
+    """Conditioning of each text, one row each; cut off at the length that the model is set to.
+
+    With `weighted`, brackets say how much words count.
+    """
+    encoder = model.text_encoder
+    return {text: encoder.encode(encoder.tokenize([text], weighted)) for text in dict.fromkeys(texts)}
+
+
+def sample_latents(
+    model: DiffusionModel, pictures: Sequence[PreviewJob], texts: Texts, batch_size: int
+) -> list[Tensor]:
+    """The latents [C, h, w] of each picture; those of equal size, steps, sampler and scale are drawn together.
+
+    `texts` must hold each prompt and negative prompt.
+    """
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for index, picture in enumerate(pictures):
+        prompt = picture.prompt
+        key = (prompt.width, prompt.height, prompt.steps, prompt.sampler, prompt.scale)
+        groups.setdefault(key, []).append(index)
+    drawn: dict[int, Tensor] = {}
+    for group in groups.values():
+        for start in range(0, len(group), batch_size):
+            chosen = group[start : start + batch_size]
+            drawn.update(zip(chosen, _drawn(model, [pictures[index] for index in chosen], texts), strict=True))
+    return [drawn[index] for index in range(len(pictures))]
+
+
+def _drawn(model: DiffusionModel, pictures: Sequence[PreviewJob], texts: Texts) -> Tensor:
+    """The latents [B, C, h, w] of pictures that differ only in their texts and seeds."""
+    settings = pictures[0].prompt
+    scheduler = build_scheduler(settings.sampler, model.noise)
+    scheduler.set_timesteps(settings.steps)
+    generators = [torch.Generator().manual_seed(picture.seed) for picture in pictures]
+    options = {"generator": generators} if SAMPLERS[settings.sampler].is_stochastic else {}
+    shape = model.latent_shape(settings.width, settings.height)
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    latents: Tensor = noise.to(next(model.denoiser.parameters()).device) * scheduler.init_noise_sigma
+    conditioning = _conditioning(pictures, texts)
+    for timestep in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(latents, timestep)
+        prediction = classifier_free_guidance(model, scaled, timestep, conditioning, settings.scale)
+        latents = scheduler.step(prediction, timestep, latents, return_dict=False, **options)[0]
+    return latents
+
+
+def _conditioning(pictures: Sequence[PreviewJob], texts: Texts) -> Conditioning:
+    """What the denoiser is told, [B, …]; with guidance [2B, …], the negative prompts first."""
+    wanted = [picture.prompt.prompt for picture in pictures]
+    if pictures[0].prompt.scale > 1:
+        wanted = [picture.prompt.negative_prompt for picture in pictures] + wanted
+    return {name: torch.cat([texts[text][name] for text in wanted]) for name in texts[wanted[0]]}
+
+
+def classifier_free_guidance(
+    model: DiffusionModel, noisy_latents: Tensor, timestep: Tensor, conditioning: Conditioning, scale: float
+) -> Tensor:
+    """The denoiser's output, float32 [B, C, h, w]; with a scale above 1 led away from the negative prompts."""
+    if scale <= 1:
+        return _predicted(model, noisy_latents, timestep, conditioning)
+    doubled = torch.cat([noisy_latents, noisy_latents])
+    away, towards = _predicted(model, doubled, timestep, conditioning).chunk(2)
+    return away + scale * (towards - away)
+
+
+def _predicted(model: DiffusionModel, noisy_latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    timesteps = timestep.to(noisy_latents.device).expand(len(noisy_latents))
+    return model.predict(noisy_latents, timesteps, conditioning).float()
+
+
+def decode(model: DiffusionModel, latents: Iterable[Tensor]) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
+    """The pixels [H, W, 3] of each picture's latents [C, h, w]; one at a time, as decoding takes much memory.
+
+    What is not a number, as from adapters that diverged, is grey.
+    """
+    for own in latents:
+        image = model.vae_decoder.decode(own.unsqueeze(0))[0].nan_to_num(0)
+        yield ((image + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()

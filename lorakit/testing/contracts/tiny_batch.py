@@ -1,0 +1,61 @@
+"""One micro-batch for a tiny model, and what the model makes of it.
+
+B images, C latent channels, h and w latent sides.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorakit.api.components import ModelFamilyConfig
+from lorakit.config.loss import LossSection
+from lorakit.data.loader import Batch
+from lorakit.diffusion.loss import denoising_loss
+from lorakit.models.interfaces import DiffusionModel
+from lorakit.plugins.catalog import Catalog
+
+CPU = torch.device("cpu")
+CAPTIONS = ("a meadow, green grass", "a very long caption about a city at night, " * 3)
+
+
+def read_model(path: Path, dtype: torch.dtype = torch.float32) -> DiffusionModel:
+    """The Stable Diffusion 1.x in a file or folder, on the CPU."""
+    return Catalog.discover().find(ModelFamilyConfig, "sd1")(path=str(path)).build(CPU, dtype)
+
+
+def pictures(count: int = 2, side: int = 64) -> Tensor:
+    """Random images [B, 3, side, side] in [-1, 1]."""
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def make_batch(model: DiffusionModel) -> Batch:
+    """Two images at different timesteps, the captions as tokens."""
+    generator = torch.Generator().manual_seed(1)
+    latents, _ = model.vae_encoder.encode(pictures())
+    return Batch(
+        latents=latents,
+        noise=torch.randn(latents.shape, generator=generator),
+        timesteps=torch.tensor([100, 700]) * model.noise.num_timesteps // 1000,
+        weights=torch.ones(2),
+        sample_seeds=torch.tensor([11, 12]),
+        conditioning=None,
+        tokens=model.text_encoder.tokenize(CAPTIONS),
+        images=("meadow.png", "city.png"),
+        share=1.0,
+    )
+
+
+def predict(model: DiffusionModel, batch: Batch) -> Tensor:
+    """The model's prediction for the batch, [B, C, h, w]; the text encoder takes part."""
+    assert batch.tokens is not None
+    noisy_latents = model.noise.add_noise(batch.latents, batch.noise, batch.timesteps)
+    return model.predict(noisy_latents, batch.timesteps, model.text_encoder.encode(batch.tokens))
+
+
+def loss_of(model: DiffusionModel, batch: Batch) -> Tensor:
+    """The training loss of the batch, a scalar; the text encoder takes part."""
+    assert batch.tokens is not None
+    return denoising_loss(model, batch, model.text_encoder.encode(batch.tokens), LossSection())

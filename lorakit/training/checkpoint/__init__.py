@@ -1,0 +1,1 @@
+"""States: what is needed to resume a run."""

@@ -1,0 +1,127 @@
+"""What a run is told by: a state is taken up only where the run goes on to the result that it would have had.
+
+What differs is named, with both values.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from attrs import evolve, frozen
+
+from lorakit.config.diff import Difference, as_json, differences
+from lorakit.config.train_config import AUTOTUNE_KEYS, TrainConfig
+from lorakit.data.cache.file_cache import FileStatCache
+from lorakit.data.cache.parallel import map_chunked
+from lorakit.data.cache.store import content_key
+from lorakit.data.index import Example, default_workers
+from lorakit.errors import Problem
+from lorakit.training.prepare import PreparedRun
+
+log = logging.getLogger(__name__)
+
+NEUTRAL_SECTIONS = ("output", "metadata", "saver", "observers", "attention")
+"""Sections that may differ between a state's config and the config of the run that takes it up."""
+
+NEUTRAL_KEYS = {
+    "data": ("cache_dir", "workers", "encode_batch_size"),
+    "training": (
+        "max_epochs", "max_steps", "on_nonfinite", "device", "process_timeout", "gradient_checkpointing", "stream_base",
+        "compile_backend", "tf32", "deterministic", *AUTOTUNE_KEYS,
+    ),
+}  # fmt: skip
+"""Keys of other sections that may differ too: what is trained does not depend on them, but for rounding."""
+
+_NAMED = 3
+
+
+@frozen
+class RunFingerprint:
+    """What must stay the same when a state is taken up."""
+
+    config: TrainConfig
+    """The config, whose batch sizes count the images of all processes."""
+    images: Mapping[str, str]
+    """The images to train on, in order: a key of all that is trained of each, by its identity."""
+    processes: int = 1
+    """How many processes there are; what is trained depends on it through the batch sizes alone."""
+
+    @classmethod
+    def of(cls, prepared: PreparedRun, processes: int) -> RunFingerprint:
+        """That of a run. Raises DataError where an image cannot be read."""
+        config, memo = prepared.config, prepared.cache.memo
+        datasets = tuple(evolve(own, batch_size=own.batch_size * processes) for own in config.data.datasets)
+        examples = [example for dataset in prepared.datasets for example in dataset.examples]
+        with ThreadPoolExecutor(config.data.workers or default_workers()) as pool:
+            keys = list(map_chunked(pool, lambda example: _key(example, memo), examples))
+        images = {example.identity: key for example, key in zip(examples, keys, strict=True)}
+        return cls(evolve(config, data=evolve(config.data, datasets=datasets)), images, processes)
+
+    def described(self) -> dict[str, Any]:
+        """What a state keeps of it, as JSON."""
+        tables = {
+            section: {key: value for key, value in table.items() if key not in NEUTRAL_KEYS.get(section, ())}
+            for section, table in as_json(self.config).items()
+            if section not in NEUTRAL_SECTIONS
+        }
+        return {"processes": self.processes, "config": tables, "images": dict(self.images)}
+
+    def problems_with(self, described: Mapping[str, Any]) -> list[Problem]:
+        """What differs from what `described` gave for another run. Raises as a damaged description makes it."""
+        processes = int(described["processes"])
+        found = [
+            self._problem(difference, processes)
+            for difference in differences(self.config, described["config"])
+            if not _is_neutral(difference.key)
+        ]
+        return [*found, *self._problems_of_images(list(dict(described["images"]).items()))]
+
+    def _problem(self, difference: Difference, processes: int) -> Problem:
+        before, now = (json.dumps(value, ensure_ascii=False) for value in (difference.before, difference.now))
+        message = f"{_said(before)} in the state, {_said(now)} in the config"
+        if not difference.key.endswith(".batch_size") or processes == self.processes:
+            return Problem(difference.key, message)
+        wanted, left = divmod(difference.before, self.processes)
+        counted = f"{message}, counting the images of all processes: {processes} then, {self.processes} now"
+        return Problem(difference.key, counted, "" if left else f"set it to {wanted} for this number of processes")
+
+    def _problems_of_images(self, before: Sequence[tuple[str, str]]) -> Iterator[Problem]:
+        then, now = dict(before), self.images
+        added = [name for name in now if name not in then]
+        gone = [name for name in then if name not in now]
+        changed = [name for name, key in now.items() if then.get(name, key) != key]
+        if added or gone:
+            lists = [f"{verb} {_some(names)}" for verb, names in (("new:", added), ("gone:", gone)) if names]
+            yield Problem("data", f"{len(then)} images in the state, {len(now)} now; {'; '.join(lists)}")
+        if changed:
+            what = "other content, size, caption, mask or repeats than in the state"
+            yield Problem("data", f"{what}: {_some(changed)}")
+        if not (added or gone) and list(then) != list(now):
+            yield Problem("data", "the images stand in another order than in the state")
+
+
+def _key(example: Example, memo: FileStatCache) -> str:
+    """A key of all that is trained of an image, but for what the config says of its subset."""
+    mask = memo.digest(example.mask) if example.mask else None
+    face, placement = example.face, example.placement
+    where = (placement.resized, placement.bucket, placement.crop_xy, face and (face.center, face.side))
+    return content_key(memo.digest(example.image), mask, *where, example.repeats, example.caption)[:12]
+
+
+def _is_neutral(key: str) -> bool:
+    section, _, name = key.partition(".")
+    return section in NEUTRAL_SECTIONS or name in NEUTRAL_KEYS.get(section, ())
+
+
+def _said(value: str) -> str:
+    return "absent" if value == "null" else value
+
+
+def _some(identities: Sequence[str]) -> str:
+    """The first few file names."""
+    names = [identity.split("/", 2)[-1] for identity in identities]
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

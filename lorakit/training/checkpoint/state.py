@@ -1,0 +1,231 @@
+"""States: all that is needed to go on with a run from the step it had come to.
+
+Randomness is keyed by step and sample, so there is no generator to save: factors, optimizer,
+LR schedule, loss scale and the number of steps done are everything. A state is a folder that
+appears under its name only when it is whole and was read back.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from attrs import frozen
+from safetensors import SafetensorError
+from torch import Tensor
+
+import lorakit
+from lorakit.checkpoints.safetensors_content import safetensors_content
+from lorakit.checkpoints.safetensors_header import safetensors_shapes
+from lorakit.config.train_config import TrainConfig
+from lorakit.data.cache.file_cache import content_digest
+from lorakit.errors import AdapterError, ConfigError, DataError, ModelError, OutputError, Problem
+from lorakit.training.checkpoint.compatibility import RunFingerprint
+from lorakit.training.checkpoint.serialization import NotSerializableError, deserialize, serialize
+from lorakit.utils.atomic_io import (
+    as_output_error,
+    commit,
+    flush_to_disk,
+    remove_folder,
+    staging_dir,
+    write_atomically,
+)
+
+log = logging.getLogger(__name__)
+
+FORMAT = 3
+"""Number of the layout of states; a state of another one cannot be read."""
+
+_TENSORS, _MACHINERY, _DESCRIPTION = "network.safetensors", "machinery.safetensors", "state.json"
+_END = "finished.json"
+"""What is in a state that the run has gone on from to its end."""
+
+
+@frozen
+class State:
+    """Where a run has come to."""
+
+    step: int
+    """Optimizer steps done."""
+    total_steps: int
+    """How many the whole run was to have."""
+    tensors: Mapping[str, Tensor]
+    """The adapters as they are trained, by the keys of a LoRA file."""
+    machinery: Mapping[str, Any]
+    """State dicts of `optimizer`, `lr_scheduler` and `scaler`."""
+
+
+def state_folder(config: TrainConfig) -> Path:
+    """The folder that holds the states of a run."""
+    return config.output.dir / f"{config.output.name}-state"
+
+
+def write_state(state: State, identity: RunFingerprint, folder: Path) -> Path:
+    """Write a state into a folder, read it back, and remove older ones as the config says; gives its own folder.
+
+    Those of later steps, of an earlier run in the same folder, stay.
+    Raises OutputError when it cannot be written, or is not read back as it was written.
+    """
+    final = folder / f"step{state.step:08d}"
+    with staging_dir(final) as scratch:
+        written = scratch / final.name
+        try:
+            with as_output_error(final):
+                written.mkdir()
+                _write(state, identity, written)
+            _verified(written, _described(written))
+            read_state(written, torch.device("cpu"))
+        except NotSerializableError as error:
+            raise OutputError(f"{final} was not written: {error}") from error
+        except ConfigError as error:
+            raise OutputError(f"{final} was not read back as it was written: {error}") from error
+        commit(written, final)
+    _remove_older(folder, final, identity.config.output.keep_last_states)
+    return final
+
+
+def _write(state: State, identity: RunFingerprint, folder: Path) -> None:
+    """Write the files of a state, those that are described before the description, and flush them."""
+    contents = {_TENSORS: safetensors.torch.save(dict(state.tensors)), _MACHINERY: serialize(dict(state.machinery))}
+    description = {
+        "format": FORMAT,
+        "lorakit": lorakit.__version__,
+        "step": state.step,
+        "total_steps": state.total_steps,
+        "files": {name: blake2b(content, digest_size=16).hexdigest() for name, content in contents.items()},
+        **identity.described(),
+    }
+    contents[_DESCRIPTION] = json.dumps(description, indent=1).encode()
+    for name, content in contents.items():
+        with (folder / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    with suppress(OSError):
+        flush_to_disk(folder)
+
+
+def _remove_older(folder: Path, newest: Path, keep: int) -> None:
+    """Remove all states up to the newest but the last ones."""
+    so_far = [state for state in states_in(folder) if state.name <= newest.name]
+    for older in so_far[:-keep]:
+        try:
+            remove_folder(older)
+        except OutputError as error:
+            log.warning("an older state stays: %s", error)
+
+
+def note_end(folder: Path, total_steps: int) -> None:
+    """Note in a folder's states that their run has gone on from them to its end."""
+    for state in states_in(folder):
+        with suppress(OutputError):
+            write_atomically(state / _END, json.dumps({"total_steps": total_steps}).encode())
+
+
+def forget_end(folder: Path) -> None:
+    """Take that back, as the run begins again."""
+    for state in states_in(folder):
+        with suppress(OSError):
+            (state / _END).unlink(missing_ok=True)
+
+
+def has_ended(state: Path, total_steps: int) -> bool:
+    """Whether the run of a state has gone on from there to its end, which was after so many steps."""
+    try:
+        noted = json.loads((state / _END).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(noted == {"total_steps": total_steps})
+
+
+def states_in(folder: Path) -> list[Path]:
+    """The states in a folder, oldest first; one may be damaged all the same."""
+    return sorted(path for path in folder.glob("step*") if path.is_dir())
+
+
+def read_state(folder: Path, device: torch.device) -> State:
+    """A state, its machinery on a device. Raises ConfigError when it is damaged."""
+    with state_errors(folder):
+        description = _described(folder)
+        safetensors_shapes(folder / _TENSORS)
+        tensors, _ = safetensors_content(folder / _TENSORS)
+        machinery = deserialize(folder / _MACHINERY, device)
+        return State(description["step"], description["total_steps"], tensors, machinery)
+
+
+def find_state(identity: RunFingerprint, folder: Path | None) -> Path:
+    """The state in a folder, or the newest whole one that belongs to this run; those passed over are told.
+
+    Raises ConfigError when there is none, or when it is damaged or belongs to another run.
+    """
+    where = folder or state_folder(identity.config)
+    states = states_in(where) if folder is None else [folder] * (folder / _DESCRIPTION).is_file()
+    if not states:
+        raise ConfigError([Problem("--resume", f"there is no state in {where}", "start without --resume")])
+    refusals: list[ConfigError] = []
+    for state in reversed(states):
+        try:
+            _check(state, identity)
+        except ConfigError as error:
+            refusals.append(error)
+            continue
+        for refusal in refusals:
+            log.warning("a newer state is passed over: %s", refusal)
+        return state
+    raise refusals[0]
+
+
+def _check(folder: Path, identity: RunFingerprint) -> None:
+    """Raise ConfigError unless a state is whole and belongs to a run."""
+    description = _described(folder)
+    with state_errors(folder):
+        problems = identity.problems_with(description)
+    if problems:
+        what = "".join(f"\n  {problem}" for problem in problems)
+        cure = f'Undo what differs, or start anew from its weights: network.weights = "{folder / _TENSORS}"'
+        told = f"the state in {folder} was saved by a run with another config or dataset:{what}\n{cure}"
+        raise ConfigError([Problem("--resume", told)])
+    _verified(folder, description)
+    if description["lorakit"] != lorakit.__version__:
+        told = "the state in %s was saved by lorakit %s, this is %s: the result may differ from that of either"
+        log.warning(told, folder, description["lorakit"], lorakit.__version__)
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """What a state says of itself. Raises ConfigError when it is damaged, or of another format."""
+    with state_errors(folder):
+        description = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+        step, version, number = int(description["step"]), str(description["lorakit"]), description.get("format", 1)
+        if number == FORMAT:
+            return {**description, "step": step, "total_steps": int(description["total_steps"]), "lorakit": version}
+    problem = f"the state in {folder} has format {number}, of lorakit {version}; this lorakit reads format {FORMAT}"
+    raise ConfigError([Problem("--resume", problem, f"go on with lorakit {version}, or start anew from its weights")])
+
+
+def _verified(folder: Path, description: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless the files of a state are, byte for byte, as they were written."""
+    with state_errors(folder):
+        for name in (_TENSORS, _MACHINERY):
+            if content_digest(folder / name) != description["files"][name]:
+                raise ValueError(f"{name} is not as it was written")
+
+
+@contextmanager
+def state_errors(folder: Path) -> Iterator[None]:
+    """Raise what a damaged state causes as a ConfigError that names its folder."""
+    try:
+        yield
+    except (
+        OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError,
+        DataError, AdapterError, ModelError,
+    ) as error:  # fmt: skip
+        problem = f"the state in {folder} is damaged: {type(error).__name__}: {error}"
+        raise ConfigError([Problem("--resume", problem, "give another state's folder")]) from error

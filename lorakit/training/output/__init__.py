@@ -1,0 +1,1 @@
+"""Writing LoRA files and their metadata."""

@@ -1,0 +1,85 @@
+"""The files of a run: the adapters with their metadata, and the resolved config beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from lorakit.config.dump import to_toml
+from lorakit.config.train_config import TrainConfig
+from lorakit.errors import AdapterError, OutputError, TrainingDiverged
+from lorakit.models.interfaces import DiffusionModel
+from lorakit.networks.adapter_file import AdapterFile, Saver
+from lorakit.networks.network import Network
+from lorakit.plugins.catalog import Catalog
+from lorakit.plugins.failures import plugin_errors
+from lorakit.training.output.metadata import save_metadata, without_training
+from lorakit.utils.atomic_io import as_output_error, commit, staging_dir, write_atomically
+
+
+@frozen
+class AdapterWriter:
+    """Writes the adapters of one run."""
+
+    config: TrainConfig
+    model: DiffusionModel
+    network: Network
+    saver: Saver
+    metadata: Mapping[str, str]
+    """What stays the same over the run, but for what the model says of itself."""
+
+    def write_config(self, catalog: Catalog) -> None:
+        """Write the resolved config, which repeats the run; the catalog says which names need a distribution."""
+        path = self.config.output.dir / f"{self.config.output.name}.config.toml"
+        write_atomically(path, to_toml(self.config, catalog).encode())
+
+    def path(self, stem: str, folder: Path | None = None) -> Path:
+        """The file for a name without extension, in the output folder or another."""
+        return (folder or self.config.output.dir) / f"{stem}{self.saver.suffix}"
+
+    @property
+    def size(self) -> int:
+        """About how many bytes a file has."""
+        itemsize = 4 if self.config.saver.precision == "fp32" else 2
+        return sum(tensor.numel() for tensor in self.network.file_tensors().values()) * itemsize
+
+    def write(self, path: Path, step: int, epoch: int) -> None:
+        """Write the adapters as they are now, and read them back before the file gets its name.
+
+        Raises TrainingDiverged when a factor is not finite, so that a broken file never takes the place of a
+        good one; and OutputError when the file cannot be written, or is not read back as it was written.
+        """
+        tensors = self.network.file_tensors()
+        broken = next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None)
+        if broken:
+            raise TrainingDiverged(f"step {step}: {broken} is not finite; nothing was saved, earlier saves are kept")
+        # Asked for here and not at the start: hashing a base model of some gigabytes takes seconds, once.
+        metadata = {**self.metadata, **self.model.metadata(), **save_metadata(step, epoch)}
+        if self.config.metadata.minimal:
+            metadata = without_training(metadata)
+        with staging_dir(path) as scratch:
+            written = scratch / path.name
+            with plugin_errors(self.config.saver, "save"), as_output_error(path):
+                try:
+                    self.saver.save(AdapterFile(tensors, metadata), written)
+                except OutputError as error:
+                    raise OutputError(str(error).replace(str(written), str(path))) from error
+            why = self._misread(written, tensors)
+            if why:
+                raise OutputError(f"{path} was not read back as it was written: {why}. The disk may be failing.")
+            commit(written, path)
+
+    def _misread(self, path: Path, tensors: Mapping[str, Tensor]) -> str:
+        """Why a file does not hold these tensors, in the number format of the saver; empty where it does."""
+        try:
+            with plugin_errors(self.config.saver, "load"):
+                read = self.saver.load(path).tensors
+        except AdapterError as error:
+            return str(error)
+        wrong = tensors.keys() ^ read.keys()
+        wrong |= {key for key in tensors.keys() & read.keys() if not torch.equal(tensors[key].to(read[key]), read[key])}
+        return f"{min(wrong)} is another" if wrong else ""

@@ -1,0 +1,130 @@
+"""What a LoRA file says about its training, in the keys that webuis and sd-scripts read.
+
+All values are text; numbers and truth values as Python prints them, structures as JSON. The keys
+that are read, and by whom, are listed in the file format's documentation (`docs/reference/files.md`).
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from attrs import asdict
+from torch.optim import Optimizer
+
+import lorakit
+from lorakit.api.components import OptimizerConfig
+from lorakit.config.loss import LossSection
+from lorakit.config.train_config import TrainConfig
+from lorakit.data.index import has_augmentation
+from lorakit.training.output.dataset_metadata import data_metadata
+from lorakit.training.prepare import PreparedRun
+from lorakit.training.runtime.distributed import Distributed
+from lorakit.training.schedule import Schedule
+
+MINIMAL_KEYS = (
+    "ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args",
+)  # fmt: skip
+"""What `metadata.minimal` leaves of the keys that say how a file was trained: those that tools need to use it."""
+
+
+def run_metadata(
+    prepared: PreparedRun, schedule: Schedule, processes: Distributed, optimizer: Optimizer, started: float
+) -> dict[str, str]:
+    """The metadata that stays the same over a run; `started` is in seconds since 1970."""
+    config = prepared.config
+    values = {
+        **_training_values(config),
+        **_length_values(config, schedule, processes),
+        **_loss_values(config.loss),
+        **config.network.metadata(),
+        **data_metadata(prepared.datasets),
+        "ss_cache_latents": not has_augmentation(prepared.datasets),
+        **_modelspec_values(config),
+        "ss_optimizer": _optimizer_description(config.optimizer, optimizer),
+        "ss_session_id": secrets.randbits(32),
+        "ss_training_started_at": started,
+        "ss_output_name": config.output.name,
+        "ss_num_validation_images": sum(len(dataset.held_out) for dataset in prepared.datasets),
+        "ss_training_comment": config.output.training_comment,
+        "ss_prior_loss_weight": config.data.prior_loss_weight,
+        "ss_weighted_captions": config.data.weighted_captions,
+    }
+    return {key: str(value) for key, value in values.items()}
+
+
+def save_metadata(step: int, epoch: int) -> dict[str, str]:
+    """The metadata of one save."""
+    now = time.time()
+    return {
+        "ss_steps": str(step),
+        "ss_epoch": str(epoch),
+        "ss_training_finished_at": str(now),
+        "modelspec.date": datetime.fromtimestamp(now).isoformat(timespec="seconds"),
+    }
+
+
+def without_training(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata without how the file was trained."""
+    return {key: text for key, text in metadata.items() if not key.startswith("ss_") or key in MINIMAL_KEYS}
+
+
+def _training_values(config: TrainConfig) -> dict[str, Any]:
+    training, optimizer = config.training, config.optimizer
+    encoders = optimizer.lrs_for("text_encoder")
+    return {
+        "ss_seed": training.seed,
+        "ss_learning_rate": optimizer.lr,
+        "ss_unet_lr": optimizer.lr_for("unet"),
+        "ss_text_encoder_lr": list(encoders) if len(encoders) > 1 else encoders[0],
+        "ss_lr_scheduler": config.lr_scheduler.name,
+        "ss_lr_warmup_steps": getattr(config.lr_scheduler, "warmup_steps", 0),
+        "ss_max_grad_norm": training.max_grad_norm,
+        "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "ss_gradient_checkpointing": bool(training.gradient_checkpointing),
+        "ss_mixed_precision": training.mixed_precision,
+        "ss_full_fp16": False,
+        "ss_fp8_base": {"unet", "text_encoder"} <= set(training.fp8_base),
+        "ss_fp8_base_unet": training.fp8_base == ("unet",),
+    }
+
+
+def _length_values(config: TrainConfig, schedule: Schedule, processes: Distributed) -> dict[str, Any]:
+    images = config.data.datasets[0].batch_size * processes.world_size
+    return {
+        "ss_max_train_steps": schedule.total_steps,
+        "ss_num_epochs": schedule.total_epochs,
+        "ss_num_batches_per_epoch": schedule.micro_batches_per_epoch,
+        "ss_total_batch_size": images * config.training.gradient_accumulation_steps,
+    }
+
+
+def _optimizer_description(config: OptimizerConfig, optimizer: Optimizer) -> str:
+    """Its class and settings, as sd-scripts writes them: `torch.optim.adamw.AdamW(weight_decay=0.01)`.
+
+    The class is the one that others know, not a subclass that adapts it to lorakit.
+    """
+    cls = next(cls for cls in type(optimizer).__mro__ if not cls.__module__.startswith("lorakit."))
+    settings = ",".join(f"{name}={value}" for name, value in config.extra_options().items())
+    return f"{cls.__module__}.{cls.__qualname__}" + (f"({settings})" if settings else "")
+
+
+def _loss_values(loss: LossSection) -> dict[str, Any]:
+    """All options of the loss under the names that sd-scripts has for them."""
+    values = {f"ss_{name}": value for name, value in asdict(loss).items()}
+    return {**values, "ss_loss_type": values.pop("ss_type")}
+
+
+def _modelspec_values(config: TrainConfig) -> dict[str, Any]:
+    first, last = config.loss.min_timestep, config.loss.max_timestep
+    span = f"{first or 0},{config.model.num_timesteps if last is None else last}"
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": config.output.name,
+        "modelspec.implementation_version": f"lorakit/{lorakit.__version__}",
+        **({} if first is last is None else {"modelspec.timestep_range": span}),
+        **config.metadata.entries(),
+    }

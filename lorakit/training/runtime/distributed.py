@@ -1,0 +1,110 @@
+"""The processes of one run: which this is, on which device, and how they speak to each other.
+
+Launching is accelerate's (`accelerate launch -m lorakit train …`); alone, nothing of it is imported.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from lorakit.errors import ConfigError, Problem
+from lorakit.training.runtime.cpu_launch import join_cpu_processes
+from lorakit.training.runtime.device import check_device, find_device
+
+
+@frozen
+class Distributed:
+    """The place of one process among those of the run."""
+
+    device: torch.device
+    """Where this process computes."""
+    rank: int = 0
+    """Its number, from 0."""
+    world_size: int = 1
+    """How many there are."""
+
+    @classmethod
+    def init(cls, device: str, timeout: float | None = None) -> Distributed:
+        """The processes as the launcher made them, on a device by name, or the best one for `auto`.
+
+        `timeout` is how many minutes they wait for each other. Raises ConfigError when the device is not there
+        or cannot be used, or the processes were started in a way in which they cannot train.
+        """
+        join_cpu_processes()
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        processes = _join(device, timeout) if several else cls(find_device(device))
+        if processes.device.index is not None and processes.device.type != "cpu":
+            # What is done without naming a device, such as recording and pinning, is then done on this one.
+            torch.get_device_module(processes.device).set_device(processes.device)
+        check_device(processes.device)
+        return processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and talks to the user."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    def finish(self) -> None:
+        """Return when this process's device has done all that it was asked for."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The tensor, summed in place over all processes."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+
+def _join(device: str, timeout: float | None) -> Distributed:
+    """Meet the other processes of the run. Raises ConfigError where that could only fail."""
+    from accelerate import PartialState
+
+    asked = int(os.environ["WORLD_SIZE"])
+    on_cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    problems = [] if torch.distributed.is_initialized() else list(_problems_of_launch(device, on_cpu))
+    if problems:
+        raise ConfigError(problems)
+    settings: dict[str, Any] = {"timeout": timedelta(minutes=timeout)} if timeout else {}
+    if not on_cpu and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        # With it, NCCL need not guess the device, and tells at once what is wrong with it.
+        settings["device_id"] = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    state = PartialState(cpu=on_cpu, **settings)
+    if state.num_processes != asked:
+        message = f"WORLD_SIZE is {asked}, but this process finds no other"
+        raise ConfigError([Problem("", message, "start it with `accelerate launch` or torchrun, which set LOCAL_RANK")])
+    # At the end of the program and not of the run: another run may follow, and processes can meet only once.
+    atexit.register(state.destroy_process_group)
+    return Distributed(state.device, state.process_index, state.num_processes)
+
+
+def _problems_of_launch(device: str, on_cpu: bool) -> Iterator[Problem]:
+    """What is wrong with how the processes were started."""
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            hint = "give `accelerate launch` --multi_gpu, or answer `accelerate config` again"
+            yield Problem("", f"accelerate is set up for {name}, which lorakit does not train with", hint)
+    if ":" in device:
+        yield Problem("training.device", f"{device!r} is one device, and each process takes its own", 'use "auto"')
+    if on_cpu or not torch.cuda.is_available():
+        return
+    count, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local > count:
+        hint = f"give `accelerate launch` --num_processes {count}" if count > 1 else "start one process"
+        yield Problem("", f"{local} processes were started on a machine with {count} GPU{'s' * (count > 1)}", hint)
+    if not torch.distributed.is_nccl_available():
+        message = "several processes need NCCL on GPUs, and this PyTorch has none (on Windows none has)"
+        yield Problem("", message, "train on one GPU, or on Linux; WSL will do")

@@ -1,0 +1,1 @@
+"""The pieces of one optimizer step."""

@@ -1,0 +1,72 @@
+"""How exactly a device computes: TF32 or not, and only operations that give the same bytes each time, or any."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils import deterministic
+
+from lorakit.errors import ConfigError, Problem
+
+_PRECISION = {True: "tf32", False: "ieee"}
+"""How PyTorch's newer settings call what is allowed, or not."""
+
+
+@contextmanager
+def tf32_allowed(allowed: bool, device: torch.device) -> Iterator[None]:
+    """Let float32 products and convolutions on a CUDA device use TF32, or not; afterwards it is as it was.
+
+    TF32 rounds their factors to 10 bits, which the matrix units take. PyTorch by itself lets convolutions use it, and
+    matrix products not.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    backends: Any = torch.backends
+    value: bool | str = allowed
+    settings, key = [backends.cuda.matmul, backends.cudnn], "allow_tf32"
+    try:
+        before = [getattr(own, key) for own in settings]
+    except RuntimeError:
+        # PyTorch has two ways to say so, of which its compiler still reads the older one; where a program has used
+        # the newer one, the older fails.
+        settings, key, value = [backends.cuda.matmul, backends.cudnn.conv], "fp32_precision", _PRECISION[allowed]
+        before = [getattr(own, key) for own in settings]
+    for own in settings:
+        setattr(own, key, value)
+    try:
+        yield
+    finally:
+        for own, former in zip(settings, before, strict=True):
+            setattr(own, key, former)
+
+
+@contextmanager
+def deterministic_mode(required: bool) -> Iterator[None]:
+    """Let PyTorch use only operations that give the same bytes each time, if that is required; then as it was before.
+
+    Raises ConfigError where it has none for what is to be computed.
+    """
+    if not required:
+        yield
+        return
+    # cuBLAS reads it when it is first used, and adds in a changing order without it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    untyped: Any = deterministic
+    mode, filling = torch.get_deterministic_debug_mode(), untyped.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    untyped.fill_uninitialized_memory = False
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        problem = f"cannot be had with this config: {str(error).partition(',')[0]}"
+        raise ConfigError([Problem("training.deterministic", problem, "set it to false")]) from error
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        untyped.fill_uninitialized_memory = filling

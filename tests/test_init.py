@@ -1,0 +1,163 @@
+"""The short config to start from: what is filled in, and that it can be trained with as it is."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lorakit.api.components import OptimizerConfig
+from lorakit.cli.init import PURPOSES, Start, look_at_images, look_at_model, prompts_beside, short_config
+from lorakit.config.load import config_from_tables
+from lorakit.config.train_config import TrainConfig
+from lorakit.errors import ConfigError
+from lorakit.plugins.catalog import Catalog
+from tests.config.conftest import SD1_SHAPES, write_safetensors
+
+
+@pytest.fixture(scope="module")
+def catalog() -> Catalog:
+    """What is installed."""
+    return Catalog.discover()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: a model, and images without captions."""
+    monkeypatch.chdir(tmp_path)
+    write_safetensors(tmp_path / "model.safetensors", SD1_SHAPES)
+    add_images(tmp_path / "photos", 1)
+    return tmp_path
+
+
+def add_images(folder: Path, count: int) -> Path:
+    """A folder with so many images."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        Image.new("RGB", (64, 64), "teal").save(folder / f"{number:03}.png")
+    return folder
+
+
+def start(catalog: Catalog, optimizer: str = "adamw", purpose: str = "subject", **more: Any) -> Start:
+    """What a config is written for."""
+    return Start(purpose=PURPOSES[purpose], optimizer=catalog.find(OptimizerConfig, optimizer), **more)
+
+
+def read(begun: Start, folder: Path, catalog: Catalog) -> TrainConfig:
+    """The config that is written, with its file of prompts beside it."""
+    path = folder / "config.toml"
+    prompts_beside(path).write_text(begun.prompts())
+    return config_from_tables(tomllib.loads(short_config(begun, path)), folder, catalog)
+
+
+OPTIMIZERS = [
+    name
+    for name, (found, *_) in Catalog.discover().of_kind(OptimizerConfig).items()
+    if not found.component.takes_import_path
+]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("purpose", PURPOSES)
+def test_it_suits_every_optimizer(folder: Path, catalog: Catalog, optimizer: str, purpose: str) -> None:
+    """With each optimizer the config is good, has a learning rate that is usual for it, and nothing is warned of."""
+    begun = start(catalog, optimizer, purpose, model="model.safetensors", images=look_at_images(folder / "photos"))
+    config = read(begun, folder, catalog)
+    assert not list(config.warnings())
+    own = config.optimizer
+    assert own.lr == own.usual_lr
+    assert own.lr_for("text_encoder") == own.lr if own.finds_learning_rate else own.lr_for("text_encoder") < own.lr
+
+
+def test_it_is_short(catalog: Catalog) -> None:
+    """It has about forty settings and comments, fits a screen, and says where the rest is."""
+    text = short_config(start(catalog), Path("config.toml"))
+    assert 30 <= len([line for line in text.splitlines() if line]) <= 42
+    assert max(map(len, text.splitlines())) <= 110
+    assert "lorakit check config.toml" in text
+    assert "lorakit init --full" in text
+
+
+def test_its_lines_read_well(folder: Path, catalog: Catalog) -> None:
+    """Comments stand apart from long values, small rates are written alike, and the first line fits the purpose."""
+    long = "name/" + "of-a-model-on-the-hub" * 3
+    for purpose, rate in (("subject", "1.5e-5"), ("style", "7.5e-6")):
+        text = short_config(start(catalog, "lion", purpose, model=long), folder / "config.toml")
+        assert f'path = "{long}"  # or a Hub id' in text
+        assert f"text_encoder_lr = {rate} " in text
+        assert "lr = 3e-5 " in text
+        assert f"about {PURPOSES[purpose].steps} are a good first try" in text.splitlines()[0]
+
+
+@pytest.mark.parametrize(("count", "steps"), [(1, 2000), (7, 2000), (20, 2000), (150, 2000), (900, 2000)])
+def test_repeats_and_epochs_follow_from_the_number_of_images(
+    folder: Path, catalog: Catalog, count: int, steps: int
+) -> None:
+    """Few images are repeated, many get fewer epochs, so that the run is about as long as is usual."""
+    begun = start(catalog, images=look_at_images(add_images(folder / "many", count)))
+    repeats, epochs = begun.repeats_and_epochs
+    assert 0.7 * steps <= count * repeats * epochs <= 1.5 * steps
+    config = tomllib.loads(short_config(begun, folder / "config.toml"))
+    assert (config["data"]["num_repeats"], config["training"]["max_epochs"]) == (repeats, epochs)
+
+
+def test_paths_are_as_the_config_is_to_name_them(folder: Path, catalog: Catalog) -> None:
+    """Images and model are found from the config's folder, whatever folder the command was typed in."""
+    begun = start(catalog, images=look_at_images(Path("photos")), model="model.safetensors")
+    (folder / "elsewhere").mkdir()
+    for target in (folder / "config.toml", folder / "elsewhere" / "config.toml"):
+        tables = tomllib.loads(short_config(begun, target))
+        assert (target.parent / tables["data"]["image_dir"]).samefile(folder / "photos")
+        assert (target.parent / tables["model"]["path"]).samefile(folder / "model.safetensors")
+    assert tomllib.loads(short_config(begun, folder / "config.toml"))["data"]["image_dir"] == "photos"
+    hub = start(catalog, model="stable-diffusion-v1-5/stable-diffusion-v1-5")
+    assert tomllib.loads(short_config(hub, folder / "config.toml"))["model"]["path"] == hub.model
+
+
+def test_names_with_odd_characters(folder: Path, catalog: Catalog) -> None:
+    """Quotation marks and backslashes in the name of a folder are written so that they read back."""
+    odd = add_images(folder / 'the "cat\'s" \\ photos', 1)
+    tables = tomllib.loads(short_config(start(catalog, images=look_at_images(odd)), folder / "config.toml"))
+    assert (folder / tables["data"]["image_dir"]).samefile(odd)
+
+
+def test_captions(folder: Path, catalog: Catalog) -> None:
+    """Images without captions get one for all, from the name of the folder where sd-scripts has it there."""
+    plain = short_config(start(catalog, images=look_at_images(folder / "photos")), folder / "config.toml")
+    assert tomllib.loads(plain)["data"]["class_tokens"] == "photo of fluffy_cat"
+    kohya = start(catalog, images=look_at_images(add_images(folder / "20_rex dog", 2)))
+    tables = tomllib.loads(short_config(kohya, folder / "config.toml"))
+    assert (tables["data"]["class_tokens"], tables["output"]["name"]) == ("rex dog", "rex_dog")
+    assert "rex dog on a beach" in kohya.prompts()
+    (folder / "photos" / "000.txt").write_text("a cat")
+    captioned = short_config(start(catalog, images=look_at_images(folder / "photos")), folder / "config.toml")
+    assert "class_tokens" not in tomllib.loads(captioned)["data"]
+
+
+def test_the_resolution_is_the_models(folder: Path, catalog: Catalog) -> None:
+    """A model of 1.x is for 512 pixels, one of 2.x mostly for 768, and so are the previews."""
+    assert look_at_model("model.safetensors", catalog) == "sd1"
+    assert start(catalog, family="sd1").resolution == 512
+    tables = tomllib.loads(short_config(start(catalog, family="sd2"), folder / "config.toml"))
+    assert (tables["data"]["resolution"], tables["observers"][0]["width"]) == (768, 768)
+
+
+def test_what_cannot_be_started_with(folder: Path, catalog: Catalog) -> None:
+    """A folder that is missing or has no images, and a model that is missing or of another kind, are told."""
+    with pytest.raises(ConfigError, match="--images: nowhere is not a folder"):
+        look_at_images(Path("nowhere"))
+    (folder / "img").mkdir()
+    with pytest.raises(ConfigError, match="put them there first"):
+        look_at_images(Path("img"))
+    add_images(folder / "img" / "10_cat", 1)
+    with pytest.raises(ConfigError, match=re.escape("img holds no images (they are in '10_cat')")):
+        look_at_images(Path("img"))
+    with pytest.raises(ConfigError, match=r"--model: .*missing.ckpt does not exist"):
+        look_at_model("missing.ckpt", catalog)
+    write_safetensors(folder / "other.safetensors", {"transformer.weight": (1,)})
+    with pytest.raises(ConfigError, match="no installed plugin trains it"):
+        look_at_model("other.safetensors", catalog)

@@ -1,0 +1,230 @@
+"""Replayed micro-batches: the sums of calling the function each time, bit for bit, and when nothing is replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from attrs import evolve
+from torch import nn
+
+from lorakit.data.loader import Batch
+from lorakit.networks.network import ParameterGroup
+from lorakit.training.loop import train
+from lorakit.training.prepare import prepare
+from lorakit.training.run import Run
+from lorakit.training.runtime.distributed import Distributed
+from lorakit.training.setup import build_run
+from lorakit.training.step import cuda_graphs as replaying
+from lorakit.training.step.autotune import compile_step
+from lorakit.training.step.cuda_graphs import WARM_UPS, CudaGraphs, CudaGraphStep, Repetition
+from lorakit.training.step.gradients import FlatGradients
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
+
+
+class Toy:
+    """A weight that is trained on micro-batches, and what has been added up."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 4, device=device))
+        self.gradients = FlatGradients([ParameterGroup("toy", "unet", (self.weight,), 1e-3)])
+        self.loss = torch.zeros((), device=device)
+        self.calls: list[Batch] = []
+
+    def learn(self, batch: Batch) -> None:
+        """Add loss and gradients, which depend on latents, weights, timesteps, caption and mask."""
+        self.calls.append(batch)
+        assert batch.conditioning is not None
+        scaled = batch.latents * self.weight[:, None, None] * batch.timesteps[:, None, None, None]
+        per_image = batch.masked(scaled).square().mean((1, 2, 3)) + batch.conditioning["states"].mean((1, 2))
+        loss = (per_image * batch.weights * self.weight.mean()).mean()
+        torch.autograd.backward(loss)
+        self.loss += loss.detach()
+
+    def replayed(self, learn: Callable[[Batch], None] | None = None, recorder: object | None = None) -> CudaGraphStep:
+        """What this learns, replayed."""
+        sums, trained = (self.gradients.buffer, self.loss), (self.weight,)
+        default = CudaGraphs(self.loss.device) if self.loss.device.type == "cuda" else Repetition()
+        return CudaGraphStep(learn or self.learn, sums, trained, recorder or default)
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """Gradients and loss."""
+        return torch.cat([self.gradients.buffer, self.loss.view(1)]).cpu()
+
+
+def batch(number: int, images: int = 2, width: int = 3, masked: bool = False, device: str = "cpu") -> Batch:
+    """A micro-batch of random numbers, on the device."""
+    generator = torch.Generator().manual_seed(number)
+    latents = torch.randn(images, 4, 2, width, generator=generator)
+    return Batch(
+        latents=latents,
+        noise=torch.randn(latents.shape, generator=generator),
+        timesteps=torch.randint(1, 9, (images,), generator=generator),
+        weights=torch.rand(images, generator=generator),
+        sample_seeds=torch.arange(images),
+        conditioning={"states": torch.randn(images, 5, 6, generator=generator)},
+        tokens=None,
+        images=(f"{number}.png",) * images,
+        share=1.0,
+        loss_mask=torch.rand(images, 1, 2, width, generator=generator) if masked else None,
+    ).to(torch.device(device))
+
+
+MIXED = [batch(0), batch(1, width=5), batch(2), batch(3, images=1), batch(4, masked=True), batch(5), batch(6, width=5)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_replaying_is_calling(device: str) -> None:
+    """Over micro-batches of several shapes in any order, with updates between, the sums are those of calling."""
+    called, other = Toy(device), Toy(device)
+    replayed = other.replayed()
+    for number, own in enumerate(MIXED):
+        called.learn(own.to(torch.device(device)))
+        replayed(own.to(torch.device(device)))
+        assert torch.equal(called.sums, other.sums) or device == "cuda"
+        torch.testing.assert_close(called.sums, other.sums)
+        assert called.sums.any()
+        if number == 3:
+            for toy in (called, other):
+                toy.weight.data.sub_(toy.weight.grad, alpha=0.1)
+                toy.gradients.zero()
+                toy.loss.zero_()
+
+
+def test_recordings_are_made_once_for_each_shape() -> None:
+    """Of each shape one micro-batch is copied, worked on to warm up, and worked on for each of that shape."""
+    toy = Toy()
+    replayed = toy.replayed()
+    for own in MIXED:
+        replayed(own)
+    shapes = 4
+    assert len(toy.calls) == WARM_UPS * shapes + len(MIXED)
+    assert len({own.latents.data_ptr() for own in toy.calls}) == shapes
+    assert not {own.latents.data_ptr() for own in toy.calls} & {own.latents.data_ptr() for own in MIXED}
+
+
+def test_micro_batches_stay_as_they_are() -> None:
+    """What is handed over is not changed, and may be changed afterwards."""
+    toy, own = Toy(), batch(0)
+    replayed, before = toy.replayed(), own.clone()
+    replayed(own)
+    replayed(batch(1))
+    assert all(torch.equal(now, old) for now, old in zip(own.tensors.values(), before.tensors.values(), strict=True))
+    own.latents.zero_()
+    first = toy.sums
+    replayed(before)
+    expected = Toy()
+    for each in (before, batch(1), before):
+        expected.learn(each)
+    assert torch.equal(toy.sums, expected.sums)
+    assert not torch.equal(toy.sums, first)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_draws_is_called(device: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A function that draws from PyTorch's generator is called as usual, with the draws that it would have had."""
+    called, other = Toy(device), Toy(device)
+
+    def drawing(toy: Toy) -> Callable[[Batch], None]:
+        return lambda own: toy.learn(evolve(own, weights=torch.rand_like(own.weights)))
+
+    torch.manual_seed(3)
+    for number in range(3):
+        drawing(called)(batch(number, device=device))
+    torch.manual_seed(3)
+    replayed = other.replayed(drawing(other))
+    for number in range(3):
+        replayed(batch(number, device=device))
+    assert torch.equal(called.sums, other.sums)
+    assert caplog.text.count("something draws from a random generator") == 1
+
+
+class Refusing(Repetition):
+    """Cannot record."""
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Fail when the work has been begun, as a CUDA graph does."""
+        work()
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+
+def test_what_cannot_be_recorded_is_called(caplog: pytest.LogCaptureFixture) -> None:
+    """A recording that fails is told of, with its reason, and not tried again for that shape; the sums are right."""
+    called, other = Toy(), Toy()
+    replayed = other.replayed(recorder=Refusing())
+    for own in MIXED:
+        called.learn(own)
+        replayed(own)
+    assert torch.equal(called.sums, other.sums)
+    assert len(other.calls) == 4 * (WARM_UPS + 1) + len(MIXED)
+    assert "2 × 4 × 2 × 3 cannot be recorded: operation not permitted when stream is capturing" in caplog.text
+
+
+def test_moved_weights_are_seen(caplog: pytest.LogCaptureFixture) -> None:
+    """Where an optimizer puts new tensors in the place of weights, nothing is replayed with the old ones."""
+    called, other = Toy(), Toy()
+    replayed = other.replayed()
+    for number in range(3):
+        called.learn(batch(number))
+        replayed(batch(number))
+        for toy in (called, other):
+            toy.weight.data = toy.weight.data * 0.5
+    assert torch.equal(called.sums, other.sums)
+    assert caplog.text.count("has moved in memory") == 1
+
+
+def test_shapes_beyond_the_most_are_called(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Only so many shapes are recorded; micro-batches of others are computed, and the log says so once."""
+    monkeypatch.setattr(replaying, "MAX_SHAPES", 2)
+    called, other = Toy(), Toy()
+    replayed = other.replayed()
+    for own in MIXED:
+        called.learn(own)
+        replayed(own)
+    assert torch.equal(called.sums, other.sums)
+    assert len(other.calls) == WARM_UPS * 2 + len(MIXED)
+    assert caplog.text.count("of 2 shapes are recorded") == 1
+
+
+VARIED = {
+    "network": {"name": "c3lier", "dropout": 0.2, "rank_dropout": 0.2, "module_dropout": 0.2, "dora": True},
+    "training": {"max_steps": 3, "gradient_accumulation_steps": 3, "gradient_checkpointing": 0.5},
+    "loss": {"min_snr_gamma": 5.0, "ip_noise_gamma": 0.1, "type": "huber"},
+    "data": {"batch_size": 2, "resolution": 96, "enable_bucket": True, "bucket_reso_steps": 32, "min_bucket_reso": 64},
+}
+"""A run with all that changes from step to step: sizes, dropouts, the text encoder, kinds of noise."""
+
+
+def trained(make_config, device: str, replays: bool, **changes: object) -> Run:
+    """A run that has been trained, in the mode that replays or not."""
+    sections = {**VARIED, "training": {**VARIED["training"], "device": device, **changes}}
+    run = build_run(prepare(make_config(**sections)), Distributed(torch.device(device)))
+    run.config = evolve(run.config, training=evolve(run.config.training, cuda_graphs=replays))
+    with compile_step(run, run.processes.wait) as learn:
+        assert isinstance(learn, CudaGraphStep) == replays
+    train(run)
+    return run
+
+
+@pytest.mark.usefixtures("lorakit_one_thread")
+def test_a_replayed_run(make_config, caplog: pytest.LogCaptureFixture) -> None:
+    """A run whose micro-batches are replayed trains the same factors as one whose are not, bit for bit."""
+    plain, replayed = (trained(make_config, "cpu", replays).network.tensors() for replays in (False, True))
+    assert all(torch.equal(plain[key], replayed[key]) for key in plain)
+    assert "training.cuda_graphs" not in caplog.text
+
+
+@needs_cuda
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_replayed_run_on_cuda(make_config, precision: str, compiles: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """CUDA graphs train the same factors as the same kernels called one by one, nearly, and all shapes are recorded."""
+    changes = {"mixed_precision": precision, "compile": compiles}
+    plain, replayed = (trained(make_config, "cuda", replays, **changes).network.tensors() for replays in (False, True))
+    for key, tensor in plain.items():
+        torch.testing.assert_close(replayed[key], tensor, rtol=0.02, atol=2e-4)
+    assert "training.cuda_graphs" not in caplog.text

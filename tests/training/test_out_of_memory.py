@@ -1,0 +1,203 @@
+"""Runs that memory does not suffice for: what is told, what is saved, and what shows while they still go on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from attrs import evolve
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from lorakit.api.observer import Observers, StepMetrics
+from lorakit.config.memory_presets import memory_presets, next_preset, saving_keys
+from lorakit.config.train_config import TrainingSection
+from lorakit.errors import OutOfMemory
+from lorakit.training.checkpoint.state import state_folder, states_in
+from lorakit.training.loop import train
+from lorakit.training.prepare import prepare
+from lorakit.training.run import Run
+from lorakit.training.runtime.distributed import Distributed
+from lorakit.training.runtime.memory_watch import MemoryPressureMonitor, pressure_probe
+from lorakit.training.runtime.out_of_memory import memory_hint
+from lorakit.training.setup import build_run
+
+CPU = torch.device("cpu")
+UNET = {"parts": ["unet"]}
+
+
+class Hungry:
+    """An attention backend that asks for more memory than any machine has, from one of the calls on."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention, or an error."""
+        self.left -= 1
+        if self.left < 0:
+            torch.empty(2**60)
+        return scaled_dot_product_attention(query, key, value)
+
+
+def assembled(make_config: Any, **sections: Any) -> Run:
+    """A run on the U-Net."""
+    return build_run(prepare(make_config(network=UNET, **sections)), Distributed(CPU))
+
+
+def test_a_step_that_memory_does_not_suffice_for(make_config) -> None:
+    """The message has step, batch and what to change; the state after the last whole step goes on as if unharmed."""
+    run = assembled(make_config, data={"batch_size": 2}, output={"name": "whole"})
+    train(run)
+    calls = 0
+
+    def scale_weights(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return scaled_dot_product_attention(query, key, value)
+
+    short = assembled(make_config, data={"batch_size": 2})
+    short.model.use_attention(scale_weights)
+    with torch.no_grad():
+        batch = next(short.schedule.batches_from(0, short.loader))
+        short.model.predict(batch.latents, batch.timesteps, short.encode(batch))
+    short.model.use_attention(Hungry(2 * calls + 1))
+    with pytest.raises(OutOfMemory) as caught:
+        train(short)
+    told = str(caught.value)
+    assert told.startswith("Out of memory in step 3, with a batch of 2 images of 64x64. To need less, set ")
+    first = (
+        'To need less, set mixed_precision = "bf16" in [training], or set gradient_checkpointing = 0.5 in [training]'
+    )
+    assert f"{first}, or lower data.batch_size, or lower data.resolution" in told
+    (state,) = states_in(state_folder(short.config))
+    assert f"The state after step 2 is in {state}; run the same command with --resume" in told
+    resumed = assembled(
+        make_config, data={"batch_size": 2}, training={"gradient_checkpointing": 0.5}, output={"name": "resumed"}
+    )
+    resumed.load_state(state)
+    train(resumed)
+    for key, tensor in run.network.tensors().items():
+        torch.testing.assert_close(resumed.network.tensors()[key], tensor)
+
+
+def test_nothing_is_saved_where_nothing_whole_is_new(make_config) -> None:
+    """In the first step there is nothing to save, and in the middle of an update nothing that is whole."""
+    run = assembled(make_config)
+    run.model.use_attention(Hungry(1))
+    with pytest.raises(OutOfMemory, match=r"^Out of memory in step 1, with a batch of 1 image of 64x64\. .* fits\.$"):
+        train(run)
+    run = assembled(make_config)
+    run.optimizer.register_step_post_hook(lambda *_: torch.empty(2**60) if run.step == 2 else None)
+    with pytest.raises(OutOfMemory, match=r"^Out of memory in step 3.* fits\.$"):
+        train(run)
+    assert not states_in(state_folder(run.config))
+
+
+def test_other_errors_stay_what_they_are(make_config) -> None:
+    """An error of another kind is not taken for lack of memory."""
+    run = assembled(make_config)
+    run.optimizer.register_step_post_hook(lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        train(run)
+
+
+LADDER = list(memory_presets(TrainingSection(device="cuda"), ("unet",)))
+
+
+@pytest.mark.parametrize(
+    ("own", "following"),
+    [
+        ({}, {"gradient_checkpointing": 0.5}),
+        ({"gradient_checkpointing": 0.25}, {"gradient_checkpointing": 0.5}),
+        ({"gradient_checkpointing": True}, {"gradient_checkpointing": True, "int8_base": ("unet",)}),
+        ({"fp8_base": ("unet",)}, {"gradient_checkpointing": True, "int8_base": ("unet",)}),
+        ({"stream_base": ("unet",)}, {"gradient_checkpointing": True, "stream_base": ("unet",)}),
+    ],
+)
+def test_next_rung(own: Any, following: Any) -> None:
+    """The next rung is the first that saves more in some way and less in none."""
+    found = next_preset(evolve(TrainingSection(device="cuda"), **own), ("unet",))
+    assert found is not None
+    assert saving_keys(found) == following
+
+
+def test_the_ladder_is_climbed_to_its_end() -> None:
+    """From each rung there is a way up, but for the last one; without memory of its own, none to streaming."""
+    assert [next_preset(rung, ("unet",)) is None for rung in LADDER] == [False] * 9 + [True]
+    on_cpu = list(memory_presets(TrainingSection(device="cpu"), ("unet",)))
+    assert on_cpu == [evolve(rung, device="cpu") for rung in LADDER[:7]]
+    assert next_preset(on_cpu[-1], ("unet",)) is None
+
+
+def test_advice_at_the_end_of_the_ladder(make_config) -> None:
+    """Where no rung is left, what else helps is told, and what is set already is not told again."""
+    nf4 = {"nf4_base": ["unet"], "gradient_checkpointing": True, "mixed_precision": "bf16"}
+    assert memory_hint(assembled(make_config, training=nf4)) == "lower data.resolution; `lorakit plan` tells what fits"
+    told = memory_hint(assembled(make_config, training={"int8_base": ["unet"], "gradient_checkpointing": True}))
+    first = 'set mixed_precision = "bf16" in [training], or set '
+    assert told.startswith(f'{first}nf4_base = ["unet"] and int8_base = [] in [training], or lower')
+
+
+def metrics(step: int) -> StepMetrics:
+    """Numbers of a step."""
+    return StepMetrics(step=step, epoch=1, loss=1.0, gradient_norm=1.0)
+
+
+def told_by(signs: Callable[[], str], caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What is told in ten steps."""
+    observers = Observers()
+    observers.add("memory", MemoryPressureMonitor(signs, lambda: "do less"))
+    for step in range(1, 11):
+        observers.tell("metrics_read", metrics(step))
+    return [record.getMessage() for record in caplog.records if record.name == "lorakit.training.runtime.memory_watch"]
+
+
+def test_spilling_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """What shows again and again is told once, what shows twice is not."""
+
+    def in_steps(*numbers: int) -> Callable[[], str]:
+        signs: Iterator[str] = iter(["memory is full" if step in numbers else "" for step in range(1, 11)])
+        return lambda: next(signs, "")
+
+    assert told_by(in_steps(2, 5), caplog) == []
+    told = "step 7: memory is full, which slows every step down. To need less, do less"
+    assert told_by(in_steps(2, 5, 7, 8, 9, 10), caplog) == [told]
+
+
+def test_a_run_at_ease_shows_no_sign(make_config, catalog, caplog: pytest.LogCaptureFixture) -> None:
+    """A small run tells nothing; on Linux, the system does say what is asked."""
+    import lorakit
+
+    lorakit.train(make_config(network=UNET))
+    assert not [record for record in caplog.records if record.name == "lorakit.training.runtime.memory_watch"]
+    assert pressure_probe(CPU)() == ""
+
+
+def test_memory_that_is_read_from_the_disk_again_is_a_sign(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+    """Pages of a mapped file that are dropped between steps have to be read again in each, which is told."""
+    import mmap
+    import os
+
+    file = tmp_path / "weights"
+    pages = 3000
+    file.write_bytes(os.urandom(pages * mmap.PAGESIZE))
+    signs = pressure_probe(CPU)
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        mapped.madvise(mmap.MADV_RANDOM)
+
+        def look() -> str:
+            os.sync()
+            mapped.madvise(mmap.MADV_DONTNEED)
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            assert sum(mapped[start] for start in range(0, len(mapped), mmap.PAGESIZE)) > 0
+            return signs()
+
+        if not look():
+            pytest.skip("the system keeps the file in memory")
+        told = told_by(look, caplog)
+    assert len(told) == 1
+    assert re.match(r"step 3: the computer's memory is short, and what this run needs is read from the disk", told[0])

@@ -1,0 +1,144 @@
+"""Runs of several processes on CPUs: what they do where one of them has no share, and how they begin and end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lorakit
+from lorakit.errors import ConfigError
+from lorakit.training.runtime.distributed import Distributed
+from tests.training.conftest import MakeConfig
+from tests.training.test_runs import same, weights_of, write_config
+
+
+def free_port() -> str:
+    """A port on which processes can meet."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def together(program: Path, *arguments: object) -> list[subprocess.CompletedProcess[str]]:
+    """A program on two processes that know of each other, as torchrun starts them."""
+    group = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    command = [sys.executable, str(program), *map(str, arguments)]
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **group, "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    results = [process.communicate(timeout=240) for process in processes]
+    return [
+        subprocess.CompletedProcess(command, process.returncode, *texts)
+        for process, texts in zip(processes, results, strict=True)
+    ]
+
+
+@pytest.fixture
+def one_image(photographs: Path, tmp_path: Path) -> Path:
+    """A folder with one image, of which a second process has no share."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for path in sorted(photographs.glob("*"))[:2]:
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.mark.usefixtures("lorakit_one_thread")
+def test_each_process_measures_for_itself(
+    one_image: Path, tables: dict[str, Any], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """A process that has no share of the first micro-batch measures no mode, and none waits for it to."""
+    sections: dict[str, Any] = {"data": {"image_dir": str(one_image)}, "training": {"max_steps": 3}}
+    path = write_config(tables, tmp_path, **sections)
+    options = ["--cpu", "--num_processes", "2", "--main_process_port", free_port()]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "lorakit", "train", str(path)]
+    modes = [f"--set=training.{key}=auto" for key in ("channels_last", "cuda_graphs", "compile")]
+    several = subprocess.run([*command, *modes], capture_output=True, text=True, timeout=240, check=False)
+    assert several.returncode == 0, several.stderr
+    assert several.stderr.count("a micro-batch takes") == 1
+    sections["data"]["batch_size"] = 2
+    alone = weights_of(lorakit.train(make_config(**sections, output={"name": "alone"})))
+    assert same(weights_of(tmp_path / "out" / "test.safetensors"), alone)
+
+
+TWO_RUNS = """
+import atexit, sys
+import torch
+atexit.register(lambda: print("left", not torch.distributed.is_initialized()))
+import lorakit
+
+for name, rate in {"one": "1e-3", "two": "x"}.items():
+    try:
+        lorakit.train(sys.argv[1], overrides=[f"output.name={name}", f"optimizer.lr={rate}"])
+    except lorakit.errors.ConfigError:
+        print("refused")
+lorakit.train(sys.argv[1], overrides=["output.name=three"])
+"""
+
+
+def test_processes_part_at_the_end(tables: dict[str, Any], tmp_path: Path) -> None:
+    """One program may train several times on the same processes, which leave their group when it ends."""
+    path = write_config(tables, tmp_path, training={"max_steps": 2})
+    program = tmp_path / "program.py"
+    program.write_text(TWO_RUNS)
+    for result in together(program, path):
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.split() == ["refused", "left", "True"]
+        assert "destroy_process_group" not in result.stderr
+    assert {own.stem for own in (tmp_path / "out").glob("*.safetensors")} == {"one", "three"}
+
+
+@pytest.fixture
+def init(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The environment of one of two processes, to be changed."""
+    for name in list(os.environ):
+        if name.startswith("ACCELERATE_"):
+            monkeypatch.delenv(name)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
+def test_other_ways_to_train(name: str, launched: pytest.MonkeyPatch) -> None:
+    """What accelerate was once set up for, and lorakit does not use, is refused with what to type."""
+    launched.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ConfigError, match=rf"^accelerate is set up for {name}, .*--multi_gpu"):
+        Distributed.init("auto")
+
+
+def test_processes_and_gpus(launched: pytest.MonkeyPatch) -> None:
+    """More processes than GPUs, GPUs without NCCL, and one device for several processes are told all at once."""
+    launched.setattr(torch.cuda, "is_available", lambda: True)
+    launched.setattr(torch.cuda, "device_count", lambda: 1)
+    launched.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(ConfigError) as caught:
+        Distributed.init("cuda:0")
+    device, count, nccl = map(str, caught.value.problems)
+    assert device.startswith("training.device: 'cuda:0' is one device")
+    assert count == "2 processes were started on a machine with 1 GPU (start one process)"
+    assert "on Windows none has" in nccl
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="accelerate would start the devices of others")
+def test_processes_that_find_no_other(launched: pytest.MonkeyPatch) -> None:
+    """Processes that were told how many they are, and not which, do not train each for itself."""
+    program = "from lorakit.training.runtime.distributed import Processes; Processes.launched('auto')"
+    environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "ConfigError: WORLD_SIZE is 2, but this process finds no other" in result.stderr

@@ -1,0 +1,225 @@
+"""Which LoRA files a run can start from: others are told by what they are when the config is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lorakit.builtin.networks.c3lier import C3LierConfig
+from lorakit.builtin.networks.lierla import LierlaConfig
+from lorakit.errors import ConfigError
+from lorakit.networks.adapter_file import load_initial_weights
+from lorakit.networks.config import LoRAConfig
+from lorakit.networks.diffusers_format import to_diffusers
+from lorakit.testing.contracts.tiny_batch import read_model
+
+UNET = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+TEXT = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+
+
+def factors(key: str, inputs: int = 32, rank: int = 4) -> dict[str, Tensor]:
+    """A plain adapter of a linear layer."""
+    return {f"{key}.lora_down.weight": torch.ones(rank, inputs), f"{key}.lora_up.weight": torch.ones(8, rank)}
+
+
+def named(*names: str) -> dict[str, Tensor]:
+    """Small tensors of these names."""
+    return {name: torch.ones(2, 2) for name in names}
+
+
+KINDS: dict[str, tuple[dict[str, Tensor], str, str]] = {
+    "loha": (named(f"{UNET}.hada_w1_a", f"{UNET}.hada_w2_a"), "a LoHa, ", 'algo = "loha"'),
+    "lokr": (named(f"{UNET}.lokr_w1", f"{UNET}.lokr_w2_a"), "a LoKr, ", 'algo = "lokr"'),
+    "oft": (named(f"{UNET}.oft_blocks"), "an OFT, ", 'algo = "diag-oft"'),
+    "ia3": (named(f"{UNET}.weight", f"{UNET}.on_input"), "an IA3, ", 'algo = "ia3"'),
+    "glora": (named(f"{UNET}.a1.weight", f"{UNET}.b1.weight"), "a GLoRA, ", 'algo = "glora"'),
+    "full": (named(f"{UNET}.diff"), "a full difference, ", "plain LoRA"),
+    "norms": (factors(UNET) | named("lora_unet_mid_block_x.w_norm"), "LoRA with trained norms", "plain LoRA"),
+    "tucker": (factors(UNET) | named(f"{UNET}.lora_mid.weight"), "LoCon with Tucker", "plain LoRA"),
+    "dora": (factors(UNET) | {f"{UNET}.dora_scale": torch.ones(8, 1)}, "a DoRA", "network.dora = true"),
+    "dora for inputs": (factors(UNET) | {f"{UNET}.dora_scale": torch.ones(1, 32)}, "magnitude for each input", "plain"),
+    "xl by its second encoder": (factors(UNET) | factors(TEXT.replace("te_", "te2_")), "Diffusion XL", "1.x"),
+    "xl by its depth": (factors(UNET.replace("blocks_0_attn2", "blocks_1_attn2")), "for Stable Diffusion XL", "1.x"),
+    "xl by its width": (factors(UNET, 2048), "a LoRA for Stable Diffusion XL, and", "model.path"),
+    "2.x": (factors(UNET, 1024), "a LoRA for Stable Diffusion 2.x, and the base model is Stable Diffusion 1.x", "1.x"),
+    "2.x by its text encoder": (factors(TEXT, 1024), "a LoRA for Stable Diffusion 2.x", "1.x"),
+    "2.x of diffusers": ({"unet.mid_block.attn2.to_k.lora_A.weight": torch.ones(4, 1024)}, "2.x, and", ""),
+    "flux": (factors("lora_unet_double_blocks_0_img_attn_qkv"), "a LoRA for FLUX", "1.x"),
+    "flux of diffusers": (named("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"), "for FLUX", ""),
+    "sd3": (factors("lora_unet_joint_blocks_0_x_block_attn_qkv"), "a LoRA for Stable Diffusion 3", "1.x"),
+    "language model": (named("base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"), "another kind", ""),
+    "loha for xl": (named(f"{TEXT.replace('te_', 'te2_')}.hada_w1_a"), "a LoHa for Stable Diffusion XL", "loha"),
+    "textual inversion": ({"emb_params": torch.ones(3, 768)}, "a textual inversion", "give a LoRA file"),
+    "textual inversion of diffusers": ({"<cat>": torch.ones(768)}, "a textual inversion", "give a LoRA file"),
+}
+
+
+def problems(make: Callable[[], Any]) -> dict[str, str]:
+    """What is wrong with a config, by key."""
+    with pytest.raises(ConfigError) as caught:
+        make()
+    return {problem.key: str(problem) for problem in caught.value.problems}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_that_are_no_start(make_config, tmp_path: Path, kind: str) -> None:
+    """Files of other algorithms and for other models are told by what they are, with a cure, to start from or merge."""
+    tensors, told, cure = KINDS[kind]
+    save_file(tensors, tmp_path / "given.safetensors")
+    found = problems(lambda: make_config(network={"weights": "given.safetensors"}))
+    assert found.keys() == {"network.weights"}
+    assert "given.safetensors is " in found["network.weights"]
+    assert told in found["network.weights"]
+    assert cure in found["network.weights"]
+    if not kind.endswith("dora"):
+        merged = problems(lambda: make_config(model={"base_weights": ["given.safetensors"]}))
+        assert told.removesuffix(", ") in merged["model.base_weights[0]"]
+
+
+@pytest.mark.parametrize("cut", ["lora_down.weight", "lora_up.weight"])
+@pytest.mark.parametrize("of_diffusers", [False, True])
+def test_files_that_lack_factors(make_config, tiny_sd1: Path, tmp_path: Path, cut: str, of_diffusers: bool) -> None:
+    """Half a LoRA is told before a run, to start from or merge, whichever tool has written it."""
+    tensors = load_file(trained(tiny_sd1, LierlaConfig(rank=4), tmp_path / "whole.safetensors"))
+    lacking = [name for name in tensors if name.endswith(cut)][:9]
+    if of_diffusers:
+        paths = {target.key: target.place for target in read_model(tiny_sd1).targets(("text_encoder", "unet"))}
+        half = to_diffusers(tensors, paths)
+        ending = ".lora_A.weight" if cut == "lora_down.weight" else ".lora_B.weight"
+        gone = [name for name in half if name.endswith(ending)][:9]
+        half = {name: tensor for name, tensor in half.items() if name not in gone}
+    else:
+        half = {name: tensor for name, tensor in tensors.items() if name not in lacking}
+    save_file(half, tmp_path / "half.safetensors")
+    for table in ({"network": {"weights": "half.safetensors"}}, {"model": {"base_weights": ["half.safetensors"]}}):
+        ((key, found),) = problems(lambda table=table: make_config(**table)).items()
+        assert key in {"network.weights", "model.base_weights[0]"}
+        assert f"half.safetensors lacks {lacking[0].partition('_')[0]}_" in found
+        assert f"{cut} and 8 more tensors, so it is incomplete (download it again)" in found
+
+
+def test_a_base_model_is_no_start(make_config, tiny_sd1_file: Path) -> None:
+    """A whole model is told by what it is."""
+    found = problems(lambda: make_config(network={"weights": str(tiny_sd1_file)}))
+    assert (
+        "is a Stable Diffusion 1.x model, which network.name = 'lierla' cannot start from" in found["network.weights"]
+    )
+
+
+def trained(folder: Path, network: LoRAConfig, file: Path) -> Path:
+    """A file of a network whose factors are far from where they start."""
+    built = network.build(list(read_model(folder).targets(network.parts)))
+    generator = torch.Generator().manual_seed(3)
+    for adapter in built.adapters:
+        nn.init.normal_(adapter.lora_up, std=0.1, generator=generator)
+    save_file(built.file_tensors(), file)
+    return file
+
+
+MISFITS: dict[str, tuple[LoRAConfig, dict[str, Any], str, str]] = {
+    "rank": (LierlaConfig(rank=8), {}, "network.rank", "adapters of rank 8 (set network.rank = 8, or"),
+    "rank of convolutions": (
+        C3LierConfig(rank=4, conv_rank=2),
+        {"name": "c3lier"},
+        "network.conv_rank",
+        "of rank 2 (set network.conv_rank = 2, or network.rank_from_weights = true)",
+    ),
+    "c3lier": (C3LierConfig(rank=4), {}, "network.name", 'is of c3lier: it has adapters for ResNet blocks, too (set'),
+    "lierla": (LierlaConfig(rank=4), {"name": "c3lier"}, "network.name", 'is of lierla: it has no'),
+    "one part": (
+        LierlaConfig(rank=4, parts=("unet",)),
+        {},
+        "network.weights",
+        'has no adapters for text_encoder (set network.parts = ["unet"]',
+    ),
+    "too many parts": (
+        LierlaConfig(rank=4),
+        {"parts": ["unet"], "rank_from_weights": True},
+        "network.weights",
+        'has adapters for text_encoder (set network.parts = ["unet", "text_encoder"]',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape_mismatch", MISFITS)
+def test_misfits(make_config, tiny_sd1: Path, tmp_path: Path, shape_mismatch: str) -> None:
+    """A file with other ranks, layers or parts than the config's is told by the key that cures it."""
+    saved, network, key, told = MISFITS[shape_mismatch]
+    file = trained(tiny_sd1, saved, tmp_path / "start.safetensors")
+    found = problems(lambda: make_config(network={**network, "weights": str(file)}))
+    assert list(found) == [key]
+    assert told in found[key]
+
+
+def test_a_file_for_attention_alone(make_config, tiny_sd1: Path, tmp_path: Path) -> None:
+    """What diffusers' own training script writes lacks layers: they are named, and what is there can be trained."""
+    whole = load_file(trained(tiny_sd1, LierlaConfig(rank=4, parts=("unet",)), tmp_path / "whole.safetensors"))
+    attention = {name: tensor for name, tensor in whole.items() if "_to_" in name}
+    paths = {target.key: target.place for target in read_model(tiny_sd1).targets(("unet",))}
+    save_file(to_diffusers(attention, paths), tmp_path / "attention.safetensors")
+    network = {"weights": "attention.safetensors", "parts": ["unet"]}
+    found = problems(lambda: make_config(network=network))["network.weights"]
+    assert "has no adapters for the layers ff_net_0_proj, ff_net_2, proj_in, proj_out of unet" in found
+    assert "rank_from_weights = true" in found
+    config = make_config(network={**network, "rank_from_weights": True}).network
+    targets = read_model(tiny_sd1).targets(("unet",))
+    built = config.build(list(targets))
+    built.load_tensors(load_initial_weights(config.weights))
+    assert built.tensors().keys() == attention.keys()
+
+
+def test_dora_starts_from_lora(make_config, tiny_sd1: Path, tmp_path: Path) -> None:
+    """A DoRA run that starts from a plain LoRA starts with its effect: magnitudes are the norms of W + ΔW."""
+    file = trained(tiny_sd1, C3LierConfig(rank=4, alpha=2.0), tmp_path / "plain.safetensors")
+    plain, dora = (C3LierConfig(rank=4, alpha=3.0, dora=dora) for dora in (False, True))
+    outputs = []
+    for config in (plain, dora):
+        model = read_model(tiny_sd1)
+        network = config.build(list(model.targets(config.parts)))
+        network.load_tensors(load_initial_weights(file))
+        generator = torch.Generator().manual_seed(1)
+        latents, states = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 77, 32, generator=generator)
+        outputs.append(model.predict(latents, torch.tensor([500]), {"hidden_states": states}))
+    assert torch.allclose(*outputs, rtol=1e-5, atol=1e-6)
+    for adapter in network.adapters:
+        weight = adapter.base.weight.double()
+        update = torch.einsum("or,r...->o...", adapter.lora_up.double().flatten(1), adapter.lora_down.double())
+        norms = (weight + adapter.scale * update).flatten(1).norm(dim=1)
+        assert torch.allclose(adapter.dora_scale.double().flatten(), norms, rtol=1e-5)
+    network = {"name": "c3lier", "rank": 4, "conv_rank": 4, "dora": True, "weights": str(file)}
+    assert make_config(network=network).network.dora
+
+
+def test_files_of_diffusers_merge(make_config, tiny_sd1: Path, tmp_path: Path) -> None:
+    """A LoRA in diffusers' layout becomes part of the base model as the same LoRA of sd-scripts does."""
+    kept = C3LierConfig(rank=4, alpha=2.0, dora=True)
+    file = trained(tiny_sd1, kept, tmp_path / "own.safetensors")
+    paths = {target.key: target.place for target in read_model(tiny_sd1).targets(kept.parts)}
+    save_file(to_diffusers(load_file(file), paths), tmp_path / "diffusers.safetensors")
+    weights = []
+    for name in ("own", "diffusers"):
+        config = make_config(model={"base_weights": [f"{name}.safetensors"]})
+        model = config.model.build(torch.device("cpu"), torch.float32)
+        weights.append([target.module.weight for target in model.targets(kept.parts)])
+    assert all(torch.allclose(one, other, rtol=1e-5, atol=1e-7) for one, other in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "pytorch_lora_weights.bin"])
+def test_a_folder_with_the_file(make_config, tmp_path: Path, name: str) -> None:
+    """Of a folder that PEFT or diffusers wrote, the file in it is named."""
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / name).touch()
+    found = problems(lambda: make_config(network={"weights": "lora"}))["network.weights"]
+    assert found.endswith(f"is not a file (give the file in it, {tmp_path / 'lora' / name})")
+
+
+def test_a_damaged_file(make_config, tmp_path: Path) -> None:
+    """What cannot be read is said when the config is read."""
+    (tmp_path / "given.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    assert "cut short" in problems(lambda: make_config(network={"weights": "given.safetensors"}))["network.weights"]
