@@ -173,10 +173,11 @@ def _floor_step(unet: torch.nn.Module, latents: torch.Tensor, text: torch.Tensor
 
 def run_lorakit(arguments: argparse.Namespace, timer: Timer) -> None:
     """Lorakit's own loop, with an observer that takes the time and asks to stop."""
-    from lorakit.api.observer import Observer, Observers
+    from lorakit.api.observer import Observer
     from lorakit.config.load import read_config
     from lorakit.errors import Interrupted
     from lorakit.training.loop import train
+    from lorakit.training.observers import Observers
     from lorakit.training.prepare import prepare
     from lorakit.training.runtime.distributed import Distributed
     from lorakit.training.setup import build_run

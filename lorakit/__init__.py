@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import pluggy
+from lorakit._version import __version__
+from lorakit.api.hookspecs import hookimpl
 
 # MKL reads this at its first call. Without it, products with one column differ from run to run in the last bits.
 os.environ.setdefault("MKL_CBWR", "AUTO")
@@ -30,12 +31,9 @@ if TYPE_CHECKING:
 
     Config: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | TrainConfig
 
-__version__ = "0.1.0"
-
 log = logging.getLogger(__name__)
 
-hookimpl = pluggy.HookimplMarker("lorakit")
-"""Marks a function of a plugin as the implementation of one of the hooks in `lorakit.api.hookspecs`."""
+__all__ = ["__version__", "check", "hookimpl", "plan", "train"]
 
 
 def train(

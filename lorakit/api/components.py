@@ -42,6 +42,8 @@ class Component:
     """What the user writes in the config file."""
     requires: ClassVar[tuple[str, ...]] = ()
     """Optional packages that `build` imports, by the names that pip knows; checked before anything loads."""
+    product: ClassVar[str] = "something"
+    """What `build` should return, in words: `a torch.optim.Optimizer`."""
     takes_import_path: ClassVar[bool] = False
     """Whether it stands for classes of any package: the user writes a dotted path in place of its name."""
 
@@ -61,9 +63,18 @@ class Component:
         """What has no effect, or may not be meant, in a run of this config; keys are field names."""
         return iter(())
 
+    @classmethod
+    def is_product(cls, made: object) -> bool:  # noqa: ARG003
+        """Whether something that `build` returned can be used."""
+        return True
+
     def warnings_of_length(self, total_steps: int) -> Iterator[Problem]:  # noqa: ARG002
         """What may not be meant in a run of `total_steps` optimizer steps; keys are field names."""
         return iter(())
+
+
+def _has_methods(cls: type, *names: str) -> bool:
+    return all(callable(getattr(cls, name, None)) for name in names)
 
 
 def with_import_path(component: type[ComponentT], path: str) -> type[ComponentT]:
@@ -83,6 +94,7 @@ class ModelFamilyConfig(Component):
     """A family of base models, and which of its models to train on."""
 
     kind = "model family"
+    product = "a DiffusionModel"
     parts: ClassVar[tuple[str, ...]] = ("unet", "text_encoder")
     """The parts that adapters can be for."""
     num_timesteps: ClassVar[int] = 1000
@@ -104,6 +116,12 @@ class ModelFamilyConfig(Component):
         """
         return iter(())
 
+    @classmethod
+    def is_product(cls, made: object) -> bool:
+        """Whether it is a DiffusionModel."""
+        # Of the class, because asking a model itself for a part would load that part.
+        return _has_methods(type(made), "predict", "targets", "fingerprint", "free")
+
     def build(self, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
         """The model, its weights not read yet: each part is read when it is first asked for."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
@@ -114,6 +132,7 @@ class NetworkConfig(Component):
     """A kind of adapters, and which layers get one."""
 
     kind = "network"
+    product = "a Network"
 
     parts: tuple[str, ...] = field(default=("unet", "text_encoder"), validator=v.min_len(1))
     """What gets adapters: `unet`, `text_encoder`, or both."""
@@ -123,6 +142,11 @@ class NetworkConfig(Component):
     def metadata(self) -> Mapping[str, object]:
         """What files say of the network, in keys that tools read, such as `ss_network_module` and `ss_network_dim`."""
         return {"ss_network_module": self.name}
+
+    @classmethod
+    def is_product(cls, made: object) -> bool:
+        """Whether it is a Network."""
+        return _has_methods(type(made), "initialize", "parameter_groups", "load_tensors", "begin_batch")
 
     def build(self, targets: Sequence[AdaptationTarget]) -> Network:
         """The adapters for those of the targets that this network adapts, attached to them."""
@@ -142,6 +166,7 @@ class OptimizerConfig(Component):
     """A rule that turns gradients into updates."""
 
     kind = "optimizer"
+    product = "a torch.optim.Optimizer"
 
     supports_group_lrs: ClassVar[bool] = True
     """Whether parts of the model may have different learning rates, 0 apart, which leaves a part out."""
@@ -199,6 +224,13 @@ class OptimizerConfig(Component):
             message = f"{self.name} has one learning rate for all layers, but the network asks for {len(different)}"
             yield Problem("optimizer.name", message, "choose another, or leave out what gives layers their own")
 
+    @classmethod
+    def is_product(cls, made: object) -> bool:
+        """Whether it is a torch.optim.Optimizer."""
+        from torch.optim import Optimizer
+
+        return isinstance(made, Optimizer)
+
     def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
         """The optimizer over the groups, each with its own learning rate."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
@@ -209,9 +241,17 @@ class LRSchedulerConfig(Component):
     """How the learning rate changes over the run, as a factor of the optimizer's learning rate."""
 
     kind = "LR scheduler"
+    product = "an LRScheduler of torch.optim.lr_scheduler"
 
     is_constant: ClassVar[bool] = False
     """Whether the learning rate stays the same over the whole run."""
+
+    @classmethod
+    def is_product(cls, made: object) -> bool:
+        """Whether it is an LRScheduler of torch.optim.lr_scheduler."""
+        from torch.optim.lr_scheduler import LRScheduler
+
+        return isinstance(made, LRScheduler)
 
     def build(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
         """The schedule over `total_steps` optimizer steps, all processes counted once."""
@@ -223,6 +263,12 @@ class AttentionConfig(Component):
     """How the denoiser computes softmax(q·kᵀ/√d)·v."""
 
     kind = "attention backend"
+    product = "a function"
+
+    @classmethod
+    def is_product(cls, made: object) -> bool:
+        """Whether it is a function."""
+        return callable(made)
 
     def build(self) -> AttentionBackend:
         """The function that computes attention."""
@@ -234,9 +280,17 @@ class SaverConfig(Component):
     """The file format of the trained adapters."""
 
     kind = "saver"
+    product = "a Saver, with save, load and a suffix such as '.safetensors'"
 
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Number format of the weights in the file."""
+
+    @classmethod
+    def is_product(cls, made: object) -> bool:
+        """Whether it is a Saver, with save, load and a suffix such as '.safetensors'."""
+        suffix = getattr(made, "suffix", None)
+        is_suffix = isinstance(suffix, str) and suffix.startswith(".")
+        return is_suffix and _has_methods(type(made), "save", "load")
 
     def build(self) -> Saver:
         """The thing that writes and reads this format."""
@@ -248,9 +302,17 @@ class ObserverConfig(Component):
     """Something that is told how the run goes: a log, a progress bar, previews."""
 
     kind = "observer"
+    product = "an Observer"
 
     essential: ClassVar[bool] = False
     """Whether the run stops when this observer fails; others are detached with a warning."""
+
+    @classmethod
+    def is_product(cls, made: object) -> bool:
+        """Whether it is an Observer."""
+        from lorakit.api.observer import Observer
+
+        return isinstance(made, Observer)
 
     def build(self, run_info: RunInfo) -> Observer:
         """The observer of one run; called on the main process only."""

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 hookspec = pluggy.HookspecMarker("lorakit")
 
+hookimpl = pluggy.HookimplMarker("lorakit")
+"""Marks a function of a plugin as the implementation of one of the hooks below."""
+
 
 @hookspec
 def register_model_families() -> list[type[ModelFamilyConfig]]:  # type: ignore[empty-body]

@@ -1,4 +1,4 @@
-"""Observers: what is told how a run goes, and how they are told.
+"""What an observer sees: the run, the numbers of each step, and the events.
 
 Observers run on the main process only. An event is one frozen value; numbers in it are plain floats,
 read from the device some steps late where reading at once would make the device wait.
@@ -6,22 +6,16 @@ read from the device some steps late where reading at once would make the device
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 
-from lorakit.config.train_config import TrainConfig
-from lorakit.errors import TrainingDiverged
-
 if TYPE_CHECKING:
+    from lorakit.config.train_config import TrainConfig
     from lorakit.models.interfaces import DiffusionModel
-
-log = logging.getLogger(__name__)
 
 
 @frozen(kw_only=True)
@@ -134,102 +128,3 @@ class Observer:
 
     def closed(self) -> None:
         """The run is over, however it ended; always called last."""
-
-
-class Observers:
-    """All observers of a run; one that fails is named and detached, unless the run needs it."""
-
-    def __init__(
-        self,
-        observers: Iterable[tuple[str, bool, Observer]] = (),
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        """`observers` gives each one's name, whether the run needs it, and itself; `clock`, seconds."""
-        self._observers = list(observers)
-        self._detached: list[tuple[str, bool, Observer]] = []
-        self._unaware: list[tuple[str, bool, Observer]] = []
-        self._held_back: list[tuple[tuple[str, bool, Observer], str, tuple[object, ...]]] = []
-        self._meddled: set[tuple[str, str]] = set()
-        self._clock = clock
-        self._trained = 0.0
-        self._since = clock()
-        self._telling = 0
-
-    def add(self, name: str, observer: Observer, *, first: bool = False) -> None:
-        """One more, which the run can do without; told of each event last, or `first`."""
-        self._observers.insert(0 if first else len(self._observers), (name, False, observer))
-
-    def start(self, run: RunInfo) -> None:
-        """Tell all that a run starts; what one of them tells meanwhile, the others hear once they know of the run."""
-        self._unaware = list(self._observers)
-        with self._pausing():
-            try:
-                for entry in list(self._observers):
-                    self._tell(entry, "run_started", run)
-                    self._unaware.remove(entry)
-            finally:
-                self._unaware = []
-            for entry, event, values in self._held_back:
-                if entry in self._observers:
-                    self._tell(entry, event, *values)
-        self._trained = 0.0
-
-    def training_seconds(self) -> float:
-        """Seconds since the start in which no observer was told of anything."""
-        return self._trained + (0.0 if self._telling else self._clock() - self._since)
-
-    def tell(self, event: str, *values: object) -> None:
-        """Call the method named `event` of each observer. Raises ValueError if there is no such event."""
-        if not hasattr(Observer, event):
-            raise ValueError(f"there is no event {event!r}")
-        with self._pausing():
-            for entry in list(self._observers):
-                if entry in self._unaware:
-                    self._held_back.append((entry, event, values))
-                elif entry not in self._detached:
-                    self._tell(entry, event, *values)
-
-    def close(self) -> None:
-        """Tell all that the run is over, those that were detached too, whatever one of them raises."""
-        with ExitStack() as stack:
-            for entry in reversed([*self._observers, *self._detached]):
-                stack.callback(self._tell, entry, "closed")
-
-    @contextmanager
-    def _pausing(self) -> Iterator[None]:
-        """Stop the clock of training while observers are told of something, and of what they tell meanwhile."""
-        if not self._telling:
-            self._trained += self._clock() - self._since
-        self._telling += 1
-        try:
-            yield
-        finally:
-            self._telling -= 1
-            if not self._telling:
-                self._since = self._clock()
-
-    def _tell(self, entry: tuple[str, bool, Observer], event: str, *values: object) -> None:
-        # Only here, because components import this module, and none of them torch.
-        from lorakit.training.runtime.global_state import settings_put_back
-
-        name, essential, observer = entry
-        try:
-            with settings_put_back() as changed:
-                getattr(observer, event)(*values)
-            self._name_meddler(name, changed)
-        except TrainingDiverged:
-            raise
-        except Exception as error:
-            if essential:
-                raise
-            if entry not in self._detached:
-                self._observers.remove(entry)
-                self._detached.append(entry)
-                log.warning("observer %r failed and is detached: %s: %s", name, type(error).__name__, error)
-
-    def _name_meddler(self, name: str, changed: Iterable[str]) -> None:
-        """Say once of each setting of PyTorch that an observer has changed, which is undone already."""
-        for setting in changed:
-            if (name, setting) not in self._meddled:
-                self._meddled.add((name, setting))
-                log.warning("observer %r calls %s, which would change what is trained; it is put back", name, setting)

@@ -9,7 +9,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-import lorakit
+from lorakit._version import __version__
 
 
 def about() -> str:
@@ -17,7 +17,7 @@ def about() -> str:
 
     PyTorch is imported only where it was built for a GPU, as that takes seconds.
     """
-    return f"lorakit {lorakit.__version__}, Python {platform.python_version()}, {_torch()}"
+    return f"lorakit {__version__}, Python {platform.python_version()}, {_torch()}"
 
 
 def _torch() -> str:

@@ -1,4 +1,4 @@
-"""The loss of denoising: how far the model is from what was mixed into the latents.
+"""Losses and their weights by timestep.
 
 B images in a micro-batch, C latent channels, h and w latent sides; t a timestep, SNR its ratio of the
 powers of signal and noise. The formulas, and where they come from, are in `docs/explanation/loss.md`.
@@ -12,21 +12,10 @@ import torch
 from torch import Tensor
 
 from lorakit.config.loss import LossSection
-from lorakit.data.loader import Batch
-from lorakit.models.interfaces import Conditioning, DiffusionModel, NoiseProcess
+from lorakit.diffusion.process import NoiseProcess
 
 LARGEST_SNR = 1000.0
 """Ratios above this count as this in the weights that would otherwise vanish or explode."""
-
-
-def denoising_loss(model: DiffusionModel, batch: Batch, conditioning: Conditioning, loss: LossSection) -> Tensor:
-    """How far the model is from the noise (or velocity) that was mixed into the latents; a scalar, float32."""
-    noisy_latents = model.noise.add_noise(batch.latents, batch.input_noise, batch.timesteps)  # [B, C, h, w]
-    prediction = model.predict(noisy_latents, batch.timesteps, conditioning)
-    target = model.noise.target(batch.latents, batch.noise, batch.timesteps)  # ε or v
-    distances = distance(prediction.float() - target.float(), loss, model.noise, batch.timesteps)
-    per_image = batch.masked(distances).flatten(1).mean(dim=1)  # [B]
-    return (per_image * batch.weights * timestep_weights(loss, model.noise, batch.timesteps)).mean()
 
 
 def distance(difference: Tensor, loss: LossSection, noise: NoiseProcess, timesteps: Tensor) -> Tensor:

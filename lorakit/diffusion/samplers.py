@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import frozen
 
 if TYPE_CHECKING:
-    from lorakit.models.interfaces import NoiseProcess
+    from lorakit.diffusion.process import NoiseProcess
 
 SamplerName = Literal[
     "ddim", "pndm", "lms", "k_lms", "euler", "k_euler", "euler_a", "k_euler_a", "heun", "dpm_2", "k_dpm_2", "dpm_2_a",

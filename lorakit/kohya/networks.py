@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Callable, Iterator, Mapping
 
 from attrs import frozen
 
 from lorakit.api.block_layout import STABLE_DIFFUSION, Side, curve
 from lorakit.api.components import NetworkConfig
+from lorakit.api.network_metadata import LORA_MODULE
 from lorakit.config.table_reader import field_names
 from lorakit.errors import ConfigError, PluginError, Problem
 from lorakit.kohya.draft import Command, Draft, Setting
 from lorakit.kohya.scripts import refuse_other_model
 from lorakit.plugins.catalog import Catalog
 from lorakit.plugins.import_path import check_import_path
-
-LORA_MODULE = "networks.lora"
-"""sd-scripts' own network module, and the name that tools know LoRA networks by."""
 
 Value = int | float | str | list[int] | list[float]
 
@@ -76,25 +73,6 @@ NETWORK_ARGS: Mapping[str, Argument] = {
     "loraplus_text_encoder_lr_ratio": Argument("loraplus_text_encoder_lr_ratio", float),
 }
 """What networks.lora takes in --network_args."""
-
-FILE_ARGS: Mapping[str, str] = {
-    **{name: argument.key for name, argument in NETWORK_ARGS.items()},
-    "rank_stabilized": "rank_stabilized",
-    "dora_wd": "dora",
-}
-"""Arguments of networks that files name, and the keys of [network] that do the same."""
-
-
-def network_args(values: Mapping[str, object]) -> dict[str, str]:
-    """The entry `ss_network_args` of a file for those of the values that are not off; none where all are."""
-    given = {name: _as_argument(value) for name, value in values.items() if value}
-    return {"ss_network_args": json.dumps(given)} if given else {}
-
-
-def _as_argument(value: object) -> str:
-    """A value as it stands in --network_args."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
 
 _WITH_LYCORIS = 'with the plugin lorakit-network-modules LyCORIS has it: network.name = "lycoris.kohya"'
 _CURES: Mapping[str, str] = {

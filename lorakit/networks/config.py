@@ -12,6 +12,7 @@ from attrs import field, fields, frozen
 from attrs import validators as v
 
 from lorakit.api.components import NetworkConfig
+from lorakit.api.network_metadata import LORA_MODULE, NETWORK_ARG_KEYS, network_args
 from lorakit.errors import AdapterError, ModelError, Problem
 
 if TYPE_CHECKING:
@@ -88,8 +89,6 @@ class LoRAConfig(NetworkConfig):
 
     def metadata(self) -> Mapping[str, object]:
         """The network as sd-scripts has it: that of `networks.lora`, with what is not at its default as arguments."""
-        from lorakit.kohya.networks import FILE_ARGS, LORA_MODULE, network_args
-
         own = {own.name: getattr(self, own.name) for own in fields(type(self))}
         return {
             "ss_network_module": LORA_MODULE,
@@ -97,7 +96,7 @@ class LoRAConfig(NetworkConfig):
             "ss_network_alpha": "Dynamic" if self.rank_from_weights else self.alpha,
             "ss_network_dropout": self.dropout,
             "ss_scale_weight_norms": self.scale_weight_norms,
-            **network_args({name: own.get(key) for name, key in FILE_ARGS.items()}),
+            **network_args({name: own.get(key) for name, key in NETWORK_ARG_KEYS.items()}),
         }
 
     def build(self, targets: Sequence[AdaptationTarget]) -> Network:

@@ -16,7 +16,6 @@ from lorakit.config.train_config import AUTOTUNE_KEYS, TrainConfig
 from lorakit.data.cache.encode import CAPTIONS_AT_ONCE
 from lorakit.data.cache.vae import encode_pixels
 from lorakit.data.loader import Batch
-from lorakit.diffusion.loss import denoising_loss
 from lorakit.models.interfaces import DiffusionModel
 from lorakit.models.memory.block_swap import streamed_bytes
 from lorakit.networks.network import Network
@@ -28,6 +27,7 @@ from lorakit.training.conditioning import conditioning_of
 from lorakit.training.prepare import PreparedRun
 from lorakit.training.setup import attach_network
 from lorakit.training.step.gradients import FlatGradients
+from lorakit.training.step.loss import denoising_loss
 
 
 @frozen(kw_only=True)

@@ -12,7 +12,7 @@ from lorakit.config.train_config import TrainConfig, TrainingSection
 from lorakit.errors import ConfigError, Problem
 from lorakit.models.interfaces import DiffusionModel
 from lorakit.models.memory.compile import compile_unsupported_reason
-from lorakit.plugins.build import built
+from lorakit.plugins.build import build_component
 from lorakit.training.runtime.hardware import fp16_on_cpu, hardware_warnings
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def build_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
 
 def load_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
     """The base model in the number formats of the run, its weights not read yet; nothing else is looked at."""
-    model: DiffusionModel = built(config.model, device, DTYPES[config.training.mixed_precision])
+    model: DiffusionModel = build_component(config.model, device, DTYPES[config.training.mixed_precision])
     if config.training.quantization:
         model.quantize(config.training.quantization)
     if config.training.stream_base:

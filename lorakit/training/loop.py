@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 from lorakit.data.loader import Batch
-from lorakit.diffusion.loss import denoising_loss
 from lorakit.training.run import Run
 from lorakit.training.step.autotune import compile_step
+from lorakit.training.step.loss import denoising_loss
 
 
 def train(run: Run) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lorakit.api.observer import Observers, RunInfo
+from lorakit.api.observer import RunInfo
 from lorakit.config.train_config import TrainConfig
 from lorakit.data.loader import Batch, BatchLoader, prefetch
 from lorakit.errors import Interrupted, LorakitError, NotSaved
@@ -24,6 +24,7 @@ from lorakit.training.checkpoint.compatibility import RunFingerprint
 from lorakit.training.checkpoint.resume import capture_state, restore
 from lorakit.training.checkpoint.state import read_state, state_folder, write_state
 from lorakit.training.conditioning import conditioning_of
+from lorakit.training.observers import Observers
 from lorakit.training.output.adapter_writer import AdapterWriter
 from lorakit.training.output.fallback import save_with_fallback
 from lorakit.training.runtime.distributed import Distributed

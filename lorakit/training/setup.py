@@ -17,20 +17,21 @@ from pathlib import Path
 import torch
 
 from lorakit.api.components import ObserverConfig
-from lorakit.api.observer import Observer, Observers
+from lorakit.api.observer import Observer
 from lorakit.config.train_config import TrainConfig, TrainingSection
 from lorakit.data.loader import BatchLoader
 from lorakit.errors import ConfigError, Interrupted, PluginError
 from lorakit.models.interfaces import AdaptationTarget, DiffusionModel
 from lorakit.networks.adapter_file import load_initial_weights
 from lorakit.networks.network import Network, ParameterGroup
-from lorakit.plugins.build import built
+from lorakit.plugins.build import build_component
 from lorakit.plugins.catalog import Catalog
 from lorakit.training.base_model import build_model
 from lorakit.training.checkpoint.compatibility import RunFingerprint
 from lorakit.training.checkpoint.state import find_state, forget_end, has_ended, note_end, state_folder
 from lorakit.training.encode import Encoded, Filled, encode_data
 from lorakit.training.loop import train
+from lorakit.training.observers import Observers
 from lorakit.training.output.adapter_writer import AdapterWriter
 from lorakit.training.output.metadata import run_metadata
 from lorakit.training.output.run_lock import run_lock
@@ -81,7 +82,7 @@ def run_training(
                 state = find_state(
                     RunFingerprint.of(prepared, processes.world_size), None if resume == Path() else resume
                 )
-                final = config.output.dir / f"{config.output.name}{built(config.saver).suffix}"
+                final = config.output.dir / f"{config.output.name}{build_component(config.saver).suffix}"
                 if resume == Path() and final.is_file() and has_ended(state, prepared.length.total_steps):
                     log.warning("%s", _ended_already(config, prepared.length.total_steps, final))
                     return final
@@ -170,20 +171,20 @@ def build_run_from(
     config = prepared.config
     loader = _loader(prepared, model, schedule, encoded)
     network, groups = attach_network(model, config)
-    optimizer = built(config.optimizer, groups)
+    optimizer = build_component(config.optimizer, groups)
     metadata = run_metadata(prepared, schedule, processes, optimizer, started)
     return Run(
         config=config,
         model=model,
         network=network,
         optimizer=optimizer,
-        lr_scheduler=built(config.lr_scheduler, optimizer, schedule.total_steps),
+        lr_scheduler=build_component(config.lr_scheduler, optimizer, schedule.total_steps),
         gradients=FlatGradients(groups),
         scaler=torch.amp.GradScaler(processes.device.type, enabled=config.training.mixed_precision == "fp16"),
         schedule=schedule,
         loader=loader,
         processes=processes,
-        writer=AdapterWriter(config, model, network, built(config.saver), metadata),
+        writer=AdapterWriter(config, model, network, build_component(config.saver), metadata),
         validation=ValidationSet.of(loader, prepared.validation, config),
     )
 
@@ -213,7 +214,7 @@ def build_observers(run: Run, catalog: Catalog) -> Observers:
     observers: list[tuple[str, bool, Observer]] = []
     for config in (*always, *run.config.observers):
         try:
-            observers.append((config.name, config.essential, built(config, run.info)))
+            observers.append((config.name, config.essential, build_component(config, run.info)))
         except PluginError as error:
             if config.essential:
                 raise
@@ -227,7 +228,7 @@ def _rehearse(config: TrainConfig, total_steps: int, device: torch.device) -> No
         ParameterGroup(part, part, (torch.nn.Parameter(torch.zeros(1, device=device)),), config.optimizer.lr_for(part))
         for part in config.trained_parts
     ]
-    built(config.lr_scheduler, built(config.optimizer, groups), total_steps)
+    build_component(config.lr_scheduler, build_component(config.optimizer, groups), total_steps)
 
 
 def _loader(prepared: PreparedRun, model: DiffusionModel, schedule: Schedule, encoded: Encoded) -> BatchLoader:
@@ -249,7 +250,7 @@ def _loader(prepared: PreparedRun, model: DiffusionModel, schedule: Schedule, en
 
 def _set_up(model: DiffusionModel, config: TrainConfig) -> None:
     """Say how the model is to compute."""
-    model.use_attention(built(config.attention))
+    model.use_attention(build_component(config.attention))
     if config.training.gradient_checkpointing:
         model.enable_gradient_checkpointing(float(config.training.gradient_checkpointing))
     ExecutionMode.certain(config.training).set_up(model, config.training.compile_backend)
@@ -258,7 +259,7 @@ def _set_up(model: DiffusionModel, config: TrainConfig) -> None:
 def _attached_network(config: TrainConfig, model: DiffusionModel) -> Network:
     """The adapters in their places, from the seed or from the file that the config names."""
     targets = model.targets(config.trained_parts)
-    network: Network = built(config.network, [target for target in targets if _learning_rate(config, target)])
+    network: Network = build_component(config.network, [target for target in targets if _learning_rate(config, target)])
     network.initialize(config.training.seed)
     if config.network.weights is not None:
         tensors = load_initial_weights(config.network.weights, {target.key for target in targets})

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import lorakit
+from lorakit._version import __version__
 from lorakit.config.train_config import OutputSection, TrainConfig
 from lorakit.data.batch_sampler import RunLength, buckets
 from lorakit.data.index import Example
@@ -33,7 +33,7 @@ def summarize_run(prepared: PreparedRun, source: Path | None = None) -> list[str
         ("steps", f"{length_in_words(prepared.length)}, {_batches(prepared)}"),
         ("network", f"{_network(config)}; saved {_saves(config.output, prepared.length)}"),
     ]
-    return [f"lorakit {lorakit.__version__}: {origin}{shown_path(file)}", *labelled(rows, LABEL_WIDTH)]
+    return [f"lorakit {__version__}: {origin}{shown_path(file)}", *labelled(rows, LABEL_WIDTH)]
 
 
 def tell(label: str, text: str) -> None:

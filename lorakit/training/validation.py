@@ -14,7 +14,7 @@ from lorakit.config.train_config import TrainConfig
 from lorakit.data.batch_sampler import RankMicroBatch, plan_epoch
 from lorakit.data.index import IndexedDataset
 from lorakit.data.loader import Batch, BatchLoader
-from lorakit.diffusion.loss import denoising_loss
+from lorakit.training.step.loss import denoising_loss
 
 if TYPE_CHECKING:
     from lorakit.training.run import Run

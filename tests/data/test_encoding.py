@@ -35,7 +35,7 @@ def images_encoded(cache: Cache, dataset: DatasetConfig, version: str = "1") -> 
     """How many images a fresh model had to encode to fill the cache."""
     model = TinyModel(version)
     fill(Cache(cache.folder), dataset, model)
-    return sum(model._image_encoder.batch_sizes)
+    return sum(model._vae_encoder.batch_sizes)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
@@ -145,7 +145,7 @@ def test_processes_share_the_work(cache: Cache, with_subset: WithSubset, world_s
         fill(own, dataset, model, rank=rank, world_size=world_size)
         datasets = index_datasets([dataset])
         encode_captions(datasets, model, own, EncodeOptions(device=CPU, rank=rank, world_size=world_size))
-    assert sum(sum(model._image_encoder.batch_sizes) for model in models) == 10
+    assert sum(sum(model._vae_encoder.batch_sizes) for model in models) == 10
     assert sum(sum(model._text_encoder.batch_sizes) for model in models) == 5
     assert sum("vae_encoder" in model.touched for model in models) == min(world_size, 5)
     assert images_encoded(cache, dataset) == 0
@@ -189,7 +189,7 @@ def test_damaged_images_are_told_at_once_and_the_rest_is_encoded(
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_overflow_of_the_image_encoder(cache: Cache, dataset: DatasetConfig, model: TinyModel, batch_size: int):
+def test_overflow_of_the_vae_encoder(cache: Cache, dataset: DatasetConfig, model: TinyModel, batch_size: int):
     """Latents with infinity are an error that names the image and the cure, and are not cached."""
     model.vae_encoder.overflows_on = 3
     with pytest.raises(DataError, match=r"coffee\.png: cannot be encoded: .*no_half_vae.*training\.mixed_precision"):

@@ -115,4 +115,4 @@ def test_lost_entries_are_made_again(dataset: DatasetConfig, folder: Path, tmp_p
     model = TinyModel()
     assert start(dataset, tmp_path / "cache", model) == known
     assert {path: path.read_bytes() for path in content} == content
-    assert len(model._image_encoder.batch_sizes) + sum(model._text_encoder.batch_sizes) == 3
+    assert len(model._vae_encoder.batch_sizes) + sum(model._text_encoder.batch_sizes) == 3

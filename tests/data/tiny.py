@@ -54,7 +54,7 @@ class TinyModel:
     def __init__(self, version: str = "1") -> None:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self._image_encoder = TinyImageEncoder()
+            self._vae_encoder = TinyImageEncoder()
             self._text_encoder = TinyTextEncoder()
         self.version = version
         self.touched: set[str] = set()
@@ -67,7 +67,7 @@ class TinyModel:
     def vae_encoder(self) -> TinyImageEncoder:
         """The image encoder."""
         self.touched.add("vae_encoder")
-        return self._image_encoder
+        return self._vae_encoder
 
     @property
     def text_encoder(self) -> TinyTextEncoder:

@@ -133,7 +133,7 @@ def test_hub_models_in_shards_and_halves(tiny_sd1: Path, tmp_path: Path) -> None
         "model = config.build(torch.device('cpu'), torch.float32)\n"
         "hidden = model.text_encoder.encode(model.text_encoder.tokenize(['a cat']))\n"
         "out = model.predict(torch.ones(1, 4, 8, 8), torch.tensor([5]), hidden)\n"
-        "mean = model.image_encoder.encode(torch.ones(1, 3, 64, 64))[0]\n"
+        "mean = model.vae_encoder.encode(torch.ones(1, 3, 64, 64))[0]\n"
         "print(out.double().sum().item(), mean.double().sum().item(), model.metadata()['ss_vae_name'])"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}

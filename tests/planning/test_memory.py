@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from lorakit.data.loader import Batch
-from lorakit.diffusion.loss import denoising_loss
 from lorakit.errors import PluginError
 from lorakit.models.interfaces import DiffusionModel
 from lorakit.planning.dummy_batches import BatchShape, Texts, make_batch
@@ -31,6 +30,7 @@ from lorakit.training.conditioning import conditioning_of
 from lorakit.training.prepare import PreparedRun, prepare
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.setup import attach_network, build_run
+from lorakit.training.step.loss import denoising_loss
 
 CPU = torch.device("cpu")
 NO_IMAGES = EncodingMemory(weights=0, passing=0)

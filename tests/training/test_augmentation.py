@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 import lorakit
 from lorakit.config.loss import LossSection
 from lorakit.config.train_config import TrainConfig
-from lorakit.diffusion.loss import denoising_loss
 from lorakit.errors import DataError, Interrupted
 from lorakit.plugins.catalog import Catalog
 from lorakit.training.prepare import prepare
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.setup import build_run, fill_cache, run_training
+from lorakit.training.step.loss import denoising_loss
 from tests.training.test_runs import train_until
 
 CPU = Distributed(torch.device("cpu"))
@@ -111,8 +111,8 @@ def test_cache_leaves_out_what_changes(make_config: MakeConfig, tables: dict[str
     fill_cache(prepare(config))
     assert len(list((tmp_path / "cache").glob("*/*.safetensors"))) == 4
     run = build_run(prepare(config), CPU)
-    assert run.model._image_encoder is run.loader.live.encoder is not None
-    assert plain.model._image_encoder is None
+    assert run.model._vae_encoder is run.loader.live.encoder is not None
+    assert plain.model._vae_encoder is None
     assert plain.loader.live is None
 
 

@@ -15,11 +15,12 @@ import tomlkit
 import torch
 
 import lorakit
-from lorakit.api.observer import Observer, Observers
+from lorakit.api.observer import Observer
 from lorakit.config.train_config import TrainConfig
 from lorakit.errors import Interrupted, NotSaved, OutputError
 from lorakit.plugins.catalog import Catalog
 from lorakit.training.loop import train
+from lorakit.training.observers import Observers
 from lorakit.training.prepare import prepare
 from lorakit.training.run import Run
 from lorakit.training.runtime.distributed import Distributed

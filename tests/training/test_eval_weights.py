@@ -7,9 +7,10 @@ from torch import nn
 from torch.optim import SGD
 
 import lorakit
-from lorakit.api.observer import Observer, Observers
+from lorakit.api.observer import Observer
 from lorakit.training.checkpoint.state import read_state
 from lorakit.training.loop import train
+from lorakit.training.observers import Observers
 from lorakit.training.prepare import prepare
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.setup import build_run

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from lorakit.api.components import NetworkConfig, OptimizerConfig
 from lorakit.data.loader import Batch
-from lorakit.diffusion.loss import denoising_loss
 from lorakit.plugins.catalog import Catalog
 from lorakit.training.prepare import prepare
 from lorakit.training.run import Run
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.setup import build_run
+from lorakit.training.step.loss import denoising_loss
 
 LEARNING_RATES = {"adamw": 3e-3, "adamw8bit": 3e-3, "lion": 1e-3, "dadaptation": 0.1, "adafactor": 3e-3}
 RELATIVES = {

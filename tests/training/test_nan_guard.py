@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorakit.api.observer import Observer, Observers, StepMetrics
+from lorakit.api.observer import Observer, StepMetrics
 from lorakit.errors import TrainingDiverged
 from lorakit.networks.network import ParameterGroup
 from lorakit.training.loop import train
+from lorakit.training.observers import Observers
 from lorakit.training.prepare import prepare
 from lorakit.training.run import Run
 from lorakit.training.runtime.distributed import Distributed

@@ -9,8 +9,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lorakit
-from lorakit.api.observer import Observer, Observers, RunInfo
+from lorakit.api.observer import Observer, RunInfo
 from lorakit.errors import OutputError, TrainingDiverged
+from lorakit.training.observers import Observers
 from lorakit.training.prepare import prepare
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.setup import build_run

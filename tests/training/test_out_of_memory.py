@@ -12,12 +12,13 @@ from attrs import evolve
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lorakit.api.observer import Observers, StepMetrics
+from lorakit.api.observer import StepMetrics
 from lorakit.config.memory_presets import memory_presets, next_preset, saving_keys
 from lorakit.config.train_config import TrainingSection
 from lorakit.errors import OutOfMemory
 from lorakit.training.checkpoint.state import state_folder, states_in
 from lorakit.training.loop import train
+from lorakit.training.observers import Observers
 from lorakit.training.prepare import prepare
 from lorakit.training.run import Run
 from lorakit.training.runtime.distributed import Distributed

@@ -257,7 +257,7 @@ def test_parts_are_freed(make_config, catalog: Catalog, prompts: Path) -> None:
         )  # fmt: skip
         run, watcher = trained(config, catalog)
         assert watcher.drawn
-        assert run.model._image_decoder is None
+        assert run.model._vae_decoder is None
         assert (run.model._text_encoder is not None) == has_dynamic_captions == run.info.encodes_captions
 
 

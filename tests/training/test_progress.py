@@ -21,8 +21,9 @@ import pytest
 import tomlkit
 from attrs import evolve
 
-from lorakit.api.observer import Observer, Observers
+from lorakit.api.observer import Observer
 from lorakit.builtin.observers.progress import Progress
+from lorakit.training.observers import Observers
 from lorakit.training.progress import Bar, Lines, Pace, Position, bar_text, line_text, short_number
 
 HALF_WAY = Position(done=83, total=150, rate=3.1, epoch=2, loss=0.039, learning_rates=(9.2e-4,))

@@ -18,10 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import lorakit
-from lorakit.api.observer import Observer, Observers
+from lorakit.api.observer import Observer
 from lorakit.errors import ConfigError, Interrupted, TrainingDiverged
 from lorakit.plugins.catalog import Catalog
 from lorakit.training.loop import train
+from lorakit.training.observers import Observers
 from lorakit.training.prepare import prepare
 from lorakit.training.run import Run
 from lorakit.training.runtime.distributed import Distributed

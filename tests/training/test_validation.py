@@ -13,10 +13,11 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lorakit.api.components import ObserverConfig
-from lorakit.api.observer import Observer, Observers
+from lorakit.api.observer import Observer
 from lorakit.errors import ConfigError
 from lorakit.plugins.catalog import Catalog
 from lorakit.training.loop import train
+from lorakit.training.observers import Observers
 from lorakit.training.prepare import prepare
 from lorakit.training.run import Run
 from lorakit.training.runtime.distributed import Distributed

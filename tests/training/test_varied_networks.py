@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lorakit
-from lorakit.api.observer import Observer, Observers, StepMetrics
+from lorakit.api.observer import Observer, StepMetrics
 from lorakit.errors import ConfigError, Interrupted
 from lorakit.plugins.catalog import Catalog
 from lorakit.training.loop import train
+from lorakit.training.observers import Observers
 from lorakit.training.prepare import prepare
 from lorakit.training.run import Run
 from lorakit.training.runtime.distributed import Distributed

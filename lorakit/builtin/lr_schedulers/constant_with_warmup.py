@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from attrs import frozen
 
-from lorakit import hookimpl
 from lorakit.api.components import LRSchedulerConfig
+from lorakit.api.hookspecs import hookimpl
 from lorakit.api.lr_schedules import WarmupConfig
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit import hookimpl
 from lorakit.api.components import LRSchedulerConfig
+from lorakit.api.hookspecs import hookimpl
 from lorakit.api.lr_schedules import WarmupConfig, cosine_factor
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit import hookimpl
 from lorakit.api.components import LRSchedulerConfig
+from lorakit.api.hookspecs import hookimpl
 from lorakit.api.lr_schedules import WarmupConfig
 
 TIMESCALE = 10_000

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from lorakit import hookimpl
 from lorakit.api.components import LRSchedulerConfig
+from lorakit.api.hookspecs import hookimpl
 from lorakit.api.lr_schedules import resolve_steps
 from lorakit.errors import Problem
 

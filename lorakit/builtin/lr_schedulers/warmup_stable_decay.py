@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit import hookimpl
 from lorakit.api.components import LRSchedulerConfig
+from lorakit.api.hookspecs import hookimpl
 from lorakit.api.lr_schedules import WarmupConfig, check_steps, cosine_factor, resolve_steps
 from lorakit.errors import Problem
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit import hookimpl
 from lorakit.api.components import ModelFamilyConfig
+from lorakit.api.hookspecs import hookimpl
 from lorakit.checkpoints import CheckpointSummary, traits_of
 from lorakit.models.families.sd.config import StableDiffusionConfig
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit import hookimpl
 from lorakit.api.components import NetworkConfig
+from lorakit.api.hookspecs import hookimpl
 from lorakit.errors import Problem
 from lorakit.networks.blocks import BlockwiseLoRAConfig, per_block
 

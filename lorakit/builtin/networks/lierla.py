@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from lorakit import hookimpl
 from lorakit.api.components import NetworkConfig
+from lorakit.api.hookspecs import hookimpl
 from lorakit.errors import Problem
 from lorakit.networks.blocks import BlockwiseLoRAConfig
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from attrs import frozen
 
-from lorakit import hookimpl
 from lorakit.api.components import ObserverConfig
+from lorakit.api.hookspecs import hookimpl
 from lorakit.api.observer import Every, Observer, RunInfo
 from lorakit.errors import NotSaved, OutputError
 from lorakit.training.output.fallback import save_with_fallback

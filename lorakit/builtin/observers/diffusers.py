@@ -7,8 +7,8 @@ from pathlib import Path
 
 from attrs import frozen
 
-from lorakit import hookimpl
 from lorakit.api.components import ObserverConfig
+from lorakit.api.hookspecs import hookimpl
 from lorakit.api.observer import Observer, RunInfo
 from lorakit.errors import AdapterError
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from attrs import field, frozen
 
-from lorakit import hookimpl
 from lorakit.api.components import ObserverConfig
+from lorakit.api.hookspecs import hookimpl
 from lorakit.api.observer import Observer, RunInfo
 
 log = logging.getLogger(__name__)

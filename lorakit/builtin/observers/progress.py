@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from attrs import evolve, field, frozen
 from attrs import validators as v
 
-from lorakit import hookimpl
 from lorakit.api.components import ObserverConfig
+from lorakit.api.hookspecs import hookimpl
 from lorakit.api.observer import Observer, RunInfo, StepMetrics
 from lorakit.utils.wording import counted, shown_path
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit import hookimpl
 from lorakit.api.components import ObserverConfig
+from lorakit.api.hookspecs import hookimpl
 from lorakit.api.observer import Every, Observer, RunInfo
 from lorakit.errors import ConfigError, LorakitError, Problem
 from lorakit.previews.contact_sheet import Preview, find_previews, write_contact_sheet

@@ -9,8 +9,8 @@ from typing import Any
 
 from attrs import frozen
 
-from lorakit import hookimpl
 from lorakit.api.components import ObserverConfig
+from lorakit.api.hookspecs import hookimpl
 from lorakit.api.observer import Observer, RunInfo, StepMetrics
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit import hookimpl
 from lorakit.api.components import ObserverConfig
+from lorakit.api.hookspecs import hookimpl
 from lorakit.api.observer import Every, Observer, RunInfo, StepMetrics
 from lorakit.config.train_config import TrainConfig
 from lorakit.errors import Problem

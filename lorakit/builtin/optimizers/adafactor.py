@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from attrs import field, fields, frozen
 from attrs import validators as v
 
-from lorakit import hookimpl
 from lorakit.api.components import OptimizerConfig
+from lorakit.api.hookspecs import hookimpl
 from lorakit.errors import Problem
 
 if TYPE_CHECKING:

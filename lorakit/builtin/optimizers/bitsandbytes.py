@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, ClassVar
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit import hookimpl
 from lorakit.api.components import OptimizerConfig
+from lorakit.api.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 
-from lorakit import hookimpl
 from lorakit.api.components import OptimizerConfig
+from lorakit.api.hookspecs import hookimpl
 from lorakit.errors import Problem
 from lorakit.plugins.import_path import check_import_path, import_class, instantiate
 

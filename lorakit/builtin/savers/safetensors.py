@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from lorakit import hookimpl
 from lorakit.api.components import SaverConfig
+from lorakit.api.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from lorakit.networks.adapter_file import Saver

@@ -77,7 +77,7 @@ class ModelFamilyContract(ComponentContract):
         """A good model passes the checks before a run."""
         assert not list(self.config.problems())
 
-    def test_image_encoder(self) -> None:
+    def test_vae_encoder(self) -> None:
         """Latents have a mean and a positive deviation, float32 [B, C, h, w], the same for each image alone."""
         encoder = self.built().vae_encoder
         mean, deviation = encoder.encode(pictures(2))
@@ -88,7 +88,7 @@ class ModelFamilyContract(ComponentContract):
         assert (deviation > 0).all()
         torch.testing.assert_close(encoder.encode(pictures(2)[1:])[0], mean[1:], rtol=1e-4, atol=1e-5)
 
-    def test_image_decoder(self) -> None:
+    def test_vae_decoder(self) -> None:
         """Latents of the told shape become images of the same size as encoded, float32 in [-1, 1], each as if alone."""
         model = self.built()
         latents, _ = model.vae_encoder.encode(pictures(2))

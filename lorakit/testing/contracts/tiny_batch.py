@@ -13,9 +13,9 @@ from torch import Tensor
 from lorakit.api.components import ModelFamilyConfig
 from lorakit.config.loss import LossSection
 from lorakit.data.loader import Batch
-from lorakit.diffusion.loss import denoising_loss
 from lorakit.models.interfaces import DiffusionModel
 from lorakit.plugins.catalog import Catalog
+from lorakit.training.step.loss import denoising_loss
 
 CPU = torch.device("cpu")
 CAPTIONS = ("a meadow, green grass", "a very long caption about a city at night, " * 3)

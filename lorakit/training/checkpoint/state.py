@@ -22,7 +22,7 @@ from attrs import frozen
 from safetensors import SafetensorError
 from torch import Tensor
 
-import lorakit
+from lorakit._version import __version__
 from lorakit.checkpoints.safetensors_content import safetensors_content
 from lorakit.checkpoints.safetensors_header import safetensors_shapes
 from lorakit.config.train_config import TrainConfig
@@ -97,7 +97,7 @@ def _write(state: State, identity: RunFingerprint, folder: Path) -> None:
     contents = {_TENSORS: safetensors.torch.save(dict(state.tensors)), _MACHINERY: serialize(dict(state.machinery))}
     description = {
         "format": FORMAT,
-        "lorakit": lorakit.__version__,
+        "lorakit": __version__,
         "step": state.step,
         "total_steps": state.total_steps,
         "files": {name: blake2b(content, digest_size=16).hexdigest() for name, content in contents.items()},
@@ -194,9 +194,9 @@ def _check(folder: Path, identity: RunFingerprint) -> None:
         told = f"the state in {folder} was saved by a run with another config or dataset:{what}\n{cure}"
         raise ConfigError([Problem("--resume", told)])
     _verified(folder, description)
-    if description["lorakit"] != lorakit.__version__:
+    if description["lorakit"] != __version__:
         told = "the state in %s was saved by lorakit %s, this is %s: the result may differ from that of either"
-        log.warning(told, folder, description["lorakit"], lorakit.__version__)
+        log.warning(told, folder, description["lorakit"], __version__)
 
 
 def _described(folder: Path) -> dict[str, Any]:

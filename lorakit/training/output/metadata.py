@@ -15,7 +15,7 @@ from typing import Any
 from attrs import asdict
 from torch.optim import Optimizer
 
-import lorakit
+from lorakit._version import __version__
 from lorakit.api.components import OptimizerConfig
 from lorakit.config.loss import LossSection
 from lorakit.config.train_config import TrainConfig
@@ -124,7 +124,7 @@ def _modelspec_values(config: TrainConfig) -> dict[str, Any]:
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": config.output.name,
-        "modelspec.implementation_version": f"lorakit/{lorakit.__version__}",
+        "modelspec.implementation_version": f"lorakit/{__version__}",
         **({} if first is last is None else {"modelspec.timestep_range": span}),
         **config.metadata.entries(),
     }

@@ -10,8 +10,8 @@ from attrs import validators as v
 
 from lorakit import hookimpl
 from lorakit.api.components import NetworkConfig
+from lorakit.api.network_metadata import network_args
 from lorakit.errors import Problem
-from lorakit.kohya.networks import network_args
 from lorakit.plugins.import_path import check_import_path
 
 if TYPE_CHECKING:

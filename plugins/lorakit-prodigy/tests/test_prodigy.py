@@ -12,12 +12,13 @@ from prodigyopt import Prodigy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorakit.api.observer import Observer, Observers, StepMetrics
+from lorakit.api.observer import Observer, StepMetrics
 from lorakit.config.load import config_from_tables
 from lorakit.errors import ConfigError
 from lorakit.networks.network import ParameterGroup
 from lorakit.testing.contracts import OptimizerContract
 from lorakit.training.loop import train
+from lorakit.training.observers import Observers
 from lorakit.training.prepare import prepare
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.setup import build_run

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.checkpoints import HubModel
 from lorakit.diffusion.noise_schedule import DDPMSchedule, Prediction
+from lorakit.diffusion.process import NoiseProcess
 from lorakit.errors import ModelError
 from lorakit.models.families.sd.checkpoint import TOKENIZER_FILES, CheckpointPart, ModelCheckpoint
 from lorakit.models.families.sd.infer_config import DOWNSCALING, LATENT_CHANNELS
@@ -31,7 +32,7 @@ from lorakit.models.families.sd.text_encoder import ClipTextEncoder, checkpoint_
 from lorakit.models.families.sd.tokenizer import CaptionTokenizer
 from lorakit.models.families.sd.unet import use_backend
 from lorakit.models.families.sd.vae import VaeDecoder, VaeEncoder, read_vae_decoder, read_vae_encoder
-from lorakit.models.interfaces import AdaptationTarget, AttentionBackend, Conditioning, Memo, NoiseProcess
+from lorakit.models.interfaces import AdaptationTarget, AttentionBackend, Conditioning, Memo
 from lorakit.models.memory.activation_checkpointing import checkpoint_blocks
 from lorakit.models.memory.block_swap import stream
 from lorakit.models.memory.channels_last import use_channels_last
@@ -99,8 +100,8 @@ class StableDiffusion:
         self.memo = memo
         """Remembers hashes of files; one that outlives the process makes the next start faster."""
         self.noise: NoiseProcess = DDPMSchedule(variant.prediction)
-        self._image_encoder: VaeEncoder | None = None
-        self._image_decoder: VaeDecoder | None = None
+        self._vae_encoder: VaeEncoder | None = None
+        self._vae_decoder: VaeDecoder | None = None
         self._text_encoder: ClipTextEncoder | None = None
         self._unet: nn.Module | None = None
         self._attention: AttentionBackend | None = None
@@ -147,16 +148,16 @@ class StableDiffusion:
     @property
     def vae_encoder(self) -> VaeEncoder:
         """The VAE's encoder, read on first use."""
-        if self._image_encoder is None:
-            self._image_encoder = read_vae_encoder(self.stored.part("vae"), self.device, self._vae_dtype)
-        return self._image_encoder
+        if self._vae_encoder is None:
+            self._vae_encoder = read_vae_encoder(self.stored.part("vae"), self.device, self._vae_dtype)
+        return self._vae_encoder
 
     @property
     def vae_decoder(self) -> VaeDecoder:
         """The VAE's decoder, read on first use."""
-        if self._image_decoder is None:
-            self._image_decoder = read_vae_decoder(self.stored.part("vae"), self.device, self._vae_dtype)
-        return self._image_decoder
+        if self._vae_decoder is None:
+            self._vae_decoder = read_vae_decoder(self.stored.part("vae"), self.device, self._vae_dtype)
+        return self._vae_decoder
 
     @property
     def text_encoder(self) -> ClipTextEncoder:
