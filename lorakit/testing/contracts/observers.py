@@ -78,7 +78,7 @@ class ObserverContract(ComponentContract):
         observed = load_file(lorakit.train(self.train_config(tables, tmp_path)))
         assert observed.keys() == without.keys()
         assert all(torch.equal(observed[key], tensor) for key, tensor in without.items())
-        assert not [record for record in caplog.records if record.name == "lorakit.api.observer"]
+        assert not [record for record in caplog.records if record.name == "lorakit.training.observers"]
 
     def with_settings(self, tables: dict[str, Any]) -> dict[str, Any]:
         """The tables with `run_settings` in them."""
