@@ -20,8 +20,8 @@ import attrs
 import click
 import tomlkit
 
-from lorakit.api import components, hookspecs
-from lorakit.api.components import Component, ModelFamilyConfig, ObserverConfig
+from lorakit.api import hookspecs
+from lorakit.api.components import Component, ModelFamilyConfig, ObserverConfig, SamplerConfig
 from lorakit.cli import commands as cli
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.field_docs import field_docs, type_in_words
@@ -64,6 +64,10 @@ A key that a subset does not have is looked up in its dataset, and then in `gene
 OBSERVERS_INTRO = """\
 A list of tables, each with the `name` of an observer. `progress`, `checkpoints` and `validation` are always there and
 need no table; `checkpoints` is set up by [`[output]`](#output), and `validation` waits for `data.validation_split`."""
+
+SAMPLERS_INTRO = """\
+How previews are sampled. The `sampler` of the observer `samples`, or of a prompt, names one of them; names with `k_` in
+front, such as `k_euler`, are the same samplers. When absent, it is `ddim`, or `flow_euler` for flow matching."""
 
 COMMANDS_INTRO = """\
 # The commands
@@ -153,11 +157,12 @@ def config_page() -> str:
     parts += ["### A dataset", _lines(DatasetConfig), _table(DatasetConfig, leave_out=["subsets"])]
     parts += ["### A subset", _lines(SubsetConfig), _table(SubsetConfig)]
     for section, (base, default) in COMPONENT_SECTIONS.items():
-        parts += [f"## [{section}]", f"{_lines(base)} `name` is `{default}` when absent."]
-        parts += _components(base, own, "name")
+        parts += [f"## [{section}]", f"{_lines(base)} `{base.name_key}` is `{default}` when absent."]
+        parts += _components(base, own, base.name_key)
     for section, cls in PLAIN_SECTIONS.items():
         parts += [f"## [{section}]", _lines(cls), _table(cls)]
     parts += ["## [[observers]]", OBSERVERS_INTRO, *_components(ObserverConfig, own, "name")]
+    parts += ["## Samplers", SAMPLERS_INTRO, *_components(SamplerConfig, own, "sampler")]
     return "\n\n".join(parts) + "\n"
 
 
@@ -279,7 +284,7 @@ def _method(cls: type, name: str) -> Iterator[str]:
     method = getattr(cls, name)
     yield _code(method)
     yield inspect.getdoc(method) or ""
-    homes = _imported_names(components)
+    homes = _imported_names(sys.modules[cls.__module__])
     used = [word for word in re.findall(r"\w+", str(inspect.signature(method))) if "lorakit." in homes.get(word, "")]
     if used:
         yield "Where the types are: " + ", ".join(f"`{homes[word]}.{word}`" for word in dict.fromkeys(used)) + "."

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
         NetworkConfig,
         ObserverConfig,
         OptimizerConfig,
+        SamplerConfig,
         SaverConfig,
+        TimestepSamplerConfig,
     )
+    from lorakit.api.loss import LossConfig
     from lorakit.checkpoints import CheckpointSummary
 
 hookspec = pluggy.HookspecMarker("lorakit")
@@ -63,6 +66,21 @@ def register_savers() -> list[type[SaverConfig]]:  # type: ignore[empty-body]
 @hookspec
 def register_observers() -> list[type[ObserverConfig]]:  # type: ignore[empty-body]
     """Things that are told how a run goes, such as a log."""
+
+
+@hookspec
+def register_losses() -> list[type[LossConfig]]:  # type: ignore[empty-body]
+    """Losses, such as Huber: how predictions are compared with their targets."""
+
+
+@hookspec
+def register_timestep_samplers() -> list[type[TimestepSamplerConfig]]:  # type: ignore[empty-body]
+    """Distributions of the timesteps that are trained on, such as logit-normal."""
+
+
+@hookspec
+def register_samplers() -> list[type[SamplerConfig]]:  # type: ignore[empty-body]
+    """Samplers of previews, such as DDIM."""
 
 
 @hookspec(firstresult=True)

@@ -45,7 +45,7 @@ class RunInfo:
     evaluating: Callable[[], AbstractContextManager[DiffusionModel]]
     """The model as a saved file would make it, for a `with` block: no gradients, no dropout, the optimizer's evaluation
     weights. Whatever is done in the block, training goes on as if it had not been, as long as randomness is keyed."""
-    validation_loss: Callable[[Sequence[int], int | None], float] | None
+    validation_loss: Callable[[Sequence[float], int | None], float] | None
     """The mean loss on images that are held out from training, at these timesteps, with noise that is always the same;
     of so many batches, or all where that is None. None where no images are held out."""
     paths: Mapping[str, str] = field(factory=dict)

@@ -23,8 +23,12 @@ from lorakit.plugins.other_names import meaning_of
 WIDTH = 80
 
 _KEYS: Mapping[str, str] = {
-    base.kind: f'[{section}] with name = "…"' for section, (base, _) in COMPONENT_SECTIONS.items()
-} | {"model family": "[model], recognised by itself", "observer": '[[observers]] with name = "…"'}
+    base.kind: f'[{section}] with {base.name_key} = "…"' for section, (base, _) in COMPONENT_SECTIONS.items()
+} | {
+    "model family": "[model], recognised by itself",
+    "observer": '[[observers]] with name = "…"',
+    "sampler": '[[observers]] with name = "samples" and sampler = "…"',
+}
 
 
 @frozen

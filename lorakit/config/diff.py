@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 from attrs import frozen
 
-from lorakit.api.components import Component, ModelFamilyConfig
+from lorakit.api.components import Component
 from lorakit.config.dump import to_tables
 from lorakit.config.load import COMPONENT_SECTIONS
 from lorakit.config.train_config import TrainConfig
@@ -45,7 +45,7 @@ def _of_table(place: str, config: Any, now: Mapping[str, Any], before: Any) -> I
     known = {field.name: field for field in attrs.fields(type(config))}
     another = False
     if isinstance(config, Component):
-        key = "family" if isinstance(config, ModelFamilyConfig) else "name"
+        key = config.name_key
         named = before.get(key, COMPONENT_SECTIONS.get(place, (None, None))[1])
         another = named != now[key]
         if another:

@@ -44,7 +44,7 @@ def _table(config: Any, full_name: Callable[[type[Component]], str]) -> dict[str
     """The fields of one section that are not None, with the component's name in front."""
     table: dict[str, Any] = {}
     if isinstance(config, Component):
-        table["family" if isinstance(config, ModelFamilyConfig) else "name"] = full_name(type(config))
+        table[config.name_key] = full_name(type(config))
     for field in attrs.fields(type(config)):
         value = getattr(config, field.name)
         if isinstance(value, tuple) and value and attrs.has(type(value[0])):
@@ -68,7 +68,8 @@ STARTER_VALUES: Mapping[str, Mapping[str, Any]] = {
     "lr_scheduler": {"name": "constant"},
     "attention": {"name": "sdpa"},
     "training": {"max_epochs": 10, "mixed_precision": "no"},
-    "loss": {},
+    "loss": {"type": "l2"},
+    "timesteps": {"name": "uniform"},
     "output": {"dir": "out", "name": "my_lora", "save_every_n_epochs": 1},
     "metadata": {},
     "saver": {"name": "safetensors"},
@@ -102,8 +103,9 @@ def starter(catalog: Catalog, values: Mapping[str, Mapping[str, Any]] = STARTER_
         if section == "model":
             lines += _line("# family =", f"Kind of the base model, recognised when absent. One of: {choices}.")
         elif choices:
-            name = settings.get("name", COMPONENT_SECTIONS[section][1])
-            lines[:0] = _line(f'name = "{name}"', f"One of: {choices}.")
+            base, default = COMPONENT_SECTIONS[section]
+            name = settings.get(base.name_key, default)
+            lines[:0] = _line(f'{base.name_key} = "{name}"', f"One of: {choices}.")
         parts.append("\n".join([f"[{section}]", *lines]))
     parts += _commented_observers(catalog)
     return "\n\n".join(parts) + "\n"
@@ -116,7 +118,7 @@ def _what_fills(section: str, settings: Mapping[str, Any], catalog: Catalog) -> 
     if section in PLAIN_SECTIONS:
         return "", [PLAIN_SECTIONS[section]]
     base, default = COMPONENT_SECTIONS.get(section, (ModelFamilyConfig, "sd1"))
-    return ", ".join(catalog.of_kind(base)), [catalog.find(base, settings.get("name", default))]
+    return ", ".join(catalog.of_kind(base)), [catalog.find(base, settings.get(base.name_key, default))]
 
 
 def _commented_observers(catalog: Catalog) -> list[str]:

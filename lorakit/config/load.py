@@ -18,10 +18,11 @@ from lorakit.api.components import (
     ObserverConfig,
     OptimizerConfig,
     SaverConfig,
+    TimestepSamplerConfig,
 )
+from lorakit.api.loss import LossConfig
 from lorakit.checkpoints import Location, advice, describe, locate, summarize
 from lorakit.config.dataset_tables import DATASET_KEYS, SECTION_KEYS, SUBSET_KEYS, read_data_section
-from lorakit.config.loss import LossSection
 from lorakit.config.metadata import MetadataSection
 from lorakit.config.overrides import apply_overrides
 from lorakit.config.table_reader import TableReader, field_names
@@ -38,12 +39,14 @@ COMPONENT_SECTIONS: Mapping[str, tuple[type[Component], str]] = {
     "lr_scheduler": (LRSchedulerConfig, "constant"),
     "attention": (AttentionConfig, "sdpa"),
     "saver": (SaverConfig, "safetensors"),
+    "loss": (LossConfig, "l2"),
+    "timesteps": (TimestepSamplerConfig, "uniform"),
 }
-"""Sections whose `name` key picks a component, with its kind and the name that counts when it is absent."""
+"""Sections that pick a component by name, with its kind and its name when absent; models may have another timestep
+sampler."""
 
 PLAIN_SECTIONS: Mapping[str, type] = {
     "training": TrainingSection,
-    "loss": LossSection,
     "output": OutputSection,
     "metadata": MetadataSection,
 }
@@ -126,7 +129,9 @@ class _ConfigLoader:
         sections: dict[str, Any] = {"model": self._model(reader.table(tables, "model"))}
         sections["data"] = read_data_section(reader, reader.table(tables, "data"))
         for section, (base, default) in COMPONENT_SECTIONS.items():
-            sections[section] = self._component(base, reader.table(tables, section), section, default)
+            is_model_s = section == "timesteps" and sections["model"]
+            absent = sections["model"].noise_process.timestep_sampler if is_model_s else default
+            sections[section] = self._component(base, reader.table(tables, section), section, absent)
         for section, cls in PLAIN_SECTIONS.items():
             sections[section] = reader.structure(cls, reader.table(tables, section), section)
         sections["observers"] = self._observers(tables.get("observers", []))
@@ -140,12 +145,13 @@ class _ConfigLoader:
     def _component(
         self, base: type[ComponentT], table: dict[str, Any], section: str, default: str | None
     ) -> ComponentT | None:
-        name = table.pop("name", default)
+        key = f"{section}.{base.name_key}"
+        name = table.pop(base.name_key, default)
         if not isinstance(name, str):
             problem = "is missing" if name is None else f"must be a text in quotes, not {toml_repr(name)}"
-            self.reader.report(f"{section}.name", problem, f"one of {', '.join(self.catalog.of_kind(base))}")
+            self.reader.report(key, problem, f"one of {', '.join(self.catalog.of_kind(base))}")
             return None
-        component = self._class(base, name, f"{section}.name")
+        component = self._class(base, name, key)
         return self.reader.structure(component, table, section) if component else None
 
     def _class(self, base: type[ComponentT], name: str, key: str) -> type[ComponentT] | None:
@@ -241,7 +247,7 @@ def known_keys(catalog: Catalog) -> list[str]:
     kinds |= {section: base for section, (base, _) in COMPONENT_SECTIONS.items()}
     for section, base in kinds.items():
         own = _keys_of_kind(catalog, base)
-        keys += [f"{section}.{key}" for key in ("family" if section == "model" else "name", *own)]
+        keys += [f"{section}.{key}" for key in (base.name_key, *own)]
     return keys
 
 
@@ -258,6 +264,5 @@ def _key_locations(catalog: Catalog) -> dict[str, str]:
             is_shared = len(owners) == len(catalog.of_kind(base))
             few = owners if len(owners) < 4 else [f"{owners[0]}, {owners[1]}", f"{len(owners) - 2} others"]
             places.setdefault(key, f"{section}.{key}" + ("" if is_shared else f" of {' or '.join(few)}"))
-    for key in ("name", "type"):  # too general to say what was meant
-        del places[key]
+    del places["name"]  # too general to say what was meant
     return places

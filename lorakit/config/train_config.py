@@ -19,9 +19,10 @@ from lorakit.api.components import (
     ObserverConfig,
     OptimizerConfig,
     SaverConfig,
+    TimestepSamplerConfig,
 )
+from lorakit.api.loss import LossConfig
 from lorakit.config.datasets import DataSection
-from lorakit.config.loss import LossSection
 from lorakit.config.metadata import MetadataSection
 from lorakit.errors import Problem
 from lorakit.plugins.failures import collect_problems
@@ -220,8 +221,10 @@ class TrainConfig:
     """The attention backend."""
     training: TrainingSection
     """Length and precision."""
-    loss: LossSection
+    loss: LossConfig
     """The loss."""
+    timesteps: TimestepSamplerConfig
+    """The distribution of timesteps, as `[timesteps]` has it."""
     output: OutputSection
     """Where results go."""
     metadata: MetadataSection
@@ -242,9 +245,11 @@ class TrainConfig:
         return self.data.cache_dir or self.output.dir / "cache"
 
     @property
-    def prediction(self) -> str | None:
-        """What the model predicts, as far as the config says; None where that is left to the model's files."""
-        return getattr(self.model, "prediction", None)
+    def timestep_sampler(self) -> TimestepSamplerConfig:
+        """The distribution of timesteps, with the bounds that `[loss]` may have."""
+        low, high = self.loss.min_timestep, self.loss.max_timestep
+        given = {key: value for key, value in {"min": low, "max": high}.items() if value is not None}
+        return evolve(self.timesteps, **given)
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the sections taken together."""
@@ -260,7 +265,6 @@ class TrainConfig:
         if isinstance(rates, tuple) and len(rates) != encoders:
             message = f"must have one number for each text encoder of {self.model.name}, that is {encoders}"
             yield Problem("optimizer.text_encoder_lr", f"{message}, not {len(rates)}")
-        yield from self.loss.problems_with(self.prediction, self.model.num_timesteps)
         for section, component in self._components():
             yield from with_section(collect_problems(component, "problems_with", self), section)
 
@@ -272,8 +276,6 @@ class TrainConfig:
         yield from self._rate_warnings()
         yield from with_section(self.training.warnings(), "training")
         yield from with_section(self.output.warnings(), "output")
-        yield from self.loss.warnings()
-        yield from self.loss.warnings_with(self.prediction)
         yield from _data_warnings(self.data)
 
     def _rate_warnings(self) -> Iterator[Problem]:

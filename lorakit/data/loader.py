@@ -17,7 +17,7 @@ import torch
 from attrs import evolve, field, fields, frozen
 from torch import Tensor
 
-from lorakit.config.loss import LossSection
+from lorakit.api.loss import LossConfig
 from lorakit.data.batch_sampler import RankMicroBatch
 from lorakit.data.cache.encode import Captions, LatentKeys
 from lorakit.data.cache.parallel import map_prefetch
@@ -27,6 +27,7 @@ from lorakit.data.captions import CaptionContext, apply_caption_options
 from lorakit.data.images.augmentation import Picture, augmented_picture, is_mirrored
 from lorakit.data.index import Example, IndexedDataset
 from lorakit.diffusion.noise import normal, perturbation, target_noise
+from lorakit.diffusion.process import TimestepSampler
 from lorakit.models.interfaces import Conditioning, Tokens
 from lorakit.utils.rng import RngFactory, derived_seed, keyed_generator
 
@@ -40,7 +41,7 @@ class Batch:
     noise: Tensor
     """Noise to mix in and to predict, float32 [B, C, h, w]."""
     timesteps: Tensor
-    """How much of the noise is mixed in, int64 [B]."""
+    """How much of the noise is mixed in, as the noise process counts: int64 or float32 [B]."""
     weights: Tensor
     """Weight of each image's loss, float32 [B]."""
     sample_seeds: Tensor
@@ -115,8 +116,8 @@ class BatchLoader:
     """Where their latents and captions are."""
     seed: int
     """Seed of the run."""
-    num_timesteps: int
-    """Timesteps of the noise process."""
+    timestep_sampler: TimestepSampler
+    """Draws the timestep of each image."""
     latent_keys: LatentKeys
     """Where in the cache latents are."""
     captions: Captions
@@ -125,8 +126,8 @@ class BatchLoader:
     """Steps of the run, of which `token_warmup_step` may be a share."""
     prior_loss_weight: float = 1.0
     """Weight of the loss of regularisation images."""
-    loss: LossSection = field(factory=LossSection)
-    """Which noise and which timesteps to draw."""
+    loss: LossConfig = field(factory=LossConfig)
+    """Which noise to draw."""
     live: OnlineEncoder | None = None
     """What encodes images that change from epoch to epoch; None where there are none."""
 
@@ -161,7 +162,12 @@ class BatchLoader:
         return Batch(
             latents=torch.stack(latents),
             noise=torch.stack(noise),
-            timesteps=torch.tensor([self._timestep(draw("timestep")) for draw in drawing]),
+            timesteps=torch.tensor(
+                [
+                    self.timestep_sampler(draw("timestep"), image.shape)
+                    for image, draw in zip(latents, drawing, strict=True)
+                ]
+            ),
             weights=torch.tensor([self.prior_loss_weight if own.subset.is_reg else 1.0 for own, _ in samples]),
             sample_seeds=torch.tensor([derived_seed(*self._key("dropout", *sample)) for sample in samples]),
             conditioning=conditioning,
@@ -192,10 +198,6 @@ class BatchLoader:
         """The distribution of each image's latents, and its mask where it has one: made now, or from the cache."""
         made = iter(self.live.entries(pictures) if self.live else ())
         return [next(made) if own.is_augmented else self._cached(own, when) for own, when in samples]
-
-    def _timestep(self, generator: np.random.Generator) -> int:
-        """A timestep, all that are allowed equally likely."""
-        return int(generator.integers(self.loss.min_timestep or 0, self.loss.max_timestep or self.num_timesteps))
 
     def _perturbation(self, latents: Sequence[Tensor], drawing: Sequence[RngFactory]) -> Tensor | None:
         if self.loss.ip_noise_gamma is None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from lorakit.config.loss import LossSection
+from lorakit.api.loss import LossConfig
 from lorakit.utils.rng import RngFactory
 
 
@@ -22,7 +22,7 @@ def normal(generator: np.random.Generator, shape: Sequence[int]) -> Tensor:
     return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))
 
 
-def target_noise(latents: Tensor, loss: LossSection, generators: RngFactory) -> Tensor:
+def target_noise(latents: Tensor, loss: LossConfig, generators: RngFactory) -> Tensor:
     """The noise that is mixed into latents [C, h, w] and that a model learns to predict, of the same shape."""
     noise = normal(generators("noise"), latents.shape)
     if loss.noise_offset is not None:
@@ -33,7 +33,7 @@ def target_noise(latents: Tensor, loss: LossSection, generators: RngFactory) -> 
     return noise
 
 
-def perturbation(shape: Sequence[int], loss: LossSection, generator: np.random.Generator) -> Tensor:
+def perturbation(shape: Sequence[int], loss: LossConfig, generator: np.random.Generator) -> Tensor:
     """γ·ε, the noise that is in a model's input alone (input perturbation, Ning et al., 2023, arXiv:2301.11706).
 
     γ is `ip_noise_gamma`, or a draw between 0 and it.
@@ -42,7 +42,7 @@ def perturbation(shape: Sequence[int], loss: LossSection, generator: np.random.G
     return gamma * normal(generator, shape)
 
 
-def channel_offset(latents: Tensor, loss: LossSection, generator: np.random.Generator) -> Tensor:
+def channel_offset(latents: Tensor, loss: LossConfig, generator: np.random.Generator) -> Tensor:
     """s·ε with one ε for each channel, [C, 1, 1].
 
     s is `noise_offset`, or a draw between 0 and it; with `adaptive_noise_scale` a more a·|mean of the

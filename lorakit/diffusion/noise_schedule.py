@@ -1,4 +1,4 @@
-"""Noise processes: how noise is mixed into latents, and what the denoiser learns to predict.
+"""DDPM: noise in discrete steps, and a denoiser that predicts the noise or the velocity.
 
 B images in a micro-batch, C latent channels, h and w latent sides; t a timestep; ᾱₜ the share of the
 signal's power that is left at t.
@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from lorakit.api.noise import DDPMSpec
 
 Prediction = Literal["epsilon", "v_prediction"]
 """What the denoiser predicts: the noise ε, or the velocity v = √ᾱ·ε − √(1−ᾱ)·x."""
@@ -26,8 +28,8 @@ class DDPMSchedule:
     def __init__(
         self, prediction: Prediction = "epsilon", num_timesteps: int = 1000, *, zero_terminal_snr: bool = False
     ) -> None:
-        self.prediction = prediction
-        self.num_timesteps = num_timesteps
+        self.spec = DDPMSpec(num_timesteps=num_timesteps, prediction=prediction)
+        self.prediction: Prediction = prediction
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, num_timesteps, dtype=torch.float64) ** 2
         signal_power = torch.cumprod(1 - betas, dim=0)
         if zero_terminal_snr:
@@ -58,7 +60,7 @@ class DDPMSchedule:
 
     def with_zero_terminal_snr(self) -> DDPMSchedule:
         """The same process with no signal left at the last timestep."""
-        return DDPMSchedule(self.prediction, self.num_timesteps, zero_terminal_snr=True)
+        return DDPMSchedule(self.prediction, self.spec.num_timesteps, zero_terminal_snr=True)
 
     def _factors(self, timesteps: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱₜ and √(1−ᾱₜ), each [B, 1, 1, 1]."""

@@ -39,11 +39,10 @@ def known_keys(catalog: Catalog) -> dict[str, object]:
     keys |= _fields("data", [DataSection, DatasetConfig, SubsetConfig])
     for section, cls in PLAIN_SECTIONS.items():
         keys |= _fields(section, [cls])
-    kinds: dict[str, tuple[str, type[Component]]] = {
-        section: ("name", base) for section, (base, _) in COMPONENT_SECTIONS.items()
-    }
-    kinds |= {"model": ("family", ModelFamilyConfig), "observers": ("name", ObserverConfig)}
-    for section, (picks, base) in kinds.items():
+    kinds: dict[str, type[Component]] = {section: base for section, (base, _) in COMPONENT_SECTIONS.items()}
+    kinds |= {"model": ModelFamilyConfig, "observers": ObserverConfig}
+    for section, base in kinds.items():
+        picks = base.name_key
         keys[f"{section}.{picks}"] = attrs.NOTHING
         for name, registrations in catalog.of_kind(base).items():
             keys[f'{section}.{picks} = "{name}"'] = attrs.NOTHING

@@ -70,7 +70,7 @@ def make_batch(shape: BatchShape, texts: Texts, model: DiffusionModel) -> Batch:
     return Batch(
         latents=normal(keyed_generator("plan", "latents"), latents),
         noise=normal(keyed_generator("plan", "noise"), latents),
-        timesteps=torch.full((shape.images,), model.noise.num_timesteps // 2),
+        timesteps=torch.full((shape.images,), model.noise.spec.timestep(0.5)),
         weights=torch.ones(shape.images),
         sample_seeds=torch.arange(shape.images),
         conditioning=_repeated(texts.conditioning, shape.images),

@@ -27,7 +27,7 @@ from lorakit.training.conditioning import conditioning_of
 from lorakit.training.prepare import PreparedRun
 from lorakit.training.setup import attach_network
 from lorakit.training.step.gradients import FlatGradients
-from lorakit.training.step.loss import denoising_loss
+from lorakit.training.step.loss import Criterion, denoising_loss
 
 
 @frozen(kw_only=True)
@@ -169,7 +169,8 @@ def _steps_to_settle(config: TrainConfig) -> int:
 def _step(model: DiffusionModel, network: Network, batch: Batch, config: TrainConfig, meter: MemoryTracker) -> int:
     """Forward and backward pass of a micro-batch; gives what the one keeps for the other."""
     before = meter.held
-    loss = denoising_loss(model, batch, conditioning_of(batch, model, network, config.trained_parts), config.loss)
+    conditioning = conditioning_of(batch, model, network, config.trained_parts)
+    loss = denoising_loss(model, batch, conditioning, Criterion.of(config.loss, model.noise))
     kept = meter.held - before
     torch.autograd.backward(loss)
     return kept

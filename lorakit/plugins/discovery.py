@@ -24,8 +24,11 @@ from lorakit.api.components import (
     NetworkConfig,
     ObserverConfig,
     OptimizerConfig,
+    SamplerConfig,
     SaverConfig,
+    TimestepSamplerConfig,
 )
+from lorakit.api.loss import LossConfig
 from lorakit.errors import PluginError
 
 log = logging.getLogger(__name__)
@@ -43,6 +46,9 @@ REGISTRATION_HOOKS: Mapping[str, type[Component]] = {
     "register_lr_schedulers": LRSchedulerConfig,
     "register_attention_backends": AttentionConfig,
     "register_savers": SaverConfig,
+    "register_losses": LossConfig,
+    "register_timestep_samplers": TimestepSamplerConfig,
+    "register_samplers": SamplerConfig,
     "register_observers": ObserverConfig,
 }
 """Each registration hook, with the base of the classes that it returns."""

@@ -81,6 +81,23 @@ OTHER_NAMES: Mapping[str, Mapping[str, str]] = {
         ),
         **dict.fromkeys(("math", "none", "vanilla"), "did you mean 'eager'?"),
     },
+    "loss": {
+        "mse": "it is 'l2' here",
+        "mae": "it is 'l1' here",
+        "pseudohuber": "it is 'huber' here",
+    },
+    "timestep sampler": {
+        "sigmoid": "it is 'logit_normal' here",
+        "lognorm": "did you mean 'logit_normal'?",
+        "linear": "it is 'uniform' here",
+        "shift": "it is 'logit_normal' with timesteps.shift here",
+    },
+    "sampler": {
+        "eulera": "did you mean 'euler_a'?",
+        "dpm2m": "it is 'dpmsolver++' here",
+        "dpmpp2m": "it is 'dpmsolver++' here",
+        "plms": "it is 'pndm' here",
+    },
     "observer": {
         "wandb": _PLUGIN.format("lorakit-wandb"),
         "weightsandbiases": _PLUGIN.format("lorakit-wandb"),

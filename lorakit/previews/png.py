@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from lorakit.diffusion.samplers import SAMPLERS
-from lorakit.previews.prompts import Prompt
+from lorakit.api.components import ModelFamilyConfig, SamplerConfig
+from lorakit.plugins.catalog import Catalog
+from lorakit.previews.prompts import Prompt, find_sampler, round_side
 from lorakit.utils.atomic_io import write_atomically
 from lorakit.utils.rng import derived_seed
 
@@ -23,20 +24,37 @@ SEEDS = 2**32
 
 @frozen(kw_only=True)
 class PreviewJob:
-    """A picture to draw, with the noise that it starts from settled."""
+    """An image to draw, with nothing left open."""
 
     prompt: Prompt
+    """What to draw."""
     seed: int
     """Seed of the noise: the prompt's own, or one made for it."""
+    width: int
+    """Width in pixels."""
+    height: int
+    """Height in pixels."""
+    sampler: SamplerConfig
+    """The sampler."""
 
 
-def with_seeds(prompts: Iterable[Prompt], seed: int) -> list[PreviewJob]:
-    """The pictures of prompts; those without a seed of their own get one from the run's seed and their place."""
-    pictures = []
+def preview_jobs(prompts: Iterable[Prompt], seed: int, model: ModelFamilyConfig) -> list[PreviewJob]:
+    """The images of prompts: what they leave open is the model's; seeds are made of the run's seed and their place.
+
+    Raises PluginError where there is no such sampler.
+    """
+    jobs, catalog, multiple = [], Catalog.discover(), model.size_multiple
     for index, prompt in enumerate(prompts):
         made = derived_seed(seed, "preview", index) % SEEDS
-        pictures.append(PreviewJob(prompt=prompt, seed=made if prompt.seed is None else prompt.seed))
-    return pictures
+        job = PreviewJob(
+            prompt=prompt,
+            seed=made if prompt.seed is None else prompt.seed,
+            width=round_side(prompt.width or model.preview_size, multiple),
+            height=round_side(prompt.height or model.preview_size, multiple),
+            sampler=find_sampler(prompt.sampler or model.noise_process.sampler, catalog)(),
+        )
+        jobs.append(job)
+    return jobs
 
 
 def write_png(path: Path, pixels: np.ndarray[Any, np.dtype[np.uint8]], texts: dict[str, str]) -> None:
@@ -57,23 +75,23 @@ def description(picture: PreviewJob, step: int) -> dict[str, str]:
 
     `parameters` holds all of it in the form that AUTOMATIC1111's web UI writes and reads.
     """
-    prompt = picture.prompt
+    prompt, sampler = picture.prompt, picture.sampler
     lines = [prompt.prompt]
     if prompt.negative_prompt:
         lines.append(f"Negative prompt: {prompt.negative_prompt}")
     lines.append(
-        f"Steps: {prompt.steps}, Sampler: {SAMPLERS[prompt.sampler].title}, CFG scale: {prompt.scale:g}, "
-        f"Seed: {picture.seed}, Size: {prompt.width}x{prompt.height}, Training step: {step}"
+        f"Steps: {prompt.steps}, Sampler: {sampler.title or sampler.name}, CFG scale: {prompt.scale:g}, "
+        f"Seed: {picture.seed}, Size: {picture.width}x{picture.height}, Training step: {step}"
     )
     settings = {
         "prompt": prompt.prompt,
         "negative_prompt": prompt.negative_prompt,
-        "width": prompt.width,
-        "height": prompt.height,
+        "width": picture.width,
+        "height": picture.height,
         "steps": prompt.steps,
         "scale": prompt.scale,
         "seed": picture.seed,
-        "sampler": prompt.sampler,
+        "sampler": prompt.sampler or sampler.name,
         "training_step": step,
     }
     return {"parameters": "\n".join(lines), **{name: str(value) for name, value in settings.items()}}

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 
-from lorakit.previews.png import PreviewJob, description, with_seeds, write_png
+from lorakit.api.components import ModelFamilyConfig
+from lorakit.previews.png import PreviewJob, description, preview_jobs, write_png
 from lorakit.previews.prompt_files import read_prompts
 from lorakit.previews.prompts import PromptSettings
 from lorakit.previews.sampling import Texts, decode, encode_texts, sample_latents
@@ -26,6 +27,8 @@ class Previewer:
     """The prompt file, or the lines of one."""
     settings: PromptSettings
     """What holds for prompts that say nothing else."""
+    family: ModelFamilyConfig
+    """The model's config, which says what prompts leave open."""
     seed: int
     """Seed of the run, for prompts without one."""
     batch_size: int
@@ -69,7 +72,7 @@ class Previewer:
         return paths
 
     def _pictures(self) -> list[PreviewJob]:
-        return with_seeds(read_prompts(self.prompts, self.settings).prompts, self.seed)
+        return preview_jobs(read_prompts(self.prompts, self.settings).prompts, self.seed, self.family)
 
     def _encoded(self, model: DiffusionModel, pictures: Sequence[PreviewJob]) -> Texts:
         """The pictures' texts, encoded; the text encoder is read only where one of them is new."""

@@ -18,8 +18,9 @@ from lorakit.config.suggestions import hint_for
 from lorakit.config.table_reader import TableReader, field_names
 from lorakit.config.toml_files import parse_toml
 from lorakit.config.values import toml_repr
-from lorakit.errors import ConfigError, Problem
-from lorakit.previews.prompts import Prompt, PromptSettings
+from lorakit.errors import ConfigError, PluginError, Problem
+from lorakit.plugins.catalog import Catalog
+from lorakit.previews.prompts import Prompt, PromptSettings, find_sampler
 
 LINE_OPTIONS: Mapping[str, str] = {
     "--w": "width",
@@ -82,10 +83,12 @@ def read_prompts(source: Path | Sequence[str], settings: PromptSettings) -> Prom
     warnings: list[Problem] = []
     name = str(source) if isinstance(source, Path) else ""
     base = source.parent if isinstance(source, Path) else Path()
+    refusals: dict[str, str] = {}
     for entry in _entries(source):
         place = f"{name}, line {entry.line}" if name else f"prompt {entry.line}"
         reader = TableReader(base, file=place if entry.line else name)
         prompts.append(_prompt(reader, entry, defaults))
+        _check_sampler(reader, entry, refusals)
         problems += reader.problems
         foreign = [entry.paths[name] for name in entry.table if entry.names.get(name) in OF_OTHER_MODELS]
         warnings += [Problem(f"{reader.file}: {name}", "is for other models and has no effect") for name in foreign]
@@ -107,6 +110,20 @@ def _prompt(reader: TableReader, entry: _Entry, defaults: Mapping[str, Any]) -> 
     paths = {known[name]: path for name, path in entry.paths.items() if name in known}
     values = reader.values(Prompt, table, "", paths)
     return None if values is None else Prompt(**{**defaults, **values})
+
+
+def _check_sampler(reader: TableReader, entry: _Entry, refusals: dict[str, str]) -> None:
+    """Note a sampler that cannot be used; `refusals` has what is wrong with those that were looked up, or nothing."""
+    for key, name in entry.table.items():
+        if entry.names.get(key) == "sampler" and isinstance(name, str):
+            if name not in refusals:
+                try:
+                    find_sampler(name, Catalog.discover())
+                    refusals[name] = ""
+                except PluginError as error:
+                    refusals[name] = str(error)
+            if refusals[name]:
+                reader.report(entry.paths[key], refusals[name])
 
 
 def _entries(source: Path | Sequence[str]) -> list[_Entry]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from attrs import field, frozen
 from attrs import validators as v
+from attrs.converters import optional
 
-from lorakit.diffusion.samplers import SamplerName, missing_package
+from lorakit.api.components import SamplerConfig
+from lorakit.plugins.catalog import Catalog
 
 LARGEST_SIDE = 4096
 """Most pixels of a preview's side: larger ones are typing errors, and would take hours."""
@@ -13,14 +15,18 @@ MOST_STEPS = 999
 """Most steps of a picture: samplers have a thousand timesteps to choose from, and leave one of them out."""
 
 
-def _whole_latents(pixels: int) -> int:
-    return max(64, pixels // 8 * 8)
+SMALLEST_SIDE = 64
+"""Fewest pixels of a preview's side."""
 
 
-def _installed(_: object, __: object, sampler: SamplerName) -> None:
-    package = missing_package(sampler)
-    if package:
-        raise ValueError(f"needs the package {package!r} for {sampler!r}; pip install {package}")
+def find_sampler(name: str, catalog: Catalog) -> type[SamplerConfig]:
+    """The sampler of a name, with or without sd-scripts' `k_`. Raises PluginError where there is none to use."""
+    return catalog.find(SamplerConfig, name.removeprefix("k_"))
+
+
+def round_side(side: int, multiple: int = 8) -> int:
+    """A side in pixels, rounded down to a multiple, but at least 64."""
+    return max(SMALLEST_SIDE, side // multiple * multiple)
 
 
 @frozen(kw_only=True)
@@ -29,10 +35,11 @@ class PromptSettings:
 
     negative_prompt: str = ""
     """What to lead the pictures away from."""
-    width: int = field(default=512, converter=_whole_latents, validator=v.le(LARGEST_SIDE))
-    """Width in pixels, rounded down to a multiple of 8, at least 64."""
-    height: int = field(default=512, converter=_whole_latents, validator=v.le(LARGEST_SIDE))
-    """Height in pixels, rounded down to a multiple of 8, at least 64."""
+    width: int | None = field(default=None, converter=optional(round_side), validator=v.optional(v.le(LARGEST_SIDE)))
+    """Width in pixels, rounded down to a multiple of 8 or what the model needs, at least 64; when absent, the model's
+    usual one, 512 for Stable Diffusion 1.x."""
+    height: int | None = field(default=None, converter=optional(round_side), validator=v.optional(v.le(LARGEST_SIDE)))
+    """Height in pixels, rounded down likewise; when absent, the model's usual one."""
     steps: int = field(default=30, validator=[v.ge(1), v.le(MOST_STEPS)])
     """Steps of the sampler."""
     scale: float = field(default=7.5, validator=v.ge(0))
@@ -40,8 +47,8 @@ class PromptSettings:
     prompt."""
     seed: int | None = field(default=None, validator=v.optional(v.ge(0)))
     """Seed of the noise; when absent, each prompt gets one from `training.seed`, the same at each preview."""
-    sampler: SamplerName = field(default="ddim", validator=_installed)
-    """The rule that leads from noise to picture."""
+    sampler: str | None = None
+    """The sampler; `lorakit plugins sampler` lists them. When absent, `ddim`, or `flow_euler` for flow matching."""
 
 
 @frozen(kw_only=True)

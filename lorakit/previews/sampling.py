@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorakit.diffusion.samplers import SAMPLERS, build_scheduler
+from lorakit.plugins.build import build_component
 from lorakit.previews.png import PreviewJob
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def sample_latents(
     groups: dict[tuple[object, ...], list[int]] = {}
     for index, picture in enumerate(pictures):
         prompt = picture.prompt
-        key = (prompt.width, prompt.height, prompt.steps, prompt.sampler, prompt.scale)
+        key = (picture.width, picture.height, prompt.steps, picture.sampler, prompt.scale)
         groups.setdefault(key, []).append(index)
     drawn: dict[int, Tensor] = {}
     for group in groups.values():
@@ -53,19 +53,16 @@ def sample_latents(
 
 def _drawn(model: DiffusionModel, pictures: Sequence[PreviewJob], texts: Texts) -> Tensor:
     """The latents [B, C, h, w] of pictures that differ only in their texts and seeds."""
-    settings = pictures[0].prompt
-    scheduler = build_scheduler(settings.sampler, model.noise)
-    scheduler.set_timesteps(settings.steps)
+    settings, sampler = pictures[0].prompt, build_component(pictures[0].sampler, model.noise)
     generators = [torch.Generator().manual_seed(picture.seed) for picture in pictures]
-    options = {"generator": generators} if SAMPLERS[settings.sampler].is_stochastic else {}
-    shape = model.latent_shape(settings.width, settings.height)
+    shape = model.latent_shape(pictures[0].width, pictures[0].height)
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    latents: Tensor = noise.to(next(model.denoiser.parameters()).device) * scheduler.init_noise_sigma
     conditioning = _conditioning(pictures, texts)
-    for timestep in scheduler.timesteps:
-        scaled = scheduler.scale_model_input(latents, timestep)
-        prediction = classifier_free_guidance(model, scaled, timestep, conditioning, settings.scale)
-        latents = scheduler.step(prediction, timestep, latents, return_dict=False, **options)[0]
+
+    def predict(noisy_latents: Tensor, timestep: Tensor) -> Tensor:
+        return classifier_free_guidance(model, noisy_latents, timestep, conditioning, settings.scale)
+
+    latents: Tensor = sampler(predict, noise.to(next(model.denoiser.parameters()).device), settings.steps, generators)
     return latents
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from attrs import evolve
 
-from lorakit.config.train_config import TrainConfig, TrainingSection
+from lorakit.config.train_config import TrainConfig, TrainingSection, with_section
+from lorakit.diffusion.noise_schedule import DDPMSchedule
 from lorakit.errors import ConfigError, Problem
 from lorakit.models.interfaces import DiffusionModel
 from lorakit.models.memory.compile import compile_unsupported_reason
@@ -27,14 +28,14 @@ def build_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
     """
     model = load_model(config, device)
     problems = [
-        *config.loss.problems_with(model.noise.prediction, model.noise.num_timesteps),
+        *with_section(model.noise.spec.loss_problems(config.loss), "loss"),
         *_problems_of_the_device(config.training, device),
     ]
     if problems:
         raise ConfigError(problems)
     for warning in _new_warnings(config, model, device):
         log.warning("%s", warning)
-    if config.loss.zero_terminal_snr:
+    if config.loss.zero_terminal_snr and isinstance(model.noise, DDPMSchedule):
         model.noise = model.noise.with_zero_terminal_snr()
     return model
 
@@ -69,5 +70,5 @@ def _new_warnings(config: TrainConfig, model: DiffusionModel, device: torch.devi
         yield from [doubt] if doubt else []
     if config.training.device == "auto":
         yield from (evolve(own, key=f"training.{own.key}") for own in config.training.ineffective_offload(device.type))
-    if config.prediction is None:
-        yield from config.loss.warnings_with(model.noise.prediction)
+    if model.noise.spec != config.model.noise_process:
+        yield from with_section(model.noise.spec.loss_warnings(config.loss), "loss")

@@ -26,5 +26,5 @@ def train(run: Run) -> None:
 
 def forward_backward(run: Run, batch: Batch) -> None:
     """Add a micro-batch's part of the step's loss, and its gradients."""
-    loss = denoising_loss(run.model, batch, run.encode(batch), run.config.loss)
+    loss = denoising_loss(run.model, batch, run.encode(batch), run.criterion)
     run.backward(loss)

@@ -33,6 +33,7 @@ from lorakit.training.runtime.signals import StopRequest
 from lorakit.training.schedule import Schedule, ScheduledStep
 from lorakit.training.step.eval_weights import EvaluationWeights, begin_training
 from lorakit.training.step.gradients import FlatGradients
+from lorakit.training.step.loss import Criterion
 from lorakit.training.step.metrics import AsyncMetrics, effective_lr
 from lorakit.training.step.nan_guard import DivergenceMonitor, StepGuard, StepRecord
 from lorakit.training.validation import ValidationSet, validation_loss
@@ -94,12 +95,15 @@ class Run:
     """Takes the optimizer's steps."""
     metrics: AsyncMetrics = field(init=False)
     """Reads the numbers of finished steps and tells the observers."""
+    criterion: Criterion = field(init=False)
+    """The loss, built for the model's noise process."""
     _weights: EvaluationWeights = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self.stop.status = self.stopped_at_once
         self.loss = torch.zeros((), device=self.processes.device)
         self.gradient_norm = torch.zeros_like(self.loss)
+        self.criterion = Criterion.of(self.config.loss, self.model.noise)
         begin_training(self.optimizer)
         self._weights = EvaluationWeights(self.optimizer)
         skips = self.config.training.on_nonfinite == "skip"
@@ -148,7 +152,7 @@ class Run:
         finally:
             self.network.train()
 
-    def _validation_loss(self, images: ValidationSet, timesteps: Sequence[int], max_batches: int | None) -> float:
+    def _validation_loss(self, images: ValidationSet, timesteps: Sequence[float], max_batches: int | None) -> float:
         self._read_metrics_alone()
         return validation_loss(self, images, timesteps, max_batches)
 

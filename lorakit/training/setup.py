@@ -238,7 +238,7 @@ def _loader(prepared: PreparedRun, model: DiffusionModel, schedule: Schedule, en
         datasets=prepared.datasets,
         cache=prepared.cache,
         seed=config.training.seed,
-        num_timesteps=model.noise.num_timesteps,
+        timestep_sampler=build_component(config.timestep_sampler, model.noise),
         latent_keys=encoded.latent_keys,
         captions=encoded.captions,
         total_steps=schedule.total_steps,

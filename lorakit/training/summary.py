@@ -56,7 +56,7 @@ def _model(config: TrainConfig) -> str:
     model = config.model
     path = Path(os.path.normpath(model.path))
     words = [shown_path(path) if path.is_absolute() else model.path, model.title or model.name]
-    if config.prediction == "v_prediction":
+    if getattr(model.noise_process, "prediction", None) == "v_prediction":
         words.append("v-prediction")
     vae = getattr(model, "vae", None)
     return ", ".join(words) + (f", with the VAE {vae}" if vae else "")

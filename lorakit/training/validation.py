@@ -38,7 +38,7 @@ class ValidationSet:
         seeds = [dataset.config.seed_of_validation(config.training.seed) for dataset in datasets]
         return cls([evolve(loader, datasets=datasets, seed=seed) for seed in seeds])
 
-    def batches(self, timesteps: Sequence[int], max_batches: int | None) -> Iterator[Batch]:
+    def batches(self, timesteps: Sequence[float], max_batches: int | None) -> Iterator[Batch]:
         """Each batch at each timestep, in a fixed order in which buckets are mixed; `max_batches` or all of them.
 
         Posterior sample and noise of an image depend on the seed, the image and the timestep.
@@ -48,12 +48,14 @@ class ValidationSet:
             (items,) = step.micro_batches
             loader = self.loaders[items[0].dataset]
             for timestep in timesteps:
-                own = tuple(item._replace(repeat=timestep) for item in items)
+                # Keyed by the timestep; by millionths of it where time is continuous.
+                key = timestep if isinstance(timestep, int) else round(timestep * 1e6)
+                own = tuple(item._replace(repeat=key) for item in items)
                 batch = loader.load(RankMicroBatch(BEFORE_TRAINING, own, len(own)))
                 yield evolve(batch, timesteps=torch.full_like(batch.timesteps, timestep))
 
 
-def validation_loss(run: Run, images: ValidationSet, timesteps: Sequence[int], max_batches: int | None) -> float:
+def validation_loss(run: Run, images: ValidationSet, timesteps: Sequence[float], max_batches: int | None) -> float:
     """The mean of the loss of training over images and timesteps, with the model as a saved file would make it.
 
     The device is waited for once, at the end.
@@ -63,6 +65,6 @@ def validation_loss(run: Run, images: ValidationSet, timesteps: Sequence[int], m
         for batch in batches:
             own = batch.to(run.processes.device)
             size = len(own.timesteps)
-            total += size * denoising_loss(model, own, run.encode(own), run.config.loss)
+            total += size * denoising_loss(model, own, run.encode(own), run.criterion)
             count += size
     return total.item() / count

@@ -104,7 +104,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     tables: dict[str, Any] = {}
     for section, (base, _) in COMPONENT_SECTIONS.items():
         found = draw(st.sampled_from([found for same in CATALOG.of_kind(base).values() for found in same]))
-        tables[section] = {"name": found.component.name, **draw(table_of(found.component))}
+        tables[section] = {base.name_key: found.component.name, **draw(table_of(found.component))}
     for section, cls in PLAIN_SECTIONS.items():
         tables[section] = draw(table_of(cls))
     family = CATALOG.find(ModelFamilyConfig, "sd1")

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from lorakit.config.loss import LossSection
 from lorakit.config.train_config import TrainConfig
 
 Tables = dict[str, Any]
@@ -25,7 +24,7 @@ def with_loss(tables: Tables, loss: Tables, model: Tables | None = None) -> Tabl
 @pytest.mark.parametrize(
     ("model", "loss", "key", "message"),
     [
-        ({}, {"type": "mse"}, "type", "one of 'l2'"),
+        ({}, {"type": "mse"}, "type", "no loss is called 'mse' (it is 'l2' here)"),
         ({}, {"huber_c": 0}, "huber_c", "must be more than 0"),
         ({}, {"huber_scale": -1}, "huber_scale", "must be more than 0"),
         ({}, {"min_snr_gamma": 0}, "min_snr_gamma", "must be more than 0"),
@@ -84,7 +83,8 @@ def test_what_cannot_be(
 def test_what_can_be(read: Read, tables: Tables, model: Tables, loss: Tables) -> None:
     """Combinations that mean something are read as they are, without a warning; what is not known yet is left open."""
     config = read(with_loss(tables, loss, model))
-    assert config.loss == LossSection(**loss)
+    assert config.loss.name == loss.pop("type", "l2")
+    assert config.loss == type(config.loss)(**loss)
     assert not list(config.warnings())
 
 
@@ -116,3 +116,35 @@ def test_infinite_weights_that_are_never_used(read: Read, tables: Tables) -> Non
     """Without the last timestep, no weight is infinite, and the combination is not refused."""
     loss = {"zero_terminal_snr": True, "debiased_estimation": True, "max_timestep": 999}
     assert read(with_loss(tables, loss, EPSILON)).loss.max_timestep == 999
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "loss", "key", "message"),
+    [
+        ({"min": 1000}, {}, "min", "must be less than 1000"),
+        ({"max": 1001}, {}, "max", "must be at most 1000"),
+        ({"min": 500, "max": 500}, {}, "min", "must be less than max, 500"),
+        ({"min": 0.5}, {}, "min", "must be a whole number"),
+        ({"min": 3}, {"min_timestep": 3}, "min", "is the same as loss.min_timestep"),
+        ({"name": "logit_normal", "std": 0}, {}, "std", "must be more than 0"),
+        ({"mean": 1.0}, {}, "mean", "is not a known key"),
+        ({"name": "sigmoid"}, {}, "name", "it is 'logit_normal' here"),
+    ],
+)
+def test_timesteps_that_cannot_be(
+    problems: Problems, tables: Tables, timesteps: Tables, loss: Tables, key: str, message: str
+) -> None:
+    """A distribution or bound that the model cannot have is one problem, at its key."""
+    found = problems({**tables, "timesteps": timesteps, "loss": loss})
+    assert list(found) == [f"timesteps.{key}"]
+    assert message in found[f"timesteps.{key}"]
+
+
+def test_bounds_of_either_section(read: Read, tables: Tables) -> None:
+    """`timesteps.min` and `loss.min_timestep` are the same; without any, timesteps are uniform over all."""
+    given: list[Tables] = [{}, {"loss": {"min_timestep": 100}}, {"timesteps": {"min": 100}}]
+    configs = [read({**tables, **more}) for more in given]
+    assert {config.timesteps.name for config in configs} == {"uniform"}
+    found = [config.timestep_sampler.bounds(config.model.noise_process) for config in configs]
+    assert found == [(0, 1000), (100, 1000), (100, 1000)]
+    assert all(isinstance(bound, int) for bounds in found for bound in bounds)

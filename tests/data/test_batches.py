@@ -5,20 +5,23 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from attrs import evolve
 
+from lorakit.api.loss import LossConfig
+from lorakit.builtin.timesteps import UniformConfig
 from lorakit.config.datasets import DatasetConfig
-from lorakit.config.loss import LossSection
 from lorakit.data.batch_sampler import RankMicroBatch, SampleRef, plan_epoch
 from lorakit.data.cache.encode import EncodeOptions, encode_captions, encode_latents
 from lorakit.data.cache.store import Cache
 from lorakit.data.cache.vae import on_device
 from lorakit.data.index import index_datasets
 from lorakit.data.loader import Batch, BatchLoader, prefetch
+from lorakit.diffusion.noise_schedule import DDPMSchedule
 from lorakit.errors import DataError
 from lorakit.utils.rng import derived_seed, keyed_generator
 from tests.data.tiny import TinyModel
@@ -27,20 +30,18 @@ CPU = torch.device("cpu")
 WithSubset = Callable[..., DatasetConfig]
 
 
-EVERY_NOISE = LossSection(
+EVERY_NOISE = LossConfig(
     noise_offset=0.3,
     noise_offset_random_strength=True,
     adaptive_noise_scale=0.2,
     multires_noise_iterations=4,
     ip_noise_gamma=0.2,
     ip_noise_gamma_random_strength=True,
-    min_timestep=100,
-    max_timestep=900,
 )
 
 
 def make_loader(
-    dataset: DatasetConfig, cache: Cache, *, tokens: bool = False, seed: int = 7, **settings: object
+    dataset: DatasetConfig, cache: Cache, *, tokens: bool = False, seed: int = 7, limits: Any = None, **settings: object
 ) -> BatchLoader:
     """A loader of a dataset whose images and captions are encoded, of a run of 100 steps."""
     datasets, model, encoding = index_datasets([dataset]), TinyModel(), EncodeOptions(device=CPU)
@@ -48,7 +49,7 @@ def make_loader(
         datasets=datasets,
         cache=cache,
         seed=seed,
-        num_timesteps=1000,
+        timestep_sampler=UniformConfig(**(limits or {})).build(DDPMSchedule()),
         latent_keys=encode_latents(datasets, model, cache, encoding),
         captions=model.text_encoder.tokenize if tokens else encode_captions(datasets, model, cache, encoding),
         total_steps=100,
@@ -139,7 +140,7 @@ def test_timesteps_keep_to_their_range(cache: Cache, dataset: DatasetConfig):
     limits = [(990, 995), (None, 3), (997, None)]
     expected = [{990, 991, 992, 993, 994}, {0, 1, 2}, {997, 998, 999}]
     for (low, high), all_of_them in zip(limits, expected, strict=True):
-        loader = make_loader(dataset, cache, loss=LossSection(min_timestep=low, max_timestep=high))
+        loader = make_loader(dataset, cache, limits={"min": low, "max": high})
         drawn = torch.cat([loader.load(share_of(1, epoch=epoch)).timesteps for epoch in range(150)])
         assert set(drawn.tolist()) == all_of_them
         assert drawn.bincount()[list(all_of_them)].min() > 15

@@ -13,7 +13,7 @@ import click
 import pytest
 
 from lorakit.api import hookspecs
-from lorakit.api.components import Component, ModelFamilyConfig, ObserverConfig
+from lorakit.api.components import Component, ModelFamilyConfig, ObserverConfig, SamplerConfig
 from lorakit.cli import commands as cli
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.load import COMPONENT_SECTIONS, PLAIN_SECTIONS
@@ -26,6 +26,7 @@ KINDS: dict[str, type[Component]] = {
     "[model]": ModelFamilyConfig,
     **{f"[{section}]": base for section, (base, _) in COMPONENT_SECTIONS.items()},
     "[[observers]]": ObserverConfig,
+    "Samplers": SamplerConfig,
 }
 
 

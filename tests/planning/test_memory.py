@@ -30,7 +30,7 @@ from lorakit.training.conditioning import conditioning_of
 from lorakit.training.prepare import PreparedRun, prepare
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.setup import attach_network, build_run
-from lorakit.training.step.loss import denoising_loss
+from lorakit.training.step.loss import Criterion, denoising_loss
 
 CPU = torch.device("cpu")
 NO_IMAGES = EncodingMemory(weights=0, passing=0)
@@ -87,7 +87,7 @@ def saved_by_autograd(prepared: PreparedRun) -> int:
 
         with saved_tensors_hooks(note, lambda tensor: tensor):
             conditioning = conditioning_of(batch, model, network, config.trained_parts)
-            loss = denoising_loss(model, batch, conditioning, config.loss)
+            loss = denoising_loss(model, batch, conditioning, Criterion.of(config.loss, model.noise))
         storages = [storage() for key, storage in seen.items() if key not in known]
         total = sum(storage.nbytes() for storage in storages if storage is not None)
         del storages

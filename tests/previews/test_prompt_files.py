@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import attrs
 import pytest
 
-from lorakit.diffusion.samplers import SAMPLERS
+from lorakit.api.components import ModelFamilyConfig, SamplerConfig
 from lorakit.errors import ConfigError
-from lorakit.previews.png import with_seeds
+from lorakit.plugins.catalog import Catalog
+from lorakit.previews.png import preview_jobs
 from lorakit.previews.prompt_files import PromptFile, read_prompts
 from lorakit.previews.prompts import Prompt, PromptSettings
 
@@ -110,7 +110,7 @@ def test_json(read) -> None:
         ("a.txt", "a --w 5.5", "line 1: --w: must be a whole number, not 5.5"),
         ("a.txt", "a --l", "line 1: --l: must be a number, not ''"),
         ("a.txt", "a --l nan", "line 1: --l: must be a finite number, not nan"),
-        ("a.txt", "a --ss eular", "line 1: --ss: must be one of 'ddim', 'pndm', 'lms'"),
+        ("a.txt", "a --ss eular", "line 1: --ss: no sampler is called 'eular' (did you mean 'euler'?)"),
         ("a.txt", "a --width 64", "line 1: --width: is not known (did you mean --w"),
         ("a.txt", "a --zoom 64", "line 1: --zoom: is not known (known here: prompt, --w, --h, --d, --s, --l,"),
         ("a.txt", "--w 64", "line 1: prompt: is missing"),
@@ -174,19 +174,20 @@ def test_options_of_other_models_are_passed_over(read) -> None:
 
 def test_samplers_that_need_a_package(read, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sampler whose package is not installed is refused with the command that installs it."""
-    monkeypatch.setitem(SAMPLERS, "lms", attrs.evolve(SAMPLERS["lms"], package="no_such_package"))  # type: ignore[attr-defined]
+    monkeypatch.setattr(Catalog.discover().find(SamplerConfig, "lms"), "requires", ("no_such_package",))
     with pytest.raises(ConfigError) as raised:
         read("a.txt", "a --ss lms")
-    assert "line 1: --ss: needs the package 'no_such_package' for 'lms'; pip install no_such" in str(raised.value)
+    assert "line 1: --ss: sampler 'lms' needs a package that is not installed: pip install no_such" in str(raised.value)
 
 
 def test_seeds_that_are_made() -> None:
     """A prompt without a seed gets one from the run's seed and its place; one with a seed keeps it."""
     prompts = [Prompt(prompt="a"), Prompt(prompt="a", seed=5), Prompt(prompt="a")]
-    seeds = [picture.seed for picture in with_seeds(prompts, 42)]
+    model = Catalog.discover().find(ModelFamilyConfig, "sd1")(path="model")
+    seeds = [picture.seed for picture in preview_jobs(prompts, 42, model)]
     assert seeds[1] == 5
-    assert len({*seeds, *(picture.seed for picture in with_seeds(prompts, 43))}) == 5
-    assert seeds == [picture.seed for picture in with_seeds(prompts, 42)]
+    assert len({*seeds, *(picture.seed for picture in preview_jobs(prompts, 43, model))}) == 5
+    assert seeds == [picture.seed for picture in preview_jobs(prompts, 42, model)]
     assert all(0 <= seed < 2**32 for seed in seeds)
 
 

@@ -10,20 +10,29 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Mapping
-from typing import get_args
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lorakit.api.components import ModelFamilyConfig, SamplerConfig
+from lorakit.api.noise import DDPMSpec
 from lorakit.diffusion.noise_schedule import DDPMSchedule
-from lorakit.diffusion.samplers import SAMPLERS, SamplerName, build_scheduler
-from lorakit.previews.png import PreviewJob
-from lorakit.previews.prompts import MOST_STEPS, Prompt
+from lorakit.plugins.catalog import Catalog
+from lorakit.previews.png import preview_jobs
+from lorakit.previews.prompts import MOST_STEPS, Prompt, find_sampler
 from lorakit.previews.sampling import sample_latents
 
+CATALOG = Catalog.discover()
+NAMES = (
+    "ddim", "pndm", "lms", "k_lms", "euler", "k_euler", "euler_a", "k_euler_a", "heun", "dpm_2", "k_dpm_2", "dpm_2_a",
+    "k_dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
+)  # fmt: skip
+SAMPLERS: Mapping[str, Any] = {name: find_sampler(name, CATALOG) for name in NAMES}
 STOCHASTIC = {name for name, sampler in SAMPLERS.items() if sampler.is_stochastic}
+FAMILY = CATALOG.find(ModelFamilyConfig, "sd1")(path="model")
 TEXTS: Mapping[str, Mapping[str, Tensor]] = {text: {"states": torch.zeros(1, 1)} for text in ("", "x")}
 
 
@@ -55,10 +64,10 @@ class Gaussian:
         return (epsilon if self.noise.prediction == "epsilon" else signal * epsilon - spread * data).float()
 
 
-def drawn(model: Gaussian, sampler: SamplerName, steps: int = 40, seed: int = 5) -> Tensor:
+def drawn(model: Gaussian, sampler: str, steps: int = 40, seed: int = 5) -> Tensor:
     """Latents [4, 32, 32] of one picture without guidance."""
-    prompt = Prompt(prompt="x", width=256, height=256, steps=steps, scale=1.0, sampler=sampler)
-    return sample_latents(model, [PreviewJob(prompt=prompt, seed=seed)], TEXTS, 1)[0]
+    prompt = Prompt(prompt="x", width=256, height=256, steps=steps, scale=1.0, sampler=sampler, seed=seed)
+    return sample_latents(model, preview_jobs([prompt], 0, FAMILY), TEXTS, 1)[0]
 
 
 NOISES = {
@@ -70,7 +79,7 @@ NOISES = {
 
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_samplers_arrive_at_the_data(sampler: SamplerName, noise: str) -> None:
+def test_samplers_arrive_at_the_data(sampler: str, noise: str) -> None:
     """With a single possible result, each sampler ends there but for the last timestep's noise."""
     latents = drawn(Gaussian(NOISES[noise], mean=0.5, deviation=0.0), sampler)
     assert (latents - 0.5).abs().max() < 0.2
@@ -79,7 +88,7 @@ def test_samplers_arrive_at_the_data(sampler: SamplerName, noise: str) -> None:
 
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_samplers_keep_the_spread(sampler: SamplerName, noise: str) -> None:
+def test_samplers_keep_the_spread(sampler: str, noise: str) -> None:
     """Of data as spread as the noise, samplers draw such; those without chance give back the noise they began with."""
     latents = drawn(Gaussian(NOISES[noise], mean=0.0, deviation=1.0), sampler, steps=80)
     assert latents.std() == pytest.approx(1, abs=0.05)
@@ -89,7 +98,7 @@ def test_samplers_keep_the_spread(sampler: SamplerName, noise: str) -> None:
 
 
 @pytest.mark.parametrize("sampler", sorted(STOCHASTIC))
-def test_chance_follows_the_seed(sampler: SamplerName) -> None:
+def test_chance_follows_the_seed(sampler: str) -> None:
     """What stochastic samplers draw depends on the picture's seed, and on nothing that was drawn before."""
     model = Gaussian(NOISES["epsilon"], mean=0.0, deviation=1.0)
     before = torch.get_rng_state()
@@ -100,20 +109,20 @@ def test_chance_follows_the_seed(sampler: SamplerName) -> None:
 
 
 def test_names_are_those_that_are_known() -> None:
-    """There is a sampler for each name, and `k_` in front changes nothing."""
-    assert set(get_args(SamplerName)) == set(SAMPLERS)
-    assert len(SAMPLERS) == 16
+    """Each sampler for DDPM is among the names that sd-scripts has, and `k_` in front changes nothing."""
+    registered = [own.component for same in CATALOG.of_kind(SamplerConfig).values() for own in same]
+    assert {own for own in registered if own.process is DDPMSpec} == set(SAMPLERS.values())
     for name in SAMPLERS:
         if name.startswith("k_"):
-            assert SAMPLERS[name] is SAMPLERS[name[2:]]  # type: ignore[index]
+            assert SAMPLERS[name] is SAMPLERS[name[2:]]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_timesteps_exist(sampler: SamplerName) -> None:
+def test_timesteps_exist(sampler: str) -> None:
     """For any number of steps, samplers ask for timesteps of the process; without signal, they begin at the last."""
     for noise in NOISES.values():
         for steps in (3, 30, MOST_STEPS):
-            scheduler = build_scheduler(sampler, noise)
+            scheduler = SAMPLERS[sampler]().build(noise).build()
             scheduler.set_timesteps(steps)
             assert 0 <= scheduler.timesteps.min() <= scheduler.timesteps.max() <= 999
             assert noise is not NOISES["zero terminal"] or scheduler.timesteps[0] == 999
@@ -123,8 +132,8 @@ def test_only_the_scheduler_is_imported() -> None:
     """A sampler brings in neither diffusers' models and pipelines nor transformers."""
     code = (
         "import sys; from lorakit.diffusion.noise_schedule import DDPMSchedule;"
-        "from lorakit.diffusion.samplers import *;"
-        "build_scheduler('ddim', DDPMSchedule());"
+        "from lorakit.builtin.samplers import *;"
+        "DDIMConfig().build(DDPMSchedule()).build();"
         "print([m for m in ('diffusers.pipelines', 'diffusers.models', 'transformers') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"

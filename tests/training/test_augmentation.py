@@ -16,7 +16,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import lorakit
-from lorakit.config.loss import LossSection
 from lorakit.config.train_config import TrainConfig
 from lorakit.errors import DataError, Interrupted
 from lorakit.plugins.catalog import Catalog
@@ -125,7 +124,7 @@ def test_masked_loss_is_the_formula(make_config: MakeConfig, masks: Path) -> Non
     assert batch.loss_mask.shape == (2, 1, 8, 8)
     assert 0.4 < float(batch.loss_mask.mean()) < 0.6
     with torch.no_grad():
-        loss = denoising_loss(run.model, batch, conditioning, LossSection())
+        loss = denoising_loss(run.model, batch, conditioning, run.criterion)
         noisy = run.model.noise.add_noise(batch.latents, batch.noise, batch.timesteps)
         error = run.model.predict(noisy, batch.timesteps, conditioning).double() - batch.noise.double()
     expected = (batch.loss_mask.double() * error.square()).mean()

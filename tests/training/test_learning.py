@@ -51,7 +51,7 @@ def first_batch(run: Run) -> Batch:
 
 def loss_on(run: Run, batch: Batch) -> Tensor:
     """The loss of the run's model as it is now."""
-    return denoising_loss(run.model, batch, run.encode(batch), run.config.loss)
+    return denoising_loss(run.model, batch, run.encode(batch), run.criterion)
 
 
 def test_every_component_is_tried() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from attrs import evolve
 from torch import Tensor
 
-from lorakit.config.loss import LossSection
-from lorakit.diffusion.loss import distance, huber_threshold, timestep_weights
+from lorakit.api.loss import LossConfig
+from lorakit.diffusion.loss import huber_threshold, timestep_weights
 from lorakit.diffusion.noise_schedule import DDPMSchedule
+from lorakit.plugins.catalog import Catalog
 from lorakit.training.base_model import build_model
 from lorakit.training.prepare import prepare
 from lorakit.training.runtime.distributed import Distributed
@@ -50,11 +52,11 @@ def test_weights_and_thresholds_have_the_reference_values(timestep: int) -> None
     """Weights of timesteps and thresholds agree with the reference to all of its digits."""
     steps = torch.tensor([timestep])
     found = (
-        timestep_weights(LossSection(min_snr_gamma=5.0), EPSILON, steps),
-        timestep_weights(LossSection(min_snr_gamma=5.0), VELOCITY, steps),
-        timestep_weights(LossSection(debiased_estimation=True), EPSILON, steps),
-        huber_threshold(LossSection(type="huber", huber_schedule="exponential"), EPSILON, steps),
-        huber_threshold(LossSection(type="huber", huber_schedule="snr"), EPSILON, steps),
+        timestep_weights(LossConfig(min_snr_gamma=5.0), EPSILON, steps),
+        timestep_weights(LossConfig(min_snr_gamma=5.0), VELOCITY, steps),
+        timestep_weights(LossConfig(debiased_estimation=True), EPSILON, steps),
+        huber_threshold(LossConfig(huber_schedule="exponential"), EPSILON, steps),
+        huber_threshold(LossConfig(huber_schedule="snr"), EPSILON, steps),
     )
     assert [value.item() for value in found] == pytest.approx(REFERENCE[timestep], rel=1e-5, abs=1e-6)
 
@@ -88,7 +90,7 @@ def test_weights_and_thresholds_have_the_reference_values(timestep: int) -> None
 def test_weights_are_the_formulas(options: dict[str, Any], noise: DDPMSchedule, formula, zero_terminal: bool) -> None:
     """At every timestep the weights are the written-out ones, of the schedule that noise is mixed by."""
     process = noise.with_zero_terminal_snr() if zero_terminal else noise
-    weights = timestep_weights(LossSection(**options), process, torch.arange(1000))
+    weights = timestep_weights(LossConfig(**options), process, torch.arange(1000))
     expected = formula(snr_in_float64(zero_terminal=zero_terminal))
     torch.testing.assert_close(weights.double(), expected, rtol=2e-6, atol=0)
     assert weights.dtype == torch.float32
@@ -98,7 +100,7 @@ def test_weights_are_the_formulas(options: dict[str, Any], noise: DDPMSchedule, 
 def test_debiased_estimation_needs_some_signal() -> None:
     """The case that configs refuse: without signal the weight for ε is infinite, and only at the last timestep."""
     weights = timestep_weights(
-        LossSection(debiased_estimation=True), EPSILON.with_zero_terminal_snr(), torch.arange(1000)
+        LossConfig(debiased_estimation=True), EPSILON.with_zero_terminal_snr(), torch.arange(1000)
     )
     assert weights.isinf().nonzero().tolist() == [[999]]
 
@@ -115,7 +117,7 @@ def test_debiased_estimation_needs_some_signal() -> None:
 )
 def test_thresholds_are_the_formulas(schedule: Any, formula, scale: float, zero_terminal: bool) -> None:
     """At every timestep the threshold is the written-out one times `huber_scale`, whatever the schedule."""
-    section = LossSection(type="huber", huber_schedule=schedule, huber_c=0.2, huber_scale=scale)
+    section = LossConfig(huber_schedule=schedule, huber_c=0.2, huber_scale=scale)
     process = EPSILON.with_zero_terminal_snr() if zero_terminal else EPSILON
     steps = torch.arange(1000)
     sigma = snr_in_float64(zero_terminal=zero_terminal) ** -0.5
@@ -129,19 +131,21 @@ FORMULAS = {
     "huber": lambda d, c: 2 * c * ((d**2 + c**2).sqrt() - c),
     "smooth_l1": lambda d, c: 2 * ((d**2 + c**2).sqrt() - c),
 }
+LOSSES: Mapping[str, Any] = {name: Catalog.discover().find(LossConfig, name) for name in FORMULAS}
 
 
 @pytest.mark.parametrize("kind", FORMULAS)
 @pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
 def test_distances_and_their_gradients_are_the_formulas(kind: Any, schedule: Any) -> None:
     """Value and gradient are the written-out ones in float64, for small and large differences, image by image."""
-    section = LossSection(type=kind, huber_schedule=schedule, huber_c=0.05)
+    section = LOSSES[kind](huber_schedule=schedule, huber_c=0.05)
     generator = torch.Generator().manual_seed(0)
     difference = torch.randn(len(STEPS), 4, 3, 5, generator=generator) * 10 ** torch.linspace(-4, 2, 5)
     difference.requires_grad_()
     exact = difference.detach().double().requires_grad_()
     threshold = huber_threshold(section, EPSILON, STEPS).double().view(-1, 1, 1, 1)
-    found, expected = distance(difference, section, EPSILON, STEPS), FORMULAS[kind](exact, threshold)
+    found = section.build(EPSILON)(difference, torch.zeros_like(difference), STEPS)
+    expected = FORMULAS[kind](exact, threshold)
     found.sum().backward()
     expected.sum().backward()
     torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=1e-15)
@@ -152,7 +156,8 @@ def test_distances_and_their_gradients_are_the_formulas(kind: Any, schedule: Any
 def test_no_difference_costs_nothing(kind: Any) -> None:
     """A perfect prediction has loss 0 and a finite gradient, 0 as well."""
     difference = torch.zeros(len(STEPS), 4, 2, 2, requires_grad=True)
-    cost = distance(difference, LossSection(type=kind), EPSILON.with_zero_terminal_snr(), STEPS)
+    compare = LOSSES[kind]().build(EPSILON.with_zero_terminal_snr())
+    cost = compare(difference, torch.zeros_like(difference), STEPS)
     cost.sum().backward()
     assert not cost.any()
     assert torch.equal(difference.grad, torch.zeros_like(difference))
@@ -174,7 +179,7 @@ def test_loss_is_the_weighted_mean_of_distances(make_config) -> None:
     c = 0.9 / (1 + snr**-0.5) ** 2 + 0.1
     cost = (2 * c * (((prediction - batch.noise) ** 2 + c**2).sqrt() - c)).mean((1, 2, 3))
     weights = batch.weights * (snr.clamp(max=5) / snr * snr.clamp(max=1000) ** -0.5).flatten()
-    found = denoising_loss(run.model, batch, conditioning, config.loss).double()
+    found = denoising_loss(run.model, batch, conditioning, run.criterion).double()
     torch.testing.assert_close(found, (cost * weights).mean(), rtol=1e-4, atol=0)
 
 

@@ -18,7 +18,7 @@ import lorakit
 from lorakit.api.observer import Observer, StepMetrics
 from lorakit.errors import ConfigError
 from lorakit.plugins.catalog import Catalog
-from lorakit.previews.png import PreviewJob
+from lorakit.previews.png import preview_jobs
 from lorakit.previews.prompts import Prompt
 from lorakit.previews.sampling import decode, encode_texts, sample_latents
 from lorakit.training.loop import train
@@ -106,9 +106,8 @@ def test_previews_are_those_of_diffusers(make_config, tiny_sd1: Path) -> None:
 
     run = perturbed(build_run(prepare(make_config(network={"dropout": 0.5})), Distributed(torch.device("cpu"))))
     shared = {"negative_prompt": "a blurry dog", "width": 96, "height": 64, "steps": 5, "scale": 6.0}
-    pictures = [
-        PreviewJob(prompt=Prompt(prompt=text, **shared), seed=seed) for text, seed in (("a cat", 3), ("sand", 4))
-    ]
+    prompts = [Prompt(prompt=text, seed=seed, **shared) for text, seed in (("a cat", 3), ("sand", 4))]
+    pictures = preview_jobs(prompts, 0, run.config.model)
     with run.info.evaluating() as model:
         texts = encode_texts(model, ["a cat", "sand", "a blurry dog"])
         latents = sample_latents(model, pictures, texts, batch_size=2)
@@ -147,7 +146,7 @@ def test_pictures_of_a_batch_are_as_if_alone(make_config) -> None:
         Prompt(prompt="a cow", negative_prompt="grass", **small), Prompt(prompt="a cat", **{**small, "scale": 1.0}),
         Prompt(prompt="a hen", **small),
     ]  # fmt: skip
-    pictures = [PreviewJob(prompt=prompt, seed=index) for index, prompt in enumerate(prompts)]
+    pictures = preview_jobs(prompts, 0, run.config.model)
     with run.info.evaluating() as model:
         texts = encode_texts(model, [*(prompt.prompt for prompt in prompts), "", "grass"])
         together = sample_latents(model, pictures, texts, batch_size=2)
@@ -339,7 +338,7 @@ def test_problems_before_anything_is_read(make_config, prompts: Path) -> None:
     with pytest.raises(ConfigError) as raised:
         make_config(observers=observer(prompts, every_n_steps=1))
     assert str(raised.value) == f"observers[0].prompts: {prompts}, line 2: --s: must be at least 1, not 0"
-    with pytest.raises(ConfigError, match=r"observers\[0\]\.sampler: must be one of 'ddim', .* not 'dimm'"):
+    with pytest.raises(ConfigError, match=r"observers\[0\]\.sampler: no sampler is called 'dimm' \(.* 'ddim'"):
         make_config(observers=observer(prompts, every_n_steps=1, sampler="dimm"))
 
 

@@ -14,12 +14,14 @@ from attrs import validators as v
 from lorakit.api.components import ObserverConfig
 from lorakit.api.hookspecs import hookimpl
 from lorakit.api.observer import Every, Observer, RunInfo
-from lorakit.errors import ConfigError, LorakitError, Problem
+from lorakit.errors import ConfigError, LorakitError, PluginError, Problem
+from lorakit.plugins.catalog import Catalog
 from lorakit.previews.contact_sheet import Preview, find_previews, write_contact_sheet
-from lorakit.previews.prompts import PromptSettings
+from lorakit.previews.prompts import PromptSettings, find_sampler
 from lorakit.utils.wording import counted
 
 if TYPE_CHECKING:
+    from lorakit.config.train_config import TrainConfig
     from lorakit.previews.previews import Previewer
 
 log = logging.getLogger(__name__)
@@ -48,13 +50,29 @@ class SamplesConfig(ObserverConfig, PromptSettings):
     """Keep a picture that shows all previews side by side, a row for each prompt: `{name}_contact_sheet.png`."""
 
     def problems(self) -> Iterator[Problem]:
-        """What is wrong with the prompt file."""
+        """A sampler that there is not, and what is wrong with the prompt file."""
         from lorakit.previews.prompt_files import read_prompts
 
+        try:
+            if self.sampler is not None:
+                find_sampler(self.sampler, Catalog.discover())
+        except PluginError as error:
+            yield Problem("sampler", str(error))
         try:
             read_prompts(self.prompts, self)
         except ConfigError as error:
             yield from (Problem("prompts", str(problem)) for problem in error.problems)
+
+    def problems_with(self, config: TrainConfig) -> Iterator[Problem]:
+        """Samplers that are for another noise process than the model's."""
+        from lorakit.previews.prompt_files import read_prompts
+
+        process, catalog = config.model.noise_process, Catalog.discover()
+        names = (prompt.sampler for prompt in read_prompts(self.prompts, self).prompts)
+        for name in dict.fromkeys(filter(None, names)):
+            if not isinstance(process, find_sampler(name, catalog).process):
+                message = f"{name!r} is not for {process.title}, which this model uses"
+                yield Problem("sampler", message, f"leave it out, or set {process.sampler!r}")
 
     def warnings(self) -> Iterator[Problem]:
         """What has no effect here or in the prompt file."""
@@ -72,6 +90,7 @@ class SamplesConfig(ObserverConfig, PromptSettings):
         previewer = Previewer(
             prompts=self.prompts,
             settings=self,
+            family=run_info.config.model,
             seed=run_info.config.training.seed,
             batch_size=self.batch_size,
             texts_change="text_encoder" in run_info.config.trained_parts,

@@ -27,14 +27,18 @@ class ValidationConfig(ObserverConfig):
     """Validate after every this many optimizer steps."""
     max_steps: int | None = field(default=None, validator=v.optional(v.ge(1)))
     """Micro-batches to validate on, the same each time; all when absent."""
-    timesteps: tuple[int, ...] = field(default=(), validator=v.deep_iterable(v.ge(0)))
-    """Timesteps at which each image is denoised; when empty, four that part the range of training in fifths."""
+    timesteps: tuple[int | float, ...] = field(default=(), validator=v.deep_iterable(v.ge(0)))
+    """Timesteps at which each image is denoised, as the model counts them; when empty, four that divide the range of
+    training into fifths."""
 
     def problems_with(self, config: TrainConfig) -> Iterator[Problem]:
         """Timesteps that the model does not have."""
-        beyond = [timestep for timestep in self.timesteps if timestep >= config.model.num_timesteps]
+        process = config.model.noise_process
+        beyond = [timestep for timestep in self.timesteps if timestep >= process.end]
         if beyond:
-            yield Problem("timesteps", f"must be below {config.model.num_timesteps}, not {beyond[0]}")
+            yield Problem("timesteps", f"must be below {process.end:g}, not {beyond[0]}")
+        elif process.num_timesteps and any(isinstance(timestep, float) for timestep in self.timesteps):
+            yield Problem("timesteps", "must be whole numbers for this model")
 
     def warnings_with(self, config: TrainConfig) -> Iterator[Problem]:
         """A run that holds no images out."""
@@ -52,7 +56,7 @@ class Validation(Observer):
     """Validates when it is time, and at the end; tells all observers of the loss and how far it is from training's."""
 
     def __init__(
-        self, config: ValidationConfig, run: RunInfo, measure: Callable[[Sequence[int], int | None], float]
+        self, config: ValidationConfig, run: RunInfo, measure: Callable[[Sequence[float], int | None], float]
     ) -> None:
         self._config = config
         self._run = run
@@ -94,10 +98,13 @@ class Validation(Observer):
         self._run.tell("validated", self._step, losses)
 
 
-def fifths(config: TrainConfig) -> tuple[int, ...]:
-    """The four timesteps that part the range of training in fifths: 200, 400, 600 and 800 of 1000."""
-    low, high = config.loss.min_timestep or 0, config.loss.max_timestep or config.model.num_timesteps
-    return tuple(dict.fromkeys(low + (high - low) * part // 5 for part in range(1, 5)))
+def fifths(config: TrainConfig) -> tuple[float, ...]:
+    """The four timesteps that divide the range of training into fifths: 200, 400, 600 and 800 of 1000."""
+    process = config.model.noise_process
+    low, high = config.timestep_sampler.bounds(process)
+    span = high - low
+    steps = (low + (span * part // 5 if process.num_timesteps else span * part / 5) for part in range(1, 5))
+    return tuple(dict.fromkeys(steps))
 
 
 @hookimpl

@@ -16,20 +16,26 @@ from __future__ import annotations
 
 from lorakit.testing.contracts.attention import AttentionContract
 from lorakit.testing.contracts.component import ComponentContract
+from lorakit.testing.contracts.losses import LossContract
 from lorakit.testing.contracts.lr_schedulers import LRSchedulerContract
 from lorakit.testing.contracts.model_families import ModelFamilyContract
 from lorakit.testing.contracts.networks import NetworkContract
 from lorakit.testing.contracts.observers import ObserverContract
 from lorakit.testing.contracts.optimizers import OptimizerContract
+from lorakit.testing.contracts.samplers import SamplerContract
 from lorakit.testing.contracts.savers import SaverContract
+from lorakit.testing.contracts.timestep_samplers import TimestepSamplerContract
 
 __all__ = [
     "AttentionContract",
     "ComponentContract",
     "LRSchedulerContract",
+    "LossContract",
     "ModelFamilyContract",
     "NetworkContract",
     "ObserverContract",
     "OptimizerContract",
+    "SamplerContract",
     "SaverContract",
+    "TimestepSamplerContract",
 ]

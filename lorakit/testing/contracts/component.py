@@ -23,13 +23,16 @@ from lorakit.api.components import (
     ObserverConfig,
     OptimizerConfig,
     SaverConfig,
+    TimestepSamplerConfig,
     with_import_path,
 )
+from lorakit.api.loss import LossConfig
 from lorakit.config.dump import to_toml
 from lorakit.config.field_docs import field_docs
 from lorakit.config.load import config_from_tables
 from lorakit.config.train_config import TrainConfig
 from lorakit.plugins.catalog import Catalog
+from lorakit.plugins.discovery import REGISTRATION_HOOKS
 
 HEAVY = ("torch", "diffusers", "transformers", "accelerate")
 """Packages that no component's module may import before something is built."""
@@ -41,9 +44,11 @@ SECTIONS: Mapping[type[Component], str] = {
     LRSchedulerConfig: "lr_scheduler",
     AttentionConfig: "attention",
     SaverConfig: "saver",
+    LossConfig: "loss",
+    TimestepSamplerConfig: "timesteps",
     ObserverConfig: "observers",
 }
-"""The section of a config file that picks a component of each kind."""
+"""The section of a config file that picks a component of each kind, where one does."""
 
 
 class ComponentContract:
@@ -119,7 +124,7 @@ class ComponentContract:
 
     @property
     def _base(self) -> type[Component]:
-        return next(base for base in SECTIONS if isinstance(self.config, base))
+        return next(base for base in REGISTRATION_HOOKS.values() if isinstance(self.config, base))
 
 
 def _values(config: Component) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorakit.api.components import ModelFamilyConfig, NetworkConfig
+from lorakit.api.loss import LossConfig
 from lorakit.checkpoints import locate, summarize
-from lorakit.errors import ModelError
+from lorakit.diffusion.noise_schedule import DDPMSchedule
 from lorakit.models.interfaces import AttentionBackend, DiffusionModel
 from lorakit.models.memory.block_swap import streamed_bytes
 from lorakit.models.memory.quantization import QuantizedLayer
@@ -141,32 +142,35 @@ class ModelFamilyContract(ComponentContract):
             assert prediction.isfinite().all()
             assert batch.tokens is not None
             others = {name: tensor.flip(0) for name, tensor in batch.tokens.items()}
-            for changed in ({"timesteps": batch.timesteps // 2}, {"tokens": others}):
+            for changed in ({"timesteps": batch.timesteps.flip(0)}, {"tokens": others}):
                 assert not torch.equal(predict(model, attrs.evolve(batch, **changed)), prediction)
 
     def test_noise_process(self) -> None:
-        """Later timesteps are noisier, from almost no noise to hardly any signal."""
+        """Later timesteps are noisier, from almost no noise to hardly any signal; the config knows the same process."""
         noise = self.built().noise
-        assert noise.num_timesteps == self.config.num_timesteps
-        ratios = noise.signal_to_noise(torch.arange(noise.num_timesteps))
+        spec, known = noise.spec, self.config.noise_process
+        assert (type(spec), spec.num_timesteps) == (type(known), known.num_timesteps)
+        count = spec.num_timesteps or 1000
+        steps = torch.arange(count) if spec.num_timesteps else torch.linspace(1e-3, 1, count)
+        ratios = noise.signal_to_noise(steps)
         assert (ratios.diff() < 0).all()
         assert ratios[0] > 100
         assert 0 <= ratios[-1] < 0.01
-        remaining = torch.cumprod(1 - noise.betas, dim=0)
-        torch.testing.assert_close(ratios.double(), remaining / (1 - remaining), rtol=1e-3, atol=1e-6)
-        latents = pictures(2)
-        clean = noise.add_noise(latents, torch.zeros_like(latents), torch.tensor([0, noise.num_timesteps - 1]))
-        assert clean.square().mean((1, 2, 3)).diff() < 0
+        one, nothing = torch.ones(count, 1, 1, 1), torch.zeros(count, 1, 1, 1)
+        signal, spread = noise.add_noise(one, nothing, steps), noise.add_noise(nothing, one, steps)
+        torch.testing.assert_close((signal / spread).square().flatten(), ratios, rtol=1e-3, atol=1e-6)
+        assert noise.target(one, nothing, steps).shape == one.shape
 
     def test_noise_that_ends_without_signal(self) -> None:
-        """On request no signal is left at the last timestep, and everything else is as it was; or it is refused."""
+        """On request no signal of DDPM is left at the last timestep, and everything else is as it was."""
         noise = self.built().noise
-        try:
-            changed = noise.with_zero_terminal_snr()
-        except ModelError:
+        if not isinstance(noise, DDPMSchedule):
+            loss = Catalog.discover().find(LossConfig, "l2")(zero_terminal_snr=True)
+            assert [problem.key for problem in noise.spec.loss_problems(loss)] == ["zero_terminal_snr"]
             return
-        assert (changed.prediction, changed.num_timesteps) == (noise.prediction, noise.num_timesteps)
-        before, after = (process.signal_to_noise(torch.arange(noise.num_timesteps)) for process in (noise, changed))
+        changed = noise.with_zero_terminal_snr()
+        assert changed.spec == noise.spec
+        before, after = (own.signal_to_noise(torch.arange(noise.spec.num_timesteps)) for own in (noise, changed))
         assert (after.diff() < 0).all()
         assert after[-1] == 0
         torch.testing.assert_close(after[0], before[0])

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from lorakit.api.components import ModelFamilyConfig
-from lorakit.config.loss import LossSection
+from lorakit.api.loss import LossConfig
 from lorakit.data.loader import Batch
 from lorakit.models.interfaces import DiffusionModel
 from lorakit.plugins.catalog import Catalog
-from lorakit.training.step.loss import denoising_loss
+from lorakit.training.step.loss import Criterion, denoising_loss
 
 CPU = torch.device("cpu")
 CAPTIONS = ("a meadow, green grass", "a very long caption about a city at night, " * 3)
@@ -38,7 +38,7 @@ def make_batch(model: DiffusionModel) -> Batch:
     return Batch(
         latents=latents,
         noise=torch.randn(latents.shape, generator=generator),
-        timesteps=torch.tensor([100, 700]) * model.noise.num_timesteps // 1000,
+        timesteps=torch.tensor([model.noise.spec.timestep(fraction) for fraction in (0.1, 0.7)]),
         weights=torch.ones(2),
         sample_seeds=torch.tensor([11, 12]),
         conditioning=None,
@@ -58,4 +58,5 @@ def predict(model: DiffusionModel, batch: Batch) -> Tensor:
 def loss_of(model: DiffusionModel, batch: Batch) -> Tensor:
     """The training loss of the batch, a scalar; the text encoder takes part."""
     assert batch.tokens is not None
-    return denoising_loss(model, batch, model.text_encoder.encode(batch.tokens), LossSection())
+    loss = Catalog.discover().find(LossConfig, "l2")()
+    return denoising_loss(model, batch, model.text_encoder.encode(batch.tokens), Criterion.of(loss, model.noise))

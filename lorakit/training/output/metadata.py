@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lorakit._version import __version__
 from lorakit.api.components import OptimizerConfig
-from lorakit.config.loss import LossSection
+from lorakit.api.loss import LossConfig
 from lorakit.config.train_config import TrainConfig
 from lorakit.data.index import has_augmentation
 from lorakit.training.output.dataset_metadata import data_metadata
@@ -112,19 +112,17 @@ def _optimizer_description(config: OptimizerConfig, optimizer: Optimizer) -> str
     return f"{cls.__module__}.{cls.__qualname__}" + (f"({settings})" if settings else "")
 
 
-def _loss_values(loss: LossSection) -> dict[str, Any]:
+def _loss_values(loss: LossConfig) -> dict[str, Any]:
     """All options of the loss under the names that sd-scripts has for them."""
-    values = {f"ss_{name}": value for name, value in asdict(loss).items()}
-    return {**values, "ss_loss_type": values.pop("ss_type")}
+    return {"ss_loss_type": loss.name, **{f"ss_{name}": value for name, value in asdict(loss).items()}}
 
 
 def _modelspec_values(config: TrainConfig) -> dict[str, Any]:
-    first, last = config.loss.min_timestep, config.loss.max_timestep
-    span = f"{first or 0},{config.model.num_timesteps if last is None else last}"
+    sampler, (first, last) = config.timestep_sampler, config.timestep_sampler.bounds(config.model.noise_process)
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": config.output.name,
         "modelspec.implementation_version": f"lorakit/{__version__}",
-        **({} if first is last is None else {"modelspec.timestep_range": span}),
+        **({} if sampler.min is sampler.max is None else {"modelspec.timestep_range": f"{first},{last}"}),
         **config.metadata.entries(),
     }

@@ -13,6 +13,7 @@ from attrs import validators as v
 
 from lorakit.api.block_layout import STABLE_DIFFUSION, BlockLayout
 from lorakit.api.components import ModelFamilyConfig
+from lorakit.api.noise import DDPMSpec, NoiseSpec
 from lorakit.checkpoints import (
     HubModel,
     ModelPath,
@@ -69,6 +70,11 @@ class StableDiffusionConfig(ModelFamilyConfig):
     """LoRA files that are merged into the model before training, in this order."""
     base_weights_multipliers: tuple[float, ...] = ()
     """How strongly each of `base_weights` is merged; 1 for those without a number here."""
+
+    @property
+    def noise_process(self) -> NoiseSpec:
+        """DDPM, with what the U-Net predicts where the config says it."""
+        return DDPMSpec(prediction=self.prediction)
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the files, as far as it shows without reading weights; keys are field names."""
