@@ -265,8 +265,21 @@ class TrainConfig:
         if isinstance(rates, tuple) and len(rates) != encoders:
             message = f"must have one number for each text encoder of {self.model.name}, that is {encoders}"
             yield Problem("optimizer.text_encoder_lr", f"{message}, not {len(rates)}")
+        if self.data.weighted_captions and not self.model.weights_captions:
+            yield Problem("data.weighted_captions", f"is not for {self.model.title or self.model.name}", "leave it out")
+        yield from self._size_problems()
         for section, component in self._components():
             yield from with_section(collect_problems(component, "problems_with", self), section)
+
+    def _size_problems(self) -> Iterator[Problem]:
+        """Sizes of images that the model's latents cannot have."""
+        multiple = self.model.size_multiple
+        for index, dataset in enumerate(self.data.datasets):
+            place = f"data.datasets[{index}]" if len(self.data.datasets) > 1 else "data"
+            if dataset.enable_bucket and dataset.bucket_reso_steps % multiple:
+                yield Problem(f"{place}.bucket_reso_steps", f"must be a multiple of {multiple} for this model")
+            if not dataset.enable_bucket and any(side % multiple for side in dataset.resolution):
+                yield Problem(f"{place}.resolution", f"must have sides that are multiples of {multiple} for this model")
 
     def warnings(self) -> Iterator[Problem]:
         """Options that have no effect in this run, or hardly suit the model."""

@@ -18,7 +18,7 @@ from lorakit.data.balancing import balanced_repeats
 from lorakit.data.cache.file_cache import FileStatCache
 from lorakit.data.cache.parallel import map_chunked
 from lorakit.data.captions import caption_variants, read_caption
-from lorakit.data.images.buckets import ResizeCrop, assign_bucket
+from lorakit.data.images.buckets import ResizeCrop, Size, assign_bucket
 from lorakit.data.images.decode import ImageFacts, inspect_image
 from lorakit.data.images.face_crop import Face, face_named
 from lorakit.data.images.masks import check_size
@@ -67,6 +67,11 @@ class Example:
     """The face that it is to be cropped around."""
     source: Source | None = field(default=None, eq=False)
     """What it was made from; None if not from files."""
+
+    @property
+    def size(self) -> Size:
+        """The image's own size in pixels as it is seen, before it is resized."""
+        return self.source.image.size if self.source else self.placement.resized
 
     @property
     def is_augmented(self) -> bool:

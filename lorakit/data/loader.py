@@ -9,25 +9,26 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from attrs import evolve, field, fields, frozen
+from attrs import evolve, fields, frozen
 from torch import Tensor
 
 from lorakit.api.loss import LossConfig
 from lorakit.data.batch_sampler import RankMicroBatch
-from lorakit.data.cache.encode import Captions, LatentKeys
+from lorakit.data.cache.encode import LatentKeys
 from lorakit.data.cache.parallel import map_prefetch
 from lorakit.data.cache.store import Cache
 from lorakit.data.cache.vae import OnlineEncoder
 from lorakit.data.captions import CaptionContext, apply_caption_options
-from lorakit.data.images.augmentation import Picture, augmented_picture, is_mirrored
+from lorakit.data.images.augmentation import Picture, augmented_picture, crop_of, is_mirrored
 from lorakit.data.index import Example, IndexedDataset
+from lorakit.data.prompts import Prompts
 from lorakit.diffusion.noise import normal, perturbation, target_noise
 from lorakit.diffusion.process import TimestepSampler
+from lorakit.models.conditioning import ImageSizes
 from lorakit.models.interfaces import Conditioning, Tokens
 from lorakit.utils.rng import RngFactory, derived_seed, keyed_generator
 
@@ -58,6 +59,8 @@ class Batch:
     """Noise that is to be mixed in besides, and not to be predicted, float32 [B, C, h, w]; None where there is none."""
     loss_mask: Tensor | None = None
     """How much the loss counts at each place, 0 to 1, float32 [B, 1, h, w]; None where no image has a mask."""
+    image_conditioning: Conditioning | None = None
+    """What the denoiser takes of the images' sizes, [B, …]; None for a model that takes nothing."""
 
     @property
     def input_noise(self) -> Tensor:
@@ -106,6 +109,36 @@ class Batch:
         return evolve(self, **moved)
 
 
+@frozen
+class Sample:
+    """One appearance of an image; every draw for it is keyed by seed, purpose, epoch, image and repeat."""
+
+    example: Example
+    seed: int
+    """Seed of the run."""
+    epoch: int
+    """Number of the epoch."""
+    repeat: int
+    """Which of the image's appearances in the epoch it is, from 0."""
+
+    def key(self, purpose: str) -> tuple[int | str, ...]:
+        """All that a draw for one purpose depends on."""
+        return self.seed, purpose, self.epoch, self.example.identity, self.repeat
+
+    def draw(self, purpose: str) -> np.random.Generator:
+        """The fresh generator for one purpose."""
+        return keyed_generator(*self.key(purpose))
+
+    @property
+    def sizes(self) -> ImageSizes:
+        """How the image is made from its file this once."""
+        crop = crop_of(self.example, self.draw)
+        left, top = crop.crop_xy
+        if is_mirrored(self.example, self.draw):
+            left = crop.resized[0] - crop.bucket[0] - left
+        return ImageSizes(self.example.size, (left, top), crop.bucket)
+
+
 @frozen(kw_only=True)
 class BatchLoader:
     """Makes batches of planned shares from the cache."""
@@ -113,114 +146,90 @@ class BatchLoader:
     datasets: Sequence[IndexedDataset]
     """The datasets that were planned."""
     cache: Cache
-    """Where their latents and captions are."""
+    """Where their latents are."""
     seed: int
     """Seed of the run."""
     timestep_sampler: TimestepSampler
     """Draws the timestep of each image."""
     latent_keys: LatentKeys
     """Where in the cache latents are."""
-    captions: Captions
-    """Where in the cache captions are, or what tokenizes them in each step."""
+    captions: Prompts
+    """What gives the captions of a batch, encoded or tokenized."""
     total_steps: int
     """Steps of the run, of which `token_warmup_step` may be a share."""
+    loss: LossConfig
+    """Which noise to draw."""
     prior_loss_weight: float = 1.0
     """Weight of the loss of regularisation images."""
-    loss: LossConfig = field(factory=LossConfig)
-    """Which noise to draw."""
     live: OnlineEncoder | None = None
-    """What encodes images that change from epoch to epoch; None where there are none."""
+    """Encodes images that change from epoch to epoch; None if there are none."""
+    image_conditioning: Callable[[Sequence[ImageSizes]], Conditioning] | None = None
+    """Gives what the denoiser takes of the sizes of images; None for a model that takes nothing."""
 
     def load(self, share: RankMicroBatch) -> Batch:
-        """The batch of a share. Raises DataError where an image, or the cache, was damaged since it was looked at."""
-        return self._batch(share, self._pictures(share))
+        """The batch of a share. Raises DataError where an image or the cache was damaged since it was checked."""
+        samples = self._samples(share)
+        return self._batch(share, samples, _pictures(samples))
 
     def batches(self, shares: Iterable[RankMicroBatch]) -> Iterator[Batch]:
         """The batches of shares, in order; images that change are decoded by threads, some shares ahead."""
         if self.live is None:
             yield from map(self.load, shares)
             return
-        with ThreadPoolExecutor(self.live.workers) as pool:
-            prepared = map_prefetch(pool, lambda share: (share, self._pictures(share)), shares, self.live.workers + 1)
-            for share, pictures in prepared:
-                yield self._batch(share, pictures)
 
-    def _batch(self, share: RankMicroBatch, pictures: Sequence[Picture]) -> Batch:
+        def prepare(share: RankMicroBatch) -> tuple[RankMicroBatch, list[Sample], list[Picture]]:
+            samples = self._samples(share)
+            return share, samples, _pictures(samples)
+
+        with ThreadPoolExecutor(self.live.workers) as pool:
+            for share, samples, pictures in map_prefetch(pool, prepare, shares, self.live.workers + 1):
+                yield self._batch(share, samples, pictures)
+
+    def _batch(self, share: RankMicroBatch, samples: Sequence[Sample], pictures: Sequence[Picture]) -> Batch:
         """The batch of a share; `pictures` has those of its images that change from epoch to epoch."""
-        samples = self._samples(share)
-        drawing = [partial(self._generator, example=example, when=when) for example, when in samples]
-        entries = self._entries(samples, pictures)
-        latents = [_drawn(entry, draw) for entry, draw in zip(entries, drawing, strict=True)]
-        noise = [target_noise(image, self.loss, draw) for image, draw in zip(latents, drawing, strict=True)]
-        use = CaptionContext(share.epoch, share.step, self.total_steps)
-        conditioning, tokens = self._texts(
-            [
-                apply_caption_options(example.caption, example.subset, use, draw)
-                for (example, _), draw in zip(samples, drawing, strict=True)
-            ]
-        )
+        encoded = iter(self.live.entries(pictures) if self.live else ())
+        entries = [next(encoded) if own.example.is_augmented else self._cached(own) for own in samples]
+        latents = [_drawn(entry, own.draw) for entry, own in zip(entries, samples, strict=True)]
+        noise, perturbations, timesteps = [], [], []
+        for image, own in zip(latents, samples, strict=True):
+            noise.append(target_noise(image, self.loss, own.draw))
+            timesteps.append(self.timestep_sampler(own.draw("timestep"), image.shape))
+            if self.loss.ip_noise_gamma is not None:
+                perturbations.append(perturbation(image.shape, self.loss, own.draw("perturbation")))
+        context = CaptionContext(share.epoch, share.step, self.total_steps)
+        texts = [apply_caption_options(own.example.caption, own.example.subset, context, own.draw) for own in samples]
+        conditioning, tokens = self.captions.load(texts)
+        by_sizes = self.image_conditioning and self.image_conditioning([own.sizes for own in samples])
         return Batch(
             latents=torch.stack(latents),
             noise=torch.stack(noise),
-            timesteps=torch.tensor(
-                [
-                    self.timestep_sampler(draw("timestep"), image.shape)
-                    for image, draw in zip(latents, drawing, strict=True)
-                ]
-            ),
-            weights=torch.tensor([self.prior_loss_weight if own.subset.is_reg else 1.0 for own, _ in samples]),
-            sample_seeds=torch.tensor([derived_seed(*self._key("dropout", *sample)) for sample in samples]),
+            timesteps=torch.tensor(timesteps),
+            weights=torch.tensor([self.prior_loss_weight if own.example.subset.is_reg else 1.0 for own in samples]),
+            sample_seeds=torch.tensor([derived_seed(*own.key("dropout")) for own in samples]),
             conditioning=conditioning,
             tokens=tokens,
-            images=tuple(example.image.name for example, _ in samples),
+            images=tuple(own.example.image.name for own in samples),
             share=share.fraction,
-            perturbation=self._perturbation(latents, drawing),
+            perturbation=torch.stack(perturbations) if perturbations else None,
             loss_mask=_loss_mask(entries),
+            image_conditioning=by_sizes,
         )
 
-    def _samples(self, share: RankMicroBatch) -> list[tuple[Example, tuple[int, int]]]:
-        """The examples of a share, each with epoch and repeat."""
+    def _samples(self, share: RankMicroBatch) -> list[Sample]:
         return [
-            (self.datasets[item.dataset].examples[item.example], (share.epoch, item.repeat)) for item in share.items
+            Sample(self.datasets[item.dataset].examples[item.example], self.seed, share.epoch, item.repeat)
+            for item in share.items
         ]
 
-    def _pictures(self, share: RankMicroBatch) -> list[Picture]:
-        """Those images of a share that change from epoch to epoch, as they are this once."""
-        return [
-            augmented_picture(example, partial(self._generator, example=example, when=when))
-            for example, when in self._samples(share)
-            if example.is_augmented
-        ]
+    def _cached(self, sample: Sample) -> Mapping[str, Tensor]:
+        """The cache's entry of an image, or of its mirror image if that is to be used."""
+        key = self.latent_keys[sample.example.identity, is_mirrored(sample.example, sample.draw)]
+        return self.cache.load(key, names=("mean", "std"))
 
-    def _entries(
-        self, samples: Sequence[tuple[Example, tuple[int, int]]], pictures: Sequence[Picture]
-    ) -> list[Mapping[str, Tensor]]:
-        """The distribution of each image's latents, and its mask where it has one: made now, or from the cache."""
-        made = iter(self.live.entries(pictures) if self.live else ())
-        return [next(made) if own.is_augmented else self._cached(own, when) for own, when in samples]
 
-    def _perturbation(self, latents: Sequence[Tensor], drawing: Sequence[RngFactory]) -> Tensor | None:
-        if self.loss.ip_noise_gamma is None:
-            return None
-        pairs = zip(latents, drawing, strict=True)
-        return torch.stack([perturbation(image.shape, self.loss, draw("perturbation")) for image, draw in pairs])
-
-    def _cached(self, example: Example, when: tuple[int, int]) -> Mapping[str, Tensor]:
-        """What the cache holds of an image, of its mirror image if that is to be used."""
-        mirrored = is_mirrored(example, partial(self._generator, example=example, when=when))
-        return self.cache.load(self.latent_keys[example.identity, mirrored], names=("mean", "std"))
-
-    def _texts(self, texts: Sequence[str]) -> tuple[Conditioning | None, Tokens | None]:
-        if not isinstance(self.captions, Mapping):
-            return None, self.captions(texts)
-        return self.cache.load_stacked([self.captions[text] for text in texts]), None
-
-    def _key(self, purpose: str, example: Example, when: tuple[int, int]) -> tuple[int | str, ...]:
-        epoch, repeat = when
-        return self.seed, purpose, epoch, example.identity, repeat
-
-    def _generator(self, purpose: str, example: Example, when: tuple[int, int]) -> np.random.Generator:
-        return keyed_generator(*self._key(purpose, example, when))
+def _pictures(samples: Iterable[Sample]) -> list[Picture]:
+    """Those images that change from epoch to epoch, as they are this once."""
+    return [augmented_picture(own.example, own.draw) for own in samples if own.example.is_augmented]
 
 
 def _drawn(entry: Mapping[str, Tensor], draw: RngFactory) -> Tensor:

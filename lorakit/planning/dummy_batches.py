@@ -13,6 +13,7 @@ from lorakit.data.batch_sampler import Bucket, buckets
 from lorakit.data.images.buckets import Size
 from lorakit.data.loader import Batch
 from lorakit.diffusion.noise import normal
+from lorakit.models.conditioning import ImageSizes, collate, image_conditioning, split
 from lorakit.models.interfaces import Conditioning, DiffusionModel, Tokens
 from lorakit.planning.memory_tracker import fake_tensors
 from lorakit.training.base_model import load_model
@@ -49,7 +50,7 @@ def largest_shape(prepared: PreparedRun) -> BatchShape:
 
 @frozen
 class Texts:
-    """What micro-batches hold of one caption: its conditioning or its tokens, whichever they hold in a run."""
+    """What micro-batches hold of one caption: its conditioning, without the batch side, or its tokens."""
 
     conditioning: Conditioning | None
     tokens: Tokens | None
@@ -60,8 +61,9 @@ class Texts:
         model = load_model(prepared.config, CPU)
         with fake_tensors(), torch.no_grad():
             tokens = model.text_encoder.tokenize([""], prepared.config.data.weighted_captions)
-            conditioning = None if prepared.encodes_captions else model.text_encoder.encode(tokens)
-        return cls(None, _made_up(tokens)) if conditioning is None else cls(_made_up(conditioning), None)
+            if not prepared.encodes_captions:
+                return cls(_made_up(split(model, model.text_encoder.encode(tokens))[0]), None)
+        return cls(None, _made_up(tokens))
 
 
 def make_batch(shape: BatchShape, texts: Texts, model: DiffusionModel) -> Batch:
@@ -73,10 +75,11 @@ def make_batch(shape: BatchShape, texts: Texts, model: DiffusionModel) -> Batch:
         timesteps=torch.full((shape.images,), model.noise.spec.timestep(0.5)),
         weights=torch.ones(shape.images),
         sample_seeds=torch.arange(shape.images),
-        conditioning=_repeated(texts.conditioning, shape.images),
+        conditioning=texts.conditioning and collate(model, [texts.conditioning] * shape.images),
         tokens=_repeated(texts.tokens, shape.images),
         images=("noise",) * shape.images,
         share=1.0,
+        image_conditioning=image_conditioning(model, [ImageSizes.whole(*shape.size)] * shape.images) or None,
     )
 
 
@@ -91,7 +94,7 @@ def _made_up(tensors: Conditioning | Tokens) -> dict[str, Tensor]:
     }
 
 
-def _repeated(tensors: Conditioning | Tokens | None, count: int) -> dict[str, Tensor] | None:
+def _repeated(tensors: Tokens | None, count: int) -> dict[str, Tensor] | None:
     if tensors is None:
         return None
     return {name: tensor.repeat(count, *[1] * (tensor.ndim - 1)) for name, tensor in tensors.items()}

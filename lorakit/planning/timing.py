@@ -11,6 +11,8 @@ from attrs import frozen
 
 from lorakit.data.batch_sampler import Bucket, buckets
 from lorakit.data.loader import Batch
+from lorakit.data.prompts import CachedPrompts
+from lorakit.models.conditioning import collate
 from lorakit.planning.dummy_batches import BatchShape, Texts, make_batch
 from lorakit.training.base_model import build_model
 from lorakit.training.encode import Encoded
@@ -63,7 +65,8 @@ def _assembled(prepared: PreparedRun, processes: Distributed) -> Run:
     """The run with nothing encoded; what encoders it needs for its steps are read when they are used."""
     model = build_model(prepared.config, processes.device)
     schedule = Schedule(prepared.datasets, prepared.config.training, processes)
-    return build_run_from(prepared, model, schedule, Encoded({}, {}, None), processes, time.time())
+    encoded = Encoded({}, CachedPrompts(prepared.cache, {}, partial(collate, model)), None)
+    return build_run_from(prepared, model, schedule, encoded, processes, time.time())
 
 
 def _steps(run: Run, learn: Learn, batch: Batch) -> Iterator[float]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorakit.models.conditioning import ImageSizes, collate, image_conditioning, split
 from lorakit.plugins.build import build_component
 from lorakit.previews.png import PreviewJob
 
@@ -19,16 +20,17 @@ if TYPE_CHECKING:
     from lorakit.models.interfaces import Conditioning, DiffusionModel
 
 Texts = Mapping[str, "Conditioning"]
-"""Encoded texts, by text, each with one row."""
+"""The conditioning of each text, without the batch side."""
 
 
 def encode_texts(model: DiffusionModel, texts: Iterable[str], weighted: bool = False) -> dict[str, Conditioning]:
-    """Conditioning of each text, one row each; cut off at the length that the model is set to.
+    """Conditioning of each text, without the batch side; cut off at the length that the model is set to.
 
     With `weighted`, brackets say how much words count.
     """
     encoder = model.text_encoder
-    return {text: encoder.encode(encoder.tokenize([text], weighted)) for text in dict.fromkeys(texts)}
+    encoded = {text: encoder.encode(encoder.tokenize([text], weighted)) for text in dict.fromkeys(texts)}
+    return {text: split(model, conditioning)[0] for text, conditioning in encoded.items()}
 
 
 def sample_latents(
@@ -57,7 +59,7 @@ def _drawn(model: DiffusionModel, pictures: Sequence[PreviewJob], texts: Texts) 
     generators = [torch.Generator().manual_seed(picture.seed) for picture in pictures]
     shape = model.latent_shape(pictures[0].width, pictures[0].height)
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    conditioning = _conditioning(pictures, texts)
+    conditioning = _conditioning(model, pictures, texts)
 
     def predict(noisy_latents: Tensor, timestep: Tensor) -> Tensor:
         return classifier_free_guidance(model, noisy_latents, timestep, conditioning, settings.scale)
@@ -66,12 +68,15 @@ def _drawn(model: DiffusionModel, pictures: Sequence[PreviewJob], texts: Texts) 
     return latents
 
 
-def _conditioning(pictures: Sequence[PreviewJob], texts: Texts) -> Conditioning:
+def _conditioning(model: DiffusionModel, pictures: Sequence[PreviewJob], texts: Texts) -> Conditioning:
     """What the denoiser is told, [B, …]; with guidance [2B, …], the negative prompts first."""
     wanted = [picture.prompt.prompt for picture in pictures]
     if pictures[0].prompt.scale > 1:
         wanted = [picture.prompt.negative_prompt for picture in pictures] + wanted
-    return {name: torch.cat([texts[text][name] for text in wanted]) for name in texts[wanted[0]]}
+    sizes = [ImageSizes.whole(pictures[0].width, pictures[0].height)] * len(wanted)
+    captions = collate(model, [texts[text] for text in wanted])
+    by_sizes = image_conditioning(model, sizes).items()
+    return {**captions, **{name: tensor.to(next(iter(captions.values())).device) for name, tensor in by_sizes}}
 
 
 def classifier_free_guidance(

@@ -16,7 +16,8 @@ def conditioning_of(
 ) -> Conditioning:
     """The batch's conditioning: as it was encoded, or from the text encoder as it is now; the network is told of it."""
     network.begin_batch(batch.sample_seeds)
+    by_sizes = batch.image_conditioning or {}
     if batch.tokens is None:
-        return batch.conditioning or {}
+        return {**(batch.conditioning or {}), **by_sizes}
     with torch.set_grad_enabled(torch.is_grad_enabled() and "text_encoder" in trained_parts):
-        return model.text_encoder.encode(batch.tokens)
+        return {**model.text_encoder.encode(batch.tokens), **by_sizes}

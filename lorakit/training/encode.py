@@ -10,9 +10,11 @@ from functools import partial
 import torch
 from attrs import field, frozen
 
-from lorakit.data.cache.encode import Captions, EncodeOptions, LatentKeys, encode_captions, encode_latents
+from lorakit.data.cache.encode import EncodeOptions, LatentKeys, encode_captions, encode_latents
 from lorakit.data.cache.vae import OnlineEncoder
 from lorakit.data.index import default_workers
+from lorakit.data.prompts import CachedPrompts, LivePrompts, Prompts
+from lorakit.models.conditioning import collate
 from lorakit.models.interfaces import DiffusionModel
 from lorakit.training.prepare import PreparedRun
 from lorakit.training.progress import Display, Pace, Position, display
@@ -36,8 +38,8 @@ class Encoded:
 
     latent_keys: LatentKeys
     """Where latents are."""
-    captions: Captions
-    """Where captions are, or what tokenizes them in each step."""
+    captions: Prompts
+    """What gives the captions of a batch."""
     live: OnlineEncoder | None
     """What encodes images that change from epoch to epoch; None where there are none."""
     filled: Mapping[str, Filled] = field(factory=dict)
@@ -75,15 +77,15 @@ def _images(
 
 def _captions(
     prepared: PreparedRun, model: DiffusionModel, processes: Distributed, filled: dict[str, Filled]
-) -> Captions:
+) -> Prompts:
     config, datasets = prepared.config, (*prepared.datasets, *prepared.validation)
     if prepared.encodes_captions:
-        return partial(model.text_encoder.tokenize, weighted=config.data.weighted_captions)
+        return LivePrompts(partial(model.text_encoder.tokenize, weighted=config.data.weighted_captions))
     with _progress("encoding captions", processes) as progress:
         keys = encode_captions(datasets, model, prepared.cache, _encoding(prepared, processes, progress.show))
     filled["captions"] = _filled(progress.done, keys.values(), processes)
     model.free("text_encoder")
-    return keys
+    return CachedPrompts(prepared.cache, keys, partial(collate, model))
 
 
 def _filled(new: int, keys: Iterable[str], processes: Distributed) -> Filled:

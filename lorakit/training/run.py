@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lorakit.api.observer import RunInfo
 from lorakit.config.train_config import TrainConfig
 from lorakit.data.loader import Batch, BatchLoader, prefetch
+from lorakit.data.prompts import LivePrompts
 from lorakit.errors import Interrupted, LorakitError, NotSaved
 from lorakit.models.interfaces import Conditioning, DiffusionModel
 from lorakit.networks.network import Network
@@ -121,7 +122,7 @@ class Run:
             total_epochs=self.schedule.total_epochs,
             steps_per_epoch=self.schedule.steps_per_epoch,
             images=sum(len(dataset.examples) for dataset in self.loader.datasets),
-            encodes_captions=callable(self.loader.captions),
+            encodes_captions=isinstance(self.loader.captions, LivePrompts),
             save_adapter=self.save_adapter,
             save_state=self.save_state,
             evaluating=self.evaluating,

@@ -21,6 +21,7 @@ from lorakit.api.observer import Observer
 from lorakit.config.train_config import TrainConfig, TrainingSection
 from lorakit.data.loader import BatchLoader
 from lorakit.errors import ConfigError, Interrupted, PluginError
+from lorakit.models.conditioning import ImageConditioned
 from lorakit.models.interfaces import AdaptationTarget, DiffusionModel
 from lorakit.networks.adapter_file import load_initial_weights
 from lorakit.networks.network import Network, ParameterGroup
@@ -245,6 +246,7 @@ def _loader(prepared: PreparedRun, model: DiffusionModel, schedule: Schedule, en
         prior_loss_weight=config.data.prior_loss_weight,
         loss=config.loss,
         live=encoded.live,
+        image_conditioning=model.image_conditioning if isinstance(model, ImageConditioned) else None,
     )
 
 

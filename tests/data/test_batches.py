@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from attrs import evolve
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lorakit.api.loss import LossConfig
 from lorakit.builtin.timesteps import UniformConfig
 from lorakit.config.datasets import DatasetConfig
 from lorakit.data.batch_sampler import RankMicroBatch, SampleRef, plan_epoch
 from lorakit.data.cache.encode import EncodeOptions, encode_captions, encode_latents
-from lorakit.data.cache.store import Cache
-from lorakit.data.cache.vae import on_device
+from lorakit.data.cache.store import Cache, content_key
+from lorakit.data.cache.vae import OnlineEncoder, on_device
+from lorakit.data.images.augmentation import crop_of, is_mirrored
 from lorakit.data.index import index_datasets
 from lorakit.data.loader import Batch, BatchLoader, prefetch
+from lorakit.data.prompts import CachedPrompts, LivePrompts
 from lorakit.diffusion.noise_schedule import DDPMSchedule
 from lorakit.errors import DataError
+from lorakit.models.conditioning import ImageSizes, collate
 from lorakit.utils.rng import derived_seed, keyed_generator
 from tests.data.tiny import TinyModel
 
@@ -41,19 +49,28 @@ EVERY_NOISE = LossConfig(
 
 
 def make_loader(
-    dataset: DatasetConfig, cache: Cache, *, tokens: bool = False, seed: int = 7, limits: Any = None, **settings: object
+    dataset: DatasetConfig,
+    cache: Cache,
+    *,
+    tokens: bool = False,
+    seed: int = 7,
+    limits: Any = None,
+    model: TinyModel | None = None,
+    **settings: object,
 ) -> BatchLoader:
     """A loader of a dataset whose images and captions are encoded, of a run of 100 steps."""
-    datasets, model, encoding = index_datasets([dataset]), TinyModel(), EncodeOptions(device=CPU)
+    datasets, model, encoding = index_datasets([dataset]), model or TinyModel(), EncodeOptions(device=CPU)
     return BatchLoader(
         datasets=datasets,
         cache=cache,
         seed=seed,
         timestep_sampler=UniformConfig(**(limits or {})).build(DDPMSchedule()),
         latent_keys=encode_latents(datasets, model, cache, encoding),
-        captions=model.text_encoder.tokenize if tokens else encode_captions(datasets, model, cache, encoding),
+        captions=LivePrompts(model.text_encoder.tokenize)
+        if tokens
+        else CachedPrompts(cache, encode_captions(datasets, model, cache, encoding), partial(collate, model)),
         total_steps=100,
-        **settings,
+        **{"loss": LossConfig(), **settings},
     )
 
 
@@ -78,7 +95,7 @@ def test_batch_holds_what_the_formula_says(cache: Cache, dataset: DatasetConfig)
         assert torch.equal(batch.noise[row], torch.from_numpy(noise))
         assert batch.timesteps[row] == generator("timestep").integers(1000)
         assert batch.sample_seeds[row] == derived_seed(7, "dropout", 3, example.identity, 4)
-        conditioning = cache.load(loader.captions[example.caption])
+        conditioning = cache.load(loader.captions.keys[example.caption])
         assert all(torch.equal(batch.conditioning[name][row], tensor) for name, tensor in conditioning.items())
     assert batch.latents.shape == (2, 4, 10, 14)
     assert (batch.latents.dtype, batch.noise.dtype, batch.weights.dtype) == (torch.float32,) * 3
@@ -199,7 +216,7 @@ def text_of(batch: Batch) -> list[str]:
 def test_dropped_captions_are_encoded_once_too(cache: Cache, with_subset: WithSubset):
     """With caption dropout the conditioning is the caption's or the empty caption's, both from the cache."""
     loader = make_loader(with_subset(caption_dropout_rate=0.5, caption_dropout_every_n_epochs=10), cache)
-    entries = {text: cache.load(loader.captions[text])["pooled"] for text in ("photo, chelsea, sharp", "")}
+    entries = {text: cache.load(loader.captions.keys[text])["pooled"] for text in ("photo, chelsea, sharp", "")}
     seen = []
     for epoch in range(1, 31):
         (pooled,) = loader.load(share_of(1, epoch=epoch)).conditioning["pooled"]
@@ -370,3 +387,88 @@ def test_batches_for_cuda_are_pinned_and_arrive_unchanged(cache: Cache, dataset:
     moved = batch.to(device)
     assert moved.latents.is_cuda
     assert_same(moved.to(CPU), loader.load(share_of(1, 2)))
+
+
+def test_a_caption_that_was_not_encoded(cache: Cache, dataset: DatasetConfig):
+    """A batch with a caption that is not in the cache is an error that names it."""
+    loader = make_loader(dataset, cache)
+    with pytest.raises(DataError, match="caption 'a zebra': was not encoded before training"):
+        loader.captions.load(["a zebra"])
+
+
+def test_entries_that_do_not_fit_together(cache: Cache):
+    """Captions of different shapes, for a model with one length, are refused by their files' names."""
+    keys = {"short": content_key(1), "long": content_key(2), "other": content_key(3)}
+    for name, length in {"short": 2, "long": 3}.items():
+        cache.store(keys[name], {"states": torch.zeros(length, 4)})
+    cache.store(keys["other"], {"pooled": torch.zeros(4)})
+    prompts = CachedPrompts(cache, keys, partial(collate, TinyModel()))
+    assert prompts.load(["long", "long"])[0]["states"].shape == (2, 3, 4)
+    for texts in (["short", "long"], ["short", "other"]):
+        with pytest.raises(DataError, match=rf"{keys['short']}.safetensors.* do not fit together"):
+            prompts.load(texts)
+
+
+class Padding(TinyModel):
+    """A model whose captions have as many states as the text has bytes, and whose denoiser takes sizes."""
+
+    def split(self, conditioning: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
+        """The states without padding, which are those of byte 0, and without the mean."""
+        padding = self._text_encoder.embedding.weight[0]
+        return [{"hidden_states": row[(row != padding).any(1)]} for row in conditioning["hidden_states"]]
+
+    def collate(self, captions: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """States padded with zeros, and a mask."""
+        rows = [caption["hidden_states"] for caption in captions]
+        masks = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+        return {name: pad_sequence(own, batch_first=True) for name, own in (("hidden_states", rows), ("mask", masks))}
+
+    def image_conditioning(self, sizes: Sequence[ImageSizes]) -> Mapping[str, Tensor]:
+        """Original size, crop and target size, height before width."""
+        return {"time_ids": torch.tensor([[*s.original[::-1], *s.crop[::-1], *s.target[::-1]] for s in sizes])}
+
+
+def test_captions_of_different_lengths(cache: Cache, folder: Path, dataset: DatasetConfig):
+    """The cache holds captions without padding; a batch pads them to its longest, with a mask."""
+    (folder / "coffee.txt").write_text("a long caption about a cup of coffee")
+    loader = make_loader(dataset, cache, model=Padding())
+    captions = [example.caption for example in loader.datasets[0].examples[1:3]]
+    lengths = [len(caption.encode()) for caption in captions]
+    assert len(set(lengths)) == 2
+    conditioning = loader.load(share_of(1, 2)).conditioning
+    assert conditioning["hidden_states"].shape == (2, max(lengths), 6)
+    assert conditioning["mask"].sum(1).tolist() == lengths
+    for row, (caption, length) in enumerate(zip(captions, lengths, strict=True)):
+        entry = cache.load(loader.captions.keys[caption])["hidden_states"]
+        assert entry.shape == (length, 6)
+        assert torch.equal(conditioning["hidden_states"][row, :length], entry)
+        assert not conditioning["hidden_states"][row, length:].any()
+
+
+@pytest.mark.parametrize("random_crop", [False, True])
+def test_conditioning_by_sizes(cache: Cache, with_subset: WithSubset, random_crop: bool):
+    """A model that takes sizes gets the file's own, the crop that is used this once, mirrored or not, its bucket."""
+    model = Padding()
+    live = OnlineEncoder(encoder=model.vae_encoder, device=CPU) if random_crop else None
+    dataset = evolve(with_subset(flip_aug=True, random_crop=random_crop), enable_bucket=False, resolution=(64, 64))
+    loader = make_loader(dataset, cache, model=model, live=live, image_conditioning=model.image_conditioning)
+    seen = set()
+    for epoch in range(20):
+        batch = loader.load(share_of(1, 4, epoch=epoch))
+        for row, number in enumerate((1, 4)):
+            example = loader.datasets[0].examples[number]
+            original, crop, target = batch.image_conditioning["time_ids"][row].view(3, 2).tolist()
+            with Image.open(example.image) as image:
+                assert original == [image.height, image.width]
+            assert target == [64, 64]
+            (sample,) = loader._samples(share_of(number, epoch=epoch))
+            left, top = crop_of(example, sample.draw).crop_xy
+            room = example.placement.resized[0] - 64
+            assert crop == [top, room - left if is_mirrored(example, sample.draw) else left]
+            seen.add((number, *crop))
+    assert len(seen) > (8 if random_crop else 1)
+
+
+def test_most_models_take_no_sizes(cache: Cache, dataset: DatasetConfig):
+    """For a model that takes none, a batch holds no conditioning by sizes."""
+    assert make_loader(dataset, cache).load(share_of(1)).image_conditioning is None

@@ -12,6 +12,8 @@ import torch
 from attrs import evolve
 from PIL import Image
 
+from lorakit.api.loss import LossConfig
+from lorakit.builtin.timesteps import UniformConfig
 from lorakit.config.datasets import DatasetConfig, SubsetConfig
 from lorakit.data.batch_sampler import RankMicroBatch, SampleRef, plan_epoch
 from lorakit.data.cache.encode import EncodeOptions, encode_captions, encode_latents
@@ -22,7 +24,10 @@ from lorakit.data.images.buckets import ResizeCrop
 from lorakit.data.images.decode import load_pixels
 from lorakit.data.index import Example, index_datasets
 from lorakit.data.loader import BatchLoader, prefetch
+from lorakit.data.prompts import CachedPrompts
+from lorakit.diffusion.noise_schedule import DDPMSchedule
 from lorakit.errors import DataError
+from lorakit.models.conditioning import collate
 from lorakit.utils.rng import keyed_generator
 from tests.data.tiny import TinyModel
 
@@ -51,9 +56,10 @@ def loader_of(datasets: list[DatasetConfig], cache: Cache, workers: int = 1, bat
         datasets=indexed,
         cache=cache,
         seed=7,
-        num_timesteps=1000,
+        timestep_sampler=UniformConfig().build(DDPMSchedule()),
         latent_keys=encode_latents(indexed, model, cache, encoding),
-        captions=encode_captions(indexed, model, cache, encoding),
+        captions=CachedPrompts(cache, encode_captions(indexed, model, cache, encoding), partial(collate, model)),
+        loss=LossConfig(),
         total_steps=100,
         live=OnlineEncoder(encoder=model.vae_encoder, device=CPU, batch_size=batch_size, workers=workers),
     )

@@ -210,13 +210,8 @@ def known_keys() -> set[str]:
     keys = {"model.family"}
     for heading, text in page_sections("config.md").items():
         section = heading.strip("[]")
-        keys |= {
-            f"{section}.{key}"
-            for key in [
-                *rows(text),
-                *([COMPONENT_SECTIONS[section][0].name_key] if section in COMPONENT_SECTIONS else []),
-            ]
-        }
+        names = [COMPONENT_SECTIONS[section][0].name_key] if section in COMPONENT_SECTIONS else []
+        keys |= {f"{section}.{key}" for key in [*rows(text), *names]}
     return keys
 
 

@@ -24,7 +24,8 @@ from lorakit.data.images.decode import RESAMPLING
 from lorakit.data.index import Example, IndexedDataset, default_workers
 from lorakit.data.problems import data_error
 from lorakit.errors import DataError
-from lorakit.models.interfaces import DiffusionModel, Tokens
+from lorakit.models.conditioning import split
+from lorakit.models.interfaces import DiffusionModel
 
 T = TypeVar("T")
 
@@ -33,9 +34,6 @@ LatentKeys = Mapping[tuple[str, bool], str]
 
 CaptionKeys = Mapping[str, str]
 """Where the conditioning of a caption is in the cache, by the caption."""
-
-Captions = CaptionKeys | Callable[[Sequence[str]], Tokens]
-"""Where captions are in the cache; or the text encoder's `tokenize`, if they are encoded in each step."""
 
 _LATENT_FORMAT = 1
 _CAPTION_FORMAT = 1
@@ -84,11 +82,12 @@ class _Job:
 
 @frozen
 class _Encoded:
-    """Entries for the cache, still on the encoder's device; the first side of every tensor is B."""
+    """Entries for the cache, still on the encoder's device."""
 
     keys: Sequence[str]
     names: Sequence[str]
-    tensors: Mapping[str, Tensor]
+    rows: Sequence[Mapping[str, Tensor]]
+    """The tensors of each entry, mostly views of those of a batch."""
     masks: Sequence[Tensor | None] = ()
     """What only some of the entries have, already on the CPU."""
 
@@ -255,7 +254,8 @@ def _encode_images(
             masks = latent_masks([picture.mask for picture in pictures], tensors["mean"])
             if mirrored:
                 masks = [None if mask is None else mask.flip(2) for mask in masks]
-            yield _Encoded([job.keys[mirrored] for job in jobs], [own.name for own in pictures], tensors, masks)
+            entries = [{name: tensor[row] for name, tensor in tensors.items()} for row in range(len(rows))]
+            yield _Encoded([job.keys[mirrored] for job in jobs], [own.name for own in pictures], entries, masks)
 
 
 def _encode_texts(
@@ -264,7 +264,8 @@ def _encode_texts(
     with torch.no_grad():
         tokens = model.text_encoder.tokenize(captions, encoding.weighted_captions)
         conditioning = model.text_encoder.encode({name: tensor.to(encoding.device) for name, tensor in tokens.items()})
-    return _Encoded([keys[caption] for caption in captions], [f"caption {text!r}" for text in captions], conditioning)
+    names = [f"caption {text!r}" for text in captions]
+    return _Encoded([keys[caption] for caption in captions], names, split(model, conditioning))
 
 
 def _store_all(encoded: Iterable[_Encoded], cache: Cache, total: int, encoding: EncodeOptions) -> None:
@@ -294,10 +295,8 @@ def _write(cache: Cache, entries: Mapping[str, Mapping[str, Tensor]]) -> int:
 def _entries(encoded: _Encoded) -> dict[str, dict[str, Tensor]]:
     """The entries of a batch as the cache is to hold them, by key. Raises DataError where one is not finite."""
     entries = {}
-    tensors = {name: tensor.cpu() for name, tensor in encoded.tensors.items()}
-    for row, (key, name) in enumerate(zip(encoded.keys, encoded.names, strict=True)):
-        entry = {part: tensor[row] for part, tensor in tensors.items()}
-        mask = encoded.masks[row] if encoded.masks else None
+    masks = encoded.masks or [None] * len(encoded.keys)
+    for key, name, entry, mask in zip(encoded.keys, encoded.names, encoded.rows, masks, strict=True):
         try:
             entries[key] = to_storable(entry if mask is None else {**entry, "mask": mask})
         except NotFiniteError as error:

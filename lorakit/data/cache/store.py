@@ -7,7 +7,7 @@ processes may share a folder. Imports torch when tensors are first read or writt
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,7 +63,7 @@ class Cache:
         """Whether there is a whole entry; a damaged one counts as absent."""
         if key in self._unwritten:
             return True
-        path = self._path(key)
+        path = self.path(key)
         try:
             return bool(self.memo.get_or_compute(path, "whole", lambda: _is_whole(path)))
         except DataError:
@@ -76,7 +76,7 @@ class Cache:
 
         if key in self._unwritten:
             return dict(self._unwritten[key])
-        path = self._path(key)
+        path = self.path(key)
         try:
             require_regular_file(path)
             entry = load(path.read_bytes())
@@ -86,17 +86,6 @@ class Cache:
         if not entry.keys() >= set(names):
             raise DataError(str(Problem(str(path), f"does not hold {' and '.join(names)}", "remove this file")))
         return entry
-
-    def load_stacked(self, keys: Sequence[str]) -> dict[str, Tensor]:
-        """The tensors of several entries, a row each. Raises DataError where they do not have the same ones."""
-        import torch
-
-        entries = [self.load(key) for key in keys]
-        try:
-            return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
-        except (KeyError, RuntimeError) as error:
-            files = ", ".join(str(self._path(key)) for key in dict.fromkeys(keys))
-            raise DataError(str(Problem(files, f"do not fit together: {error}", "remove these files"))) from error
 
     def store(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Write an entry. Raises NotFiniteError, or OutputError where it can neither be written nor kept."""
@@ -110,11 +99,11 @@ class Cache:
         from safetensors.torch import save
 
         try:
-            write_atomically(self._path(key), save(dict(entry)))
+            write_atomically(self.path(key), save(dict(entry)))
         except OutputError as error:
             self._keep(key, entry, error)
         else:
-            self.memo.get_or_compute(self._path(key), "whole", lambda: True)
+            self.memo.get_or_compute(self.path(key), "whole", lambda: True)
 
     def _keep(self, key: str, entry: Mapping[str, Tensor], error: OutputError) -> None:
         """Keep an entry in memory, where that helps, and say so at the first."""
@@ -124,7 +113,8 @@ class Cache:
             logger.warning("%s Until then what is encoded is kept in memory, for this run alone.", error)
         self._unwritten[key] = dict(entry)
 
-    def _path(self, key: str) -> Path:
+    def path(self, key: str) -> Path:
+        """The file of an entry."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
 

@@ -45,7 +45,7 @@ def load_picture(example: Example, placement: ResizeCrop) -> Picture:
 
 def augmented_picture(example: Example, draw: RngFactory) -> Picture:
     """The picture as it is this once: cropped, coloured and mirrored as its subset asks for."""
-    picture = load_picture(example, _crop(example, draw))
+    picture = load_picture(example, crop_of(example, draw))
     if example.subset.color_aug:
         picture = evolve(picture, pixels=color_jitter(picture.pixels, draw("colours")))
     if is_mirrored(example, draw):
@@ -59,7 +59,7 @@ def is_mirrored(example: Example, draw: RngFactory) -> bool:
     return example.subset.flip_aug and bool(draw("flip").integers(2))
 
 
-def _crop(example: Example, draw: RngFactory) -> ResizeCrop:
+def crop_of(example: Example, draw: RngFactory) -> ResizeCrop:
     """The part of the image that is used this once."""
     placement, subset = example.placement, example.subset
     if example.face is not None and subset.face_crop_aug_range is not None:

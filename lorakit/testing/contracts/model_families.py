@@ -19,6 +19,7 @@ from lorakit.api.components import ModelFamilyConfig, NetworkConfig
 from lorakit.api.loss import LossConfig
 from lorakit.checkpoints import locate, summarize
 from lorakit.diffusion.noise_schedule import DDPMSchedule
+from lorakit.models.conditioning import collate, split
 from lorakit.models.interfaces import AttentionBackend, DiffusionModel
 from lorakit.models.memory.block_swap import streamed_bytes
 from lorakit.models.memory.quantization import QuantizedLayer
@@ -115,8 +116,27 @@ class ModelFamilyContract(ComponentContract):
             assert tensor.is_floating_point()
             assert not torch.equal(tensor[0], tensor[1]), "different captions give the same conditioning"
 
+    def test_captions_in_a_batch(self) -> None:
+        """Captions stored one by one and put together again give what they gave, alone or beside another."""
+        model = self.built()
+        batch = make_batch(model)
+        with torch.no_grad():
+            rows = split(model, model.text_encoder.encode(batch.tokens or {}))
+            assert len(rows) == len(CAPTIONS)
+            noisy = model.noise.add_noise(batch.latents, batch.noise, batch.timesteps)
+            sizes = batch.image_conditioning or {}
+            together = model.predict(noisy, batch.timesteps, {**collate(model, rows), **sizes})
+            torch.testing.assert_close(together, predict(model, batch), rtol=1e-3, atol=1e-4)
+            for row, caption in enumerate(rows):
+                one = slice(row, row + 1)
+                own = {**collate(model, [caption]), **{name: tensor[one] for name, tensor in sizes.items()}}
+                alone = model.predict(noisy[one], batch.timesteps[one], own)
+                torch.testing.assert_close(alone, together[one], rtol=1e-3, atol=1e-4)
+
     def test_weighted_captions(self) -> None:
         """Brackets are words, unless they are to weigh; then the weight of 1 changes nothing, and another does."""
+        if not self.config.weights_captions:
+            pytest.skip("the family has no weighted captions")
         encoder = self.built().text_encoder
 
         def encoded(*captions: str, weighted: bool = True) -> list[Tensor]:

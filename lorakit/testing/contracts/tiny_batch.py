@@ -13,7 +13,8 @@ from torch import Tensor
 from lorakit.api.components import ModelFamilyConfig
 from lorakit.api.loss import LossConfig
 from lorakit.data.loader import Batch
-from lorakit.models.interfaces import DiffusionModel
+from lorakit.models.conditioning import ImageSizes, image_conditioning
+from lorakit.models.interfaces import Conditioning, DiffusionModel
 from lorakit.plugins.catalog import Catalog
 from lorakit.training.step.loss import Criterion, denoising_loss
 
@@ -45,18 +46,25 @@ def make_batch(model: DiffusionModel) -> Batch:
         tokens=model.text_encoder.tokenize(CAPTIONS),
         images=("meadow.png", "city.png"),
         share=1.0,
+        image_conditioning=image_conditioning(
+            model, [ImageSizes.whole(64, 64), ImageSizes((96, 64), (8, 0), (64, 64))]
+        ),
     )
+
+
+def conditioning_of(model: DiffusionModel, batch: Batch) -> Conditioning:
+    """The batch's conditioning, from the text encoder and from the images' sizes."""
+    assert batch.tokens is not None
+    return {**model.text_encoder.encode(batch.tokens), **(batch.image_conditioning or {})}
 
 
 def predict(model: DiffusionModel, batch: Batch) -> Tensor:
     """The model's prediction for the batch, [B, C, h, w]; the text encoder takes part."""
-    assert batch.tokens is not None
     noisy_latents = model.noise.add_noise(batch.latents, batch.noise, batch.timesteps)
-    return model.predict(noisy_latents, batch.timesteps, model.text_encoder.encode(batch.tokens))
+    return model.predict(noisy_latents, batch.timesteps, conditioning_of(model, batch))
 
 
 def loss_of(model: DiffusionModel, batch: Batch) -> Tensor:
     """The training loss of the batch, a scalar; the text encoder takes part."""
-    assert batch.tokens is not None
     loss = Catalog.discover().find(LossConfig, "l2")()
-    return denoising_loss(model, batch, model.text_encoder.encode(batch.tokens), Criterion.of(loss, model.noise))
+    return denoising_loss(model, batch, conditioning_of(model, batch), Criterion.of(loss, model.noise))

@@ -13,6 +13,7 @@ from attrs import evolve
 
 from lorakit.config.memory_presets import next_preset, preset_diff, to_toml
 from lorakit.config.train_config import UNIFIED_MEMORY_DEVICES
+from lorakit.data.prompts import LivePrompts
 from lorakit.errors import OutOfMemory, is_out_of_memory
 from lorakit.training.output.fallback import save_with_fallback
 
@@ -45,7 +46,8 @@ def memory_hint(run: Run) -> str:
     training = run.config.training
     if run.processes.device.type in UNIFIED_MEMORY_DEVICES:
         training = evolve(training, device="cpu")
-    parts = tuple(own for own in run.config.model.parts if own != "text_encoder" or callable(run.loader.captions))
+    live = isinstance(run.loader.captions, LivePrompts)
+    parts = tuple(own for own in run.config.model.parts if own != "text_encoder" or live)
     rung, ways = next_preset(training, parts), []
     if training.mixed_precision == "no":
         ways.append(f'set mixed_precision = "{half_precision(run.processes.device.type)}" in [training]')
