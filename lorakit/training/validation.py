@@ -63,6 +63,7 @@ def validation_loss(run: Run, images: ValidationSet, timesteps: Sequence[int], m
         for batch in batches:
             own = batch.to(run.processes.device)
             size = len(own.timesteps)
+            run.network.begin_batch(own.sample_seeds)
             total += size * denoising_loss(model, own, run.encode(own), run.config.loss)
             count += size
     return total.item() / count

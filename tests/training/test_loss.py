@@ -13,10 +13,9 @@ from torch import Tensor
 from lorakit.config.loss import LossSection
 from lorakit.diffusion.loss import distance, huber_threshold, timestep_weights
 from lorakit.diffusion.noise_schedule import DDPMSchedule
-from lorakit.training.base_model import build_model
 from lorakit.training.prepare import prepare
 from lorakit.training.runtime.distributed import Distributed
-from lorakit.training.setup import build_run
+from lorakit.training.setup import build_model, build_run
 from lorakit.training.step.loss import denoising_loss
 
 REFERENCE = {
