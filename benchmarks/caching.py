@@ -218,9 +218,9 @@ def encode(arguments: argparse.Namespace) -> Numbers:
     if arguments.measure == "loop":
         return encode_in_a_loop(arguments, settings)
     from lorakit.data.cache.encode import EncodeOptions, encode_latents
-    from lorakit.training.base_model import build_model
     from lorakit.training.prepare import prepare
     from lorakit.training.runtime.distributed import Distributed
+    from lorakit.training.setup import build_model
 
     prepared, device = prepare(settings), Distributed.init(settings.training.device).device
     model = build_model(settings, device)
@@ -237,9 +237,9 @@ def encode_in_a_loop(arguments: argparse.Namespace, settings: TrainConfig) -> Nu
     from diffusers import AutoencoderKL
     from safetensors.torch import save_file
 
-    from lorakit.training.base_model import DTYPES
     from lorakit.training.prepare import prepare
     from lorakit.training.runtime.distributed import Distributed
+    from lorakit.training.setup import DTYPES
 
     (dataset,) = prepare(settings).datasets
     device, dtype = Distributed.init(settings.training.device).device, DTYPES[arguments.precision]

@@ -25,7 +25,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -151,11 +150,11 @@ def run_row(arguments: argparse.Namespace) -> Numbers:
         step()
     if processes.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    processes.finish()
+    processes.synchronize()
     started = time.perf_counter()
     for _ in range(arguments.steps):
         step()
-    processes.finish()
+    processes.synchronize()
     seconds = (time.perf_counter() - started) / arguments.steps
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
     if processes.device.type == "cuda":
@@ -169,30 +168,31 @@ def lorakit_step(
     """Lorakit's whole step, in its mode; the gradients of the first micro-batch are written down before."""
     import torch
 
-    from lorakit.training.loop import forward_backward
     from lorakit.training.prepare import prepare
     from lorakit.training.setup import build_run
     from lorakit.training.step.autotune import compile_step
+    from lorakit.training.step.numerics import tf32_allowed
 
     run = build_run(prepare(config), processes)
     with torch.no_grad():
         for adapter in run.network.adapters:
             generator = torch.Generator().manual_seed(adapter.lora_up.numel())
             adapter.lora_up.copy_(torch.randn(adapter.lora_up.shape, generator=generator).mul_(1e-2))
-    learn = ExitStack().enter_context(compile_step(run, partial(forward_backward, run)))  # until the process ends
-    learn(next(run.schedule.batches_from(0, run.loader)).to(processes.device))
+    ExitStack().enter_context(tf32_allowed(config.training.tf32, processes.device))  # until the process ends
+    forward_backward = compile_step(run)
+    forward_backward(next(run.schedule.batches_from(0, run.loader)).to(processes.device))
     gradients = [parameter.grad.cpu() for parameter in run.gradients.parameters]
     torch.save(gradients, gradients_file(arguments, arguments.row))
     run.gradients.zero()
     run.loss.zero_()
-    steps = run.remaining_steps()
+    steps = run.schedule.steps_from(0, run.prefetched(run.schedule.batches_from(0, run.loader)))
 
     def step() -> None:
         own = next(steps)
         for batch in own.batches:
-            learn(batch)
-        run.update()
-        run.step_finished(own)
+            forward_backward(batch)
+        run.update(own)
+        run.advance(own)
 
     return step, {}
 
@@ -202,7 +202,7 @@ def floor_step(config: TrainConfig, processes: Distributed, arguments: argparse.
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from lorakit.training.base_model import build_model
+    from lorakit.training.setup import build_model
 
     model = build_model(config, processes.device)
     shape = arguments.batch, *model.latent_shape(arguments.size, arguments.size)
@@ -226,10 +226,10 @@ def matrix_rate(dtype: torch.dtype, processes: Distributed) -> float:
     side = 8192 if processes.device.type == "cuda" else 1024
     matrix, seconds = torch.randn(side, side, device=processes.device).to(dtype), []
     for _ in range(8):
-        processes.finish()
+        processes.synchronize()
         started = time.perf_counter()
         matrix @ matrix
-        processes.finish()
+        processes.synchronize()
         seconds.append(time.perf_counter() - started)
     return 2 * side**3 / min(seconds)
 

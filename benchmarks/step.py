@@ -179,6 +179,7 @@ def run_lorakit(arguments: argparse.Namespace, timer: Timer) -> None:
     from lorakit.training.loop import train
     from lorakit.training.observers import Observers
     from lorakit.training.prepare import prepare
+    from lorakit.training.run_handle import RunHandle
     from lorakit.training.runtime.distributed import Distributed
     from lorakit.training.setup import build_run
 
@@ -189,9 +190,8 @@ def run_lorakit(arguments: argparse.Namespace, timer: Timer) -> None:
 
     config = read_config(arguments.work / "config.toml")
     run = build_run(prepare(config), Distributed.init(config.training.device))
-    run.observers = Observers([("stopwatch", True, Stopwatch())])
     try:
-        train(run)
+        train(RunHandle(run, Observers([("stopwatch", True, Stopwatch())])))
     except Interrupted:
         return
 

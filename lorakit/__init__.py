@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lorakit._version import __version__
 from lorakit.api.hookspecs import hookimpl
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lorakit.config.train_config import TrainConfig
     from lorakit.planning.plan import Plan
     from lorakit.plugins.catalog import Catalog
-    from lorakit.training.check import CheckedRun
+    from lorakit.training.prepare import CheckedRun
 
     Config: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | TrainConfig
 
@@ -47,9 +47,9 @@ def train(
     """Train as a config says; gives the path of the final LoRA file.
 
     `config` is a config file, the tables that it would hold, whose relative paths start at the current folder, or a
-    config value. `overrides` are `"section.key=value"` texts, for a file only; `resume` is the folder of a state.
-    `observers` hear how the run goes, as those that the config names. Once `stop` is set, from an observer or from any
-    thread, the run ends after the step with a saved state and raises Interrupted.
+    config value. `overrides` are `"section.key=value"` texts, for a file only; `resume` is the folder of a state, or
+    `"latest"`. `observers` are notified as those that the config names are. Once `stop` is set, by an observer or by
+    any thread, the run ends after the step with a saved state and raises Interrupted.
     Raises the errors of `lorakit.errors`.
     """
     from lorakit.api.observer import Observer
@@ -67,7 +67,10 @@ def train(
         log.warning("%s", warning)
     from lorakit.training.setup import run_training
 
-    return run_training(prepared, catalog, Path(resume) if resume is not None else None, observers, stop)
+    state: Path | Literal["latest"] | None = Path(resume) if resume else None
+    if resume == "latest":
+        state = "latest"
+    return run_training(prepared, catalog, state, observers, stop)
 
 
 def check(config: Config, *, overrides: Sequence[str] = ()) -> CheckedRun:
@@ -77,7 +80,7 @@ def check(config: Config, *, overrides: Sequence[str] = ()) -> CheckedRun:
     ConfigError has every problem.
     """
     from lorakit.plugins.catalog import Catalog
-    from lorakit.training.check import check_run
+    from lorakit.training.prepare import check_run
 
     return check_run(_config(config, overrides, Catalog.discover()))
 

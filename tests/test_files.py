@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -103,7 +105,9 @@ with staging_dir(Path(sys.argv[1]) / "x") as scratch, atomic_write(Path(sys.argv
 def test_leftovers_of_killed_processes_go(tmp_path: Path) -> None:
     """What a killed process was writing is removed; what a living one is writing, and all else, stays."""
     assert run_python(KILLED_WHILE_WRITING, tmp_path) == 9
+    (temporary,) = tmp_path.glob(".*.tmp")
     assert len(list(tmp_path.iterdir())) == 2
+    os.utime(temporary, (time.time() - 3700,) * 2)
     for name in (".hidden.tmp", "x.12345678.tmp", ".partial", "partial-1"):
         (tmp_path / name).touch()
     with staging_dir(tmp_path / "x") as scratch, atomic_write(tmp_path / "y.json") as file:

@@ -1,15 +1,15 @@
 """What an observer sees: the run, the numbers of each step, and the events.
 
-Observers run on the main process only. An event is one frozen value; numbers in it are plain floats,
-read from the device some steps late where reading at once would make the device wait.
+Observers run on the main process only. Numbers are plain floats, read from the device some steps late
+where reading at once would make the device wait.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from attrs import field, frozen
 
@@ -18,42 +18,75 @@ if TYPE_CHECKING:
     from lorakit.models.interfaces import DiffusionModel
 
 
-@frozen(kw_only=True)
-class RunInfo:
-    """What an observer may know of the run it watches, and do with it."""
+class RunInfo(Protocol):
+    """The run as its observers see it: what they may know of it, and do with it."""
 
-    config: TrainConfig
-    """The resolved config."""
-    total_steps: int
-    """Optimizer steps of the whole run."""
-    first_step: int
-    """Steps done before, more than zero in a resumed run."""
-    total_epochs: int
-    """Epochs of the whole run, the last one possibly cut short."""
-    steps_per_epoch: int
-    """Optimizer steps of a whole epoch."""
-    images: int
-    """Images in the dataset, repeats not counted."""
-    encodes_captions: bool
-    """Whether captions are encoded in each step, for which the text encoder stays in memory; else it is freed."""
-    save_adapter: Callable[..., Path]
-    """Writes the adapters as they are now under a file name without extension, `save_adapter("lora-half")`, in the
-    output folder, or in one that comes second; gives the path. Raises OutputError where they cannot be written."""
-    save_state: Callable[..., Path]
-    """Writes all that is needed to go on from here, `save_state()`, in the folder of states, or in another that is
-    given; gives the state's own folder. Raises OutputError where it cannot be written."""
-    evaluating: Callable[[], AbstractContextManager[DiffusionModel]]
-    """The model as a saved file would make it, for a `with` block: no gradients, no dropout, the optimizer's evaluation
-    weights. Whatever is done in the block, training goes on as if it had not been, as long as randomness is keyed."""
-    validation_loss: Callable[[Sequence[float], int | None], float] | None
-    """The mean loss on images that are held out from training, at these timesteps, with noise that is always the same;
-    of so many batches, or all where that is None. None where no images are held out."""
-    paths: Mapping[str, str] = field(factory=dict)
-    """The place in a pipeline of diffusers of each adapted layer, `unet.mid_block.…`, by its key in LoRA files."""
-    tell: Callable[..., None]
-    """Tells all observers of an event, by the name of its method: `tell("previews_drawn", step, paths)`."""
-    training_seconds: Callable[[], float]
-    """Seconds that steps have taken since the run started: saves, previews and validation are not counted."""
+    @property
+    def config(self) -> TrainConfig:
+        """The resolved config."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+
+    @property
+    def first_step(self) -> int:
+        """Steps done before, more than zero in a resumed run."""
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of the whole run, the last one possibly cut short."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of a whole epoch."""
+
+    @property
+    def images(self) -> int:
+        """Images in the dataset, repeats not counted."""
+
+    @property
+    def encodes_captions(self) -> bool:
+        """Whether captions are encoded in each step, for which the text encoder stays in memory; else it is freed."""
+
+    @property
+    def holds_out_images(self) -> bool:
+        """Whether images are held out from training, for validation."""
+
+    @property
+    def paths(self) -> Mapping[str, str]:
+        """The path in a diffusers pipeline of each adapted layer, `unet.mid_block.…`, by its key in LoRA files."""
+
+    def save_adapter(self, stem: str, folder: Path | None = None) -> Path:
+        """Save the adapters as they are now under a file name without extension, `save_adapter("lora-half")`.
+
+        The default folder is the output folder. Returns the path. Raises OutputError where the file cannot be written.
+        """
+
+    def save_state(self, folder: Path | None = None) -> Path:
+        """Save all that is needed to resume from here; returns the state's own folder.
+
+        The default is the run's folder of states. Raises OutputError where the state cannot be written.
+        """
+
+    def evaluating(self) -> AbstractContextManager[DiffusionModel]:
+        """The model as a saved file would make it, for a `with` block.
+
+        It has no gradients, no dropout and the optimizer's evaluation weights. Training continues afterwards as if the
+        block had not been, as long as randomness in it is keyed.
+        """
+
+    def validation_loss(self, timesteps: Sequence[float], max_batches: int | None = None) -> float:
+        """The mean loss on held-out images at these timesteps, with noise that is always the same.
+
+        It is over `max_batches` batches, or all. Raises ValueError where no images are held out.
+        """
+
+    def tell(self, event: str, *values: object) -> None:
+        """Notify all observers of an event, by the name of its method: `tell("previews_drawn", step, paths)`."""
+
+    def training_seconds(self) -> float:
+        """Seconds that steps have taken since the run started, without saves, previews and validation."""
 
 
 @frozen(kw_only=True)
@@ -71,27 +104,27 @@ class StepMetrics:
     learning_rates: Mapping[str, float] = field(factory=dict)
     """Learning rate of each parameter group in this step."""
     values: Mapping[str, float] = field(factory=dict)
-    """What else the network has measured after this step, by the names of curves: `norm/avg_key_norm`."""
+    """What else the network measured after this step, by the names of curves: `norm/avg_key_norm`."""
 
 
 @frozen
 class Every:
-    """When an observer acts: after every so many epochs or steps; never, where a number is None."""
+    """When an observer acts: after every N epochs or N steps; never, where a number is None."""
 
     epochs: int | None = None
     steps: int | None = None
 
     def is_due_after_epoch(self, epoch: int) -> bool:
-        """Whether it is time after an epoch; they count from 1."""
+        """Whether to act after an epoch; epochs count from 1."""
         return self.epochs is not None and epoch % self.epochs == 0
 
     def is_due_after_step(self, step: int) -> bool:
-        """Whether it is time after a step; they count from 1."""
+        """Whether to act after a step; steps count from 1."""
         return self.steps is not None and step % self.steps == 0
 
 
 class Observer:
-    """Told of a run's events; override those that matter."""
+    """A callback on the events of a run; override those that matter."""
 
     def run_started(self, run: RunInfo) -> None:
         """The first step is about to begin."""
@@ -103,7 +136,7 @@ class Observer:
         """A step is done and the adapters are updated; `step` counts from 1."""
 
     def metrics_read(self, metrics: StepMetrics) -> None:
-        """The numbers of a step have arrived; in order, possibly some steps late, none left out but skipped steps."""
+        """The numbers of a step were read; in order, possibly some steps late, of all but skipped steps."""
 
     def epoch_finished(self, epoch: int) -> None:
         """An epoch is done; `epoch` counts from 1."""
@@ -112,15 +145,16 @@ class Observer:
         """A file with adapters has been written."""
 
     def state_saved(self, folder: Path) -> None:
-        """All that is needed to go on from here has been written."""
+        """A state has been written, from which the run can be resumed."""
 
     def previews_drawn(self, step: int, paths: Sequence[Path]) -> None:
-        """Pictures have been drawn with the adapters as they are after `step` steps, and written as PNG files."""
+        """Previews of the adapters after `step` steps have been written as PNG files."""
 
     def validated(self, step: int, losses: Mapping[str, float]) -> None:
-        """The loss on images that are not trained on has been measured after `step` steps.
+        """The validation loss has been measured after `step` steps.
 
-        `losses` has their `average` and, once a step is done, how far it is above that of training, the `divergence`.
+        `losses` has the `average` over images and, once a step is done, its `divergence`: how far it is above the
+        training loss.
         """
 
     def run_finished(self) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -253,7 +253,7 @@ def cache(config: Path, overrides: tuple[str, ...]) -> None:
 @cli.command(cls=_ConfigCommand, short_help="Train as a config file says.")
 @with_config
 @click.option(
-    "--resume", is_flag=False, flag_value=Path(), type=click.Path(path_type=Path), metavar="[STATE_DIR]",
+    "--resume", is_flag=False, flag_value="latest", type=click.Path(path_type=Path), metavar="[STATE_DIR]",
     help="Go on from a saved state: the one in STATE_DIR, or the newest of this run.",
 )  # fmt: skip
 def train(config: Path, overrides: tuple[str, ...], resume: Path | None) -> None:
@@ -267,11 +267,12 @@ def train(config: Path, overrides: tuple[str, ...], resume: Path | None) -> None
     catalog = _catalog()
     prepared = _prepared(config, overrides, catalog, resuming=resume is not None)
     _print_summary(prepared, config)
-    from lorakit.training.account import RunAccount
     from lorakit.training.setup import run_training
+    from lorakit.training.summary import RunAccount
 
     account = RunAccount()
-    run_training(prepared, catalog, resume, observers=[account])
+    state: Path | Literal["latest"] | None = "latest" if resume == Path("latest") else resume
+    run_training(prepared, catalog, state, observers=[account])
     for line in account.lines():
         click.echo(line)
 

@@ -50,8 +50,8 @@ class RankMicroBatch:
 
 
 @frozen
-class PlannedStep:
-    """The images of one optimizer step."""
+class StepPlan:
+    """The images of one optimizer step, those of all processes."""
 
     epoch: int
     """Number of the epoch."""
@@ -59,6 +59,8 @@ class PlannedStep:
     """The global micro-batches whose gradients the step accumulates; each of one dataset and bucket."""
     step: int
     """Optimizer steps of the run before this one."""
+    ends_epoch: bool = False
+    """Whether it is the last of its epoch."""
 
     def shares(self, rank: int, world_size: int) -> tuple[RankMicroBatch, ...]:
         """What one of the processes computes; nothing of micro-batches with fewer images than processes before it."""
@@ -116,7 +118,7 @@ class RunLength:
 
 def plan_epoch(
     datasets: Sequence[IndexedDataset], seed: int, epoch: int, world_size: int = 1, accumulation: int = 1
-) -> list[PlannedStep]:
+) -> list[StepPlan]:
     """The steps of an epoch, of which the first is 1: every image appears as often as its `repeats` say.
 
     Images are shuffled within their bucket and cut into micro-batches, of which the last may be short;
@@ -137,7 +139,8 @@ def plan_epoch(
     order = [micro_batches[position] for position in generator.permutation(len(micro_batches))]
     steps = [tuple(order[start : start + accumulation]) for start in range(0, len(order), accumulation)]
     before = (epoch - 1) * len(steps)
-    return [PlannedStep(epoch, own, before + number) for number, own in enumerate(steps)]
+    last = len(steps) - 1
+    return [StepPlan(epoch, images, before + number, number == last) for number, images in enumerate(steps)]
 
 
 def steps_per_epoch(datasets: Sequence[IndexedDataset], world_size: int = 1, accumulation: int = 1) -> int:

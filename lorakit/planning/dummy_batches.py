@@ -16,8 +16,8 @@ from lorakit.diffusion.noise import normal
 from lorakit.models.conditioning import ImageSizes, collate, image_conditioning, split
 from lorakit.models.interfaces import Conditioning, DiffusionModel, Tokens
 from lorakit.planning.memory_tracker import fake_tensors
-from lorakit.training.base_model import load_model
 from lorakit.training.prepare import PreparedRun
+from lorakit.training.setup import load_model
 from lorakit.utils.rng import keyed_generator
 
 CPU = torch.device("cpu")

@@ -22,10 +22,9 @@ from lorakit.networks.network import Network
 from lorakit.planning.dummy_batches import CPU
 from lorakit.planning.memory_tracker import MemoryTracker, fake_tensors
 from lorakit.planning.optimizer_state import state_bytes
-from lorakit.training.base_model import load_model
-from lorakit.training.conditioning import conditioning_of
+from lorakit.training.encode import conditioning_of
 from lorakit.training.prepare import PreparedRun
-from lorakit.training.setup import attach_network
+from lorakit.training.setup import attach_network, load_model
 from lorakit.training.step.gradients import FlatGradients
 from lorakit.training.step.loss import Criterion, denoising_loss
 
@@ -169,7 +168,8 @@ def _steps_to_settle(config: TrainConfig) -> int:
 def _step(model: DiffusionModel, network: Network, batch: Batch, config: TrainConfig, meter: MemoryTracker) -> int:
     """Forward and backward pass of a micro-batch; gives what the one keeps for the other."""
     before = meter.held
-    conditioning = conditioning_of(batch, model, network, config.trained_parts)
+    network.begin_batch(batch.sample_seeds)
+    conditioning = conditioning_of(batch, model, config.trained_parts)
     loss = denoising_loss(model, batch, conditioning, Criterion.of(config.loss, model.noise))
     kept = meter.held - before
     torch.autograd.backward(loss)

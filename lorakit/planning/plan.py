@@ -12,11 +12,11 @@ from lorakit.planning.dummy_batches import BatchShape, Texts, largest_shape, mak
 from lorakit.planning.estimate import EncodingMemory, as_cpu_run, caption_encoding_memory, image_encoding_memory
 from lorakit.planning.memory_ladder import MemoryPreset, estimate_presets
 from lorakit.planning.timing import Timing, measure
-from lorakit.training.base_model import build_model
 from lorakit.training.prepare import PreparedRun
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.runtime.out_of_memory import half_precision
 from lorakit.training.schedule import Schedule
+from lorakit.training.setup import build_model
 
 log = logging.getLogger(__name__)
 

@@ -14,16 +14,15 @@ from lorakit.data.loader import Batch
 from lorakit.data.prompts import CachedPrompts
 from lorakit.models.conditioning import collate
 from lorakit.planning.dummy_batches import BatchShape, Texts, make_batch
-from lorakit.training.base_model import build_model
 from lorakit.training.encode import Encoded
-from lorakit.training.loop import forward_backward
 from lorakit.training.prepare import PreparedRun
 from lorakit.training.run import Run
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.schedule import Schedule
-from lorakit.training.setup import build_run_from, init_distributed
+from lorakit.training.setup import build_model, build_run_from, init_distributed
 from lorakit.training.step.autotune import compile_step
-from lorakit.training.step.cuda_graphs import Learn
+from lorakit.training.step.cuda_graphs import ForwardBackward
+from lorakit.training.step.numerics import tf32_allowed
 
 _STEPS = 3
 """Steps that are taken for each shape, of which the first does not count: it makes what the others find."""
@@ -53,9 +52,11 @@ def measure(prepared: PreparedRun, texts: Texts) -> Timing:
         torch.cuda.reset_peak_memory_stats(processes.device)
     # The largest first: what fits once it did fits again.
     shapes = sorted({BatchShape.of(bucket) for bucket in found}, key=lambda shape: -shape.pixels)
-    with compile_step(run, partial(forward_backward, run)) as learn:
+    with tf32_allowed(training.tf32, processes.device):
+        compute = compile_step(run)
         seconds = {
-            shape: min(_steps(run, learn, make_batch(shape, texts, run.model).to(processes.device))) for shape in shapes
+            shape: min(_steps(run, compute, make_batch(shape, texts, run.model).to(processes.device)))
+            for shape in shapes
         }
     peak = torch.cuda.max_memory_allocated(processes.device) if processes.device.type == "cuda" else None
     return Timing(processes.device.type, seconds, _whole(seconds, found, run.schedule), peak)
@@ -64,18 +65,18 @@ def measure(prepared: PreparedRun, texts: Texts) -> Timing:
 def _assembled(prepared: PreparedRun, processes: Distributed) -> Run:
     """The run with nothing encoded; what encoders it needs for its steps are read when they are used."""
     model = build_model(prepared.config, processes.device)
-    schedule = Schedule(prepared.datasets, prepared.config.training, processes)
     encoded = Encoded({}, CachedPrompts(prepared.cache, {}, partial(collate, model)), None)
-    return build_run_from(prepared, model, schedule, encoded, processes, time.time())
+    return build_run_from(prepared, model, encoded, processes, time.time())
 
 
-def _steps(run: Run, learn: Learn, batch: Batch) -> Iterator[float]:
+def _steps(run: Run, compute: ForwardBackward, batch: Batch) -> Iterator[float]:
     """Seconds of each step with one micro-batch, but for the first."""
     for number in range(_STEPS):
         started = time.perf_counter()
-        learn(batch)
-        run.update()
-        run.processes.finish()
+        step = next(run.schedule.steps_from(0, iter(())))
+        compute(batch)
+        run.update(step)
+        run.processes.synchronize()
         if number:
             yield time.perf_counter() - started
 

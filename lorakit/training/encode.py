@@ -1,21 +1,22 @@
-"""Encoding what can be encoded once, and freeing the encoders that nothing needs after that."""
+"""Encode once what stays the same, and free the encoders that nothing needs then; encode the rest in each step."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from lorakit.data.cache.encode import EncodeOptions, LatentKeys, encode_captions, encode_latents
 from lorakit.data.cache.vae import OnlineEncoder
 from lorakit.data.index import default_workers
+from lorakit.data.loader import Batch
 from lorakit.data.prompts import CachedPrompts, LivePrompts, Prompts
 from lorakit.models.conditioning import collate
-from lorakit.models.interfaces import DiffusionModel
+from lorakit.models.interfaces import Conditioning, DiffusionModel
 from lorakit.training.prepare import PreparedRun
 from lorakit.training.progress import Display, Pace, Position, display
 from lorakit.training.runtime.distributed import Distributed
@@ -47,64 +48,65 @@ class Encoded:
     encodes them."""
 
 
-def encode_data(prepared: PreparedRun, model: DiffusionModel, processes: Distributed) -> Encoded:
-    """Fill the cache with all that stays the same over the run: this process's share, and wait for the others."""
-    model.memo = prepared.cache.memo
-    filled: dict[str, Filled] = {}
-    keys, live = _images(prepared, model, processes, filled)
-    captions = _captions(prepared, model, processes, filled)
-    prepared.cache.memo.save()
-    processes.wait()
-    return Encoded(keys, captions, live, filled)
+def encode_data(
+    prepared: PreparedRun, model: DiffusionModel, processes: Distributed, *, keep_unwritten: bool = False
+) -> Encoded:
+    """Fill the cache with all that stays the same over the run: this process's share, and wait for the others.
 
-
-def _images(
-    prepared: PreparedRun, model: DiffusionModel, processes: Distributed, filled: dict[str, Filled]
-) -> tuple[LatentKeys, OnlineEncoder | None]:
-    datasets, data = (*prepared.datasets, *prepared.validation), prepared.config.data
-    with _progress("encoding images", processes) as progress:
-        keys = encode_latents(datasets, model, prepared.cache, _encoding(prepared, processes, progress.show))
-    if keys:
-        filled["images"] = _filled(progress.done, keys.values(), processes)
-    if not prepared.encodes_images:
-        model.free("vae_encoder")
-        return keys, None
-    workers = data.workers or default_workers()
-    return keys, OnlineEncoder(
-        encoder=model.vae_encoder, device=processes.device, batch_size=data.encode_batch_size, workers=workers
-    )
-
-
-def _captions(
-    prepared: PreparedRun, model: DiffusionModel, processes: Distributed, filled: dict[str, Filled]
-) -> Prompts:
-    config, datasets = prepared.config, (*prepared.datasets, *prepared.validation)
-    if prepared.encodes_captions:
-        return LivePrompts(partial(model.text_encoder.tokenize, weighted=config.data.weighted_captions))
-    with _progress("encoding captions", processes) as progress:
-        keys = encode_captions(datasets, model, prepared.cache, _encoding(prepared, processes, progress.show))
-    filled["captions"] = _filled(progress.done, keys.values(), processes)
-    model.free("text_encoder")
-    return CachedPrompts(prepared.cache, keys, partial(collate, model))
-
-
-def _filled(new: int, keys: Iterable[str], processes: Distributed) -> Filled:
-    """What all processes together have added to the cache, of these keys."""
-    added = int(processes.sum(torch.tensor(float(new), device=processes.device)).item())
-    return Filled(added, len(set(keys)) - added)
-
-
-def _encoding(prepared: PreparedRun, processes: Distributed, progress: Callable[[int, int], None]) -> EncodeOptions:
-    data = prepared.config.data
-    return EncodeOptions(
+    With `keep_unwritten`, entries that the disk does not take are kept in memory.
+    """
+    data, cache = prepared.config.data, prepared.cache
+    datasets = (*prepared.datasets, *prepared.validation)
+    model.memo = cache.memo
+    options = EncodeOptions(
         device=processes.device,
         batch_size=data.encode_batch_size,
         workers=data.workers,
         rank=processes.rank,
         world_size=processes.world_size,
         weighted_captions=data.weighted_captions,
-        progress=progress,
+        keep_unwritten=keep_unwritten,
     )
+    filled: dict[str, Filled] = {}
+    online: OnlineEncoder | None = None
+    with _progress("encoding images", processes) as progress:
+        keys = encode_latents(datasets, model, cache, evolve(options, progress=progress.show))
+    if keys:
+        filled["images"] = _filled(progress.done, keys.values(), processes)
+    if prepared.encodes_images:
+        workers = data.workers or default_workers()
+        online = OnlineEncoder(
+            encoder=model.vae_encoder, device=processes.device, batch_size=data.encode_batch_size, workers=workers
+        )
+    else:
+        model.free("vae_encoder")
+    captions: Prompts
+    if prepared.encodes_captions:
+        captions = LivePrompts(partial(model.text_encoder.tokenize, weighted=data.weighted_captions))
+    else:
+        with _progress("encoding captions", processes) as progress:
+            text_keys = encode_captions(datasets, model, cache, evolve(options, progress=progress.show))
+        filled["captions"] = _filled(progress.done, text_keys.values(), processes)
+        captions = CachedPrompts(cache, text_keys, partial(collate, model))
+        model.free("text_encoder")
+    cache.memo.save()
+    processes.barrier()
+    return Encoded(keys, captions, online, filled)
+
+
+def conditioning_of(batch: Batch, model: DiffusionModel, trained_parts: Sequence[str]) -> Conditioning:
+    """The batch's conditioning: from the cache, or from the text encoder as it is now."""
+    by_sizes = batch.image_conditioning or {}
+    if batch.tokens is None:
+        return {**(batch.conditioning or {}), **by_sizes}
+    with torch.set_grad_enabled(torch.is_grad_enabled() and "text_encoder" in trained_parts):
+        return {**model.text_encoder.encode(batch.tokens), **by_sizes}
+
+
+def _filled(new: int, keys: Iterable[str], processes: Distributed) -> Filled:
+    """What all processes together have added to the cache, of these keys."""
+    added = int(processes.all_reduce_sum(torch.tensor(float(new), device=processes.device)).item())
+    return Filled(added, len(set(keys)) - added)
 
 
 class _Progress:
@@ -118,7 +120,7 @@ class _Progress:
         self._began = time.monotonic()
 
     def show(self, done: int, total: int) -> None:
-        """Show that so many are done."""
+        """Show how many are done."""
         self.done = done
         seconds = time.monotonic() - self._began
         self._pace.add(done, seconds)

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from lorakit.data.loader import Batch
-from lorakit.training.run import Run
+from lorakit.training.run_handle import RunHandle
 from lorakit.training.step.autotune import compile_step
-from lorakit.training.step.loss import denoising_loss
+from lorakit.training.step.numerics import tf32_allowed
 
 
-def train(run: Run) -> None:
-    """Fit the network to the dataset, telling the observers as it goes.
+def train(handle: RunHandle) -> None:
+    """Train the network on the dataset, and report to the observers.
 
     Raises TrainingDiverged when the loss is no longer finite, and Interrupted after a request to
-    stop, when a whole state has been saved.
+    stop, when a state has been saved.
     """
-    with compile_step(run, partial(forward_backward, run)) as learn, run.watched():
-        for step in run.remaining_steps():  # epochs, order and resuming live there
+    run = handle.run
+    with tf32_allowed(run.config.training.tf32, run.processes.device), handle.session() as steps:
+        forward_backward = compile_step(run)
+        for step in steps:  # epochs, order and resuming are in there
             for batch in step.batches:
-                learn(batch)
-            run.update()  # clip, optimizer
-            run.step_finished(step)  # counts, learning rate, refuses NaN, tells the observers
-
-
-def forward_backward(run: Run, batch: Batch) -> None:
-    """Add a micro-batch's part of the step's loss, and its gradients."""
-    loss = denoising_loss(run.model, batch, run.encode(batch), run.criterion)
-    run.backward(loss)
+                forward_backward(batch)  # adds to the loss and the gradients
+                step.record(batch, run.loss)
+            run.update(step)  # reduce and clip the gradients, optimizer
+            handle.step_finished(step)  # learning rate, refuses NaN, observers, requests to stop

@@ -32,32 +32,32 @@ class Observers:
         self._clock = clock
         self._trained = 0.0
         self._since = clock()
-        self._telling = 0
+        self._notifying = 0
 
-    def add(self, name: str, observer: Observer, *, first: bool = False) -> None:
-        """One more, which the run can do without; told of each event last, or `first`."""
-        self._observers.insert(0 if first else len(self._observers), (name, False, observer))
+    def add(self, name: str, observer: Observer, *, essential: bool = False, first: bool = False) -> None:
+        """Add one, notified of each event last, or `first`; the run fails with it only if it is `essential`."""
+        self._observers.insert(0 if first else len(self._observers), (name, essential, observer))
 
     def start(self, run: RunInfo) -> None:
-        """Tell all that a run starts; what one of them tells meanwhile, the others hear once they know of the run."""
+        """Notify all that a run starts; events that one causes meanwhile reach the others once they have started."""
         self._unaware = list(self._observers)
         with self._pausing():
             try:
                 for entry in list(self._observers):
-                    self._tell(entry, "run_started", run)
+                    self._call(entry, "run_started", run)
                     self._unaware.remove(entry)
             finally:
                 self._unaware = []
             for entry, event, values in self._held_back:
                 if entry in self._observers:
-                    self._tell(entry, event, *values)
+                    self._call(entry, event, *values)
         self._trained = 0.0
 
     def training_seconds(self) -> float:
-        """Seconds since the start in which no observer was told of anything."""
-        return self._trained + (0.0 if self._telling else self._clock() - self._since)
+        """Seconds since the start without the time that observers took."""
+        return self._trained + (0.0 if self._notifying else self._clock() - self._since)
 
-    def tell(self, event: str, *values: object) -> None:
+    def notify(self, event: str, *values: object) -> None:
         """Call the method named `event` of each observer. Raises ValueError if there is no such event."""
         if not hasattr(Observer, event):
             raise ValueError(f"there is no event {event!r}")
@@ -66,28 +66,28 @@ class Observers:
                 if entry in self._unaware:
                     self._held_back.append((entry, event, values))
                 elif entry not in self._detached:
-                    self._tell(entry, event, *values)
+                    self._call(entry, event, *values)
 
     def close(self) -> None:
-        """Tell all that the run is over, those that were detached too, whatever one of them raises."""
+        """Notify all that the run is over, also those that were detached, whatever one of them raises."""
         with ExitStack() as stack:
             for entry in reversed([*self._observers, *self._detached]):
-                stack.callback(self._tell, entry, "closed")
+                stack.callback(self._call, entry, "closed")
 
     @contextmanager
     def _pausing(self) -> Iterator[None]:
-        """Stop the clock of training while observers are told of something, and of what they tell meanwhile."""
-        if not self._telling:
+        """Stop the clock of training while observers are notified, and of the events that they cause meanwhile."""
+        if not self._notifying:
             self._trained += self._clock() - self._since
-        self._telling += 1
+        self._notifying += 1
         try:
             yield
         finally:
-            self._telling -= 1
-            if not self._telling:
+            self._notifying -= 1
+            if not self._notifying:
                 self._since = self._clock()
 
-    def _tell(self, entry: tuple[str, bool, Observer], event: str, *values: object) -> None:
+    def _call(self, entry: tuple[str, bool, Observer], event: str, *values: object) -> None:
         name, essential, observer = entry
         try:
             getattr(observer, event)(*values)

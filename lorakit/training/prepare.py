@@ -1,4 +1,4 @@
-"""What is done before torch is imported: everything that can be wrong with files shows here.
+"""Checks before torch is imported: everything that can be wrong with files shows here.
 
 Writes nothing and reads no weights, so a mistake costs a moment and leaves no trace.
 """
@@ -6,20 +6,21 @@ Writes nothing and reads no weights, so a mistake costs a moment and leaves no t
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta
 
 from attrs import evolve, frozen
 
 from lorakit.config.train_config import TrainConfig
-from lorakit.data.batch_sampler import RunLength
+from lorakit.data.batch_sampler import RunLength, steps_per_epoch
 from lorakit.data.cache.store import Cache
 from lorakit.data.index import IndexedDataset, has_augmentation, has_dynamic_captions, index_datasets
 from lorakit.data.review.captions import longest_by_image
 from lorakit.data.review.images import review
 from lorakit.errors import OutputError, Problem
-from lorakit.training.run_warnings import run_warnings
 from lorakit.training.runtime.hardware import hardware_warnings
 from lorakit.utils.atomic_io import unwritable_reason
+from lorakit.utils.wording import shown_path
 
 
 @frozen
@@ -32,7 +33,7 @@ class PreparedRun:
     cache: Cache
     """The cache of what they are encoded to; what it knows of the images is not written yet."""
     warnings: tuple[Problem, ...] = ()
-    """What may not be meant, on this machine and with these files; the config's own warnings are not among them."""
+    """What may be unintended on this machine and with these files; the config's own warnings are not among them."""
 
     @property
     def images(self) -> int:
@@ -73,6 +74,26 @@ class PreparedRun:
         return tuple(part for part in self.config.model.parts if part != "text_encoder" or self.encodes_captions)
 
 
+@frozen(kw_only=True)
+class CheckedRun:
+    """A run as one process would train it: its length, and warnings."""
+
+    config: TrainConfig
+    """The config, with all its defaults."""
+    images: int
+    """Images to train on, repeats not counted."""
+    held_out: int
+    """Images that are held out for validation."""
+    steps_per_epoch: int
+    """Optimizer steps of a whole epoch."""
+    steps: int
+    """Optimizer steps of the whole run."""
+    epochs: int
+    """Epochs of the whole run, the last one possibly cut short."""
+    warnings: tuple[Problem, ...]
+    """What may be unintended, each with `key`, `message` and `hint`."""
+
+
 def prepare(config: TrainConfig, *, resuming: bool = False) -> PreparedRun:
     """Look at the machine and the output folder, and index the data; `resuming` a state, or for a new run.
 
@@ -88,6 +109,45 @@ def prepare(config: TrainConfig, *, resuming: bool = False) -> PreparedRun:
         *hardware_warnings(config.training),
         *review(datasets, cache.memo),
         *(evolve(warning, key=f"model.{warning.key}") for warning in of_captions),
-        *run_warnings(config, datasets, resuming),
+        *_run_warnings(config, datasets, resuming),
     )
     return PreparedRun(config, datasets, cache, warnings=warnings)
+
+
+def check_run(config: TrainConfig) -> CheckedRun:
+    """Look at the files of a run, and count. Raises the errors of `lorakit.errors`."""
+    prepared = prepare(config)
+    length = RunLength.of(prepared.datasets, config.training)
+    return CheckedRun(
+        config=config,
+        images=prepared.images,
+        held_out=sum(len(dataset.held_out) for dataset in prepared.datasets),
+        steps_per_epoch=length.steps_per_epoch,
+        steps=length.total_steps,
+        epochs=length.total_epochs,
+        warnings=(*config.warnings(), *prepared.warnings),
+    )
+
+
+def _run_warnings(config: TrainConfig, datasets: Sequence[IndexedDataset], resuming: bool) -> Iterator[Problem]:
+    """A warm-up that is as long as the run, and a finished LoRA that the run will replace.
+
+    A resumed run replaces its own file.
+    """
+    training = config.training
+    if training.max_epochs is not None:  # else the config's own warnings cover it
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        per_epoch = steps_per_epoch(datasets, world_size, training.gradient_accumulation_steps)
+        yield from config.warnings_of_length(training.max_epochs * per_epoch)
+    # All savers that come with lorakit are called as their files end.
+    finished = config.output.dir / f"{config.output.name}.{config.saver.name}"
+    if not resuming and finished.is_file():
+        when = _in_words(datetime.fromtimestamp(finished.stat().st_mtime), datetime.now())
+        message = f"{shown_path(finished)} ({when}) will be replaced at the end"
+        yield Problem("output.name", message, "--set output.name=NAME keeps it")
+
+
+def _in_words(then: datetime, now: datetime) -> str:
+    """A time as people say it: `today 9:05`, `yesterday 21:03`, `2026-11-22 21:03`."""
+    days = {now.date(): "today", (now - timedelta(days=1)).date(): "yesterday"}
+    return f"{days.get(then.date(), f'{then:%Y-%m-%d}')} {then.hour}:{then:%M}"

@@ -16,7 +16,7 @@ from attrs import field, frozen
 from lorakit.utils.wording import WIDTH, duration
 
 SECONDS_BETWEEN_LINES = 30.0
-"""How often progress is told where it is no terminal that reads it."""
+"""How often progress is printed where the output is not a terminal."""
 _NARROWEST_BAR = 10
 _SECONDS_BETWEEN_BARS = 0.1
 _STEPS_OF_PACE = 100
@@ -24,19 +24,19 @@ _STEPS_OF_PACE = 100
 
 @frozen(kw_only=True)
 class Position:
-    """How far something has come, and what is known of it."""
+    """How far something has got, and what is known of it."""
 
     done: int
     total: int
     title: str = ""
-    """What is done, where that is not training."""
+    """What is done, if not training."""
     rate: float | None = None
     """How many are done in a second."""
     epoch: int | None = None
     loss: float | None = None
     learning_rates: Sequence[float] = ()
     busy: str = ""
-    """What goes on instead of the next step."""
+    """What is being done instead of the next step."""
 
     @property
     def percent(self) -> int:
@@ -45,7 +45,7 @@ class Position:
 
     @property
     def left(self) -> str:
-        """The time that is left, if it can be told."""
+        """The time left, if known."""
         return f"{duration((self.total - self.done) / self.rate)} left" if self.rate and self.done < self.total else ""
 
 
@@ -56,7 +56,7 @@ class Pace:
     _samples: deque[tuple[int, float]] = field(factory=lambda: deque(maxlen=_STEPS_OF_PACE))
 
     def add(self, done: int, seconds: float) -> None:
-        """Note that so many were done after so many seconds."""
+        """Note how many were done after this many seconds."""
         self._samples.append((done, seconds))
 
     @property
@@ -67,7 +67,7 @@ class Pace:
 
 
 def bar_text(position: Position, width: int) -> str:
-    """What stands beside a bar in so many columns: as much of what is known as leaves the bar its least width."""
+    """The text beside a bar: as much of what is known as fits the width and leaves the bar its minimum."""
     room = width - len("100%|") - _NARROWEST_BAR - len("| ")
     texts = list(_texts(position))
     return next((text for text in texts if len(text) <= room), texts[-1])
@@ -82,7 +82,7 @@ def line_text(position: Position, now: datetime) -> str:
 
 
 def _texts(position: Position) -> Iterator[str]:
-    """What may stand beside a bar, from the longest to the shortest."""
+    """Texts for beside a bar, from the longest to the shortest."""
     counted = f"{position.done}/{position.total}"
     if position.busy:
         yield ", ".join((counted, position.busy))
@@ -118,7 +118,7 @@ def _speed(position: Position) -> str:
 
 
 def shown_loss(loss: float) -> str:
-    """A loss with as many digits as tell it from others: `0.0390`, `3.1e-5`."""
+    """A loss with enough digits to distinguish it: `0.0390`, `3.1e-5`."""
     return f"{loss:.4f}" if abs(loss) >= 0.001 or not loss else short_number(loss)
 
 
@@ -134,7 +134,7 @@ class Display(Protocol):
     """Where progress is shown."""
 
     def show(self, position: Position, *, now: bool = False) -> None:
-        """Show how far it has come: when it is time again, or `now`."""
+        """Show the progress: when it is time again, or `now`."""
 
     def say(self, text: str) -> None:
         """Show a message."""
@@ -145,8 +145,8 @@ class Display(Protocol):
 
 def display(stream: IO[str] | None = None) -> Display:
     """A bar where the stream, or else standard error, is a terminal, and lines elsewhere."""
-    own = stream or sys.stderr
-    return Bar(own) if own.isatty() else Lines(own)
+    stream = stream or sys.stderr
+    return Bar(stream) if stream.isatty() else Lines(stream)
 
 
 class Bar:
@@ -214,16 +214,16 @@ class Lines:
         self._stream = stream
         self._clock = clock
         self._time_of_day = time_of_day
-        self._told: Position | None = None
+        self._printed: Position | None = None
         self._due = 0.0
 
     def show(self, position: Position, *, now: bool = False) -> None:
         """Write a line, if it is time for one, or `now`."""
         is_due = position.done == position.total or (position.rate is not None and self._clock() >= self._due)
-        is_new = self._told is None or self._told.done != position.done
+        is_new = self._printed is None or self._printed.done != position.done
         if now or (is_due and is_new):
             self._due = self._clock() + SECONDS_BETWEEN_LINES
-            self._told = position
+            self._printed = position
             print(line_text(position, self._time_of_day()), file=self._stream, flush=True)
 
     def say(self, text: str) -> None:

@@ -2,26 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import islice
 
-from attrs import frozen
+from attrs import define, field
+from torch import Tensor
 
 from lorakit.config.train_config import TrainingSection
-from lorakit.data.batch_sampler import PlannedStep, RankMicroBatch, RunLength, micro_batches_per_epoch, plan_epoch
+from lorakit.data.batch_sampler import RankMicroBatch, RunLength, StepPlan, micro_batches_per_epoch, plan_epoch
 from lorakit.data.index import IndexedDataset
 from lorakit.data.loader import Batch, BatchLoader
 from lorakit.training.runtime.distributed import Distributed
 
 
-@frozen
-class ScheduledStep:
-    """One optimizer step and its place in the run."""
+@define(eq=False)
+class Step:
+    """One optimizer step of this process: its micro-batches, and the numbers that come of them.
 
-    planned: PlannedStep
-    shares: tuple[RankMicroBatch, ...]
-    """This process's part of its micro-batches."""
-    ends_epoch: bool
+    The numbers are scalars that stay on the device until those of several steps are read at once. The last five are set
+    when the optimizer's step is done.
+    """
+
+    plan: StepPlan
+    """What all processes train on in this step."""
+    batches: Iterator[Batch]
+    """This process's micro-batches, on its device, weighted so that their losses add up to the step's."""
+    images: list[tuple[str, ...]] = field(factory=list)
+    """Names of the images of each micro-batch so far."""
+    losses: list[Tensor] = field(factory=list)
+    """This process's part of the loss after each micro-batch so far."""
+    loss: Tensor = field(init=False)
+    """This process's part of the mean loss."""
+    gradient_norm: Tensor = field(init=False)
+    """L2 norm of all gradients before clipping."""
+    group_norms: Tensor = field(init=False)
+    """L2 norm of each parameter group's gradients, [G]."""
+    values: Mapping[str, Tensor] = field(factory=dict)
+    """What the network measured after the step, the same on all processes."""
+    learning_rates: Mapping[str, float] = field(factory=dict)
+    """Learning rate of each parameter group in this step."""
+
+    @property
+    def number(self) -> int:
+        """Optimizer steps of the run, this one included."""
+        return self.plan.step + 1
+
+    def record(self, batch: Batch, loss: Tensor) -> None:
+        """Note a micro-batch that was computed, and this process's loss so far."""
+        self.images.append(batch.images)
+        self.losses.append(loss.clone())
 
 
 class Schedule:
@@ -40,14 +70,24 @@ class Schedule:
         self.total_steps = length.total_steps
         self.total_epochs = length.total_epochs
 
-    def steps_from(self, done: int) -> Iterator[ScheduledStep]:
-        """The steps after the first `done` ones."""
+    def plans_from(self, done: int) -> Iterator[StepPlan]:
+        """The plans of the steps after the first `done` ones."""
         for number in range(done, self.total_steps):
-            epoch, index = number // self.steps_per_epoch + 1, number % self.steps_per_epoch
-            planned = self._plan(epoch)[index]
-            shares = planned.shares(self._processes.rank, self._processes.world_size)
-            yield ScheduledStep(planned, shares, ends_epoch=index == self.steps_per_epoch - 1)
+            yield self._plan(number // self.steps_per_epoch + 1)[number % self.steps_per_epoch]
 
     def batches_from(self, done: int, loader: BatchLoader) -> Iterator[Batch]:
-        """The micro-batches of this process in those steps, in order."""
-        return loader.batches(share for step in self.steps_from(done) for share in step.shares)
+        """This process's micro-batches in those steps, in order."""
+        return loader.batches(share for plan in self.plans_from(done) for share in self._shares(plan))
+
+    def steps_from(self, done: int, batches: Iterator[Batch]) -> Iterator[Step]:
+        """Those steps, whose micro-batches are taken from `batches`."""
+        for plan in self.plans_from(done):
+            yield Step(plan, self._step_batches(plan, batches))
+
+    def _shares(self, plan: StepPlan) -> tuple[RankMicroBatch, ...]:
+        return plan.shares(self._processes.rank, self._processes.world_size)
+
+    def _step_batches(self, plan: StepPlan, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in islice(batches, len(self._shares(plan))):
+            # The step's loss is a mean over all processes and micro-batches.
+            yield batch.to(self._processes.device).scale_weights(batch.share / len(plan.micro_batches))

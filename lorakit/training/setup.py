@@ -1,6 +1,6 @@
 """From a config to a run, in phases that free what is no longer needed.
 
-Index the data → encode what can be encoded once → free the encoders → read the denoiser, attach the
+Index the data → encode what can be encoded once → free the encoders → load the denoiser, attach the
 network → the loop.
 """
 
@@ -9,44 +9,50 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
+from attrs import evolve
 
 from lorakit.api.components import ObserverConfig
 from lorakit.api.observer import Observer
-from lorakit.config.train_config import TrainConfig, TrainingSection
+from lorakit.config.train_config import TrainConfig, TrainingSection, with_section
+from lorakit.data.batch_sampler import RunLength
 from lorakit.data.loader import BatchLoader
-from lorakit.errors import ConfigError, Interrupted, PluginError
+from lorakit.diffusion.noise_schedule import DDPMSchedule
+from lorakit.errors import ConfigError, Interrupted, PluginError, Problem
 from lorakit.models.conditioning import ImageConditioned
 from lorakit.models.interfaces import AdaptationTarget, DiffusionModel
+from lorakit.models.memory.compile import compile_unsupported_reason
 from lorakit.networks.adapter_file import load_initial_weights
 from lorakit.networks.network import Network, ParameterGroup
 from lorakit.plugins.build import build_component
 from lorakit.plugins.catalog import Catalog
-from lorakit.training.base_model import build_model
 from lorakit.training.checkpoint.compatibility import RunFingerprint
 from lorakit.training.checkpoint.state import find_state, forget_end, has_ended, note_end, state_folder
 from lorakit.training.encode import Encoded, Filled, encode_data
 from lorakit.training.loop import train
-from lorakit.training.observers import Observers
 from lorakit.training.output.adapter_writer import AdapterWriter
 from lorakit.training.output.metadata import run_metadata
 from lorakit.training.output.run_lock import run_lock
 from lorakit.training.prepare import PreparedRun
 from lorakit.training.run import Run
+from lorakit.training.run_handle import RunHandle
 from lorakit.training.runtime.device import device_summary, device_warnings
 from lorakit.training.runtime.distributed import Distributed
-from lorakit.training.runtime.memory_watch import MemoryPressureMonitor, pressure_probe
+from lorakit.training.runtime.hardware import fp16_on_cpu, hardware_warnings
+from lorakit.training.runtime.memory_watch import MemoryPressureMonitor, cuda_pressure
 from lorakit.training.runtime.out_of_memory import memory_hint
+from lorakit.training.runtime.signals import StopRequest
 from lorakit.training.schedule import Schedule
-from lorakit.training.step.autotune import ExecutionMode
+from lorakit.training.step.autotune import requested, set_up_model
 from lorakit.training.step.gradients import FlatGradients
 from lorakit.training.step.numerics import deterministic_mode
-from lorakit.training.summary import tell
+from lorakit.training.summary import log_row
 from lorakit.training.validation import ValidationSet
 from lorakit.utils.atomic_io import remove_stale_temp_files
 from lorakit.utils.wording import file_size
@@ -56,19 +62,21 @@ log = logging.getLogger(__name__)
 DEFAULT_OBSERVERS = ("checkpoints", "progress", "validation")
 """Observers that need not be named in the config; one that is replaces its default."""
 
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 def run_training(
     prepared: PreparedRun,
     catalog: Catalog,
-    resume: Path | None = None,
+    resume: Path | Literal["latest"] | None = None,
     observers: Sequence[Observer] = (),
     stop: threading.Event | None = None,
 ) -> Path:
-    """Train as the config of a prepared run says; gives the path of the final file.
+    """Train as the config of a prepared run says; returns the path of the final file.
 
-    `resume` is the folder of a state; an empty path stands for the newest state of the run. `observers` hear of the run
-    before those that the config names; `stop` ends it after a step. Raises OutputError while another run writes files
-    of the same name to the same folder.
+    `resume` is the folder of a state, or the latest one of the run. `observers` are notified before those that the
+    config names; `stop` ends the run after a step. Raises OutputError while another run writes files of the same name
+    to the same folder.
     """
     config = prepared.config
     if stop is not None and stop.is_set():
@@ -80,65 +88,70 @@ def run_training(
             clean_up(config, processes)
             state = None
             if resume is not None:
-                state = find_state(
-                    RunFingerprint.of(prepared, processes.world_size), None if resume == Path() else resume
-                )
-                final = config.output.dir / f"{config.output.name}{build_component(config.saver).suffix}"
-                if resume == Path() and final.is_file() and has_ended(state, prepared.length.total_steps):
-                    log.warning("%s", _ended_already(config, prepared.length.total_steps, final))
+                fingerprint = RunFingerprint.of(prepared, processes.world_size)
+                state = find_state(fingerprint, None if resume == "latest" else resume)
+                total, final = prepared.length.total_steps, _final_file(config)
+                if resume == "latest" and final.is_file() and has_ended(state, total):
+                    log.warning("%s", _ended_already(config, total, final))
                     return final
-            run = _begin(prepared, catalog, processes, state)
-            run.stop.event = stop
+            handle = _begin(prepared, catalog, processes, state, StopRequest(stop))
             # First, so that they know the step of what others save.
             for observer in reversed(observers if processes.is_main else ()):
-                run.observers.add(type(observer).__name__, observer, first=True)
+                handle.observers.add(type(observer).__name__, observer, first=True)
             try:
-                train(run)
+                train(handle)
             finally:
-                run.loader.cache.memo.save()
+                prepared.cache.memo.save()
             if processes.is_main:
-                note_end(state_folder(config), run.schedule.total_steps)
-    return run.writer.path(config.output.name)
+                note_end(state_folder(config), handle.total_steps)
+    return handle.run.writer.path(config.output.name)
 
 
 def init_distributed(training: TrainingSection) -> Distributed:
-    """The processes of a run; the main one says what it trains on, and what does not suit that."""
+    """The processes of a run; the main one logs the device, and what does not suit it."""
     processes = Distributed.init(training.device, training.process_timeout)
     if processes.is_main:
-        tell("device", device_summary(processes.device, training.mixed_precision, processes.world_size))
+        log_row("device", device_summary(processes.device, training.mixed_precision, processes.world_size))
         for warning in device_warnings(training, processes.device):
             log.warning("%s", warning)
     return processes
 
 
-def _begin(prepared: PreparedRun, catalog: Catalog, processes: Distributed, state: Path | None) -> Run:
+def _begin(
+    prepared: PreparedRun, catalog: Catalog, processes: Distributed, state: Path | None, stop: StopRequest
+) -> RunHandle:
     """The run at its first step, or where a state was saved, with its observers."""
     if state is None and processes.is_main:
         forget_end(state_folder(prepared.config))
     run = build_run(prepared, processes)
+    handle = RunHandle(run, stop=stop)
     if processes.is_main:
-        tell("adapters", f"{len(run.network.adapters)}, {file_size(run.writer.size)} a file")
+        log_row("adapters", f"{len(run.network.adapters)}, {file_size(run.writer.size)} a file")
     if state is not None:
-        run.load_state(state)
-        log.info("going on from step %d of %d", run.step, run.schedule.total_steps)
+        handle.load_state(state)
+        log.info("resuming from step %d of %d", run.step, run.schedule.total_steps)
     if processes.is_main:
         run.writer.write_config(catalog)
-        run.observers = build_observers(run, catalog)
-        run.observers.add(
-            "memory", MemoryPressureMonitor(pressure_probe(run.processes.device), partial(memory_hint, run))
-        )
-    return run
+        add_observers(handle, catalog)
+        if processes.device.type == "cuda":
+            monitor = MemoryPressureMonitor(cuda_pressure(processes.device), partial(memory_hint, run))
+            handle.observers.add("memory", monitor)
+    return handle
+
+
+def _final_file(config: TrainConfig) -> Path:
+    return config.output.dir / f"{config.output.name}{build_component(config.saver).suffix}"
 
 
 def _ended_already(config: TrainConfig, total_steps: int, final: Path) -> str:
-    """What to say to who resumes a run that has ended."""
+    """The message when a run is resumed that has ended."""
     key = "training.max_epochs" if config.training.max_epochs else "training.max_steps"
-    cure = f"to train on, raise {key}; to repeat the run, leave out --resume"
-    return f"this run has ended already, after all of its {total_steps} steps: {final} ({cure})"
+    hint = f"to train on, raise {key}; to repeat the run, leave out --resume"
+    return f"this run has ended already, after all of its {total_steps} steps: {final} ({hint})"
 
 
 def fill_cache(prepared: PreparedRun) -> Mapping[str, Filled]:
-    """Encode all images, and the captions where they stay the same over the run; gives how many were new."""
+    """Encode all images, and the captions where they stay the same over the run; returns how many were new."""
     config = prepared.config
     with deterministic_mode(config.training.deterministic):
         processes = init_distributed(config.training)
@@ -147,30 +160,41 @@ def fill_cache(prepared: PreparedRun) -> Mapping[str, Filled]:
 
 
 def build_run(prepared: PreparedRun, processes: Distributed) -> Run:
-    """A run at its first step: caches filled, encoders freed, denoiser read, network attached."""
+    """A run at its first step: caches filled, encoders freed, denoiser loaded, network attached."""
     config, started = prepared.config, time.time()
     model = build_model(config, processes.device)
-    schedule = Schedule(prepared.datasets, config.training, processes)
-    _rehearse(config, schedule.total_steps, processes.device)
+    length = RunLength.of(prepared.datasets, config.training, processes.world_size)
+    dry_run_optimizer(config, length.total_steps, processes.device)
     # Other processes could not read what is in the memory of one.
-    prepared.cache.keeps_unwritten = processes.world_size == 1
-    encoded = encode_data(prepared, model, processes)
-    run = build_run_from(prepared, model, schedule, encoded, processes, started)
-    run.identity = RunFingerprint.of(prepared, processes.world_size)
-    return run
+    encoded = encode_data(prepared, model, processes, keep_unwritten=processes.world_size == 1)
+    fingerprint = RunFingerprint.of(prepared, processes.world_size)
+    return build_run_from(prepared, model, encoded, processes, started, fingerprint)
 
 
 def build_run_from(
     prepared: PreparedRun,
     model: DiffusionModel,
-    schedule: Schedule,
     encoded: Encoded,
     processes: Distributed,
     started: float,
+    fingerprint: RunFingerprint | None = None,
 ) -> Run:
-    """A run at its first step, on data that are encoded; it was started so many seconds after 1970."""
+    """A run at its first step, on encoded data; `started` is in seconds since 1970."""
     config = prepared.config
-    loader = _loader(prepared, model, schedule, encoded)
+    schedule = Schedule(prepared.datasets, config.training, processes)
+    loader = BatchLoader(
+        datasets=prepared.datasets,
+        cache=prepared.cache,
+        seed=config.training.seed,
+        timestep_sampler=build_component(config.timestep_sampler, model.noise),
+        latent_keys=encoded.latent_keys,
+        captions=encoded.captions,
+        total_steps=schedule.total_steps,
+        prior_loss_weight=config.data.prior_loss_weight,
+        loss=config.loss,
+        live=encoded.live,
+        image_conditioning=model.image_conditioning if isinstance(model, ImageConditioned) else None,
+    )
     network, groups = attach_network(model, config)
     optimizer = build_component(config.optimizer, groups)
     metadata = run_metadata(prepared, schedule, processes, optimizer, started)
@@ -186,15 +210,92 @@ def build_run_from(
         loader=loader,
         processes=processes,
         writer=AdapterWriter(config, model, network, build_component(config.saver), metadata),
+        parts_in_memory=prepared.parts_in_memory,
+        encodes_captions=prepared.encodes_captions,
         validation=ValidationSet.of(loader, prepared.validation, config),
+        fingerprint=fingerprint,
     )
 
 
+def build_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
+    """The base model with the noise process that the loss asks for, its weights not loaded yet.
+
+    Raises ConfigError where the loss does not suit what the model predicts, or the device lacks what is asked for.
+    """
+    model = load_model(config, device)
+    problems = [
+        *with_section(model.noise.spec.loss_problems(config.loss), "loss"),
+        *_problems_of_the_device(config.training, device),
+    ]
+    if problems:
+        raise ConfigError(problems)
+    for warning in _new_warnings(config, model, device):
+        log.warning("%s", warning)
+    if config.loss.zero_terminal_snr and isinstance(model.noise, DDPMSchedule):
+        model.noise = model.noise.with_zero_terminal_snr()
+    return model
+
+
+def load_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
+    """The base model in the dtypes of the run, its weights not loaded yet; nothing is checked."""
+    model: DiffusionModel = build_component(config.model, device, DTYPES[config.training.mixed_precision])
+    if config.training.quantization:
+        model.quantize(config.training.quantization)
+    if config.training.stream_base:
+        model.stream(config.training.stream_base)
+    return model
+
+
+def _problems_of_the_device(training: TrainingSection, device: torch.device) -> Iterator[Problem]:
+    if training.fp8_base and device.type == "mps":
+        yield Problem("training.fp8_base", "cannot be used on mps, which lacks this dtype")
+    if training.cuda_graphs is True and device.type != "cuda":
+        yield Problem(
+            "training.cuda_graphs", f"needs CUDA, and this run is on {device.type}", 'leave it out, or use "auto"'
+        )
+    if training.compile is True and (reason := compile_unsupported_reason(training.compile_backend, device)):
+        key = "compile" if training.compile_backend == "inductor" else "compile_backend"
+        yield Problem(f"training.{key}", reason)
+
+
+def _new_warnings(config: TrainConfig, model: DiffusionModel, device: torch.device) -> Iterator[Problem]:
+    """What could not be seen from the config alone."""
+    known = any(warning.key == "training.mixed_precision" for warning in hardware_warnings(config.training))
+    if device.type == "cpu" and not known:
+        warning = fp16_on_cpu(config.training, "PyTorch finds no accelerator")
+        yield from [warning] if warning else []
+    if config.training.device == "auto":
+        for ineffective in config.training.ineffective_offload(device.type):
+            yield evolve(ineffective, key=f"training.{ineffective.key}")
+    if model.noise.spec != config.model.noise_process:
+        yield from with_section(model.noise.spec.loss_warnings(config.loss), "loss")
+
+
 def attach_network(model: DiffusionModel, config: TrainConfig) -> tuple[Network, list[ParameterGroup]]:
-    """The network, attached to the model, which is told how to compute; and what is trained."""
-    _set_up(model, config)
-    network = _attached_network(config, model)
-    return network, _parameter_groups(config, network)
+    """Set up how the model computes and attach the network, from the seed or from the file that the config names.
+
+    Returns it with what is trained. Raises ConfigError where the optimizer does not support the learning rates.
+    """
+    training = config.training
+    model.use_attention(build_component(config.attention))
+    if training.gradient_checkpointing:
+        model.enable_gradient_checkpointing(float(training.gradient_checkpointing))
+    set_up_model(model, requested(training), training.compile_backend)
+
+    def learning_rate(target: AdaptationTarget) -> float:
+        return config.optimizer.lr_for(target.part, target.position)
+
+    targets = model.targets(config.trained_parts)
+    network: Network = build_component(config.network, [target for target in targets if learning_rate(target)])
+    network.initialize(training.seed)
+    if config.network.weights is not None:
+        tensors = load_initial_weights(config.network.weights, {target.key for target in targets})
+        network.load_tensors(tensors, str(config.network.weights))
+    groups = network.train().parameter_groups(learning_rate)
+    problems = list(config.optimizer.check_lrs([group.lr for group in groups]))
+    if problems:
+        raise ConfigError(problems)
+    return network, groups
 
 
 def clean_up(config: TrainConfig, processes: Distributed) -> None:
@@ -202,82 +303,31 @@ def clean_up(config: TrainConfig, processes: Distributed) -> None:
     folders = [config.output.dir, state_folder(config), config.output.dir / "sample", config.cache_dir]
     for folder in (*folders, *config.cache_dir.glob("??")) if processes.is_main else ():
         remove_stale_temp_files(folder)
-    processes.wait()
+    processes.barrier()
 
 
-def build_observers(run: Run, catalog: Catalog) -> Observers:
-    """The observers that every run has, and those that the config names.
+def add_observers(handle: RunHandle, catalog: Catalog) -> None:
+    """Add the observers that every run has, and those that the config names.
 
-    One that cannot be made is told of and left out, unless the run needs it.
+    One that cannot be built is disabled with a warning, unless the run needs it.
     """
-    named = {config.name for config in run.config.observers}
+    named = {config.name for config in handle.config.observers}
     always = [catalog.find(ObserverConfig, name)() for name in DEFAULT_OBSERVERS if name not in named]
-    observers: list[tuple[str, bool, Observer]] = []
-    for config in (*always, *run.config.observers):
+    for config in (*always, *handle.config.observers):
         try:
-            observers.append((config.name, config.essential, build_component(config, run.info)))
+            observer = build_component(config, handle)
         except PluginError as error:
             if config.essential:
                 raise
-            log.warning("the run goes on without an observer: %s", error)
-    return Observers(observers)
+            log.warning("observer disabled: %s", error)
+        else:
+            handle.observers.add(config.name, observer, essential=config.essential)
 
 
-def _rehearse(config: TrainConfig, total_steps: int, device: torch.device) -> None:
-    """Build optimizer and LR schedule for one number, so that what they refuse shows before anything is encoded."""
+def dry_run_optimizer(config: TrainConfig, total_steps: int, device: torch.device) -> None:
+    """Build optimizer and LR schedule for one number, so that their errors show before anything is encoded."""
     groups = [
         ParameterGroup(part, part, (torch.nn.Parameter(torch.zeros(1, device=device)),), config.optimizer.lr_for(part))
         for part in config.trained_parts
     ]
     build_component(config.lr_scheduler, build_component(config.optimizer, groups), total_steps)
-
-
-def _loader(prepared: PreparedRun, model: DiffusionModel, schedule: Schedule, encoded: Encoded) -> BatchLoader:
-    """What makes batches of the data, once that is encoded."""
-    config = prepared.config
-    return BatchLoader(
-        datasets=prepared.datasets,
-        cache=prepared.cache,
-        seed=config.training.seed,
-        timestep_sampler=build_component(config.timestep_sampler, model.noise),
-        latent_keys=encoded.latent_keys,
-        captions=encoded.captions,
-        total_steps=schedule.total_steps,
-        prior_loss_weight=config.data.prior_loss_weight,
-        loss=config.loss,
-        live=encoded.live,
-        image_conditioning=model.image_conditioning if isinstance(model, ImageConditioned) else None,
-    )
-
-
-def _set_up(model: DiffusionModel, config: TrainConfig) -> None:
-    """Say how the model is to compute."""
-    model.use_attention(build_component(config.attention))
-    if config.training.gradient_checkpointing:
-        model.enable_gradient_checkpointing(float(config.training.gradient_checkpointing))
-    ExecutionMode.certain(config.training).set_up(model, config.training.compile_backend)
-
-
-def _attached_network(config: TrainConfig, model: DiffusionModel) -> Network:
-    """The adapters in their places, from the seed or from the file that the config names."""
-    targets = model.targets(config.trained_parts)
-    network: Network = build_component(config.network, [target for target in targets if _learning_rate(config, target)])
-    network.initialize(config.training.seed)
-    if config.network.weights is not None:
-        tensors = load_initial_weights(config.network.weights, {target.key for target in targets})
-        network.load_tensors(tensors, str(config.network.weights))
-    return network.train()
-
-
-def _parameter_groups(config: TrainConfig, network: Network) -> list[ParameterGroup]:
-    """What is trained, with its learning rates. Raises ConfigError where the optimizer cannot have those."""
-    groups = network.parameter_groups(partial(_learning_rate, config))
-    problems = list(config.optimizer.check_lrs([group.lr for group in groups]))
-    if problems:
-        raise ConfigError(problems)
-    return groups
-
-
-def _learning_rate(config: TrainConfig, target: AdaptationTarget) -> float:
-    """The learning rate of the adapter of a layer."""
-    return config.optimizer.lr_for(target.part, target.position)

@@ -1,18 +1,21 @@
-"""What is said of a run before its first step, as far as it is known without torch."""
+"""What a run reports before its first step, as far as it is known without torch, and after its last."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lorakit._version import __version__
+from lorakit.api.observer import Observer, RunInfo
 from lorakit.config.train_config import OutputSection, TrainConfig
 from lorakit.data.batch_sampler import RunLength, buckets
 from lorakit.data.index import Example
+from lorakit.networks.config import LoRAConfig
 from lorakit.training.prepare import PreparedRun
-from lorakit.utils.wording import counted, labelled, listed, shown_path
+from lorakit.utils.wording import counted, duration, file_size, labelled, listed, shown_path
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +39,8 @@ def summarize_run(prepared: PreparedRun, source: Path | None = None) -> list[str
     return [f"lorakit {__version__}: {origin}{shown_path(file)}", *labelled(rows, LABEL_WIDTH)]
 
 
-def tell(label: str, text: str) -> None:
-    """Say one more row of the summary, which is known later than the others."""
+def log_row(label: str, text: str) -> None:
+    """Log one more row of the summary, which is known later than the others."""
     for line in labelled([(label, text)], LABEL_WIDTH):
         log.info("%s", line)
 
@@ -107,11 +110,11 @@ def _batches(prepared: PreparedRun) -> str:
 
 def _network(config: TrainConfig) -> str:
     network = config.network
-    own = {key: getattr(network, key, None) for key in ("rank", "alpha", "conv_rank", "conv_alpha")}
+    found = {key: getattr(network, key, None) for key in ("rank", "alpha", "conv_rank", "conv_alpha")}
     if getattr(network, "rank_from_weights", False):
         sizes = [f"ranks as in {network.weights}"]
     else:
-        sizes = [f"{key.replace('_', ' ')} {value:g}" for key, value in own.items() if value is not None]
+        sizes = [f"{key.replace('_', ' ')} {value:g}" for key, value in found.items() if value is not None]
     kind = ["DoRA"] if getattr(network, "dora", False) else []
     parts = listed([part.replace("_", " ").replace("unet", "U-Net") for part in config.trained_parts])
     return ", ".join([network.name, *kind, *sizes, f"in the {parts}"])
@@ -127,3 +130,77 @@ def _saves_on_the_way(output: OutputSection, length: RunLength) -> Iterator[str]
         yield "after each epoch" if epochs == 1 else f"every {epochs} epochs"
     if output.save_every_n_steps and output.save_every_n_steps < length.total_steps:
         yield f"every {counted(output.save_every_n_steps, 'step')}"
+
+
+class RunAccount(Observer):
+    """Collects what a run writes and measures, for a report at its end."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` gives seconds since any moment."""
+        self._clock = clock
+        self._started = clock()
+        self._run: RunInfo | None = None
+        self._step = 0
+        self._saves: dict[Path, int] = {}
+        self._losses: dict[int, float] = {}
+        self._previews: Path | None = None
+
+    def run_started(self, run: RunInfo) -> None:
+        """Remember the run."""
+        self._run = run
+        self._step = run.first_step
+
+    def step_finished(self, step: int) -> None:
+        """Remember the step, to which the saves that follow belong."""
+        self._step = step
+
+    def adapter_saved(self, path: Path) -> None:
+        """Remember the file."""
+        self._saves.pop(path, None)
+        self._saves[path] = self._step
+
+    def validated(self, step: int, losses: Mapping[str, float]) -> None:
+        """Remember the loss."""
+        self._losses[step] = losses["average"]
+
+    def previews_drawn(self, step: int, paths: Sequence[Path]) -> None:  # noqa: ARG002
+        """Remember the folder."""
+        if paths:
+            self._previews = paths[0].parent
+
+    def lines(self) -> list[str]:
+        """The report on a run; empty where none was observed that saved something."""
+        saves = [path for path in self._saves if path.exists()]
+        if self._run is None or not saves:
+            return []
+        *earlier, last = saves
+        kept = f", and {counted(len(earlier), 'earlier save')}" if earlier else ""
+        size = file_size(last.stat().st_size)
+        first = f"Done in {duration(self._clock() - self._started)}: {shown_path(last)} ({size}){kept}"
+        rows = labelled([*self._rows(self._run, last)], LABEL_WIDTH)
+        return [first, *([self._lowest(self._run)] if self._losses else []), *rows]
+
+    def _rows(self, run: RunInfo, file: Path) -> Iterator[tuple[str, str]]:
+        if self._previews is not None:
+            sheet = self._previews / f"{run.config.output.name}_contact_sheet.png"
+            draws_sheet = any(getattr(observer, "contact_sheet", False) for observer in run.config.observers)
+            yield "previews", shown_path(sheet if draws_sheet and sheet.exists() else self._previews)
+        if isinstance(run.config.network, LoRAConfig):
+            yield "use", how_to_use(run.config, file)
+
+    def _lowest(self, run: RunInfo) -> str:
+        """When the validation loss was lowest, and the file of that moment."""
+        step = min(self._losses, key=self._losses.__getitem__)
+        files = [path for path, saved in self._saves.items() if saved == step and path.exists()]
+        epoch, rest = divmod(step, run.steps_per_epoch)
+        when = f"step {step}" if rest or not step else f"epoch {epoch}"
+        return f"Lowest validation loss: {when}" + (f", {shown_path(files[-1])}" if files else "")
+
+
+def how_to_use(config: TrainConfig, file: Path) -> str:
+    """Where a LoRA file goes in the programs that draw with it, and what to write in prompts."""
+    places = f"models/Lora: <lora:{file.stem}:1> in AUTOMATIC1111, Forge; models/loras in ComfyUI"
+    subsets = (subset for dataset in config.data.datasets for subset in dataset.subsets)
+    words = [config.metadata.trigger_phrase, *(subset.class_tokens for subset in subsets if not subset.is_reg)]
+    known = list(dict.fromkeys(word for word in words if word))
+    return f"{places}; words: {', '.join(known)}" if known else places

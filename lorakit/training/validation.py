@@ -50,8 +50,8 @@ class ValidationSet:
             for timestep in timesteps:
                 # Keyed by the timestep; by millionths of it where time is continuous.
                 key = timestep if isinstance(timestep, int) else round(timestep * 1e6)
-                own = tuple(item._replace(repeat=key) for item in items)
-                batch = loader.load(RankMicroBatch(BEFORE_TRAINING, own, len(own)))
+                keyed = tuple(item._replace(repeat=key) for item in items)
+                batch = loader.load(RankMicroBatch(BEFORE_TRAINING, keyed, len(keyed)))
                 yield evolve(batch, timesteps=torch.full_like(batch.timesteps, timestep))
 
 
@@ -65,6 +65,7 @@ def validation_loss(run: Run, images: ValidationSet, timesteps: Sequence[float],
         for batch in batches:
             own = batch.to(run.processes.device)
             size = len(own.timesteps)
+            run.network.begin_batch(own.sample_seeds)
             total += size * denoising_loss(model, own, run.encode(own), run.criterion)
             count += size
     return total.item() / count

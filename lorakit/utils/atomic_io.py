@@ -1,49 +1,43 @@
-"""Writing files and folders so that they are either whole or not there."""
+"""Writing files and folders so that they are either complete or not there."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any, BinaryIO
+from typing import BinaryIO
 from uuid import uuid4
 
 from lorakit.errors import OutputError
 
-fcntl: Any
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
-
 _LOCK = "lock"
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8,}\.tmp|\.partial-.+")
+_STAGING = re.compile(r"\.partial-.+")
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8,}\.tmp")
+_STALE_SECONDS = 3600
+"""Age from which a temporary file is taken for a killed process's; locking each would triple the time of a write."""
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A new binary file that takes the place of `path` when the block ends well; else nothing changes.
+    """A new binary file that replaces `path` when the block ends without an error; else nothing changes.
 
     It is written beside `path`, flushed to the disk and renamed. Missing folders are made.
     Raises `OutputError` where the system refuses.
     """
-    temporary = path.with_name(f".{path.name}.{_unique()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
     try:
         with as_output_error(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
-                _hold(file)
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
-            # Makes the rename outlast a power cut, where the system can.
-            with suppress(OSError):
-                flush_to_disk(path.parent)
+        commit(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
@@ -51,7 +45,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is either whole or not there. Raises `OutputError` where the system refuses."""
+    """Write a file that is either complete or not there. Raises `OutputError` where the system refuses."""
     with atomic_write(path) as file:
         file.write(content)
 
@@ -60,24 +54,29 @@ def write_atomically(path: Path, content: bytes) -> None:
 def staging_dir(final: Path) -> Iterator[Path]:
     """A hidden folder beside `final` to write in, until `commit`; removed with what is left in it.
 
-    Missing folders are made. Raises `OutputError` where the system refuses.
+    It is locked for as long as the block lasts and the process lives. Missing folders are made.
+    Raises `OutputError` where the system refuses.
     """
-    scratch = final.with_name(f".partial-{_unique()}")
+    from filelock import FileLock
+
+    scratch = final.with_name(f".partial-{uuid4().hex[:8]}")
+    lock = FileLock(scratch / _LOCK)
     try:
         with as_output_error(final):
             scratch.mkdir(parents=True)
-            lock = (scratch / _LOCK).open("wb")
-        with lock:
-            _hold(lock)
-            yield scratch
+            with suppress(NotImplementedError):  # some file systems have no locks
+                lock.acquire(blocking=False)
+        yield scratch
     finally:
+        with suppress(OSError):
+            lock.release(force=True)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def commit(written: Path, final: Path) -> None:
-    """Give a file or folder, whole in a scratch folder beside `final`, that name; what had it goes.
+    """Give a complete file or folder in a staging folder beside `final` that name; what had it is removed.
 
-    At each moment the old or the new one is there whole; a new folder may for a moment be called `NAME.new`.
+    At each moment the old or the new one is there; a new folder may for a moment be called `NAME.new`.
     Raises `OutputError` where the system refuses.
     """
     with as_output_error(final):
@@ -110,13 +109,25 @@ def remove_folder(folder: Path) -> None:
 def remove_stale_temp_files(folder: Path) -> None:
     """Remove what killed processes had begun to write in a folder; what others are writing stays."""
     with suppress(OSError):
-        for path in [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]:
-            if _is_held(path):
-                continue
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
+        for path in list(folder.iterdir()):
+            if _TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > _STALE_SECONDS:
                 path.unlink(missing_ok=True)
+            elif _STAGING.fullmatch(path.name) and path.is_dir():
+                _remove_unless_locked(path)
+
+
+def _remove_unless_locked(staging: Path) -> None:
+    from filelock import FileLock, SoftFileLock, Timeout
+
+    lock = FileLock(staging / _LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except (Timeout, OSError, NotImplementedError):
+        return
+    # Where the file system has no locks, nobody knows who is writing.
+    if not isinstance(lock, SoftFileLock):
+        shutil.rmtree(staging, ignore_errors=True)
+    lock.release(force=True)
 
 
 @contextmanager
@@ -130,7 +141,7 @@ def as_output_error(path: Path) -> Iterator[None]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk. Raises OSError where the system cannot."""
+    """Flush a file, or the names in a folder, to the disk. Raises OSError where the system cannot."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -139,7 +150,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def unwritable_reason(folder: Path) -> str | None:
-    """Why no file can be made in a folder that may not be there yet; None where one can. Leaves no trace."""
+    """Why no file can be made in a folder that may not exist yet; None where one can. Leaves no trace."""
     folder = folder.absolute()
     try:
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -149,28 +160,3 @@ def unwritable_reason(folder: Path) -> str | None:
             return None
     except OSError as error:
         return f"{folder} cannot be written to: {error.strerror or error}"
-
-
-def _unique() -> str:
-    return uuid4().hex[:8]
-
-
-def _hold(file: IO[bytes]) -> None:
-    """Lock a file for as long as it is open, which ends with the process, however that ends."""
-    if fcntl:
-        with suppress(OSError):  # some file systems have no locks
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _is_held(path: Path) -> bool:
-    """Whether a process is writing a file or folder, as far as can be told."""
-    if not fcntl:
-        return True
-    try:
-        with (path / _LOCK if path.is_dir() else path).open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorakit.config.datasets import DatasetConfig, SubsetConfig
-from lorakit.data.batch_sampler import PlannedStep, plan_epoch, steps_per_epoch
+from lorakit.data.batch_sampler import StepPlan, plan_epoch, steps_per_epoch
 from lorakit.data.images.buckets import ResizeCrop
 from lorakit.data.index import Example, IndexedDataset
 
@@ -35,7 +35,7 @@ datasets_of_any_kind = st.lists(
 )
 
 
-def items_of(steps: Sequence[PlannedStep]) -> list[tuple[int, int, int]]:
+def items_of(steps: Sequence[StepPlan]) -> list[tuple[int, int, int]]:
     """All items of a plan, in order."""
     return [tuple(item) for step in steps for micro_batch in step.micro_batches for item in micro_batch]
 

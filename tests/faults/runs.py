@@ -120,7 +120,7 @@ def check_folder(folder: Path) -> None:
             continue
         if path.parent.name.endswith("-state"):
             names = {own.name for own in path.iterdir()}
-            assert {"network.safetensors", "machinery.safetensors", "state.json"} <= names, (path, names)
+            assert {"network.safetensors", "optimizer.safetensors", "state.json"} <= names, (path, names)
         elif path.is_file():
             _check_file(path)
 
@@ -129,7 +129,7 @@ def _check_file(path: Path) -> None:
     try:
         match path.suffix:
             case ".safetensors":
-                assert load(path.read_bytes()) or path.name == "machinery.safetensors"
+                assert load(path.read_bytes()) or path.name == "optimizer.safetensors"
             case ".png":
                 with Image.open(path) as image:
                     image.load()

@@ -34,7 +34,7 @@ def test_stopped_at_a_random_moment(number: int, run: SmallRun, reference: Refer
 
 
 def test_second_signal_stops_at_once(run: SmallRun, reference: Reference) -> None:
-    """A second signal, in the middle of a slow save, ends with 130 and no state of it; what was there is whole."""
+    """A second signal, in the middle of a slow save, kills the run with no state of it; what was there is whole."""
     slow = Fault(part="step00000004.safetensors", do="wait", operations=("fsync", "open"), seconds=2.0)
     attempt = run.start(faults=[slow])
     saving = attempt.until(lambda: attempt.operations.exists() and "step00000004" in attempt.operations.read_text())
@@ -42,7 +42,7 @@ def test_second_signal_stops_at_once(run: SmallRun, reference: Reference) -> Non
     attempt.send(signal.SIGINT)
     assert attempt.until(lambda: "once more stops at once" in attempt.said)
     attempt.send(signal.SIGINT)
-    assert attempt.wait() == 130, attempt.said
+    assert attempt.wait() == -signal.SIGINT, attempt.said
     assert "Traceback" not in attempt.said
     run.check_files()
     assert [state.name for state in run.states()] == ["step00000002"]

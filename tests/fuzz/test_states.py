@@ -21,11 +21,12 @@ from lorakit.plugins.catalog import Catalog
 from lorakit.training.checkpoint.state import find_state
 from lorakit.training.prepare import prepare
 from lorakit.training.run import Run
+from lorakit.training.run_handle import RunHandle
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.setup import build_run
 from tests.fuzz.mutations import damaged, ends_well, few, mutated
 
-NETWORK, MACHINERY, DESCRIPTION = "network.safetensors", "machinery.safetensors", "state.json"
+NETWORK, OPTIMIZER, DESCRIPTION = "network.safetensors", "optimizer.safetensors", "state.json"
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +51,13 @@ def run(tiny_sd1: Path, photographs: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def sound(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the state of that run."""
-    return shutil.move(run.save_state(), tmp_path_factory.mktemp("sound") / "step00000000")
+    return shutil.move(RunHandle(run).save_state(), tmp_path_factory.mktemp("sound") / "step00000000")
 
 
-def machinery_of(state: Path) -> Any:
+def structure_of(state: Path) -> Any:
     """The structure in the header of a state's optimizer file."""
-    with safe_open(state / MACHINERY, framework="pt") as file:
-        return json.loads(file.metadata()["machinery"])
+    with safe_open(state / OPTIMIZER, framework="pt") as file:
+        return json.loads(file.metadata()["structure"])
 
 
 def changed(data: st.DataObject, sound: Path, name: str) -> bytes:
@@ -66,12 +67,12 @@ def changed(data: st.DataObject, sound: Path, name: str) -> bytes:
         return data.draw(damaged(whole))
     if name == DESCRIPTION:
         return json.dumps(data.draw(mutated(json.loads(whole)))).encode()
-    structure = json.dumps(data.draw(mutated(machinery_of(sound))))
-    return save(load_file(sound / name), {"machinery": structure})
+    structure = json.dumps(data.draw(mutated(structure_of(sound))))
+    return save(load_file(sound / name), {"structure": structure})
 
 
 @few(60)
-@given(data=st.data(), name=st.sampled_from([NETWORK, MACHINERY, DESCRIPTION]))
+@given(data=st.data(), name=st.sampled_from([NETWORK, OPTIMIZER, DESCRIPTION]))
 def test_states(run: Run, sound: Path, tmp_path: Path, data: st.DataObject, name: str) -> None:
     """A state with anything in one of its files is taken up, or refused by its folder or by a key of the config."""
     shutil.copytree(sound, tmp_path / "step00000000", dirs_exist_ok=True)
@@ -81,6 +82,8 @@ def test_states(run: Run, sound: Path, tmp_path: Path, data: st.DataObject, name
         description = json.loads((state / DESCRIPTION).read_text())
         description["files"][name] = blake2b((state / name).read_bytes(), digest_size=16).hexdigest()
         (state / DESCRIPTION).write_text(json.dumps(description))
-    ends_well(
-        "states", lambda: run.load_state(find_state(run.identity, state)), ConfigError, str(state), "training.max_steps"
-    )
+
+    def load() -> None:
+        RunHandle(run).load_state(find_state(run.fingerprint, state))
+
+    ends_well("states", load, ConfigError, str(state), "training.max_steps")

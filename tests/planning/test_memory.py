@@ -25,11 +25,10 @@ from lorakit.planning.estimate import (
 )
 from lorakit.planning.memory_tracker import MemoryTracker, fake_tensors
 from lorakit.planning.optimizer_state import state_bytes
-from lorakit.training.base_model import load_model
-from lorakit.training.conditioning import conditioning_of
+from lorakit.training.encode import conditioning_of
 from lorakit.training.prepare import PreparedRun, prepare
 from lorakit.training.runtime.distributed import Distributed
-from lorakit.training.setup import attach_network, build_run
+from lorakit.training.setup import attach_network, build_run, load_model
 from lorakit.training.step.loss import Criterion, denoising_loss
 
 CPU = torch.device("cpu")
@@ -151,7 +150,7 @@ def test_optimizer_state_is_that_of_a_real_run(make_config, name: str) -> None:
     rate = {"lr": 1.0} if name == "dadaptation" else {}
     config = make_config(optimizer={"name": name, **rate}, network={"name": "c3lier", "rank": 16, **UNET})
     run = build_run(prepare(config), Distributed(CPU))
-    run.update()
+    run.update(next(run.schedule.steps_from(0, iter(()))))
     states = (leaf for state in run.optimizer.state.values() for leaf in state.values() if isinstance(leaf, Tensor))
     storages = {leaf.untyped_storage()._cdata: leaf.untyped_storage().nbytes() for leaf in states}
     shapes = [tuple(parameter.shape) for group in run.optimizer.param_groups for parameter in group["params"]]

@@ -74,7 +74,7 @@ def test_augmented_run_is_repeatable(make_config: MakeConfig, catalog: Catalog, 
     stopped = make_config(**sections)
     with pytest.raises(Interrupted, match="step 3 of 6"):
         train_until(build_run(prepare(stopped), CPU), 3)
-    assert same(whole, run_training(prepare(stopped), catalog, resume=Path()))
+    assert same(whole, run_training(prepare(stopped), catalog, resume="latest"))
     assert not same(whole, lorakit.train(make_config(data={"batch_size": 2}, output={"name": "plain"})))
     with safe_open(whole, "pt") as file:
         metadata = file.metadata()
@@ -95,7 +95,7 @@ def test_faces_in_a_run(make_config: MakeConfig, faces: Path, catalog: Catalog) 
     assert prepare(config).datasets[0].examples[0].caption.startswith("a beach")
     with pytest.raises(Interrupted, match="step 3 of 6"):
         train_until(build_run(prepare(config), CPU), 3)
-    assert same(whole, run_training(prepare(config), catalog, resume=Path()))
+    assert same(whole, run_training(prepare(config), catalog, resume="latest"))
     with safe_open(whole, "pt") as file:
         assert file.metadata()["ss_face_crop_aug_range"] == "(1.5, 2.5)"
 
@@ -118,8 +118,8 @@ def test_cache_leaves_out_what_changes(make_config: MakeConfig, tables: dict[str
 def test_masked_loss_is_the_formula(make_config: MakeConfig, masks: Path) -> None:
     """The loss is mean(mask · d²), in float64, and not renormalised by the mask's area."""
     run = build_run(prepare(make_config(data={"conditioning_data_dir": str(masks), "batch_size": 2})), CPU)
-    steps = run.remaining_steps()
-    batch = next(next(steps).batches)
+    step = next(run.schedule.steps_from(0, run.schedule.batches_from(0, run.loader)))
+    batch = next(step.batches)
     conditioning = run.encode(batch)
     assert batch.loss_mask.shape == (2, 1, 8, 8)
     assert 0.4 < float(batch.loss_mask.mean()) < 0.6

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from functools import partial
 
 import pytest
 import torch
@@ -12,13 +11,11 @@ import torch
 import lorakit
 from lorakit.data.loader import Batch
 from lorakit.errors import ConfigError
-from lorakit.training.base_model import build_model
-from lorakit.training.loop import forward_backward
 from lorakit.training.prepare import prepare
 from lorakit.training.run import Run
 from lorakit.training.runtime.distributed import Distributed
-from lorakit.training.setup import build_run
-from lorakit.training.step.autotune import Autotuner, ExecutionMode, compile_step
+from lorakit.training.setup import build_model, build_run
+from lorakit.training.step.autotune import Autotuner, compile_step, set_up_model
 from tests.training.test_runs import same, weights_of
 
 OPEN = {"cuda_graphs": "auto", "channels_last": "auto", "compile": "auto", "compile_backend": "eager"}
@@ -59,10 +56,10 @@ def test_short_runs_measure_little(make_config, caplog: pytest.LogCaptureFixture
 def test_measuring_leaves_no_trace(make_config) -> None:
     """After all modes were tried, loss and gradients are those of the one micro-batch; nothing else has moved."""
     plain, batch = run_of(make_config)
-    forward_backward(plain, batch)
+    plain.forward_backward(batch)
     run, batch = run_of(make_config, **OPEN)
     before, generator = run.network.tensors(), torch.get_rng_state()
-    Autotuner(run, partial(forward_backward, run), AT_ONCE)(batch)
+    Autotuner(run, run.forward_backward, AT_ONCE)(batch)
     torch.testing.assert_close(run.gradients.buffer, plain.gradients.buffer, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(run.loss, plain.loss)
     assert run.loss > 0
@@ -102,14 +99,14 @@ def test_what_fails_is_dropped(make_config, caplog: pytest.LogCaptureFixture) ->
     caplog.set_level(logging.INFO, "lorakit")
     try:
         run, batch = run_of(make_config, compile="auto", compile_backend="lorakit_broken")
-        Autotuner(run, partial(forward_backward, run), AT_ONCE)(batch)
+        Autotuner(run, run.forward_backward, AT_ONCE)(batch)
     finally:
         torch._dynamo.reset()
     assert "compile failed: BackendCompilerFailed: " in caplog.text
     assert "no kernel for this" in caplog.text
     assert not is_compiled(run)
     plain, batch = run_of(make_config)
-    forward_backward(plain, batch)
+    plain.forward_backward(batch)
     assert torch.equal(run.gradients.buffer, plain.gradients.buffer)
 
 
@@ -118,9 +115,8 @@ def test_what_is_certain_is_not_measured(make_config) -> None:
     run, _ = run_of(make_config, channels_last=True, compile=True, compile_backend="eager")
     assert channels_are_last(run)
     assert is_compiled(run)
-    with compile_step(run, print) as learn:
-        assert learn is print
-    ExecutionMode().set_up(run.model, "eager")
+    assert compile_step(run) == run.forward_backward
+    set_up_model(run.model, (), "eager")
     assert not channels_are_last(run)
     assert not is_compiled(run)
 

@@ -12,11 +12,11 @@ import torch
 
 from lorakit.config.train_config import TrainConfig
 from lorakit.errors import ConfigError
-from lorakit.training.checkpoint.compatibility import NEUTRAL_KEYS, NEUTRAL_SECTIONS, RunFingerprint
-from lorakit.training.checkpoint.length import follow
+from lorakit.training.checkpoint.compatibility import NEUTRAL_KEYS, NEUTRAL_SECTIONS, RunFingerprint, fast_forward
 from lorakit.training.checkpoint.state import find_state
 from lorakit.training.prepare import prepare
 from lorakit.training.run import Run
+from lorakit.training.run_handle import RunHandle
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.setup import build_run
 from tests.training.conftest import MakeConfig
@@ -29,13 +29,13 @@ def identity(config: TrainConfig, processes: int = 1) -> RunFingerprint:
 
 def refusals(before: RunFingerprint, now: RunFingerprint) -> list[str]:
     """What is said when a run takes up the state of another, after that went through a file."""
-    return [str(problem) for problem in now.problems_with(json.loads(json.dumps(before.described())))]
+    return [str(problem) for problem in now.problems_with(json.loads(json.dumps(before.to_dict())))]
 
 
 def state_at(run: Run, step: int) -> Path:
     """The state of a run as if it had come to a step."""
     run.step = step
-    return run.save_state()
+    return RunHandle(run).save_state()
 
 
 def saved_state(config: TrainConfig, step: int = 3) -> Path:
@@ -206,7 +206,7 @@ def test_schedules_of_a_longer_run(
     short, long = (make_config(lr_scheduler=schedule, training={"max_steps": steps}) for steps in (6, 12))
     stopped, whole, resumed = (build_run(prepare(own), Distributed(torch.device("cpu"))) for own in (short, long, long))
     for run in (stopped, whole):
-        follow(run.lr_scheduler, rates(run), 4)
+        fast_forward(run.lr_scheduler, rates(run), 4)
     resumed.load_state(state_at(stopped, 4))
     for _ in range(8):
         assert rates(resumed) == rates(whole)
@@ -225,7 +225,7 @@ def test_a_run_that_is_shorter_than_a_state(make_config: MakeConfig) -> None:
     state = saved_state(make_config(), 5)
     run = build_run(prepare(make_config(training={"max_steps": 4})), Distributed(torch.device("cpu")))
     with pytest.raises(ConfigError, match=r"training\.max_steps: gives 4 steps, but the state in .* to step 5"):
-        run.load_state(state)
+        RunHandle(run).load_state(state)
 
 
 def test_a_state_that_does_not_fit(make_config: MakeConfig) -> None:
@@ -233,4 +233,4 @@ def test_a_state_that_does_not_fit(make_config: MakeConfig) -> None:
     state = saved_state(make_config())
     run = build_run(prepare(make_config(network={"rank": 8})), Distributed(torch.device("cpu")))
     with pytest.raises(ConfigError, match="step00000003 is damaged: AdapterError"):
-        run.load_state(state)
+        RunHandle(run).load_state(state)

@@ -14,11 +14,12 @@ from lorakit.networks.network import ParameterGroup
 from lorakit.training.loop import train
 from lorakit.training.prepare import prepare
 from lorakit.training.run import Run
+from lorakit.training.run_handle import RunHandle
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.setup import build_run
-from lorakit.training.step import cuda_graphs as replaying
+from lorakit.training.step import cuda_graphs
 from lorakit.training.step.autotune import compile_step
-from lorakit.training.step.cuda_graphs import WARM_UPS, CudaGraphs, CudaGraphStep, Repetition
+from lorakit.training.step.cuda_graphs import WARM_UPS, CudaGraphStep
 from lorakit.training.step.gradients import FlatGradients
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -44,11 +45,11 @@ class Toy:
         torch.autograd.backward(loss)
         self.loss += loss.detach()
 
-    def replayed(self, learn: Callable[[Batch], None] | None = None, recorder: object | None = None) -> CudaGraphStep:
+    def replayed(
+        self, learn: Callable[[Batch], None] | None = None, graphs: type[CudaGraphStep] = CudaGraphStep
+    ) -> CudaGraphStep:
         """What this learns, replayed."""
-        sums, trained = (self.gradients.buffer, self.loss), (self.weight,)
-        default = CudaGraphs(self.loss.device) if self.loss.device.type == "cuda" else Repetition()
-        return CudaGraphStep(learn or self.learn, sums, trained, recorder or default)
+        return graphs(learn or self.learn, (self.gradients.buffer, self.loss), (self.weight,))
 
     @property
     def sums(self) -> torch.Tensor:
@@ -143,10 +144,10 @@ def test_what_draws_is_called(device: str, caplog: pytest.LogCaptureFixture) -> 
     assert caplog.text.count("something draws from a random generator") == 1
 
 
-class Refusing(Repetition):
-    """Cannot record."""
+class Refusing(CudaGraphStep):
+    """Cannot capture."""
 
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Fail when the work has been begun, as a CUDA graph does."""
         work()
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
@@ -155,13 +156,13 @@ class Refusing(Repetition):
 def test_what_cannot_be_recorded_is_called(caplog: pytest.LogCaptureFixture) -> None:
     """A recording that fails is told of, with its reason, and not tried again for that shape; the sums are right."""
     called, other = Toy(), Toy()
-    replayed = other.replayed(recorder=Refusing())
+    replayed = other.replayed(graphs=Refusing)
     for own in MIXED:
         called.learn(own)
         replayed(own)
     assert torch.equal(called.sums, other.sums)
     assert len(other.calls) == 4 * (WARM_UPS + 1) + len(MIXED)
-    assert "2 × 4 × 2 × 3 cannot be recorded: operation not permitted when stream is capturing" in caplog.text
+    assert "2 × 4 × 2 × 3 cannot be captured: operation not permitted when stream is capturing" in caplog.text
 
 
 def test_moved_weights_are_seen(caplog: pytest.LogCaptureFixture) -> None:
@@ -174,12 +175,12 @@ def test_moved_weights_are_seen(caplog: pytest.LogCaptureFixture) -> None:
         for toy in (called, other):
             toy.weight.data = toy.weight.data * 0.5
     assert torch.equal(called.sums, other.sums)
-    assert caplog.text.count("has moved in memory") == 1
+    assert caplog.text.count("parameters were reallocated") == 1
 
 
 def test_shapes_beyond_the_most_are_called(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Only so many shapes are recorded; micro-batches of others are computed, and the log says so once."""
-    monkeypatch.setattr(replaying, "MAX_SHAPES", 2)
+    monkeypatch.setattr(cuda_graphs, "MAX_SHAPES", 2)
     called, other = Toy(), Toy()
     replayed = other.replayed()
     for own in MIXED:
@@ -187,7 +188,7 @@ def test_shapes_beyond_the_most_are_called(monkeypatch: pytest.MonkeyPatch, capl
         replayed(own)
     assert torch.equal(called.sums, other.sums)
     assert len(other.calls) == WARM_UPS * 2 + len(MIXED)
-    assert caplog.text.count("of 2 shapes are recorded") == 1
+    assert caplog.text.count("of 2 shapes are captured") == 1
 
 
 VARIED = {
@@ -204,9 +205,8 @@ def trained(make_config, device: str, replays: bool, **changes: object) -> Run:
     sections = {**VARIED, "training": {**VARIED["training"], "device": device, **changes}}
     run = build_run(prepare(make_config(**sections)), Distributed(torch.device(device)))
     run.config = evolve(run.config, training=evolve(run.config.training, cuda_graphs=replays))
-    with compile_step(run, run.processes.wait) as learn:
-        assert isinstance(learn, CudaGraphStep) == replays
-    train(run)
+    assert isinstance(compile_step(run), CudaGraphStep) == replays
+    train(RunHandle(run))
     return run
 
 

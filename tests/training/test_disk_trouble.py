@@ -20,11 +20,10 @@ from lorakit.config.train_config import TrainConfig
 from lorakit.errors import Interrupted, NotSaved, OutputError
 from lorakit.plugins.catalog import Catalog
 from lorakit.training.loop import train
-from lorakit.training.observers import Observers
 from lorakit.training.prepare import prepare
-from lorakit.training.run import Run
+from lorakit.training.run_handle import RunHandle
 from lorakit.training.runtime.distributed import Distributed
-from lorakit.training.setup import build_observers, build_run, fill_cache, run_training
+from lorakit.training.setup import add_observers, build_run, fill_cache, run_training
 from tests.training.conftest import MakeConfig
 from tests.training.test_runs import same, weights_of
 
@@ -42,13 +41,13 @@ class Doing(Observer):
         self.doings.get(step, lambda: None)()
 
 
-def train_doing(config: TrainConfig, catalog: Catalog, doings: dict[int, Callable[[Run], object]]) -> Run:
+def train_doing(config: TrainConfig, catalog: Catalog, doings: dict[int, Callable[[RunHandle], object]]) -> None:
     """Train, and do something after some steps, before they are saved."""
-    run = build_run(prepare(config), Distributed(torch.device("cpu")))
-    first = Doing({step: partial(do, run) for step, do in doings.items()})
-    run.observers = Observers([("doing", True, first), *build_observers(run, catalog)._observers])
-    train(run)
-    return run
+    handle = RunHandle(build_run(prepare(config), Distributed(torch.device("cpu"))))
+    add_observers(handle, catalog)
+    doing = Doing({step: partial(do, handle) for step, do in doings.items()})
+    handle.observers.add("doing", doing, essential=True, first=True)
+    train(handle)
 
 
 def block(folder: Path) -> None:
@@ -76,7 +75,7 @@ def test_a_folder_that_takes_nothing_for_a_while(
     config = make_config(output=SAVING)
     out, during = config.output.dir, []
 
-    def look(_: Run) -> None:
+    def look(_: RunHandle) -> None:
         during.append(steps_saved(out.with_name("aside")))
 
     train_doing(config, catalog, {3: lambda _: block(out), 4: look, 5: lambda _: unblock(out)})
@@ -126,8 +125,8 @@ def test_a_stopped_run_saves_its_state_elsewhere(
     monkeypatch.chdir(tmp_path / "here")
     config = make_config()
 
-    def stop(run: Run) -> None:
-        run.stop.made = True
+    def stop(handle: RunHandle) -> None:
+        handle.stop.signalled = True
         config.output.dir.mkdir(exist_ok=True)
         block(config.output.dir)
 

@@ -10,8 +10,8 @@ import lorakit
 from lorakit.api.observer import Observer
 from lorakit.training.checkpoint.state import read_state
 from lorakit.training.loop import train
-from lorakit.training.observers import Observers
 from lorakit.training.prepare import prepare
+from lorakit.training.run_handle import RunHandle
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.setup import build_run
 from lorakit.training.step.eval_weights import EvaluationWeights
@@ -41,14 +41,14 @@ def test_evaluation_weights_are_taken_back_exactly() -> None:
     before = parameter.detach().clone()
     optimizer = Averaging([parameter], lr=0.1)
     weights = EvaluationWeights(optimizer)
-    with weights.reading():
+    with weights.eval_weights():
         read = parameter.detach().clone()
         assert torch.allclose(read, before + torch.sin(before) / 3)
-        with weights.training():
+        with weights.train_weights():
             assert torch.equal(parameter, before)
         assert torch.equal(parameter, read)
     assert torch.equal(parameter, before)
-    with weights.training():
+    with weights.train_weights():
         assert torch.equal(parameter, before)
 
 
@@ -88,7 +88,7 @@ def test_a_save_while_the_model_is_read(make_config) -> None:
     before = run.network.tensors()
     with run.evaluating():
         read = run.network.tensors()
-        run.save_adapter("within")
+        RunHandle(run).save_adapter("within")
         assert all(torch.equal(read[key], tensor) for key, tensor in run.network.tensors().items())
         assert not any(adapter.training for adapter in run.network.adapters)
     assert any(not torch.equal(before[key], tensor) for key, tensor in read.items())
@@ -104,28 +104,29 @@ def test_a_state_saved_while_the_model_is_read(make_config) -> None:
     before = run.network.tensors()
     with run.evaluating():
         read = run.network.tensors()
-        folder = run.save_state()
+        folder = RunHandle(run).save_state()
         assert all(torch.equal(read[key], tensor) for key, tensor in run.network.tensors().items())
     saved = read_state(folder, torch.device("cpu"))
     assert all(torch.equal(before[key], tensor) for key, tensor in saved.tensors.items())
-    run.load_state(folder)
-    train(run)
+    handle = RunHandle(run)
+    handle.load_state(folder)
+    train(handle)
 
 
 class Looker(Observer):
     """Reads the model in the middle of the run, and tells the others of it."""
 
-    def __init__(self, run) -> None:
-        self.run = run
+    def __init__(self, handle: RunHandle) -> None:
+        self.handle, self.run = handle, handle.run
         self.told: list[tuple[int, dict[str, float]]] = []
 
     def step_finished(self, step: int) -> None:
         """Look, and tell."""
-        with self.run.info.evaluating() as model:
+        with self.handle.evaluating() as model:
             assert model is self.run.model
             assert not any(adapter.training for adapter in self.run.network.adapters)
             assert not torch.is_grad_enabled()
-        self.run.info.tell("validated", step, {"loss": 0.5})
+        self.handle.tell("validated", step, {"loss": 0.5})
 
     def validated(self, step: int, losses: dict[str, float]) -> None:
         """Remember."""
@@ -135,8 +136,9 @@ class Looker(Observer):
 def test_observers_are_told_of_events_of_others(make_config) -> None:
     """What one observer tells reaches all; in its block, adapters are in evaluation mode, and then no more."""
     run = build_run(prepare(make_config(training={"max_steps": 2})), Distributed(torch.device("cpu")))
-    looker = Looker(run)
-    run.observers = Observers([("looker", True, looker)])
-    train(run)
+    handle = RunHandle(run)
+    looker = Looker(handle)
+    handle.observers.add("looker", looker, essential=True)
+    train(handle)
     assert looker.told == [(1, {"loss": 0.5}), (2, {"loss": 0.5})]
     assert all(adapter.training for adapter in run.network.adapters)

@@ -82,7 +82,7 @@ from lorakit.training.runtime.distributed import Distributed
 processes = Distributed.init("cpu", timeout=float(sys.argv[1]))
 if processes.rank == 1:
     time.sleep(6)
-processes.wait()
+processes.barrier()
 print("met", processes.rank)
 """
 

@@ -51,7 +51,14 @@ def first_batch(run: Run) -> Batch:
 
 def loss_on(run: Run, batch: Batch) -> Tensor:
     """The loss of the run's model as it is now."""
+    run.network.begin_batch(batch.sample_seeds)
     return denoising_loss(run.model, batch, run.encode(batch), run.criterion)
+
+
+def train_on(run: Run, loss: Tensor) -> None:
+    """One update on a loss."""
+    run.backward(loss)
+    run.update(next(run.schedule.steps_from(0, iter(()))))
 
 
 def test_every_component_is_tried() -> None:
@@ -86,8 +93,7 @@ def test_loss_falls_on_a_repeated_batch(
     batch = first_batch(run)
     before = loss_on(run, batch).item()
     for _ in range(UPDATES.get(optimizer, STEPS)):
-        run.backward(loss_on(run, batch))
-        run.update()
+        train_on(run, loss_on(run, batch))
     assert loss_on(run, batch).item() < 0.99 * before
     adapted = {key.split("_")[1] for key in run.network.tensors()}
     assert adapted == {{"unet": "unet", "text_encoder": "te"}[part] for part in parts}
@@ -124,12 +130,11 @@ def test_float16_is_scaled(make_config) -> None:
     weights = run.network.parameters_of("unet")[0].clone()
     run.backward(loss_on(run, batch) * float("inf"))
     scale = run.scaler.get_scale()
-    run.update()
+    run.update(next(run.schedule.steps_from(0, iter(()))))
     assert run.scaler.get_scale() < scale
     assert torch.equal(weights, run.network.parameters_of("unet")[0])
     for _ in range(STEPS):
-        run.backward(loss_on(run, batch))
-        run.update()
+        train_on(run, loss_on(run, batch))
     assert loss_on(run, batch).item() < 0.99 * before
 
 
@@ -149,8 +154,7 @@ def test_base_model_is_left_alone(make_config, tmp_path: Path) -> None:
     own = {id(p) for part in run.network.parts for p in run.network.parameters_of(part)}
     before = {name: p.clone() for name, p in run.model.denoiser.named_parameters() if id(p) not in own}
     batch = first_batch(run)
-    run.backward(loss_on(run, batch))
-    run.update()
+    train_on(run, loss_on(run, batch))
     assert before
     for name, parameter in run.model.denoiser.named_parameters():
         if name in before:

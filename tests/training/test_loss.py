@@ -15,10 +15,9 @@ from lorakit.api.loss import LossConfig
 from lorakit.diffusion.loss import huber_threshold, timestep_weights
 from lorakit.diffusion.noise_schedule import DDPMSchedule
 from lorakit.plugins.catalog import Catalog
-from lorakit.training.base_model import build_model
 from lorakit.training.prepare import prepare
 from lorakit.training.runtime.distributed import Distributed
-from lorakit.training.setup import build_run
+from lorakit.training.setup import build_model, build_run
 from lorakit.training.step.loss import denoising_loss
 
 REFERENCE = {

@@ -21,6 +21,7 @@ from lorakit.plugins.catalog import Catalog
 from lorakit.training.loop import train
 from lorakit.training.observers import Observers
 from lorakit.training.prepare import prepare
+from lorakit.training.run_handle import RunHandle
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.setup import build_run, run_training
 from tests.guests import install
@@ -213,8 +214,7 @@ def test_an_observer_that_draws_random_numbers(make_config) -> None:
 
     def trained(*observers: tuple[str, bool, Observer]) -> dict[str, torch.Tensor]:
         run = build_run(prepare(make_config(network={"dropout": 0.1})), Distributed(torch.device("cpu")))
-        run.observers = Observers(observers)
-        train(run)
+        train(RunHandle(run, Observers(observers)))
         return run.network.tensors()
 
     alone, observed = trained(), trained(("meddler", False, Meddler()))

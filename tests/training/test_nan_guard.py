@@ -11,16 +11,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorakit.api.observer import Observer, StepMetrics
+from lorakit.data.batch_sampler import StepPlan
 from lorakit.errors import TrainingDiverged
 from lorakit.networks.network import ParameterGroup
 from lorakit.training.loop import train
 from lorakit.training.observers import Observers
 from lorakit.training.prepare import prepare
 from lorakit.training.run import Run
+from lorakit.training.run_handle import RunHandle
 from lorakit.training.runtime.distributed import Distributed
+from lorakit.training.schedule import Step
 from lorakit.training.setup import build_run
 from lorakit.training.step.gradients import FlatGradients
-from lorakit.training.step.nan_guard import OVERFLOWS_IN_A_ROW, DivergenceMonitor, StepRecord
+from lorakit.training.step.nan_guard import OVERFLOWS_IN_A_ROW, DivergenceMonitor
 from tests.training.test_runs import _free_port, run_lorakit, weights_of, write_config
 
 
@@ -79,10 +82,9 @@ def test_a_step_is_skipped(
     training = {"on_nonfinite": "skip", "max_steps": 8, "mixed_precision": precision}
     run, (name,) = spoiled_run(make_config, tmp_path, 1, training=training, optimizer={"name": optimizer})
     watching = Watching(run)
-    run.observers = Observers([("watching", True, watching)])
     if run.scaler.is_enabled():
         run.scaler.load_state_dict({**run.scaler.state_dict(), "scale": 1024.0})
-    train(run)
+    train(RunHandle(run, Observers([("watching", True, watching)])))
     assert run.scaler.get_scale() == (1024.0 if run.scaler.is_enabled() else 1.0)
     skipped = skipped_in(caplog.text)
     assert len(skipped) == 2
@@ -98,8 +100,7 @@ def test_an_accumulated_step_is_skipped_as_a_whole(
     training = {"on_nonfinite": "skip", "max_steps": 4, "gradient_accumulation_steps": 2}
     run, (name,) = spoiled_run(make_config, tmp_path, 1, training=training)
     watching = Watching(run)
-    run.observers = Observers([("watching", True, watching)])
-    train(run)
+    train(RunHandle(run, Observers([("watching", True, watching)])))
     assert caplog.text.count(f"the loss is nan. Images of this step: {name}.") == 2
     assert [step for step, changed in enumerate(watching.changes(), 1) if not changed] == skipped_in(caplog.text)
 
@@ -109,7 +110,7 @@ def test_the_run_stops_at_once(make_config, tmp_path: Path) -> None:
     run, (name,) = spoiled_run(make_config, tmp_path, 1, training={"max_steps": 8})
     expected = rf"step [1-4]: the loss is nan, so .* Images of this step: {re.escape(name)}\. .*on_nonfinite = \"skip\""
     with pytest.raises(TrainingDiverged, match=expected):
-        train(run)
+        train(RunHandle(run))
 
 
 def test_too_many_skips(make_config, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -117,7 +118,7 @@ def test_too_many_skips(make_config, tmp_path: Path, caplog: pytest.LogCaptureFi
     run, _ = spoiled_run(make_config, tmp_path, 4, training={"on_nonfinite": "skip", "max_steps": 30})
     before = run.network.tensors()
     with pytest.raises(TrainingDiverged, match="step 20: the loss is nan, as in the 19 steps before, so training was"):
-        train(run)
+        train(RunHandle(run))
     assert skipped_in(caplog.text) == list(range(1, 20))
     assert all(torch.equal(before[key], after) for key, after in run.network.tensors().items())
 
@@ -130,7 +131,7 @@ def test_gradients_are_named_by_part(make_config) -> None:
         down.mul_(1e-30)
         up.fill_(1e30)
     with pytest.raises(TrainingDiverged, match=r"step 1: the gradient of text_encoder is (inf|nan), so .*\.png"):
-        train(run)
+        train(RunHandle(run))
 
 
 def test_two_processes_skip_alike(tables: dict[str, Any], tmp_path: Path) -> None:
@@ -165,7 +166,7 @@ def test_overflow_is_the_scalers_business(make_config, caplog: pytest.LogCapture
     run = build_run(prepare(config), Distributed(torch.device("cpu")))
     run.scaler.load_state_dict({**run.scaler.state_dict(), "scale": 2.0**36})
     before = run.network.tensors()
-    train(run)
+    train(RunHandle(run))
     assert run.scaler.get_scale() < 2.0**36
     assert "skipped" not in caplog.text
     assert all(tensor.isfinite().all() for tensor in run.network.tensors().values())
@@ -180,15 +181,12 @@ def test_overflow_without_end() -> None:
     assert parameter.grad is not None
     parameter.grad[1] = torch.inf
     norm = gradients.clip(1.0)
-    judge = DivergenceMonitor(gradients.groups, skips=False, scaled=True, is_main=True)
-    one = torch.ones(())
-    steps = [
-        StepRecord(
-            step=step, epoch=1, images=(("a.png",),), learning_rates={}, loss=one, losses=(one,),
-            gradient_norm=norm, group_norms=gradients.norms,
-        )
-        for step in range(1, OVERFLOWS_IN_A_ROW + 1)
-    ]  # fmt: skip
-    assert all(judge.counts(step, 1.0, norm.item()) for step in steps[:-1])
+    monitor = DivergenceMonitor(gradients.groups, skips=False, scaled=True, is_main=True)
+    steps = []
+    for number in range(OVERFLOWS_IN_A_ROW):
+        step = Step(StepPlan(1, (), number), iter(()), [("a.png",)], [torch.ones(())])
+        step.group_norms = gradients.norms
+        steps.append(step)
+    assert all(monitor.check(step, 1.0, norm.item()) for step in steps[:-1])
     with pytest.raises(TrainingDiverged, match=f"step {OVERFLOWS_IN_A_ROW}: the gradient of unet is inf, as in the 49"):
-        judge.counts(steps[-1], 1.0, norm.item())
+        monitor.check(steps[-1], 1.0, norm.item())

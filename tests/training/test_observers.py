@@ -13,6 +13,7 @@ from lorakit.api.observer import Observer, RunInfo
 from lorakit.errors import OutputError, TrainingDiverged
 from lorakit.training.observers import Observers
 from lorakit.training.prepare import prepare
+from lorakit.training.run_handle import RunHandle
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.setup import build_run
 
@@ -58,12 +59,12 @@ def watching(*observers: Scripted) -> Observers:
 @pytest.fixture
 def info(make_config) -> RunInfo:
     """A run before its first step."""
-    return build_run(prepare(make_config()), Distributed(torch.device("cpu"))).info
+    return RunHandle(build_run(prepare(make_config()), Distributed(torch.device("cpu"))))
 
 
 def test_nobody_hears_of_anything_before_the_start(info: RunInfo) -> None:
     """What one observer tells while the run starts reaches those that start after it when they have started."""
-    first, second = Scripted(run_started=lambda: observers.tell("validated", 0, {})), Scripted()
+    first, second = Scripted(run_started=lambda: observers.notify("validated", 0, {})), Scripted()
     observers = watching(first, second)
     observers.start(info)
     assert first.told == second.told == ["run_started", "validated"]
@@ -85,12 +86,12 @@ def test_previews_before_the_first_step_are_in_the_log(make_config, tmp_path) ->
 def test_an_observer_that_fails_twice(caplog: pytest.LogCaptureFixture) -> None:
     """One that is detached while another tells it something hears no more of what is being told, and fails but once."""
     fails = Scripted(validated=fail, step_finished=fail)
-    observers = watching(Scripted(step_finished=lambda: observers.tell("validated", 1, {})), fails)
-    observers.tell("step_finished", 1)
+    observers = watching(Scripted(step_finished=lambda: observers.notify("validated", 1, {})), fails)
+    observers.notify("step_finished", 1)
     assert fails.told == ["validated"]
-    fails_itself = Scripted(step_finished=lambda: (observers.tell("validated", 1, {}), fail()), validated=fail)
+    fails_itself = Scripted(step_finished=lambda: (observers.notify("validated", 1, {}), fail()), validated=fail)
     observers = watching(fails_itself)
-    observers.tell("step_finished", 1)
+    observers.notify("step_finished", 1)
     assert fails_itself.told == ["step_finished", "validated"]
     assert caplog.text.count("is detached") == 2
 
@@ -99,7 +100,7 @@ def test_all_are_closed() -> None:
     """At the end all are told, those that were detached too, whichever of them fails at that."""
     observers = [Scripted(closed=fail), Scripted(step_finished=fail), Scripted(closed=fail), Scripted()]
     told = Observers((str(index), index == 0, observer) for index, observer in enumerate(observers))
-    told.tell("step_finished", 1)
+    told.notify("step_finished", 1)
     with pytest.raises(ValueError, match="broken"):
         told.close()
     assert [observer.told[-1] for observer in observers] == ["closed"] * 4
@@ -112,10 +113,10 @@ def refuse() -> None:
 
 def test_a_file_that_cannot_be_written(caplog: pytest.LogCaptureFixture) -> None:
     """Hours of training do not end because a log cannot be written; they do if the run needs the observer."""
-    watching(Scripted(step_finished=refuse)).tell("step_finished", 1)
+    watching(Scripted(step_finished=refuse)).notify("step_finished", 1)
     assert "the disk is full" in caplog.text
     with pytest.raises(OutputError):
-        Observers([("saves", True, Scripted(step_finished=refuse))]).tell("step_finished", 1)
+        Observers([("saves", True, Scripted(step_finished=refuse))]).notify("step_finished", 1)
 
 
 def diverge() -> None:
@@ -126,14 +127,14 @@ def diverge() -> None:
 def test_divergence_ends_the_run() -> None:
     """That training has failed is not the fault of the observer that comes upon it."""
     with pytest.raises(TrainingDiverged):
-        watching(Scripted(step_finished=diverge)).tell("step_finished", 1)
+        watching(Scripted(step_finished=diverge)).notify("step_finished", 1)
 
 
 def test_who_tells_of_an_unknown_event_is_to_blame() -> None:
     """An observer that tells of an event that there is not is detached, and no other."""
-    fails, other = Scripted(step_finished=lambda: observers.tell("validatd", 1)), Scripted()
+    fails, other = Scripted(step_finished=lambda: observers.notify("validatd", 1)), Scripted()
     observers = watching(other, fails)
     for step in (1, 2):
-        observers.tell("step_finished", step)
+        observers.notify("step_finished", step)
     assert other.told == ["step_finished", "step_finished"]
     assert fails.told == ["step_finished"]

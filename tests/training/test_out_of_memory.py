@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,8 +20,9 @@ from lorakit.training.loop import train
 from lorakit.training.observers import Observers
 from lorakit.training.prepare import prepare
 from lorakit.training.run import Run
+from lorakit.training.run_handle import RunHandle
 from lorakit.training.runtime.distributed import Distributed
-from lorakit.training.runtime.memory_watch import MemoryPressureMonitor, pressure_probe
+from lorakit.training.runtime.memory_watch import MemoryPressureMonitor
 from lorakit.training.runtime.out_of_memory import memory_hint
 from lorakit.training.setup import build_run
 
@@ -52,7 +52,7 @@ def assembled(make_config: Any, **sections: Any) -> Run:
 def test_a_step_that_memory_does_not_suffice_for(make_config) -> None:
     """The message has step, batch and what to change; the state after the last whole step goes on as if unharmed."""
     run = assembled(make_config, data={"batch_size": 2}, output={"name": "whole"})
-    train(run)
+    train(RunHandle(run))
     calls = 0
 
     def scale_weights(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def test_a_step_that_memory_does_not_suffice_for(make_config) -> None:
         short.model.predict(batch.latents, batch.timesteps, short.encode(batch))
     short.model.use_attention(Hungry(2 * calls + 1))
     with pytest.raises(OutOfMemory) as caught:
-        train(short)
+        train(RunHandle(short))
     told = str(caught.value)
     assert told.startswith("Out of memory in step 3, with a batch of 2 images of 64x64. To need less, set ")
     first = (
@@ -79,8 +79,9 @@ def test_a_step_that_memory_does_not_suffice_for(make_config) -> None:
     resumed = assembled(
         make_config, data={"batch_size": 2}, training={"gradient_checkpointing": 0.5}, output={"name": "resumed"}
     )
-    resumed.load_state(state)
-    train(resumed)
+    handle = RunHandle(resumed)
+    handle.load_state(state)
+    train(handle)
     for key, tensor in run.network.tensors().items():
         torch.testing.assert_close(resumed.network.tensors()[key], tensor)
 
@@ -90,11 +91,11 @@ def test_nothing_is_saved_where_nothing_whole_is_new(make_config) -> None:
     run = assembled(make_config)
     run.model.use_attention(Hungry(1))
     with pytest.raises(OutOfMemory, match=r"^Out of memory in step 1, with a batch of 1 image of 64x64\. .* fits\.$"):
-        train(run)
+        train(RunHandle(run))
     run = assembled(make_config)
     run.optimizer.register_step_post_hook(lambda *_: torch.empty(2**60) if run.step == 2 else None)
     with pytest.raises(OutOfMemory, match=r"^Out of memory in step 3.* fits\.$"):
-        train(run)
+        train(RunHandle(run))
     assert not states_in(state_folder(run.config))
 
 
@@ -103,7 +104,7 @@ def test_other_errors_stay_what_they_are(make_config) -> None:
     run = assembled(make_config)
     run.optimizer.register_step_post_hook(lambda *_: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
-        train(run)
+        train(RunHandle(run))
 
 
 LADDER = list(memory_presets(TrainingSection(device="cuda"), ("unet",)))
@@ -137,7 +138,7 @@ def test_the_ladder_is_climbed_to_its_end() -> None:
 def test_advice_at_the_end_of_the_ladder(make_config) -> None:
     """Where no rung is left, what else helps is told, and what is set already is not told again."""
     nf4 = {"nf4_base": ["unet"], "gradient_checkpointing": True, "mixed_precision": "bf16"}
-    assert memory_hint(assembled(make_config, training=nf4)) == "lower data.resolution; `lorakit plan` tells what fits"
+    assert memory_hint(assembled(make_config, training=nf4)) == "lower data.resolution; `lorakit plan` shows what fits"
     told = memory_hint(assembled(make_config, training={"int8_base": ["unet"], "gradient_checkpointing": True}))
     first = 'set mixed_precision = "bf16" in [training], or set '
     assert told.startswith(f'{first}nf4_base = ["unet"] and int8_base = [] in [training], or lower')
@@ -148,57 +149,21 @@ def metrics(step: int) -> StepMetrics:
     return StepMetrics(step=step, epoch=1, loss=1.0, gradient_norm=1.0)
 
 
-def told_by(signs: Callable[[], str], caplog: pytest.LogCaptureFixture) -> list[str]:
+def told_by(signs: Iterator[str], caplog: pytest.LogCaptureFixture) -> list[str]:
     """What is told in ten steps."""
     observers = Observers()
     observers.add("memory", MemoryPressureMonitor(signs, lambda: "do less"))
     for step in range(1, 11):
-        observers.tell("metrics_read", metrics(step))
+        observers.notify("metrics_read", metrics(step))
     return [record.getMessage() for record in caplog.records if record.name == "lorakit.training.runtime.memory_watch"]
 
 
 def test_spilling_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     """What shows again and again is told once, what shows twice is not."""
 
-    def in_steps(*numbers: int) -> Callable[[], str]:
-        signs: Iterator[str] = iter(["memory is full" if step in numbers else "" for step in range(1, 11)])
-        return lambda: next(signs, "")
+    def in_steps(*numbers: int) -> Iterator[str]:
+        return iter(["memory is full" if step in numbers else "" for step in range(1, 11)])
 
     assert told_by(in_steps(2, 5), caplog) == []
     told = "step 7: memory is full, which slows every step down. To need less, do less"
     assert told_by(in_steps(2, 5, 7, 8, 9, 10), caplog) == [told]
-
-
-def test_a_run_at_ease_shows_no_sign(make_config, catalog, caplog: pytest.LogCaptureFixture) -> None:
-    """A small run tells nothing; on Linux, the system does say what is asked."""
-    import lorakit
-
-    lorakit.train(make_config(network=UNET))
-    assert not [record for record in caplog.records if record.name == "lorakit.training.runtime.memory_watch"]
-    assert pressure_probe(CPU)() == ""
-
-
-def test_memory_that_is_read_from_the_disk_again_is_a_sign(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
-    """Pages of a mapped file that are dropped between steps have to be read again in each, which is told."""
-    import mmap
-    import os
-
-    file = tmp_path / "weights"
-    pages = 3000
-    file.write_bytes(os.urandom(pages * mmap.PAGESIZE))
-    signs = pressure_probe(CPU)
-    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        mapped.madvise(mmap.MADV_RANDOM)
-
-        def look() -> str:
-            os.sync()
-            mapped.madvise(mmap.MADV_DONTNEED)
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            assert sum(mapped[start] for start in range(0, len(mapped), mmap.PAGESIZE)) > 0
-            return signs()
-
-        if not look():
-            pytest.skip("the system keeps the file in memory")
-        told = told_by(look, caplog)
-    assert len(told) == 1
-    assert re.match(r"step 3: the computer's memory is short, and what this run needs is read from the disk", told[0])

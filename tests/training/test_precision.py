@@ -14,10 +14,9 @@ import lorakit
 from lorakit.errors import ConfigError, DataError
 from lorakit.models.memory.quantization import QuantizedLayer
 from lorakit.models.memory.weight_formats import FORMATS
-from lorakit.training.base_model import build_model
 from lorakit.training.prepare import prepare
 from lorakit.training.runtime.distributed import Distributed
-from lorakit.training.setup import build_run
+from lorakit.training.setup import build_model, build_run
 from tests.training.test_runs import same, weights_of
 
 

@@ -24,8 +24,9 @@ from lorakit.previews.sampling import decode, encode_texts, sample_latents
 from lorakit.training.loop import train
 from lorakit.training.prepare import prepare
 from lorakit.training.run import Run
+from lorakit.training.run_handle import RunHandle
 from lorakit.training.runtime.distributed import Distributed
-from lorakit.training.setup import build_observers, build_run
+from lorakit.training.setup import add_observers, build_run
 
 SMALL = "--w 64 --h 64 --s 2"
 
@@ -68,9 +69,10 @@ def trained(config, catalog: Catalog, watcher: Watcher | None = None) -> tuple[R
     """A run after its last step, and what the watcher saw."""
     run = build_run(prepare(config), Distributed(torch.device("cpu")))
     watcher = watcher or Watcher()
-    run.observers = build_observers(run, catalog)
-    run.observers._observers.insert(0, ("watcher", True, watcher))
-    train(run)
+    handle = RunHandle(run)
+    add_observers(handle, catalog)
+    handle.observers.add("watcher", watcher, essential=True, first=True)
+    train(handle)
     return run, watcher
 
 
@@ -108,11 +110,11 @@ def test_previews_are_those_of_diffusers(make_config, tiny_sd1: Path) -> None:
     shared = {"negative_prompt": "a blurry dog", "width": 96, "height": 64, "steps": 5, "scale": 6.0}
     prompts = [Prompt(prompt=text, seed=seed, **shared) for text, seed in (("a cat", 3), ("sand", 4))]
     pictures = preview_jobs(prompts, 0, run.config.model)
-    with run.info.evaluating() as model:
+    with run.evaluating() as model:
         texts = encode_texts(model, ["a cat", "sand", "a blurry dog"])
         latents = sample_latents(model, pictures, texts, batch_size=2)
         pixels = list(decode(model, latents))
-    path = run.save_adapter("lora")
+    path = RunHandle(run).save_adapter("lora")
     pipeline = pipeline_of(tiny_sd1, published(DDIMScheduler))
     without: list[Tensor] = []
     for loaded in (False, True):
@@ -147,7 +149,7 @@ def test_pictures_of_a_batch_are_as_if_alone(make_config) -> None:
         Prompt(prompt="a hen", **small),
     ]  # fmt: skip
     pictures = preview_jobs(prompts, 0, run.config.model)
-    with run.info.evaluating() as model:
+    with run.evaluating() as model:
         texts = encode_texts(model, [*(prompt.prompt for prompt in prompts), "", "grass"])
         together = sample_latents(model, pictures, texts, batch_size=2)
         alone = [sample_latents(model, [picture], texts, 1)[0] for picture in pictures]
@@ -257,7 +259,7 @@ def test_parts_are_freed(make_config, catalog: Catalog, prompts: Path) -> None:
         run, watcher = trained(config, catalog)
         assert watcher.drawn
         assert run.model._vae_decoder is None
-        assert (run.model._text_encoder is not None) == has_dynamic_captions == run.info.encodes_captions
+        assert (run.model._text_encoder is not None) == has_dynamic_captions == run.encodes_captions
 
 
 def test_brackets_mean_what_they_mean_in_captions(make_config, catalog: Catalog, prompts: Path) -> None:

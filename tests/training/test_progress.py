@@ -190,7 +190,7 @@ def test_time_left_does_not_count_what_is_not_a_step(info) -> None:
     observers.start(run)
     for step in range(11, 21):
         wait(1.0)
-        observers.tell("step_finished", step)
+        observers.notify("step_finished", step)
     assert (shown.positions[0].done, shown.positions[0].total) == (10, 30)
     assert shown.positions[-1].left == "10 s left"
     assert observers.training_seconds() == pytest.approx(10.0)

@@ -25,8 +25,9 @@ from lorakit.training.loop import train
 from lorakit.training.observers import Observers
 from lorakit.training.prepare import prepare
 from lorakit.training.run import Run
+from lorakit.training.run_handle import RunHandle
 from lorakit.training.runtime.distributed import Distributed
-from lorakit.training.setup import build_observers, build_run, run_training
+from lorakit.training.setup import add_observers, build_run, run_training
 
 
 def weights_of(path: Path) -> dict[str, torch.Tensor]:
@@ -150,7 +151,7 @@ def test_every_loss_option_at_once(make_config, catalog: Catalog) -> None:
     assert not same(final, weights_of(run_training(prepare(plain), catalog)))
     saving = make_config(**sections, output={"save_every_n_steps": 3, "save_state": True})
     run_training(prepare(saving), catalog)
-    assert same(final, weights_of(run_training(prepare(saving), catalog, resume=Path())))
+    assert same(final, weights_of(run_training(prepare(saving), catalog, resume="latest")))
 
 
 def test_metadata_of_the_loss(make_config, catalog: Catalog) -> None:
@@ -215,7 +216,7 @@ def test_varied_captions_resume_exactly(make_config, catalog: Catalog) -> None:
     stopped = make_config(**sections)
     with pytest.raises(Interrupted, match="step 3 of 7"):
         train_until(build_run(prepare(stopped), Distributed(torch.device("cpu"))), 3)
-    assert same(weights_of(whole), weights_of(run_training(prepare(stopped), catalog, resume=Path())))
+    assert same(weights_of(whole), weights_of(run_training(prepare(stopped), catalog, resume="latest")))
     plain = lorakit.train(make_config(training={"max_steps": 7}, output={"name": "plain"}))
     assert not same(weights_of(whole), weights_of(plain))
 
@@ -236,20 +237,24 @@ def test_resumed_run_is_bit_equal(make_config, catalog: Catalog, optimizer: str)
     with pytest.raises(Interrupted, match="step 3 of 6"):
         train_until(build_run(prepare(stopped), Distributed(torch.device("cpu"))), 3)
     assert not (stopped.output.dir / "test.safetensors").exists()
-    resumed = run_training(prepare(stopped), catalog, resume=Path())
+    resumed = run_training(prepare(stopped), catalog, resume="latest")
     assert same(weights_of(whole), weights_of(resumed))
 
 
 def train_until(run: Run, last: int) -> None:
     """Train, with a request to stop that comes during a step."""
-    finish = run.observers.tell
+    train_handle_until(RunHandle(run), last)
 
-    def tell(event: str, *values: object) -> None:
-        run.stop.made = run.stop.made or (event == "step_finished" and values == (last,))
-        finish(event, *values)
 
-    run.observers.tell = tell  # type: ignore[method-assign]
-    train(run)
+def train_handle_until(handle: RunHandle, last: int) -> None:
+    """Train, with a request to stop that comes during a step."""
+
+    class Stop(Observer):
+        def step_finished(self, step: int) -> None:
+            handle.stop.signalled |= step == last
+
+    handle.observers.add("stop", Stop(), first=True)
+    train(handle)
 
 
 def test_stop_at_the_end_of_an_epoch_loses_no_save(make_config, catalog: Catalog) -> None:
@@ -257,9 +262,10 @@ def test_stop_at_the_end_of_an_epoch_loses_no_save(make_config, catalog: Catalog
     config = make_config(output={"save_every_n_epochs": 1})
     run = build_run(prepare(config), Distributed(torch.device("cpu")))
     assert run.schedule.steps_per_epoch == 4
-    run.observers = build_observers(run, catalog)
+    handle = RunHandle(run)
+    add_observers(handle, catalog)
     with pytest.raises(Interrupted, match="step 4 of 6"):
-        train_until(run, 4)
+        train_handle_until(handle, 4)
     assert (config.output.dir / "test-000001.safetensors").exists()
 
 
@@ -268,16 +274,16 @@ def test_state_of_another_config_is_refused(make_config, catalog: Catalog) -> No
     with pytest.raises(Interrupted):
         train_until(build_run(prepare(make_config()), Distributed(torch.device("cpu"))), 2)
     with pytest.raises(ConfigError, match="another config"):
-        run_training(prepare(make_config(optimizer={"lr": 2e-3})), catalog, resume=Path())
+        run_training(prepare(make_config(optimizer={"lr": 2e-3})), catalog, resume="latest")
     with pytest.raises(ConfigError, match="no state"):
-        run_training(prepare(make_config(output={"name": "unknown"})), catalog, resume=Path())
+        run_training(prepare(make_config(output={"name": "unknown"})), catalog, resume="latest")
 
 
 def test_a_longer_run_may_go_on(make_config, catalog: Catalog) -> None:
     """A state may be taken up by the same config with more steps."""
     whole = lorakit.train(make_config(training={"max_steps": 8}, output={"name": "whole"}))
     lorakit.train(make_config(output={"save_state": True}))
-    longer = run_training(prepare(make_config(training={"max_steps": 8})), catalog, resume=Path())
+    longer = run_training(prepare(make_config(training={"max_steps": 8})), catalog, resume="latest")
     assert same(weights_of(whole), weights_of(longer))
 
 
@@ -308,8 +314,7 @@ def test_failing_observer_is_detached(make_config, catalog: Catalog, caplog: pyt
     steps: list[int] = []
     counting = Observer()
     counting.step_finished = steps.append  # type: ignore[method-assign]
-    run.observers = Observers([("broken", False, Broken()), ("counting", False, counting)])
-    train(run)
+    train(RunHandle(run, Observers([("broken", False, Broken()), ("counting", False, counting)])))
     assert steps == [1, 2, 3, 4, 5, 6]
     assert caplog.text.count("no step") == 1
 

@@ -37,7 +37,7 @@ CONTENT = st.recursive(
 
 def through_a_file(content: Any, folder: Path) -> Any:
     """Packed, written and read."""
-    path = folder / "machinery.safetensors"
+    path = folder / "optimizer.safetensors"
     path.write_bytes(serialize(content))
     return deserialize(path, CPU)
 
@@ -59,7 +59,7 @@ def same(one: Any, other: Any) -> bool:
 @given(content=CONTENT)
 def test_what_is_no_tensor_comes_back(content: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Numbers to the last bit, texts, and containers of them with types and order are what they were."""
-    assert same(through_a_file(content, tmp_path_factory.mktemp("machinery")), content)
+    assert same(through_a_file(content, tmp_path_factory.mktemp("state")), content)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +120,8 @@ def test_nothing_else_is_packed(content: Any) -> None:
 )
 def test_forms_that_make_no_sense(form: Any, tmp_path: Path) -> None:
     """A structure that names no tensor or container of the file raises what `state_errors` tells as damage."""
-    path = tmp_path / "machinery.safetensors"
-    save_file({"0": torch.zeros(1)}, path, {"machinery": json.dumps(form)})
+    path = tmp_path / "optimizer.safetensors"
+    save_file({"0": torch.zeros(1)}, path, {"structure": json.dumps(form)})
     assert load_file(path)
     with pytest.raises(Exception) as caught:  # noqa: PT011 - any of those that are listed
         deserialize(path, CPU)
@@ -153,6 +153,6 @@ def test_copies_are_freed_at_once(tmp_path: Path, uncollected: None) -> None:
 def test_reading_leaves_nothing_behind(tmp_path: Path) -> None:
     """A reading leaves less than 10 bytes for each tensor, where the library's `safe_open` leaves 57."""
     count = 200
-    path = tmp_path / "machinery.safetensors"
+    path = tmp_path / "optimizer.safetensors"
     path.write_bytes(serialize([torch.zeros(300) for _ in range(count)]))
     assert growth(lambda: deserialize(path, CPU), times=20) < 10 * 20 * count

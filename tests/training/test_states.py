@@ -16,8 +16,9 @@ from lorakit.networks.adapter_file import AdapterFile, SafetensorsSaver
 from lorakit.plugins.catalog import Catalog
 from lorakit.training.checkpoint.state import find_state, forget_end, read_state
 from lorakit.training.prepare import prepare
+from lorakit.training.run_handle import RunHandle
 from lorakit.training.runtime.distributed import Distributed
-from lorakit.training.setup import build_observers, build_run, run_training
+from lorakit.training.setup import add_observers, build_run, run_training
 from tests.training.conftest import MakeConfig
 from tests.training.test_compatibility import identity, state_at
 
@@ -49,7 +50,7 @@ def test_a_run_anew_beside_later_states(make_config: MakeConfig) -> None:
     config, other = make_config(), make_config(optimizer={"lr": 2e-3})
     run = build_run(prepare(config), Distributed(torch.device("cpu")))
     later = state_at(run, 500)
-    run.identity = identity(other)
+    run.fingerprint = identity(other)
     first, second = state_at(run, 3), state_at(run, 4)
     assert [state.exists() for state in (later, first, second)] == [True, False, True]
     assert find_state(identity(config), None) == later
@@ -89,7 +90,7 @@ def test_state_whose_description_is_damaged(content: str, make_config: MakeConfi
             find_state(identity(config), asked)
 
 
-@pytest.mark.parametrize("name", ["network.safetensors", "machinery.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["network.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("whole", [False, True])
 def test_damaged_states_are_passed_over(
     name: str, whole: bool, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
@@ -102,7 +103,7 @@ def test_damaged_states_are_passed_over(
     content[len(content) // 2] ^= 1
     (newest / name).write_bytes(content if whole and name != "state.json" else content[: len(content) // 2])
     assert find_state(identity(config), None) == older
-    assert f"a newer state is passed over: --resume: the state in {newest} is damaged" in caplog.text
+    assert f"skipping a newer state: --resume: the state in {newest} is damaged" in caplog.text
     with pytest.raises(ConfigError, match="step00000004 is damaged"):
         find_state(identity(config), newest)
 
@@ -139,10 +140,10 @@ class LossySaver(SafetensorsSaver):
 def test_a_file_that_is_read_back_otherwise_is_not_kept(make_config: MakeConfig) -> None:
     """A LoRA file is compared with what it should hold before it takes the place of an older one."""
     run = build_run(prepare(make_config()), Distributed(torch.device("cpu")))
-    before = run.save_adapter("test").read_bytes()
+    before = RunHandle(run).save_adapter("test").read_bytes()
     run.writer = evolve(run.writer, saver=LossySaver("fp32"))
-    with pytest.raises(OutputError, match=r"test.safetensors was not read back as it was written: \S+ is another"):
-        run.save_adapter("test")
+    with pytest.raises(OutputError, match=r"test.safetensors was not read back as it was written: \S+ differs"):
+        RunHandle(run).save_adapter("test")
     assert [path.read_bytes() for path in run.config.output.dir.iterdir()] == [before]
 
 
@@ -163,10 +164,10 @@ def test_a_state_saved_twice_at_a_step(make_config: MakeConfig) -> None:
 def test_saves_by_ratio(epochs: int, ratio: int, saved: list[int], make_config: MakeConfig, catalog: Catalog) -> None:
     """`save_n_epoch_ratio` saves after every ⌊epochs / ratio⌋ epochs, at least one; the last is the final file."""
     config = make_config(output={"save_n_epoch_ratio": ratio}, training={"max_epochs": epochs})
-    run = build_run(prepare(config), Distributed(torch.device("cpu")))
-    observers = build_observers(run, catalog)
+    handle = RunHandle(build_run(prepare(config), Distributed(torch.device("cpu"))))
+    add_observers(handle, catalog)
     for epoch in range(1, epochs + 1):
-        observers.tell("epoch_finished", epoch)
+        handle.tell("epoch_finished", epoch)
     assert names(config.output.dir, "*.safetensors") == [f"test-{epoch:06d}.safetensors" for epoch in saved]
 
 
@@ -214,13 +215,13 @@ def test_a_run_that_has_ended_is_not_resumed(
     state = state_at(build_run(prepare(config), Distributed(torch.device("cpu"))), 3)
     path = run_training(prepare(config), catalog, state)
     written = path.stat().st_mtime_ns
-    assert run_training(prepare(config), catalog, Path()) == path
+    assert run_training(prepare(config), catalog, "latest") == path
     assert path.stat().st_mtime_ns == written
     assert f"this run has ended already, after all of its 6 steps: {path}" in caplog.text
     longer = make_config(training={"max_steps": 7})
-    assert run_training(prepare(longer), catalog, Path()).stat().st_mtime_ns > written
+    assert run_training(prepare(longer), catalog, "latest").stat().st_mtime_ns > written
     path.unlink()
-    assert run_training(prepare(config), catalog, Path()).exists()
+    assert run_training(prepare(config), catalog, "latest").exists()
     forget_end(state.parent)
     written = path.stat().st_mtime_ns
-    assert run_training(prepare(config), catalog, Path()).stat().st_mtime_ns > written
+    assert run_training(prepare(config), catalog, "latest").stat().st_mtime_ns > written

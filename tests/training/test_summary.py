@@ -11,10 +11,9 @@ import pytest
 import lorakit
 from lorakit.data.batch_sampler import RunLength
 from lorakit.plugins.catalog import Catalog
-from lorakit.training.account import RunAccount
 from lorakit.training.prepare import prepare
 from lorakit.training.setup import run_training
-from lorakit.training.summary import length_in_words, summarize_run
+from lorakit.training.summary import RunAccount, length_in_words, summarize_run
 from lorakit.utils.wording import duration, file_size, labelled, listed
 
 

@@ -17,11 +17,11 @@ from lorakit.api.observer import Observer
 from lorakit.errors import ConfigError
 from lorakit.plugins.catalog import Catalog
 from lorakit.training.loop import train
-from lorakit.training.observers import Observers
 from lorakit.training.prepare import prepare
 from lorakit.training.run import Run
+from lorakit.training.run_handle import RunHandle
 from lorakit.training.runtime.distributed import Distributed
-from lorakit.training.setup import build_observers, build_run, run_training
+from lorakit.training.setup import add_observers, build_run, run_training
 from lorakit.utils.rng import keyed_generator
 
 CPU = Distributed(torch.device("cpu"))
@@ -30,8 +30,7 @@ HALF = {"validation_split": 0.5, "validation_seed": 5}
 
 def measured(run: Run, timesteps: tuple[int, ...] = (200, 700), max_batches: int | None = None) -> float:
     """The validation loss of a run as it is now."""
-    assert run.info.validation_loss is not None
-    return run.info.validation_loss(timesteps, max_batches)
+    return RunHandle(run).validation_loss(timesteps, max_batches)
 
 
 def parts(config: Any) -> tuple[Run, list[Any]]:
@@ -69,7 +68,7 @@ def test_value_is_the_mean_over_images_and_timesteps(make_config, trained: list[
         run.network.train()
         assert measured(run) == measured(run) == pytest.approx(np.mean(values), rel=1e-5)
         assert all(adapter.training for adapter in run.network.adapters)
-        train(run)
+        train(RunHandle(run))
 
 
 def test_no_graph_is_built(make_config) -> None:
@@ -132,9 +131,10 @@ class Noting(Observer):
 def test_when_a_run_validates(make_config, catalog: Catalog, settings: dict[str, Any], steps: list[int]) -> None:
     """Runs validate after each epoch, or as asked, and at the end; never twice after one step."""
     run, _ = parts(make_config(data=HALF, training={"max_steps": 5}))
-    noting, validating = Noting(), catalog.find(ObserverConfig, "validation")(**settings).build(run.info)
-    run.observers = Observers([("noting", True, noting), ("validation", True, validating)])
-    train(run)
+    handle, noting = RunHandle(run), Noting()
+    handle.observers.add("noting", noting)
+    handle.observers.add("validation", catalog.find(ObserverConfig, "validation")(**settings).build(handle))
+    train(handle)
     assert noting.steps == steps
 
 
@@ -148,8 +148,10 @@ def test_training_takes_no_notice(make_config, catalog: Catalog) -> None:
     results = []
     for watched in (False, True):
         run, _ = parts(make_config(**sections))
-        run.observers = build_observers(run, catalog) if watched else Observers()
-        train(run)
+        handle = RunHandle(run)
+        if watched:
+            add_observers(handle, catalog)
+        train(handle)
         results.append(run.network.tensors())
     assert all(torch.equal(results[1][key], tensor) for key, tensor in results[0].items())
 
@@ -194,9 +196,10 @@ def test_observer_without_a_split(make_config, catalog: Catalog) -> None:
     (warning,) = config.warnings()
     assert str(warning) == 'observers[0].name: "validation" has no effect without data.validation_split'
     run, examples = parts(config)
-    assert (run.info.validation_loss, examples) == (None, [])
-    run.observers = build_observers(run, catalog)
-    train(run)
+    handle = RunHandle(run)
+    assert (handle.holds_out_images, examples) == (False, [])
+    add_observers(handle, catalog)
+    train(handle)
     assert not list(make_config(data=HALF, observers=[{"name": "validation"}]).warnings())
     with pytest.raises(ConfigError, match=r"observers\[0\]\.timesteps: must be below 1000, not 1000"):
         make_config(data=HALF, observers=[{"name": "validation", "timesteps": [3, 1000]}])

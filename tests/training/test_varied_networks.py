@@ -20,7 +20,7 @@ from lorakit.plugins.catalog import Catalog
 from lorakit.training.loop import train
 from lorakit.training.observers import Observers
 from lorakit.training.prepare import prepare
-from lorakit.training.run import Run
+from lorakit.training.run_handle import RunHandle
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.setup import build_run, run_training
 
@@ -76,12 +76,12 @@ def test_rank_stabilized_trains_as_a_higher_alpha(make_config) -> None:
 class StopAfter(Observer):
     """Asks a run to stop after a step."""
 
-    def __init__(self, run: Run, last: int) -> None:
-        self.run, self.last = run, last
+    def __init__(self, handle: RunHandle, last: int) -> None:
+        self.handle, self.last = handle, last
 
     def step_finished(self, step: int) -> None:
         """Ask for it."""
-        self.run.stop.made = step == self.last
+        self.handle.stop.signalled = step == self.last
 
 
 @pytest.mark.parametrize(
@@ -108,10 +108,11 @@ def test_resumed_run_is_bit_equal(
     whole = lorakit.train(make_config(**sections, output={"name": "whole"}))
     run = build_run(prepare(make_config(**sections)), Distributed(CPU))
     assert len(run.optimizer.param_groups) == groups
-    run.observers = Observers([("stop", True, StopAfter(run, 2))])
+    handle = RunHandle(run)
+    handle.observers.add("stop", StopAfter(handle, 2))
     with pytest.raises(Interrupted, match="step 2 of 4"):
-        train(run)
-    assert same(whole, run_training(prepare(run.config), catalog, resume=Path()))
+        train(handle)
+    assert same(whole, run_training(prepare(run.config), catalog, resume="latest"))
 
 
 class Rates(Observer):
@@ -132,8 +133,7 @@ def test_learning_rates_of_a_run(make_config) -> None:
     )
     run = build_run(prepare(config), Distributed(CPU))
     rates = Rates()
-    run.observers = Observers([("rates", True, rates)])
-    train(run)
+    train(RunHandle(run, Observers([("rates", True, rates)])))
     assert len(rates.seen) == 6
     for step, seen in enumerate(rates.seen):
         left = 1 - step / 6

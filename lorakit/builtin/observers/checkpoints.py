@@ -58,14 +58,14 @@ class Checkpoints(Observer):
 
         Raises NotSaved, which says where that is.
         """
-        saves: list[Callable[..., Path]] = [partial(self._run.save_adapter, self._output.name)]
+        saves: list[Callable[[Path | None], Path]] = [partial(self._run.save_adapter, self._output.name)]
         if self._output.save_state or self._output.save_state_at_end:
             saves.append(self._run.save_state)
         refusals = " ".join(filter(None, map(self._refusal_at_end, saves)))
         if refusals:
             raise NotSaved(f"All steps are done, but {refusals}")
 
-    def _refusal_at_end(self, save: Callable[..., Path]) -> str:
+    def _refusal_at_end(self, save: Callable[[Path | None], Path]) -> str:
         """Save something; why it is not in its place and where it is instead, empty if all is well."""
         try:
             saved = save_with_fallback(save, self._output.name)

@@ -1,9 +1,9 @@
-"""Validation: the loss on images that are held out from training, every so many epochs or steps."""
+"""Validation: the loss on images that are held out from training, every N epochs or steps."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
 from attrs import field, frozen
 from attrs import validators as v
@@ -47,20 +47,15 @@ class ValidationConfig(ObserverConfig):
 
     def build(self, run_info: RunInfo) -> Observer:
         """What validates one run; nothing where no images are held out."""
-        if run_info.validation_loss is None:
-            return Observer()
-        return Validation(self, run_info, run_info.validation_loss)
+        return Validation(self, run_info) if run_info.holds_out_images else Observer()
 
 
 class Validation(Observer):
-    """Validates when it is time, and at the end; tells all observers of the loss and how far it is from training's."""
+    """Validates when it is time, and at the end; reports the loss and its distance from the training loss."""
 
-    def __init__(
-        self, config: ValidationConfig, run: RunInfo, measure: Callable[[Sequence[float], int | None], float]
-    ) -> None:
+    def __init__(self, config: ValidationConfig, run: RunInfo) -> None:
         self._config = config
         self._run = run
-        self._measure = measure
         self._every = Every(config.every_n_epochs or (None if config.every_n_steps else 1), config.every_n_steps)
         self._timesteps = config.timesteps or fifths(run.config)
         self._recent: deque[float] = deque(maxlen=run.steps_per_epoch)
@@ -91,7 +86,7 @@ class Validation(Observer):
             return
         self._validated = self._step
         self._run.tell("busy", "validating")
-        loss = self._measure(self._timesteps, self._config.max_steps)
+        loss = self._run.validation_loss(self._timesteps, self._config.max_steps)
         losses = {"average": loss}
         if self._recent:
             losses["divergence"] = loss - sum(self._recent) / len(self._recent)

@@ -57,6 +57,8 @@ class EncodeOptions:
     """Processes that share the work; each must be given the same datasets."""
     weighted_captions: bool = False
     """Whether brackets in captions say how much the words in them count."""
+    keep_unwritten: bool = False
+    """Whether entries that the disk does not take are kept in memory; else they are errors."""
     progress: Callable[[int, int], None] | None = None
     """Told after each batch how many of this process's missing entries are done, and how many there are."""
 
@@ -276,19 +278,19 @@ def _store_all(encoded: Iterable[_Encoded], cache: Cache, total: int, encoding: 
     done = 0
     with ThreadPoolExecutor(1) as writer:
         if encoding.device.type == "cpu":
-            batches = map_prefetch(writer, partial(_write, cache), map(_entries, encoded), ahead=4)
+            batches = map_prefetch(writer, partial(_write, cache, encoding), map(_entries, encoded), ahead=4)
         else:
-            batches = map_prefetch(writer, lambda own: _write(cache, _entries(own)), encoded, ahead=4)
+            batches = map_prefetch(writer, lambda own: _write(cache, encoding, _entries(own)), encoded, ahead=4)
         for stored in batches:
             done += stored
             if encoding.progress:
                 encoding.progress(done, total)
 
 
-def _write(cache: Cache, entries: Mapping[str, Mapping[str, Tensor]]) -> int:
+def _write(cache: Cache, encoding: EncodeOptions, entries: Mapping[str, Mapping[str, Tensor]]) -> int:
     """Write entries, by key, and count them."""
     for key, entry in entries.items():
-        cache.write(key, entry)
+        cache.write(key, entry, keep_unwritten=encoding.keep_unwritten)
     return len(entries)
 
 

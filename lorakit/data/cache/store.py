@@ -55,8 +55,6 @@ class Cache:
         self.folder = folder
         self.memo = FileStatCache(folder / "files.json")
         """What is known of images, captions and entries without opening their files."""
-        self.keeps_unwritten = False
-        """Whether entries that the disk does not take are kept in memory; else they are errors."""
         self._unwritten: dict[str, dict[str, Tensor]] = {}
 
     def has(self, key: str) -> bool:
@@ -88,30 +86,26 @@ class Cache:
         return entry
 
     def store(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write an entry. Raises NotFiniteError, or OutputError where it can neither be written nor kept."""
+        """Write an entry. Raises NotFiniteError, or OutputError where it cannot be written."""
         self.write(key, to_storable(tensors))
 
-    def write(self, key: str, entry: Mapping[str, Tensor]) -> None:
-        """Write an entry that is `settled`, which computes nothing.
+    def write(self, key: str, entry: Mapping[str, Tensor], *, keep_unwritten: bool = False) -> None:
+        """Write an entry made by `to_storable`, which computes nothing.
 
-        Raises OutputError where it can neither be written nor kept.
+        One that the disk does not take is kept in memory if `keep_unwritten`; else OutputError is raised.
         """
         from safetensors.torch import save
 
         try:
             write_atomically(self.path(key), save(dict(entry)))
         except OutputError as error:
-            self._keep(key, entry, error)
+            if not keep_unwritten:
+                raise
+            if not self._unwritten:
+                logger.warning("%s Until then what is encoded is kept in memory, for this run alone.", error)
+            self._unwritten[key] = dict(entry)
         else:
             self.memo.get_or_compute(self.path(key), "whole", lambda: True)
-
-    def _keep(self, key: str, entry: Mapping[str, Tensor], error: OutputError) -> None:
-        """Keep an entry in memory, where that helps, and say so at the first."""
-        if not self.keeps_unwritten:
-            raise error
-        if not self._unwritten:
-            logger.warning("%s Until then what is encoded is kept in memory, for this run alone.", error)
-        self._unwritten[key] = dict(entry)
 
     def path(self, key: str) -> Path:
         """The file of an entry."""

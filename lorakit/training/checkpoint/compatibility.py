@@ -1,17 +1,20 @@
-"""What a run is told by: a state is taken up only where the run goes on to the result that it would have had.
+"""May this state be resumed? Only by a run that then gives the result it would have had without a break.
 
-What differs is named, with both values.
+All that differs is named, with both values.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
 from attrs import evolve, frozen
+from torch.optim.lr_scheduler import LRScheduler
 
 from lorakit.config.diff import Difference, as_json, differences
 from lorakit.config.train_config import AUTOTUNE_KEYS, TrainConfig
@@ -25,7 +28,7 @@ from lorakit.training.prepare import PreparedRun
 log = logging.getLogger(__name__)
 
 NEUTRAL_SECTIONS = ("output", "metadata", "saver", "observers", "attention")
-"""Sections that may differ between a state's config and the config of the run that takes it up."""
+"""Sections that may differ between a state's config and the config of the run that resumes it."""
 
 NEUTRAL_KEYS = {
     "data": ("cache_dir", "workers", "encode_batch_size"),
@@ -34,14 +37,15 @@ NEUTRAL_KEYS = {
         "compile_backend", "tf32", "deterministic", *AUTOTUNE_KEYS,
     ),
 }  # fmt: skip
-"""Keys of other sections that may differ too: what is trained does not depend on them, but for rounding."""
+"""Keys of other sections that may differ too: what is trained does not depend on them, except for rounding."""
 
-_NAMED = 3
+NAMES_SHOWN = 3
+"""How many images a message names."""
 
 
 @frozen
 class RunFingerprint:
-    """What must stay the same when a state is taken up."""
+    """What must be the same when a state is resumed."""
 
     config: TrainConfig
     """The config, whose batch sizes count the images of all processes."""
@@ -54,15 +58,15 @@ class RunFingerprint:
     def of(cls, prepared: PreparedRun, processes: int) -> RunFingerprint:
         """That of a run. Raises DataError where an image cannot be read."""
         config, memo = prepared.config, prepared.cache.memo
-        datasets = tuple(evolve(own, batch_size=own.batch_size * processes) for own in config.data.datasets)
+        datasets = tuple(evolve(dataset, batch_size=dataset.batch_size * processes) for dataset in config.data.datasets)
         examples = [example for dataset in prepared.datasets for example in dataset.examples]
         with ThreadPoolExecutor(config.data.workers or default_workers()) as pool:
             keys = list(map_chunked(pool, lambda example: _key(example, memo), examples))
         images = {example.identity: key for example, key in zip(examples, keys, strict=True)}
         return cls(evolve(config, data=evolve(config.data, datasets=datasets)), images, processes)
 
-    def described(self) -> dict[str, Any]:
-        """What a state keeps of it, as JSON."""
+    def to_dict(self) -> dict[str, Any]:
+        """What a state stores of it, as JSON."""
         tables = {
             section: {key: value for key, value in table.items() if key not in NEUTRAL_KEYS.get(section, ())}
             for section, table in as_json(self.config).items()
@@ -70,19 +74,19 @@ class RunFingerprint:
         }
         return {"processes": self.processes, "config": tables, "images": dict(self.images)}
 
-    def problems_with(self, described: Mapping[str, Any]) -> list[Problem]:
-        """What differs from what `described` gave for another run. Raises as a damaged description makes it."""
-        processes = int(described["processes"])
+    def problems_with(self, stored: Mapping[str, Any]) -> list[Problem]:
+        """What differs from what `to_dict` gave for another run. Raises whatever a damaged one causes."""
+        processes = int(stored["processes"])
         found = [
             self._problem(difference, processes)
-            for difference in differences(self.config, described["config"])
+            for difference in differences(self.config, stored["config"])
             if not _is_neutral(difference.key)
         ]
-        return [*found, *self._problems_of_images(list(dict(described["images"]).items()))]
+        return [*found, *self._problems_of_images(list(dict(stored["images"]).items()))]
 
     def _problem(self, difference: Difference, processes: int) -> Problem:
         before, now = (json.dumps(value, ensure_ascii=False) for value in (difference.before, difference.now))
-        message = f"{_said(before)} in the state, {_said(now)} in the config"
+        message = f"{_or_absent(before)} in the state, {_or_absent(now)} in the config"
         if not difference.key.endswith(".batch_size") or processes == self.processes:
             return Problem(difference.key, message)
         wanted, left = divmod(difference.before, self.processes)
@@ -101,7 +105,52 @@ class RunFingerprint:
             what = "other content, size, caption, mask or repeats than in the state"
             yield Problem("data", f"{what}: {_some(changed)}")
         if not (added or gone) and list(then) != list(now):
-            yield Problem("data", "the images stand in another order than in the state")
+            yield Problem("data", "the images are in another order than in the state")
+
+
+def fast_forward(lr_scheduler: LRScheduler, first_rates: Sequence[float], steps: int) -> None:
+    """Bring a schedule that has not begun to where it is after this many steps.
+
+    `first_rates` are the learning rates of its optimizer's groups before the first step.
+    """
+    for group, rate in zip(lr_scheduler.optimizer.param_groups, first_rates, strict=True):
+        group["lr"] = rate
+    with warnings.catch_warnings():
+        # It expects a step of the optimizer before each of its own.
+        warnings.simplefilter("ignore", UserWarning)
+        for _ in range(steps):
+            lr_scheduler.step()
+
+
+def warn_of_length(config: TrainConfig, done: int, before: int, now: int) -> None:
+    """Warn if the `done` first steps of a run of `before` steps are not those of a run of `now` steps."""
+    changed = " and ".join(_changed(config, done, before, now)) if before != now else ""
+    if changed:
+        log.warning(
+            "the state is of a run of %d steps, on which %s depend; a run of %d steps had others in the first %d, "
+            "so the result will be between the two",
+            before, changed, now, done,
+        )  # fmt: skip
+
+
+def _changed(config: TrainConfig, done: int, before: int, now: int) -> Iterator[str]:
+    if _rates(config, done, before) != _rates(config, done, now):
+        yield "learning rates"
+    subsets = [subset for dataset in config.data.datasets for subset in dataset.subsets]
+    if any(0 < subset.token_warmup_step < 1 for subset in subsets):
+        yield "numbers of tags"
+
+
+def _rates(config: TrainConfig, done: int, total_steps: int) -> list[float]:
+    """The learning rates of the first steps, for a part that is trained."""
+    lr = max(rate for part in config.trained_parts for rate in config.optimizer.lrs_for(part))
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=lr)
+    schedule = config.lr_scheduler.build(optimizer, total_steps)
+    rates = []
+    for _ in range(done):
+        rates.append(optimizer.param_groups[0]["lr"])
+        fast_forward(schedule, rates[-1:], 1)
+    return rates
 
 
 def _key(example: Example, memo: FileStatCache) -> str:
@@ -117,11 +166,13 @@ def _is_neutral(key: str) -> bool:
     return section in NEUTRAL_SECTIONS or name in NEUTRAL_KEYS.get(section, ())
 
 
-def _said(value: str) -> str:
+def _or_absent(value: str) -> str:
     return "absent" if value == "null" else value
 
 
 def _some(identities: Sequence[str]) -> str:
     """The first few file names."""
     names = [identity.split("/", 2)[-1] for identity in identities]
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+    return ", ".join(names[:NAMES_SHOWN]) + (
+        f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    )

@@ -1,26 +1,23 @@
-"""From a run to a state, and from a state to where the run goes on."""
+"""From a run to a state, and back."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lorakit.errors import ConfigError, Problem
-from lorakit.training.checkpoint.length import follow, warn_of_length
+from lorakit.training.checkpoint.compatibility import fast_forward, warn_of_length
 from lorakit.training.checkpoint.state import State, state_errors
-
-if TYPE_CHECKING:
-    from lorakit.training.run import Run
+from lorakit.training.run import Run
 
 
 def capture_state(run: Run) -> State:
-    """All that is needed to go on from the step that a run has come to."""
-    machinery = {
+    """All that is needed to resume from the step that a run has reached."""
+    state_dicts = {
         "optimizer": run.optimizer.state_dict(),
         "lr_scheduler": run.lr_scheduler.state_dict(),
         "scaler": run.scaler.state_dict(),
     }
-    return State(run.step, run.schedule.total_steps, run.network.tensors(), machinery)
+    return State(run.step, run.schedule.total_steps, run.network.tensors(), state_dicts)
 
 
 def restore(run: Run, state: State, folder: Path) -> None:
@@ -31,16 +28,16 @@ def restore(run: Run, state: State, folder: Path) -> None:
     total = run.schedule.total_steps
     if state.step > total:
         key = "training.max_epochs" if run.config.training.max_epochs else "training.max_steps"
-        problem = f"gives {total} steps, but the state in {folder} has come to step {state.step}"
-        raise ConfigError([Problem(key, problem, "let the run be longer, or take up another state")])
+        problem = f"gives {total} steps, but the state in {folder} has reached step {state.step}"
+        raise ConfigError([Problem(key, problem, "make the run longer, or resume another state")])
     first_rates = [group["lr"] for group in run.optimizer.param_groups]
     with state_errors(folder):
         run.network.load_tensors(state.tensors)
-        run.optimizer.load_state_dict(state.machinery["optimizer"])
-        run.scaler.load_state_dict(state.machinery["scaler"])
+        run.optimizer.load_state_dict(state.state_dicts["optimizer"])
+        run.scaler.load_state_dict(state.state_dicts["scaler"])
         if total == state.total_steps:
-            run.lr_scheduler.load_state_dict(state.machinery["lr_scheduler"])
+            run.lr_scheduler.load_state_dict(state.state_dicts["lr_scheduler"])
         else:
-            follow(run.lr_scheduler, first_rates, state.step)
+            fast_forward(run.lr_scheduler, first_rates, state.step)
     warn_of_length(run.config, state.step, state.total_steps, total)
     run.step = run.first_step = state.step

@@ -1,7 +1,7 @@
 """State dicts as safetensors files: tensors as tensors, all else as JSON in the header.
 
-What a library of optimizers keeps is numbers, names and tensors, in dicts and lists. Such a file holds nothing that
-could run when it is read, as a pickle could.
+Optimizers keep numbers, names and tensors, in dicts and lists. Unlike a pickle, such a file holds nothing that could
+run when it is read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from lorakit.checkpoints.safetensors_content import safetensors_content
 from lorakit.checkpoints.safetensors_header import safetensors_shapes
 
-_HEADER: Final = "machinery"
+_HEADER: Final = "structure"
 _CONTAINERS: Mapping[str, Callable[[list[Any]], Any]] = {
     "tuple": tuple,
     "set": set,
@@ -27,7 +27,7 @@ _CONTAINERS: Mapping[str, Callable[[list[Any]], Any]] = {
     "OrderedDict": OrderedDict,
     "Counter": lambda pairs: Counter(dict(pairs)),
 }
-"""What JSON has no form for, by the name of its type, made from its items; those of mappings are pairs."""
+"""What JSON lacks, by the name of its type, made from its items; those of mappings are pairs."""
 
 
 class NotSerializableError(TypeError):
@@ -45,10 +45,10 @@ def serialize(content: Any) -> bytes:
 
 
 def deserialize(path: Path, device: torch.device) -> Any:
-    """What was packed into a file; tensors that were not on the CPU are on a device.
+    """What was serialized into a file; tensors that were not on the CPU are on a device.
 
     Raises OSError, ModelError, SafetensorError, ValueError, TypeError, KeyError, AttributeError or RecursionError where
-    the file is no such one.
+    the file is not of this kind.
     """
     safetensors_shapes(path)
     tensors, metadata = safetensors_content(path)
@@ -79,15 +79,15 @@ class _Packing:
         return {kind: [self.form(list(item) if isinstance(value, Mapping) else item) for item in items]}
 
     def _reference(self, value: Tensor) -> Any:
-        """What stands for a tensor."""
+        """A reference to a tensor."""
         name = self._names.setdefault(id(value), str(len(self._names)))
-        # A copy of its own, as a file cannot hold two tensors that share their numbers.
+        # A copy, as a file cannot hold two tensors that share their numbers.
         self.tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return {"tensor": name, "on_device": value.device.type != "cpu"}
 
 
 class _Unpacking:
-    """Puts tensors back into the places that a form gives them."""
+    """Puts tensors back where a form refers to them."""
 
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         self._tensors = tensors

@@ -1,8 +1,8 @@
-"""States: all that is needed to go on with a run from the step it had come to.
+"""States: all that is needed to resume a run from the step it had reached.
 
-Randomness is keyed by step and sample, so there is no generator to save: factors, optimizer,
+Randomness is keyed by step and sample, so there is no generator to save: LoRA matrices, optimizer,
 LR schedule, loss scale and the number of steps done are everything. A state is a folder that
-appears under its name only when it is whole and was read back.
+appears under its name only when it is complete and was read back.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ from lorakit.utils.atomic_io import (
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """Number of the layout of states; a state of another one cannot be read."""
 
-_TENSORS, _MACHINERY, _DESCRIPTION = "network.safetensors", "machinery.safetensors", "state.json"
+_TENSORS, _OPTIMIZER, _DESCRIPTION = "network.safetensors", "optimizer.safetensors", "state.json"
 _END = "finished.json"
-"""What is in a state that the run has gone on from to its end."""
+"""A file in states from which the run has continued to its end."""
 
 
 @frozen
 class State:
-    """Where a run has come to."""
+    """The step that a run has reached, and all that belongs to it."""
 
     step: int
     """Optimizer steps done."""
     total_steps: int
-    """How many the whole run was to have."""
+    """How many the whole run was to take."""
     tensors: Mapping[str, Tensor]
     """The adapters as they are trained, by the keys of a LoRA file."""
-    machinery: Mapping[str, Any]
+    state_dicts: Mapping[str, Any]
     """State dicts of `optimizer`, `lr_scheduler` and `scaler`."""
 
 
@@ -68,8 +68,8 @@ def state_folder(config: TrainConfig) -> Path:
     return config.output.dir / f"{config.output.name}-state"
 
 
-def write_state(state: State, identity: RunFingerprint, folder: Path) -> Path:
-    """Write a state into a folder, read it back, and remove older ones as the config says; gives its own folder.
+def write_state(state: State, fingerprint: RunFingerprint, folder: Path) -> Path:
+    """Write a state into a folder, read it back, and remove older ones as the config says; returns its own folder.
 
     Those of later steps, of an earlier run in the same folder, stay.
     Raises OutputError when it cannot be written, or is not read back as it was written.
@@ -80,7 +80,7 @@ def write_state(state: State, identity: RunFingerprint, folder: Path) -> Path:
         try:
             with as_output_error(final):
                 written.mkdir()
-                _write(state, identity, written)
+                _write(state, fingerprint, written)
             _verified(written, _described(written))
             read_state(written, torch.device("cpu"))
         except NotSerializableError as error:
@@ -88,20 +88,20 @@ def write_state(state: State, identity: RunFingerprint, folder: Path) -> Path:
         except ConfigError as error:
             raise OutputError(f"{final} was not read back as it was written: {error}") from error
         commit(written, final)
-    _remove_older(folder, final, identity.config.output.keep_last_states)
+    _remove_older(folder, final, fingerprint.config.output.keep_last_states)
     return final
 
 
-def _write(state: State, identity: RunFingerprint, folder: Path) -> None:
+def _write(state: State, fingerprint: RunFingerprint, folder: Path) -> None:
     """Write the files of a state, those that are described before the description, and flush them."""
-    contents = {_TENSORS: safetensors.torch.save(dict(state.tensors)), _MACHINERY: serialize(dict(state.machinery))}
+    contents = {_TENSORS: safetensors.torch.save(dict(state.tensors)), _OPTIMIZER: serialize(dict(state.state_dicts))}
     description = {
         "format": FORMAT,
         "lorakit": __version__,
         "step": state.step,
         "total_steps": state.total_steps,
         "files": {name: blake2b(content, digest_size=16).hexdigest() for name, content in contents.items()},
-        **identity.described(),
+        **fingerprint.to_dict(),
     }
     contents[_DESCRIPTION] = json.dumps(description, indent=1).encode()
     for name, content in contents.items():
@@ -120,11 +120,11 @@ def _remove_older(folder: Path, newest: Path, keep: int) -> None:
         try:
             remove_folder(older)
         except OutputError as error:
-            log.warning("an older state stays: %s", error)
+            log.warning("an older state was not removed: %s", error)
 
 
 def note_end(folder: Path, total_steps: int) -> None:
-    """Note in a folder's states that their run has gone on from them to its end."""
+    """Note in a folder's states that their run has continued to its end."""
     for state in states_in(folder):
         with suppress(OutputError):
             write_atomically(state / _END, json.dumps({"total_steps": total_steps}).encode())
@@ -138,7 +138,7 @@ def forget_end(folder: Path) -> None:
 
 
 def has_ended(state: Path, total_steps: int) -> bool:
-    """Whether the run of a state has gone on from there to its end, which was after so many steps."""
+    """Whether the run of a state has continued to its end, which was after `total_steps`."""
     try:
         noted = json.loads((state / _END).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -152,51 +152,51 @@ def states_in(folder: Path) -> list[Path]:
 
 
 def read_state(folder: Path, device: torch.device) -> State:
-    """A state, its machinery on a device. Raises ConfigError when it is damaged."""
+    """A state, its optimizer's tensors on a device. Raises ConfigError when it is damaged."""
     with state_errors(folder):
         description = _described(folder)
         safetensors_shapes(folder / _TENSORS)
         tensors, _ = safetensors_content(folder / _TENSORS)
-        machinery = deserialize(folder / _MACHINERY, device)
-        return State(description["step"], description["total_steps"], tensors, machinery)
+        state_dicts = deserialize(folder / _OPTIMIZER, device)
+        return State(description["step"], description["total_steps"], tensors, state_dicts)
 
 
-def find_state(identity: RunFingerprint, folder: Path | None) -> Path:
-    """The state in a folder, or the newest whole one that belongs to this run; those passed over are told.
+def find_state(fingerprint: RunFingerprint, folder: Path | None) -> Path:
+    """The state in a folder, or the newest undamaged one of this run; a warning names newer ones that were skipped.
 
     Raises ConfigError when there is none, or when it is damaged or belongs to another run.
     """
-    where = folder or state_folder(identity.config)
+    where = folder or state_folder(fingerprint.config)
     states = states_in(where) if folder is None else [folder] * (folder / _DESCRIPTION).is_file()
     if not states:
         raise ConfigError([Problem("--resume", f"there is no state in {where}", "start without --resume")])
     refusals: list[ConfigError] = []
     for state in reversed(states):
         try:
-            _check(state, identity)
+            _check(state, fingerprint)
         except ConfigError as error:
             refusals.append(error)
             continue
         for refusal in refusals:
-            log.warning("a newer state is passed over: %s", refusal)
+            log.warning("skipping a newer state: %s", refusal)
         return state
     raise refusals[0]
 
 
-def _check(folder: Path, identity: RunFingerprint) -> None:
-    """Raise ConfigError unless a state is whole and belongs to a run."""
+def _check(folder: Path, fingerprint: RunFingerprint) -> None:
+    """Raise ConfigError unless a state is undamaged and belongs to a run."""
     description = _described(folder)
     with state_errors(folder):
-        problems = identity.problems_with(description)
+        problems = fingerprint.problems_with(description)
     if problems:
         what = "".join(f"\n  {problem}" for problem in problems)
-        cure = f'Undo what differs, or start anew from its weights: network.weights = "{folder / _TENSORS}"'
-        told = f"the state in {folder} was saved by a run with another config or dataset:{what}\n{cure}"
-        raise ConfigError([Problem("--resume", told)])
+        hint = f'Undo what differs, or start a new run from its weights: network.weights = "{folder / _TENSORS}"'
+        message = f"the state in {folder} was saved by a run with another config or dataset:{what}\n{hint}"
+        raise ConfigError([Problem("--resume", message)])
     _verified(folder, description)
     if description["lorakit"] != __version__:
-        told = "the state in %s was saved by lorakit %s, this is %s: the result may differ from that of either"
-        log.warning(told, folder, description["lorakit"], __version__)
+        message = "the state in %s was saved by lorakit %s, this is %s: the result may differ from that of either"
+        log.warning(message, folder, description["lorakit"], __version__)
 
 
 def _described(folder: Path) -> dict[str, Any]:
@@ -207,13 +207,15 @@ def _described(folder: Path) -> dict[str, Any]:
         if number == FORMAT:
             return {**description, "step": step, "total_steps": int(description["total_steps"]), "lorakit": version}
     problem = f"the state in {folder} has format {number}, of lorakit {version}; this lorakit reads format {FORMAT}"
-    raise ConfigError([Problem("--resume", problem, f"go on with lorakit {version}, or start anew from its weights")])
+    raise ConfigError(
+        [Problem("--resume", problem, f"resume it with lorakit {version}, or start a new run from its weights")]
+    )
 
 
 def _verified(folder: Path, description: Mapping[str, Any]) -> None:
     """Raise ConfigError unless the files of a state are, byte for byte, as they were written."""
     with state_errors(folder):
-        for name in (_TENSORS, _MACHINERY):
+        for name in (_TENSORS, _OPTIMIZER):
             if content_digest(folder / name) != description["files"][name]:
                 raise ValueError(f"{name} is not as it was written")
 

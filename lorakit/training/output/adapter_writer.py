@@ -30,7 +30,7 @@ class AdapterWriter:
     network: Network
     saver: Saver
     metadata: Mapping[str, str]
-    """What stays the same over the run, but for what the model says of itself."""
+    """What stays the same over the run, except for the model's part."""
 
     def write_config(self, catalog: Catalog) -> None:
         """Write the resolved config, which repeats the run; the catalog says which names need a distribution."""
@@ -50,13 +50,13 @@ class AdapterWriter:
     def write(self, path: Path, step: int, epoch: int) -> None:
         """Write the adapters as they are now, and read them back before the file gets its name.
 
-        Raises TrainingDiverged when a factor is not finite, so that a broken file never takes the place of a
+        Raises TrainingDiverged when a weight is not finite, so that a broken file never takes the place of a
         good one; and OutputError when the file cannot be written, or is not read back as it was written.
         """
         tensors = self.network.file_tensors()
         broken = next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None)
         if broken:
-            raise TrainingDiverged(f"step {step}: {broken} is not finite; nothing was saved, earlier saves are kept")
+            raise TrainingDiverged(f"step {step}: {broken} is not finite; nothing was saved, earlier saves remain")
         # Asked for here and not at the start: hashing a base model of some gigabytes takes seconds, once.
         metadata = {**self.metadata, **self.model.metadata(), **save_metadata(step, epoch)}
         if self.config.metadata.minimal:
@@ -68,13 +68,13 @@ class AdapterWriter:
                     self.saver.save(AdapterFile(tensors, metadata), written)
                 except OutputError as error:
                     raise OutputError(str(error).replace(str(written), str(path))) from error
-            why = self._misread(written, tensors)
-            if why:
-                raise OutputError(f"{path} was not read back as it was written: {why}. The disk may be failing.")
+            reason = self._verify(written, tensors)
+            if reason:
+                raise OutputError(f"{path} was not read back as it was written: {reason}. The disk may be failing.")
             commit(written, path)
 
-    def _misread(self, path: Path, tensors: Mapping[str, Tensor]) -> str:
-        """Why a file does not hold these tensors, in the number format of the saver; empty where it does."""
+    def _verify(self, path: Path, tensors: Mapping[str, Tensor]) -> str:
+        """Why a file does not hold these tensors, in the dtype of the saver; empty if it does."""
         try:
             with plugin_errors(self.config.saver, "load"):
                 read = self.saver.load(path).tensors
@@ -82,4 +82,4 @@ class AdapterWriter:
             return str(error)
         wrong = tensors.keys() ^ read.keys()
         wrong |= {key for key in tensors.keys() & read.keys() if not torch.equal(tensors[key].to(read[key]), read[key])}
-        return f"{min(wrong)} is another" if wrong else ""
+        return f"{min(wrong)} differs" if wrong else ""

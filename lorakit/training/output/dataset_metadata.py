@@ -1,4 +1,4 @@
-"""What a LoRA file says about the images and captions that it was trained on."""
+"""The metadata of a LoRA file about the images and captions that it was trained on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DATASET_KEYS = [key for key in field_names(DatasetConfig) if key not in ("subse
 def data_metadata(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
     """The entries about the data.
 
-    Keys of datasets and subsets that all agree in are there under their own names; `ss_datasets` has all of each.
+    Keys whose value all datasets and subsets share have entries of their name; `ss_datasets` has all of each.
     """
     first = datasets[0].config
     width, height = first.resolution
@@ -77,7 +77,7 @@ def _folders(datasets: Sequence[IndexedDataset], is_reg: bool) -> dict[str, dict
 
 
 def _tag_frequency(examples: Sequence[Example]) -> dict[str, Counter[str]]:
-    """How often each tag stands in the captions of each folder."""
+    """How often each tag is in the captions of each folder."""
     frequency: dict[str, Counter[str]] = {}
     for example in examples:
         tags = (tag.strip().lower() for tag in re.split("[,\n]", example.caption))

@@ -1,4 +1,4 @@
-"""Where to save what took hours when the output folder takes nothing."""
+"""Where to save the result of hours when the output folder cannot be written."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Saved:
 
 
 def save_with_fallback(save: Callable[[Path | None], Path], name: str) -> Saved:
-    """Have something saved in its usual place, or else in a new folder here or among the temporary files.
+    """Save something in its usual place, or else in a new folder in the current or the temporary directory.
 
-    `save` is given the folder, None for the usual one. Raises NotSaved where no place takes it.
+    `save` is given the folder, None for the usual one. Raises NotSaved where none can be written.
     """
     try:
         return Saved(save(None))

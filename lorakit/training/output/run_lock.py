@@ -1,7 +1,7 @@
 """One run at a time for each output name: the second is refused at its start.
 
 The operating system holds the lock for as long as the process lives, so a run that was killed leaves nothing
-that has to be cleaned up.
+that needs to be cleaned up.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LOCKED_BYTES = 1
 def run_lock(output: OutputSection) -> Iterator[None]:
     """Keep other runs from writing files of this name to this folder while the block lasts.
 
-    Where the file system has no locks, a warning says so. Raises OutputError, which tells of the other run.
+    Where the file system has no locks, a warning is logged. Raises OutputError, which names the other run.
     """
     from filelock import FileLock, SoftFileLock, Timeout
 

@@ -1,7 +1,7 @@
 """Starting the processes that `accelerate launch --cpu --num_processes N` asks for and does not start.
 
 On CPUs accelerate leaves starting processes to MPI; without an MPI host file it starts one
-process, whatever N is, and says nothing. That process finds out here and starts the others.
+process, whatever N is, without a message. That process finds out here and starts the others.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _asked_for() -> int | None:
 
 
 def num_processes(command: Sequence[str]) -> int | None:
-    """The number that a command line gives for `--num_processes`; None where it gives none."""
+    """The value of `--num_processes` in a command line; None if absent."""
     for argument, following in zip(command, [*command[1:], ""], strict=True):
         name, _, value = argument.partition("=")
         if name.replace("-", "_") == "__num_processes" and (value or following).isdigit():

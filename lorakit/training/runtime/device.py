@@ -1,4 +1,4 @@
-"""The device of a run: what it is called, whether PyTorch can use it, and what does not suit it."""
+"""The device of a run: its name, whether PyTorch can use it, and what does not suit it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _KINDS = {"cuda": ("CUDA", "ROCm"), "xpu": ("Intel GPUs",), "mps": ("Apple GPUs"
 """What PyTorch must be built for, by kind of device."""
 _CHOOSING_GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 _NO_KERNELS = re.compile("no kernel image|kernel image is invalid|invalid device function|_ARCH_MISMATCH")
-"""What CUDA, ROCm and their libraries say where a build has no code for a GPU."""
+"""Errors of CUDA, ROCm and their libraries where a build has no code for a GPU."""
 
 
 def find_device(name: str) -> torch.device:
-    """The device that a config names, or the best one for `auto`. Raises ConfigError where it is not there."""
+    """The device that a config names, or the best one for `auto`. Raises ConfigError where it does not exist."""
     kind, _, number = name.partition(":")
     with _without_warnings():
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -53,7 +53,7 @@ def check_device(device: torch.device) -> None:
 
 
 def device_summary(device: torch.device, mixed_precision: str, world_size: int = 1) -> str:
-    """What a run trains on, `NVIDIA GeForce RTX 4090, 24 GB, bf16`, and in a second sentence what it does not use."""
+    """The device of a run, `NVIDIA GeForce RTX 4090, 24 GB, bf16`, and in a second sentence what it does not use."""
     precision = "float32" if mixed_precision == "no" else mixed_precision
     if device.type == "cpu":
         processes = f"{world_size} processes, " if world_size > 1 else ""
@@ -99,29 +99,29 @@ def _unused_gpu() -> Iterator[Problem]:
     chosen = {name: os.environ[name] for name in _CHOOSING_GPUS if name in os.environ}
     if any(value.strip() in ("", "-1") for value in chosen.values()):  # which is how to say: on the CPU
         return
-    reason, cure = _cause(chosen)
-    yield Problem("training.device", f"this run is on the CPU: {reason}", cure)
+    reason, hint = _cause(chosen)
+    yield Problem("training.device", f"this run is on the CPU: {reason}", hint)
 
 
 def _cause(chosen: dict[str, str]) -> tuple[str, str]:
     """Why PyTorch finds no GPU though it was built for one, and what helps."""
-    told, version = _words_of_the_driver(), torch.__version__
-    if found := re.search(r"too old \(found version (\d+)\)", told):
+    error, version = _driver_error(), torch.__version__
+    if found := re.search(r"too old \(found version (\d+)\)", error):
         has = f"CUDA {int(found[1]) // 1000}.{int(found[1]) % 1000 // 10}"
-        cure = f"update the driver: https://www.nvidia.com/drivers, or install a PyTorch for {has}: {GET_PYTORCH}"
-        return f"the NVIDIA driver is for {has}, PyTorch {version} for CUDA {torch.version.cuda}", cure
+        hint = f"update the driver: https://www.nvidia.com/drivers, or install a PyTorch for {has}: {GET_PYTORCH}"
+        return f"the NVIDIA driver is for {has}, PyTorch {version} for CUDA {torch.version.cuda}", hint
     if chosen:
         settings = ", ".join(f"{name}={value}" for name, value in chosen.items())
         return f"PyTorch {version} finds no GPU with {settings}", "GPUs are counted from 0"
     if sys.platform == "darwin":
         return f"PyTorch {version} finds no GPU that it can use", "macOS 14 or later is needed"
-    because = f": {told}" if told else ""
-    cure = "see whether the driver's own tool, such as nvidia-smi, shows one"
-    return f"PyTorch {version} finds no GPU that it can use{because}", cure
+    because = f": {error}" if error else ""
+    hint = "see whether the driver's tool, such as nvidia-smi, shows one"
+    return f"PyTorch {version} finds no GPU that it can use{because}", hint
 
 
-def _words_of_the_driver() -> str:
-    """What PyTorch says when it is to start CUDA or ROCm and cannot; empty where it was built for neither."""
+def _driver_error() -> str:
+    """PyTorch's error when it cannot start CUDA or ROCm; empty where it was built for neither."""
     try:
         with _without_warnings():
             torch.cuda.init()  # type: ignore[no-untyped-call]
@@ -133,21 +133,21 @@ def _words_of_the_driver() -> str:
 
 
 def _not_available(name: str) -> Problem:
-    """The problem of a device that a config names and that is not there."""
+    """The problem of a device that a config names and that does not exist."""
     build = torch_build()
     if build is not None and build.gpus not in _KINDS[name.partition(":")[0]]:
         message = f"{name!r} is not available: PyTorch {torch.__version__} was built without it"
         return Problem("training.device", message, f'{GET_PYTORCH}, or set "cpu"')
-    reason, cure = _cause({own: os.environ[own] for own in _CHOOSING_GPUS if own in os.environ})
-    return Problem("training.device", f"{name!r} is not available: {reason}", f'{cure}; or set "cpu"')
+    reason, hint = _cause({name: os.environ[name] for name in _CHOOSING_GPUS if name in os.environ})
+    return Problem("training.device", f"{name!r} is not available: {reason}", f'{hint}; or set "cpu"')
 
 
 def _not_usable(device: torch.device, error: Exception) -> Problem:
-    """The problem of a device that is there, and fails at the first thing that it is to compute."""
-    told = shorten(str(error).partition("\n")[0], 200)
-    if device.type != "cuda" or not _NO_KERNELS.search(told):
-        cure = 'another program may hold it; or set "cpu"'
-        return Problem("training.device", f"{device} cannot be used: {told}", cure)
+    """The problem of a device that exists, and fails at its first computation."""
+    reason = shorten(str(error).partition("\n")[0], 200)
+    if device.type != "cuda" or not _NO_KERNELS.search(reason):
+        hint = 'another program may hold it; or set "cpu"'
+        return Problem("training.device", f"{device} cannot be used: {reason}", hint)
     kernels = torch.cuda.get_arch_list()
     name = f"{_name(device)} ({_architecture(device)})"
     message = f"PyTorch {torch.__version__} has no kernels for {name}, only for {', '.join(kernels)}"
@@ -177,7 +177,7 @@ def _name(device: torch.device) -> str:
 
 
 def _memory(device: torch.device) -> int:
-    """The device's memory in gigabytes, as makers round it; 0 where it has none of its own."""
+    """The device's memory in gigabytes, as makers round it; 0 where it shares the CPU's."""
     if device.type not in ("cuda", "xpu"):
         return 0
     total: int = torch.get_device_module(device).get_device_properties(device).total_memory
@@ -193,7 +193,7 @@ def _architecture(device: torch.device) -> str:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Keep PyTorch's own warnings about drivers and GPUs back: what matters is said by what uses this."""
+    """Hide PyTorch's warnings about drivers and GPUs: the callers report what matters."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

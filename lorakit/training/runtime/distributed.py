@@ -1,4 +1,4 @@
-"""The processes of one run: which this is, on which device, and how they speak to each other.
+"""The processes of one run: which this is, on which device, and how they communicate.
 
 Launching is accelerate's (`accelerate launch -m lorakit train …`); alone, nothing of it is imported.
 """
@@ -52,17 +52,17 @@ class Distributed:
         """Whether this is the process that writes files and talks to the user."""
         return self.rank == 0
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Return when all processes have come here."""
         if self.world_size > 1:
             torch.distributed.barrier()
 
-    def finish(self) -> None:
-        """Return when this process's device has done all that it was asked for."""
+    def synchronize(self) -> None:
+        """Wait until this process's device has finished its work."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """The tensor, summed in place over all processes."""
         if self.world_size > 1:
             torch.distributed.all_reduce(tensor)
@@ -80,7 +80,7 @@ def _join(device: str, timeout: float | None) -> Distributed:
         raise ConfigError(problems)
     settings: dict[str, Any] = {"timeout": timedelta(minutes=timeout)} if timeout else {}
     if not on_cpu and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        # With it, NCCL need not guess the device, and tells at once what is wrong with it.
+        # With it, NCCL need not guess the device, and reports its errors at once.
         settings["device_id"] = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     state = PartialState(cpu=on_cpu, **settings)
     if state.num_processes != asked:
@@ -98,7 +98,7 @@ def _problems_of_launch(device: str, on_cpu: bool) -> Iterator[Problem]:
             hint = "give `accelerate launch` --multi_gpu, or answer `accelerate config` again"
             yield Problem("", f"accelerate is set up for {name}, which lorakit does not train with", hint)
     if ":" in device:
-        yield Problem("training.device", f"{device!r} is one device, and each process takes its own", 'use "auto"')
+        yield Problem("training.device", f"{device!r} is one device, but each process needs another", 'use "auto"')
     if on_cpu or not torch.cuda.is_available():
         return
     count, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

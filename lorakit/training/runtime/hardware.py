@@ -17,7 +17,7 @@ from lorakit.config.train_config import TrainingSection
 from lorakit.errors import Problem
 
 _SIGNS = ("/proc/driver/nvidia", "/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/dri")
-"""What the drivers of NVIDIA, AMD and Intel, and Windows' own for Linux, leave on Linux."""
+"""What the drivers of NVIDIA, AMD and Intel, and Windows' driver for Linux, leave on Linux."""
 
 _TOOLS = {"NVIDIA": ("nvidia-smi",), "AMD": ("rocminfo", "amd-smi"), "Intel": ("xpu-smi",)}
 """Programs that are installed with what a GPU of each maker needs to compute."""

@@ -1,44 +1,43 @@
-"""What is told of a run that memory does not suffice for: in so many words where it ends, and what to change."""
+"""What to report when a run is out of memory: the step, the batch, and what to change."""
 
 from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import Literal
 
 import torch
 from attrs import evolve
 
 from lorakit.config.memory_presets import next_preset, preset_diff, to_toml
 from lorakit.config.train_config import UNIFIED_MEMORY_DEVICES
-from lorakit.data.prompts import LivePrompts
+from lorakit.data.batch_sampler import SampleRef
 from lorakit.errors import OutOfMemory, is_out_of_memory
 from lorakit.training.output.fallback import save_with_fallback
-
-if TYPE_CHECKING:
-    from lorakit.training.run import Run
+from lorakit.training.run import Run
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
-def explain_oom(run: Run) -> Iterator[None]:
-    """Turn a lack of memory in a step into an `OutOfMemory` that says what to change; a state is saved where it can be.
+def explain_oom(run: Run, save_state: Callable[[Path | None], Path]) -> Iterator[None]:
+    """Turn a lack of memory in a step into an `OutOfMemory` that says what to change; a state is saved if possible.
 
-    All that counts is whole until the step's update begins.
+    All that a state holds is consistent until the step's update begins.
     """
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # so that the state can be written in the memory that they held
+        traceback.clear_frames(error.__traceback__)  # to free the memory for writing the state
         images, width, height = _largest_batch(run)
         batch = f"{images} image{'s' if images > 1 else ''} of {width}x{height}"
-        told = f"Out of memory in step {run.step + 1}, with a batch of {batch}. To need less, {memory_hint(run)}."
-        raise OutOfMemory(f"{told}{_saved_state(run)}") from error
+        message = f"Out of memory in step {run.step + 1}, with a batch of {batch}. To need less, {memory_hint(run)}."
+        raise OutOfMemory(f"{message}{_saved_state(run, save_state)}") from error
 
 
 def memory_hint(run: Run) -> str:
@@ -46,18 +45,16 @@ def memory_hint(run: Run) -> str:
     training = run.config.training
     if run.processes.device.type in UNIFIED_MEMORY_DEVICES:
         training = evolve(training, device="cpu")
-    live = isinstance(run.loader.captions, LivePrompts)
-    parts = tuple(own for own in run.config.model.parts if own != "text_encoder" or live)
-    rung, ways = next_preset(training, parts), []
+    preset, ways = next_preset(training, run.parts_in_memory), []
     if training.mixed_precision == "no":
         ways.append(f'set mixed_precision = "{half_precision(run.processes.device.type)}" in [training]')
-    if rung is not None:
-        keys = {key: value for key, value in preset_diff(rung, training).items() if value != getattr(training, key)}
+    if preset is not None:
+        keys = {key: value for key, value in preset_diff(preset, training).items() if value != getattr(training, key)}
         ways.append(f"set {' and '.join(to_toml(keys))} in [training]")
     if _largest_batch(run)[0] > 1:
         ways.append("lower data.batch_size")
     ways.append("lower data.resolution")
-    return f"{', or '.join(ways)}; `lorakit plan` tells what fits"
+    return f"{', or '.join(ways)}; `lorakit plan` shows what fits"
 
 
 def half_precision(device: str) -> Literal["bf16", "fp16"]:
@@ -68,28 +65,28 @@ def half_precision(device: str) -> Literal["bf16", "fp16"]:
 
 
 def _largest_batch(run: Run) -> tuple[int, int, int]:
-    """Images of the largest of this process's micro-batches in the step to come, or the first one, and their sides."""
-    step = next(run.schedule.steps_from(run.step), None) or next(run.schedule.steps_from(0))
+    """Images of this process's largest micro-batch in the next step, or else the first one, and their sides."""
+    plan = next(run.schedule.plans_from(run.step), None) or next(run.schedule.plans_from(0))
 
-    def size(number: int) -> tuple[int, int, int]:
-        items = step.shares[number].items
+    def size(items: Sequence[SampleRef]) -> tuple[int, int, int]:
         example = run.loader.datasets[items[0].dataset].examples[items[0].example]
         return len(items), *example.placement.bucket
 
-    return max(map(size, range(len(step.shares))), key=lambda own: own[0] * own[1] * own[2])
+    shares = plan.shares(run.processes.rank, run.processes.world_size)
+    return max((size(share.items) for share in shares), key=lambda found: found[0] * found[1] * found[2])
 
 
-def _saved_state(run: Run) -> str:
+def _saved_state(run: Run, save_state: Callable[[Path | None], Path]) -> str:
     """A sentence about the state that was saved; empty where nothing is lost, or nothing can be saved."""
     if not run.state_is_consistent or not run.processes.is_main or run.step == run.first_step:
         return ""
     try:
-        saved = save_with_fallback(run.save_state, run.config.output.name)
-    except Exception as error:  # whatever it is, lack of memory is what must be told
+        saved = save_with_fallback(save_state, run.config.output.name)
+    except Exception as error:  # whatever it is, lack of memory is what must be reported
         log.warning("the state after step %d could not be saved: %s", run.step, error)
         return ""
     resume = f"--resume {saved.path}" if saved.refusal else "--resume"
     return (
-        f" The state after step {run.step} is in {saved.path}; run the same command with {resume} to go on from it,"
-        " with gradient_checkpointing or stream_base as you like."
+        f" The state after step {run.step} is in {saved.path}; run the same command with {resume} to continue,"
+        " with gradient_checkpointing or stream_base changed as you like."
     )

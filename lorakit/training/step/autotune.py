@@ -1,153 +1,134 @@
-"""Modes: ways to compute the same step, of which the fastest depends on the device, the model and the images."""
+"""Which of `cuda_graphs`, `channels_last` and `compile` a run uses: as its config says, or as measured for `"auto"`."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from textwrap import shorten
-
-from attrs import evolve, fields, frozen
 
 from lorakit.config.train_config import TrainingSection
 from lorakit.data.loader import Batch
 from lorakit.models.interfaces import DiffusionModel
 from lorakit.models.memory.compile import compile_unsupported_reason
 from lorakit.training.run import Run
-from lorakit.training.step.cuda_graphs import CudaGraphStep, Learn, recorder_for, restore_after
-from lorakit.training.step.numerics import tf32_allowed
+from lorakit.training.step.cuda_graphs import CudaGraphStep, ForwardBackward, restore_after
 
 log = logging.getLogger(__name__)
 
-LEAST_SECONDS = {"cuda_graphs": 20.0, "channels_last": 20.0, "compile": 900.0}
-"""How long a run must still take for a trial of a mode to be worth its time, in the order in which they are tried.
+MIN_SECONDS = {"cuda_graphs": 20.0, "channels_last": 20.0, "compile": 900.0}
+"""By key of `[training]`, how long a run must still take for a trial to pay, in the order in which keys are tried.
 
 Compiling takes minutes. Graphs come first, as without them the device may wait for Python whatever else is faster.
 """
 
-LEAST_GAIN = 1.03
-"""How many times faster a mode must be to be taken; what is less may be chance."""
+MIN_SPEEDUP = 1.03
+"""How many times faster steps must get for a key to be switched on; less may be chance."""
 
 TIMED = 3
-"""How often a micro-batch is computed to take the time; the fastest counts."""
+"""How often a micro-batch is timed; the fastest counts."""
 
 
-@frozen(kw_only=True)
-class ExecutionMode:
-    """What is switched on, by keys of `[training]`."""
-
-    cuda_graphs: bool = False
-    channels_last: bool = False
-    compile: bool = False
-
-    @classmethod
-    def certain(cls, training: TrainingSection) -> ExecutionMode:
-        """What the config asks for, without what it leaves open."""
-        return cls(**{own.name: getattr(training, own.name) is True for own in fields(cls)})
-
-    def set_up(self, model: DiffusionModel, compiler: str) -> None:
-        """Let a model compute so; `compiler` is a backend of torch.compile."""
-        model.use_channels_last(self.channels_last)
-        model.compile(compiler if self.compile else None)
-
-    def __str__(self) -> str:
-        return " and ".join(own.name for own in fields(ExecutionMode) if getattr(self, own.name)) or "neither"
-
-
-@contextmanager
-def compile_step(run: Run, learn: Learn) -> Iterator[Learn]:
-    """The function, computed as the config says for as long as this lasts; the model has been set up.
-
-    What the config leaves open is found with the first micro-batch.
-    """
+def compile_step(run: Run) -> ForwardBackward:
+    """What computes a micro-batch: the run's own function, its CUDA graphs, or the fastest for keys set to `"auto"`."""
     training = run.config.training
-    is_open = any(getattr(training, key) == "auto" for key in LEAST_SECONDS)
-    with tf32_allowed(training.tf32, run.processes.device):
-        yield Autotuner(run, learn) if is_open else _computed(ExecutionMode.certain(training), run, learn)
+    if any(getattr(training, key) == "auto" for key in MIN_SECONDS):
+        return Autotuner(run, run.forward_backward)
+    return _forward_backward(run, run.forward_backward, requested(training))
+
+
+def requested(training: TrainingSection) -> tuple[str, ...]:
+    """The keys that the config switches on."""
+    return tuple(key for key in MIN_SECONDS if getattr(training, key) is True)
+
+
+def set_up_model(model: DiffusionModel, switched_on: Collection[str], compile_backend: str) -> None:
+    """Switch memory format and compilation of a model on or off."""
+    model.use_channels_last("channels_last" in switched_on)
+    model.compile(compile_backend if "compile" in switched_on else None)
+
+
+def _forward_backward(run: Run, forward_backward: ForwardBackward, switched_on: Collection[str]) -> ForwardBackward:
+    """The function, or its CUDA graphs."""
+    if "cuda_graphs" not in switched_on:
+        return forward_backward
+    return CudaGraphStep(forward_backward, (run.gradients.buffer, run.loss), run.gradients.parameters)
 
 
 class Autotuner:
-    """A `Learn` in the fastest of the modes that a config leaves open, as measured with its first micro-batch.
+    """A `ForwardBackward` with those keys of `"auto"` on with which the first micro-batch is fastest.
 
-    Measuring adds nothing to gradients and loss, and moves nothing that is trained. Each process chooses for itself: a
-    mode changes only how it computes, and a process that has no share of a micro-batch could not take part.
+    Measuring adds nothing to gradients and loss, and trains nothing. Each process chooses for itself: the keys change
+    only how it computes, and a process that has no part of a micro-batch could not take part.
     """
 
-    def __init__(self, run: Run, learn: Learn, least_seconds: Mapping[str, float] = LEAST_SECONDS) -> None:
-        """`least_seconds` says how long the run must still take for each mode to be tried, in that order."""
+    def __init__(
+        self, run: Run, forward_backward: ForwardBackward, min_seconds: Mapping[str, float] = MIN_SECONDS
+    ) -> None:
+        """`min_seconds` says how long the run must still take for each key to be tried, in that order."""
         self._run = run
-        self._learn = learn
+        self._forward_backward = forward_backward
         self._training = run.config.training
-        self._least_seconds = least_seconds
-        self._chosen: Learn | None = None
+        self._min_seconds = min_seconds
+        self._chosen: ForwardBackward | None = None
 
     def __call__(self, batch: Batch) -> None:
-        """Add what a micro-batch contributes."""
+        """Add a micro-batch's loss and gradients."""
         if self._chosen is None:
             self._chosen = self._set_up(self._fastest(batch))
         self._chosen(batch)
 
-    def _fastest(self, batch: Batch) -> ExecutionMode:
-        """The mode to train in. What goes wrong without any of those that are open is raised."""
-        best = ExecutionMode.certain(self._training)
+    def _fastest(self, batch: Batch) -> tuple[str, ...]:
+        """The keys to switch on. An error without any of those set to `"auto"` is raised."""
+        best = requested(self._training)
         shortest = self._seconds(best, batch)
         log.info("a micro-batch takes %.1f ms", 1000 * shortest)
-        for key in self._least_seconds:
+        for key in self._min_seconds:
             if getattr(self._training, key) != "auto":
                 continue
-            if reason := self._why_not(key, shortest):
+            if reason := self._skip_reason(key, shortest):
                 log.info("training.%s is off: %s", key, reason)
                 continue
-            mode = evolve(best, **{key: True})
-            seconds = self._tried(mode, batch)
-            pays = seconds * LEAST_GAIN < shortest
+            seconds = self._try((*best, key), batch)
+            pays = seconds * MIN_SPEEDUP < shortest
             log.info("training.%s is %s: %.1f ms with it", key, "on" if pays else "off", 1000 * seconds)
             if pays:
-                best, shortest = mode, seconds
+                best, shortest = (*best, key), seconds
         return best
 
-    def _why_not(self, key: str, seconds: float) -> str:
-        """Why a mode is not worth a trial, where a micro-batch takes so many seconds without; empty if it is."""
+    def _skip_reason(self, key: str, seconds: float) -> str:
+        """Why a key is not tried, where a micro-batch takes this long without it; empty if it is."""
         device = self._run.processes.device
         if key == "cuda_graphs" and device.type != "cuda":
             return f"{device.type} has none"
         left = (self._run.schedule.total_steps - self._run.step) * self._training.gradient_accumulation_steps * seconds
-        if left < self._least_seconds[key]:
+        if left < self._min_seconds[key]:
             return f"the run takes {left:.0f} s, too little for a trial to pay"
         return compile_unsupported_reason(self._training.compile_backend, device) if key == "compile" else ""
 
-    def _tried(self, mode: ExecutionMode, batch: Batch) -> float:
-        """Seconds of a micro-batch in this mode; infinitely many where it fails."""
+    def _try(self, switched_on: Collection[str], batch: Batch) -> float:
+        """Seconds of a micro-batch with these keys; infinite where it fails."""
         try:
-            return self._seconds(mode, batch)
+            return self._seconds(switched_on, batch)
         except Exception as error:  # compilers and drivers raise all kinds of exceptions
-            log.info("%s failed: %s", mode, shorten(f"{type(error).__name__}: {error}", 300))
+            log.info("%s failed: %s", " and ".join(switched_on), shorten(f"{type(error).__name__}: {error}", 300))
             return math.inf
 
-    def _seconds(self, mode: ExecutionMode, batch: Batch) -> float:
-        """Seconds of a micro-batch in this mode, when all is made that the first one makes."""
-        learn, times = self._set_up(mode), []
+    def _seconds(self, switched_on: Collection[str], batch: Batch) -> float:
+        """Seconds of a micro-batch with these keys, after a first one that compiles and allocates."""
+        forward_backward, times = self._set_up(switched_on), []
         with restore_after((self._run.gradients.buffer, self._run.loss)):
-            learn(batch)
+            forward_backward(batch)
             for _ in range(TIMED):
-                self._run.processes.finish()
+                self._run.processes.synchronize()
                 started = time.perf_counter()
-                learn(batch)
-                self._run.processes.finish()
+                forward_backward(batch)
+                self._run.processes.synchronize()
                 times.append(time.perf_counter() - started)
         return min(times)
 
-    def _set_up(self, mode: ExecutionMode) -> Learn:
-        """The function in this mode, and the model with it. Recordings of other modes are gone."""
-        mode.set_up(self._run.model, self._training.compile_backend)
-        return _computed(mode, self._run, self._learn)
-
-
-def _computed(mode: ExecutionMode, run: Run, learn: Learn) -> Learn:
-    """The function, called as it is or replayed."""
-    if not mode.cuda_graphs:
-        return learn
-    sums = run.gradients.buffer, run.loss
-    return CudaGraphStep(learn, sums, run.gradients.parameters, recorder_for(run.processes.device))
+    def _set_up(self, switched_on: Collection[str]) -> ForwardBackward:
+        """The function with these keys, and the model with it. Graphs captured before are gone."""
+        set_up_model(self._run.model, switched_on, self._training.compile_backend)
+        return _forward_backward(self._run, self._forward_backward, switched_on)

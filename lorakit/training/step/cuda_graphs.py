@@ -1,7 +1,7 @@
-"""Micro-batches replayed: what one of them makes the device do is recorded once for each shape, and then repeated.
+"""CUDA graphs: the kernels of a micro-batch are captured once for each shape, then replayed.
 
-On CUDA a recording is a CUDA graph, which the device runs by itself, so that the time is gone in which Python would ask
-for each of its thousands of kernels. Elsewhere it is the work itself, done again on the same tensors.
+The device runs a graph by itself, which saves the time in which Python would launch thousands of kernels one by one.
+Elsewhere than on CUDA a replay calls the function again, on the same tensors.
 """
 
 from __future__ import annotations
@@ -11,72 +11,76 @@ import random
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from attrs import frozen
 from torch import Tensor
 
 from lorakit.data.loader import Batch
 
 log = logging.getLogger(__name__)
 
-Learn = Callable[[Batch], None]
-"""Adds what a micro-batch on the device contributes to a step, its loss and its gradients, to tensors that stay."""
+ForwardBackward = Callable[[Batch], None]
+"""Adds a micro-batch's loss and gradients to tensors that stay where they are."""
 
 Work = Callable[[], None]
 
 WARM_UPS = 3
-"""How often work is done before it is recorded: libraries choose kernels, and tensors that stay are made."""
+"""How often a micro-batch is computed before its capture: libraries choose kernels and allocate persistent tensors."""
 
 MAX_SHAPES = 64
-"""How many shapes are recorded; each recording takes some megabytes, beside the memory that all of them share."""
+"""How many shapes are captured; each graph takes some megabytes, besides the memory pool that all of them share."""
 
 
-class Recorder(Protocol):
-    """A way to do the same work again and again, on the same tensors."""
+class CudaGraphStep:
+    """A `ForwardBackward` that is captured at the first micro-batch of each shape, and replayed from then on.
 
-    def warm_up(self, work: Work) -> None:
-        """Do the work as it is done before a recording."""
-        ...
-
-    def record(self, work: Work) -> Work:
-        """What does the work again when it is called; recording need not do it. RuntimeError where it cannot be."""
-        ...
-
-
-class Repetition:
-    """Calls the work: for devices that record nothing."""
-
-    def warm_up(self, work: Work) -> None:
-        """Call it."""
-        work()
-
-    def record(self, work: Work) -> Work:
-        """The work itself."""
-        return work
-
-
-class CudaGraphs:
-    """CUDA graphs that take the memory of what comes and goes within them from one pool.
-
-    They may share it, as none of them leaves anything there that is read after it has run.
+    It may depend on nothing but the micro-batch's tensors and tensors that stay where they are in memory. Where that is
+    seen not to hold, and for shapes beyond `MAX_SHAPES`, it is called as usual, and the log says why.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
+    def __init__(
+        self, forward_backward: ForwardBackward, accumulators: Sequence[Tensor], trained: Sequence[Tensor]
+    ) -> None:
+        """`accumulators` are the tensors that are added to, `trained` those that an optimizer changes."""
+        self._forward_backward = forward_backward
+        self._accumulators = accumulators
+        self._trained = trained
+        self._addresses = _addresses(trained)
+        self._graphs: dict[Hashable, tuple[Batch, Work] | None] = {}
+        """By shape, the captured micro-batch and what computes it again; None for what cannot be captured."""
+        self._logged: set[str] = set()
+        device = accumulators[0].device
+        # Graphs may share one pool, as none of them leaves anything there that is read after it has run.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def __call__(self, batch: Batch) -> None:
+        """Add a micro-batch's loss and gradients."""
+        graph = self._graph(batch)
+        if graph is None:
+            self._forward_backward(batch)
+            return
+        captured, replay = graph
+        for static, new in zip(captured.tensors.values(), batch.tensors.values(), strict=True):
+            static.copy_(new, non_blocking=True)
+        replay()
 
     def warm_up(self, work: Work) -> None:
-        """Do the work on the stream that it will be recorded on."""
+        """Do the work on the stream of the capture."""
+        if self._stream is None:
+            work()
+            return
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             work()
         current.wait_stream(self._stream)
 
-    def record(self, work: Work) -> Work:
-        """Replays a graph of the work; nothing of it is done yet."""
+    def capture(self, work: Work) -> Work:
+        """What does the work again; the capture itself computes nothing. Raises RuntimeError where it is impossible."""
+        if self._stream is None:
+            return work
         graph = torch.cuda.CUDAGraph()
         # Batches are pinned, and images encoded, in another thread meanwhile, so the mode is that of this thread alone.
         capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
@@ -85,121 +89,75 @@ class CudaGraphs:
             work()
         return graph.replay
 
-
-def recorder_for(device: torch.device) -> Recorder:
-    """How to record on a device."""
-    return CudaGraphs(device) if device.type == "cuda" else Repetition()
-
-
-@frozen
-class CapturedGraph:
-    """Work that was recorded, and the micro-batch that it works on."""
-
-    inputs: Sequence[Tensor]
-    """The tensors of that micro-batch."""
-    repeat: Work
-
-    def replay(self, batch: Batch) -> None:
-        """Do the work on a micro-batch of the same shape."""
-        for own, new in zip(self.inputs, batch.tensors.values(), strict=True):
-            own.copy_(new, non_blocking=True)
-        self.repeat()
-
-
-class CudaGraphStep:
-    """A `Learn` that is recorded at the first micro-batch of each shape, and replayed from then on.
-
-    What it does may depend on nothing but the micro-batch's tensors, and tensors that stay where they are in memory.
-    Where that is seen not to be so, and for shapes beyond the most, it is called as usual, and the log says why.
-    """
-
-    def __init__(self, learn: Learn, sums: Sequence[Tensor], trained: Sequence[Tensor], recorder: Recorder) -> None:
-        """`sums` are the tensors that are added to, `trained` those that an optimizer changes."""
-        self._learn = learn
-        self._sums = sums
-        self._trained = trained
-        self._places = _places(trained)
-        self._recorder = recorder
-        self._recordings: dict[Hashable, CapturedGraph | None] = {}
-        """By shape; None for what cannot be recorded."""
-        self._told: set[str] = set()
-
-    def __call__(self, batch: Batch) -> None:
-        """Add what a micro-batch contributes."""
-        recording = self._recording(batch)
-        if recording is None:
-            self._learn(batch)
-        else:
-            recording.replay(batch)
-
-    def _recording(self, batch: Batch) -> CapturedGraph | None:
-        """What was recorded for micro-batches of this one's shape, now if there is nothing yet; None for none."""
-        if _places(self._trained) != self._places:
-            self._warn("what is trained has moved in memory, so nothing is replayed any more")
+    def _graph(self, batch: Batch) -> tuple[Batch, Work] | None:
+        """The graph for micro-batches of this one's shape, captured now if it is the first; None for none."""
+        if _addresses(self._trained) != self._addresses:
+            self._warn("parameters were reallocated, so CUDA graphs are disabled")
             return None
         shape = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.tensors.items())
-        if shape not in self._recordings:
-            if len(self._recordings) >= MAX_SHAPES:
-                self._warn(f"micro-batches of {MAX_SHAPES} shapes are recorded; those of others are not")
+        if shape not in self._graphs:
+            if len(self._graphs) >= MAX_SHAPES:
+                self._warn(f"micro-batches of {MAX_SHAPES} shapes are captured; those of other shapes are not")
                 return None
-            self._recordings[shape] = self._recorded(batch)
-        return self._recordings[shape]
+            self._graphs[shape] = self._captured(batch)
+        return self._graphs[shape]
 
-    def _recorded(self, batch: Batch) -> CapturedGraph | None:
-        """A recording of this micro-batch, which itself does not count yet."""
-        own = batch.clone()
-        work = partial(self._learn, own)
-        with restore_after(self._sums):
-            if _draws(partial(self._warm_up, work), batch.latents.device):
-                self._warn("nothing is recorded, because something draws from a random generator")
+    def _captured(self, batch: Batch) -> tuple[Batch, Work] | None:
+        """A graph of this micro-batch, whose loss and gradients are not added yet."""
+        static = batch.clone()
+        work = partial(self._forward_backward, static)
+
+        def warm_ups() -> None:
+            for _ in range(WARM_UPS):
+                self.warm_up(work)
+
+        with restore_after(self._accumulators):
+            if _draws(warm_ups, batch.latents.device):
+                self._warn("nothing is captured, because something draws from a random generator")
                 return None
             try:
-                return CapturedGraph(tuple(own.tensors.values()), self._recorder.record(work))
+                return static, self.capture(work)
             except RuntimeError as error:
                 shape = " × ".join(map(str, batch.latents.shape))
-                self._warn(f"micro-batches of {shape} cannot be recorded: {' '.join(str(error).split())}")
+                self._warn(f"micro-batches of {shape} cannot be captured: {' '.join(str(error).split())}")
                 return None
 
-    def _warm_up(self, work: Work) -> None:
-        for _ in range(WARM_UPS):
-            self._recorder.warm_up(work)
-
-    def _warn(self, why: str) -> None:
-        """Say why something is not replayed, once."""
-        if why not in self._told:
-            self._told.add(why)
-            log.warning("training.cuda_graphs: %s", why)
+    def _warn(self, reason: str) -> None:
+        """Log once why something is not replayed."""
+        if reason not in self._logged:
+            self._logged.add(reason)
+            log.warning("training.cuda_graphs: %s", reason)
 
 
-def _places(tensors: Sequence[Tensor]) -> list[int]:
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors]
 
 
 @contextmanager
 def restore_after(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Give tensors back the numbers that they had."""
-    kept = [tensor.clone() for tensor in tensors]
+    """Restore the values of tensors after the block."""
+    copies = [tensor.clone() for tensor in tensors]
     try:
         yield
     finally:
-        for tensor, before in zip(tensors, kept, strict=True):
+        for tensor, before in zip(tensors, copies, strict=True):
             tensor.copy_(before)
 
 
 def _draws(work: Work, device: torch.device) -> bool:
-    """Whether some work draws from a generator whose state moves along, which it then has not done."""
+    """Do some work; whether it drew from a global random generator, whose state is restored."""
     devices = [device] if device.type != "cpu" else []
     python = random.getstate()
     with torch.random.fork_rng(devices, device_type=device.type):
-        before = _states(device)
+        before = _rng_states(device)
         work()
-        drawn = any(not torch.equal(old, new) for old, new in zip(before, _states(device), strict=True))
+        drawn = any(not torch.equal(old, new) for old, new in zip(before, _rng_states(device), strict=True))
     drawn = drawn or random.getstate() != python
     random.setstate(python)
     return drawn
 
 
-def _states(device: torch.device) -> list[Tensor]:
+def _rng_states(device: torch.device) -> list[Tensor]:
     """The states of PyTorch's generators."""
     module: Any = torch.get_device_module(device)
     return [torch.get_rng_state(), *([] if device.type == "cpu" else [module.get_rng_state(device)])]

@@ -13,15 +13,17 @@ import torch
 
 from lorakit.api.observer import StepMetrics
 from lorakit.training.runtime.distributed import Distributed
-from lorakit.training.step.nan_guard import DivergenceMonitor, StepRecord
+from lorakit.training.schedule import Step
+from lorakit.training.step.nan_guard import DivergenceMonitor
 
 SYNC_EVERY = 10
+"""Steps whose numbers are read together on an accelerator."""
 
 
 def effective_lr(group: Mapping[str, Any]) -> float:
-    """The learning rate that the last step was taken with, as an optimizer's parameter group tells it.
+    """The learning rate of the last step of an optimizer's parameter group.
 
-    Optimizers that find it themselves keep a factor under `d`; schedule-free ones, the rate under `scheduled_lr`.
+    Learning-rate-free optimizers keep a factor under `d`; schedule-free ones, the rate under `scheduled_lr`.
     """
     factor = group.get("d", 1.0)
     # A tensor would have to be waited for.
@@ -31,49 +33,50 @@ def effective_lr(group: Mapping[str, Any]) -> float:
 class AsyncMetrics:
     """Collects the numbers of steps and reads them together."""
 
-    def __init__(self, processes: Distributed, judge: DivergenceMonitor, report: Callable[[StepMetrics], None]) -> None:
-        """`judge` looks at each step's numbers; `report` gets them, but for steps that were skipped."""
+    def __init__(
+        self, processes: Distributed, monitor: DivergenceMonitor, report: Callable[[StepMetrics], None]
+    ) -> None:
+        """`monitor` checks each step's numbers; `report` gets them, except those of skipped steps."""
         self._processes = processes
-        self._judge = judge
+        self._monitor = monitor
         self._report = report
-        self._pending: list[StepRecord] = []
+        self._steps: list[Step] = []
         self._capacity = 1 if processes.device.type == "cpu" else SYNC_EVERY
 
     @property
-    def waiting(self) -> bool:
+    def pending(self) -> bool:
         """Whether there are numbers that have not been read."""
-        return bool(self._pending)
+        return bool(self._steps)
 
-    def add(self, step: StepRecord) -> None:
-        """Take a step's numbers, and read all when enough have come together.
+    def add(self, step: Step) -> None:
+        """Take a finished step, and read the numbers of all when there are enough.
 
         Raises TrainingDiverged when a loss or gradient is not finite and the run is to stop.
         """
-        self._pending.append(step)
-        if len(self._pending) >= self._capacity:
+        self._steps.append(step)
+        if len(self._steps) >= self._capacity:
             self.read()
 
     def read(self) -> None:
-        """Read and report all numbers that wait; every process must call this after the same step."""
-        if not self._pending:
+        """Read and report all pending numbers; every process must call this after the same step."""
+        steps, self._steps = self._steps, []
+        if not steps:
             return
-        losses = self._processes.sum(torch.stack([pending.loss for pending in self._pending]))
-        norms = torch.stack([pending.gradient_norm for pending in self._pending])
-        others = [value.float().view(1) for pending in self._pending for value in pending.values.values()]
-        numbers = torch.cat([losses, norms, *others]).tolist()
-        pending_steps, self._pending = self._pending, []
-        count = len(pending_steps)
-        values = iter(numbers[2 * count :])
-        for pending, loss, norm in zip(pending_steps, numbers[:count], numbers[count : 2 * count], strict=True):
-            measured = {name: next(values) for name in pending.values}
-            if self._judge.counts(pending, loss, norm):
+        losses = self._processes.all_reduce_sum(torch.stack([step.loss for step in steps]))
+        norms = torch.stack([step.gradient_norm for step in steps])
+        values = [value.float().view(1) for step in steps for value in step.values.values()]
+        numbers = torch.cat([losses, norms, *values]).tolist()
+        count, others = len(steps), iter(numbers[2 * len(steps) :])
+        for step, loss, norm in zip(steps, numbers[:count], numbers[count : 2 * count], strict=True):
+            measured = {name: next(others) for name in step.values}
+            if self._monitor.check(step, loss, norm):
                 self._report(
                     StepMetrics(
-                        step=pending.step,
-                        epoch=pending.epoch,
+                        step=step.number,
+                        epoch=step.plan.epoch,
                         loss=loss,
                         gradient_norm=norm,
-                        learning_rates=pending.learning_rates,
+                        learning_rates=step.learning_rates,
                         values=measured,
                     )
                 )

@@ -30,19 +30,19 @@ def tf32_allowed(allowed: bool, device: torch.device) -> Iterator[None]:
     value: bool | str = allowed
     settings, key = [backends.cuda.matmul, backends.cudnn], "allow_tf32"
     try:
-        before = [getattr(own, key) for own in settings]
+        before = [getattr(setting, key) for setting in settings]
     except RuntimeError:
         # PyTorch has two ways to say so, of which its compiler still reads the older one; where a program has used
         # the newer one, the older fails.
         settings, key, value = [backends.cuda.matmul, backends.cudnn.conv], "fp32_precision", _PRECISION[allowed]
-        before = [getattr(own, key) for own in settings]
-    for own in settings:
-        setattr(own, key, value)
+        before = [getattr(setting, key) for setting in settings]
+    for setting in settings:
+        setattr(setting, key, value)
     try:
         yield
     finally:
-        for own, former in zip(settings, before, strict=True):
-            setattr(own, key, former)
+        for setting, former in zip(settings, before, strict=True):
+            setattr(setting, key, former)
 
 
 @contextmanager
@@ -54,7 +54,8 @@ def deterministic_mode(required: bool) -> Iterator[None]:
     if not required:
         yield
         return
-    # cuBLAS reads it when it is first used, and adds in a changing order without it.
+    # cuBLAS reads this when it is first used; without it, the order of additions varies.
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     untyped: Any = deterministic
     mode, filling = torch.get_deterministic_debug_mode(), untyped.fill_uninitialized_memory
@@ -70,3 +71,5 @@ def deterministic_mode(required: bool) -> Iterator[None]:
     finally:
         torch.set_deterministic_debug_mode(mode)
         untyped.fill_uninitialized_memory = filling
+        if workspace is None:
+            del os.environ["CUBLAS_WORKSPACE_CONFIG"]

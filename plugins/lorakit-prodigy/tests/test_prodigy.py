@@ -20,6 +20,7 @@ from lorakit.testing.contracts import OptimizerContract
 from lorakit.training.loop import train
 from lorakit.training.observers import Observers
 from lorakit.training.prepare import prepare
+from lorakit.training.run_handle import RunHandle
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.setup import build_run
 
@@ -94,8 +95,7 @@ def test_a_run_with_a_warmup(train_tables: dict[str, Any], tmp_path: Path) -> No
     train_tables["lr_scheduler"] = {"name": "constant_with_warmup", "warmup_steps": 2}
     run = build_run(prepare(config_from_tables(train_tables, tmp_path)), Distributed(torch.device("cpu")))
     rates = Rates()
-    run.observers = Observers([("rates", True, rates)])
-    train(run)
+    train(RunHandle(run, Observers([("rates", True, rates)])))
     estimate = run.optimizer.param_groups[0]["d"]
     assert rates.seen[0] == 0
     assert 0 < rates.seen[1] < rates.seen[3]

@@ -22,6 +22,7 @@ from lorakit.testing.contracts import OptimizerContract
 from lorakit.training.loop import train
 from lorakit.training.prepare import prepare
 from lorakit.training.run import Run
+from lorakit.training.run_handle import RunHandle
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.setup import build_run
 
@@ -77,9 +78,9 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_the_file_has_the_averaged_weights(name: str, configure: Configure) -> None:
     """What is saved is the average x = y + (1 − 1/β)(z − y), and what goes on to train is y, which differs."""
     run = fresh_run(configure(name))
-    train(run)
+    train(RunHandle(run))
     training = {key: tensor.clone() for key, tensor in run.network.tensors().items()}
-    saved = load_file(run.save_adapter("now"))
+    saved = load_file(RunHandle(run).save_adapter("now"))
     assert same(run.network.tensors(), training)
     group = run.optimizer.param_groups[0]
     beta = group["momentum"] if "momentum" in group else group["betas"][0]

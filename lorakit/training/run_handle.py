@@ -1,0 +1,204 @@
+"""A run from its first step to its end: what observers see of it, its saves, and how it stops."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from attrs import define, field
+
+from lorakit.config.train_config import TrainConfig
+from lorakit.errors import Interrupted, LorakitError, NotSaved
+from lorakit.models.interfaces import DiffusionModel
+from lorakit.training.checkpoint.resume import capture_state, restore
+from lorakit.training.checkpoint.state import read_state, state_folder, write_state
+from lorakit.training.observers import Observers
+from lorakit.training.output.fallback import save_with_fallback
+from lorakit.training.run import Run
+from lorakit.training.runtime.out_of_memory import explain_oom
+from lorakit.training.runtime.signals import StopRequest
+from lorakit.training.schedule import Step
+from lorakit.training.step.metrics import AsyncMetrics
+from lorakit.training.step.nan_guard import DivergenceMonitor
+from lorakit.training.validation import validation_loss
+
+log = logging.getLogger(__name__)
+
+
+@define(eq=False)
+class RunHandle:
+    """A run with its observers; to them it is the `RunInfo` of `lorakit.api`."""
+
+    run: Run
+    observers: Observers = field(factory=Observers)
+    """Those that hear of the run; more may be added until it starts."""
+    stop: StopRequest = field(factory=StopRequest)
+    """Requests to end the run after a step."""
+    _metrics: AsyncMetrics = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        run = self.run
+        skips = run.config.training.on_nonfinite == "skip"
+        monitor = DivergenceMonitor(run.gradients.groups, skips, run.scaler.is_enabled(), run.processes.is_main)
+        self._metrics = AsyncMetrics(run.processes, monitor, partial(self.tell, "metrics_read"))
+
+    @property
+    def config(self) -> TrainConfig:
+        """The resolved config."""
+        return self.run.config
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.run.schedule.total_steps
+
+    @property
+    def first_step(self) -> int:
+        """Steps done before, more than zero in a resumed run."""
+        return self.run.first_step
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of the whole run, the last one possibly cut short."""
+        return self.run.schedule.total_epochs
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of a whole epoch."""
+        return self.run.schedule.steps_per_epoch
+
+    @property
+    def images(self) -> int:
+        """Images in the dataset, repeats not counted."""
+        return sum(len(dataset.examples) for dataset in self.run.loader.datasets)
+
+    @property
+    def encodes_captions(self) -> bool:
+        """Whether captions are encoded in each step."""
+        return self.run.encodes_captions
+
+    @property
+    def holds_out_images(self) -> bool:
+        """Whether images are held out from training, for validation."""
+        return self.run.validation is not None
+
+    @property
+    def paths(self) -> Mapping[str, str]:
+        """The path in a diffusers pipeline of each adapted layer, by its key in LoRA files."""
+        return self.run.network.paths
+
+    def tell(self, event: str, *values: object) -> None:
+        """Notify all observers of an event."""
+        self.observers.notify(event, *values)
+
+    def training_seconds(self) -> float:
+        """Seconds that steps have taken since the run started, without the time that observers took."""
+        return self.observers.training_seconds()
+
+    def evaluating(self) -> AbstractContextManager[DiffusionModel]:
+        """The model as a saved file would make it: no gradients, no dropout, the optimizer's evaluation weights."""
+        return self.run.evaluating()
+
+    def validation_loss(self, timesteps: Sequence[float], max_batches: int | None = None) -> float:
+        """The mean loss on held-out images at these timesteps. Raises ValueError where none are held out."""
+        if self.run.validation is None:
+            raise ValueError("no images are held out")
+        self._read_metrics_alone()
+        return validation_loss(self.run, self.run.validation, timesteps, max_batches)
+
+    def save_adapter(self, stem: str, folder: Path | None = None) -> Path:
+        """Save the adapters as they are now under a file name without extension; returns the path.
+
+        The default folder is the output folder. Raises OutputError when the file cannot be written.
+        """
+        self._read_metrics_alone()
+        run = self.run
+        path = run.writer.path(stem, folder)
+        with self.evaluating():
+            run.writer.write(path, run.step, -(-run.step // run.schedule.steps_per_epoch))
+        self.tell("adapter_saved", path)
+        return path
+
+    def save_state(self, folder: Path | None = None) -> Path:
+        """Save all that is needed to resume from here; returns the state's own folder.
+
+        The default is the folder of the run's states. Raises OutputError when the state cannot be written.
+        """
+        if self.run.fingerprint is None:
+            raise ValueError("this run saves no states")
+        self._read_metrics_alone()
+        with self.run.weights.train_weights():
+            state = capture_state(self.run)
+            path = write_state(state, self.run.fingerprint, folder or state_folder(self.config))
+        self.tell("state_saved", path)
+        return path
+
+    def load_state(self, folder: Path) -> None:
+        """Put the run where it was when a state was saved. Raises ConfigError when that cannot be done."""
+        restore(self.run, read_state(folder, self.run.processes.device), folder)
+
+    @contextmanager
+    def session(self) -> Iterator[Iterator[Step]]:
+        """The steps that are left, with this process's batches, prepared ahead of time.
+
+        Requests to stop are listened to meanwhile, and the observers are notified of start and end.
+        """
+        run = self.run
+        try:
+            with self.stop.listening(), explain_oom(run, self.save_state):
+                self.observers.start(self)
+                with closing(run.prefetched(run.schedule.batches_from(run.step, run.loader))) as batches:
+                    yield run.schedule.steps_from(run.step, batches)
+                self._metrics.read()
+                self.tell("run_finished")
+            # Before observers close: what they still send may take longer than processes wait for each other.
+            run.processes.barrier()
+        finally:
+            self.observers.close()
+
+    def step_finished(self, step: Step) -> None:
+        """Count the step, check its numbers, and notify the observers.
+
+        Raises TrainingDiverged when the loss is not finite, and after a request to stop Interrupted, once a state is
+        saved.
+        """
+        self.run.advance(step)
+        self._metrics.add(step)
+        self.tell("step_finished", self.run.step)
+        if step.plan.ends_epoch:
+            self.tell("epoch_finished", step.plan.epoch)
+        if self._stop_is_agreed():
+            reason = self._stopped() if self.run.processes.is_main else Interrupted()
+            self.run.processes.barrier()
+            raise reason
+
+    def _read_metrics_alone(self) -> None:
+        """Read pending numbers, where that does not involve other processes."""
+        if self.run.processes.world_size == 1:
+            self._metrics.read()
+
+    def _stop_is_agreed(self) -> bool:
+        processes = self.run.processes
+        if processes.world_size == 1:
+            return self.stop.is_asked
+        # All processes must stop after the same step, whichever of them got the signal. They agree
+        # when numbers are read, because asking makes the device wait.
+        if self._metrics.pending:
+            return False
+        asked = torch.tensor(float(self.stop.is_asked), device=processes.device)
+        return bool(processes.all_reduce_sum(asked).item())
+
+    def _stopped(self) -> LorakitError:
+        """Save a state of a run that ends early; returns the error that says where it is."""
+        done = f"Stopped after step {self.run.step} of {self.total_steps}."
+        try:
+            saved = save_with_fallback(self.save_state, self.config.output.name)
+        except NotSaved as error:
+            return NotSaved(f"{done} No state of it could be saved: {error}")
+        if saved.refusal:
+            log.warning("%s", saved.refusal)
+        return Interrupted(f"{done} The state is in {saved.path}", saved.path, is_found=not saved.refusal)
