@@ -32,7 +32,7 @@ def check_steps(key: str, length: float) -> Iterator[Problem]:
         yield Problem(key, f"must be whole steps, or a share below 1, not {length}")
 
 
-def warning_of_warmup(key: str, warmup: float, total_steps: int) -> Iterator[Problem]:
+def check_warmup(key: str, warmup: float, total_steps: int) -> Iterator[Problem]:
     """Says so if a warm-up takes the whole run, which then ends before the learning rate is reached."""
     if total_steps and resolve_steps(warmup, total_steps) >= total_steps:
         message = f"{warmup:g} is a warm-up as long as the run of {total_steps} steps, or longer"
@@ -64,7 +64,7 @@ class WarmupConfig(LRSchedulerConfig):
 
     def warnings_of_length(self, total_steps: int) -> Iterator[Problem]:
         """Says so if the warm-up is as long as the run."""
-        yield from warning_of_warmup("warmup_steps", self.warmup_steps, total_steps)
+        yield from check_warmup("warmup_steps", self.warmup_steps, total_steps)
 
     def problems(self) -> Iterator[Problem]:
         """Says so if the warm-up is neither whole steps nor a share."""

@@ -21,12 +21,11 @@ from lorakit.errors import PluginError
 from lorakit.plugins.discovery import (
     Installed,
     PluginSource,
-    format_error,
     installed_plugins,
     load_hooks,
-    named_if_slow,
     registered_components,
 )
+from lorakit.plugins.failures import format_error
 from lorakit.plugins.other_names import meaning_of
 
 log = logging.getLogger(__name__)
@@ -81,9 +80,8 @@ class Catalog:
         detectors: list[Detector] = []
         for provider, load in plugins:
             try:
-                with named_if_slow(provider):
-                    hooks = load_hooks(load())
-                    components = list(registered_components(hooks))
+                hooks = load_hooks(load())
+                components = list(registered_components(hooks))
             # SystemExit too: an import that calls sys.exit must not end lorakit.
             except (Exception, SystemExit) as error:
                 log.debug("plugin %r of %s is broken", provider.entry_point, provider, exc_info=True)

@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from lorakit import hookimpl
-from lorakit.api.components import NetworkConfig
-from lorakit.networks.config import LoRAConfig
+from lorakit.api import LoRAConfig, NetworkConfig, hookimpl
 
 if TYPE_CHECKING:
-    from lorakit.models.interfaces import AdaptationTarget
+    from lorakit.api import AdaptationTarget
 
 UNET = ("_to_q", "_to_k", "_to_v", "_to_out_0")
 TEXT_ENCODER = ("_q_proj", "_k_proj", "_v_proj", "_out_proj")

@@ -7,9 +7,7 @@ from pathlib import Path
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit import hookimpl
-from lorakit.api.components import ObserverConfig
-from lorakit.api.observer import Observer, RunInfo, StepMetrics
+from lorakit.api import Observer, ObserverConfig, RunInfo, StepMetrics, hookimpl
 
 
 @frozen(kw_only=True)

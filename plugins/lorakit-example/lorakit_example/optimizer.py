@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit import hookimpl
-from lorakit.api.components import OptimizerConfig
+from lorakit.api import OptimizerConfig, hookimpl
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from lorakit.networks.network import ParameterGroup
+    from lorakit.api import ParameterGroup
 
 
 @frozen(kw_only=True)
@@ -32,7 +31,7 @@ class RAdamConfig(OptimizerConfig):
         """PyTorch's, with the weight decay of AdamW."""
         from torch.optim import RAdam
 
-        from lorakit.networks.network import torch_groups
+        from lorakit.api import torch_groups
 
         return RAdam(
             torch_groups(groups), betas=self.betas, weight_decay=self.weight_decay, decoupled_weight_decay=True

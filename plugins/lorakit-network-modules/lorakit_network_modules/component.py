@@ -8,15 +8,10 @@ from typing import TYPE_CHECKING, Any
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit import hookimpl
-from lorakit.api.components import NetworkConfig
-from lorakit.api.network_metadata import network_args
-from lorakit.errors import Problem
-from lorakit.plugins.import_path import check_import_path
+from lorakit.api import NetworkConfig, Problem, check_import_path, hookimpl, network_args
 
 if TYPE_CHECKING:
-    from lorakit.models.interfaces import AdaptationTarget
-    from lorakit.networks.network import Network
+    from lorakit.api import AdaptationTarget, Network
 
 
 @frozen(kw_only=True)

@@ -14,9 +14,7 @@ import torch
 from attrs import frozen
 from torch import nn
 
-from lorakit.errors import AdapterError
-from lorakit.models.interfaces import AdaptationTarget
-from lorakit.utils.rng import derived_seed
+from lorakit.api import AdaptationTarget, AdapterError, derived_seed
 
 if TYPE_CHECKING:
     from lorakit_network_modules.component import NetworkModuleConfig

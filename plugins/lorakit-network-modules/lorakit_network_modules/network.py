@@ -10,9 +10,7 @@ import torch
 from attrs import evolve
 from torch import Tensor, nn
 
-from lorakit.models.interfaces import AdaptationTarget
-from lorakit.networks.network import AdapterModule, Network
-from lorakit.utils.rng import derived_seed
+from lorakit.api import AdaptationTarget, AdapterModule, Network, derived_seed
 from lorakit_network_modules.creation import Created, by_part, create
 
 if TYPE_CHECKING:

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit import hookimpl
-from lorakit.api.components import OptimizerConfig
+from lorakit.api import OptimizerConfig, hookimpl
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from lorakit.networks.network import ParameterGroup
+    from lorakit.api import ParameterGroup
 
 
 @frozen(kw_only=True)
@@ -57,8 +56,7 @@ class ProdigyConfig(OptimizerConfig):
         """The one of prodigyopt, at rest while the LR schedule is at zero."""
         from prodigyopt import Prodigy
 
-        from lorakit.api.learning_rate_free import skip_at_zero_lr
-        from lorakit.networks.network import torch_groups
+        from lorakit.api import skip_at_zero_lr, torch_groups
 
         settings = self.extra_options() | {"growth_rate": self.growth_rate or math.inf}
         # As options of each group, because the constructor prints some of them.

@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING, ClassVar
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit import hookimpl
-from lorakit.api.components import OptimizerConfig
-from lorakit.api.lr_schedules import warning_of_warmup
-from lorakit.errors import Problem
+from lorakit.api import OptimizerConfig, Problem, check_warmup, hookimpl
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from lorakit.networks.network import ParameterGroup
+    from lorakit.api import ParameterGroup
 
 
 @frozen(kw_only=True)
@@ -37,13 +34,13 @@ class ScheduleFreeConfig(OptimizerConfig):
 
     def warnings_of_length(self, total_steps: int) -> Iterator[Problem]:
         """Says so if the warm-up is as long as the run."""
-        yield from warning_of_warmup("warmup_steps", getattr(self, "warmup_steps", 0), total_steps)
+        yield from check_warmup("warmup_steps", getattr(self, "warmup_steps", 0), total_steps)
 
     def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
         """The one of the package schedulefree."""
         import schedulefree
 
-        from lorakit.networks.network import torch_groups
+        from lorakit.api import torch_groups
 
         optimizer: Optimizer = getattr(schedulefree, self.class_name)(torch_groups(groups), **self.extra_options())
         return optimizer

@@ -6,15 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tomlkit
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit import hookimpl
-from lorakit.api.components import ObserverConfig
-from lorakit.api.observer import Observer, RunInfo, StepMetrics
-from lorakit.config.dump import to_toml
-from lorakit.config.train_config import TrainConfig
+from lorakit.api import Observer, ObserverConfig, RunInfo, StepMetrics, TrainConfig, hookimpl, to_tables
 
 
 @frozen(kw_only=True)
@@ -103,7 +98,7 @@ def _tables(config: TrainConfig) -> Any:
             return [public(item) for item in value]
         return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
-    return public(tomlkit.parse(to_toml(config)).unwrap())
+    return public(to_tables(config))
 
 
 @hookimpl
