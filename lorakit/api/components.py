@@ -48,28 +48,43 @@ class Component:
     """Whether it stands for classes of any package: the user writes a dotted path in place of its name."""
 
     def problems(self) -> Iterator[Problem]:
-        """What is wrong with the fields taken together; keys are field names."""
+        """Problems of the fields taken together; keys are field names.
+
+        Called when a config is read, after the fields' types and validators. Yields nothing if the fields can be used.
+        """
         return iter(())
 
     def warnings(self) -> Iterator[Problem]:
-        """What can be used as it is but has no effect or may not be meant; keys are field names."""
+        """Fields that have no effect, or may be a mistake; keys are field names.
+
+        Called by `lorakit check` and before training, for a config without problems.
+        """
         return iter(())
 
     def problems_with(self, config: TrainConfig) -> Iterator[Problem]:  # noqa: ARG002
-        """What is wrong with the fields in a run of this config; keys are field names."""
+        """Problems of the fields in a run of this config; keys are field names.
+
+        Called when a config is read, once all of its sections are right.
+        """
         return iter(())
 
     def warnings_with(self, config: TrainConfig) -> Iterator[Problem]:  # noqa: ARG002
-        """What has no effect, or may not be meant, in a run of this config; keys are field names."""
+        """Fields that have no effect, or may be a mistake, in a run of this config; keys are field names.
+
+        Called together with `warnings`.
+        """
         return iter(())
 
     @classmethod
     def is_product(cls, made: object) -> bool:  # noqa: ARG003
-        """Whether something that `build` returned can be used."""
+        """Whether an object that `build` returned can be used; if not, the run ends with a PluginError."""
         return True
 
     def warnings_of_length(self, total_steps: int) -> Iterator[Problem]:  # noqa: ARG002
-        """What may not be meant in a run of `total_steps` optimizer steps; keys are field names."""
+        """Fields that may be a mistake in a run of `total_steps` optimizer steps; keys are field names.
+
+        Called together with `warnings`, once the images are counted.
+        """
         return iter(())
 
 
@@ -123,7 +138,10 @@ class ModelFamilyConfig(Component):
         return _has_methods(type(made), "predict", "targets", "fingerprint", "free")
 
     def build(self, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
-        """The model, its weights not read yet: each part is read when it is first asked for."""
+        """The model, whose parts read their weights on first use.
+
+        Called first of all components in a run.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
 
 
@@ -149,7 +167,10 @@ class NetworkConfig(Component):
         return _has_methods(type(made), "initialize", "parameter_groups", "load_tensors", "begin_batch")
 
     def build(self, targets: Sequence[AdaptationTarget]) -> Network:
-        """The adapters for those of the targets that this network adapts, attached to them."""
+        """The adapters for those of the targets that this network adapts, attached to them.
+
+        Called once in a run, before the optimizer's `build`. `targets` are layers of the trained parts.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
 
 
@@ -232,7 +253,10 @@ class OptimizerConfig(Component):
         return isinstance(made, Optimizer)
 
     def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
-        """The optimizer over the groups, each with its own learning rate."""
+        """The optimizer over the groups, each with its learning rate and name.
+
+        Called once the network is attached; and before images are encoded, for a dry run with one parameter a group.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
 
 
@@ -254,7 +278,10 @@ class LRSchedulerConfig(Component):
         return isinstance(made, LRScheduler)
 
     def build(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-        """The schedule over `total_steps` optimizer steps, all processes counted once."""
+        """The schedule over `total_steps` optimizer steps, whatever the number of processes.
+
+        Called after the optimizer's `build`; and before images are encoded, for a dry run.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
 
 
@@ -271,7 +298,10 @@ class AttentionConfig(Component):
         return callable(made)
 
     def build(self) -> AttentionBackend:
-        """The function that computes attention."""
+        """The function that computes attention.
+
+        Called once in a run, before the network is built.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
 
 
@@ -293,7 +323,10 @@ class SaverConfig(Component):
         return is_suffix and _has_methods(type(made), "save", "load")
 
     def build(self) -> Saver:
-        """The thing that writes and reads this format."""
+        """The object that writes and reads this format.
+
+        Called once in a run, before its first step.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
 
 
@@ -315,5 +348,8 @@ class ObserverConfig(Component):
         return isinstance(made, Observer)
 
     def build(self, run_info: RunInfo) -> Observer:
-        """The observer of one run; called on the main process only."""
+        """The observer of one run.
+
+        Called once, on the main process only, before the first step.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")

@@ -130,7 +130,7 @@ def test_arguments_stand_in_args(train_tables: dict[str, Any], tmp_path: Path) -
     assert [str(problem) for problem in raised.value.problems] == [
         "optimizer.foreach: is not a known key (did you mean optimizer.args.foreach?)",
         "optimizer.text_encoder_l: is not a known key (did you mean optimizer.text_encoder_lr?)",
-        "optimizer.args.lr: cannot be given here (see optimizer.lr)",
+        "optimizer.args.lr: is not an argument here (set optimizer.lr)",
     ]
 
 
