@@ -1,21 +1,38 @@
-"""Runs for the tests of plugins, with what `lorakit.train` keeps to itself: the network and the optimizer."""
+"""Runs for the tests of plugins, with what `lorakit.train` does not return: the network and the optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from attrs import frozen
+from torch.optim import Optimizer
 
-from lorakit.api.observer import Observer
+from lorakit.api.observer import Observer, RunInfo
 from lorakit.config.load import config_from_tables
 from lorakit.config.train_config import TrainConfig
+from lorakit.networks.network import Network
 from lorakit.training.loop import train
 from lorakit.training.prepare import prepare
-from lorakit.training.run import Run
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.setup import build_run
+
+
+@frozen
+class StartedRun:
+    """A run before its first step."""
+
+    network: Network
+    """The adapters, attached."""
+    optimizer: Optimizer
+    """The optimizer of their parameters."""
+    info: RunInfo
+    """What observers get, which saves adapters and states."""
+    finish: Callable[[], None]
+    """Trains to the last step. No file is written, unless an observer does."""
 
 
 def train_config(tables: Mapping[str, Any], folder: Path) -> TrainConfig:
@@ -26,17 +43,9 @@ def train_config(tables: Mapping[str, Any], folder: Path) -> TrainConfig:
     return config_from_tables(tables, folder)
 
 
-def start_run(config: TrainConfig, *observers: Observer) -> Run:
-    """A run before its first step, on the CPU, with these observers and no others.
-
-    Its `network`, `optimizer` and `info`, which observers get, are for tests to look at.
-    """
+def start_run(config: TrainConfig, *observers: Observer) -> StartedRun:
+    """A run on the CPU with these observers and no others; all images are encoded."""
     run = build_run(prepare(config), Distributed(torch.device("cpu")))
     for observer in observers:
         run.observers.add(type(observer).__name__, observer)
-    return run
-
-
-def finish_run(run: Run) -> None:
-    """Train to the last step; no file is written, unless an observer does."""
-    train(run)
+    return StartedRun(run.network, run.optimizer, run.info, partial(train, run))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -126,24 +125,17 @@ def test_checks_that_fail_hide_no_other_problem(guest: Guest, tables: dict[str, 
     assert loss.startswith("loss.type")
 
 
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        ("raise RuntimeError('no display')", "failed in build: RuntimeError: no display"),
-        ("return 7", "an object of the class int, not an Observer"),
-    ],
-)
-def test_an_observer_that_cannot_be_made(
-    guest: Guest, tables: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, body: str, reason: str
+def test_an_observer_that_cannot_be_built(
+    guest: Guest, tables: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The run goes on without it and says so, unless it is essential."""
-    catalog = guest("ObserverConfig", BUILD.format(body))
+    """The run continues without it and says so, unless it is essential."""
+    catalog = guest("ObserverConfig", BUILD.format("raise RuntimeError('no display')"))
     tables["training"]["max_steps"] = 1
     assert train_with(catalog, tables, tmp_path, observers=[{"name": "guest"}]).exists()
-    assert "the run goes on without an observer: observer 'guest' of odd-guest 1.0" in caplog.text
+    reason = "observer 'guest' of odd-guest 1.0 failed in build: RuntimeError: no display"
     assert reason in caplog.text
-    essential = guest("ObserverConfig", f"essential = True\n    {BUILD.format(body)}")
-    with pytest.raises(PluginError, match=re.escape(reason)):
+    essential = guest("ObserverConfig", f"essential = True\n    {BUILD.format('return 7')}")
+    with pytest.raises(PluginError, match="an object of the class int, not an Observer"):
         train_with(essential, tables, tmp_path, observers=[{"name": "guest"}])
 
 

@@ -14,7 +14,7 @@ from lorakit.api import ConfigError
 
 
 def test_a_run_with_all_of_them(train_tables: dict[str, Any], tmp_path: Path) -> None:
-    """A run trains the attention layers alone, with RAdam, and writes the loss of every second step."""
+    """A run trains only the attention layers, with RAdam, and writes the loss of every second step."""
     train_tables["network"] = {"name": "attention_only", "rank": 2}
     train_tables["optimizer"] = {"name": "radam", "lr": 1e-3}
     train_tables["observers"] = [{"name": "loss_curve", "every_n_steps": 2}]
@@ -30,7 +30,7 @@ def test_a_run_with_all_of_them(train_tables: dict[str, Any], tmp_path: Path) ->
 
 
 def test_values_are_checked(train_tables: dict[str, Any]) -> None:
-    """A value out of range is named with its key before anything is trained."""
+    """A value out of range is reported with its key before anything is trained."""
     train_tables["observers"] = [{"name": "loss_curve", "every_n_steps": 0}]
     with pytest.raises(ConfigError, match=r"observers\[0\]\.every_n_steps: must be at least 1, not 0"):
         lorakit.check(train_tables)

@@ -141,13 +141,11 @@ def test_a_package_that_is_missing(train_tables: dict[str, Any], tmp_path: Path)
 
 def test_a_module_that_is_none(train_tables: dict[str, Any], tmp_path: Path) -> None:
     """A module without `create_network`, and arguments that it refuses, are named."""
-    with pytest.raises(AdapterError, match=r"network\.name: lycoris\.config is no network module"):
+    with pytest.raises(AdapterError, match=r"network\.name: lycoris\.config is not a network module"):
         trained(train_tables, tmp_path, name="lycoris.config")
-    with pytest.raises(AdapterError, match=r"network\.args: lycoris\.kohya refuses them: KeyError\('lohaa'\)"):
+    with pytest.raises(AdapterError, match=r"network\.args: lycoris\.kohya rejects them: KeyError\('lohaa'\)"):
         trained(train_tables, tmp_path, args={"algo": "lohaa"})
-    with pytest.raises(
-        AdapterError, match=r"network\.args: lycoris\.kohya takes the weights out of lora_te_text_model"
-    ):
+    with pytest.raises(AdapterError, match=r"network\.args: lycoris\.kohya removes the weights of lora_te_text_model"):
         trained(train_tables, tmp_path, args={"algo": "full"})
 
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lorakit.api import ConfigError, Observer, ParameterGroup, StepMetrics
 from lorakit.testing.contracts import OptimizerContract
-from lorakit.testing.runs import finish_run, start_run, train_config
+from lorakit.testing.runs import start_run, train_config
 
 
 class TestProdigy(OptimizerContract):
@@ -87,7 +87,7 @@ def test_a_run_with_a_warmup(train_tables: dict[str, Any], tmp_path: Path) -> No
     train_tables["lr_scheduler"] = {"name": "constant_with_warmup", "warmup_steps": 2}
     rates = Rates()
     run = start_run(train_config(train_tables, tmp_path), rates)
-    finish_run(run)
+    run.finish()
     estimate = run.optimizer.param_groups[0]["d"]
     assert rates.seen[0] == 0
     assert 0 < rates.seen[1] < rates.seen[3]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import lorakit
 from lorakit.api import OptimizerConfig, ParameterGroup, TrainConfig
 from lorakit.testing.contracts import OptimizerContract
-from lorakit.testing.runs import finish_run, start_run, train_config
+from lorakit.testing.runs import start_run, train_config
 
 NAMES = ["adamw_schedulefree", "radam_schedulefree", "sgd_schedulefree"]
 Configure = Callable[..., TrainConfig]
@@ -65,9 +65,9 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_the_file_has_the_averaged_weights(name: str, configure: Configure) -> None:
     """What is saved is the average x = y + (1 − 1/β)(z − y), and what goes on to train is y, which differs."""
     run = start_run(configure(name))
-    finish_run(run)
+    run.finish()
     training = {key: tensor.clone() for key, tensor in run.network.tensors().items()}
-    saved = load_file(run.save_adapter("now"))
+    saved = load_file(run.info.save_adapter("now"))
     assert same(run.network.tensors(), training)
     group = run.optimizer.param_groups[0]
     beta = group["momentum"] if "momentum" in group else group["betas"][0]
