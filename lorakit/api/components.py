@@ -1,8 +1,8 @@
-"""The bases of everything a user picks by name.
+"""The base classes of everything that a user picks by name.
 
-A component is one frozen attrs class. Its fields are its section of the config file, the string under
-a field is the field's help, its validators are the checks, and `build` makes the thing. Importing a
-component imports nothing heavy: torch and optional packages are imported inside `build`.
+A component is a frozen attrs class. Its fields are the keys of its section of the config file, the string under a field
+is its help text, validators check values, and `build` makes the object itself. Importing a component imports nothing
+heavy: torch and optional packages are imported inside `build`.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Component:
     name: ClassVar[str]
     """What the user writes in the config file."""
     requires: ClassVar[tuple[str, ...]] = ()
-    """Optional packages that `build` imports, by the names that pip knows; checked before anything loads."""
+    """Optional packages that `build` imports, by their names on PyPI; a config that needs a missing one is refused."""
     product: ClassVar[str] = "something"
     """What `build` should return, in words: `a torch.optim.Optimizer`."""
     takes_import_path: ClassVar[bool] = False
-    """Whether it stands for classes of any package: the user writes a dotted path in place of its name."""
+    """Whether it stands for classes of any package, whose import path the user writes instead of a name."""
 
     def problems(self) -> Iterator[Problem]:
         """Problems of the fields taken together; keys are field names.
@@ -93,7 +93,7 @@ def _has_methods(cls: type, *names: str) -> bool:
 
 
 def with_import_path(component: type[ComponentT], path: str) -> type[ComponentT]:
-    """A component with a dotted path as its name, where it is `takes_import_path`; any other as it is."""
+    """A component with an import path as its name if it has `takes_import_path`; any other as it is."""
     found: type[ComponentT] = _at(component, path) if component.takes_import_path else component  # type: ignore[arg-type]
     return found
 
@@ -142,7 +142,7 @@ class ModelFamilyConfig(Component):
 
         Called first of all components in a run.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+        raise NotImplementedError(f"{type(self).__name__} has no method build")
 
 
 @frozen(kw_only=True)
@@ -158,7 +158,7 @@ class NetworkConfig(Component):
     """A LoRA file to start from, of lorakit, sd-scripts, diffusers or PEFT."""
 
     def metadata(self) -> Mapping[str, object]:
-        """What files say of the network, in keys that tools read, such as `ss_network_module` and `ss_network_dim`."""
+        """Metadata of LoRA files about the network, such as `ss_network_module` and `ss_network_dim`."""
         return {"ss_network_module": self.name}
 
     @classmethod
@@ -171,7 +171,7 @@ class NetworkConfig(Component):
 
         Called once in a run, before the optimizer's `build`. `targets` are layers of the trained parts.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+        raise NotImplementedError(f"{type(self).__name__} has no method build")
 
 
 def _rates(_: object, __: object, value: float | tuple[float, ...] | None) -> None:
@@ -184,19 +184,19 @@ def _rates(_: object, __: object, value: float | tuple[float, ...] | None) -> No
 
 @frozen(kw_only=True)
 class OptimizerConfig(Component):
-    """A rule that turns gradients into updates."""
+    """The optimizer."""
 
     kind = "optimizer"
     product = "a torch.optim.Optimizer"
 
     supports_group_lrs: ClassVar[bool] = True
-    """Whether parts of the model may have different learning rates, 0 apart, which leaves a part out."""
+    """Whether parts of the model may have different learning rates; 0, which leaves a part out, is always allowed."""
     schedule_free: ClassVar[bool] = False
-    """Whether it does without an LR schedule, so that any but a constant one is warned of."""
+    """Whether it needs no LR schedule; any but a constant one is then a warning."""
     finds_learning_rate: ClassVar[bool] = False
-    """Whether it finds the learning rate itself and multiplies it by `lr`, which is then about 1."""
+    """Whether it estimates the learning rate and multiplies it by `lr`, which is then about 1."""
     usual_lr: ClassVar[float | None] = None
-    """The learning rate to start from, which `lorakit init` writes, and a hundred times of which is warned of."""
+    """The usual learning rate: `lorakit init` writes it, and more than a hundred times as much is a warning."""
 
     lr: float = field(default=1e-4, validator=v.ge(0))
     """Learning rate of all parts that have none of their own."""
@@ -208,7 +208,7 @@ class OptimizerConfig(Component):
 
     @property
     def supports_lr_multipliers(self) -> bool:
-        """Whether a network may give some of its parameters a multiple of their part's learning rate."""
+        """Whether a network may multiply the learning rate of some of its parameters."""
         return self.supports_group_lrs
 
     def lrs_for(self, part: str) -> tuple[float, ...]:
@@ -224,7 +224,7 @@ class OptimizerConfig(Component):
         return rates[text_encoder] if len(rates) > 1 else rates[0]
 
     def extra_options(self) -> dict[str, Any]:
-        """The values of the fields that this optimizer adds to those of every optimizer, by name."""
+        """The values of the fields that this class adds to those of `OptimizerConfig`, by name."""
         shared = {own.name for own in fields(OptimizerConfig)}
         return {own.name: getattr(self, own.name) for own in fields(type(self)) if own.name not in shared}
 
@@ -239,7 +239,10 @@ class OptimizerConfig(Component):
                 yield Problem(key, f"must be lr, {self.lr:g}, with {self.name}, not {rate:g}", hint)
 
     def check_lrs(self, rates: Sequence[float]) -> Iterator[Problem]:
-        """What is wrong with the learning rates that a network asks for; keys are full."""
+        """Problems of the learning rates that a network asks for; keys are those of the config file.
+
+        Called once the network is built.
+        """
         different = {rate for rate in rates if rate > 0}
         if len(different) > 1 and not self.supports_group_lrs:
             message = f"{self.name} has one learning rate for all layers, but the network asks for {len(different)}"
@@ -257,18 +260,18 @@ class OptimizerConfig(Component):
 
         Called once the network is attached; and before images are encoded, for a dry run with one parameter a group.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+        raise NotImplementedError(f"{type(self).__name__} has no method build")
 
 
 @frozen(kw_only=True)
 class LRSchedulerConfig(Component):
-    """How the learning rate changes over the run, as a factor of the optimizer's learning rate."""
+    """The learning-rate schedule: the factor of the optimizer's learning rate in each step."""
 
     kind = "LR scheduler"
     product = "an LRScheduler of torch.optim.lr_scheduler"
 
     is_constant: ClassVar[bool] = False
-    """Whether the learning rate stays the same over the whole run."""
+    """Whether the learning rate is constant."""
 
     @classmethod
     def is_product(cls, made: object) -> bool:
@@ -282,12 +285,12 @@ class LRSchedulerConfig(Component):
 
         Called after the optimizer's `build`; and before images are encoded, for a dry run.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+        raise NotImplementedError(f"{type(self).__name__} has no method build")
 
 
 @frozen(kw_only=True)
 class AttentionConfig(Component):
-    """How the denoiser computes softmax(q·kᵀ/√d)·v."""
+    """The implementation of attention in the denoiser, softmax(q·kᵀ/√d)·v."""
 
     kind = "attention backend"
     product = "a function"
@@ -302,18 +305,18 @@ class AttentionConfig(Component):
 
         Called once in a run, before the network is built.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+        raise NotImplementedError(f"{type(self).__name__} has no method build")
 
 
 @frozen(kw_only=True)
 class SaverConfig(Component):
-    """The file format of the trained adapters."""
+    """The file format of LoRA files."""
 
     kind = "saver"
     product = "a Saver, with save, load and a suffix such as '.safetensors'"
 
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Number format of the weights in the file."""
+    """Data type of the weights in the file."""
 
     @classmethod
     def is_product(cls, made: object) -> bool:
@@ -327,18 +330,18 @@ class SaverConfig(Component):
 
         Called once in a run, before its first step.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+        raise NotImplementedError(f"{type(self).__name__} has no method build")
 
 
 @frozen(kw_only=True)
 class ObserverConfig(Component):
-    """Something that is told how the run goes: a log, a progress bar, previews."""
+    """A callback: logging, progress bar, previews."""
 
     kind = "observer"
     product = "an Observer"
 
     essential: ClassVar[bool] = False
-    """Whether the run stops when this observer fails; others are detached with a warning."""
+    """Whether the run ends when this observer fails; others are disabled with a warning."""
 
     @classmethod
     def is_product(cls, made: object) -> bool:
@@ -352,4 +355,4 @@ class ObserverConfig(Component):
 
         Called once, on the main process only, before the first step.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+        raise NotImplementedError(f"{type(self).__name__} has no method build")

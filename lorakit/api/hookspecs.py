@@ -37,7 +37,7 @@ def register_model_families() -> list[type[ModelFamilyConfig]]:  # type: ignore[
 
 @hookspec
 def register_networks() -> list[type[NetworkConfig]]:  # type: ignore[empty-body]
-    """Kinds of adapters, such as LoRA-LierLa."""
+    """Networks: kinds of adapters, such as LoRA-LierLa."""
 
 
 @hookspec
@@ -52,7 +52,7 @@ def register_lr_schedulers() -> list[type[LRSchedulerConfig]]:  # type: ignore[e
 
 @hookspec
 def register_attention_backends() -> list[type[AttentionConfig]]:  # type: ignore[empty-body]
-    """Ways to compute the denoiser's attention."""
+    """Implementations of attention in the denoiser."""
 
 
 @hookspec
@@ -62,7 +62,7 @@ def register_savers() -> list[type[SaverConfig]]:  # type: ignore[empty-body]
 
 @hookspec
 def register_observers() -> list[type[ObserverConfig]]:  # type: ignore[empty-body]
-    """Things that are told how a run goes, such as a log."""
+    """Callbacks, such as a log or a progress bar."""
 
 
 @hookspec(firstresult=True)
