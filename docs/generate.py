@@ -11,17 +11,27 @@ import ast
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any, get_type_hints
 
 import attrs
 import click
 import tomlkit
 
-from lorakit.api import hookspecs
-from lorakit.api.components import Component, ModelFamilyConfig, ObserverConfig, SamplerConfig
+from lorakit import api
+from lorakit.api import (
+    Component,
+    ModelFamilyConfig,
+    Observer,
+    ObserverConfig,
+    RunInfo,
+    SamplerConfig,
+    StepMetrics,
+    hookspecs,
+)
 from lorakit.cli import commands as cli
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.field_docs import field_docs, type_in_words
@@ -93,9 +103,28 @@ HOOKS_INTRO = """\
 # The hooks
 
 A plugin is a module that is named in the entry-point group `lorakit` of an installed package. It implements any of
-these functions, each marked with `@lorakit.hookimpl`. The tutorial [Write a plugin](../tutorial/write-a-plugin.md)
-shows how."""
+these functions, each marked with `@hookimpl` of `lorakit.api`. The tutorial
+[Write a plugin](../tutorial/write-a-plugin.md) shows how.
 
+A `register_*` hook takes no arguments and returns a list of **components**: frozen attrs classes, each derived from the
+base class of its kind. lorakit calls it once, at start-up, for every command that reads a config. The fields of a
+component are the keys of its section of the config file, so torch and other large packages are imported in `build`."""
+
+COMPONENT_INTRO = """\
+## What every component has
+
+The attributes and methods of `lorakit.api.Component`, the base of all the classes above. Only `name` and `build`
+are required. A config is checked in this order, and all problems are reported together:
+
+1. the type and validator of each field,
+2. `problems` of each component whose fields are right,
+3. `problems_with` the whole config, once all sections are right."""
+
+API_INTRO = """\
+## What a plugin may import
+
+These names of `lorakit.api`, and `lorakit.testing` for tests. Nothing else of lorakit is promised to stay. Those marked
+with * import torch: import them inside `build`, in modules that `build` imports, or under `if TYPE_CHECKING`."""
 
 KOHYA_INTRO = """\
 # Come from sd-scripts
@@ -177,16 +206,20 @@ def commands_page() -> str:
 
 
 def hooks_page() -> str:
-    """The hooks: signature, meaning, and what the returned classes are and build."""
+    """The hooks: signature, meaning, and what the returned classes are and build; and all that plugins may import."""
     hooks = {name: hook for name, hook in vars(hookspecs).items() if hasattr(hook, "lorakit_spec")}
     parts = [HOOKS_INTRO]
     for name, hook in hooks.items():
         parts += [f"## {name}", _code(hook), inspect.getdoc(hook) or ""]
-        if name in REGISTRATION_HOOKS:
-            parts += _base_class(REGISTRATION_HOOKS[name])
-    parts += ["## What every component has", *_class_variables(Component)]
-    parts += [text for name in METHODS for text in _method(Component, name)]
-    return "\n\n".join(parts) + "\n"
+        if base := REGISTRATION_HOOKS.get(name):
+            parts += [f"Returns subclasses of `lorakit.api.{base.__name__}`. {_lines(base)}", *_members(base)]
+    parts += [COMPONENT_INTRO, *_members(Component)]
+    parts += ["## What an observer sees", _lines(Observer), *_members(Observer)]
+    for cls in (RunInfo, StepMetrics):
+        parts += [f"### {cls.__name__}", _lines(cls), *_members(cls)]
+    rows = ["| name | what it is |", "|---|---|"]
+    rows += [f"| `{name}`{'*' if heavy else ''} | {_cell(text)} |" for name, heavy, text in _promised_names()]
+    return "\n\n".join([*parts, API_INTRO, "\n".join(rows)]) + "\n"
 
 
 def kohya_page() -> str:
@@ -266,38 +299,51 @@ def _command(context: click.Context) -> Iterator[str]:
     yield "\n".join(rows)
 
 
-def _base_class(base: type[Component]) -> Iterator[str]:
-    """The class that a registration hook returns subclasses of, and what its `build` makes."""
-    yield f"Returns subclasses of `{base.__module__}.{base.__name__}`. {_lines(base)}"
-    yield from _class_variables(base)
-    yield from _method(base, "build")
+def _members(cls: type) -> Iterator[str]:
+    """What a class has beyond its bases: class attributes, fields, and methods with their signatures."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    docs = dict(_docstrings(definition.body if isinstance(definition, ast.ClassDef) else []))
+    annotations = {name: str(type_) for name, type_ in inspect.get_annotations(cls).items() if not name.startswith("_")}
+    constants = {name: type_[9:-1] for name, type_ in annotations.items() if type_.startswith("ClassVar[")}
+    fields = {name: type_ for name, type_ in annotations.items() if name not in constants}
+    for title, types in (("Class attributes", constants), ("Fields", fields)):
+        if types:
+            yield f"{title}:"
+            yield "\n".join(f"- `{name}: {type_}`: {' '.join(docs[name].split())}" for name, type_ in types.items())
+    for name, member in vars(cls).items():
+        function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+        if not name.startswith("_") and inspect.isfunction(function):
+            decorators = {property: "@property\n", classmethod: "@classmethod\n"}
+            yield _code(function, decorators.get(type(member), ""))
+            yield inspect.getdoc(function) or ""
 
 
-def _class_variables(cls: type) -> Iterator[str]:
-    names = [name for name, type_ in inspect.get_annotations(cls).items() if str(type_).startswith("ClassVar")]
-    if names:
-        yield "\n".join(f"- `{name}`: {field_docs(cls)[name]}" for name in names)
+def _promised_names() -> Iterator[tuple[str, bool, str]]:
+    """Each name of `lorakit.api`, whether importing it imports torch, and the first paragraph of its docstring."""
+    found = {}
+    for module in api.MODULES:
+        # From the source, because importing torch takes seconds.
+        spec = find_spec(module)
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else "")
+        imports = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        is_heavy = any(re.match(r"(import|from) torch\b", statement) for statement in imports)
+        found |= {name: (is_heavy, " ".join(text.split("\n\n")[0].split())) for name, text in _docstrings(tree.body)}
+    yield from ((name, *found[name]) for name in api.__all__)
 
 
-def _method(cls: type, name: str) -> Iterator[str]:
-    """A method, and the modules of the types in its signature."""
-    method = getattr(cls, name)
-    yield _code(method)
-    yield inspect.getdoc(method) or ""
-    homes = _imported_names(sys.modules[cls.__module__])
-    used = [word for word in re.findall(r"\w+", str(inspect.signature(method))) if "lorakit." in homes.get(word, "")]
-    if used:
-        yield "Where the types are: " + ", ".join(f"`{homes[word]}.{word}`" for word in dict.fromkeys(used)) + "."
+def _docstrings(body: Sequence[ast.stmt]) -> Iterator[tuple[str, str]]:
+    """The names that statements define, each with its docstring, or the string under it."""
+    for node, following in zip(body, [*body[1:], None], strict=False):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield node.name, ast.get_docstring(node) or ""
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(following, ast.Expr):
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            yield ast.unparse(target), str(ast.literal_eval(following.value))
 
 
-def _imported_names(module: ModuleType) -> Mapping[str, str]:
-    """The names that a module takes from others, each with its module."""
-    imports = [node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.ImportFrom)]
-    return {alias.name: node.module or "" for node in imports for alias in node.names}
-
-
-def _code(function: Callable[..., Any]) -> str:
-    return f"```python\ndef {function.__name__}{str(inspect.signature(function)).replace(chr(39), '')}\n```"
+def _code(function: Callable[..., Any], decorator: str = "") -> str:
+    signature = str(inspect.signature(function)).replace(chr(39), "")
+    return f"```python\n{decorator}def {function.__name__}{signature}\n```"
 
 
 def _lines(cls: type) -> str:
@@ -307,9 +353,6 @@ def _lines(cls: type) -> str:
 def _cell(text: str) -> str:
     return text.replace("|", r"\|")
 
-
-METHODS = ("problems", "problems_with", "warnings", "warnings_with", "warnings_of_length")
-"""What lorakit asks of every component about a config."""
 
 PAGES: Mapping[str, Callable[[], str]] = {
     "config.md": config_page,

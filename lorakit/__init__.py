@@ -56,9 +56,9 @@ def train(
     from lorakit.plugins.catalog import Catalog
     from lorakit.training.prepare import prepare
 
-    strange = [type(own).__name__ for own in observers if not isinstance(own, Observer)]
-    if strange:
-        raise TypeError(f"observers must be instances of lorakit.api.observer.Observer, not of {strange[0]}")
+    for observer in observers:
+        if not isinstance(observer, Observer):
+            raise TypeError(f"observers must be instances of lorakit.api.Observer, not of {type(observer).__name__}")
     catalog = Catalog.discover()
     checked = _config(config, overrides, catalog)
     prepared = prepare(checked, resuming=resume is not None)

@@ -1,4 +1,4 @@
-"""Real distributions for tests of plugins: a module and its metadata, as an installer would leave them."""
+"""Real distributions for tests of plugins: a module and its metadata, as an installer leaves them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from pathlib import Path
 
 OPTIMIZER = '''
 from attrs import frozen
-from lorakit import hookimpl
-from lorakit.api.components import OptimizerConfig
+from lorakit.api import OptimizerConfig, hookimpl
 
 
 @frozen(kw_only=True)
@@ -37,7 +36,7 @@ def optimizer_source(name: str, requires: tuple[str, ...] = ()) -> str:
 
 
 def install(folder: Path, distribution: str, **modules: str) -> Path:
-    """Put a distribution into a folder, with an entry point of its own for each of its modules; gives the folder."""
+    """Put a distribution into a folder, with one entry point for each of its modules; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for module, source in modules.items():
         (folder / f"{module}.py").write_text(source, encoding="utf-8")

@@ -81,7 +81,7 @@ def test_observers_are_handed_in(train_tables: dict[str, Any], caplog: pytest.Lo
     assert len(noting.losses) == len(noting.steps)
     assert noting.is_closed
     assert caplog.text.count("observer 'Broken' failed and is detached: ZeroDivisionError") == 1
-    with pytest.raises(TypeError, match=r"must be instances of lorakit\.api\.observer\.Observer, not of Noting"):
+    with pytest.raises(TypeError, match=r"must be instances of lorakit\.api\.Observer, not of Noting"):
         lorakit.train(train_tables, observers=[type("Noting", (), {})()])
 
 

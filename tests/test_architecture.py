@@ -53,6 +53,7 @@ def test_imports_run_one_way() -> None:
     ("module", "absent"),
     [
         ("lorakit", "torch numpy PIL click cattrs tomlkit"),
+        ("lorakit.api", "torch numpy PIL click cattrs tomlkit attrs"),
         ("lorakit.cli.commands", "torch numpy PIL cattrs tomlkit"),
         ("lorakit.plugins.catalog", "torch numpy PIL cattrs tomlkit safetensors"),
         ("lorakit.config.load", "torch numpy PIL tomlkit safetensors huggingface_hub"),

@@ -24,8 +24,7 @@ HEAD = """
 from __future__ import annotations
 from typing import TYPE_CHECKING
 from attrs import frozen
-from lorakit import hookimpl
-from lorakit.api.components import OptimizerConfig
+from lorakit.api import OptimizerConfig, hookimpl
 """
 
 
@@ -86,7 +85,7 @@ def test_all_that_comes_with_lorakit_works() -> None:
         (
             f"{HEAD}@frozen(kw_only=True)\nclass Mine(OptimizerConfig):\n  name = 'mine'\n"
             "@hookimpl\ndef register_optimizers(): return [Mine]",
-            "Mine has no method build, which makes the optimizer",
+            "Mine has no method build, which returns the optimizer",
         ),
         (
             f"{HEAD}if TYPE_CHECKING:\n  from pathlib import Path\n"
@@ -112,6 +111,43 @@ def test_a_broken_plugin_is_noted_and_harms_no_other(discover: Discover, source:
     assert str(broken.provider) == "broken-guest 1.0"
     assert set(before.registrations) < set(catalog.registrations)
     assert catalog.find(OptimizerConfig, "guest_lion").name == "guest_lion"
+
+
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [
+        (
+            "from lorakit.components import NetworkConfig, OptimizerConfig",
+            "imports lorakit.components, which is not part of the plugin API; "
+            "import NetworkConfig, OptimizerConfig from lorakit.api",
+        ),
+        (
+            "from lorakit.schedules import (\n    WarmupConfig,\n    half_waves,\n)",
+            "imports lorakit.schedules, which is not part of the plugin API; "
+            "import WarmupConfig, cosine_factor from lorakit.api",
+        ),
+        (
+            "import lorakit.engine.observing",
+            "imports lorakit.engine, which is not part of the plugin API; import from lorakit.api",
+        ),
+        (
+            "from lorakit.plugins.discovery import Observer",
+            "imports lorakit.plugins.discovery, which is not part of the plugin API; import Observer from lorakit.api",
+        ),
+        ("from lorakit.api import OptimizerConf", "lorakit.api has no OptimizerConf; did you mean OptimizerConfig?"),
+        ("from lorakit.api import Frobnicator", "lorakit.api has no Frobnicator"),
+        ("from lorakit.testing.nothing import it", "ModuleNotFoundError: No module named 'lorakit.testing.nothing'"),
+        (
+            "if True: from lorakit.components import Component",
+            "imports lorakit.components, which is not part of the plugin API; import Component from lorakit.api",
+        ),
+    ],
+)
+def test_imports_that_are_not_promised(discover: Discover, source: str, error: str) -> None:
+    """A plugin that imports from another module of lorakit is broken, and its error names the import to write."""
+    catalog = discover(stale_guest=[source])
+    (broken,) = (plugin for plugin in catalog.broken if plugin.provider.distribution == "stale-guest")
+    assert broken.error.endswith(error)
 
 
 def test_an_entry_point_that_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +260,7 @@ def test_missing_packages(discover: Discover) -> None:
         catalog.find(OptimizerConfig, "needy")
 
 
-DETECTOR = "from lorakit import hookimpl\n@hookimpl\ndef detect_model_family(checkpoint): return {}\n"
+DETECTOR = "from lorakit.api import hookimpl\n@hookimpl\ndef detect_model_family(checkpoint): return {}\n"
 
 
 @pytest.mark.parametrize("answer", ["1 / 0", "7", "__import__('sys').exit()"])

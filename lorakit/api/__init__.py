@@ -1,1 +1,136 @@
-"""What plugins import: hooks, components and what they build."""
+"""All that a plugin may import of lorakit; nothing else is promised to stay.
+
+`from lorakit.api import OptimizerConfig, hookimpl`. Importing this package imports no torch: a name is
+imported when it is first asked for, and those that need torch belong inside `build`, in modules that
+`build` imports, or under `if TYPE_CHECKING`. Tests of plugins may use `lorakit.testing` as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorakit.api.block_layout import BlockLayout as BlockLayout
+    from lorakit.api.components import AttentionConfig as AttentionConfig
+    from lorakit.api.components import Component as Component
+    from lorakit.api.components import LRSchedulerConfig as LRSchedulerConfig
+    from lorakit.api.components import ModelFamilyConfig as ModelFamilyConfig
+    from lorakit.api.components import NetworkConfig as NetworkConfig
+    from lorakit.api.components import ObserverConfig as ObserverConfig
+    from lorakit.api.components import OptimizerConfig as OptimizerConfig
+    from lorakit.api.components import SamplerConfig as SamplerConfig
+    from lorakit.api.components import SaverConfig as SaverConfig
+    from lorakit.api.components import TimestepSamplerConfig as TimestepSamplerConfig
+    from lorakit.api.components import with_import_path as with_import_path
+    from lorakit.api.hookspecs import hookimpl as hookimpl
+    from lorakit.api.learning_rate_free import skip_at_zero_lr as skip_at_zero_lr
+    from lorakit.api.loss import LossConfig as LossConfig
+    from lorakit.api.lr_schedules import WarmupConfig as WarmupConfig
+    from lorakit.api.lr_schedules import check_steps as check_steps
+    from lorakit.api.lr_schedules import check_warmup as check_warmup
+    from lorakit.api.lr_schedules import cosine_factor as cosine_factor
+    from lorakit.api.lr_schedules import resolve_steps as resolve_steps
+    from lorakit.api.network_metadata import network_args as network_args
+    from lorakit.api.noise import DDPMSpec as DDPMSpec
+    from lorakit.api.noise import FlowSpec as FlowSpec
+    from lorakit.api.noise import NoiseSpec as NoiseSpec
+    from lorakit.api.noise import ShiftLine as ShiftLine
+    from lorakit.api.observer import Every as Every
+    from lorakit.api.observer import Observer as Observer
+    from lorakit.api.observer import RunInfo as RunInfo
+    from lorakit.api.observer import StepMetrics as StepMetrics
+    from lorakit.checkpoints.summary import CheckpointSummary as CheckpointSummary
+    from lorakit.config.dump import to_tables as to_tables
+    from lorakit.config.train_config import TrainConfig as TrainConfig
+    from lorakit.diffusion.process import Loss as Loss
+    from lorakit.diffusion.process import NoiseProcess as NoiseProcess
+    from lorakit.diffusion.process import Predict as Predict
+    from lorakit.diffusion.process import Sampler as Sampler
+    from lorakit.diffusion.process import TimestepSampler as TimestepSampler
+    from lorakit.errors import AdapterError as AdapterError
+    from lorakit.errors import ConfigError as ConfigError
+    from lorakit.errors import DataError as DataError
+    from lorakit.errors import Interrupted as Interrupted
+    from lorakit.errors import LorakitError as LorakitError
+    from lorakit.errors import ModelError as ModelError
+    from lorakit.errors import NotSaved as NotSaved
+    from lorakit.errors import OutOfMemory as OutOfMemory
+    from lorakit.errors import OutputError as OutputError
+    from lorakit.errors import PluginError as PluginError
+    from lorakit.errors import Problem as Problem
+    from lorakit.errors import TrainingDiverged as TrainingDiverged
+    from lorakit.models.interfaces import AdaptationTarget as AdaptationTarget
+    from lorakit.models.interfaces import AttentionBackend as AttentionBackend
+    from lorakit.models.interfaces import Conditioning as Conditioning
+    from lorakit.models.interfaces import DiffusionModel as DiffusionModel
+    from lorakit.models.interfaces import TextEncoder as TextEncoder
+    from lorakit.models.interfaces import Tokens as Tokens
+    from lorakit.networks.adapter_file import AdapterFile as AdapterFile
+    from lorakit.networks.adapter_file import Saver as Saver
+    from lorakit.networks.blocks import BlockwiseLoRAConfig as BlockwiseLoRAConfig
+    from lorakit.networks.config import LoRAConfig as LoRAConfig
+    from lorakit.networks.dropout import DropoutRates as DropoutRates
+    from lorakit.networks.lora import LoRAModule as LoRAModule
+    from lorakit.networks.lora import LoRANetwork as LoRANetwork
+    from lorakit.networks.network import AdapterModule as AdapterModule
+    from lorakit.networks.network import Network as Network
+    from lorakit.networks.network import ParameterGroup as ParameterGroup
+    from lorakit.networks.network import torch_groups as torch_groups
+    from lorakit.plugins.import_path import check_import_path as check_import_path
+    from lorakit.plugins.import_path import import_class as import_class
+    from lorakit.plugins.import_path import instantiate as instantiate
+    from lorakit.utils.rng import derived_seed as derived_seed
+    from lorakit.utils.rng import keyed_generator as keyed_generator
+
+MODULES: Mapping[str, tuple[str, ...]] = {
+    "lorakit.api.block_layout": ("BlockLayout",),
+    "lorakit.api.components": (
+        "AttentionConfig", "Component", "LRSchedulerConfig", "ModelFamilyConfig", "NetworkConfig", "ObserverConfig",
+        "OptimizerConfig", "SamplerConfig", "SaverConfig", "TimestepSamplerConfig", "with_import_path",
+    ),
+    "lorakit.api.hookspecs": ("hookimpl",),
+    "lorakit.api.learning_rate_free": ("skip_at_zero_lr",),
+    "lorakit.api.loss": ("LossConfig",),
+    "lorakit.api.lr_schedules": ("WarmupConfig", "check_steps", "check_warmup", "cosine_factor", "resolve_steps"),
+    "lorakit.api.network_metadata": ("network_args",),
+    "lorakit.api.noise": ("DDPMSpec", "FlowSpec", "NoiseSpec", "ShiftLine"),
+    "lorakit.api.observer": ("Every", "Observer", "RunInfo", "StepMetrics"),
+    "lorakit.checkpoints.summary": ("CheckpointSummary",),
+    "lorakit.config.dump": ("to_tables",),
+    "lorakit.config.train_config": ("TrainConfig",),
+    "lorakit.diffusion.process": ("Loss", "NoiseProcess", "Predict", "Sampler", "TimestepSampler"),
+    "lorakit.errors": (
+        "AdapterError", "ConfigError", "DataError", "Interrupted", "LorakitError", "ModelError", "NotSaved",
+        "OutOfMemory", "OutputError", "PluginError", "Problem", "TrainingDiverged",
+    ),
+    "lorakit.models.interfaces": (
+        "AdaptationTarget", "AttentionBackend", "Conditioning", "DiffusionModel", "TextEncoder", "Tokens",
+    ),
+    "lorakit.networks.adapter_file": ("AdapterFile", "Saver"),
+    "lorakit.networks.blocks": ("BlockwiseLoRAConfig",),
+    "lorakit.networks.config": ("LoRAConfig",),
+    "lorakit.networks.dropout": ("DropoutRates",),
+    "lorakit.networks.lora": ("LoRAModule", "LoRANetwork"),
+    "lorakit.networks.network": ("AdapterModule", "Network", "ParameterGroup", "torch_groups"),
+    "lorakit.plugins.import_path": ("check_import_path", "import_class", "instantiate"),
+    "lorakit.utils.rng": ("derived_seed", "keyed_generator"),
+}  # fmt: skip
+"""Where each name is defined, by module; the same as the imports above, which type checkers read."""
+
+_MODULE_OF = {name: module for module, names in MODULES.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605 - type checkers go by the aliases above
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name when it is first asked for (PEP 562)."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,8 +1,8 @@
-"""The bases of everything a user picks by name.
+"""The base classes of everything that a user picks by name.
 
-A component is one frozen attrs class. Its fields are its section of the config file, the string under
-a field is the field's help, its validators are the checks, and `build` makes the thing. Importing a
-component imports nothing heavy: torch and optional packages are imported inside `build`.
+A component is a frozen attrs class. Its fields are the keys of its section of the config file, the string under a field
+is its help text, validators check values, and `build` makes the object itself. Importing a component imports nothing
+heavy: torch and optional packages are imported inside `build`.
 """
 
 from __future__ import annotations
@@ -45,35 +45,50 @@ class Component:
     name_key: ClassVar[str] = "name"
     """The key that the name is written under."""
     requires: ClassVar[tuple[str, ...]] = ()
-    """Optional packages that `build` imports, by the names that pip knows; checked before anything loads."""
+    """Optional packages that `build` imports, by their names on PyPI; a config that needs a missing one is refused."""
     product: ClassVar[str] = "something"
     """What `build` should return, in words: `a torch.optim.Optimizer`."""
     takes_import_path: ClassVar[bool] = False
-    """Whether it stands for classes of any package: the user writes a dotted path in place of its name."""
+    """Whether it stands for classes of any package, whose import path the user writes instead of a name."""
 
     def problems(self) -> Iterator[Problem]:
-        """What is wrong with the fields taken together; keys are field names."""
+        """Problems of the fields taken together; keys are field names.
+
+        Called when a config is read, after the fields' types and validators. Yields nothing if the fields can be used.
+        """
         return iter(())
 
     def warnings(self) -> Iterator[Problem]:
-        """What can be used as it is but has no effect or may not be meant; keys are field names."""
+        """Fields that have no effect, or may be a mistake; keys are field names.
+
+        Called by `lorakit check` and before training, for a config without problems.
+        """
         return iter(())
 
     def problems_with(self, config: TrainConfig) -> Iterator[Problem]:  # noqa: ARG002
-        """What is wrong with the fields in a run of this config; keys are field names."""
+        """Problems of the fields in a run of this config; keys are field names.
+
+        Called when a config is read, once all of its sections are right.
+        """
         return iter(())
 
     def warnings_with(self, config: TrainConfig) -> Iterator[Problem]:  # noqa: ARG002
-        """What has no effect, or may not be meant, in a run of this config; keys are field names."""
+        """Fields that have no effect, or may be a mistake, in a run of this config; keys are field names.
+
+        Called together with `warnings`.
+        """
         return iter(())
 
     @classmethod
     def is_product(cls, made: object) -> bool:  # noqa: ARG003
-        """Whether something that `build` returned can be used."""
+        """Whether an object that `build` returned can be used; if not, the run ends with a PluginError."""
         return True
 
     def warnings_of_length(self, total_steps: int) -> Iterator[Problem]:  # noqa: ARG002
-        """What may not be meant in a run of `total_steps` optimizer steps; keys are field names."""
+        """Fields that may be a mistake in a run of `total_steps` optimizer steps; keys are field names.
+
+        Called together with `warnings`, once the images are counted.
+        """
         return iter(())
 
 
@@ -82,7 +97,7 @@ def _has_methods(cls: type, *names: str) -> bool:
 
 
 def with_import_path(component: type[ComponentT], path: str) -> type[ComponentT]:
-    """A component with a dotted path as its name, where it is `takes_import_path`; any other as it is."""
+    """A component with an import path as its name if it has `takes_import_path`; any other as it is."""
     found: type[ComponentT] = _at(component, path) if component.takes_import_path else component  # type: ignore[arg-type]
     return found
 
@@ -137,8 +152,11 @@ class ModelFamilyConfig(Component):
         return _has_methods(type(made), "predict", "targets", "fingerprint", "free")
 
     def build(self, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
-        """The model, its weights not read yet: each part is read when it is first asked for."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+        """The model, whose parts read their weights on first use.
+
+        Called first of all components in a run.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method build")
 
 
 @frozen(kw_only=True)
@@ -154,7 +172,7 @@ class NetworkConfig(Component):
     """A LoRA file to start from, of lorakit, sd-scripts, diffusers or PEFT."""
 
     def metadata(self) -> Mapping[str, object]:
-        """What files say of the network, in keys that tools read, such as `ss_network_module` and `ss_network_dim`."""
+        """Metadata of LoRA files about the network, such as `ss_network_module` and `ss_network_dim`."""
         return {"ss_network_module": self.name}
 
     @classmethod
@@ -163,8 +181,11 @@ class NetworkConfig(Component):
         return _has_methods(type(made), "initialize", "parameter_groups", "load_tensors", "begin_batch")
 
     def build(self, targets: Sequence[AdaptationTarget]) -> Network:
-        """The adapters for those of the targets that this network adapts, attached to them."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+        """The adapters for those of the targets that this network adapts, attached to them.
+
+        Called once in a run, before the optimizer's `build`. `targets` are layers of the trained parts.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method build")
 
 
 def _rates(_: object, __: object, value: float | tuple[float, ...] | None) -> None:
@@ -177,19 +198,19 @@ def _rates(_: object, __: object, value: float | tuple[float, ...] | None) -> No
 
 @frozen(kw_only=True)
 class OptimizerConfig(Component):
-    """A rule that turns gradients into updates."""
+    """The optimizer."""
 
     kind = "optimizer"
     product = "a torch.optim.Optimizer"
 
     supports_group_lrs: ClassVar[bool] = True
-    """Whether parts of the model may have different learning rates, 0 apart, which leaves a part out."""
+    """Whether parts of the model may have different learning rates; 0, which leaves a part out, is always allowed."""
     schedule_free: ClassVar[bool] = False
-    """Whether it does without an LR schedule, so that any but a constant one is warned of."""
+    """Whether it needs no LR schedule; any but a constant one is then a warning."""
     finds_learning_rate: ClassVar[bool] = False
-    """Whether it finds the learning rate itself and multiplies it by `lr`, which is then about 1."""
+    """Whether it estimates the learning rate and multiplies it by `lr`, which is then about 1."""
     usual_lr: ClassVar[float | None] = None
-    """The learning rate to start from, which `lorakit init` writes, and a hundred times of which is warned of."""
+    """The usual learning rate: `lorakit init` writes it, and more than a hundred times as much is a warning."""
 
     lr: float = field(default=1e-4, validator=v.ge(0))
     """Learning rate of all parts that have none of their own."""
@@ -201,7 +222,7 @@ class OptimizerConfig(Component):
 
     @property
     def supports_lr_multipliers(self) -> bool:
-        """Whether a network may give some of its parameters a multiple of their part's learning rate."""
+        """Whether a network may multiply the learning rate of some of its parameters."""
         return self.supports_group_lrs
 
     def lrs_for(self, part: str) -> tuple[float, ...]:
@@ -217,7 +238,7 @@ class OptimizerConfig(Component):
         return rates[text_encoder] if len(rates) > 1 else rates[0]
 
     def extra_options(self) -> dict[str, Any]:
-        """The values of the fields that this optimizer adds to those of every optimizer, by name."""
+        """The values of the fields that this class adds to those of `OptimizerConfig`, by name."""
         shared = {own.name for own in fields(OptimizerConfig)}
         return {own.name: getattr(self, own.name) for own in fields(type(self)) if own.name not in shared}
 
@@ -232,7 +253,10 @@ class OptimizerConfig(Component):
                 yield Problem(key, f"must be lr, {self.lr:g}, with {self.name}, not {rate:g}", hint)
 
     def check_lrs(self, rates: Sequence[float]) -> Iterator[Problem]:
-        """What is wrong with the learning rates that a network asks for; keys are full."""
+        """Problems of the learning rates that a network asks for; keys are those of the config file.
+
+        Called once the network is built.
+        """
         different = {rate for rate in rates if rate > 0}
         if len(different) > 1 and not self.supports_group_lrs:
             message = f"{self.name} has one learning rate for all layers, but the network asks for {len(different)}"
@@ -246,19 +270,22 @@ class OptimizerConfig(Component):
         return isinstance(made, Optimizer)
 
     def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
-        """The optimizer over the groups, each with its own learning rate."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+        """The optimizer over the groups, each with its learning rate and name.
+
+        Called once the network is attached; and before images are encoded, for a dry run with one parameter a group.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method build")
 
 
 @frozen(kw_only=True)
 class LRSchedulerConfig(Component):
-    """How the learning rate changes over the run, as a factor of the optimizer's learning rate."""
+    """The learning-rate schedule: the factor of the optimizer's learning rate in each step."""
 
     kind = "LR scheduler"
     product = "an LRScheduler of torch.optim.lr_scheduler"
 
     is_constant: ClassVar[bool] = False
-    """Whether the learning rate stays the same over the whole run."""
+    """Whether the learning rate is constant."""
 
     @classmethod
     def is_product(cls, made: object) -> bool:
@@ -268,13 +295,16 @@ class LRSchedulerConfig(Component):
         return isinstance(made, LRScheduler)
 
     def build(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-        """The schedule over `total_steps` optimizer steps, all processes counted once."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+        """The schedule over `total_steps` optimizer steps, whatever the number of processes.
+
+        Called after the optimizer's `build`; and before images are encoded, for a dry run.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method build")
 
 
 @frozen(kw_only=True)
 class AttentionConfig(Component):
-    """How the denoiser computes softmax(q·kᵀ/√d)·v."""
+    """The implementation of attention in the denoiser, softmax(q·kᵀ/√d)·v."""
 
     kind = "attention backend"
     product = "a function"
@@ -285,19 +315,22 @@ class AttentionConfig(Component):
         return callable(made)
 
     def build(self) -> AttentionBackend:
-        """The function that computes attention."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+        """The function that computes attention.
+
+        Called once in a run, before the network is built.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method build")
 
 
 @frozen(kw_only=True)
 class SaverConfig(Component):
-    """The file format of the trained adapters."""
+    """The file format of LoRA files."""
 
     kind = "saver"
     product = "a Saver, with save, load and a suffix such as '.safetensors'"
 
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Number format of the weights in the file."""
+    """Data type of the weights in the file."""
 
     @classmethod
     def is_product(cls, made: object) -> bool:
@@ -307,19 +340,22 @@ class SaverConfig(Component):
         return is_suffix and _has_methods(type(made), "save", "load")
 
     def build(self) -> Saver:
-        """The thing that writes and reads this format."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+        """The object that writes and reads this format.
+
+        Called once in a run, before its first step.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method build")
 
 
 @frozen(kw_only=True)
 class ObserverConfig(Component):
-    """Something that is told how the run goes: a log, a progress bar, previews."""
+    """A callback: logging, progress bar, previews."""
 
     kind = "observer"
     product = "an Observer"
 
     essential: ClassVar[bool] = False
-    """Whether the run stops when this observer fails; others are detached with a warning."""
+    """Whether the run ends when this observer fails; others are disabled with a warning."""
 
     @classmethod
     def is_product(cls, made: object) -> bool:
@@ -329,8 +365,11 @@ class ObserverConfig(Component):
         return isinstance(made, Observer)
 
     def build(self, run_info: RunInfo) -> Observer:
-        """The observer of one run; called on the main process only."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+        """The observer of one run.
+
+        Called once, on the main process only, before the first step.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method build")
 
 
 @frozen(kw_only=True)

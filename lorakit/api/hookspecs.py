@@ -40,7 +40,7 @@ def register_model_families() -> list[type[ModelFamilyConfig]]:  # type: ignore[
 
 @hookspec
 def register_networks() -> list[type[NetworkConfig]]:  # type: ignore[empty-body]
-    """Kinds of adapters, such as LoRA-LierLa."""
+    """Networks: kinds of adapters, such as LoRA-LierLa."""
 
 
 @hookspec
@@ -55,7 +55,7 @@ def register_lr_schedulers() -> list[type[LRSchedulerConfig]]:  # type: ignore[e
 
 @hookspec
 def register_attention_backends() -> list[type[AttentionConfig]]:  # type: ignore[empty-body]
-    """Ways to compute the denoiser's attention."""
+    """Implementations of attention in the denoiser."""
 
 
 @hookspec
@@ -65,7 +65,7 @@ def register_savers() -> list[type[SaverConfig]]:  # type: ignore[empty-body]
 
 @hookspec
 def register_observers() -> list[type[ObserverConfig]]:  # type: ignore[empty-body]
-    """Things that are told how a run goes, such as a log."""
+    """Callbacks, such as a log or a progress bar."""
 
 
 @hookspec

@@ -1,7 +1,7 @@
-"""What optimizers that find their learning rate themselves need, to be used with warm-ups.
+"""Learning-rate-free optimizers, D-Adaptation and Prodigy, made to work with warm-ups.
 
-Those of the D-Adaptation family estimate one distance to the solution from all parameters. Their
-implementations fail, or go on moving, when a schedule sets the learning rate to 0.
+They estimate one distance to the solution from all parameters. Their implementations fail, or keep
+updating, when a schedule sets the learning rate to 0.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from typing import Any
 
 
 def skip_at_zero_lr(cls: type[Any]) -> type[Any]:
-    """A subclass that takes no step while all learning rates are 0, and leaves out groups whose own is 0.
+    """A subclass that skips steps while all learning rates are 0, and groups whose learning rate is 0.
 
-    The estimate in each group, `d`, is a plain number, which logs can read without waiting for the device.
+    The estimate in each group, `d`, becomes a float, which logs can read without waiting for the device.
     """
 
-    class Resting(cls):  # type: ignore[misc]
+    class SkipsZeroLR(cls):  # type: ignore[misc]
         param_groups: list[dict[str, Any]]
 
         def step(self, closure: Callable[[], float] | None = None) -> float | None:
-            everything = self.param_groups
-            self.param_groups = [group for group in everything if group["lr"] > 0]
+            all_groups = self.param_groups
+            self.param_groups = [group for group in all_groups if group["lr"] > 0]
             try:
                 loss: float | None = super().step(closure) if self.param_groups else None
                 for group in self.param_groups:
                     group["d"] = float(group["d"])
             finally:
-                self.param_groups = everything
+                self.param_groups = all_groups
             return loss
 
-    return Resting
+    return SkipsZeroLR

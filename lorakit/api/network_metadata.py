@@ -1,4 +1,4 @@
-"""What LoRA files say about their network, in the terms of sd-scripts' `networks.lora`."""
+"""Metadata of LoRA files about their network, with the names of sd-scripts' `networks.lora`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 
 LORA_MODULE = "networks.lora"
-"""sd-scripts' own network module, and the name that tools know LoRA networks by."""
+"""sd-scripts' network module, the name by which tools know LoRA networks."""
 
 NETWORK_ARG_KEYS: Mapping[str, str] = {
     "conv_dim": "conv_rank",
@@ -27,11 +27,11 @@ NETWORK_ARG_KEYS: Mapping[str, str] = {
     "rank_stabilized": "rank_stabilized",
     "dora_wd": "dora",
 }
-"""Arguments of networks that files name, and the keys of [network] that do the same."""
+"""Arguments in `ss_network_args`, and the keys of [network] that they come from."""
 
 
 def network_args(values: Mapping[str, object]) -> dict[str, str]:
-    """The metadata entry `ss_network_args` for those of the values that are not off; empty if all are."""
+    """The metadata entry `ss_network_args` with the values that are set; no entry if none is."""
     given = {name: _as_argument(value) for name, value in values.items() if value}
     return {"ss_network_args": json.dumps(given)} if given else {}
 

@@ -47,7 +47,7 @@ def listing(catalog: Catalog, kind: str | None = None) -> Iterator[Line]:
     broken = [] if kind else [plugin.provider.entry_point for plugin in catalog.broken]
     width = max(map(len, [*names, *broken]), default=0)
     for base in kinds:
-        yield Line(f"{base.kind}: {_KEYS[base.kind]}", is_title=True)
+        yield Line(f"{base.kind}: {_KEYS.get(base.kind, '')}".rstrip(": "), is_title=True)
         for name, registrations in catalog.of_kind(base).items():
             for found in registrations:
                 yield from _row(name, found, len(registrations) > 1, width)

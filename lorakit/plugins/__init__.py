@@ -1,1 +1,1 @@
-"""Finding plugins, building components and reporting their errors."""
+"""Finding plugins, building their components, and reporting their errors."""

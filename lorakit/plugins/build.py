@@ -1,4 +1,4 @@
-"""Building components: what `build` returns is checked before it is used."""
+"""Calling the `build` of components, and checking what it returns."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from lorakit.plugins.failures import describe_component, plugin_errors
 
 
 def build_component(component: Component, *arguments: object) -> Any:
-    """What a component's `build` returns for these arguments.
-
-    Raises PluginError if it fails or returns something other than its kind should.
-    """
+    """The result of a component's `build`. Raises PluginError if it fails, or returns an object of the wrong kind."""
     with plugin_errors(component, "build"):
         product = component.build(*arguments)  # type: ignore[attr-defined]
     if not component.is_product(product):

@@ -1,8 +1,8 @@
-"""The catalog of all that installed plugins provide.
+"""The catalog of all components that installed plugins provide.
 
-Each entry point is loaded and asked on its own, so that a plugin that fails to import, misspells a
-hook or raises is noted with its error and takes nothing else down. A name that two distributions
-provide belongs to neither: asking for it names both.
+Each entry point is loaded separately, so a plugin that fails to import, misspells a hook or raises is
+listed with its error and breaks nothing else. A name that two distributions provide is ambiguous:
+looking it up is an error that names both.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from lorakit.errors import PluginError
 from lorakit.plugins.discovery import (
     Installed,
     PluginSource,
-    format_error,
     installed_plugins,
     load_hooks,
-    named_if_slow,
     registered_components,
 )
+from lorakit.plugins.failures import format_error
 from lorakit.plugins.other_names import meaning_of
 
 log = logging.getLogger(__name__)
@@ -44,16 +43,16 @@ class Registration:
 
 @frozen
 class Detector:
-    """A function that recognises models of a family, and where it comes from."""
+    """A plugin's function that recognises models of a family."""
 
     detect: Callable[..., object]
-    """The hook; takes `checkpoint`."""
+    """The hook `detect_model_family`; its keyword argument is `checkpoint`."""
     provider: PluginSource
 
 
 @frozen
 class BrokenPlugin:
-    """A plugin that could not be used, and why."""
+    """A plugin that cannot be used, and why."""
 
     provider: PluginSource
     error: str
@@ -69,22 +68,21 @@ class Catalog:
 
     @classmethod
     def discover(cls) -> Catalog:
-        """The catalog of what is installed."""
+        """The catalog of all installed plugins."""
         return cls.of(installed_plugins())
 
     @classmethod
     def of(cls, plugins: Iterable[Installed]) -> Catalog:
-        """The catalog of given plugins, each with a function that imports it."""
-        # A dict, because a module that imports another's hook registers the same component once more.
+        """The catalog of these plugins."""
+        # A dict, because a module that imports another's hook registers the same component again.
         registrations: dict[tuple[type[Component], str], Registration] = {}
         broken: list[BrokenPlugin] = []
         detectors: list[Detector] = []
         for provider, load in plugins:
             try:
-                with named_if_slow(provider):
-                    hooks = load_hooks(load())
-                    components = list(registered_components(hooks))
-            # SystemExit too: an import that calls sys.exit must not end lorakit.
+                hooks = load_hooks(load())
+                components = list(registered_components(hooks))
+            # SystemExit too: a plugin that calls sys.exit while it is imported must not end lorakit.
             except (Exception, SystemExit) as error:
                 log.debug("plugin %r of %s is broken", provider.entry_point, provider, exc_info=True)
                 broken.append(BrokenPlugin(provider, format_error(error)))
@@ -104,13 +102,15 @@ class Catalog:
         return dict(sorted(found.items()))
 
     def find(self, base: type[ComponentT], name: str) -> type[ComponentT]:
-        """The component of a kind by its name, or by `distribution:name` where two share the name.
+        """The component of a kind by its name, or by `distribution:name` if two distributions share the name.
 
-        A dotted path that is nobody's name is one to a class, for the component that is `takes_import_path`.
-        Raises PluginError, which says what is near, what clashes, or which broken plugin may have provided it.
+        A dotted name that no component has is an import path, for the component with `takes_import_path`.
+        Raises PluginError, which names the nearest match, the clash, or the broken plugins that may provide it.
         """
         distribution, _, short_name = name.rpartition(":")
-        known = self.of_kind(base).get(short_name) or (self._by_path(base) if "." in short_name else [])
+        of_kind = self.of_kind(base)
+        by_path = [found for same in of_kind.values() for found in same if found.component.takes_import_path]
+        known = of_kind.get(short_name) or (by_path if "." in short_name else [])
         candidates = [found for found in known if not distribution or found.provider.is_of(distribution)]
         if not candidates:
             raise PluginError(self._unknown(base, name))
@@ -123,15 +123,12 @@ class Catalog:
             raise PluginError(f"{base.kind} {name!r} needs {what} not installed: pip install {' '.join(missing)}")
         return component
 
-    def _by_path(self, base: type[Component]) -> list[Registration]:
-        own = [found for found in self.registrations if issubclass(found.component, base)]
-        return [found for found in own if found.component.takes_import_path]
-
     def full_name(self, component: type[Component]) -> str:
-        """What to write in a config for a component: its name, with the distribution where two share the name."""
-        same = [found for found in self.registrations if _kind_and_name(found.component) == _kind_and_name(component)]
-        own = next((found.provider for found in same if found.component is component), None)
-        return f"{own.distribution}:{component.name}" if own and len(same) > 1 else component.name
+        """A component's name in configs, with the distribution if two distributions share the name."""
+        key = component.kind, component.name
+        same = [found for found in self.registrations if (found.component.kind, found.component.name) == key]
+        source = next((found.provider for found in same if found.component is component), None)
+        return f"{source.distribution}:{component.name}" if source and len(same) > 1 else component.name
 
     def detect_model_family(self, checkpoint: CheckpointSummary) -> str | None:
         """The family that a checkpoint belongs to, as the first plugin says that knows it.
@@ -175,7 +172,7 @@ class Catalog:
 
 
 def missing_packages(component: type[Component]) -> list[str]:
-    """Those of the optional packages that a component needs which are not installed."""
+    """The packages that a component requires and that are not installed."""
     missing = []
     for package in component.requires:
         try:
@@ -189,7 +186,7 @@ def _clash(base: type[Component], name: str, candidates: Sequence[Registration])
     names = sorted({candidate.provider.distribution for candidate in candidates})
     text = f"{base.kind} {name!r} is provided by {_listed(candidates)}"
     if len(names) == 1:
-        return f"{text}; one distribution cannot provide it twice, so tell its authors, or uninstall it"
+        return f"{text}; one distribution cannot provide it twice: report it to its authors, or uninstall it"
     qualified = " or ".join(f"'{distribution}:{name}'" for distribution in names)
     return f"{text}; write {qualified}, or uninstall one of them"
 
@@ -197,7 +194,3 @@ def _clash(base: type[Component], name: str, candidates: Sequence[Registration])
 def _listed(registrations: Sequence[Registration]) -> str:
     providers = [registration.provider for registration in registrations]
     return " and ".join(f"{provider} ({provider.entry_point})" for provider in providers)
-
-
-def _kind_and_name(component: type[Component]) -> tuple[str, str]:
-    return component.kind, component.name

@@ -1,55 +1,30 @@
-"""What is installed: plugins as packages register them, imported one by one, and what their hooks return, checked."""
+"""Installed plugins: found by their entry points, imported one by one, and what their hooks return, checked."""
 
 from __future__ import annotations
 
 import difflib
-import logging
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
-from typing import Any, get_type_hints
+from itertools import takewhile
+from typing import Any, get_args, get_type_hints
 
 import pluggy
 from attrs import fields, frozen
 
-from lorakit.api import hookspecs
-from lorakit.api.components import (
-    AttentionConfig,
-    Component,
-    LRSchedulerConfig,
-    ModelFamilyConfig,
-    NetworkConfig,
-    ObserverConfig,
-    OptimizerConfig,
-    SamplerConfig,
-    SaverConfig,
-    TimestepSamplerConfig,
-)
-from lorakit.api.loss import LossConfig
+from lorakit.api import components, hookspecs, loss
+from lorakit.api.components import Component
 from lorakit.errors import PluginError
-
-log = logging.getLogger(__name__)
 
 GROUP = "lorakit"
 """The entry-point group that plugins register in."""
 
-PATIENCE = 5.0
-"""Seconds after which a plugin is named that is still being imported."""
-
 REGISTRATION_HOOKS: Mapping[str, type[Component]] = {
-    "register_model_families": ModelFamilyConfig,
-    "register_networks": NetworkConfig,
-    "register_optimizers": OptimizerConfig,
-    "register_lr_schedulers": LRSchedulerConfig,
-    "register_attention_backends": AttentionConfig,
-    "register_savers": SaverConfig,
-    "register_losses": LossConfig,
-    "register_timestep_samplers": TimestepSamplerConfig,
-    "register_samplers": SamplerConfig,
-    "register_observers": ObserverConfig,
+    # Each is specified as `def register_losses() -> list[type[LossConfig]]`.
+    name: get_args(get_args(get_type_hints(hook, vars(components) | vars(loss))["return"])[0])[0]
+    for name, hook in vars(hookspecs).items()
+    if name.startswith("register_")
 }
 """Each registration hook, with the base of the classes that it returns."""
 
@@ -64,9 +39,11 @@ class PluginSource:
     """Its version."""
     entry_point: str
     """The plugin's name in the entry-point group."""
+    module: str
+    """The module that the entry point names."""
 
     def is_of(self, distribution: str) -> bool:
-        """Whether a distribution's name, however it is spelt, is that of this plugin's."""
+        """Whether it comes from the distribution of this name, in any spelling that pip accepts."""
         return _normalised(self.distribution) == _normalised(distribution)
 
     def __str__(self) -> str:
@@ -74,36 +51,19 @@ class PluginSource:
 
 
 Installed = tuple[PluginSource, Callable[[], object]]
-"""A plugin as it is found: where it comes from, and the function that imports it."""
-
-
-@contextmanager
-def named_if_slow(provider: PluginSource) -> Iterator[None]:
-    """Say which plugin is being imported when that takes long, as an import cannot be ended from outside."""
-    text = "the plugin %r of %s is still being imported after %g seconds; Ctrl-C stops lorakit"
-    timer = threading.Timer(PATIENCE, log.warning, (text, provider.entry_point, provider, PATIENCE))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    except KeyboardInterrupt:
-        text = "stopped while the plugin %r of %s was being imported; if it never ends: pip uninstall %s"
-        log.warning(text, provider.entry_point, provider, provider.distribution)
-        raise
-    finally:
-        timer.cancel()
+"""A plugin that is not imported yet: where it comes from, and the function that imports it."""
 
 
 def installed_plugins() -> Iterator[Installed]:
-    """Every plugin of every installed package, by name; none is imported."""
+    """Every plugin of every installed package, sorted by name; none is imported."""
     found: dict[str, list[Installed]] = {}
     for distribution in metadata.distributions():
         if f"[{GROUP}]" in (distribution.read_text("entry_points.txt") or ""):
             name, version = (_metadata_field(distribution, key) for key in ("Name", "Version"))
-            # The first on the path is the one that is imported.
+            # The first on the path is the one that Python imports.
             found.setdefault(_normalised(name), _entry_points(distribution, name, version))
-    plugins = [plugin for own in found.values() for plugin in own]
-    # By name, so that the order of installation changes nothing.
+    plugins = [plugin for distribution_plugins in found.values() for plugin in distribution_plugins]
+    # Sorted, so that the order of installation changes nothing.
     yield from sorted(plugins, key=lambda plugin: (plugin[0].entry_point, plugin[0]))
 
 
@@ -115,19 +75,31 @@ def _metadata_field(distribution: metadata.Distribution, key: str) -> str:
 def _entry_points(distribution: metadata.Distribution, name: str, version: str) -> list[Installed]:
     try:
         return [
-            (PluginSource(name, version, found.name), found.load)
+            (PluginSource(name, version, found.name, found.module), found.load)
             for found in distribution.entry_points.select(group=GROUP)
         ]
     except Exception as error:  # a malformed file makes importlib raise various things
-        return [(PluginSource(name, version, "entry_points.txt"), partial(_refuse, f"it cannot be read: {error}"))]
+        source = PluginSource(name, version, "entry_points.txt", module="")
+        return [(source, partial(_raise, PluginError(f"it cannot be read: {error}")))]
 
 
-def _refuse(reason: str) -> object:
-    raise PluginError(reason)
+def _raise(error: PluginError) -> object:
+    raise error
+
+
+def source_of(module: str) -> PluginSource | None:
+    """The plugin that a module belongs to: the one whose entry point's module has the longest start in common."""
+    nearest, most = None, 0
+    for source, _ in installed_plugins():
+        pairs = zip(module.split("."), source.module.split("."), strict=False)
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if common > most:
+            nearest, most = source, common
+    return nearest
 
 
 def load_hooks(plugin: object) -> pluggy.HookRelay:
-    """The hooks that one plugin implements; raises for a misspelt hook, wrong arguments or no hook at all."""
+    """The hooks that one plugin implements. Raises PluginError for an unknown hook, wrong arguments or no hook."""
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
     manager.register(plugin)
@@ -143,10 +115,10 @@ def load_hooks(plugin: object) -> pluggy.HookRelay:
 
 
 def registered_components(hooks: pluggy.HookRelay) -> Iterator[type[Component]]:
-    """The components that a plugin registers. Raises PluginError for what is none, or lacks what each must have."""
+    """The components that a plugin registers. Raises PluginError for anything that is no complete component."""
     for hook_name, base in REGISTRATION_HOOKS.items():
         hook = getattr(hooks, hook_name)
-        # pluggy leaves out what returns None.
+        # pluggy drops results that are None.
         results = (hook() or [None]) if hook.get_hookimpls() else []
         for returned in results:
             if not isinstance(returned, Iterable) or isinstance(returned, str):
@@ -166,13 +138,13 @@ def _check_component(component: Any, base: type[Component], hook_name: str) -> N
     if not isinstance(name, str) or not name or ":" in name:
         raise PluginError(f"{class_name} has no name; add a line such as: name = 'example'")
     if component.build is base.build:  # type: ignore[attr-defined]
-        raise PluginError(f"{class_name} has no method build, which makes the {base.kind}")
+        raise PluginError(f"{class_name} has no method build, which returns the {base.kind}")
     try:
         types = get_type_hints(component)
     except NameError as error:
-        cure = "import it outside of `if TYPE_CHECKING`, because config files are checked by it"
+        cure = "import it outside of `if TYPE_CHECKING`, because values in config files are checked against it"
         raise PluginError(f"{class_name} has a field whose type is unknown: {error}; {cure}") from error
-    untyped = [own.name for own in fields(component) if own.name not in types]
+    untyped = [field.name for field in fields(component) if field.name not in types]
     if untyped:
         raise PluginError(
             f"{class_name} has a field without a type: {untyped[0]}; write such as: {untyped[0]}: int = 1"
@@ -180,11 +152,5 @@ def _check_component(component: Any, base: type[Component], hook_name: str) -> N
 
 
 def _normalised(distribution: str) -> str:
-    """A distribution's name as package installers compare it."""
+    """A distribution's name as pip compares it (PEP 503)."""
     return re.sub(r"[-_.]+", "-", distribution).lower()
-
-
-def format_error(error: BaseException) -> str:
-    """An error for the end of a message: with its class, unless it was raised on purpose."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, PluginError) else f"{type(error).__name__}: {text}".removesuffix(": ")

@@ -1,4 +1,4 @@
-"""Whose fault it is when a component fails: the component and its package are named, and there is no traceback."""
+"""Errors of plugins: which component and package they come from, in one line, with what to do about them."""
 
 from __future__ import annotations
 
@@ -7,25 +7,33 @@ from contextlib import contextmanager
 
 from lorakit.api.components import Component
 from lorakit.errors import LorakitError, PluginError, Problem, is_out_of_memory
-from lorakit.plugins.catalog import Catalog
-from lorakit.plugins.discovery import PluginSource, format_error
+from lorakit.plugins.discovery import source_of
+from lorakit.plugins.import_hints import import_hint
+
+
+def format_error(error: BaseException) -> str:
+    """An error as the end of a message: with its class, unless it was raised on purpose.
+
+    A failed import from lorakit becomes the import to write instead.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, PluginError):
+        return text
+    hint = import_hint(error) if isinstance(error, ImportError) else ""
+    return hint or f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def describe_component(component: Component) -> str:
-    """A component by kind, name and the package that provides it, for messages."""
-    providers: dict[type, PluginSource] = {
-        found.component: found.provider for found in Catalog.discover().registrations
-    }
-    # The nearest, because a component may be derived from another package's, or stand for a class by its path.
-    nearest = (providers[cls] for cls in type(component).__mro__ if cls in providers)
-    return f"{component.kind} {component.name!r} of {next(nearest, type(component).__module__)}"
+    """A component by kind, name and the package that provides it: `optimizer 'lion' of lorakit 0.1.0`."""
+    module = type(component).__module__
+    return f"{component.kind} {component.name!r} of {source_of(module) or module}"
 
 
 @contextmanager
 def plugin_errors(component: Component, doing: str) -> Iterator[None]:
-    """Say whose fault it is if a component raises what is no error of lorakit's, as none should.
+    """Raise PluginError, which names the component and its package, for anything but lorakit's own errors.
 
-    Raises PluginError, which names the component and its package. Memory that is not enough is nobody's fault.
+    Running out of memory passes through: it is no fault of the plugin.
     """
     try:
         yield
@@ -34,17 +42,17 @@ def plugin_errors(component: Component, doing: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:  # a plugin can raise anything
         if is_out_of_memory(error):
             raise
-        cure = "tell its authors, who see with --debug where it came from, or choose another"
+        cure = "report it to its authors, with the traceback that --debug shows, or choose another"
         raise PluginError(
             f"{describe_component(component)} failed in {doing}: {format_error(error)}; {cure}"
         ) from error
 
 
 def collect_problems(component: Component, method: str, *arguments: object) -> list[Problem]:
-    """What a component's `problems`, `warnings` and the like say. Raises PluginError where one fails."""
+    """What a component's `problems`, `warnings` or the like yields. Raises PluginError where the method fails."""
     with plugin_errors(component, method):
-        told = list(getattr(component, method)(*arguments))
-        for problem in told:
+        found = list(getattr(component, method)(*arguments))
+        for problem in found:
             if not isinstance(problem, Problem):
-                raise TypeError(f"it gives {problem!r}, not a Problem")
-    return told
+                raise TypeError(f"it yields {problem!r}, not a Problem")
+    return found

@@ -1,7 +1,7 @@
-"""Classes of other packages by dotted path: what can be said of them early, and how they are made.
+"""Classes of other packages, by their import path.
 
-`check_import_path` imports nothing: it looks for the package and for the class's name in the source. That the
-class is of the right kind and takes the arguments shows when it is imported, which `made` does.
+`check_import_path` imports nothing: it looks for the module, and for the class's name in its source. `import_class` and
+`instantiate` check the rest: that the class is of the right kind and takes the arguments.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ ClassT = TypeVar("ClassT")
 
 
 def check_import_path(path: str) -> Iterator[Problem]:
-    """What is wrong with a dotted path to a class, as far as it shows without importing it; the key is `name`."""
+    """Problems of an import path that show without importing the module; the key is `name`."""
     package, *inner = path.split(".")
     if not inner or not all(part.isidentifier() for part in (package, *inner)):
-        yield Problem("name", f"{path!r} is not a path to a class", 'such as "torch.optim.RAdam"')
+        yield Problem("name", f"{path!r} is not the import path of a class", 'write, for example, "torch.optim.RAdam"')
         return
     place, spec = package, _spec_of(package)
     if spec is None:
-        yield Problem("name", f"the package {package!r} is not installed", "pip install the one that has the class")
+        yield Problem("name", f"the package {package!r} is not installed", "pip install the package that has the class")
     for part in inner:
         if spec is None:
             return
@@ -47,14 +47,14 @@ def _spec_of(package: str) -> ModuleSpec | None:
 
 
 def _source(spec: ModuleSpec) -> str:
-    """The text of a module's file; empty where it has none that is written in Python."""
+    """The source of a module; empty if it is not written in Python."""
     if spec.origin is None or not spec.origin.endswith(".py"):
         return ""
     return Path(spec.origin).read_text(encoding="utf-8", errors="replace")
 
 
 def _problems_of_name(place: str, name: str, source: str) -> Iterator[Problem]:
-    """Says so if a module's source shows that it has no such name."""
+    """A problem if the source of a module shows that it does not define a name."""
     words = set(re.findall(r"\w+", source))
     if words and name not in words and "__getattr__" not in words and "import *" not in source:
         near = difflib.get_close_matches(name, words, n=1, cutoff=0.6)
@@ -62,7 +62,7 @@ def _problems_of_name(place: str, name: str, source: str) -> Iterator[Problem]:
 
 
 def import_class(path: str, base: type[ClassT], section: str) -> type[ClassT]:
-    """The class at a path. Raises ConfigError where it is none, or none that is derived from `base`."""
+    """The class at an import path. Raises ConfigError if it cannot be imported or is not derived from `base`."""
     modules, _, name = path.rpartition(".")
     try:
         found = getattr(import_module(modules), name)
@@ -74,15 +74,15 @@ def import_class(path: str, base: type[ClassT], section: str) -> type[ClassT]:
         raise ConfigError([Problem(f"{section}.name", f"{path} is not a class derived from {what}")])
     required = [one.name for one in _parameters(found.step)[1:] if one.default is inspect.Parameter.empty]  # type: ignore[attr-defined]
     if required:
-        message = f"{path} needs {' and '.join(required)} at each step, which there is nothing to give it"
+        message = f"{path} needs {' and '.join(required)} at each step, which lorakit does not have"
         raise ConfigError([Problem(f"{section}.name", message, "choose another")])
     return found
 
 
 def instantiate(cls: type[ClassT], first: object, arguments: Mapping[str, Any], section: str, **given: Any) -> ClassT:
-    """An instance of a class: from its first argument, those of the config, and those of `given` that it takes.
+    """An instance of a class, from its first argument, the config's arguments, and those of `given` that it takes.
 
-    Lists become tuples where the class has a tuple. Raises ConfigError, which names the argument where it can.
+    Lists become tuples where the argument's default is a tuple. Raises ConfigError, which names the wrong argument.
     """
     parameters = {parameter.name: parameter for parameter in _parameters(cls)[1:]}
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -93,18 +93,18 @@ def instantiate(cls: type[ClassT], first: object, arguments: Mapping[str, Any], 
             [Problem(f"{section}.args.{name}", f"{cls.__name__} has no such argument", hint) for name in unknown]
         )
     converted = {name: _as_expected(value, parameters.get(name)) for name, value in arguments.items()}
-    own = {name: value for name, value in given.items() if name in parameters}
+    accepted = {name: value for name, value in given.items() if name in parameters}
     try:
-        return cls(first, **own, **converted)  # type: ignore[call-arg]
+        return cls(first, **accepted, **converted)  # type: ignore[call-arg]
     except Exception as error:  # a constructor can raise anything
         text = " ".join(str(error).split())
-        raise ConfigError([Problem(f"{section}.args", f"{cls.__name__} refuses them: {text}")]) from error
+        raise ConfigError([Problem(f"{section}.args", f"{cls.__name__} rejects them: {text}")]) from error
 
 
 def _parameters(function: Any) -> list[inspect.Parameter]:
     try:
         return list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # one that is not written in Python
+    except (TypeError, ValueError):  # not written in Python
         return []
 
 

@@ -1,6 +1,6 @@
-"""What components are called elsewhere: in sd-scripts, its GUIs, PyTorch, and by people.
+"""Names of components in sd-scripts, its GUIs, PyTorch and everyday use, and what they are called here.
 
-Names are compared in lower case and without anything but letters and digits, so `AdamW_8bit` is `adamw8bit`.
+Names are compared in lower case and by letters and digits alone: `AdamW_8bit` is `adamw8bit`.
 """
 
 from __future__ import annotations
@@ -123,19 +123,19 @@ OTHER_NAMES: Mapping[str, Mapping[str, str]] = {
         ),
     },
 }  # fmt: skip
-"""By kind of component: what a name that is not known here means, or what to write instead."""
+"""By kind of component: what an unknown name means here, or what to write instead."""
 
 
 def normalized(name: str) -> str:
-    """A name in lower case, without anything but letters and digits."""
+    """A name in lower case, reduced to letters and digits."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def meaning_of(kind: str, name: str, known: Iterable[str]) -> str:
-    """What a name that no component has may mean; `known` are the names that there are. Empty where nobody knows.
+    """A hint for a name that no component has; empty if there is none. `known` are the names of all components.
 
-    A name that is only spelt otherwise is found by itself.
+    Differences in spelling, such as case and underscores, are recognised.
     """
     wanted = normalized(name)
-    same = next((own for own in known if normalized(own) == wanted), None)
+    same = next((name for name in known if normalized(name) == wanted), None)
     return f"did you mean {same!r}?" if same else OTHER_NAMES.get(kind, {}).get(wanted, "")

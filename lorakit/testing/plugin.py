@@ -1,7 +1,7 @@
-"""The pytest plugin that comes with lorakit: fixtures for the tests of plugins.
+"""lorakit's pytest plugin: fixtures for the tests of plugins.
 
-It is loaded wherever lorakit and pytest are installed, so importing it imports nothing heavy and
-changes nothing for tests that use none of its fixtures.
+It is loaded wherever lorakit and pytest are installed, so importing it imports nothing heavy and has no
+effect on tests that do not use its fixtures.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ CAPTIONS = {
     "night": ((80, 80), "a city at night, white moon"),
     "snow": ((96, 80), "a field of snow, grey sky"),
 }
-"""Name, size in pixels and caption of each picture in `photographs`."""
+"""Name, size in pixels and caption of each image in `photographs`."""
 
 
 @pytest.fixture(scope="session")
 def lorakit_offline() -> Iterator[None]:
-    """Sets HF_HUB_OFFLINE while tests run that use the tiny model, so that nothing is asked of the Hub."""
+    """Sets HF_HUB_OFFLINE for tests that use the tiny model, so that they do not access the Hub."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield
@@ -33,7 +33,7 @@ def lorakit_offline() -> Iterator[None]:
 
 @pytest.fixture
 def lorakit_one_thread() -> Iterator[None]:
-    """Lets torch compute on one thread while the test runs, which is fastest for a tiny model."""
+    """Limits torch to one thread during the test, which is fastest for a tiny model."""
     import torch
 
     threads = torch.get_num_threads()
@@ -44,7 +44,7 @@ def lorakit_one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_sd1(lorakit_offline: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001
-    """A diffusers folder with a Stable Diffusion 1.x of two million random weights; not to be changed."""
+    """A diffusers folder with a Stable Diffusion 1.x of two million random weights; read-only."""
     from lorakit.testing.models import make_tiny_sd1
 
     return make_tiny_sd1(tmp_path_factory.mktemp("models") / "tiny-sd1")
@@ -60,7 +60,7 @@ def tiny_sd1_file(tiny_sd1: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with four small pictures of several shapes, and their captions; not to be changed."""
+    """A folder with four small images of several shapes, and their captions; read-only."""
     folder = tmp_path_factory.mktemp("photographs")
     for name, (size, caption) in CAPTIONS.items():
         _draw(folder / f"{name}.png", size)
@@ -77,8 +77,8 @@ def train_tables(
 ) -> dict[str, Any]:
     """The tables of a config that trains four steps on the CPU in about a second; a test may change them.
 
-    `lorakit.config.load.config_from_tables(train_tables, tmp_path)` makes the config, and
-    `lorakit.train(config)` the file `tmp_path / "out" / "lora.safetensors"`. Encoded images are shared by all tests.
+    `lorakit.train(train_tables)` writes the file `tmp_path / "out" / "lora.safetensors"`, and
+    `lorakit.testing.runs.train_config(train_tables, tmp_path)` is the config. Encoded images are shared by all tests.
     """
     return {
         "model": {"path": str(tiny_sd1)},
@@ -95,7 +95,7 @@ def train_tables(
 
 
 def _draw(path: Path, size: tuple[int, int]) -> None:
-    """A picture with a smooth background, a disc and film grain, the same for the same name."""
+    """An image with a smooth background, a disc and film grain; a function of its name."""
     import numpy as np
     from PIL import Image
 

@@ -9,8 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit.api.components import AttentionConfig
-from lorakit.builtin.attention.eager import EagerConfig
-from lorakit.builtin.attention.sdpa import SdpaConfig
+from lorakit.builtin.attention import EagerConfig, SdpaConfig
 from lorakit.testing.contracts.attention import AttentionContract
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

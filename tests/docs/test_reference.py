@@ -6,12 +6,12 @@ import inspect
 import re
 import subprocess
 import sys
-from typing import Any
 
 import attrs
 import click
 import pytest
 
+from lorakit import api
 from lorakit.api import hookspecs
 from lorakit.api.components import Component, ModelFamilyConfig, ObserverConfig, SamplerConfig
 from lorakit.cli import commands as cli
@@ -135,6 +135,30 @@ def test_every_hook_is_described() -> None:
         assert f"def {name}({arguments}) -> {hook.__annotations__['return']}\n" in sections[name]
         assert str(inspect.getdoc(hook)) in sections[name]
         if name in REGISTRATION_HOOKS:
-            base: Any = REGISTRATION_HOOKS[name]
-            assert f"`{base.__module__}.{base.__name__}`" in sections[name]
-            assert str(inspect.getdoc(base.build)) in sections[name]
+            assert f"`lorakit.api.{REGISTRATION_HOOKS[name].__name__}`" in sections[name]
+
+
+@pytest.mark.parametrize("base", [Component, *REGISTRATION_HOOKS.values()], ids=lambda base: base.__name__)
+def test_every_member_of_every_base_is_described(base: type[Component]) -> None:
+    """Class attributes and fields are listed with their types, and methods with signature and docstring."""
+    sections = page_sections("hooks.md")
+    hook = next((name for name, kind in REGISTRATION_HOOKS.items() if kind is base), "What every component has")
+    annotated = {name for name in inspect.get_annotations(base) if not name.startswith("_")}
+    own = {name for name in vars(base) if not name.startswith("_")} - annotated
+    assert "build" in own or base is Component
+    for name in annotated:
+        assert re.search(rf"^- `{name}: [^`]+`: \w", sections[hook], re.M), name
+    for name in own:
+        member = inspect.getattr_static(base, name)
+        if isinstance(member, str | bool):  # such as `kind`, which `Component` describes
+            assert f"- `{name}: " in sections["What every component has"], name
+        else:
+            assert f"def {name}(" in sections[hook], name
+            assert str(inspect.getdoc(getattr(base, name))) in sections[hook], name
+
+
+def test_every_promised_name_is_described() -> None:
+    """All of `lorakit.api` is in the table of what a plugin may import, with what it is."""
+    names = rows(page_sections("hooks.md")["What a plugin may import"].replace("`*", "`"))
+    assert list(names) == api.__all__
+    assert all(text for (text,) in names.values())

@@ -10,16 +10,18 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import optimization as hf
 
 from lorakit.api.components import LRSchedulerConfig
-from lorakit.builtin.lr_schedulers.constant import ConstantConfig
-from lorakit.builtin.lr_schedulers.constant_with_warmup import ConstantWithWarmupConfig
-from lorakit.builtin.lr_schedulers.cosine import CosineConfig
-from lorakit.builtin.lr_schedulers.cosine_with_min_lr import CosineWithMinLRConfig
-from lorakit.builtin.lr_schedulers.cosine_with_restarts import CosineWithRestartsConfig
-from lorakit.builtin.lr_schedulers.inverse_sqrt import InverseSqrtConfig
-from lorakit.builtin.lr_schedulers.linear import LinearConfig
-from lorakit.builtin.lr_schedulers.piecewise_constant import PiecewiseConstantConfig
-from lorakit.builtin.lr_schedulers.polynomial import PolynomialConfig
-from lorakit.builtin.lr_schedulers.warmup_stable_decay import WarmupStableDecayConfig
+from lorakit.builtin.lr_schedulers import (
+    ConstantConfig,
+    ConstantWithWarmupConfig,
+    CosineConfig,
+    CosineWithMinLRConfig,
+    CosineWithRestartsConfig,
+    InverseSqrtConfig,
+    LinearConfig,
+    PiecewiseConstantConfig,
+    PolynomialConfig,
+    WarmupStableDecayConfig,
+)
 
 STEPS, LR = 40, 2e-4
 

@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorakit.builtin.model_families.sd1 import SD1Config
-from lorakit.builtin.networks.c3lier import C3LierConfig
-from lorakit.builtin.networks.lierla import LierlaConfig
+from lorakit.builtin.networks import C3LierConfig, LierlaConfig
 from lorakit.errors import AdapterError
 from lorakit.models.families.sd.model import StableDiffusion
 from lorakit.models.memory.weight_formats import FORMATS

@@ -13,8 +13,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from lorakit.api.components import AttentionConfig
-from lorakit.builtin.attention.eager import EagerConfig
-from lorakit.builtin.attention.sdpa import SdpaConfig
+from lorakit.builtin.attention import EagerConfig, SdpaConfig
 from lorakit.models.families.sd.targets import unet_blocks
 from lorakit.models.families.sd.unet import (
     BasicTransformerBlock,

@@ -15,8 +15,7 @@ from torch import nn
 from lorakit.api.block_layout import STABLE_DIFFUSION, curve
 from lorakit.api.components import ModelFamilyConfig, OptimizerConfig
 from lorakit.builtin.model_families.sd1 import SD1Config
-from lorakit.builtin.networks.c3lier import C3LierConfig
-from lorakit.builtin.networks.lierla import LierlaConfig
+from lorakit.builtin.networks import C3LierConfig, LierlaConfig
 from lorakit.builtin.optimizers.adafactor import AdafactorConfig
 from lorakit.builtin.optimizers.adamw import AdamWConfig
 from lorakit.builtin.optimizers.dadaptation import DAdaptationConfig

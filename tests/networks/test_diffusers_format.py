@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorakit.builtin.networks.c3lier import C3LierConfig
+from lorakit.builtin.networks import C3LierConfig
 from lorakit.builtin.observers.diffusers import DiffusersConfig
-from lorakit.builtin.savers.safetensors import SafetensorsConfig
+from lorakit.builtin.savers import SafetensorsConfig
 from lorakit.errors import AdapterError
 from lorakit.networks.adapter_file import AdapterFile
 from lorakit.networks.diffusers_format import to_diffusers

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.api.components import NetworkConfig
-from lorakit.builtin.networks.c3lier import C3LierConfig
+from lorakit.builtin.networks import C3LierConfig
 from lorakit.networks.dora import DoRAModule
 from lorakit.networks.network import Network
 from lorakit.testing.contracts import NetworkContract

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lorakit.builtin.networks.c3lier import C3LierConfig
+from lorakit.builtin.networks import C3LierConfig
 from lorakit.networks.dropout import DropoutRates, NetworkDropout, _mix
 from lorakit.networks.network import Network
 from lorakit.utils.rng import derived_seed

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lorakit.builtin.model_families.sd1 import SD1Config
-from lorakit.builtin.networks.lierla import LierlaConfig
+from lorakit.builtin.networks import LierlaConfig
 from lorakit.checkpoints import summarize
 from lorakit.checkpoints.lora_files import lora_names
 from lorakit.checkpoints.lora_names import own_name

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit.builtin.networks.c3lier import C3LierConfig
-from lorakit.builtin.networks.lierla import LierlaConfig
+from lorakit.builtin.networks import C3LierConfig, LierlaConfig
 from lorakit.models.families.sd.targets import text_encoder_targets, unet_targets
 from lorakit.models.interfaces import AdaptationTarget
 from lorakit.networks.config import LoRAConfig

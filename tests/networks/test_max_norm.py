@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit.builtin.networks.c3lier import C3LierConfig
+from lorakit.builtin.networks import C3LierConfig
 from lorakit.networks.max_norm import update_norms
 from lorakit.networks.network import Network
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit.builtin.networks.c3lier import C3LierConfig
-from lorakit.builtin.networks.lierla import LierlaConfig
+from lorakit.builtin.networks import C3LierConfig, LierlaConfig
 from lorakit.errors import AdapterError
 from lorakit.networks.network import Network
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -259,21 +257,6 @@ def test_values_out_of_range(config: type[OptimizerConfig]) -> None:
     for field in ("lr", "weight_decay"):
         with pytest.raises(ValueError, match=field):
             config(**{field: -1.0})
-
-
-def test_configs_import_nothing_heavy() -> None:
-    """Importing every component of these kinds, and describing a config, imports no torch and no optional package."""
-    code = """
-import importlib, pkgutil, sys
-from lorakit import builtin
-for kind in ("networks", "optimizers", "lr_schedulers", "attention", "savers"):
-    package = importlib.import_module(f"lorakit.builtin.{kind}")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-print({"torch", "numpy", "transformers", "bitsandbytes", "lion_pytorch"} & set(sys.modules))
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "set()"
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.api.components import SaverConfig
-from lorakit.builtin.networks.c3lier import C3LierConfig
-from lorakit.builtin.networks.lierla import LierlaConfig
-from lorakit.builtin.savers.ckpt import CkptConfig
-from lorakit.builtin.savers.safetensors import SafetensorsConfig
+from lorakit.builtin.networks import C3LierConfig, LierlaConfig
+from lorakit.builtin.savers import CkptConfig, SafetensorsConfig
 from lorakit.models.families.sd.targets import text_encoder_targets, unet_targets
 from lorakit.networks.adapter_file import AdapterFile
 from lorakit.networks.config import LoRAConfig

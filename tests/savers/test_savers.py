@@ -18,9 +18,7 @@ import torch
 from safetensors import safe_open
 
 from lorakit.api.components import SaverConfig
-from lorakit.builtin.savers.ckpt import CkptConfig
-from lorakit.builtin.savers.pt import PtConfig
-from lorakit.builtin.savers.safetensors import SafetensorsConfig
+from lorakit.builtin.savers import CkptConfig, PtConfig, SafetensorsConfig
 from lorakit.errors import AdapterError, OutputError
 from lorakit.networks.adapter_file import AdapterFile, read_adapter
 from lorakit.utils.atomic_io import atomic_write

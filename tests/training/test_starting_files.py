@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lorakit.builtin.networks.c3lier import C3LierConfig
-from lorakit.builtin.networks.lierla import LierlaConfig
+from lorakit.builtin.networks import C3LierConfig, LierlaConfig
 from lorakit.errors import ConfigError
 from lorakit.networks.adapter_file import load_initial_weights
 from lorakit.networks.config import LoRAConfig

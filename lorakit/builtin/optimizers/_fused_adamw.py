@@ -1,4 +1,4 @@
-"""PyTorch's fused AdamW without what it loads at the first step."""
+"""PyTorch's fused AdamW without the modules that it loads at the first step."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch.optim import AdamW, Optimizer
 class FusedAdamW(AdamW):
     """`torch.optim.AdamW` with `fused=True`, bit for bit, for parameters on one device.
 
-    PyTorch's own methods import its compiler, which takes seconds and serves optimizers that are compiled.
+    PyTorch's methods import its compiler, which takes seconds and is only needed for compiled optimizers.
     """
 
     grad_scale: Tensor | None
-    """Set by a loss scaler: what gradients have been multiplied by, unless they have been divided by it since."""
+    """Set by a loss scaler: the factor of the gradients, unless they have been unscaled since."""
     found_inf: Tensor | None
-    """Set by a loss scaler: 1 where a gradient has overflowed and the step should change nothing."""
+    """Set by a loss scaler: 1 if a gradient has overflowed and the step should change nothing."""
 
     def __init__(self, groups: list[dict[str, Any]], **settings: Any) -> None:
-        """Groups and settings as `torch.optim.AdamW` takes them."""
+        """Groups and settings of `torch.optim.AdamW`."""
         super().__init__(groups, fused=True, **settings)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -31,12 +31,12 @@ class FusedAdamW(AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move all parameters that have gradients; gives what the closure gives, if there is one."""
+        """Update all parameters that have gradients; returns the result of the closure, if there is one."""
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        # A loss scaler finds out by these attributes whether it has set them, and removes them after the step.
+        # A loss scaler sets these attributes before the step and removes them after it.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group in self.param_groups:
             columns: list[list[Tensor]] = [[] for _ in range(6)]

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 from attrs import field, fields, frozen
 from attrs import validators as v
 
-from lorakit.api.components import OptimizerConfig
-from lorakit.api.hookspecs import hookimpl
-from lorakit.errors import Problem
+from lorakit.api import OptimizerConfig, Problem, hookimpl
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from lorakit.networks.network import ParameterGroup
+    from lorakit.api import ParameterGroup
 
 
 @frozen(kw_only=True)
@@ -26,24 +24,24 @@ class AdafactorConfig(OptimizerConfig):
     usual_lr = 1e-4
 
     relative_step: bool = False
-    """Find the learning rate itself: min(0.01, 1/√step), times the factor of the LR schedule; `lr` plays no part."""
+    """Compute the learning rate as min(0.01, 1/√step), times the LR schedule's factor; `lr` is ignored."""
     warmup_init: bool = False
-    """With `relative_step`, begin with the learning rate 1e-6 · step."""
+    """With `relative_step`, warm up with the learning rate 1e-6 · step."""
     scale_parameter: bool = False
-    """Multiply the learning rate by the root mean square of each weight matrix."""
+    """Scale the learning rate by the root mean square of each weight matrix."""
     clip_threshold: float = field(default=1.0, validator=v.gt(0))
-    """Highest root mean square of an update, before the learning rate."""
+    """Clip updates to this root mean square, before the learning rate."""
     decay_rate: float = field(default=-0.8, validator=v.lt(0))
     """Decay of the running average of the squared gradient: 1 − step^decay_rate."""
     beta1: float | None = field(default=None, validator=v.optional([v.ge(0), v.lt(1)]))
-    """Decay of the running average of the update; when absent there is none, which saves memory."""
+    """Decay of the running average of the update; without one when absent, which saves memory."""
     eps: tuple[float, float] = field(default=(1e-30, 1e-3), validator=v.deep_iterable(v.ge(0)))
-    """Added to the squared gradient; and the least root mean square that `scale_parameter` counts with."""
+    """Added to the squared gradient; and the lower bound of the root mean square for `scale_parameter`."""
     weight_decay: float = field(default=0.0, validator=v.ge(0))
-    """Share of each weight, times the learning rate, that it loses at each step."""
+    """Decoupled weight decay: each step subtracts this share of the weight, times the learning rate."""
 
     def problems(self) -> Iterator[Problem]:
-        """Says so if learning rates are given that would have no effect."""
+        """Learning rates that would have no effect."""
         if self.warmup_init and not self.relative_step:
             yield Problem("warmup_init", "needs relative_step = true", "For a warm-up of `lr`, see lr_scheduler")
         if not self.relative_step:
@@ -57,14 +55,14 @@ class AdafactorConfig(OptimizerConfig):
 
     @property
     def supports_lr_multipliers(self) -> bool:
-        """Not with `relative_step`, where no learning rate plays a part."""
+        """Not with `relative_step`, which ignores learning rates."""
         return not self.relative_step
 
     def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
-        """The one of transformers; with `relative_step` the groups' learning rate is the schedule's factor."""
+        """`transformers.Adafactor`; with `relative_step` the groups' learning rate is the schedule's factor."""
         from transformers.optimization import Adafactor
 
-        from lorakit.networks.network import torch_groups
+        from lorakit.api import torch_groups
 
         class ScheduledAdafactor(Adafactor):
             @staticmethod

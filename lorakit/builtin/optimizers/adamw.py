@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit.api.components import OptimizerConfig
-from lorakit.api.hookspecs import hookimpl
+from lorakit.api import OptimizerConfig, hookimpl
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from lorakit.networks.network import ParameterGroup
+    from lorakit.api import ParameterGroup
 
 
 @frozen(kw_only=True)
 class AdamWConfig(OptimizerConfig):
-    """AdamW: Adam with weight decay of its own (Loshchilov and Hutter, 2019, arXiv:1711.05101)."""
+    """AdamW: Adam with decoupled weight decay (Loshchilov and Hutter, 2019, arXiv:1711.05101)."""
 
     name = "adamw"
     usual_lr = 1e-4
@@ -27,16 +26,16 @@ class AdamWConfig(OptimizerConfig):
     betas: tuple[float, float] = field(default=(0.9, 0.999), validator=v.deep_iterable([v.ge(0), v.lt(1)]))
     """Decay of the running averages of the gradient and of its square."""
     eps: float = field(default=1e-8, validator=v.gt(0))
-    """Added to the denominator of the update, so that it never is zero."""
+    """Added to the denominator of the update for numerical stability."""
     weight_decay: float = field(default=0.01, validator=v.ge(0))
-    """Share of each weight, times the learning rate, that it loses at each step."""
+    """Decoupled weight decay: each step subtracts this share of the weight, times the learning rate."""
 
     def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
-        """PyTorch's, as one kernel for all parameters where the device has it."""
+        """`torch.optim.AdamW`, fused where the device has a fused kernel."""
         from torch.optim import AdamW
 
+        from lorakit.api import torch_groups
         from lorakit.builtin.optimizers._fused_adamw import FusedAdamW
-        from lorakit.networks.network import torch_groups
 
         is_fused = all(p.device.type in {"cpu", "cuda"} for group in groups for p in group.parameters)
         kind = FusedAdamW if is_fused else AdamW

@@ -1,4 +1,4 @@
-"""The optimizers of bitsandbytes: states in 8 bits, and states that the CPU's memory takes over when the GPU's is full.
+"""The optimizers of bitsandbytes: 8-bit states, and states that are paged to CPU RAM when GPU memory is full.
 
 All of them run on a CPU too, where nothing is paged.
 """
@@ -11,61 +11,60 @@ from typing import TYPE_CHECKING, ClassVar
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit.api.components import OptimizerConfig
-from lorakit.api.hookspecs import hookimpl
+from lorakit.api import OptimizerConfig, hookimpl
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from lorakit.networks.network import ParameterGroup
+    from lorakit.api import ParameterGroup
 
 
 @frozen(kw_only=True)
 class BitsandbytesConfig(OptimizerConfig):
-    """An optimizer of bitsandbytes; a subclass names the class and has its options as fields."""
+    """An optimizer of bitsandbytes; a subclass gives the class's name and has its options as fields."""
 
     requires = ("bitsandbytes",)
     class_name: ClassVar[str]
-    """What it is called in `bitsandbytes.optim`."""
+    """Its name in `bitsandbytes.optim`."""
 
     def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
-        """The one of bitsandbytes."""
+        """The class of `bitsandbytes.optim`."""
         from bitsandbytes import optim
 
-        from lorakit.networks.network import torch_groups
+        from lorakit.api import torch_groups
 
         highest = max(group.lr for group in groups)
         optimizer: Optimizer = getattr(optim, self.class_name)(torch_groups(groups), lr=highest, **self.extra_options())
         return optimizer
 
 
-@frozen(kw_only=True, slots=False)  # because a class can have but one base with slots of its own
+@frozen(kw_only=True, slots=False)  # only one base of a class can have slots
 class _In8BitsConfig(BitsandbytesConfig):
-    """What all have that keep their state in 8 bits."""
+    """The options of all with 8-bit states."""
 
     min_8bit_size: int = field(default=4096, validator=v.ge(0))
-    """Tensors of fewer numbers than this keep their state in 32 bits."""
+    """Tensors with fewer elements than this keep a 32-bit state."""
 
 
 @frozen(kw_only=True)
 class _AdamWConfig(BitsandbytesConfig):
-    """What all kinds of AdamW have."""
+    """The options of all kinds of AdamW."""
 
     usual_lr = 1e-4
 
     betas: tuple[float, float] = field(default=(0.9, 0.999), validator=v.deep_iterable([v.ge(0), v.lt(1)]))
     """Decay of the running averages of the gradient and of its square."""
     eps: float = field(default=1e-8, validator=v.gt(0))
-    """Added to the denominator of the update, so that it never is zero."""
+    """Added to the denominator of the update for numerical stability."""
     weight_decay: float = field(default=0.01, validator=v.ge(0))
-    """Share of each weight, times the learning rate, that it loses at each step."""
+    """Decoupled weight decay: each step subtracts this share of the weight, times the learning rate."""
 
 
 @frozen(kw_only=True)
 class PagedAdamWConfig(_AdamWConfig):
-    """AdamW whose state, in 32 bits, moves to the CPU's memory when the GPU's is full.
+    """AdamW with a 32-bit state that is paged to CPU RAM when GPU memory is full.
 
-    Only of tensors of 100,000 numbers or more, so with LoRA of little use.
+    Only tensors of 100,000 elements or more are paged, so it is of little use for LoRA.
     """
 
     name = "pagedadamw"
@@ -74,7 +73,7 @@ class PagedAdamWConfig(_AdamWConfig):
 
 @frozen(kw_only=True)
 class PagedAdamW32bitConfig(PagedAdamWConfig):
-    """The same as `pagedadamw`, under the other name that it has."""
+    """The same as `pagedadamw`; bitsandbytes has it under both names."""
 
     name = "pagedadamw32bit"
     class_name = "PagedAdamW32bit"
@@ -82,7 +81,7 @@ class PagedAdamW32bitConfig(PagedAdamWConfig):
 
 @frozen(kw_only=True)
 class AdamW8bitConfig(_In8BitsConfig, _AdamWConfig):
-    """AdamW that keeps its state in 8 bits, a quarter of the memory (Dettmers et al., 2021, arXiv:2110.02861)."""
+    """AdamW with an 8-bit state, a quarter of the memory (Dettmers et al., 2021, arXiv:2110.02861)."""
 
     name = "adamw8bit"
     class_name = "AdamW8bit"
@@ -90,7 +89,7 @@ class AdamW8bitConfig(_In8BitsConfig, _AdamWConfig):
 
 @frozen(kw_only=True)
 class PagedAdamW8bitConfig(AdamW8bitConfig):
-    """`adamw8bit` whose state moves to the CPU's memory when the GPU's is full; see `pagedadamw`."""
+    """`adamw8bit` with a paged state; see `pagedadamw`."""
 
     name = "pagedadamw8bit"
     class_name = "PagedAdamW8bit"
@@ -98,9 +97,9 @@ class PagedAdamW8bitConfig(AdamW8bitConfig):
 
 @frozen(kw_only=True)
 class Lion8bitConfig(_In8BitsConfig):
-    """Lion (Chen et al., 2023, arXiv:2302.06675) that keeps its state in 8 bits, a quarter of the memory.
+    """Lion (Chen et al., 2023, arXiv:2302.06675) with an 8-bit state, a quarter of the memory.
 
-    Wants a learning rate three to ten times lower than AdamW's.
+    Needs a learning rate three to ten times lower than AdamW's.
     """
 
     name = "lion8bit"
@@ -110,12 +109,12 @@ class Lion8bitConfig(_In8BitsConfig):
     betas: tuple[float, float] = field(default=(0.9, 0.99), validator=v.deep_iterable([v.ge(0), v.lt(1)]))
     """Decay of the update direction and of the momentum."""
     weight_decay: float = field(default=0.0, validator=v.ge(0))
-    """Share of each weight, times the learning rate, that it loses at each step."""
+    """Decoupled weight decay: each step subtracts this share of the weight, times the learning rate."""
 
 
 @frozen(kw_only=True)
 class PagedLion8bitConfig(Lion8bitConfig):
-    """`lion8bit` whose state moves to the CPU's memory when the GPU's is full; see `pagedadamw`."""
+    """`lion8bit` with a paged state; see `pagedadamw`."""
 
     name = "pagedlion8bit"
     class_name = "PagedLion8bit"
@@ -123,9 +122,9 @@ class PagedLion8bitConfig(Lion8bitConfig):
 
 @frozen(kw_only=True)
 class SGDNesterov8bitConfig(_In8BitsConfig):
-    """Gradient descent with momentum that is kept in 8 bits.
+    """Stochastic gradient descent with 8-bit momentum.
 
-    bitsandbytes takes the momentum as it is, without Nesterov's look ahead, which `sgdnesterov` has.
+    bitsandbytes uses plain momentum, without the look-ahead of `sgdnesterov`.
     """
 
     name = "sgdnesterov8bit"
@@ -133,14 +132,14 @@ class SGDNesterov8bitConfig(_In8BitsConfig):
     class_name = "SGD8bit"
 
     momentum: float = field(default=0.9, validator=[v.gt(0), v.lt(1)])
-    """Decay of the running sum of gradients."""
+    """Momentum factor."""
     weight_decay: float = field(default=0.0, validator=v.ge(0))
-    """Share of each weight that is added to its gradient."""
+    """L2 penalty: this share of the weight is added to its gradient."""
 
 
 @hookimpl
 def register_optimizers() -> list[type[OptimizerConfig]]:
-    """All that sd-scripts has of bitsandbytes."""
+    """All optimizers of bitsandbytes that sd-scripts has."""
     return [
         AdamW8bitConfig, Lion8bitConfig, PagedAdamWConfig, PagedAdamW32bitConfig, PagedAdamW8bitConfig,
         PagedLion8bitConfig, SGDNesterov8bitConfig,

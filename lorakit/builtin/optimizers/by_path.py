@@ -1,4 +1,4 @@
-"""Optimizers of any package, by the dotted path of their class."""
+"""Optimizers of any package, by the import path of their class."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 
-from lorakit.api.components import OptimizerConfig
-from lorakit.api.hookspecs import hookimpl
-from lorakit.errors import Problem
-from lorakit.plugins.import_path import check_import_path, import_class, instantiate
+from lorakit.api import OptimizerConfig, Problem, check_import_path, hookimpl, import_class, instantiate
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from lorakit.networks.network import ParameterGroup
+    from lorakit.api import ParameterGroup
 
 
 @frozen(kw_only=True)
 class OptimizerByPathConfig(OptimizerConfig):
-    """Any optimizer class of an installed package, by its dotted path, such as `torch.optim.RAdam`."""
+    """Any optimizer class of an installed package, by its import path, such as `torch.optim.RAdam`."""
 
     name = "package.Class"
     takes_import_path = True
@@ -29,17 +26,17 @@ class OptimizerByPathConfig(OptimizerConfig):
     """Arguments of the class, such as `{ betas = [0.9, 0.99] }`; the learning rate is `lr`."""
 
     def problems(self) -> Iterator[Problem]:
-        """Says so if there is no such class, or if arguments are given that are set elsewhere."""
+        """Checks that the class exists, and that no argument is set elsewhere."""
         yield from super().problems()
         yield from check_import_path(self.name)
         for key in {"lr", "params"} & self.args.keys():
-            yield Problem(f"args.{key}", "cannot be given here", "see optimizer.lr" if key == "lr" else "")
+            yield Problem(f"args.{key}", "is not an argument here", "set optimizer.lr" if key == "lr" else "")
 
     def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
-        """The class with its arguments; raises ConfigError where it is none, or does not take them."""
+        """An instance of the class. Raises ConfigError if it is no optimizer or rejects the arguments."""
         from torch.optim import Optimizer
 
-        from lorakit.networks.network import torch_groups
+        from lorakit.api import torch_groups
 
         cls = import_class(self.name, Optimizer, "optimizer")
         highest = max(group.lr for group in groups)

@@ -1,7 +1,6 @@
 """The optimizers of D-Adaptation, which find the learning rate themselves.
 
-They estimate one distance to the solution, `d`, for all parameters; steps are as long as with the
-learning rate d · `lr`.
+They estimate one distance to the solution, `d`, for all parameters; the effective learning rate is d · `lr`.
 """
 
 from __future__ import annotations
@@ -14,65 +13,63 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit.api.components import OptimizerConfig
-from lorakit.api.hookspecs import hookimpl
+from lorakit.api import OptimizerConfig, hookimpl
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from lorakit.networks.network import ParameterGroup
+    from lorakit.api import ParameterGroup
 
 
 @frozen(kw_only=True)
 class DAdaptConfig(OptimizerConfig):
-    """An optimizer of the package dadaptation; a subclass names the class and has its options as fields."""
+    """An optimizer of dadaptation; a subclass gives the class's name and has its options as fields."""
 
     requires = ("dadaptation",)
     supports_group_lrs = False
     finds_learning_rate = True
     usual_lr = 1.0
     module: ClassVar[str] = "dadaptation"
-    """Where the class is."""
+    """The module of the class."""
     class_name: ClassVar[str]
-    """What it is called there."""
+    """Its name there."""
 
     lr: float = field(default=1.0, validator=v.ge(0))
-    """Factor of the learning rate that is found; leave it at 1."""
+    """Factor of the estimated learning rate; leave it at 1."""
     weight_decay: float = field(default=0.0, validator=v.ge(0))
     """Strength of the weight decay."""
     d0: float = field(default=1e-6, validator=v.gt(0))
-    """First estimate of the distance to the solution; it only ever grows."""
+    """Initial estimate of the distance to the solution; the estimate only grows."""
 
     def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
-        """The one of the package dadaptation, at rest while the LR schedule is at zero."""
-        from lorakit.api.learning_rate_free import skip_at_zero_lr
-        from lorakit.networks.network import torch_groups
+        """The class of dadaptation; it takes no step while the LR schedule is at zero."""
+        from lorakit.api import skip_at_zero_lr, torch_groups
 
         cls = skip_at_zero_lr(self.repaired(getattr(import_module(self.module), self.class_name)))
         settings = {key: math.inf if value is None else value for key, value in self.extra_options().items()}
         d0 = settings.pop("d0")
-        # As options of each group, because the constructors print some of them.
+        # Options of the groups, because the constructors print some of their arguments.
         optimizer: Optimizer = cls([{**group, **settings} for group in torch_groups(groups)], d0=d0)
         return optimizer
 
     def repaired(self, cls: type[Any]) -> type[Any]:
-        """The class, or a subclass without a fault that it has."""
+        """The class, or a subclass that works around a fault."""
         return cls
 
 
 @frozen(kw_only=True)
 class _GrowingConfig(DAdaptConfig):
-    """Those whose estimate can be kept from growing too fast."""
+    """The options of those whose estimate's growth can be limited."""
 
     growth_rate: float | None = field(default=None, validator=v.optional(v.gt(1)))
-    """Factor by which the estimate may grow at a step, unlimited when absent; 1.02 acts like a warm-up."""
+    """Limit of the factor by which the estimate grows in a step, none when absent; 1.02 acts like a warm-up."""
 
 
 @frozen(kw_only=True)
 class DAdaptationConfig(_GrowingConfig):
     """D-Adaptation: Adam that finds the learning rate itself (Defazio and Mishchenko, 2023, arXiv:2301.07733).
 
-    The variant of the paper's preprint, which is also what sd-scripts means by `DAdaptation`.
+    The variant of the preprint, which is also what sd-scripts means by `DAdaptation`.
     """
 
     name = "dadaptation"
@@ -82,9 +79,9 @@ class DAdaptationConfig(_GrowingConfig):
     betas: tuple[float, float] = field(default=(0.9, 0.999), validator=v.deep_iterable([v.ge(0), v.lt(1)]))
     """Decay of the running averages of the gradient and of its square."""
     eps: float = field(default=1e-8, validator=v.gt(0))
-    """Added to the denominator of the update, so that it never is zero."""
+    """Added to the denominator of the update for numerical stability."""
     decouple: bool = False
-    """Take the weight decay from the weights, as AdamW does, rather than add it to the gradient, as Adam does."""
+    """Use decoupled weight decay, as in AdamW, instead of an L2 penalty, as in Adam."""
 
 
 @frozen(kw_only=True)
@@ -96,12 +93,12 @@ class DAdaptAdamConfig(DAdaptationConfig):
     class_name = "DAdaptAdam"
 
     use_bias_correction: bool = False
-    """Make up for averages that begin at zero, as Adam does."""
+    """Correct the bias of averages that start at zero, as in Adam."""
 
 
 @frozen(kw_only=True)
 class DAdaptAdanConfig(_GrowingConfig):
-    """D-Adaptation of Adan, which looks at how the gradient changes too (Xie et al., 2022, arXiv:2208.06677)."""
+    """D-Adaptation of Adan, which also averages the change of the gradient (Xie et al., 2022, arXiv:2208.06677)."""
 
     name = "dadaptadan"
     class_name = "DAdaptAdan"
@@ -109,11 +106,11 @@ class DAdaptAdanConfig(_GrowingConfig):
     betas: tuple[float, float, float] = field(default=(0.98, 0.92, 0.99), validator=v.deep_iterable([v.ge(0), v.lt(1)]))
     """Decay of the running averages of the gradient, of its change, and of its square."""
     eps: float = field(default=1e-8, validator=v.gt(0))
-    """Added to the denominator of the update, so that it never is zero."""
+    """Added to the denominator of the update for numerical stability."""
     weight_decay: float = field(default=0.02, validator=v.ge(0))
     """Strength of the weight decay."""
     no_prox: bool = False
-    """Take the weight decay off before the step, as AdamW does, rather than after it."""
+    """Apply the weight decay before the step, as in AdamW, instead of after it."""
 
 
 @frozen(kw_only=True)
@@ -138,31 +135,31 @@ class DAdaptLionConfig(DAdaptConfig):
 
 @frozen(kw_only=True)
 class DAdaptAdaGradConfig(_GrowingConfig):
-    """D-Adaptation of AdaGrad, whose steps only ever get shorter (arXiv:2301.07733)."""
+    """D-Adaptation of AdaGrad, whose steps only shrink (arXiv:2301.07733)."""
 
     name = "dadaptadagrad"
     class_name = "DAdaptAdaGrad"
 
     momentum: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
-    """Share of the last weights in the next."""
+    """Share of the previous weights in the next ones."""
     eps: float = field(default=1e-6, validator=v.gt(0))
-    """Added to the denominator of the update, so that it never is zero."""
+    """Added to the denominator of the update for numerical stability."""
 
 
 @frozen(kw_only=True)
 class DAdaptSGDConfig(_GrowingConfig):
-    """D-Adaptation of gradient descent (arXiv:2301.07733)."""
+    """D-Adaptation of stochastic gradient descent (arXiv:2301.07733)."""
 
     name = "dadaptsgd"
     class_name = "DAdaptSGD"
 
     momentum: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
-    """Share of the last weights in the next."""
+    """Share of the previous weights in the next ones."""
 
     def repaired(self, cls: type[Any]) -> type[Any]:
-        """The class divides by the norm of the first gradients; while that is zero, nothing is to be done."""
+        """A subclass that skips steps while the norm of the first gradients, which it divides by, is zero."""
 
-        class Patient(cls):  # type: ignore[misc]
+        class SkipsZeroGradients(cls):  # type: ignore[misc]
             def step(self, closure: Callable[[], float] | None = None) -> float | None:
                 try:
                     loss: float | None = super().step(closure)
@@ -170,12 +167,12 @@ class DAdaptSGDConfig(_GrowingConfig):
                     return None
                 return loss
 
-        return Patient
+        return SkipsZeroGradients
 
 
 @hookimpl
 def register_optimizers() -> list[type[OptimizerConfig]]:
-    """All of the package dadaptation."""
+    """All of dadaptation."""
     return [
         DAdaptationConfig, DAdaptAdaGradConfig, DAdaptAdamConfig, DAdaptAdanConfig, DAdaptAdanIPConfig,
         DAdaptLionConfig, DAdaptSGDConfig,

@@ -8,20 +8,19 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit.api.components import OptimizerConfig
-from lorakit.api.hookspecs import hookimpl
+from lorakit.api import OptimizerConfig, hookimpl
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from lorakit.networks.network import ParameterGroup
+    from lorakit.api import ParameterGroup
 
 
 @frozen(kw_only=True)
 class LionConfig(OptimizerConfig):
     """Lion: the sign of an interpolated momentum (Chen et al., 2023, arXiv:2302.06675).
 
-    Wants a learning rate three to ten times lower than AdamW's.
+    Needs a learning rate three to ten times lower than AdamW's.
     """
 
     name = "lion"
@@ -31,13 +30,13 @@ class LionConfig(OptimizerConfig):
     betas: tuple[float, float] = field(default=(0.9, 0.99), validator=v.deep_iterable([v.ge(0), v.lt(1)]))
     """Decay of the update direction and of the momentum."""
     weight_decay: float = field(default=0.0, validator=v.ge(0))
-    """Share of each weight, times the learning rate, that it loses at each step."""
+    """Decoupled weight decay: each step subtracts this share of the weight, times the learning rate."""
 
     def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
-        """The one of lion-pytorch."""
+        """`lion_pytorch.Lion`."""
         from lion_pytorch import Lion
 
-        from lorakit.networks.network import torch_groups
+        from lorakit.api import torch_groups
 
         optimizer: Optimizer = Lion(torch_groups(groups), betas=self.betas, weight_decay=self.weight_decay)
         return optimizer

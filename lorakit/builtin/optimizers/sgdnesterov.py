@@ -8,36 +8,35 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit.api.components import OptimizerConfig
-from lorakit.api.hookspecs import hookimpl
+from lorakit.api import OptimizerConfig, hookimpl
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from lorakit.networks.network import ParameterGroup
+    from lorakit.api import ParameterGroup
 
 
 @frozen(kw_only=True)
 class SGDNesterovConfig(OptimizerConfig):
-    """Gradient descent with Nesterov's momentum, which looks one step ahead (Sutskever et al., 2013).
+    """Stochastic gradient descent with Nesterov momentum (Sutskever et al., 2013).
 
-    Its steps are as long as the gradient, so it wants a far higher learning rate than AdamW.
+    Its steps are proportional to the gradient, so it needs a far higher learning rate than AdamW.
     """
 
     name = "sgdnesterov"
     usual_lr = 1.0
 
     momentum: float = field(default=0.9, validator=[v.gt(0), v.lt(1)])
-    """Decay of the running sum of gradients."""
+    """Momentum factor."""
     weight_decay: float = field(default=0.0, validator=v.ge(0))
-    """Share of each weight that is added to its gradient."""
+    """L2 penalty: this share of the weight is added to its gradient."""
 
     def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
-        """PyTorch's, as one kernel for all parameters where the device has it."""
+        """`torch.optim.SGD`, fused where the device has a fused kernel."""
         import torch
         from torch.optim import SGD
 
-        from lorakit.networks.network import torch_groups
+        from lorakit.api import torch_groups
 
         fused = all(p.device.type in {"cpu", "cuda"} for group in groups for p in group.parameters)
         optimizer = SGD(torch_groups(groups), nesterov=True, fused=fused, **self.extra_options())
@@ -49,5 +48,5 @@ class SGDNesterovConfig(OptimizerConfig):
 
 @hookimpl
 def register_optimizers() -> list[type[OptimizerConfig]]:
-    """Gradient descent."""
+    """SGD with Nesterov momentum."""
     return [SGDNesterovConfig]

@@ -7,28 +7,26 @@ from pathlib import Path
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit import hookimpl
-from lorakit.api.components import ObserverConfig
-from lorakit.api.observer import Observer, RunInfo, StepMetrics
+from lorakit.api import Observer, ObserverConfig, RunInfo, StepMetrics, hookimpl
 
 
 @frozen(kw_only=True)
 class LossCurveConfig(ObserverConfig):
-    """The loss of the run as a table, for spreadsheets: a line `step,loss` in a CSV file beside the LoRA file."""
+    """The loss of the run as a CSV file next to the LoRA file, with lines `step,loss`."""
 
     name = "loss_curve"
 
     every_n_steps: int = field(default=1, validator=v.ge(1))
-    """Steps from one line to the next; each line has the mean loss of its steps."""
+    """Steps per line; each line has the mean loss of its steps."""
 
     def build(self, run_info: RunInfo) -> LossCurve:
-        """The table of one run."""
+        """The observer of one run."""
         output = run_info.config.output
         return LossCurve(output.dir / f"{output.name}-loss.csv", self.every_n_steps)
 
 
 class LossCurve(Observer):
-    """Adds a line to the file every few steps; a resumed run goes on with the file that is there."""
+    """Adds a line to the file every few steps; a resumed run continues the file."""
 
     def __init__(self, path: Path, every_n_steps: int) -> None:
         self._path = path
@@ -36,12 +34,12 @@ class LossCurve(Observer):
         self._losses: list[float] = []
 
     def run_started(self, run: RunInfo) -> None:
-        """A run that begins at its first step begins the file anew."""
+        """Start a new file, unless the run is resumed."""
         if run.first_step == 0 or not self._path.exists():
             self._path.write_text("step,loss\n", encoding="utf-8")
 
     def metrics_read(self, metrics: StepMetrics) -> None:
-        """The losses arrive in order, none left out."""
+        """Losses arrive in order."""
         self._losses.append(metrics.loss)
         if metrics.step % self._every_n_steps == 0:
             mean = sum(self._losses) / len(self._losses)
@@ -52,5 +50,5 @@ class LossCurve(Observer):
 
 @hookimpl
 def register_observers() -> list[type[ObserverConfig]]:
-    """The loss as a table."""
+    """The loss as a CSV file."""
     return [LossCurveConfig]

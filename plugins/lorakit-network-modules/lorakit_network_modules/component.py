@@ -8,42 +8,37 @@ from typing import TYPE_CHECKING, Any
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit import hookimpl
-from lorakit.api.components import NetworkConfig
-from lorakit.api.network_metadata import network_args
-from lorakit.errors import Problem
-from lorakit.plugins.import_path import check_import_path
+from lorakit.api import NetworkConfig, Problem, check_import_path, hookimpl, network_args
 
 if TYPE_CHECKING:
-    from lorakit.models.interfaces import AdaptationTarget
-    from lorakit.networks.network import Network
+    from lorakit.api import AdaptationTarget, Network
 
 
 @frozen(kw_only=True)
 class NetworkModuleConfig(NetworkConfig):
-    """Any Python module with a function `create_network`, as sd-scripts takes for --network_module: `lycoris.kohya`.
+    """A Python module with a function `create_network`, like --network_module of sd-scripts: `lycoris.kohya`.
 
-    It is run as code, so take it from where you trust it.
+    The module is executed, so use only code that you trust.
     """
 
     name = "package.module"
     takes_import_path = True
 
     rank: int = field(default=4, validator=v.ge(1))
-    """Rank of the updates, where the module's algorithm has one."""
+    """Rank of the updates, if the algorithm has one."""
     alpha: float = field(default=1.0, validator=v.gt(0))
     """Strength of the updates: most algorithms multiply them by alpha / rank."""
     dropout: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
-    """Share of the numbers inside the updates that are dropped at random while training."""
+    """Probability of dropping each activation inside the updates during training."""
     args: Mapping[str, Any] = field(factory=dict)
-    """The module's own arguments, --network_args of sd-scripts: `{ algo = "loha", conv_dim = 8 }`."""
+    """Arguments of the module, --network_args of sd-scripts: `{ algo = "loha", conv_dim = 8 }`."""
 
     def problems(self) -> Iterator[Problem]:
-        """Says so if there is no such module."""
+        """Checks that the module exists."""
         yield from check_import_path(self.name)
 
     def metadata(self) -> Mapping[str, object]:
-        """The module and its arguments, as sd-scripts has them."""
+        """The metadata that sd-scripts writes for the module and its arguments."""
         return {
             "ss_network_module": self.name,
             "ss_network_dim": self.rank,

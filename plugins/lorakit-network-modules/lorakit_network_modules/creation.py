@@ -1,7 +1,7 @@
 """Adapters as a network module makes them.
 
-A network module changes the `forward` of the layers that it adapts. Here each changed `forward` is taken
-off again and kept with its layer and its name, so that lorakit can put it where it wants it.
+A network module replaces the `forward` of the layers that it adapts. Here each layer gets its `forward` back, and the
+adapter is returned with the layer's path and its key, so that lorakit can attach it.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ import torch
 from attrs import frozen
 from torch import nn
 
-from lorakit.errors import AdapterError
-from lorakit.models.interfaces import AdaptationTarget
-from lorakit.utils.rng import derived_seed
+from lorakit.api import AdaptationTarget, AdapterError, derived_seed
 
 if TYPE_CHECKING:
     from lorakit_network_modules.component import NetworkModuleConfig
 
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
-"""What the names of each part's adapters start with."""
+"""The prefix of the keys of each part's adapters."""
 
 
 @frozen
@@ -30,19 +28,19 @@ class Created:
     """An adapter that a network module made."""
 
     key: str
-    """Its name in files: `lora_unet_mid_block_attentions_0_proj_in`."""
+    """Its key in files: `lora_unet_mid_block_attentions_0_proj_in`."""
     path: str
-    """Where in its part the layer is that it adapts."""
+    """The path in its part of the layer that it adapts."""
     module: nn.Module
-    """The adapter; its `forward` takes the layer's input and gives the layer's output with what was learnt."""
+    """The adapter; its `forward` maps the layer's input to the layer's output plus the update."""
     lr_factors: Mapping[str, float]
-    """What multiplies the learning rate of each parameter that the network module wants trained, by its name."""
+    """The factor of the learning rate of each trained parameter, by its name."""
 
 
 def create(config: NetworkModuleConfig, targets: Sequence[AdaptationTarget], seed: int) -> dict[str, Created]:
     """The adapters of one part of the model, by key, their weights a function of the seed and the part.
 
-    Raises `AdapterError` where the module is none, does not take the config's arguments, or empties layers.
+    Raises `AdapterError` if it is no network module, rejects the arguments, or removes the weights of layers.
     """
     first = targets[0]
     shown = _under(first.root, _levels(first))
@@ -52,14 +50,14 @@ def create(config: NetworkModuleConfig, targets: Sequence[AdaptationTarget], see
         torch.manual_seed(derived_seed(seed, "network_module", first.part))
         network = _create_network(config, encoder, unet)
         network.apply_to(encoder, unet, not is_unet, is_unet)
-    created = _taken_off(network, first.root, _lr_factors(network))
+    created = _detach_adapters(network, first.root, _lr_factors(network))
     emptied = next(
         (one.key for one in created.values() if not hasattr(first.root.get_submodule(one.path), "weight")), ""
     )
     if emptied:
         raise AdapterError(
-            f"network.args: {config.name} takes the weights out of {emptied}, as LyCORIS' algo=full does, rather than"
-            " add to them. Choose another algorithm."
+            f"network.args: {config.name} removes the weights of {emptied}, as LyCORIS' algo=full does, instead of"
+            " adding to them. Choose another algorithm."
         )
     return created
 
@@ -68,7 +66,7 @@ def _create_network(config: NetworkModuleConfig, text_encoder: Any, unet: nn.Mod
     try:
         make = import_module(config.name).create_network
     except (ImportError, AttributeError) as error:
-        raise AdapterError(f"network.name: {config.name} is no network module: {error}") from error
+        raise AdapterError(f"network.name: {config.name} is not a network module: {error}") from error
     arguments = {key: str(value) for key, value in config.args.items()}
     arguments.setdefault("dropout", str(config.dropout))
     try:
@@ -76,19 +74,19 @@ def _create_network(config: NetworkModuleConfig, text_encoder: Any, unet: nn.Mod
             1.0, config.rank, config.alpha, None, text_encoder, unet, neuron_dropout=config.dropout, **arguments
         )
     except (TypeError, ValueError, KeyError, AssertionError) as error:
-        raise AdapterError(f"network.args: {config.name} refuses them: {error!r}") from error
+        raise AdapterError(f"network.args: {config.name} rejects them: {error!r}") from error
 
 
 def _lr_factors(network: Any) -> dict[int, float]:
-    """The learning rates that a network module gives its parameters where that of its part is 1, by their ids."""
+    """The learning rates that a network module gives its parameters when that of the part is 1, by their ids."""
     groups = network.prepare_optimizer_params(1.0, 1.0, 1.0)
-    if isinstance(groups, tuple):  # with descriptions
+    if isinstance(groups, tuple):  # groups and their descriptions
         groups = groups[0]
     return {id(parameter): float(group.get("lr", 1.0)) for group in groups for parameter in group["params"]}
 
 
-def _taken_off(network: nn.Module, root: nn.Module, lr_factors: Mapping[int, float]) -> dict[str, Created]:
-    """The adapters whose `forward` stands in for that of a layer of the root, which gets its own back."""
+def _detach_adapters(network: nn.Module, root: nn.Module, lr_factors: Mapping[int, float]) -> dict[str, Created]:
+    """The adapters whose `forward` replaces that of a layer of the root; the layers get their `forward` back."""
     names = {id(module): name for name, module in network.named_modules()}
     created = {}
     for path, layer in root.named_modules():
@@ -96,19 +94,19 @@ def _taken_off(network: nn.Module, root: nn.Module, lr_factors: Mapping[int, flo
         if changed is not None:
             module = changed.__self__
             key = names[id(module)]
-            own = {name: lr_factors[id(p)] for name, p in module.named_parameters() if id(p) in lr_factors}
-            created[key] = Created(key, path, module, own)
+            factors = {name: lr_factors[id(p)] for name, p in module.named_parameters() if id(p) in lr_factors}
+            created[key] = Created(key, path, module, factors)
     return created
 
 
 def _levels(target: AdaptationTarget) -> str:
-    """What stands between the prefix and the layer's path in the target's key: `text_model`, or nothing."""
+    """The part of the target's key between the prefix and the layer's path: `text_model`, or empty."""
     inner = target.key.removesuffix(target.path.replace(".", "_"))
     return inner.removeprefix(PREFIXES[target.part]).strip("_")
 
 
 def _under(root: nn.Module, level: str) -> nn.Module:
-    """The root, or a module that holds it under this name, so that paths begin with it."""
+    """The root, or a module that holds it under this name, so that paths start with it."""
     if not level:
         return root
     holder = nn.Module()

@@ -10,9 +10,7 @@ import torch
 from attrs import evolve
 from torch import Tensor, nn
 
-from lorakit.models.interfaces import AdaptationTarget
-from lorakit.networks.network import AdapterModule, Network
-from lorakit.utils.rng import derived_seed
+from lorakit.api import AdaptationTarget, AdapterModule, Network, derived_seed
 from lorakit_network_modules.creation import Created, by_part, create
 
 if TYPE_CHECKING:
@@ -20,18 +18,18 @@ if TYPE_CHECKING:
 
 
 class ModuleAdapter(AdapterModule):
-    """An adapter of a network module in the place of its layer."""
+    """An adapter of a network module that replaces its layer."""
 
     def __init__(self, created: Created, base: nn.Module) -> None:
         super().__init__(created.key, base)
         self.module = created.module
         self.lr_factors = {f"module.{name}": factor for name, factor in created.lr_factors.items()}
-        """What multiplies the learning rate of each parameter that is trained, by its name."""
+        """The factor of the learning rate of each trained parameter, by its name."""
         for name, parameter in self.module.named_parameters():
             parameter.requires_grad_(name in created.lr_factors)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output with what was learnt, in the input's number format."""
+        """The layer's output plus the update, in the dtype of the input."""
         if self.multiplier == 0:
             output: Tensor = self.base(x)
             return output
@@ -41,22 +39,22 @@ class ModuleAdapter(AdapterModule):
         return output.to(x.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What the module holds, as it holds it; a file may have other numbers, or other names."""
+        """The module's tensors; the tensors in files may have other values or names."""
         return dict(nn.Module.state_dict(self.module))
 
     def file_tensors(self) -> dict[str, Tensor]:
-        """What the module says belongs into a file."""
+        """The tensors that the module saves."""
         return dict(self.module.state_dict())
 
     def shape_mismatch(self, tensors: Mapping[str, Tensor]) -> str:
-        """Names alpha where it differs, as the module would go on with its own, and shapes otherwise."""
+        """Reports an alpha that differs, which the module would ignore, and shapes."""
         own, other = self.tensors().get("alpha"), tensors.get("alpha")
         if own is not None and other is not None and not math.isclose(own.item(), other.item(), rel_tol=2**-8):
             return f"alpha {other.item():g} in the file, {own.item():g} in the config"
         return super().shape_mismatch(tensors)
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what the module held, exactly, or what is in a file, as the module does."""
+        """Load exact tensors as they are, and tensors of a file as the module does."""
         if tensors.keys() == self.tensors().keys():
             super().load_tensors(tensors)
         else:
@@ -64,7 +62,7 @@ class ModuleAdapter(AdapterModule):
 
     @torch.no_grad()
     def start_as(self, other: nn.Module) -> None:
-        """Take over the weights of an adapter that was just made."""
+        """Copy the weights of a fresh adapter."""
         for own, new in zip(self.module.parameters(), other.parameters(), strict=True):
             own.copy_(new)
 
@@ -73,7 +71,7 @@ class ModuleNetwork(Network):
     """All adapters that a network module makes for a model."""
 
     def __init__(self, config: NetworkModuleConfig, targets: Sequence[AdaptationTarget]) -> None:
-        """Make the adapters; raises `AdapterError` where the module or its arguments cannot be used."""
+        """Make the adapters. Raises `AdapterError` if the module or its arguments cannot be used."""
         self._config = config
         self._parts = by_part(targets)
         self._has_dropout = bool(config.dropout) or any("dropout" in key for key in config.args)
@@ -87,7 +85,7 @@ class ModuleNetwork(Network):
         super().__init__(adapted, lambda target: ModuleAdapter(created[target.key], target.module))
 
     def initialize(self, seed: int) -> None:
-        """Set the weights that training starts from, a function of seed and part."""
+        """Set the initial weights, a function of seed and part."""
         self.detach()
         for targets in self._parts.values():
             for key, fresh in create(self._config, targets, seed).items():
@@ -97,20 +95,20 @@ class ModuleNetwork(Network):
         self.attach()
 
     def group_of(self, target: AdaptationTarget, parameter_name: str) -> tuple[str, float]:
-        """Parameters whose learning rate the module multiplies, as for LoRA+, are in groups of their own."""
+        """Parameters with a learning-rate factor, as for LoRA+, are in a separate group."""
         name, factor = super().group_of(target, parameter_name)
         adapter = self._by_key[target.key]
-        own = adapter.lr_factors[parameter_name] if isinstance(adapter, ModuleAdapter) else 1.0
-        return (name, factor) if own == 1 else (f"{name} plus", factor * own)
+        ratio = adapter.lr_factors[parameter_name] if isinstance(adapter, ModuleAdapter) else 1.0
+        return (name, factor) if ratio == 1 else (f"{name} plus", factor * ratio)
 
     def begin_batch(self, sample_seeds: Tensor) -> None:
-        """Seed what the module draws from PyTorch's own generator, its dropouts, from the images' seeds."""
+        """Seed PyTorch's generator, which the module's dropout uses, from the images' seeds."""
         if self._has_dropout:
             torch.manual_seed(derived_seed("network_module", *sample_seeds.tolist()))
 
 
 def _target(created: Created, layer: AdaptationTarget | None, sibling: AdaptationTarget) -> AdaptationTarget:
-    """What an adapter is for: a layer that the model names, or another one of the same part as a sibling."""
+    """The target of an adapter: a target of the model, or another layer of the same part as a sibling."""
     if layer is not None:
         return evolve(layer, key=created.key)
     return evolve(sibling, key=created.key, path=created.path, place="")

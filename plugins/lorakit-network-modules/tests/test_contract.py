@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lorakit_network_modules.component import NetworkModuleConfig
 
-from lorakit.api.components import with_import_path
+from lorakit.api import with_import_path
 from lorakit.testing.contracts import NetworkContract
 
 PRESET = Path(__file__).with_name("transformers.toml")

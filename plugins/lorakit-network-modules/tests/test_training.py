@@ -7,17 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from lorakit_network_modules.component import NetworkModuleConfig
 from lycoris.kohya import create_network_from_weights
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lorakit
-from lorakit.api.components import NetworkConfig
-from lorakit.config.load import config_from_tables
-from lorakit.errors import AdapterError, ConfigError
-from lorakit.plugins.catalog import Catalog
+from lorakit.api import AdapterError, ConfigError, with_import_path
 from lorakit.testing.contracts.tiny_batch import make_batch, predict, read_model
+from lorakit.testing.runs import train_config
 
 PRESET = Path(__file__).with_name("transformers.toml")
 ALGORITHMS = {"loha": "hada_w1_a", "lokr": "lokr_w1"}
@@ -27,7 +26,7 @@ def trained(tables: dict[str, Any], folder: Path, file: str = "lora", **network:
     """The file of a run with LyCORIS."""
     section = {"name": "lycoris.kohya", "rank": 4, "alpha": 2.0, **network}
     changed = {**tables, "network": section, "output": {**tables["output"], "name": file}}
-    return lorakit.train(config_from_tables(changed, folder))
+    return lorakit.train(train_config(changed, folder))
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
@@ -67,7 +66,7 @@ def test_lycoris_reads_the_file(train_tables: dict[str, Any], tmp_path: Path, ti
 
 def _prediction_of_ours(path: Path, folder: Path, algo: str) -> Tensor:
     model = read_model(folder)
-    component = Catalog.discover().find(NetworkConfig, "lycoris.kohya")
+    component = with_import_path(NetworkModuleConfig, "lycoris.kohya")
     config = component(rank=4, alpha=2.0, parts=("unet",), args={"algo": algo})
     network = config.build(model.targets(("unet",)))
     network.load_tensors(load_file(path))
@@ -107,7 +106,7 @@ def test_resumes_exactly(train_tables: dict[str, Any], tmp_path: Path, args: dic
     section = {"name": "lycoris.kohya", "rank": 4, "alpha": 2.0, "args": args}
     train_tables["training"]["max_epochs"] = 2
     tables = {**train_tables, "network": section, "output": {**train_tables["output"], "name": "part"}}
-    resumed = load_file(lorakit.train(config_from_tables(tables, tmp_path), resume=Path()))
+    resumed = load_file(lorakit.train(train_config(tables, tmp_path), resume=Path()))
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
@@ -115,7 +114,7 @@ def test_resumes_exactly(train_tables: dict[str, Any], tmp_path: Path, args: dic
 def test_loraplus(tiny_sd1: Path) -> None:
     """The learning rates that a module gives its parameters are those they get, as LoRA+ of LyCORIS."""
     model = read_model(tiny_sd1)
-    component = Catalog.discover().find(NetworkConfig, "lycoris.kohya")
+    component = with_import_path(NetworkModuleConfig, "lycoris.kohya")
     args = {"loraplus_lr_ratio": 4, "loraplus_unet_lr_ratio": 8, "preset": "full"}
     network = component(args=args).build(model.targets(("text_encoder", "unet")))
     groups = network.parameter_groups(lambda _: 0.5)
@@ -142,20 +141,18 @@ def test_a_package_that_is_missing(train_tables: dict[str, Any], tmp_path: Path)
 
 def test_a_module_that_is_none(train_tables: dict[str, Any], tmp_path: Path) -> None:
     """A module without `create_network`, and arguments that it refuses, are named."""
-    with pytest.raises(AdapterError, match=r"network\.name: lycoris\.config is no network module"):
+    with pytest.raises(AdapterError, match=r"network\.name: lycoris\.config is not a network module"):
         trained(train_tables, tmp_path, name="lycoris.config")
-    with pytest.raises(AdapterError, match=r"network\.args: lycoris\.kohya refuses them: KeyError\('lohaa'\)"):
+    with pytest.raises(AdapterError, match=r"network\.args: lycoris\.kohya rejects them: KeyError\('lohaa'\)"):
         trained(train_tables, tmp_path, args={"algo": "lohaa"})
-    with pytest.raises(
-        AdapterError, match=r"network\.args: lycoris\.kohya takes the weights out of lora_te_text_model"
-    ):
+    with pytest.raises(AdapterError, match=r"network\.args: lycoris\.kohya removes the weights of lora_te_text_model"):
         trained(train_tables, tmp_path, args={"algo": "full"})
 
 
 def test_layers_get_their_forward_back(tiny_sd1: Path) -> None:
     """The module leaves no trace in the model's layers: detached, they are as they were read."""
     model = read_model(tiny_sd1)
-    component = Catalog.discover().find(NetworkConfig, "lycoris.kohya")
+    component = with_import_path(NetworkModuleConfig, "lycoris.kohya")
     network = component(args={"algo": "loha"}).build(model.targets(("text_encoder", "unet")))
     network.detach()
     layers: list[nn.Module] = [*model.denoiser.modules(), *model.text_encoder.module.modules()]

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit import hookimpl
-from lorakit.api.components import OptimizerConfig
+from lorakit.api import OptimizerConfig, hookimpl
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from lorakit.networks.network import ParameterGroup
+    from lorakit.api import ParameterGroup
 
 
 @frozen(kw_only=True)
@@ -29,41 +28,40 @@ class ProdigyConfig(OptimizerConfig):
     supports_group_lrs = False
 
     lr: float = field(default=1.0, validator=v.ge(0))
-    """Factor of the learning rate that is found; leave it at 1."""
+    """Factor of the estimated learning rate; leave it at 1."""
     betas: tuple[float, float] = field(default=(0.9, 0.999), validator=v.deep_iterable([v.ge(0), v.lt(1)]))
     """Decay of the running averages of the gradient and of its square."""
     beta3: float | None = field(default=None, validator=v.optional([v.ge(0), v.lt(1)]))
-    """Decay of the running averages that the estimate is made from; the root of the second of `betas` when absent."""
+    """Decay of the running averages for the estimate; the square root of the second of `betas` when absent."""
     eps: float = field(default=1e-8, validator=v.gt(0))
-    """Added to the denominator of the update, so that it never is zero."""
+    """Added to the denominator of the update for numerical stability."""
     weight_decay: float = field(default=0.0, validator=v.ge(0))
     """Strength of the weight decay."""
     decouple: bool = True
-    """Take the weight decay from the weights, as AdamW does, rather than add it to the gradient, as Adam does."""
+    """Use decoupled weight decay, as in AdamW, instead of an L2 penalty, as in Adam."""
     use_bias_correction: bool = False
-    """Make up for averages that begin at zero, as Adam does."""
+    """Correct the bias of averages that start at zero, as in Adam."""
     safeguard_warmup: bool = False
-    """Keep a warm-up of the LR schedule from making the estimate too high."""
+    """Prevent a warm-up of the LR schedule from raising the estimate too far."""
     d0: float = field(default=1e-6, validator=v.gt(0))
-    """First estimate of the distance to the solution."""
+    """Initial estimate of the distance to the solution."""
     d_coef: float = field(default=1.0, validator=v.gt(0))
-    """Factor of the estimate; 0.5 and 2 are usual, and better than another `lr`."""
+    """Factor of the estimate; 0.5 and 2 are usual. Change this rather than `lr`."""
     growth_rate: float | None = field(default=None, validator=v.optional(v.gt(1)))
-    """Factor by which the estimate may grow at a step, unlimited when absent; 1.02 acts like a warm-up."""
+    """Limit of the factor by which the estimate grows in a step, none when absent; 1.02 acts like a warm-up."""
     slice_p: int = field(default=1, validator=v.ge(1))
-    """Make the estimate from every so many-th weight only, which saves memory; 11 is usual."""
+    """Estimate from every n-th weight only, which saves memory; 11 is usual."""
 
     def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
-        """The one of prodigyopt, at rest while the LR schedule is at zero."""
+        """`prodigyopt.Prodigy`; it takes no step while the LR schedule is at zero."""
         from prodigyopt import Prodigy
 
-        from lorakit.api.learning_rate_free import skip_at_zero_lr
-        from lorakit.networks.network import torch_groups
+        from lorakit.api import skip_at_zero_lr, torch_groups
 
         settings = self.extra_options() | {"growth_rate": self.growth_rate or math.inf}
-        # As options of each group, because the constructor prints some of them.
-        own_groups = [{**group, **settings} for group in torch_groups(groups)]
-        optimizer: Optimizer = skip_at_zero_lr(Prodigy)(own_groups, d0=self.d0)
+        # Options of the groups, because the constructor prints some of its arguments.
+        with_settings = [{**group, **settings} for group in torch_groups(groups)]
+        optimizer: Optimizer = skip_at_zero_lr(Prodigy)(with_settings, d0=self.d0)
         return optimizer
 
 

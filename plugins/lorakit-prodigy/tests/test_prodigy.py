@@ -12,17 +12,9 @@ from prodigyopt import Prodigy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorakit.api.observer import Observer, StepMetrics
-from lorakit.config.load import config_from_tables
-from lorakit.errors import ConfigError
-from lorakit.networks.network import ParameterGroup
+from lorakit.api import ConfigError, Observer, ParameterGroup, StepMetrics
 from lorakit.testing.contracts import OptimizerContract
-from lorakit.training.loop import train
-from lorakit.training.observers import Observers
-from lorakit.training.prepare import prepare
-from lorakit.training.run_handle import RunHandle
-from lorakit.training.runtime.distributed import Distributed
-from lorakit.training.setup import build_run
+from lorakit.testing.runs import start_run, train_config
 
 
 class TestProdigy(OptimizerContract):
@@ -75,7 +67,7 @@ def test_parts_share_the_learning_rate(train_tables: dict[str, Any], tmp_path: P
     """A text encoder with another learning rate is a problem of the config."""
     train_tables["optimizer"] = {"name": "prodigy", "text_encoder_lr": 0.5}
     with pytest.raises(ConfigError, match=r"optimizer\.text_encoder_lr: must be lr, 1, with prodigy, not 0\.5"):
-        config_from_tables(train_tables, tmp_path)
+        train_config(train_tables, tmp_path)
 
 
 class Rates(Observer):
@@ -90,12 +82,12 @@ class Rates(Observer):
 
 
 def test_a_run_with_a_warmup(train_tables: dict[str, Any], tmp_path: Path) -> None:
-    """The schedule's first step, at rate 0, is borne; the rates that are told are the estimate times the schedule."""
+    """The schedule's first step, at rate 0, does no harm; the reported rates are the estimate times the schedule."""
     train_tables["optimizer"] = {"name": "prodigy", "safeguard_warmup": True, "d0": 1e-4}
     train_tables["lr_scheduler"] = {"name": "constant_with_warmup", "warmup_steps": 2}
-    run = build_run(prepare(config_from_tables(train_tables, tmp_path)), Distributed(torch.device("cpu")))
     rates = Rates()
-    train(RunHandle(run, Observers([("rates", True, rates)])))
+    run = start_run(train_config(train_tables, tmp_path), rates)
+    run.finish()
     estimate = run.optimizer.param_groups[0]["d"]
     assert rates.seen[0] == 0
     assert 0 < rates.seen[1] < rates.seen[3]

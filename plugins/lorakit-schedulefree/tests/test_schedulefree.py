@@ -14,17 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lorakit
-from lorakit.api.components import OptimizerConfig
-from lorakit.config.load import config_from_tables
-from lorakit.config.train_config import TrainConfig
-from lorakit.networks.network import ParameterGroup
+from lorakit.api import OptimizerConfig, ParameterGroup, TrainConfig
 from lorakit.testing.contracts import OptimizerContract
-from lorakit.training.loop import train
-from lorakit.training.prepare import prepare
-from lorakit.training.run import Run
-from lorakit.training.run_handle import RunHandle
-from lorakit.training.runtime.distributed import Distributed
-from lorakit.training.setup import build_run
+from lorakit.testing.runs import start_run, train_config
 
 NAMES = ["adamw_schedulefree", "radam_schedulefree", "sgd_schedulefree"]
 Configure = Callable[..., TrainConfig]
@@ -59,14 +51,9 @@ def configure(train_tables: dict[str, Any], tmp_path: Path) -> Configure:
         train_tables["optimizer"] = settings
         train_tables["training"] = {"max_steps": steps, "device": "cpu"}
         train_tables["output"] = {"dir": str(tmp_path / "out"), "name": file, **output}
-        return config_from_tables(train_tables, tmp_path)
+        return train_config(train_tables, tmp_path)
 
     return make
-
-
-def fresh_run(config: TrainConfig) -> Run:
-    """A run at its first step."""
-    return build_run(prepare(config), Distributed(torch.device("cpu")))
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -77,10 +64,10 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_file_has_the_averaged_weights(name: str, configure: Configure) -> None:
     """What is saved is the average x = y + (1 − 1/β)(z − y), and what goes on to train is y, which differs."""
-    run = fresh_run(configure(name))
-    train(RunHandle(run))
+    run = start_run(configure(name))
+    run.finish()
     training = {key: tensor.clone() for key, tensor in run.network.tensors().items()}
-    saved = load_file(RunHandle(run).save_adapter("now"))
+    saved = load_file(run.info.save_adapter("now"))
     assert same(run.network.tensors(), training)
     group = run.optimizer.param_groups[0]
     beta = group["momentum"] if "momentum" in group else group["betas"][0]

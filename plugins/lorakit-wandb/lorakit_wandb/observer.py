@@ -6,15 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tomlkit
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit import hookimpl
-from lorakit.api.components import ObserverConfig
-from lorakit.api.observer import Observer, RunInfo, StepMetrics
-from lorakit.config.dump import to_toml
-from lorakit.config.train_config import TrainConfig
+from lorakit.api import Observer, ObserverConfig, RunInfo, StepMetrics, TrainConfig, hookimpl, to_tables
 
 
 @frozen(kw_only=True)
@@ -25,76 +20,77 @@ class WandbConfig(ObserverConfig):
     requires = ("wandb",)
 
     project: str = field(default="lorakit", validator=v.min_len(1))
-    """Project that the run belongs to."""
+    """Project of the run."""
     run_name: str | None = None
     """Name of the run; `output.name` when absent."""
     entity: str | None = None
-    """Account or team that the project belongs to; your own account when absent."""
+    """Account or team of the project; your account when absent."""
     group: str | None = None
-    """Runs of the same group are shown together."""
+    """Group of the run; the runs of a group are shown together."""
     tags: tuple[str, ...] = ()
-    """Words to find the run by."""
+    """Tags of the run."""
     notes: str | None = None
-    """A remark about the run."""
+    """Notes about the run."""
     dir: Path | None = None
-    """Folder for the logs before they are uploaded; the output folder when absent."""
+    """Folder for local logs; the output folder when absent."""
 
     def build(self, run_info: RunInfo) -> Wandb:  # noqa: ARG002
-        """The log of one run."""
+        """The observer of one run."""
         return Wandb(self)
 
 
 class Wandb(Observer):
-    """Sends numbers and pictures as they come; each carries the step that it belongs to."""
+    """Logs metrics and images as they arrive, each with its step."""
 
     def __init__(self, config: WandbConfig) -> None:
         """Nothing is sent before the run starts."""
         self._config = config
         self._log: Any = None
-        self._is_whole = False
+        self._is_complete = False
 
     def run_started(self, run: RunInfo) -> None:
-        """Begin a run there, with the config."""
+        """Start a run on Weights & Biases, with the config."""
         import wandb
 
-        own, output = self._config, run.config.output
-        folder = own.dir or output.dir
+        config, output = self._config, run.config.output
+        folder = config.dir or output.dir
         folder.mkdir(parents=True, exist_ok=True)
         self._log = wandb.init(
-            project=own.project, name=own.run_name or output.name, entity=own.entity, group=own.group, tags=own.tags,
-            notes=own.notes, dir=folder, config=_tables(run.config), settings=wandb.Settings(console="off"),
+            project=config.project, name=config.run_name or output.name, entity=config.entity, group=config.group,
+            tags=config.tags, notes=config.notes, dir=folder, config=_tables(run.config),
+            settings=wandb.Settings(console="off"),
         )  # fmt: skip
-        # Numbers arrive some steps late, which the service's own counter of steps would not bear.
+        # Metrics arrive some steps late, but the service's step counter must not decrease.
         self._log.define_metric("*", step_metric="step")
 
     def metrics_read(self, metrics: StepMetrics) -> None:
-        """Send one point of each curve."""
+        """Log the metrics of a step."""
         rates = {f"lr/{name}": rate for name, rate in metrics.learning_rates.items()}
         numbers = {"epoch": metrics.epoch, "loss": metrics.loss, "gradient_norm": metrics.gradient_norm, **rates}
         self._log.log({"step": metrics.step, **numbers})
 
     def validated(self, step: int, losses: Mapping[str, float]) -> None:
-        """Send the losses of images that are not trained on."""
+        """Log the validation losses."""
         self._log.log({"step": step, **{f"validation/{name}": loss for name, loss in losses.items()}})
 
     def previews_drawn(self, step: int, paths: Sequence[Path]) -> None:
-        """Send the pictures."""
+        """Log the previews."""
         import wandb
 
         self._log.log({"step": step, "previews": [wandb.Image(str(path), caption=path.stem) for path in paths]})
 
     def run_finished(self) -> None:
-        """All steps were done."""
-        self._is_whole = True
+        """Note that the run is complete."""
+        self._is_complete = True
 
     def closed(self) -> None:
-        """End the run there; one that stopped early counts as failed."""
+        """Finish the run; one that stopped early is marked as failed."""
         if self._log is not None:
-            self._log.finish(exit_code=0 if self._is_whole else 1)
+            self._log.finish(exit_code=0 if self._is_complete else 1)
 
 
 def _tables(config: TrainConfig) -> Any:
-    """The config as tables; of paths only the last name, as logs may be public."""
+    """The config as tables, with only the last component of each path, since logs may be public."""
 
     def public(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -103,7 +99,7 @@ def _tables(config: TrainConfig) -> Any:
             return [public(item) for item in value]
         return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
-    return public(tomlkit.parse(to_toml(config)).unwrap())
+    return public(to_tables(config))
 
 
 @hookimpl

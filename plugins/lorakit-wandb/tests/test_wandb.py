@@ -13,9 +13,9 @@ from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
 import lorakit
-from lorakit.api.observer import RunInfo
-from lorakit.config.load import config_from_tables
+from lorakit.api import RunInfo
 from lorakit.testing.contracts import ObserverContract
+from lorakit.testing.runs import train_config
 
 
 class TestWandb(ObserverContract):
@@ -43,7 +43,7 @@ class TestWandb(ObserverContract):
 def test_log_of_a_run(train_tables: dict[str, Any], tmp_path: Path) -> None:
     """The log has the run's names, its config without folders, every step's numbers, and that it ended well."""
     observer = {"name": "wandb", "project": "cats", "run_name": "rank 4", "tags": ["a"], "dir": "logs", "notes": "n"}
-    lorakit.train(config_from_tables({**train_tables, "observers": [observer]}, tmp_path))
+    lorakit.train(train_config({**train_tables, "observers": [observer]}, tmp_path))
     records = list(records_of(tmp_path / "logs"))
     (run,) = [record.run for record in records if record.HasField("run")]
     assert (run.project, run.display_name, list(run.tags), run.notes) == ("cats", "rank 4", ["a"], "n")

@@ -1,4 +1,4 @@
-"""The network `c3lier`."""
+"""The networks that come with lorakit: LoRA for the layers that sd-scripts calls LierLa and C3Lier."""
 
 from __future__ import annotations
 
@@ -7,17 +7,35 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit.api.components import NetworkConfig
-from lorakit.api.hookspecs import hookimpl
-from lorakit.errors import Problem
+from lorakit.api import NetworkConfig, Problem, hookimpl
 from lorakit.networks.blocks import BlockwiseLoRAConfig, per_block
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lorakit.config.train_config import TrainConfig
-    from lorakit.models.interfaces import AdaptationTarget
+    from lorakit.api import AdaptationTarget, TrainConfig
     from lorakit.networks.starting import StartingFile
+
+
+@frozen(kw_only=True)
+class LierlaConfig(BlockwiseLoRAConfig):
+    """LoRA-LierLa: adapters for the linear layers and 1×1 convolutions of the transformers, and the text encoder."""
+
+    name = "lierla"
+
+    def rank_and_alpha(self, target: AdaptationTarget) -> tuple[int, float] | None:
+        """The same for all layers, or for all of a block."""
+        from lorakit.networks.lora_function import is_pointwise
+
+        adapted = target.block in {"transformer", "text_encoder"} and is_pointwise(target.module)
+        return self.in_block(target, (self.rank, self.alpha), self.block_ranks, self.block_alphas) if adapted else None
+
+    def problems_of_file(self, file: StartingFile, config: TrainConfig) -> Iterator[Problem]:
+        """A file of LoRA-C3Lier, and what no network can start from."""
+        yield from super().problems_of_file(file, config)
+        if not self.rank_from_weights and "unet" in config.trained_parts and file.has_resnets:
+            found = f"is lierla, and {file.path} is of c3lier: it has adapters for ResNet blocks, too"
+            yield Problem("name", found, 'set network.name = "c3lier", or network.rank_from_weights = true')
 
 
 @frozen(kw_only=True)
@@ -65,5 +83,5 @@ class C3LierConfig(BlockwiseLoRAConfig):
 
 @hookimpl
 def register_networks() -> list[type[NetworkConfig]]:
-    """LoRA-C3Lier."""
-    return [C3LierConfig]
+    """LoRA-LierLa and LoRA-C3Lier."""
+    return [LierlaConfig, C3LierConfig]

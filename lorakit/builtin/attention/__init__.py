@@ -1,1 +1,0 @@
-"""The attention backends that come with lorakit."""

@@ -1,1 +1,0 @@
-"""The file formats that come with lorakit."""
