@@ -14,7 +14,6 @@ from pathlib import Path
 from attrs import Factory, evolve, field, frozen
 
 from lorakit.config.datasets import DatasetConfig, SubsetConfig
-from lorakit.data.balancing import balanced_repeats
 from lorakit.data.cache.file_cache import FileStatCache
 from lorakit.data.cache.parallel import map_chunked
 from lorakit.data.captions import caption_variants, read_caption
@@ -22,10 +21,9 @@ from lorakit.data.images.buckets import ResizeCrop, assign_bucket
 from lorakit.data.images.decode import ImageFacts, inspect_image
 from lorakit.data.images.face_crop import Face, face_named
 from lorakit.data.images.masks import check_size
-from lorakit.data.problems import data_error
 from lorakit.data.sources.folders import FoundImage, find_images
 from lorakit.data.validation_split import split_off
-from lorakit.errors import DataError
+from lorakit.errors import DataError, data_error
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +132,24 @@ def _balanced(examples: Sequence[Example]) -> tuple[Example, ...]:
     of_regularising = iter(repeats)
     counted = (evolve(own, repeats=next(of_regularising)) if own.subset.is_reg else own for own in examples)
     return tuple(example for example in counted if example.repeats)
+
+
+def balanced_repeats(own: Sequence[int], wanted: int) -> list[int]:
+    """How often each regularisation image appears in an epoch, given its own repeats and how many are wanted.
+
+    Images are taken one after another, each with its own repeats, until there are as many as wanted or
+    more; the rest is not used. If all are too few, they are repeated once more in turn until there are
+    exactly as many as wanted.
+    """
+    repeats: list[int] = []
+    taken = 0
+    for count in own:
+        repeats.append(count if taken < wanted else 0)
+        taken += repeats[-1]
+    if not own or taken >= wanted:
+        return repeats
+    more, rest = divmod(wanted - taken, len(own))
+    return [count + more + (place < rest) for place, count in enumerate(repeats)]
 
 
 def _read(file: FoundImage, memo: FileStatCache | None) -> Example | str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from attrs import evolve
 
 from lorakit.config.datasets import DatasetConfig
-from lorakit.data.problems import data_error
+from lorakit.errors import data_error
 from lorakit.utils.rng import derived_seed
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lorakit.config.sd_scripts import OPTIONS, Option
 from lorakit.config.toml_files import read_toml
 from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.gui_files import is_gui_file, read_gui_file, what_it_trains
-from lorakit.kohya.options import OPTIONS, Option
 from lorakit.kohya.options_files import (
     WORDS,
     Given,

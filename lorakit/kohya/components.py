@@ -6,31 +6,15 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from lorakit.api.components import Component, LRSchedulerConfig, OptimizerConfig
+from lorakit.config.sd_scripts import OPTIONS
 from lorakit.config.table_reader import field_names
 from lorakit.errors import ConfigError, PluginError, Problem
 from lorakit.kohya.draft import Command, Draft, Setting
 from lorakit.kohya.option_status import OptionStatus
-from lorakit.kohya.options import OPTIONS
 from lorakit.plugins.catalog import Catalog
+from lorakit.plugins.other_names import PLUGINS
 
 ComponentT = TypeVar("ComponentT", bound=Component)
-
-OPTIMIZER_NAMES: Mapping[str, str] = {
-    "": "adamw",
-    "dadaptadampreprint": "dadaptation",
-    "adamwschedulefree": "adamw_schedulefree",
-    "radamschedulefree": "radam_schedulefree",
-    "sgdschedulefree": "sgd_schedulefree",
-}
-"""lorakit's names of sd-scripts' optimizers, where they are not the same in lower case."""
-
-GUESTS: Mapping[str, str] = {
-    "prodigy": "lorakit-prodigy",
-    "adamw_schedulefree": "lorakit-schedulefree",
-    "radam_schedulefree": "lorakit-schedulefree",
-    "sgd_schedulefree": "lorakit-schedulefree",
-}
-"""Optimizers of sd-scripts that plugins bring."""
 
 TORCH_OPTIMIZERS = "torch.optim"
 """Where sd-scripts looks for an optimizer that it has no name for; case counts there."""
@@ -54,7 +38,8 @@ def write_optimizer(command: Command, draft: Draft, catalog: Catalog) -> None:
     draft.set("optimizer", "name", command.setting(option, name))
     component = _component(catalog, OptimizerConfig, name)
     if component is None:
-        cure = f"install the plugin {GUESTS[name]}" if name in GUESTS else "choose another"
+        plugin = PLUGINS["optimizer"].get(name)
+        cure = f"install the plugin {plugin}" if plugin else "choose another"
         draft.mark_unsupported(option, command.get(option), f"`lorakit check` refuses the config; {cure}")
     _write_arguments("optimizer", component, command, draft)
     if name == "adafactor":
@@ -84,12 +69,15 @@ def _optimizer_name(command: Command, catalog: Catalog) -> tuple[str, str]:
     option = named[0] if named else "optimizer_type"
     if option != "optimizer_type":
         return option, OPTIONS[option].key.partition('"')[2].rstrip('"')
-    given = str(command.get(option))
-    name = OPTIMIZER_NAMES.get(given.lower(), given.lower())
-    # Another plugin may use one of these names for something else.
-    own = [found.component.name for found in catalog.registrations if found.provider.is_of("lorakit")]
-    if name in GUESTS or name in own:
-        return option, name
+    given = str(command.get(option)) or "AdamW"
+    if given.lower() == "dadaptadampreprint":
+        return option, "dadaptation"
+    # Only lorakit's components and those of its plugins: another plugin may use one of these names for something else.
+    registered = catalog.of_kind(OptimizerConfig).items()
+    builtin = [name for name, found in registered if any(one.provider.is_of("lorakit") for one in found)]
+    for name in (*builtin, *PLUGINS["optimizer"]):
+        if name.replace("_", "") == given.lower():
+            return option, name
     return option, given if "." in given else f"{TORCH_OPTIMIZERS}.{given}"
 
 

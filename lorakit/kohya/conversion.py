@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 
 from lorakit.config.load import config_from_tables
+from lorakit.config.sd_scripts import OPTIONS, Option
 from lorakit.config.train_config import TrainingSection
 from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.components import write_lr_scheduler, write_optimizer
@@ -16,7 +17,6 @@ from lorakit.kohya.draft import Command, Draft, Setting
 from lorakit.kohya.networks import write_network
 from lorakit.kohya.observers import write_observers
 from lorakit.kohya.option_status import OptionStatus, known_keys, target_of
-from lorakit.kohya.options import OPTIONS, Option
 from lorakit.kohya.options_files import Given
 from lorakit.kohya.previews import write_previews
 from lorakit.kohya.saving import write_saving

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lorakit.config.sd_scripts import OPTIONS
 from lorakit.errors import ConfigError, Problem
-from lorakit.kohya.options import OPTIONS
 from lorakit.kohya.options_files import UNSAID, Given, take
 
 Parse = Callable[[str], dict[str, Any]]

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lorakit.api.components import ObserverConfig
+from lorakit.config.sd_scripts import HUB, OPTIONS
 from lorakit.config.toml_files import read_toml
 from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.draft import Command, Draft, Setting, Table
-from lorakit.kohya.options import HUB, OPTIONS
 from lorakit.plugins.catalog import Catalog
 
 _TRACKER_KEYS: Mapping[str, type] = {"entity": str, "group": str, "tags": list, "notes": str}

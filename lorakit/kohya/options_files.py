@@ -14,10 +14,10 @@ from typing import Any
 
 from attrs import Factory, frozen
 
+from lorakit.config.sd_scripts import OPTIONS, Option
 from lorakit.config.toml_files import read_toml
 from lorakit.config.values import toml_repr
 from lorakit.errors import ConfigError, Problem
-from lorakit.kohya.options import OPTIONS, Option
 
 
 @frozen

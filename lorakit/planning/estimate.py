@@ -5,14 +5,15 @@ B images in a micro-batch or encoded together, H and W image sides in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from attrs import evolve, frozen
 
-from lorakit.config.train_config import AUTOTUNE_KEYS, TrainConfig
+from lorakit.config.memory_presets import memory_presets, saving_keys, to_toml
+from lorakit.config.train_config import AUTOTUNE_KEYS, TrainConfig, TrainingSection
 from lorakit.data.cache.encode import CAPTIONS_AT_ONCE
 from lorakit.data.cache.vae import encode_pixels
 from lorakit.data.loader import Batch
@@ -28,6 +29,9 @@ from lorakit.training.prepare import PreparedRun
 from lorakit.training.setup import attach_network
 from lorakit.training.step.gradients import FlatGradients
 from lorakit.training.step.loss import denoising_loss
+
+RESERVE = 2**29
+"""Bytes to leave free for PyTorch, the device's driver and fragmentation."""
 
 
 @frozen(kw_only=True)
@@ -173,3 +177,36 @@ def _step(model: DiffusionModel, network: Network, batch: Batch, config: TrainCo
     kept = meter.held - before
     torch.autograd.backward(loss)
     return kept
+
+
+@frozen
+class MemoryPreset:
+    """Settings, and the memory that training needs with them."""
+
+    training: TrainingSection
+    """All of `[training]`."""
+    memory: TrainingMemory
+    is_config: bool
+    """Whether these are the settings of the config."""
+
+    @property
+    def keys(self) -> dict[str, object]:
+        """The keys that save memory, with their values."""
+        return saving_keys(self.training)
+
+    def fits(self, memory: int) -> bool:
+        """Whether training is expected to fit into `memory` bytes."""
+        return self.memory.peak + RESERVE <= memory
+
+    def __str__(self) -> str:
+        return ", ".join(to_toml(self.keys)) or "none of them"
+
+
+def estimate_presets(prepared: PreparedRun, batch: Batch, encoding: EncodingMemory) -> Iterator[MemoryPreset]:
+    """The presets from the fastest to the smallest; the config's settings come first if they are not a preset."""
+    current = prepared.config.training
+    presets = list(memory_presets(current, prepared.parts_in_memory))
+    for training in presets if current in presets else [current, *presets]:
+        config = evolve(prepared.config, training=training)
+        memory = training_memory(as_cpu_run(evolve(prepared, config=config)), batch, encoding)
+        yield MemoryPreset(training, memory, is_config=training == current)

@@ -11,7 +11,7 @@ import pytest
 import tomlkit
 
 from lorakit.config.load import config_from_tables, read_config
-from lorakit.config.suggestions import KOHYA_NAMES
+from lorakit.config.sd_scripts import OTHER_KEYS
 from lorakit.config.train_config import TrainConfig
 from lorakit.errors import ConfigError
 from lorakit.plugins.catalog import Catalog
@@ -202,7 +202,7 @@ def test_names_of_sd_scripts_lead_to_keys_that_exist(tables: Tables, base: Path,
         "num_cycles": "cosine_with_restarts", "timescale": "inverse_sqrt", "decay_steps": "warmup_stable_decay",
         "min_lr_ratio": "warmup_stable_decay",
     }  # fmt: skip
-    for meant in KOHYA_NAMES.values():
+    for meant in OTHER_KEYS.values():
         section, _, rest = meant.partition(".")
         key = rest.split(" ")[0].rstrip(",")
         if not key.isidentifier() or not section.isidentifier() or key == "name" or meant == "data.config":
@@ -565,7 +565,7 @@ def test_components_that_refuse_their_values(
     ("section", "name", "words"),
     [
         ("network", "locon", "LoCon is 'c3lier' here"),
-        ("network", "LoHa", "the plugin lorakit-network-modules has it"),
+        ("network", "LoHa", "the plugin lorakit-network-modules provides it"),
         ("network", "networks.lora", "a plain LoRA is 'lierla' here"),
         ("network", "dora", "dora = true"),
         ("network", "C3-Lier", "did you mean 'c3lier'?"),

@@ -697,7 +697,7 @@ def test_modules_for_other_models(module: str, words: str, converted: Convert) -
     ("module", "args", "cure"),
     [
         ("networks.dylora", ["unit=4"], 'algo = "dylora"'),
-        ("networks.lora_fa", [], "trains both factors"),
+        ("networks.lora_fa", [], "train both matrices"),
         ("networks.oft", [], 'algo = "diag-oft"'),
         ("networks.loha", [], 'algo = "loha"'),
         ("networks.lokr", ["factor=4"], 'algo = "lokr"'),

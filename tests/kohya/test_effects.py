@@ -16,12 +16,12 @@ from torch import Tensor
 
 import lorakit
 from lorakit.config.load import config_from_tables
+from lorakit.config.sd_scripts import OPTIONS
 from lorakit.config.train_config import TrainConfig
 from lorakit.data.images.buckets import assign_bucket
 from lorakit.kohya.command_line import read_arguments
 from lorakit.kohya.conversion import convert
 from lorakit.kohya.option_status import OptionStatus
-from lorakit.kohya.options import OPTIONS
 from lorakit.models.families.sd.vae import VaeEncoder
 from lorakit.plugins.catalog import Catalog
 from lorakit.testing.models import make_tiny_sd2

@@ -16,12 +16,12 @@ from safetensors import safe_open
 
 import lorakit
 from lorakit.config.load import config_from_tables, read_config
+from lorakit.config.sd_scripts import OPTIONS
 from lorakit.config.train_config import TrainConfig
 from lorakit.errors import ConfigError
 from lorakit.kohya.command_line import read_arguments
 from lorakit.kohya.conversion import convert
 from lorakit.kohya.draft import Draft
-from lorakit.kohya.options import OPTIONS
 from lorakit.kohya.writing import to_text
 from lorakit.plugins.catalog import Catalog
 from tests.kohya.test_conversion import remarks

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 import lorakit
 from lorakit.api.components import ObserverConfig
 from lorakit.config.load import config_from_tables
+from lorakit.config.sd_scripts import OPTIONS
 from lorakit.errors import ConfigError
 from lorakit.kohya.command_line import read_arguments
 from lorakit.kohya.conversion import check, convert
 from lorakit.kohya.option_status import known_keys
-from lorakit.kohya.options import OPTIONS
 from lorakit.kohya.writing import to_text
 from lorakit.plugins.catalog import Catalog
 from tests.kohya.conftest import LEAST, Convert

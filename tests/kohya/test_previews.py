@@ -9,10 +9,10 @@ import pytest
 
 import lorakit
 from lorakit.config.load import config_from_tables
+from lorakit.config.sd_scripts import OPTIONS
 from lorakit.diffusion.samplers import SAMPLERS
 from lorakit.errors import ConfigError
 from lorakit.kohya.conversion import check
-from lorakit.kohya.options import OPTIONS
 from lorakit.plugins.catalog import Catalog
 from tests.kohya.conftest import Convert
 

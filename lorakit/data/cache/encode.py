@@ -22,8 +22,7 @@ from lorakit.data.images.augmentation import Picture, load_picture
 from lorakit.data.images.buckets import ResizeCrop
 from lorakit.data.images.decode import RESAMPLING
 from lorakit.data.index import Example, IndexedDataset, default_workers
-from lorakit.data.problems import data_error
-from lorakit.errors import DataError
+from lorakit.errors import DataError, data_error
 from lorakit.models.interfaces import DiffusionModel, Tokens
 
 T = TypeVar("T")

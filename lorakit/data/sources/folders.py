@@ -17,10 +17,10 @@ from lorakit.config.datasets import DatasetConfig, SubsetConfig
 from lorakit.data.captions import by_lower_extension, find_caption
 from lorakit.data.images.formats import EXTENSIONS, NAMES, UNREAD, extension_of
 from lorakit.data.images.masks import find_masks
-from lorakit.data.problems import some
 from lorakit.data.sources.metadata_files import METADATA_FILES, read_metadata_file
 from lorakit.errors import DataError, Problem
 from lorakit.utils.safe_paths import list_files
+from lorakit.utils.wording import some
 
 _DEEP = 2
 _MOST_FOLDERS = 200

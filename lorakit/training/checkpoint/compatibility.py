@@ -21,6 +21,7 @@ from lorakit.data.cache.store import content_key
 from lorakit.data.index import Example, default_workers
 from lorakit.errors import Problem
 from lorakit.training.prepare import PreparedRun
+from lorakit.utils.wording import some
 
 log = logging.getLogger(__name__)
 
@@ -123,5 +124,4 @@ def _said(value: str) -> str:
 
 def _some(identities: Sequence[str]) -> str:
     """The first few file names."""
-    names = [identity.split("/", 2)[-1] for identity in identities]
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+    return some([identity.split("/", 2)[-1] for identity in identities], _NAMED, " and {} more")

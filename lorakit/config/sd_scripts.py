@@ -1,4 +1,4 @@
-"""All options of sd-scripts' `train_network.py`, and what does the same in lorakit.
+"""The options of sd-scripts' `train_network.py` and what corresponds to them in lorakit.
 
 A row that names a key works as soon as lorakit has that key; see `lorakit.kohya.option_status`.
 """
@@ -18,25 +18,36 @@ class Option:
     """An option of `train_network.py`."""
 
     name: str
-    """Without the dashes in front."""
+    """Its name, without leading dashes."""
     kind: Kind
-    """What it takes; `int or share` takes whole steps, a share below 1, or one in per cent."""
+    """Type of its value; `int or share` takes a number of steps, a fraction below 1, or a percentage."""
     default: object = None
-    """What counts where it is absent."""
+    """Its value when absent."""
     key: str = ""
-    """The key that does the same, `network.rank`; with a value, `attention.name = "sdpa"`, what a flag sets it to."""
+    """The equivalent key, `network.rank`; for a flag with the value it sets, `attention.name = "sdpa"`."""
     unneeded: str = ""
-    """Why lorakit needs nothing like it."""
+    """Why lorakit does not need it."""
     later: str = ""
-    """Why there is nothing like it yet, or what to do instead."""
+    """Why it is not supported, or what to do instead."""
     choices: tuple[object, ...] = ()
-    """All values that it may have, where they are few."""
+    """The accepted values, if restricted."""
     in_files: tuple[object, ...] = ()
-    """Other values that it may have in a file for --config_file, where sd-scripts does not look at `choices`."""
+    """Further values accepted in a --config_file, where sd-scripts does not enforce `choices`."""
     special: bool = False
-    """Whether more than copying its value to `key` is to be done."""
+    """Whether converting it takes more than copying the value to `key`."""
     plugin: str = ""
-    """The distribution that has the key, where it does not come with lorakit."""
+    """The plugin distribution that provides the key, if it is not part of lorakit."""
+    hint: str = ""
+    """What to write instead, where `key` alone does not say it."""
+
+    @property
+    def target(self) -> str:
+        """What to suggest to those who write its name as a key; empty if nothing corresponds to it."""
+        section, _, key = self.key.partition(".")
+        observer = next((name for name, options in _OBSERVERS.items() if self in options), "")
+        if not self.hint and section == "observers":
+            return f'[[observers]] with name = "{observer}" and {key}'
+        return self.hint or self.key
 
 
 _ALWAYS = "images and captions are encoded once and kept wherever they stay the same"
@@ -50,7 +61,7 @@ _DDP = "gradients are averaged without DistributedDataParallel"
 
 MODEL = (
     Option("pretrained_model_name_or_path", "path", key="model.path", special=True),
-    Option("v2", "flag", False, key='model.family = "sd2"'),
+    Option("v2", "flag", False, key='model.family = "sd2"', hint="model.family, which is detected if absent"),
     Option("v_parameterization", "flag", False, key='model.prediction = "v_prediction"', special=True),
     Option("tokenizer_cache_dir", "path", unneeded="the vocabulary of the tokenizer comes with lorakit"),
     Option("vae", "path", key="model.vae"),
@@ -93,13 +104,16 @@ DATA = (
         "resize_interpolation", "text", key="data.resize_interpolation",
         choices=("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"),
     ),
-    Option("cache_latents", "flag", False, unneeded=_ALWAYS),
-    Option("cache_latents_to_disk", "flag", False, unneeded=_ALWAYS),
+    Option("cache_latents", "flag", False, unneeded=_ALWAYS, hint="data.cache_dir"),
+    Option("cache_latents_to_disk", "flag", False, unneeded=_ALWAYS, hint="data.cache_dir"),
     Option("vae_batch_size", "int", 1, key="data.encode_batch_size"),
     Option("skip_cache_check", "flag", False, unneeded="the cache is found by content, so nothing has to be trusted"),
     Option("cache_info", "flag", False, unneeded="what was found out about images is always remembered"),
     Option("alpha_mask", "flag", False, key="data.alpha_mask"),
-    Option("masked_loss", "flag", False, unneeded="masks count wherever a subset names `conditioning_data_dir`"),
+    Option(
+        "masked_loss", "flag", False, unneeded="masks count wherever a subset names `conditioning_data_dir`",
+        hint="data.conditioning_data_dir",
+    ),
     Option("conditioning_data_dir", "path", unneeded="it has no effect in train_network.py"),
     Option(
         "dataset_class", "text",
@@ -116,7 +130,14 @@ NETWORK = (
     Option("network_dim", "int", 4, key="network.rank"),
     Option("network_alpha", "float", 1.0, key="network.alpha"),
     Option("network_dropout", "float", 0.0, key="network.dropout"),
-    Option("network_args", "texts", (), key="network.conv_rank", special=True),
+    Option(
+        "network_args",
+        "texts",
+        (),
+        key="network.conv_rank",
+        special=True,
+        hint="the keys of [network], such as network.conv_rank",
+    ),
     Option("network_weights", "path", key="network.weights"),
     Option("dim_from_weights", "flag", False, key="network.rank_from_weights"),
     Option("network_train_unet_only", "flag", False, key='network.parts = ["unet"]'),
@@ -129,7 +150,14 @@ NETWORK = (
 
 OPTIMIZER = (
     Option("optimizer_type", "text", "", key="optimizer.name", special=True),
-    Option("optimizer_args", "texts", (), key="optimizer.name", special=True),
+    Option(
+        "optimizer_args",
+        "texts",
+        (),
+        key="optimizer.name",
+        special=True,
+        hint="the keys of [optimizer], such as optimizer.betas",
+    ),
     Option("learning_rate", "float", 2e-6, key="optimizer.lr", special=True),
     Option("unet_lr", "float", key="optimizer.unet_lr", special=True),
     Option("text_encoder_lr", "floats", key="optimizer.text_encoder_lr", special=True),
@@ -145,7 +173,14 @@ OPTIMIZER = (
     Option("lr_scheduler_timescale", "int", key="lr_scheduler.timescale", special=True),
     Option("lr_scheduler_min_lr_ratio", "float", key="lr_scheduler.min_lr_ratio", special=True),
     Option("lr_scheduler_type", "text", "", key="lr_scheduler.name", special=True),
-    Option("lr_scheduler_args", "texts", (), key="lr_scheduler.name", special=True),
+    Option(
+        "lr_scheduler_args",
+        "texts",
+        (),
+        key="lr_scheduler.name",
+        special=True,
+        hint="the keys of [lr_scheduler], such as lr_scheduler.power",
+    ),
 )
 
 TRAINING = (
@@ -216,13 +251,20 @@ OUTPUT = (
     Option("save_last_n_steps_state", "int", key="output.keep_last_states", special=True),
     Option("save_state", "flag", False, key="output.save_state"),
     Option("save_state_on_train_end", "flag", False, key="output.save_state_at_end"),
-    Option("resume", "path", key="network.weights", special=True),
+    Option("resume", "path", key="network.weights", special=True, hint="the command's option --resume"),
     Option("no_metadata", "flag", False, key="metadata.minimal"),
 )
 
 LOGGING = (
     Option("logging_dir", "path", key="observers.dir", special=True),
-    Option("log_with", "text", key="observers.name", choices=("tensorboard", "wandb", "all"), special=True),
+    Option(
+        "log_with",
+        "text",
+        key="observers.name",
+        choices=("tensorboard", "wandb", "all"),
+        special=True,
+        hint="[[observers]] with name",
+    ),
     Option("log_prefix", "text", key="observers.prefix", special=True),
     Option("log_tracker_name", "text", key="observers.project", special=True, plugin=_WANDB),
     Option("log_tracker_config", "path", key="observers.tags", special=True, plugin=_WANDB),
@@ -322,3 +364,30 @@ GROUPS: Mapping[str, tuple[Option, ...]] = {
 
 OPTIONS: Mapping[str, Option] = {option.name: option for group in GROUPS.values() for option in group}
 """All options by name."""
+
+_OBSERVERS: Mapping[str, tuple[Option, ...]] = {
+    "wandb": tuple(option for option in LOGGING if option.plugin),
+    "tensorboard": LOGGING,
+    "samples": SAMPLES,
+    "hub": HUB,
+    "validation": VALIDATION,
+}
+"""The observers that take the options with a key of `[[observers]]`; the first that lists an option takes it."""
+
+NETWORK_ARG_KEYS: Mapping[str, str] = {
+    "dim": "rank",
+    "conv_dim": "conv_rank",
+    "block_dims": "block_ranks",
+    "conv_block_dims": "conv_block_ranks",
+}
+"""Arguments of sd-scripts' `networks.lora` whose key in `[network]` has another name."""
+
+OTHER_KEYS: Mapping[str, str] = {
+    **{
+        option.name: option.target
+        for option in OPTIONS.values()
+        if option.target.rpartition(".")[2] not in ("", option.name)
+    },
+    **{argument: f"network.{key}" for argument, key in NETWORK_ARG_KEYS.items()},
+}
+"""Names in sd-scripts that are not the name of the equivalent key, with what to write instead."""
