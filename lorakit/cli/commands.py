@@ -220,8 +220,8 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
 def plan(config: Path, overrides: tuple[str, ...], memory: int | None, measure: bool) -> None:
     """Say what a run of the file CONFIG will take: steps, memory and, with --measure, time.
 
-    Memory is estimated without reading weights, for the config as it is and for each rung of the ladder
-    of keys that save memory.
+    Memory is estimated without reading weights, for the config as it is and with each preset
+    of settings that save memory.
     """
     prepared = _prepared(config, overrides, _catalog())
     from lorakit.planning.plan import make_plan

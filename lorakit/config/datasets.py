@@ -12,7 +12,9 @@ from typing import Literal
 from attrs import field, frozen
 from attrs import validators as v
 
+from lorakit.api.components import DatasetSourceConfig
 from lorakit.errors import Problem
+from lorakit.utils.wording import shown_path
 
 LARGEST_SIDE = 16384
 """Longest side of an image in pixels, as it is trained on."""
@@ -30,6 +32,9 @@ class SubsetConfig:
     metadata_file: Path | None = None
     """JSON, JSON Lines or CSV file with the images, their captions and tags, such as the Hub's `metadata.jsonl`;
     `image_dir` is its folder when absent."""
+    source: DatasetSourceConfig | None = None
+    """Where images and captions come from: the name of a dataset source, whose options are in the same table;
+    `metadata_file` if that key is set, else `folder`."""
     num_repeats: int = field(default=1, validator=v.ge(0))
     """How often each image appears in an epoch; 0 switches the subset off."""
     caption_extension: str | None = None
@@ -80,6 +85,11 @@ class SubsetConfig:
     """Folder with a mask for each image, of its name and size: the loss counts where the mask is white or red."""
     is_reg: bool = False
     """Regularisation images: as many as the dataset has others, and weighted by `data.prior_loss_weight`."""
+
+    @property
+    def place(self) -> str:
+        """Where the images are, for messages: the metadata file, the folder, or the chosen source."""
+        return f"source {self.source.name!r}" if self.source else shown_path(self.metadata_file or self.image_dir)
 
     @property
     def changes_tags(self) -> bool:

@@ -49,6 +49,9 @@ def _table(config: Any, full_name: Callable[[type[Component]], str]) -> dict[str
         value = getattr(config, field.name)
         if isinstance(value, tuple) and value and attrs.has(type(value[0])):
             table[field.name] = [_table(item, full_name) for item in value]
+        elif isinstance(value, Component):  # whose keys stand in the same table
+            options = _table(value, full_name)
+            table |= {field.name: options.pop("name"), **options}
         elif value is not None:
             table[field.name] = plain(value)
     return table

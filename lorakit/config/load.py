@@ -28,7 +28,7 @@ from lorakit.config.table_reader import TableReader, field_names
 from lorakit.config.toml_files import read_toml
 from lorakit.config.train_config import OutputSection, TrainConfig, TrainingSection
 from lorakit.config.values import lost_backslash, toml_repr
-from lorakit.errors import ConfigError, LorakitError, PluginError, Problem
+from lorakit.errors import ConfigError, LorakitError, Problem
 from lorakit.plugins.catalog import Catalog
 from lorakit.utils.atomic_io import unwritable_reason
 
@@ -91,7 +91,7 @@ def config_from_tables(tables: Mapping[str, Any], base: Path, catalog: Catalog |
     Raises ConfigError with every problem found.
     """
     catalog = catalog or Catalog.discover()
-    reader = TableReader(base, places=_key_locations(catalog))
+    reader = TableReader(base, places=_key_locations(catalog), catalog=catalog)
     config = _ConfigLoader(reader, catalog).read(tables)
     if reader.problems or config is None:
         # A value that several subsets inherit is wrong once.
@@ -140,20 +140,8 @@ class _ConfigLoader:
     def _component(
         self, base: type[ComponentT], table: dict[str, Any], section: str, default: str | None
     ) -> ComponentT | None:
-        name = table.pop("name", default)
-        if not isinstance(name, str):
-            problem = "is missing" if name is None else f"must be a text in quotes, not {toml_repr(name)}"
-            self.reader.report(f"{section}.name", problem, f"one of {', '.join(self.catalog.of_kind(base))}")
-            return None
-        component = self._class(base, name, f"{section}.name")
+        component = self.reader.component(base, table.pop("name", default), f"{section}.name")
         return self.reader.structure(component, table, section) if component else None
-
-    def _class(self, base: type[ComponentT], name: str, key: str) -> type[ComponentT] | None:
-        try:
-            return self.catalog.find(base, name)
-        except PluginError as error:
-            self.reader.report(key, str(error))
-            return None
 
     def _model(self, table: dict[str, Any]) -> ModelFamilyConfig | None:
         asked = table.pop("family", None)
@@ -162,7 +150,7 @@ class _ConfigLoader:
             asked = None
         found = self._base_model(table.get("path"))
         family = asked or (found.family if found else None)
-        component = self._class(ModelFamilyConfig, family, "model.family") if family else None
+        component = self.reader.component(ModelFamilyConfig, family, "model.family") if family else None
         if component is None:
             self.reader.report_unknown_keys(table, _keys_of_kind(self.catalog, ModelFamilyConfig), "model")
             if found and not family:

@@ -325,7 +325,7 @@ def _data_warnings(data: DataSection) -> Iterator[Problem]:
     if any(dataset.validation_seed is not None and not dataset.validation_split for dataset in data.datasets):
         yield Problem("data.validation_seed", "has no effect without validation_split")
     subsets = [subset for dataset in data.datasets for subset in dataset.subsets]
-    off = [str(subset.metadata_file or subset.image_dir) for subset in subsets if not subset.num_repeats]
+    off = [subset.place for subset in subsets if not subset.num_repeats]
     if off:
         yield Problem("data.num_repeats", f"is 0, which leaves out {', '.join(off)}")
     without = "without shuffle_caption, caption_tag_dropout_rate or token_warmup_step"

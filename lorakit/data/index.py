@@ -21,7 +21,7 @@ from lorakit.data.images.buckets import ResizeCrop, assign_bucket
 from lorakit.data.images.decode import ImageFacts, inspect_image
 from lorakit.data.images.face_crop import Face, face_named
 from lorakit.data.images.masks import check_size
-from lorakit.data.sources.folders import FoundImage, find_images
+from lorakit.data.sources.find import FoundImage, find_images
 from lorakit.data.validation_split import split_off
 from lorakit.errors import DataError, data_error
 
@@ -55,8 +55,8 @@ class Example:
     """How it is used."""
     placement: ResizeCrop
     """How it is brought to the size of its bucket."""
-    identity: str
-    """Key of its randomness: the numbers of dataset and subset, and the file's name; the same on every machine."""
+    sample_id: str
+    """Key of its random draws: the numbers of dataset and subset, and the file's name; the same on every machine."""
     repeats: int = field(default=Factory(lambda self: self.subset.num_repeats, takes_self=True))
     """How often it appears in an epoch."""
     mask: Path | None = None
@@ -170,4 +170,4 @@ def _read(file: FoundImage, memo: FileStatCache | None) -> Example | str:
     caption = (file.subset.class_tokens or "") if written is None else written
     used = caption if file.subset.enable_wildcard else caption.partition("\n")[0]
     source = Source(facts, None if written is None else file.caption, has_more_lines=used != caption)
-    return Example(file.image, used, file.subset, placement, file.identity, mask=file.mask, face=face, source=source)
+    return Example(file.image, used, file.subset, placement, file.sample_id, mask=file.mask, face=face, source=source)

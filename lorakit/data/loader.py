@@ -206,7 +206,7 @@ class BatchLoader:
     def _cached(self, example: Example, when: tuple[int, int]) -> Mapping[str, Tensor]:
         """What the cache holds of an image, of its mirror image if that is to be used."""
         mirrored = is_mirrored(example, partial(self._generator, example=example, when=when))
-        return self.cache.load(self.latent_keys[example.identity, mirrored], names=("mean", "std"))
+        return self.cache.load(self.latent_keys[example.sample_id, mirrored], names=("mean", "std"))
 
     def _texts(self, texts: Sequence[str]) -> tuple[Conditioning | None, Tokens | None]:
         if not isinstance(self.captions, Mapping):
@@ -215,7 +215,7 @@ class BatchLoader:
 
     def _key(self, purpose: str, example: Example, when: tuple[int, int]) -> tuple[int | str, ...]:
         epoch, repeat = when
-        return self.seed, purpose, epoch, example.identity, repeat
+        return self.seed, purpose, epoch, example.sample_id, repeat
 
     def _generator(self, purpose: str, example: Example, when: tuple[int, int]) -> np.random.Generator:
         return keyed_generator(*self._key(purpose, example, when))

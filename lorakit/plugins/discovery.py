@@ -19,6 +19,7 @@ from lorakit.api import hookspecs
 from lorakit.api.components import (
     AttentionConfig,
     Component,
+    DatasetSourceConfig,
     LRSchedulerConfig,
     ModelFamilyConfig,
     NetworkConfig,
@@ -44,6 +45,7 @@ REGISTRATION_HOOKS: Mapping[str, type[Component]] = {
     "register_attention_backends": AttentionConfig,
     "register_savers": SaverConfig,
     "register_observers": ObserverConfig,
+    "register_dataset_sources": DatasetSourceConfig,
 }
 """Each registration hook, with the base of the classes that it returns."""
 

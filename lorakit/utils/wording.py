@@ -16,10 +16,10 @@ def counted(number: int, word: str, plural: str = "") -> str:
     return f"{number} {word if number == 1 else plural or word + 's'}"
 
 
-def counted_in(count: int, noun: str, place: Path, verb: str = "are") -> str:
+def counted_in(count: int, noun: str, place: str, verb: str = "are") -> str:
     """`1 image in photos is` or `3 images in photos are`; `have` and other verbs likewise."""
     singular = {"are": "is", "have": "has"}.get(verb, f"{verb}s")
-    return f"{counted(count, noun)} in {shown_path(place)} {singular if count == 1 else verb}"
+    return f"{counted(count, noun)} in {place} {singular if count == 1 else verb}"
 
 
 def some(texts: Sequence[str], most: int = 3, more: str = ", …") -> str:

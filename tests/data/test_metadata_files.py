@@ -56,7 +56,7 @@ def test_images_and_captions_of_a_metadata_file(
         ("inner/coffee.png", "cup, saucer"),
         ("rocket.png", rocket),
     ]
-    assert [example.identity for example in indexed.examples] == [
+    assert [example.sample_id for example in indexed.examples] == [
         "0/0/astronaut.png", "0/0/chelsea", "0/0/inner/coffee.png", "0/0/rocket.png",
     ]  # fmt: skip
 

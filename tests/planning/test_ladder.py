@@ -100,7 +100,7 @@ def test_keys_that_the_config_should_do_without(plan) -> None:
     own = evolve(made.prepared.config.training, fp8_base=("unet",), nf4_base=("unet",))
     plain, nf4 = made.presets[1], made.presets[4]
     assert preset_diff(plain.training, own) == {"gradient_checkpointing": False, "fp8_base": (), "nf4_base": ()}
-    assert preset_diff(nf4.training, own) == {"gradient_checkpointing": False, "nf4_base": ("unet",), "fp8_base": ()}
+    assert preset_diff(nf4.training, own) == {"gradient_checkpointing": True, "nf4_base": ("unet",), "fp8_base": ()}
 
 
 def test_text_encoder_gets_quantized_where_it_is_in_memory(make_config) -> None:

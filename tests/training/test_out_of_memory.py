@@ -71,7 +71,7 @@ def test_a_step_that_memory_does_not_suffice_for(make_config) -> None:
     told = str(caught.value)
     assert told.startswith("Out of memory in step 3, with a batch of 2 images of 64x64. To need less, set ")
     first = (
-        'To need less, set mixed_precision = "bf16" in [training], or set gradient_checkpointing = 0.5 in [training]'
+        'To need less, set mixed_precision = "bf16" in [training], or set gradient_checkpointing = true in [training]'
     )
     assert f"{first}, or lower data.batch_size, or lower data.resolution" in told
     (state,) = states_in(state_folder(short.config))

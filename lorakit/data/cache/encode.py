@@ -168,7 +168,7 @@ def _latent_jobs(
         job = jobs.setdefault(content, _Job(example))
         for mirrored in (False, True) if example.subset.flip_aug else (False,):
             key = _latent_key(content, mirrored, fingerprint)
-            keys[example.identity, mirrored] = job.keys[mirrored] = key
+            keys[example.sample_id, mirrored] = job.keys[mirrored] = key
     cache.memo.save()
     return keys, sorted(jobs.values(), key=lambda job: job.example.placement.bucket)
 

@@ -11,7 +11,7 @@ from lorakit.data.captions import by_lower_extension, caption_extensions, longes
 from lorakit.data.index import Example, IndexedDataset, Source
 from lorakit.data.sources.metadata_files import METADATA_FILES
 from lorakit.errors import Problem
-from lorakit.utils.wording import counted_in, shown_path, some_names
+from lorakit.utils.wording import counted_in, some_names
 
 _CAPTION_LIKE = (".txt", ".caption", ".captions", ".tags", ".tag", ".text", ".cap", ".prompt", ".md")
 """Extensions that files with captions may have; the first two also behind the image's own, as in `a.png.txt`."""
@@ -22,7 +22,7 @@ def review_captions(subset: SubsetConfig, examples: Sequence[Example], names: Se
     known = [(example, example.source) for example in examples if example.source]
     yield from _missing(subset, [example.image for example, source in known if source.caption is None], known, names)
     files = [(example, source.caption) for example, source in known if isinstance(source.caption, Path)]
-    place = subset.metadata_file or subset.image_dir
+    place = subset.place
     empty = [file for example, file in files if not example.caption]
     if empty:
         hint = "write captions" + (", or remove the files to train on class_tokens" if subset.class_tokens else "")
@@ -60,11 +60,13 @@ def _missing(
     is_meant = subset.class_tokens and len(missing) == len(known) and not others and not metadata
     if not missing or is_meant:
         return
-    place = shown_path(subset.metadata_file or subset.image_dir)
+    place = subset.place
     verb = "has no caption and trains" if len(missing) == 1 else "have no caption and train"
     caption = f'class_tokens, "{subset.class_tokens}"' if subset.class_tokens else "an empty one"
     message = f"{len(missing)} of {len(known)} images in {place} {verb} on {caption}: {some_names(missing)}"
-    if subset.metadata_file:
+    if subset.source:
+        hint = ""
+    elif subset.metadata_file:
         hint = "its keys caption, text, prompt and tags are read"
     elif others:
         hint = _how_to_read(subset, *others.most_common(1)[0])

@@ -17,6 +17,7 @@ import tomlkit
 from lorakit.api.components import (
     AttentionConfig,
     Component,
+    DatasetSourceConfig,
     LRSchedulerConfig,
     ModelFamilyConfig,
     NetworkConfig,
@@ -42,6 +43,7 @@ SECTIONS: Mapping[type[Component], str] = {
     AttentionConfig: "attention",
     SaverConfig: "saver",
     ObserverConfig: "observers",
+    DatasetSourceConfig: "data",
 }
 """The section of a config file that picks a component of each kind."""
 

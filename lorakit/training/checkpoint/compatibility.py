@@ -59,7 +59,7 @@ class RunFingerprint:
         examples = [example for dataset in prepared.datasets for example in dataset.examples]
         with ThreadPoolExecutor(config.data.workers or default_workers()) as pool:
             keys = list(map_chunked(pool, lambda example: _key(example, memo), examples))
-        images = {example.identity: key for example, key in zip(examples, keys, strict=True)}
+        images = {example.sample_id: key for example, key in zip(examples, keys, strict=True)}
         return cls(evolve(config, data=evolve(config.data, datasets=datasets)), images, processes)
 
     def described(self) -> dict[str, Any]:
