@@ -65,7 +65,7 @@ def read_data_section(reader: TableReader, table: Mapping[str, Any]) -> DataSect
 def _from_file(reader: TableReader, table: Mapping[str, Any]) -> tuple[DatasetConfig, ...] | None:
     for key in table:
         if key in (*SHARED_KEYS, *OWN_KEYS, "general", "datasets"):
-            reader.report(f"data.{key}", "cannot stand beside data.config", "write it in the dataset file")
+            reader.report(f"data.{key}", "cannot be combined with data.config", "write it in the dataset file")
         elif key != "config":
             reader.report_unknown_keys([key], [*SECTION_KEYS, "config"], "data")
     path = reader.path(table["config"], "data.config")
@@ -215,7 +215,7 @@ def _refuse_unknown(reader: TableReader, table: Mapping[str, Any], known: Collec
         if key in known or key in IGNORED_KEYS or (key in UNSUPPORTED_DEFAULTS and value == UNSUPPORTED_DEFAULTS[key]):
             continue
         if key in UNSUPPORTED_DEFAULTS:
-            reader.report(f"{prefix}{key}", "is an option of sd-scripts that lorakit does not have", "remove it")
+            reader.report(f"{prefix}{key}", "is an option of sd-scripts that lorakit does not support", "remove it")
         elif key in OWN_KEYS:
             reader.report(f"{prefix}{key}", "does not belong here", "write it in [[datasets.subsets]]")
         elif key in SHARED_KEYS:

@@ -84,7 +84,7 @@ _PREAMBLE = """\
 # A training run of lorakit:  lorakit train THIS_FILE
 #
 # A line that starts with "# key =" shows an option and its default; remove the "# " to change it.
-# Relative paths are relative to this file. `lorakit check THIS_FILE` says all that is wrong with it."""
+# Relative paths are relative to this file. `lorakit check THIS_FILE` validates it."""
 
 _COMMENT_COLUMN = 46
 _WIDTH = 120
@@ -97,7 +97,7 @@ def starter(catalog: Catalog, values: Mapping[str, Mapping[str, Any]] = STARTER_
         choices, classes = _what_fills(section, settings, catalog)
         lines = _field_lines(classes, settings)
         if section == "model":
-            lines += _line("# family =", f"Kind of the base model, recognised when absent. One of: {choices}.")
+            lines += _line("# family =", f"Type of the base model; detected if absent. One of: {choices}.")
         elif choices:
             name = settings.get("name", COMPONENT_SECTIONS[section][1])
             lines[:0] = _line(f'name = "{name}"', f"One of: {choices}.")

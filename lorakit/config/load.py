@@ -78,10 +78,10 @@ def _refuse_other_configs(path: Path, tables: Mapping[str, Any]) -> None:
         return
     options = tables.keys() | {key for table in tables.values() if isinstance(table, Mapping) for key in table}
     if options & {"pretrained_model_name_or_path", "network_module", "train_data_dir", "output_name"}:
-        hint = f"lorakit from-kohya --config_file {path} makes one of it"
-        raise ConfigError([Problem(str(path), "is a file of sd-scripts' options, not a config", hint)])
+        hint = f"lorakit from-kohya --config_file {path} converts it"
+        raise ConfigError([Problem(str(path), "is a file of sd-scripts options, not a config", hint)])
     if "datasets" in tables:
-        hint = f'a config names it: [data] with config = "{path.name}"'
+        hint = f'use it in a config: [data] with config = "{path.name}"'
         raise ConfigError([Problem(str(path), "is a dataset file, not a config", hint)])
 
 
@@ -154,7 +154,7 @@ class _ConfigLoader:
         if component is None:
             self.reader.report_unknown_keys(table, _keys_of_kind(self.catalog, ModelFamilyConfig), "model")
             if found and not family:
-                broken = "some plugins are broken, see `lorakit plugins`" if self.catalog.broken else ""
+                broken = "some plugins are broken; see `lorakit plugins`" if self.catalog.broken else ""
                 self.reader.report("model.path", f"{found}; no installed plugin trains it", found.advice or broken)
             return None
         if found is None:

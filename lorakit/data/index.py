@@ -128,7 +128,7 @@ def _balanced(examples: Sequence[Example]) -> tuple[Example, ...]:
     repeats = balanced_repeats([example.repeats for example in regularising], training)
     if 0 in repeats:
         used = len(repeats) - repeats.count(0)
-        logger.info("%d of %d regularisation images are used: enough for the others", used, len(repeats))
+        logger.info("using %d of %d regularisation images, enough to match the training images", used, len(repeats))
     of_regularising = iter(repeats)
     counted = (evolve(own, repeats=next(of_regularising)) if own.subset.is_reg else own for own in examples)
     return tuple(example for example in counted if example.repeats)

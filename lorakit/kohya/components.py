@@ -40,7 +40,7 @@ def write_optimizer(command: Command, draft: Draft, catalog: Catalog) -> None:
     if component is None:
         plugin = PLUGINS["optimizer"].get(name)
         cure = f"install the plugin {plugin}" if plugin else "choose another"
-        draft.mark_unsupported(option, command.get(option), f"`lorakit check` refuses the config; {cure}")
+        draft.mark_unsupported(option, command.get(option), f"`lorakit check` rejects the config; {cure}")
     _write_arguments("optimizer", component, command, draft)
     if name == "adafactor":
         for key, value in ADAFACTOR_DEFAULTS.items():
@@ -65,7 +65,7 @@ def _optimizer_name(command: Command, catalog: Catalog) -> tuple[str, str]:
     """The option that names the optimizer, and lorakit's name of it, or the path of its class."""
     named = [name for name in ("optimizer_type", "use_8bit_adam", "use_lion_optimizer") if command.get(name)]
     if len(named) > 1:
-        raise ConfigError([Problem(f"--{named[0]}", f"cannot stand beside --{named[1]}", "leave one of them out")])
+        raise ConfigError([Problem(f"--{named[0]}", f"cannot be combined with --{named[1]}", "remove one of them")])
     option = named[0] if named else "optimizer_type"
     if option != "optimizer_type":
         return option, OPTIONS[option].key.partition('"')[2].rstrip('"')
@@ -105,7 +105,7 @@ def write_lr_scheduler(command: Command, draft: Draft, catalog: Catalog) -> None
     draft.set("lr_scheduler", "name", command.setting(option, name))
     component = _component(catalog, LRSchedulerConfig, name)
     if component is None:
-        reason = "`lorakit check` refuses the config until lr_scheduler.name names another"
+        reason = "`lorakit check` rejects the config until lr_scheduler.name is changed"
         draft.mark_unsupported(option, name, reason)
     _refuse_schedule(command, option, name)
     for other, key in _SCHEDULE_OPTIONS.items():
@@ -140,7 +140,7 @@ def _schedule_name(command: Command) -> tuple[str, str]:
 def _refuse_schedule(command: Command, option: str, name: str) -> None:
     """Raises ConfigError where sd-scripts cannot use its options together."""
     if command.get("lr_warmup_steps") and (name == "constant" or option == "lr_scheduler_type"):
-        hint = "give --lr_scheduler=constant_with_warmup, or leave the warm-up out"
+        hint = "give --lr_scheduler=constant_with_warmup, or remove the warm-up"
         message = f"cannot be used with --{option}={command.get(option)}"
         raise ConfigError([Problem("--lr_warmup_steps", message, hint)])
     if name == "cosine_with_min_lr" and command.get("lr_scheduler_min_lr_ratio") is None:

@@ -107,8 +107,8 @@ class Command:
             try:
                 values[key] = ast.literal_eval(text)
             except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
-                hint = "True, False, numbers, and texts in quotation marks are values"
-                raise ConfigError([Problem(f"--{name} {key}", f"is not a value of Python: {text}", hint)]) from error
+                hint = "write True, False, a number, or a quoted string"
+                raise ConfigError([Problem(f"--{name} {key}", f"is not a Python literal: {text}", hint)]) from error
         return values
 
 
@@ -134,7 +134,7 @@ class Draft:
     def mark_unsupported(self, name: str, value: object, reason: str = "") -> None:
         """Note that an option is not part of the config."""
         text = f"--{name}" if value is True else f"--{name}={_as_typed(name, value)}"
-        self.remarks.append(Problem(text, "has no counterpart yet", reason))
+        self.remarks.append(Problem(text, "has no counterpart", reason))
 
     def note(self, name: str, message: str) -> None:
         """Note something else about an option."""

@@ -51,9 +51,9 @@ class Argument:
     """What the text must be, for messages."""
 
 
-_WHOLE = "whole numbers with commas between them"
-_LIST = "numbers with commas between them"
-_WEIGHTS = "numbers with commas between them, or the name of a preset such as sine+0.25"
+_WHOLE = "comma-separated integers"
+_LIST = "comma-separated numbers"
+_WEIGHTS = "comma-separated numbers, or the name of a preset such as sine+0.25"
 
 NETWORK_ARGS: Mapping[str, Argument] = {
     "conv_dim": Argument(int, "a whole number"),
@@ -88,7 +88,7 @@ def write_network(command: Command, draft: Draft, catalog: Catalog) -> None:
         raise ConfigError([Problem("--network_module", "is missing", "networks.lora is the usual one")])
     refuse_other_model(module)
     if command.get("network_train_unet_only") and command.get("network_train_text_encoder_only"):
-        message = "cannot stand beside --network_train_text_encoder_only, as nothing would be trained"
+        message = "cannot be combined with --network_train_text_encoder_only, as nothing would be trained"
         raise ConfigError([Problem("--network_train_unet_only", message)])
     args = command.pairs("network_args")
     _alpha_of_zero(command, draft)
@@ -116,7 +116,7 @@ def _write_other(module: str, args: Mapping[str, str], command: Command, draft: 
     draft.set("network", "name", command.setting("network_module"))
     for option, key in _OF_LORA_ALONE.items():
         if draft.sections["network"].pop(key, None) is not None:
-            draft.mark_unsupported(option, command.get(option), f"the adapters of {module} have nothing like it")
+            draft.mark_unsupported(option, command.get(option), f"the adapters of {module} do not support it")
     if args:
         draft.set("network", "args", Setting(dict(args), "--network_args"))
     hint = meaning_of("network", module, ()) if module.startswith("networks.") else ""
@@ -129,7 +129,7 @@ def _write_other(module: str, args: Mapping[str, str], command: Command, draft: 
         cure = hint or "install the plugin lorakit-network-modules"
         if module == "lycoris.kohya" and args.get("algo", "lora") in ("lora", "locon"):
             cure += ', or take network.name = "c3lier" with conv_rank and conv_alpha, which is LoCon'
-        draft.mark_unsupported("network_module", module, f"`lorakit check` refuses the config; {cure}")
+        draft.mark_unsupported("network_module", module, f"`lorakit check` rejects the config; {cure}")
 
 
 def _value(key: str, text: str) -> Value:
@@ -195,8 +195,8 @@ def _as_long_as_side(key: str, numbers: list[int] | list[float], draft: Draft) -
     """As sd-scripts does it: 1 for blocks that have no number, and numbers for blocks that there are not left out."""
     length = len(STABLE_DIFFUSION.numbers(_SIDES[key]))
     if len(numbers) != length:
-        done = "filled up with 1" if len(numbers) < length else "cut off"
-        draft.note("network_args", f"{key} has {len(numbers)} numbers, which are {done} to make {length}")
+        done = "padded with 1" if len(numbers) < length else "cut off"
+        draft.note("network_args", f"{key} has {len(numbers)} numbers, {done} to get {length}")
     return [float(number) for number in numbers[:length]] + [1.0] * (length - len(numbers))
 
 

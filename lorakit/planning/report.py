@@ -15,7 +15,7 @@ from lorakit.utils.bytes import in_gib
 from lorakit.utils.text_table import columns
 from lorakit.utils.wording import counted
 
-_HERE = "<- the config as it is"
+_HERE = "<- the current config"
 
 
 def report(plan: Plan, memory: int | None = None) -> Iterator[str]:
@@ -66,22 +66,22 @@ def _presets(plan: Plan) -> Iterator[str]:
         here = f"  {_HERE}" if preset.is_config else ""
         yield from _wrapped(f"{in_gib(preset.memory.peak):>6}  {preset}{here}", indent=8)
         if preset.is_config and plan.could_be_half:
-            yield f"{'~' + in_gib(_in_half_precision(plan)):>6}  {_half_precision(plan)}  (on a GPU faster, too)"
+            yield f"{'~' + in_gib(_in_half_precision(plan)):>6}  {_half_precision(plan)}  (also faster on a GPU)"
 
 
 def _advice(plan: Plan, memory: int) -> Iterator[str]:
     """What to set so that training fits into so many bytes."""
     given, reserve = f"{in_gib(memory)} GiB", f"{in_gib(RESERVE)} GiB left for PyTorch and the device's driver"
     if plan.current.fits(memory):
-        yield from _wrapped(f"The config as it is fits into {given}, with {reserve}.")
+        yield from _wrapped(f"The current config fits into {given}, with {reserve}.")
     fitting = next((preset for preset in plan.presets if preset.fits(memory)), None)
     if plan.could_be_half and not plan.current.fits(memory) and _in_half_precision(plan) + RESERVE <= memory:
-        yield from _wrapped(f"What should fit into {given}, with {reserve}, and is faster on a GPU, too:")
+        yield from _wrapped(f"What should fit into {given}, with {reserve}, and is also faster on a GPU:")
         yield from ("", "[training]", _half_precision(plan))
     elif fitting is None:
         least = min(plan.presets, key=lambda preset: preset.memory.peak)
         yield from _wrapped(
-            f"Nothing of this fits into {given}: the least, {least}, needs {in_gib(least.memory.peak)} GiB,"
+            f"No preset fits into {given}: the smallest, {least}, needs {in_gib(least.memory.peak)} GiB,"
             f" with {reserve}. What else helps: {', '.join(_other_ways(plan))}."
         )
     elif not fitting.is_config:
@@ -90,7 +90,9 @@ def _advice(plan: Plan, memory: int) -> Iterator[str]:
         yield from ("", "[training]", *to_toml(keys))
         if plan.could_be_half:
             yield ""
-            yield from _wrapped(f"With {_half_precision(plan)}, which is faster on a GPU, too, less of this may do.")
+            yield from _wrapped(
+                f"With {_half_precision(plan)}, which is also faster on a GPU, fewer of these may suffice."
+            )
 
 
 def _half_precision(plan: Plan) -> str:
@@ -128,7 +130,7 @@ def _other_ways(plan: Plan) -> Iterator[str]:
 def _times(plan: Plan) -> Iterator[str]:
     timing = plan.timing
     if timing is None:
-        yield "Times are not guessed: add --measure to read the model and take a few steps."
+        yield "No times are estimated: add --measure to load the model and time a few steps."
         return
     rows = [(_shape(shape), f"{seconds:.3g}") for shape, seconds in timing.seconds.items()]
     yield from columns(("batch", f"seconds per step on {timing.device}, measured"), rows)
@@ -139,7 +141,7 @@ def _times(plan: Plan) -> Iterator[str]:
     if timing.peak is not None:
         estimated = in_gib(plan.current.memory.peak)
         found = f"{in_gib(timing.peak)} GiB measured, {estimated} GiB estimated"
-        yield from _wrapped(f"Most memory in use on {timing.device}: {found}")
+        yield from _wrapped(f"Peak memory on {timing.device}: {found}")
 
 
 def _size(size: tuple[int, int]) -> str:

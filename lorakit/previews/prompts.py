@@ -10,7 +10,7 @@ from lorakit.diffusion.samplers import SamplerName, missing_package
 LARGEST_SIDE = 4096
 """Most pixels of a preview's side: larger ones are typing errors, and would take hours."""
 MOST_STEPS = 999
-"""Most steps of a picture: samplers have a thousand timesteps to choose from, and leave one of them out."""
+"""Most steps of a picture: samplers have a thousand timesteps to choose from, and remove one of them."""
 
 
 def _whole_latents(pixels: int) -> int:

@@ -114,8 +114,8 @@ def test_of_a_large_file_little_is_read(tmp_path: Path) -> None:
         (safetensors_bytes({"w": 5}), "makes no sense"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
         (b"<!DOCTYPE html><html>Not found</html>", "neither a safetensors file nor"),
-        (b"PK\x03\x04 this is no archive", "is not a whole PyTorch checkpoint"),
-        (pickle.dumps({"no": "checkpoint"}), "is not a whole PyTorch checkpoint"),
+        (b"PK\x03\x04 this is no archive", "is not a complete PyTorch checkpoint"),
+        (pickle.dumps({"no": "checkpoint"}), "is not a complete PyTorch checkpoint"),
     ],
 )
 def test_damaged_files_are_refused_in_words(tmp_path: Path, content: bytes, reason: str) -> None:

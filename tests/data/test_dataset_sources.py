@@ -84,7 +84,9 @@ def read(train_tables: dict[str, Any], photographs: Path, catalog: Catalog) -> A
     """A function that reads a config with that [data]; relative paths are relative to the photographs."""
 
     def make(data: dict[str, Any]) -> TrainConfig:
-        return config_from_tables({**train_tables, "data": {"resolution": 64, **data}}, photographs, catalog)
+        return config_from_tables(
+            {**train_tables, "data": data if "datasets" in data else {"resolution": 64, **data}}, photographs, catalog
+        )
 
     return make
 
@@ -103,7 +105,7 @@ def pairs(tmp_path: Path, photographs: Path) -> Path:
 def test_source_of_a_plugin(form: str, read: Any, pairs: Path, photographs: Path, catalog: Catalog) -> None:
     """A subset names the source and its options in one table; images come sorted by name, with their captions."""
     subset = {"source": "pairs", "pairs": str(pairs), "num_repeats": 3}
-    config = read(subset if form == "short" else {"datasets": [{"subsets": [subset]}]})
+    config = read(subset if form == "short" else {"datasets": [{"resolution": 64, "subsets": [subset]}]})
     (dataset,) = index_datasets(config.data.datasets)
     assert [(example.image.name, example.caption) for example in dataset.examples] == [
         ("beach.png", "a beach"),

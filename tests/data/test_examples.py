@@ -111,7 +111,7 @@ def test_all_bad_files_are_told_at_once(folder: Path, dataset: DatasetConfig, wi
     assert lines[0] == "4 problems with the data:"
     assert sorted(lines[1:]) == sorted(
         [
-            f"  {empty}: holds no images"
+            f"  {empty}: contains no images"
             " (image_dir is searched for PNG, JPEG, WebP, AVIF, TIFF, BMP or GIF files, not in folders inside it)",
             f"  {folder / 'nowhere'}: cannot be listed: No such file or directory"
             " (check image_dir; relative paths are relative to the config file)",
@@ -237,7 +237,7 @@ def test_unused_regularisation_images_are_told(dataset: DatasetConfig, folder: P
 
 
 FOUND = [
-    (["20_fluffy dog"], """holds no images; 1 is in "FOLDER/20_fluffy dog" (as kohya_ss has it: """
+    (["20_fluffy dog"], """contains no images; 1 is in "FOLDER/20_fluffy dog" (as kohya_ss has it: """
      """image_dir = "FOLDER/20_fluffy dog", num_repeats = 20, class_tokens = "fluffy dog")"""),
     (["img/3_cat"], """1 is in "FOLDER/img/3_cat" (as kohya_ss has it: image_dir = "FOLDER/img/3_cat", """
      """num_repeats = 3, class_tokens = "cat")"""),
@@ -245,7 +245,7 @@ FOUND = [
     (["photos"], """1 is in "FOLDER/photos" (image_dir = "FOLDER/photos")"""),
     (["a", "b/c", "d", "e"], """1 is in "FOLDER/a", 1 is in "FOLDER/d", 1 is in "FOLDER/e", … """
      """(each in a [[data.datasets.subsets]]; image_dir = "FOLDER/a")"""),
-    ([".hidden", "a/b/c/d"], "holds no images (image_dir is searched for"),
+    ([".hidden", "a/b/c/d"], "contains no images (image_dir is searched for"),
 ]  # fmt: skip
 
 

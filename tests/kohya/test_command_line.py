@@ -70,13 +70,13 @@ def test_warmup_is_steps_or_a_share(text: str, value: float) -> None:
         (["--optimzer_type", "AdamW"], "--optimzer_type: is not an option of train_network.py (did you mean --optimi"),
         (["--network_dim=8.5"], "--network_dim: must be a whole number, not '8.5'"),
         (["--learning_rate=fast"], "--learning_rate: must be a number, not 'fast'"),
-        (["--lr_warmup_steps=1.5"], "--lr_warmup_steps: must be whole steps, or a share below 1, not '1.5'"),
+        (["--lr_warmup_steps=1.5"], "--lr_warmup_steps: must be a number of steps, or a fraction below 1, not '1.5'"),
         (["--mixed_precision=fp8"], "--mixed_precision: must be one of no, fp16, bf16, not 'fp8'"),
         (["--max_token_length=75"], "--max_token_length: must be one of 150, 225, not 75"),
         (["--seed"], "--seed: expected one argument"),
         (["--sdpa=1"], "--sdpa: ignored explicit argument"),
         (["--save_every", "1"], "ambiguous option: --save_every"),
-        (["--vae=my", "vae.pt"], "'vae.pt': belongs to no option (a value with blanks"),
+        (["--vae=my", "vae.pt"], "'vae.pt': does not belong to any option (a value with blanks"),
     ],
 )
 def test_wrong_options(words: list[str], message: str) -> None:
@@ -213,5 +213,5 @@ def test_where_a_config_file_is(tmp_path: Path) -> None:
         read_arguments(["--config_file=gone"], tmp_path)
     assert str(raised.value) == (
         f"--config_file: {tmp_path / 'gone.toml'} cannot be read: No such file or directory"
-        f" (it is looked for in {tmp_path})"
+        f" (expected in one of the keys {tmp_path})"
     )

@@ -72,8 +72,8 @@ def test_options_file_of_the_gui(form: str, read: Read, folder: Path, catalog: C
     assert remarks(draft) == [
         f"{GUI_TOML}: sd-scripts passes over epoch, lowvram, noise_offset_type, stop_text_encoder_training, and so does"
         " lorakit",
-        "--train_data_dir: 0_none is left out, as its name does not start with a number of repeats",
-        "--train_data_dir: notes is left out, as its name does not start with a number of repeats",
+        "--train_data_dir: 0_none is ignored, as its name does not start with a number of repeats",
+        "--train_data_dir: notes is ignored, as its name does not start with a number of repeats",
     ]
     made = config(draft, folder)
     assert (made.training.max_steps, made.training.mixed_precision, made.training.seed) == (18, "fp16", 1234)
@@ -126,8 +126,8 @@ def test_preset_of_the_gui(read: Read, folder: Path) -> None:
     draft = read("preset-2023.json")
     assert remarks(draft) == [
         "preset-2023.json: stop_text_encoder_training: has no effect, as in the GUI itself",
-        "preset-2023.json: does not say: the base model, the images, the folder for what is saved (set it in the"
-        " config, or add --pretrained_model_name_or_path=… --train_data_dir=… --output_dir=… behind the file)",
+        "preset-2023.json: does not say: the base model, the images, the output folder (set it in the"
+        " config, or add --pretrained_model_name_or_path=… --train_data_dir=… --output_dir=… after the file)",
     ]
     words = ["--pretrained_model_name_or_path=model.safetensors", "--train_data_dir=train", "--output_dir=out"]
     draft = read("preset-2023.json", *words, "--network_dim=4")
@@ -147,8 +147,7 @@ def test_lora_scripts(read: Read, folder: Path) -> None:
     told = [text for text in remarks(draft) if "left out, as its name" not in text]
     assert told == [
         "default.toml: sd-scripts passes over lr_restart_cycles, and so does lorakit",
-        "--sample_every_n_epochs: is left out, as nothing says what to draw"
-        " (add --sample_prompts=FILE behind the file)",
+        "--sample_every_n_epochs: is ignored, as there are no prompts (add --sample_prompts=FILE after the file)",
     ]
     made = config(draft, folder)
     assert (made.training.max_epochs, made.output.keep_last, made.output.save_n_epoch_ratio) == (10, 499, None)
@@ -197,7 +196,7 @@ def test_the_command(read: Read, folder: Path) -> None:
     assert read_config(folder / "a.toml").network.rank == 8  # type: ignore[attr-defined]
     (folder / "model.safetensors").unlink()
     done = run(folder, "from-kohya", "gui.json", "-o", "b.toml")
-    assert done.stdout == "Wrote b.toml. Mend what is listed, then: lorakit check b.toml\n"
+    assert done.stdout == "Wrote b.toml. Fix the problems above, then: lorakit check b.toml\n"
     assert "to mend: model.path: " in done.stderr
 
 
@@ -268,7 +267,7 @@ def test_types_of_lora(type_: str, module: str, args: dict[str, str] | None, rea
     [
         ({"sdxl": True}, "changed.json: sdxl: is set, so the file is for SDXL (lorakit trains LoRA for Stable"),
         ({"flux1_checkbox": True}, "flux1_checkbox: is set, so the file is for FLUX"),
-        ({"LoRA_type": "Flux1"}, "LoRA_type: 'Flux1' is for another model, or not known"),
+        ({"LoRA_type": "Flux1"}, "LoRA_type: 'Flux1' is for another model, or unknown"),
         ({"network_dim": "big"}, "changed.json: network_dim: must be a whole number, not 'big'"),
         ({"additional_parameters": "--netwrok_dim=4"}, "additional_parameters: --netwrok_dim: is not an option"),
     ],
@@ -288,7 +287,7 @@ def test_other_json(read: Read, folder: Path) -> None:
         '{"init_word": "x", "max_resolution": "512,512", "optimizer": "AdamW"}': ": it is for an embedding",
     }.items():
         (folder / "other.json").write_text(content)
-        with pytest.raises(ConfigError, match=rf"other\.json: is no file of kohya_ss for LoRA training{does}"):
+        with pytest.raises(ConfigError, match=rf"other\.json: is not a kohya_ss file for LoRA training{does}"):
             read("other.json")
     with pytest.raises(ConfigError, match=r"gone\.json: .*cannot be read: No such file"):
         read("gone.json")
@@ -299,10 +298,10 @@ def test_what_is_not_in_a_config(read: Read, folder: Path) -> None:
     name = gui(folder, num_processes=3, multi_gpu=True, dynamo_backend="inductor", train_inpainting=True)
     told = [text for text in remarks(read(name)) if text.startswith(name)]
     assert told == [
-        "changed.json: train_inpainting: is left out: inpainting models are not trained",
+        "changed.json: train_inpainting: is ignored: lorakit does not train inpainting models",
         "changed.json: num_processes: is not part of a config (accelerate launch --num_processes 3 -m lorakit train"
         " CONFIG)",
-        "changed.json: dynamo_backend: is an option of accelerate and left out (training.compile = true,"
+        "changed.json: dynamo_backend: is an option of accelerate and is ignored (training.compile = true,"
         ' training.compile_backend = "inductor")',
     ]
 
@@ -315,7 +314,7 @@ def test_tables_in_tables(read: Read, folder: Path) -> None:
     with pytest.raises(ConfigError) as raised:
         read("nested.toml")
     assert [problem.key for problem in raised.value.problems] == ["nested.toml: args", "nested.toml: dataset_args"]
-    assert "is a table in a table, which sd-scripts does not read" in str(raised.value)
+    assert "is a nested table, which sd-scripts ignores" in str(raised.value)
 
 
 def test_small_bucket_steps(read: Read, folder: Path) -> None:

@@ -129,8 +129,8 @@ def test_resume_wins_over_weights(converted: Convert) -> None:
     draft = converted("--resume=out/at-state/", "--network_weights=a.safetensors")
     assert draft.tables()["network"]["weights"] == "out/at-state/model.safetensors"
     assert sorted(remarks(draft)) == [
-        "--network_weights: has no effect beside --resume",
-        "--resume: gives the weights alone: optimizer and schedule start anew, at the first step",
+        "--network_weights: has no effect with --resume",
+        "--resume: loads only the weights: optimizer and schedule start over at the first step",
     ]
     draft = converted("--resume=me/x/state", "--resume_from_huggingface")
     assert "weights" not in draft.tables()["network"]

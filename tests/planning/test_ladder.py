@@ -62,7 +62,7 @@ def test_config_that_is_no_preset_is_a_line_of_its_own(plan) -> None:
     assert first.keys == {"gradient_checkpointing": 0.25}
     assert none.memory.kept > first.memory.kept > full.memory.kept
     assert len(others) == 2
-    (line,) = [line for line in report(made) if line.endswith("<- the config as it is")]
+    (line,) = [line for line in report(made) if line.endswith("<- the current config")]
     assert "  gradient_checkpointing = 0.25 " in line
 
 
@@ -88,8 +88,8 @@ def test_nothing_fits(plan) -> None:
     made = plan()
     least = min(preset.memory.peak for preset in made.presets)
     text = " ".join(line.strip() for line in report(made, least + RESERVE - 1))
-    assert "Nothing of this fits" in text
-    assert 'the least, gradient_checkpointing = true, nf4_base = ["unet"], needs 0.0' in text
+    assert "No preset fits" in text
+    assert 'the smallest, gradient_checkpointing = true, nf4_base = ["unet"], needs 0.0' in text
     assert "a lower network.rank" in text
     assert "mixed_precision" not in text
 

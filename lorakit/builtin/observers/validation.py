@@ -37,7 +37,7 @@ class ValidationConfig(ObserverConfig):
             yield Problem("timesteps", f"must be below {config.model.num_timesteps}, not {beyond[0]}")
 
     def warnings_with(self, config: TrainConfig) -> Iterator[Problem]:
-        """A run that holds no images out."""
+        """A run that contains no images out."""
         if not any(dataset.validation_split for dataset in config.data.datasets):
             yield Problem("name", '"validation" has no effect without data.validation_split')
 

@@ -25,7 +25,7 @@ def review_captions(subset: SubsetConfig, examples: Sequence[Example], names: Se
     place = subset.place
     empty = [file for example, file in files if not example.caption]
     if empty:
-        hint = "write captions" + (", or remove the files to train on class_tokens" if subset.class_tokens else "")
+        hint = "write captions" + (", or remove the files to train with class_tokens" if subset.class_tokens else "")
         yield Problem("", f"{counted_in(len(empty), 'caption', place)} empty: {some_names(empty)}", hint)
     cut = [
         source.caption if isinstance(source.caption, Path) else example.image

@@ -73,17 +73,17 @@ def _why_no_images(folder: Path, names: Sequence[str]) -> Problem:
     unread, inner = unread_images(names), _images_inside(folder)
     if metadata:
         hint = f'to read the images that {metadata} lists, set metadata_file = "{(folder / metadata).as_posix()}"'
-        return Problem(str(folder), "holds no images", hint)
+        return Problem(str(folder), "contains no images", hint)
     if inner:
         places = some(
             [f'{count} {"is" if count == 1 else "are"} in "{path.as_posix()}"' for path, count in inner.items()]
         )
-        return Problem(str(folder), f"holds no images; {places}", _how_to_use(inner))
+        return Problem(str(folder), f"contains no images; {places}", _how_to_use(inner))
     if unread:
-        message = f"holds no images that are read, but {kinds_of(unread)}: {some(unread)}"
+        message = f"contains no supported images, but {kinds_of(unread)}: {some(unread)}"
         return Problem(str(folder), message, "convert them to JPEG or PNG")
     hint = f"image_dir is searched for {NAMES} files, not in folders inside it"
-    return Problem(str(folder), "holds no images", hint)
+    return Problem(str(folder), "contains no images", hint)
 
 
 def _how_to_use(folders: Mapping[Path, int]) -> str:

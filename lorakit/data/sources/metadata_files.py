@@ -55,15 +55,15 @@ def _listed(file: Path, subset: SubsetConfig, problems: list[str]) -> list[Sourc
         inside = _inside(subset.image_dir, path) if isinstance(path, str) and path else None
         image = _image(subset.image_dir, inside) if inside else None
         if not isinstance(path, str) or not path:
-            hint = "it is looked for in " + ", ".join(_PATHS)
-            problems.append(str(Problem(f"{file}: {toml_repr(entry)}", "does not say its image's path", hint)))
+            hint = "expected in one of the keys " + ", ".join(_PATHS)
+            problems.append(str(Problem(f"{file}: {toml_repr(entry)}", "has no image path", hint)))
         elif not texts or not all(is_text(text) for text in texts):
             problems.append(str(Problem(f"{file}: {path}", "must have caption and tags, each a text in UTF-8")))
         elif path in listed:
             problems.append(str(Problem(f"{file}: {path}", "is listed twice", "remove one of the two")))
         elif inside is None:
             hint = f"give an image_dir that holds all images of the file, instead of {subset.image_dir}"
-            problems.append(str(Problem(f"{file}: {path}", "leads out of image_dir", hint)))
+            problems.append(str(Problem(f"{file}: {path}", "is outside image_dir", hint)))
         elif image is None:
             problems.append(str(_why_no_image(f"{file}: {path}", subset.image_dir)))
         else:
@@ -73,8 +73,8 @@ def _listed(file: Path, subset: SubsetConfig, problems: list[str]) -> list[Sourc
 
 def _why_no_image(key: str, folder: Path) -> Problem:
     if Path(key).suffix.lower() in UNREAD:
-        return Problem(key, "is of a format that is not read", "convert it to JPEG or PNG")
-    return Problem(key, "is no image file", f"paths are relative to image_dir, {folder}")
+        return Problem(key, "has an unsupported format", "convert it to JPEG or PNG")
+    return Problem(key, "is not an image file", f"paths are relative to image_dir, {folder}")
 
 
 def _first(entry: Mapping[str, Any], names: Sequence[str]) -> Any:
