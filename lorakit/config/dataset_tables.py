@@ -33,7 +33,7 @@ UNSUPPORTED_DEFAULTS: Mapping[str, object] = {
 }
 """Options of sd-scripts' dataset files that lorakit does not have, with the value that changes nothing."""
 
-EMPTY: Mapping[str, object] = {
+EMPTY_VALUES: Mapping[str, object] = {
     "conditioning_data_dir": "",
     "face_crop_aug_range": [],
     "resize_interpolation": "",
@@ -129,7 +129,11 @@ def _dataset(
     for table, subset_place in subsets:
         elsewhere = {key: shared[key] for key in SUBSET_KEYS if key in shared and key not in table}
         own = {**_folder_of_metadata(table), **{key: value for key, value in table.items() if key in SUBSET_KEYS}}
-        said = {key: value for key, value in {**own, **_values(elsewhere)}.items() if value != EMPTY.get(key, _NOTHING)}
+        said = {
+            key: value
+            for key, value in {**own, **_values(elsewhere)}.items()
+            if value != EMPTY_VALUES.get(key, _NOTHING)
+        }
         options = {key: value for key, value in table.items() if key not in SUBSET_KEYS}
         made.append(_subset(reader, said, options, subset_place, _keys(elsewhere)))
     found = {key: shared[key] for key in DATASET_KEYS if key in shared}

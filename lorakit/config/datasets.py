@@ -162,10 +162,10 @@ class DatasetConfig:
             yield Problem("resolution", f"must have sides that are multiples of 8, not {width}x{height}")
         if self.enable_bucket and not self.bucket_no_upscale:
             if self.min_bucket_reso > shorter:
-                message = f"must be at most {shorter}, the resolution's shorter side, not {self.min_bucket_reso}"
-                yield Problem("min_bucket_reso", message)
+                message = f"must be at most {shorter}, the shorter side of resolution, not {self.min_bucket_reso}"
+                yield Problem("min_bucket_reso", message, f"set min_bucket_reso = {max(shorter // 64 * 64, 64)}")
             if self.max_bucket_reso < longer:
-                message = f"must be at least {longer}, the resolution's longer side, not {self.max_bucket_reso}"
+                message = f"must be at least {longer}, the longer side of resolution, not {self.max_bucket_reso}"
                 yield Problem("max_bucket_reso", message)
 
 

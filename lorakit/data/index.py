@@ -25,7 +25,7 @@ from lorakit.data.sources.find import FoundImage, find_images
 from lorakit.data.validation_split import split_off
 from lorakit.errors import DataError, data_error
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _READERS = 8
 """Threads that read headers and captions if the user does not say: they wait for the disk, not for a core."""
@@ -128,7 +128,7 @@ def _balanced(examples: Sequence[Example]) -> tuple[Example, ...]:
     repeats = balanced_repeats([example.repeats for example in regularising], training)
     if 0 in repeats:
         used = len(repeats) - repeats.count(0)
-        logger.info("using %d of %d regularisation images, enough to match the training images", used, len(repeats))
+        log.info("using %d of %d regularisation images, enough to match the training images", used, len(repeats))
     of_regularising = iter(repeats)
     counted = (evolve(own, repeats=next(of_regularising)) if own.subset.is_reg else own for own in examples)
     return tuple(example for example in counted if example.repeats)

@@ -6,7 +6,6 @@ machine and in every process, and changes little when images are added.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,6 @@ from lorakit.utils.rng import derived_seed
 if TYPE_CHECKING:
     from lorakit.data.index import Example
 
-logger = logging.getLogger(__name__)
 
 Examples = list[list["Example"]]
 """Examples by the numbers of their datasets."""

@@ -246,6 +246,8 @@ def _remarks(file: str, fields: Mapping[str, Any]) -> list[Problem]:
         processes = max(2, _short(_number(fields, "num_processes")))
         hint = f"accelerate launch --num_processes {processes} -m lorakit train CONFIG"
         found.append(Problem(f"{file}: num_processes", "is not part of a config", hint))
+    if isinstance(fields.get("seed"), Mapping | list):
+        found.append(Problem(f"{file}: seed", "is not a number and is ignored"))
     backend = fields.get("dynamo_backend")
     if isinstance(backend, str) and backend not in ("", "no", "No"):
         hint = f'training.compile = true, training.compile_backend = "{backend}"'

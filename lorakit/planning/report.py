@@ -53,7 +53,7 @@ def _phases(plan: Plan) -> Iterator[str]:
         rows.append(("encoding captions", in_gib(plan.captions.peak)))
     rows += [
         (f"training, batches of {plan.largest.images} at {_size(plan.largest.size)}", in_gib(training.peak)),
-        ("  frozen weights", in_gib(training.frozen)),
+        ("  frozen weights", in_gib(training.weights)),
         ("  adapters, gradients, optimizer state", in_gib(training.trained)),
         ("  activations", in_gib(training.activations)),
     ]
@@ -103,7 +103,7 @@ def _half_precision(plan: Plan) -> str:
 def _in_half_precision(plan: Plan) -> int:
     """About what training would need in half precision, in bytes: half of all but what is trained."""
     memory = plan.current.memory
-    return (memory.frozen + memory.activations) // 2 + memory.trained
+    return (memory.weights + memory.activations) // 2 + memory.trained
 
 
 def _wrapped(text: str, indent: int = 0) -> list[str]:

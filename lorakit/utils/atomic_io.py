@@ -20,7 +20,7 @@ try:
 except ImportError:  # on Windows
     fcntl = None
 
-_LOCK = "lock"
+_LOCK_NAME = "lock"
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8,}\.tmp|\.partial-.+")
 
 
@@ -36,7 +36,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         with as_output_error(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
-                _hold(file)
+                _lock(file)
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -66,9 +66,9 @@ def staging_dir(final: Path) -> Iterator[Path]:
     try:
         with as_output_error(final):
             scratch.mkdir(parents=True)
-            lock = (scratch / _LOCK).open("wb")
+            lock = (scratch / _LOCK_NAME).open("wb")
         with lock:
-            _hold(lock)
+            _lock(lock)
             yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -111,7 +111,7 @@ def remove_stale_temp_files(folder: Path) -> None:
     """Remove what killed processes had begun to write in a folder; what others are writing stays."""
     with suppress(OSError):
         for path in [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]:
-            if _is_held(path):
+            if _is_locked(path):
                 continue
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -155,19 +155,19 @@ def _unique() -> str:
     return uuid4().hex[:8]
 
 
-def _hold(file: IO[bytes]) -> None:
+def _lock(file: IO[bytes]) -> None:
     """Lock a file for as long as it is open, which ends with the process, however that ends."""
     if fcntl:
         with suppress(OSError):  # some file systems have no locks
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _is_held(path: Path) -> bool:
+def _is_locked(path: Path) -> bool:
     """Whether a process is writing a file or folder, as far as can be told."""
     if not fcntl:
         return True
     try:
-        with (path / _LOCK if path.is_dir() else path).open("r+b") as file:
+        with (path / _LOCK_NAME if path.is_dir() else path).open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lorakit.config.dataset_tables import EMPTY, IGNORED_KEYS, UNSUPPORTED_DEFAULTS
+from lorakit.config.dataset_tables import EMPTY_VALUES, IGNORED_KEYS, UNSUPPORTED_DEFAULTS
 from lorakit.config.datasets import DataSection, SubsetConfig
 from lorakit.config.train_config import TrainConfig
 from tests.config.conftest import Tables
@@ -194,13 +194,13 @@ def test_options_of_sd_scripts_that_are_not_here(
     assert "is an option of sd-scripts that lorakit does not support" in found[f"data.{name}"]
 
 
-@pytest.mark.parametrize("name", sorted(EMPTY))
+@pytest.mark.parametrize("name", sorted(EMPTY_VALUES))
 def test_empty_values_count_as_absent(
     data_of: Callable[..., DataSection], data_problems: Callable[..., dict[str, str]], name: str
 ) -> None:
     """An empty value of a key that files of sd-scripts may leave empty says as much as none."""
     subset = {"image_dir": "photos"}
-    assert data_of({"datasets": [{"resolution": 64, "subsets": [{**subset, name: EMPTY[name]}]}]}) == data_of(
+    assert data_of({"datasets": [{"resolution": 64, "subsets": [{**subset, name: EMPTY_VALUES[name]}]}]}) == data_of(
         {**subset, "resolution": 64}
     )
     assert list(data_problems({**subset, "resolution": 64, name: 5})) == [f"data.{name}"]

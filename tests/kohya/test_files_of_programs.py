@@ -70,8 +70,7 @@ def test_options_file_of_the_gui(form: str, read: Read, folder: Path, catalog: C
     line += rf' "C:\kohya_ss\sd-scripts\train_network.py" --config_file {GUI_TOML}'
     draft = read(*{"alone": [GUI_TOML], "--config_file": ["--config_file", GUI_TOML], "a line": [line]}[form])
     assert remarks(draft) == [
-        f"{GUI_TOML}: sd-scripts passes over epoch, lowvram, noise_offset_type, stop_text_encoder_training, and so does"
-        " lorakit",
+        f"{GUI_TOML}: epoch, lowvram, noise_offset_type, stop_text_encoder_training: ignored, as in sd-scripts",
         "--train_data_dir: 0_none is ignored, as its name does not start with a number of repeats",
         "--train_data_dir: notes is ignored, as its name does not start with a number of repeats",
     ]
@@ -126,12 +125,12 @@ def test_preset_of_the_gui(read: Read, folder: Path) -> None:
     draft = read("preset-2023.json")
     assert remarks(draft) == [
         "preset-2023.json: stop_text_encoder_training: has no effect, as in the GUI itself",
-        "preset-2023.json: does not say: the base model, the images, the output folder (set it in the"
+        "preset-2023.json: does not set the base model, the images, the output folder (set it in the"
         " config, or add --pretrained_model_name_or_path=… --train_data_dir=… --output_dir=… after the file)",
     ]
     words = ["--pretrained_model_name_or_path=model.safetensors", "--train_data_dir=train", "--output_dir=out"]
     draft = read("preset-2023.json", *words, "--network_dim=4")
-    assert len([text for text in remarks(draft) if "does not say" in text]) == 0
+    assert len([text for text in remarks(draft) if "does not set" in text]) == 0
     made = config(draft, folder)
     assert (made.training.max_epochs, made.training.mixed_precision, made.training.seed) == (2, "bf16", 42)
     assert (made.loss.noise_offset, made.loss.min_snr_gamma) == (0.05, None)
@@ -144,9 +143,9 @@ def test_preset_of_the_gui(read: Read, folder: Path) -> None:
 def test_lora_scripts(read: Read, folder: Path) -> None:
     """The default file of lora-scripts is read with its previews left out, as only its starter names the prompts."""
     draft = read("default.toml")
-    told = [text for text in remarks(draft) if "left out, as its name" not in text]
+    told = [text for text in remarks(draft) if "is ignored, as its name" not in text]
     assert told == [
-        "default.toml: sd-scripts passes over lr_restart_cycles, and so does lorakit",
+        "default.toml: lr_restart_cycles: ignored, as in sd-scripts",
         "--sample_every_n_epochs: is ignored, as there are no prompts (add --sample_prompts=FILE after the file)",
     ]
     made = config(draft, folder)
@@ -330,8 +329,8 @@ def test_keys_of_a_page(read: Read, folder: Path) -> None:
     text = (FILES / "autosave.toml").read_text()
     (folder / "page.toml").write_text(f'{text}conv_dim = 4\npositive_prompts = "a cat"\nmodel_train_type = "sd-lora"\n')
     told = remarks(read("page.toml"))
-    assert "page.toml: sd-scripts passes over model_train_type, and so does lorakit" in told
-    assert [text for text in told if "passes over conv_dim, positive_prompts" in text and "config/autosave" in text]
+    assert "page.toml: model_train_type: ignored, as in sd-scripts" in told
+    assert [text for text in told if "conv_dim, positive_prompts" in text and "config/autosave" in text]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -361,7 +360,7 @@ def test_unknown_keys(read: Read, folder: Path) -> None:
     """Keys of other programs are remarks; a key that is nearly an option is misspelt and an error."""
     known = "pretrained_model_name_or_path='model.safetensors'\noutput_dir='out'\nnetwork_module='networks.lora'\n"
     (folder / "a.toml").write_text(f"{known}train_data_dir = 'train'\nlearning_rate_te = 1e-5\nt5xxl = ''\nfoo = 1\n")
-    assert "a.toml: sd-scripts passes over learning_rate_te, t5xxl, foo, and so does lorakit" in remarks(read("a.toml"))
+    assert "a.toml: learning_rate_te, t5xxl, foo: ignored, as in sd-scripts" in remarks(read("a.toml"))
     for key in ("learning_rte", "netwrok_dim", "max_train_epoch", "save_every_n_epoch"):
         (folder / "a.toml").write_text(f"{known}train_data_dir = 'train'\n{key} = 1\n")
         with pytest.raises(ConfigError, match=rf"a\.toml: {key}: is not an option of train_network.py \(did you mean"):

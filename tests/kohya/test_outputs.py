@@ -79,7 +79,7 @@ def test_what_has_no_effect_is_told(converted: Convert) -> None:
         "--wandb_run_name: has no effect without --log_with=wandb",
     ]
     told = remarks(converted("--log_with=wandb", "--log_tracker_config=tracker.toml"))
-    assert [text for text in told if "its key job_type is left out" in text]
+    assert [text for text in told if "its key job_type is ignored" in text]
     assert [
         text for text in remarks(converted("--log_with=wandb", "--log_tracker_config=no.toml")) if "no.toml" in text
     ]

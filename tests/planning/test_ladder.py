@@ -60,7 +60,7 @@ def test_config_that_is_no_preset_is_a_line_of_its_own(plan) -> None:
     first, none, full, *others = made.presets
     assert first is made.current
     assert first.keys == {"gradient_checkpointing": 0.25}
-    assert none.memory.kept > first.memory.kept > full.memory.kept
+    assert none.memory.saved_activations > first.memory.saved_activations > full.memory.saved_activations
     assert len(others) == 2
     (line,) = [line for line in report(made) if line.endswith("<- the current config")]
     assert "  gradient_checkpointing = 0.25 " in line
@@ -118,10 +118,10 @@ def test_streamed_weights_are_the_last_presets(plan) -> None:
         {"gradient_checkpointing": True, **form, "stream_base": ("unet",)} for form in ({}, {"nf4_base": ("unet",)})
     ]
     assert not any("stream_base" in preset.keys for preset in (exact, *others))
-    assert 0.6 * exact.memory.frozen > whole.memory.frozen > nf4.memory.frozen
-    assert nf4.memory.frozen < others[-1].memory.frozen
+    assert 0.6 * exact.memory.weights > whole.memory.weights > nf4.memory.weights
+    assert nf4.memory.weights < others[-1].memory.weights
     assert whole.memory.trained == exact.memory.trained
-    assert whole.memory.kept <= exact.memory.kept
+    assert whole.memory.saved_activations <= exact.memory.saved_activations
 
 
 def test_measured_times(make_config) -> None:

@@ -20,7 +20,7 @@ from lorakit.utils.safe_paths import require_regular_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def content_key(*parts: object) -> str:
@@ -121,7 +121,7 @@ class Cache:
         if not self.keeps_unwritten:
             raise error
         if not self._unwritten:
-            logger.warning("%s Until then what is encoded is kept in memory, for this run alone.", error)
+            log.warning("%s Until then what is encoded is kept in memory, for this run alone.", error)
         self._unwritten[key] = dict(entry)
 
     def _path(self, key: str) -> Path:
