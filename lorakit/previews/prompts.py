@@ -28,20 +28,20 @@ class PromptSettings:
     """How a picture is drawn."""
 
     negative_prompt: str = ""
-    """What to lead the pictures away from."""
+    """Negative prompt."""
     width: int = field(default=512, converter=_whole_latents, validator=v.le(LARGEST_SIDE))
     """Width in pixels, rounded down to a multiple of 8, at least 64."""
     height: int = field(default=512, converter=_whole_latents, validator=v.le(LARGEST_SIDE))
     """Height in pixels, rounded down to a multiple of 8, at least 64."""
     steps: int = field(default=30, validator=[v.ge(1), v.le(MOST_STEPS)])
-    """Steps of the sampler."""
+    """Number of sampling steps."""
     scale: float = field(default=7.5, validator=v.ge(0))
-    """Scale of classifier-free guidance (Ho & Salimans, 2022, arXiv:2207.12598); up to 1 there is none, and no negative
-    prompt."""
+    """Classifier-free guidance scale (Ho & Salimans, 2022, arXiv:2207.12598); at most 1 disables guidance and the
+    negative prompt."""
     seed: int | None = field(default=None, validator=v.optional(v.ge(0)))
-    """Seed of the noise; when absent, each prompt gets one from `training.seed`, the same at each preview."""
+    """Seed of the noise; if absent, derived from `training.seed` for each prompt, the same for every preview."""
     sampler: SamplerName = field(default="ddim", validator=_installed)
-    """The rule that leads from noise to picture."""
+    """Sampler."""
 
 
 @frozen(kw_only=True)

@@ -642,8 +642,8 @@ def test_compiling(words: list[str], expected: dict[str, Any], told: str, conver
         ("img/10_cat", "img/10_cat is the folder with the images (give its parent: --train_data_dir=img)"),
         ("10_cat", "10_cat is the folder with the images (give its parent: --train_data_dir=.)"),
         ("img", "img has no folder with a name such as 10_cat, but img/sub has (--train_data_dir=img/sub)"),
-        ("photos", "photos has no folder with a name such as 10_cat, but contains images itself, which sd-scripts ignores"
-         " (move them into photos/10_cat: each is then trained 10 times per epoch)"),
+        ("photos", "photos has no folder with a name such as 10_cat, but contains images itself, which sd-scripts "
+         "ignores (move them into photos/10_cat: each is then trained 10 times per epoch)"),
         ("notes/", "notes/ has no folder with a name such as 10_cat (sd-scripts would find no images)"),
     ],
 )  # fmt: skip
