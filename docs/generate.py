@@ -36,8 +36,8 @@ from lorakit.cli import commands as cli
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.field_docs import field_docs, type_in_words
 from lorakit.config.load import COMPONENT_SECTIONS, PLAIN_SECTIONS
+from lorakit.config.sd_scripts import GROUPS
 from lorakit.kohya.option_status import OptionStatus, known_keys, option_status
-from lorakit.kohya.options import GROUPS
 from lorakit.plugins.catalog import Catalog
 from lorakit.plugins.discovery import REGISTRATION_HOOKS
 

@@ -100,18 +100,10 @@ def plan(config: Config, *, overrides: Sequence[str] = (), measure: bool = False
 def _config(config: Config, overrides: Sequence[str], catalog: Catalog) -> TrainConfig:
     """The config that is meant. Raises ConfigError with every problem found."""
     from lorakit.config.load import config_from_tables, read_config
+    from lorakit.utils.plain import plain
 
     if isinstance(config, str | os.PathLike):
         return read_config(Path(config), overrides, catalog)
     if overrides:
         raise TypeError("overrides are for config files; change the tables, or the config value, instead")
-    return config_from_tables(_plain(config), Path.cwd(), catalog) if isinstance(config, Mapping) else config
-
-
-def _plain(value: Any) -> Any:
-    """A value as TOML would have it: paths as texts, sequences as lists, and no keys that are None."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, os.PathLike) else value
+    return config_from_tables(plain(config), Path.cwd(), catalog) if isinstance(config, Mapping) else config

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -53,6 +53,20 @@ class DataError(LorakitError):
     """Images, captions or dataset folders that cannot be used; the message lists the files."""
 
     exit_status = 2
+
+
+LISTED = 20
+"""How many problems a message lists before it only counts them."""
+
+
+def data_error(problems: Sequence[str]) -> DataError:
+    """One error for all problems, each on a line of its own; the first 20 are listed."""
+    if len(problems) == 1:
+        return DataError(problems[0])
+    lines = [f"{len(problems)} problems with the data:", *(f"  {problem}" for problem in problems[:LISTED])]
+    if len(problems) > LISTED:
+        lines.append(f"  … and {len(problems) - LISTED} more")
+    return DataError("\n".join(lines))
 
 
 class ModelError(LorakitError):

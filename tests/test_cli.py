@@ -177,7 +177,7 @@ def test_problems_of_the_config_come_before_anything_heavy(folder: Path, command
         (["check", "photos/cat.png"], "is an image, not a config"),
         (["check", "model.safetensors"], "is a model or LoRA file"),
         (["check", "kohya.toml"], "lorakit from-kohya --config_file kohya.toml"),
-        (["check", "data.toml"], 'a config names it: [data] with config = "data.toml"'),
+        (["check", "data.toml"], 'use it in a config: [data] with config = "data.toml"'),
     ],
 )
 def test_wrong_usage(folder: Path, arguments: list[str], message: str) -> None:
@@ -340,7 +340,9 @@ def test_the_keys_of_a_component_are_listed(folder: Path) -> None:
     assert "args = {}   # table\n" in run(folder, "plugins", "package.Class").stdout
     result = run(folder, "plugins", "Prodigy")
     assert result.returncode == 2
-    assert result.stderr.startswith("error: no component is called 'Prodigy' (it is in the plugin lorakit-prodigy: pip")
+    assert result.stderr.startswith(
+        "error: there is no component called 'Prodigy' (it is in the plugin lorakit-prodigy:"
+    )
 
 
 FAILING = """

@@ -151,10 +151,10 @@ def test_what_cannot_be_started_with(folder: Path, catalog: Catalog) -> None:
     with pytest.raises(ConfigError, match="--images: nowhere is not a folder"):
         look_at_images(Path("nowhere"))
     (folder / "img").mkdir()
-    with pytest.raises(ConfigError, match="put them there first"):
+    with pytest.raises(ConfigError, match="put the images there first"):
         look_at_images(Path("img"))
     add_images(folder / "img" / "10_cat", 1)
-    with pytest.raises(ConfigError, match=re.escape("img holds no images (they are in '10_cat')")):
+    with pytest.raises(ConfigError, match=re.escape("img contains no images (they are in '10_cat')")):
         look_at_images(Path("img"))
     with pytest.raises(ConfigError, match=r"--model: .*missing.ckpt does not exist"):
         look_at_model("missing.ckpt", catalog)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lorakit.api.block_layout import BlockLayout as BlockLayout
     from lorakit.api.components import AttentionConfig as AttentionConfig
     from lorakit.api.components import Component as Component
+    from lorakit.api.components import DatasetSourceConfig as DatasetSourceConfig
     from lorakit.api.components import LRSchedulerConfig as LRSchedulerConfig
     from lorakit.api.components import ModelFamilyConfig as ModelFamilyConfig
     from lorakit.api.components import NetworkConfig as NetworkConfig
@@ -87,7 +88,7 @@ if TYPE_CHECKING:
 MODULES: Mapping[str, tuple[str, ...]] = {
     "lorakit.api.block_layout": ("BlockLayout",),
     "lorakit.api.components": (
-        "AttentionConfig", "Component", "LRSchedulerConfig", "ModelFamilyConfig", "NetworkConfig", "ObserverConfig",
+        "AttentionConfig", "Component", "DatasetSourceConfig", "LRSchedulerConfig", "ModelFamilyConfig", "NetworkConfig", "ObserverConfig",
         "OptimizerConfig", "SamplerConfig", "SaverConfig", "TimestepSamplerConfig", "with_import_path",
     ),
     "lorakit.api.hookspecs": ("hookimpl",),

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
+    from lorakit.api.dataset_source import DatasetSource
     from lorakit.api.observer import Observer, RunInfo
+    from lorakit.config.datasets import SubsetConfig
     from lorakit.config.train_config import TrainConfig
     from lorakit.diffusion.process import NoiseProcess, Sampler, TimestepSampler
     from lorakit.models.interfaces import AdaptationTarget, AttentionBackend, DiffusionModel
@@ -453,4 +455,27 @@ class SamplerConfig(Component):
         returns the latents, [B, C, h, w]. `predict` takes noisy latents and a timestep, a scalar tensor, and returns
         what the denoiser predicts, guided.
         """
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+
+
+@frozen(kw_only=True)
+class DatasetSourceConfig(Component):
+    """Where the images and captions of a subset come from; its fields are further keys of the subset's table."""
+
+    kind = "dataset source"
+    product = "a DatasetSource, with list_images"
+    needs_image_dir: ClassVar[bool] = False
+    """Whether a subset with this source must have `image_dir`; else it is the config file's folder if absent."""
+
+    @classmethod
+    def is_product(cls, made: object) -> bool:
+        """Whether it is a DatasetSource."""
+        return _has_methods(type(made), "list_images")
+
+    def problems_in(self, subset: SubsetConfig) -> Iterator[Problem]:  # noqa: ARG002
+        """What is wrong with the fields in this subset; keys are those of the subset's table."""
+        return iter(())
+
+    def build(self, subset: SubsetConfig) -> DatasetSource:
+        """The source of the images of a subset."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")

@@ -15,6 +15,7 @@ import pluggy
 if TYPE_CHECKING:
     from lorakit.api.components import (
         AttentionConfig,
+        DatasetSourceConfig,
         LRSchedulerConfig,
         ModelFamilyConfig,
         NetworkConfig,
@@ -86,3 +87,8 @@ def register_samplers() -> list[type[SamplerConfig]]:  # type: ignore[empty-body
 @hookspec(firstresult=True)
 def detect_model_family(checkpoint: CheckpointSummary) -> str | None:
     """The name of the family that a checkpoint's tensor names and shapes belong to, or None."""
+
+
+@hookspec
+def register_dataset_sources() -> list[type[DatasetSourceConfig]]:  # type: ignore[empty-body]
+    """Sources of images and captions, such as a folder; a subset picks one with `source`."""

@@ -46,7 +46,7 @@ def read_inertly(stream: BinaryIO, call: Call, resolve: Resolve) -> object:
         if code == b".":
             return machine.stack.pop()
         if code not in _BY_CODE:
-            raise ValueError("it has an instruction that is unknown" if code else "it is cut short")
+            raise ValueError("it contains an unknown instruction" if code else "it is cut short")
         read_argument, act = _BY_CODE[code]
         act(machine, read_argument(stream) if read_argument else None)
     raise ValueError("its pickle is longer than that of any checkpoint")
@@ -109,7 +109,7 @@ class _Machine:
 
     def name(self, module: object, name: object) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise ValueError("it names what is no text")
+            raise ValueError("it contains an invalid name")
         if len(module) + len(name) > _LONGEST_NAME:
             raise ValueError("it has a name of an unusual length")
         self.push(Placeholder(f"{module}.{name}"))
@@ -117,7 +117,7 @@ class _Machine:
     def make(self, function: object, arguments: object) -> None:
         """Push what stands for the result of a call."""
         if not isinstance(function, Placeholder) or not isinstance(arguments, tuple):
-            raise ValueError("it calls what is no function")
+            raise ValueError("it calls something that is not a function")
         self.push(function if function.is_object else self.call(function.name, arguments))
 
     def make_named(self, text: str) -> None:

@@ -59,7 +59,7 @@ def pickled_tensors(path: Path) -> dict[str, StoredTensor]:
     except Exception as error:  # a damaged pickle can lead to anything
         reason = cut(str(error)) or type(error).__name__
         raise ModelError(
-            f"{path} is not a whole PyTorch checkpoint ({reason}); download or convert it again"
+            f"{path} is not a complete PyTorch checkpoint ({reason}); download or convert it again"
         ) from error
     return tensors
 
@@ -133,12 +133,12 @@ def _archived(path: Path) -> object:
         folder = pickles[0].filename.removesuffix("data.pkl")
         by_name = {entry.filename.removeprefix(folder): entry for entry in entries}
         if "byteorder" in by_name and archive.read(by_name["byteorder"])[:3] == b"big":
-            raise ValueError("it was saved on a computer with the other order of bytes")
+            raise ValueError("it has the other byte order (endianness)")
 
         def record_of(key: str, numbers: int, item_bytes: int) -> Record:
             entry = by_name.get(f"data/{key}")
             if entry is None or entry.file_size != numbers * item_bytes:
-                raise ValueError(f"storage {cut(key)} is said to have {numbers} numbers, and has not")
+                raise ValueError(f"storage {cut(key)} does not have the {numbers} elements that it claims")
             return Record(numbers, item_bytes, entry.header_offset, is_archived=True)
 
         return read_inertly(io.BytesIO(archive.read(pickles[0])), rebuild, partial(resolve_storage, record_of))
@@ -166,7 +166,7 @@ def _legacy_content(path: Path) -> object:
     def record_of(key: str, numbers: int, item_bytes: int) -> Record:
         record = records.setdefault(key, Record(numbers, item_bytes))
         if (record.numbers, record.item_bytes) != (numbers, item_bytes):
-            raise ValueError(f"storage {cut(key)} is said to have two lengths")
+            raise ValueError(f"storage {cut(key)} has two different lengths")
         return record
 
     read = partial(read_inertly, stream, rebuild, partial(resolve_storage, record_of))

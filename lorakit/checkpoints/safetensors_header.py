@@ -92,9 +92,9 @@ def _checked_place(name: str, entry: Any, available: int) -> tuple[int, int, str
     except (KeyError, TypeError, ValueError):
         is_sound = False
     if not is_sound or end < start:
-        raise ValueError(f"what it says of tensor {_cut(name)} makes no sense")
+        raise ValueError(f"the entry of tensor {_cut(name)} is invalid")
     if end > available:
-        raise ValueError(f"tensor {_cut(name)} would end {end - available} bytes behind the end of the file")
+        raise ValueError(f"tensor {_cut(name)} would end {end - available} bytes after the end of the file")
     if (end - start) * 8 != _count(shape, available * 8) * bits:
         raise ValueError(f"tensor {_cut(name)} of shape {_cut(tuple(shape))} cannot have {end - start} bytes")
     return start, end, name

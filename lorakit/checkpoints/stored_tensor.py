@@ -59,7 +59,7 @@ class Record:
             start = self.place + 8
             is_sound = int.from_bytes(content[self.place : start], "little") == self.numbers
         if not is_sound or start + self.length > len(content):
-            raise ValueError("the numbers of a tensor are not where the file says")
+            raise ValueError("the data of a tensor is not where the file says")
         return start
 
 
@@ -138,12 +138,12 @@ def _view(storage: object, dtype: str, place: tuple[Any, Any, Any], marks: Seque
     if not isinstance(storage, Storage) or dtype not in ITEM_BYTES:
         if isinstance(storage, Placeholder):
             return Unreadable(code=storage.name)
-        return storage if isinstance(storage, Unreadable) else Unreadable("a tensor has no numbers")
+        return storage if isinstance(storage, Unreadable) else Unreadable("a tensor has no data")
     if any(marks):
         raise ValueError("a tensor is stored negated or conjugated")
     offset, size, strides = place
     if not len(size) == len(strides) <= _MOST_DIMENSIONS or not all(map(_is_size, (offset, *size, *strides))):
-        raise ValueError("a tensor has no shape that makes sense")
+        raise ValueError("a tensor has an invalid shape")
     item_bytes, shape = ITEM_BYTES[dtype], tuple(size)
     if (offset + span_of(shape, strides)) * item_bytes > storage.length:
         raise ValueError(f"a tensor of shape {shape} has {storage.length // item_bytes} numbers only")
@@ -185,7 +185,7 @@ RecordOf = Callable[[str, int, int], Record]
 def resolve_storage(record_of: RecordOf, persistent_id: Any) -> object:
     """What stands for the storage, or the source of a module, that is kept outside the pickle under an id."""
     if len(persistent_id) > _MOST_ARGUMENTS:
-        raise ValueError("a storage has no length that makes sense")
+        raise ValueError("a storage has an invalid length")
     if persistent_id[0] == "module":
         return Placeholder(persistent_id[1].name)
     _, kind, key, _device, numbers, *part = persistent_id
@@ -193,7 +193,7 @@ def resolve_storage(record_of: RecordOf, persistent_id: Any) -> object:
     if dtype is None:
         return Unreadable(f"numbers of the type {kind.name} cannot be read")
     if type(key) is not str or len(key) > _LONGEST_KEY or not _is_size(numbers):
-        raise ValueError("a storage has no length that makes sense")
+        raise ValueError("a storage has an invalid length")
     item_bytes = ITEM_BYTES.get(dtype) or _QUANTIZED[dtype]
     try:
         record = record_of(key, numbers, item_bytes)

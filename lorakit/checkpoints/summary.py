@@ -91,10 +91,10 @@ def _folder_summary(folder: Path) -> CheckpointSummary:
         files["config"] = folder / "config.json"
     lora = next((name for name in _LORA_FILES if (folder / name).is_file()), None)
     if lora and not files:
-        raise ModelError(f"{folder} holds a LoRA, {lora}, and no base model; network.weights takes that file")
+        raise ModelError(f"{folder} contains a LoRA, {lora}, and no base model; network.weights takes that file")
     if not {"model_index", "unet", "config"} & files.keys():
         raise ModelError(
-            f"{folder} holds no model: there is no model_index.json and no unet/config.json in it; "
+            f"{folder} contains no model: there is no model_index.json and no unet/config.json in it; "
             "give the folder that has the subfolders unet, vae and text_encoder, or the path of a file"
         )
     return CheckpointSummary(folder, "folder", configs={part: read_json(file) for part, file in files.items()})
@@ -116,5 +116,5 @@ def read_json(file: Path) -> Mapping[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{file} is not valid JSON: {error}; download it again") from None
     if not isinstance(content, dict):
-        raise ModelError(f"{file} holds no settings; download it again")
+        raise ModelError(f"{file} contains no settings; download it again")
     return content

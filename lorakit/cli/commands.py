@@ -40,7 +40,7 @@ def _print_version(context: click.Context, _: click.Parameter, value: bool) -> N
 def _debug_option() -> click.Option:
     return click.Option(
         ["--debug"], is_flag=True, expose_value=False, is_eager=True, callback=_set_debug,
-        help="Show where an error came from.",
+        help="Show the full traceback on errors.",
     )  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def with_config(command: CommandT) -> CommandT:
     """Give a command the CONFIG argument and the --set option."""
     override = click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", shell_complete=_complete_key,
-        help="Override a key of the config: --set optimizer.lr=1e-4; none unsets it. May be given several times.",
+        help="Override a config key: --set optimizer.lr=1e-4; none unsets it. Repeatable.",
     )  # fmt: skip
     argument = click.argument("config", type=click.Path(path_type=Path), default=DEFAULT_CONFIG, callback=_config_file)
     return argument(override(command))
@@ -124,7 +124,7 @@ def _config_file(context: click.Context, parameter: click.Parameter, value: Path
     """The config file; the usual name counts only where there is such a file."""
     source = context.get_parameter_source(parameter.name or "")
     if source is click.core.ParameterSource.DEFAULT and not value.is_file() and not context.resilient_parsing:
-        cure = f"there is no {value} here, which counts when none is named; `lorakit init` writes one"
+        cure = f"there is no {value}, the default, in this folder; `lorakit init` writes one"
         raise click.UsageError(f"Missing argument 'CONFIG': {cure}", context)
     return value
 
@@ -137,14 +137,14 @@ def _complete_key(_: click.Context, __: click.Parameter, incomplete: str) -> lis
 
 
 @cli.command(short_help="Write a commented config file to start from.")
-@click.option("--full", is_flag=True, help="Write every key there is, with its default and what it means.")
+@click.option("--full", is_flag=True, help="Write every key with its default and description.")
 @click.option(
     "--for", "purpose", type=click.Choice(["subject", "person", "style"]), default="subject", show_default=True,
-    help="What the LoRA is for: sets the usual rank, steps and learning rates.",
+    help="Subject of the LoRA; selects typical rank, steps and learning rates.",
 )  # fmt: skip
 @click.option(
     "--images", type=click.Path(path_type=Path), metavar="FOLDER",
-    help="Folder of images; their number sets repeats and epochs.",
+    help="Image folder; the number of images determines repeats and epochs.",
 )  # fmt: skip
 @click.option("--model", metavar="MODEL", help="The base model: a file, a folder, or a Hub id.")
 @click.option(
@@ -152,7 +152,7 @@ def _complete_key(_: click.Context, __: click.Parameter, incomplete: str) -> lis
     default="adamw",
     show_default=True,
     metavar="NAME",
-    help="The optimizer; sets a learning rate that suits it.",
+    help="The optimizer; selects a typical learning rate for it.",
 )
 @click.argument("path", type=click.Path(path_type=Path), default=DEFAULT_CONFIG)
 def init(path: Path, full: bool, **chosen: Any) -> None:
@@ -182,12 +182,12 @@ def init(path: Path, full: bool, **chosen: Any) -> None:
     click.echo(f"Wrote {' and '.join(map(str, written))}. {todo}: lorakit check {path}")
 
 
-@cli.command(cls=_ConfigCommand, short_help="Say all that is wrong with a config file.")
+@cli.command(cls=_ConfigCommand, short_help="Validate a config file and list every problem at once.")
 @with_config
 def check(config: Path, overrides: tuple[str, ...]) -> None:
-    """Say all that is wrong with the file CONFIG, reading no weights.
+    """Validate the config file CONFIG and list every problem at once, without loading weights.
 
-    Images, captions and the kind of model are looked at too.
+    Images, captions and the type of the base model are checked too.
     """
     prepared, warnings = _prepared_and_warned(config, overrides, _catalog())
     _print_summary(prepared, config)
@@ -210,18 +210,18 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
         raise click.BadParameter(str(error)) from None
 
 
-@cli.command(cls=_ConfigCommand, short_help="Say what a run will take: steps, memory, time.")
+@cli.command(cls=_ConfigCommand, short_help="Estimate steps, memory and time of a run.")
 @with_config
 @click.option(
     "--memory", callback=_bytes, metavar="SIZE",
-    help="How much memory there is to train in, such as 8GB or 8; what to set so that the run fits is said.",
+    help="Memory budget, e.g. 8GB or 8; prints settings that make the run fit.",
 )  # fmt: skip
-@click.option("--measure", is_flag=True, help="Read the model and take a few steps of each size, for times.")
+@click.option("--measure", is_flag=True, help="Load the model and time a few steps of each image size.")
 def plan(config: Path, overrides: tuple[str, ...], memory: int | None, measure: bool) -> None:
-    """Say what a run of the file CONFIG will take: steps, memory and, with --measure, time.
+    """Estimate the steps, memory and, with --measure, time of a run.
 
-    Memory is estimated without reading weights, for the config as it is and for each rung of the ladder
-    of keys that save memory.
+    Memory is estimated without loading weights, for the current config and for each preset
+    of settings that save memory.
     """
     prepared = _prepared(config, overrides, _catalog())
     from lorakit.planning.plan import make_plan
@@ -250,17 +250,17 @@ def cache(config: Path, overrides: tuple[str, ...]) -> None:
             click.echo(f"  {what:<8} {done or 'are encoded in each step'}")
 
 
-@cli.command(cls=_ConfigCommand, short_help="Train as a config file says.")
+@cli.command(cls=_ConfigCommand, short_help="Train with a config file.")
 @with_config
 @click.option(
     "--resume", is_flag=False, flag_value="latest", type=click.Path(path_type=Path), metavar="[STATE_DIR]",
-    help="Go on from a saved state: the one in STATE_DIR, or the newest of this run.",
+    help="Resume from a saved state: the one in STATE_DIR, or the newest of this run.",
 )  # fmt: skip
 def train(config: Path, overrides: tuple[str, ...], resume: Path | None) -> None:
-    """Train as the file CONFIG says.
+    """Train with the config file CONFIG.
 
-    Everything that can be checked before the model is read is checked first. Ctrl-C stops after the
-    current step and saves a state; `--resume` goes on from there.
+    The config, images and captions are validated before the model is loaded. Ctrl-C stops after the
+    current step and saves a state; `--resume` continues from it.
     """
     if resume and resume.suffix in (".toml", ".json") and resume.is_file():
         raise click.UsageError(f"--resume takes the folder of a state: write lorakit train {resume} --resume")
@@ -279,16 +279,16 @@ def train(config: Path, overrides: tuple[str, ...], resume: Path | None) -> None
 
 @cli.command(
     "from-kohya",
-    short_help="Turn a command line of sd-scripts, or a file of its GUI, into a config file.",
+    short_help="Convert a command line of sd-scripts, or a file of its GUI, to a config file.",
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )
 @click.option(
     "-o", "output", type=click.Path(path_type=Path), metavar="CONFIG",
-    help="Where to write the config; standard output when absent. Stands in front of ARGS, or at the end.",
+    help="Output file; standard output if absent. Must come before or after all ARGS.",
 )  # fmt: skip
 @click.argument("arguments", metavar="ARGS...", nargs=-1, required=True, type=click.UNPROCESSED)
 def from_kohya(output: Path | None, arguments: tuple[str, ...]) -> None:
-    """Turn a command line of sd-scripts' train_network.py into a config file that trains the same.
+    """Convert a command line of sd-scripts' train_network.py to an equivalent config file.
 
     ARGS is the whole line, `accelerate launch … train_network.py …`, or its options alone; in quotation
     marks it may be pasted with its line breaks. `--config_file X.toml` is read too. Or ARGS are files, with
@@ -313,9 +313,9 @@ def from_kohya(output: Path | None, arguments: tuple[str, ...]) -> None:
     _print_warnings(draft.remarks)
     problems = _problems(draft.tables(), target, catalog)
     for problem in problems:
-        click.secho(f"to mend: {problem}", fg="red", err=True)
+        click.secho(f"to fix: {problem}", fg="red", err=True)
     if output:
-        cure = f"Mend what is listed, then: lorakit check {output}"
+        cure = f"Fix the problems above, then: lorakit check {output}"
         click.echo(f"Wrote {output}. {cure if problems else f'Next: lorakit train {output}'}")
 
 
@@ -334,10 +334,10 @@ def _problems(tables: Mapping[str, Any], folder: Path, catalog: Catalog) -> tupl
     return ()
 
 
-@cli.command(short_help="List what there is to choose from, or the keys of one.")
+@cli.command(short_help="List all components, or the keys of one.")
 @click.argument("name", required=False)
 def plugins(name: str | None) -> None:
-    """List all components that plugins bring, and the plugins that are broken, with the reason.
+    """List all components provided by plugins, and broken plugins with the reason.
 
     With NAME, such as lion, show the keys of that component; with a kind, such as optimizer, list those of the kind.
     """

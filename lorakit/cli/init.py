@@ -92,7 +92,7 @@ class Start:
     def prompts(self) -> str:
         """A file of prompts for previews."""
         lines = [prompt.format(self.word) for prompt in self.purpose.prompts]
-        note = "" if self.images and self.images.word else f"; write your own word in place of {self.word.split()[-1]}"
+        note = "" if self.images and self.images.word else f"; replace {self.word.split()[-1]} with your own word"
         return "\n".join([f"# A prompt in each line{note}.", *lines, ""])
 
 
@@ -116,8 +116,8 @@ def look_at_images(folder: Path) -> Images:
     own = _images_in(folder, EXTENSIONS)
     if not own:
         inside = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and _images_in(path, EXTENSIONS)]
-        hint = f"they are in {', '.join(map(repr, inside[:3]))}" if inside else "put them there first"
-        raise ConfigError([Problem("--images", f"{folder} holds no images", hint)])
+        hint = f"they are in {', '.join(map(repr, inside[:3]))}" if inside else "put the images there first"
+        raise ConfigError([Problem("--images", f"{folder} contains no images", hint)])
     with_caption = sum(any(path.with_suffix(end).is_file() for end in (".txt", ".caption")) for path in own)
     word = re.fullmatch(r"\d+_(.+)", folder.resolve().name)
     return Images(folder, len(own), with_caption, word[1] if word else None)
@@ -161,7 +161,7 @@ def _preamble(start: Start, path: Path) -> str:
     return (
         f"# {'' if start.images else 'With '}{length}; about {usual} are a good first try.\n"
         f"# Check it: lorakit check {path.name}   Train: lorakit train {path.name}\n"
-        "# Paths are relative to this file. Every key there is: lorakit init --full every_key.toml"
+        "# Paths are relative to this file. All keys: lorakit init --full every_key.toml"
     )
 
 
@@ -177,21 +177,21 @@ def _data(start: Start, path: Path) -> Iterator[str]:
     images = start.images
     yield "[data]"
     folder = _relative(images.folder, path) if images else "photos"
-    yield _line("image_dir", folder, "beside each image its caption: 001.jpg, 001.txt")
+    yield _line("image_dir", folder, "captions beside the images: 001.jpg, 001.txt")
     named = images and (images.word or not images.with_caption)
-    yield _line("class_tokens", start.word, "caption of images without a .txt", is_off=not named)
+    yield _line("class_tokens", start.word, "caption of images without a .txt file", is_off=not named)
     size = "768 for 768-v models, 512 for base ones" if start.resolution == 768 else "what the base model is for"
     yield _line("resolution", start.resolution, size)
-    yield _line("enable_bucket", True, "images keep their shape")
-    yield _line("num_repeats", start.repeats_and_epochs[0], "how often an image counts in an epoch")
-    yield _line("batch_size", 1, "images in a step; more need more memory")
+    yield _line("enable_bucket", True, "keep aspect ratios")
+    yield _line("num_repeats", start.repeats_and_epochs[0], "repeats of each image per epoch")
+    yield _line("batch_size", 1, "images per step; more need more memory")
 
 
 def _network(start: Start, _: Path) -> Iterator[str]:
     yield "[network]"
     yield _line("name", "lierla", '"c3lier" adapts convolutions too')
     yield _line("rank", start.purpose.rank, "higher: more detail, larger file")
-    yield _line("alpha", start.purpose.alpha, "strength: multiplies by alpha / rank")
+    yield _line("alpha", start.purpose.alpha, "scale: updates are multiplied by alpha / rank")
 
 
 def _optimizer(start: Start, _: Path) -> Iterator[str]:
@@ -200,12 +200,12 @@ def _optimizer(start: Start, _: Path) -> Iterator[str]:
     yield "[optimizer]"
     yield _line("name", own.name, "others: docs/how-to/optimizers.md")
     if own.finds_learning_rate:
-        yield _line("lr", lr, "leave it at 1: it finds the learning rate itself")
+        yield _line("lr", lr, "leave it at 1: the optimizer finds the learning rate")
         return
-    yield _line("lr", lr, "of another optimizer: lion 3e-5, dadaptation and prodigy 1")
+    yield _line("lr", lr, "for other optimizers: lion 3e-5, dadaptation and prodigy 1")
     if own.supports_group_lrs:
         share = start.purpose.text_encoder_share
-        yield _line("text_encoder_lr", float(f"{lr * share:.2g}"), "lower than lr; 0 leaves the text encoder as it is")
+        yield _line("text_encoder_lr", float(f"{lr * share:.2g}"), "lower than lr; 0 does not train the text encoder")
 
 
 def _rate(optimizer: type[OptimizerConfig]) -> float:
@@ -219,8 +219,8 @@ def _lr_scheduler(start: Start, _: Path) -> Iterator[str]:
     if start.optimizer.schedule_free or start.optimizer.finds_learning_rate:
         yield _line("name", "constant", "")
         return
-    yield _line("name", "cosine", '"constant" stays the same to the end')
-    yield _line("warmup_steps", 0.05, "a share of the run")
+    yield _line("name", "cosine", '"constant" does not change')
+    yield _line("warmup_steps", 0.05, "fraction of the run")
 
 
 def _training(start: Start, _: Path) -> Iterator[str]:
@@ -238,7 +238,7 @@ def _output(start: Start, _: Path) -> Iterator[str]:
     yield _line("save_every_n_epochs", 1, "to compare afterwards")
     yield ""
     yield "[saver]"
-    yield _line("precision", "fp16", "half as large as fp32, and as good")
+    yield _line("precision", "fp16", "half the size of fp32, same quality")
 
 
 def _previews(start: Start, path: Path) -> Iterator[str]:

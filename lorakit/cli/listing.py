@@ -25,7 +25,7 @@ WIDTH = 80
 _KEYS: Mapping[str, str] = {
     base.kind: f'[{section}] with {base.name_key} = "…"' for section, (base, _) in COMPONENT_SECTIONS.items()
 } | {
-    "model family": "[model], recognised by itself",
+    "model family": "[model], detected automatically",
     "observer": '[[observers]] with name = "…"',
     "sampler": '[[observers]] with name = "samples" and sampler = "…"',
 }
@@ -91,7 +91,7 @@ def details(catalog: Catalog, name: str) -> Iterator[Line]:
         if ":" not in name or registration.provider.is_of(name.rpartition(":")[0])
     ]
     if not found:
-        raise PluginError(f"no component is called {name!r}{_meant(catalog, name)}")
+        raise PluginError(f"there is no component called {name!r}{_meant(catalog, name)}")
     return (line for registration in found for line in _component(registration))
 
 
@@ -128,7 +128,7 @@ def _default(own: attrs.Attribute[Any]) -> str:
     if isinstance(value, attrs.Factory):  # type: ignore[arg-type]
         value = None if value.takes_self else value.factory()
     if value is attrs.NOTHING:
-        return "(must be given)"
+        return "(required)"
     if value is None:
         return "(absent)"
     if value == {}:

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from lorakit.config.suggestions import KOHYA_NAMES
+from lorakit.config.sd_scripts import OTHER_KEYS
 
 SYNONYMS: Mapping[str, str] = {
     "steps": "training.max_steps",
@@ -80,13 +80,13 @@ def _foreign(arguments: Sequence[str], own: Collection[str]) -> Iterator[tuple[s
 
 def _target(option: str, keys: Sequence[str]) -> str:
     """The key that an option stands for, perhaps with its value, or words that say what does the same."""
-    known = KOHYA_NAMES.get(option) or SYNONYMS.get(option) or (option if option in keys else "")
+    known = OTHER_KEYS.get(option) or SYNONYMS.get(option) or (option if option in keys else "")
     if known:
         return known
     by_name: dict[str, str] = {}
     keys = [key for key in keys if not key.startswith("observers.")]  # of which there may be several
     for key in sorted(keys, key=lambda key: key.partition(".")[0] not in PREFERRED):
         by_name.setdefault(key.rpartition(".")[2], key)
-    near = difflib.get_close_matches(option, [*by_name, *KOHYA_NAMES, *SYNONYMS], n=1, cutoff=0.75)
+    near = difflib.get_close_matches(option, [*by_name, *OTHER_KEYS, *SYNONYMS], n=1, cutoff=0.75)
     found = by_name.get(option) or (near[0] if near else "")
-    return by_name.get(found) or KOHYA_NAMES.get(found) or SYNONYMS.get(found) or found
+    return by_name.get(found) or OTHER_KEYS.get(found) or SYNONYMS.get(found) or found

@@ -13,7 +13,7 @@ from lorakit._version import __version__
 
 
 def about() -> str:
-    """`lorakit 0.1.0, Python 3.11.7, PyTorch 2.13.0+cpu, no GPU (PyTorch was built without support for any)`.
+    """`lorakit 0.1.0, Python 3.11.7, PyTorch 2.13.0+cpu, no GPU (PyTorch was built without GPU support)`.
 
     PyTorch is imported only where it was built for a GPU, as that takes seconds.
     """
@@ -26,7 +26,7 @@ def _torch() -> str:
     except metadata.PackageNotFoundError:
         return "PyTorch is not installed"
     if not (_built_for_gpus() or sys.platform == "darwin"):
-        return f"PyTorch {version}, no GPU (PyTorch was built without support for any)"
+        return f"PyTorch {version}, no GPU (PyTorch was built without GPU support)"
     try:
         return f"PyTorch {version}, {_device()}"
     except Exception as error:  # a driver can raise anything

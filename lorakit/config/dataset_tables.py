@@ -12,16 +12,19 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from lorakit.api.components import DatasetSourceConfig
 from lorakit.config.data_paths import near_names, why_no_folder
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.table_reader import TableReader, field_names
 from lorakit.config.toml_files import read_toml
 from lorakit.config.values import toml_repr
+from lorakit.errors import PluginError
+from lorakit.plugins.failures import collect_problems
 
 SUBSET_KEYS = field_names(SubsetConfig)
 DATASET_KEYS = [key for key in field_names(DatasetConfig) if key != "subsets"]
 SECTION_KEYS = [key for key in field_names(DataSection) if key != "datasets"]
-OWN_KEYS = ("image_dir", "metadata_file", "is_reg", "conditioning_data_dir")
+OWN_KEYS = ("image_dir", "metadata_file", "source", "is_reg", "conditioning_data_dir")
 """What belongs to one subset; the rest can be shared."""
 SHARED_KEYS = [key for key in (*DATASET_KEYS, *SUBSET_KEYS) if key not in OWN_KEYS]
 
@@ -30,7 +33,7 @@ UNSUPPORTED_DEFAULTS: Mapping[str, object] = {
 }
 """Options of sd-scripts' dataset files that lorakit does not have, with the value that changes nothing."""
 
-EMPTY: Mapping[str, object] = {
+EMPTY_VALUES: Mapping[str, object] = {
     "conditioning_data_dir": "",
     "face_crop_aug_range": [],
     "resize_interpolation": "",
@@ -62,7 +65,7 @@ def read_data_section(reader: TableReader, table: Mapping[str, Any]) -> DataSect
 def _from_file(reader: TableReader, table: Mapping[str, Any]) -> tuple[DatasetConfig, ...] | None:
     for key in table:
         if key in (*SHARED_KEYS, *OWN_KEYS, "general", "datasets"):
-            reader.report(f"data.{key}", "cannot stand beside data.config", "write it in the dataset file")
+            reader.report(f"data.{key}", "cannot be combined with data.config", "write it in the dataset file")
         elif key != "config":
             reader.report_unknown_keys([key], [*SECTION_KEYS, "config"], "data")
     path = reader.path(table["config"], "data.config")
@@ -73,21 +76,22 @@ def _from_file(reader: TableReader, table: Mapping[str, Any]) -> tuple[DatasetCo
     except ValueError as error:
         reader.report("data.config", f"{path} {error}")
         return None
-    inner = TableReader(path.parent, path.name, reader.places)
+    inner = TableReader(path.parent, path.name, reader.places, reader.catalog)
     datasets = _from_tables(inner, tables, "")
     reader.problems += inner.problems
     return datasets
 
 
 def _short_form(reader: TableReader, table: Mapping[str, Any]) -> tuple[DatasetConfig, ...] | None:
-    if "image_dir" not in table and "metadata_file" not in table:
+    if not {"image_dir", "metadata_file", "source"} & table.keys():
         reader.report("data", "names no images", "give image_dir, or config with a dataset file, or [[data.datasets]]")
         known = [*SHARED_KEYS, *OWN_KEYS, "config", "datasets", "general", *SECTION_KEYS]
         _refuse_unknown(reader, table, known, "data")
         return None
-    _refuse_unknown(reader, table, [*SHARED_KEYS, *OWN_KEYS, *SECTION_KEYS], "data")
+    options = _source_options(reader, table)
+    _refuse_unknown(reader, table, [*SHARED_KEYS, *OWN_KEYS, *SECTION_KEYS, *options], "data")
     shared = {key: (value, f"data.{key}") for key, value in table.items() if key in SHARED_KEYS}
-    own = {key: table[key] for key in OWN_KEYS if key in table}
+    own = {key: table[key] for key in (*OWN_KEYS, *options) if key in table}
     dataset = _dataset(reader, [(own, "data")], shared, "data")
     return (dataset,) if dataset else None
 
@@ -111,7 +115,7 @@ def _from_tables(reader: TableReader, tables: Mapping[str, Any], section: str) -
             for number, subset in enumerate(_list_of_tables(reader, table, f"{place}.subsets"))
         ]
         for subset, subset_place in subsets:
-            _refuse_unknown(reader, subset, SUBSET_KEYS, subset_place)
+            _refuse_unknown(reader, subset, [*SUBSET_KEYS, *_source_options(reader, subset)], subset_place)
         datasets.append(_dataset(reader, subsets, {**shared, **own}, place))
     complete = tuple(dataset for dataset in datasets if dataset)
     return complete if complete and len(complete) == len(datasets) else None
@@ -125,11 +129,13 @@ def _dataset(
     for table, subset_place in subsets:
         elsewhere = {key: shared[key] for key in SUBSET_KEYS if key in shared and key not in table}
         own = {**_folder_of_metadata(table), **{key: value for key, value in table.items() if key in SUBSET_KEYS}}
-        said = {key: value for key, value in {**own, **_values(elsewhere)}.items() if value != EMPTY.get(key, _NOTHING)}
-        subset = reader.structure(SubsetConfig, said, subset_place, _keys(elsewhere))
-        if subset:
-            _refuse_missing(reader, subset, subset_place)
-        made.append(subset)
+        said = {
+            key: value
+            for key, value in {**own, **_values(elsewhere)}.items()
+            if value != EMPTY_VALUES.get(key, _NOTHING)
+        }
+        options = {key: value for key, value in table.items() if key not in SUBSET_KEYS}
+        made.append(_subset(reader, said, options, subset_place, _keys(elsewhere)))
     found = {key: shared[key] for key in DATASET_KEYS if key in shared}
     if "resolution" in found:
         resolution, key = found["resolution"]
@@ -140,6 +146,35 @@ def _dataset(
         return None
     dataset = reader.instance(DatasetConfig, {**values, "subsets": complete}, place, _keys(found))
     return dataset if len(complete) == len(made) else None
+
+
+def _subset(
+    reader: TableReader, values: dict[str, Any], options: Mapping[str, Any], place: str, keys: Mapping[str, str]
+) -> SubsetConfig | None:
+    """One subset; `options` are the keys of its source, `keys` the full keys of values that it inherits."""
+    source, name = None, values.pop("source", None)
+    if name is not None:
+        component = reader.component(DatasetSourceConfig, name, f"{place}.source")
+        source = reader.structure(component, options, place) if component else None
+        if component and not component.needs_image_dir:
+            values.setdefault("image_dir", str(reader.base))
+    read = reader.values(SubsetConfig, values, place, keys, given=["source"])
+    if read is None or (name is not None and source is None):
+        return None
+    subset = reader.instance(SubsetConfig, {**read, "source": source}, place, keys)
+    if subset:
+        _refuse_missing(reader, subset, place)
+        for problem in collect_problems(source, "problems_in", subset) if source else ():
+            reader.report(f"{place}.{problem.key}", problem.message, problem.hint)
+    return subset
+
+
+def _source_options(reader: TableReader, table: Mapping[str, Any]) -> list[str]:
+    """The further keys that a subset has because of its `source`; none if that is not known."""
+    try:
+        return field_names(reader.catalog.find(DatasetSourceConfig, table.get("source", "")))
+    except (PluginError, TypeError, AttributeError):  # which is reported where the source is read
+        return []
 
 
 def _refuse_missing(reader: TableReader, subset: SubsetConfig, place: str) -> None:
@@ -184,7 +219,7 @@ def _refuse_unknown(reader: TableReader, table: Mapping[str, Any], known: Collec
         if key in known or key in IGNORED_KEYS or (key in UNSUPPORTED_DEFAULTS and value == UNSUPPORTED_DEFAULTS[key]):
             continue
         if key in UNSUPPORTED_DEFAULTS:
-            reader.report(f"{prefix}{key}", "is an option of sd-scripts that lorakit does not have", "remove it")
+            reader.report(f"{prefix}{key}", "is an option of sd-scripts that lorakit does not support", "remove it")
         elif key in OWN_KEYS:
             reader.report(f"{prefix}{key}", "does not belong here", "write it in [[datasets.subsets]]")
         elif key in SHARED_KEYS:

@@ -1,4 +1,4 @@
-"""Which images and captions to train on, and how: one class per table of a dataset file.
+"""The images and captions to train on, and how to use them: one class per table of a dataset file.
 
 The keys and their meaning are those of sd-scripts' dataset files.
 """
@@ -12,86 +12,98 @@ from typing import Literal
 from attrs import field, frozen
 from attrs import validators as v
 
+from lorakit.api.components import DatasetSourceConfig
 from lorakit.errors import Problem
+from lorakit.utils.wording import shown_path
 
 LARGEST_SIDE = 16384
-"""Longest side of an image in pixels, as it is trained on."""
+"""Longest training side of an image in pixels."""
 
 Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
-"""How images are resampled; `linear`, `cubic` and `area` are other names of `bilinear`, `bicubic` and `box`."""
+"""Resampling filters; `linear`, `cubic` and `area` are aliases of `bilinear`, `bicubic` and `box`."""
 
 
 @frozen(kw_only=True)
 class SubsetConfig:
-    """A folder of images and caption files, and how they are used."""
+    """A set of images and captions, usually a folder, and how to use it."""
 
     image_dir: Path
-    """Folder with the images (PNG, JPEG, WebP, AVIF, TIFF, BMP, GIF), not searched recursively."""
+    """Folder with the images (PNG, JPEG, WebP, AVIF, TIFF, BMP, GIF); subfolders are not searched."""
     metadata_file: Path | None = None
-    """JSON, JSON Lines or CSV file with the images, their captions and tags, such as the Hub's `metadata.jsonl`;
-    `image_dir` is its folder when absent."""
+    """JSON, JSON Lines or CSV file that lists images with captions and tags, such as the Hub's `metadata.jsonl`;
+    `image_dir` defaults to its folder."""
+    source: DatasetSourceConfig | None = None
+    """Where images and captions come from: the name of a dataset source, whose options are in the same table;
+    `metadata_file` if that key is set, else `folder`."""
     num_repeats: int = field(default=1, validator=v.ge(0))
-    """How often each image appears in an epoch; 0 switches the subset off."""
+    """How often each image appears in an epoch; 0 disables the subset."""
     caption_extension: str | None = None
-    """Extension of the caption files; when absent, `.txt` and then `.caption` are looked for."""
+    """Extension of caption files; by default `.txt`, else `.caption`."""
     class_tokens: str | None = None
-    """Caption of images that have no caption file."""
+    """Caption of images without a caption file."""
     caption_separator: str = field(default=",", validator=v.min_len(1))
-    """What separates the tags of a caption."""
+    """Separator between the tags of a caption."""
     shuffle_caption: bool = False
-    """Shuffle the tags of a caption anew in each epoch."""
+    """Shuffle the tags of a caption in every epoch."""
     keep_tokens: int = field(default=0, validator=v.ge(0))
-    """How many tags at the start of a caption keep their place and are never left out."""
+    """Number of tags at the start of a caption that are neither shuffled nor dropped."""
     keep_tokens_separator: str = ""
-    """Stands in a caption after the tags that keep their place, such as `|||`; a second one begins those that stay
-    last. Where it stands, `keep_tokens` does not count; it is taken out of the caption."""
+    """Marker in a caption, such as `|||`, after the tags to keep in place; a second one precedes tags to keep at the
+    end. It overrides `keep_tokens` and is removed from the caption."""
     secondary_separator: str = ""
-    """Stands between tags that stay together, such as `;;;`; becomes `caption_separator` in the end."""
+    """Separator between tags to keep together, such as `;;;`; replaced by `caption_separator` after shuffling."""
     enable_wildcard: bool = False
-    """Use one line of a caption file at random, and of `{red|green|blue}` one part; `{{` and `}}` are braces."""
+    """Pick a random line of a caption file and a random option of `{red|green|blue}`; `{{` and `}}` are literal
+    braces."""
     caption_prefix: str = ""
-    """Stands before every caption, with a space between; part of its first tag."""
+    """Text before every caption, followed by a space; part of the first tag."""
     caption_suffix: str = ""
-    """Stands after every caption, with a space between; part of its last tag."""
+    """Text after every caption, preceded by a space; part of the last tag."""
     caption_dropout_rate: float = field(default=0.0, validator=[v.ge(0), v.le(1)])
-    """How often an image is trained on an empty caption: 0.1 is one time in ten."""
+    """Probability of training an image with an empty caption."""
     caption_dropout_every_n_epochs: int = field(default=0, validator=v.ge(0))
-    """All captions are empty in each epoch whose number is a multiple of this; 0 is never."""
+    """Use empty captions in every N-th epoch; 0 disables it."""
     caption_tag_dropout_rate: float = field(default=0.0, validator=[v.ge(0), v.le(1)])
-    """How often each tag is left out, those that keep their place apart."""
+    """Probability of dropping each tag, except those kept in place."""
     token_warmup_step: float = field(default=0.0, validator=v.ge(0))
-    """Steps over which captions grow from `token_warmup_min` tags to all of them; below 1, a share of the run."""
+    """Steps over which captions grow from `token_warmup_min` tags to all of them; below 1, a fraction of the run."""
     token_warmup_min: int = field(default=1, validator=v.ge(0))
-    """Tags in a caption at the start of `token_warmup_step`, those that keep their place apart."""
+    """Number of tags at the start of `token_warmup_step`, not counting those kept in place."""
     flip_aug: bool = False
-    """Mirror each image left to right in half of the epochs."""
+    """Flip each image horizontally in half of the epochs."""
     color_aug: bool = False
-    """Change the hue or the gamma of each image a little in a third of the epochs."""
+    """Slightly change the hue or gamma of each image in a third of the epochs."""
     random_crop: bool = False
-    """Crop each image somewhere else in each epoch, not around its centre."""
+    """Crop at a random position in each epoch instead of the centre."""
     face_crop_aug_range: tuple[float, float] | None = None
-    """Crop around the face that the file's name tells of (`…_x_y_width_height.png`, its centre and size in pixels),
-    with a shorter side between these two times as long as the face, anew in each epoch."""
+    """Crop around the face given in the file name (`…_x_y_width_height.png`, its centre and size in pixels), in each
+    epoch with a random shorter side between these two multiples of the face's size."""
     resize_interpolation: Interpolation = "lanczos"
-    """How images are made larger or smaller; `area` and `box` average."""
+    """Resampling filter for resizing; `area` and `box` average."""
     alpha_mask: bool = False
-    """Learn from each part of an image as much as it is opaque; what is transparent keeps its colours."""
+    """Use the alpha channel as loss mask; transparent pixels keep their RGB values."""
     conditioning_data_dir: Path | None = None
-    """Folder with a mask for each image, of its name and size: the loss counts where the mask is white or red."""
+    """Folder with a loss mask for each image, of the same name and size; white or red areas count."""
     is_reg: bool = False
-    """Regularisation images: as many as the dataset has others, and weighted by `data.prior_loss_weight`."""
+    """Regularisation (class) images, repeated to match the number of training images; loss weighted by
+    `data.prior_loss_weight`."""
+
+    @property
+    def place(self) -> str:
+        """Where the images are, for messages: the metadata file, the folder, or the chosen source."""
+        return f"source {self.source.name!r}" if self.source else shown_path(self.metadata_file or self.image_dir)
 
     @property
     def changes_tags(self) -> bool:
-        """Whether the tags of a caption may be shuffled or left out."""
+        """Whether the tags of a caption may be shuffled or dropped."""
         return self.shuffle_caption or self.caption_tag_dropout_rate > 0 or self.token_warmup_step > 0
 
     def problems(self) -> Iterator[Problem]:
-        """Separators that get in each other's way; keys are field names."""
+        """Conflicting separators; keys are field names."""
         if self.keep_tokens_separator and self.keep_tokens_separator in self.caption_separator:
-            yield Problem("keep_tokens_separator", "must not be a part of caption_separator", '"|||" is usual')
+            yield Problem("keep_tokens_separator", "must not be part of caption_separator", '"|||" is usual')
         if self.secondary_separator and self.caption_separator in self.secondary_separator:
-            message = f"must not contain caption_separator, {self.caption_separator!r}, which would cut it apart"
+            message = f"must not contain caption_separator, {self.caption_separator!r}, which would split it"
             yield Problem("secondary_separator", message, '";;;" is usual')
         low, high = self.face_crop_aug_range or (1, 1)
         if not 0 < low <= high:
@@ -104,13 +116,13 @@ class DatasetConfig:
     """Subsets that share a resolution and a batch size."""
 
     subsets: tuple[SubsetConfig, ...] = field(validator=v.min_len(1))
-    """The folders of this dataset."""
+    """The subsets of this dataset."""
     resolution: tuple[int, int] = field(validator=v.deep_iterable([v.ge(64), v.le(LARGEST_SIDE)]))
-    """Width and height in pixels; one number stands for a square. With buckets, the area of the images."""
+    """Width and height in pixels, or one number for a square. With buckets, its area is the area of the images."""
     batch_size: int = field(default=1, validator=v.ge(1))
     """Images per micro-batch and process."""
     enable_bucket: bool = False
-    """Keep aspect ratios: sort images into buckets of about the same area instead of cropping to one size."""
+    """Keep aspect ratios: sort images into buckets of about the same area instead of cropping all to one size."""
     min_bucket_reso: int = field(default=256, validator=[v.ge(64), v.le(LARGEST_SIDE)])
     """Shortest side of a bucket in pixels; rounded down to a multiple of `bucket_reso_steps`."""
     max_bucket_reso: int = field(default=1024, validator=[v.ge(64), v.le(LARGEST_SIDE)])
@@ -118,30 +130,30 @@ class DatasetConfig:
     bucket_reso_steps: int = field(default=64, validator=[v.ge(8), v.le(LARGEST_SIDE)])
     """Sides of buckets are multiples of this many pixels."""
     bucket_no_upscale: bool = False
-    """Never enlarge an image; its bucket is its own size, rounded down."""
+    """Never upscale; an image's bucket is its own size, rounded down."""
     validation_split: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
-    """Share of each subset's images that is not trained on but validated; at least one image stays."""
+    """Fraction of each subset's images to hold out for validation; at least one image remains for training."""
     validation_seed: int | None = None
-    """Chooses the images that are validated, and their noise; `training.seed` when absent."""
+    """Seed for choosing the validation images and their noise; defaults to `training.seed`."""
 
     @property
     def active_subsets(self) -> tuple[SubsetConfig, ...]:
-        """The subsets that are not switched off."""
+        """The enabled subsets."""
         return tuple(subset for subset in self.subsets if subset.num_repeats)
 
     def seed_of_validation(self, seed: int) -> int:
-        """The seed of its own, or the one given where it has none."""
+        """Its `validation_seed`, or `seed` if absent."""
         return seed if self.validation_seed is None else self.validation_seed
 
     def problems(self) -> Iterator[Problem]:
-        """Combinations that make no sense; keys are field names."""
+        """Conflicting keys; keys are field names."""
         active = self.active_subsets
         if active and all(subset.is_reg for subset in active):
             hint = "put them into the dataset of the images that they belong to, as a subset with is_reg"
             yield Problem("subsets", "are all regularisation images", hint)
         if self.enable_bucket and any(subset.face_crop_aug_range for subset in self.subsets):
             hint = "set enable_bucket to false, or put the images of the subset into a dataset of their own"
-            yield Problem("enable_bucket", "cannot stand beside face_crop_aug_range, which crops to one size", hint)
+            yield Problem("enable_bucket", "cannot be combined with face_crop_aug_range, which crops to one size", hint)
         if self.bucket_reso_steps % 8:
             yield Problem("bucket_reso_steps", f"must be a multiple of 8, not {self.bucket_reso_steps}", "64 is usual")
         shorter, longer = sorted(self.resolution)
@@ -150,31 +162,31 @@ class DatasetConfig:
             yield Problem("resolution", f"must have sides that are multiples of 8, not {width}x{height}")
         if self.enable_bucket and not self.bucket_no_upscale:
             if self.min_bucket_reso > shorter:
-                message = f"must be at most {shorter}, the resolution's shorter side, not {self.min_bucket_reso}"
-                yield Problem("min_bucket_reso", message)
+                message = f"must be at most {shorter}, the shorter side of resolution, not {self.min_bucket_reso}"
+                yield Problem("min_bucket_reso", message, f"set min_bucket_reso = {max(shorter // 64 * 64, 64)}")
             if self.max_bucket_reso < longer:
-                message = f"must be at least {longer}, the resolution's longer side, not {self.max_bucket_reso}"
+                message = f"must be at least {longer}, the longer side of resolution, not {self.max_bucket_reso}"
                 yield Problem("max_bucket_reso", message)
 
 
 @frozen(kw_only=True)
 class DataSection:
-    """What to train on; with `config`, a dataset file in sd-scripts' format says it."""
+    """The training data; with `config`, from a dataset file in sd-scripts' format."""
 
     datasets: tuple[DatasetConfig, ...] = field(validator=v.min_len(1))
     """The datasets; each has its own resolution and batch size."""
     cache_dir: Path | None = None
-    """Folder for encoded images and captions, which runs may share; `cache` in the output folder when absent."""
+    """Folder for cached latents and text embeddings, which runs may share; defaults to `cache` in the output folder."""
     workers: int | None = field(default=None, validator=v.optional(v.ge(1)))
-    """Threads that decode images; one per processor core, at most 8, when absent."""
+    """Image decoding threads; defaults to one per CPU core, at most 8."""
     encode_batch_size: int = field(default=1, validator=v.ge(1))
-    """Images that the VAE encodes at once."""
+    """Batch size of the VAE encoder."""
     weighted_captions: bool = False
-    """Let brackets in captions weigh words: `(red:1.3)` counts 1.3 times, `(red)` 1.1 times, `[red]` 1/1.1 times."""
+    """Interpret brackets in captions as weights: `(red:1.3)` is weighted by 1.3, `(red)` by 1.1, `[red]` by 1/1.1."""
     prior_loss_weight: float = field(default=1.0, validator=v.ge(0))
-    """How much the loss of regularisation images counts, the subsets with `is_reg`."""
+    """Loss weight of regularisation images, the subsets with `is_reg`."""
 
     def problems(self) -> Iterator[Problem]:
-        """That every subset is switched off; keys are field names."""
+        """Whether every subset is disabled; keys are field names."""
         if not any(dataset.active_subsets for dataset in self.datasets):
             yield Problem("num_repeats", "is 0 in every subset, so there is nothing to train on", "1 is usual")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -17,6 +16,7 @@ from lorakit.config.field_docs import field_docs
 from lorakit.config.load import COMPONENT_SECTIONS, PLAIN_SECTIONS
 from lorakit.config.train_config import TrainConfig
 from lorakit.plugins.catalog import Catalog
+from lorakit.utils.plain import plain, toml_value
 
 
 def to_toml(config: TrainConfig, catalog: Catalog | None = None) -> str:
@@ -49,15 +49,12 @@ def _table(config: Any, full_name: Callable[[type[Component]], str]) -> dict[str
         value = getattr(config, field.name)
         if isinstance(value, tuple) and value and attrs.has(type(value[0])):
             table[field.name] = [_table(item, full_name) for item in value]
+        elif isinstance(value, Component):  # whose keys stand in the same table
+            options = _table(value, full_name)
+            table |= {field.name: options.pop("name"), **options}
         elif value is not None:
-            table[field.name] = _plain(value)
+            table[field.name] = plain(value)
     return table
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 STARTER_VALUES: Mapping[str, Mapping[str, Any]] = {
@@ -88,7 +85,7 @@ _PREAMBLE = """\
 # A training run of lorakit:  lorakit train THIS_FILE
 #
 # A line that starts with "# key =" shows an option and its default; remove the "# " to change it.
-# Relative paths are relative to this file. `lorakit check THIS_FILE` says all that is wrong with it."""
+# Relative paths are relative to this file. `lorakit check THIS_FILE` validates it."""
 
 _COMMENT_COLUMN = 46
 _WIDTH = 120
@@ -101,7 +98,7 @@ def starter(catalog: Catalog, values: Mapping[str, Mapping[str, Any]] = STARTER_
         choices, classes = _what_fills(section, settings, catalog)
         lines = _field_lines(classes, settings)
         if section == "model":
-            lines += _line("# family =", f"Kind of the base model, recognised when absent. One of: {choices}.")
+            lines += _line("# family =", f"Type of the base model; detected if absent. One of: {choices}.")
         elif choices:
             base, default = COMPONENT_SECTIONS[section]
             name = settings.get(base.name_key, default)
@@ -140,9 +137,9 @@ def _field_lines(classes: Sequence[type], settings: Mapping[str, Any], prefix: s
         for field in attrs.fields(cls):
             text = field_docs(cls).get(field.name, "") + _choices(types[field.name])
             if field.name in settings:
-                lines[field.name] = _line(f"{prefix}{field.name} = {_toml(settings[field.name])}", text)
+                lines[field.name] = _line(f"{prefix}{field.name} = {toml_value(settings[field.name])}", text)
             elif field.name not in ("subsets", "datasets"):
-                default = "" if field.default in (None, attrs.NOTHING) else _toml(field.default)
+                default = "" if field.default in (None, attrs.NOTHING) else toml_value(field.default)
                 lines[field.name] = _line(f"# {field.name} = {default}".rstrip(), text)
     return [line for own in lines.values() for line in own]
 
@@ -161,7 +158,3 @@ def _line(setting: str, text: str) -> list[str]:
     wrapped = textwrap.wrap(text, _WIDTH - _COMMENT_COLUMN - 2) or [""]
     starts = [setting, *[""] * (len(wrapped) - 1)]
     return [f"{start:<{_COMMENT_COLUMN}}# {line}".rstrip() for start, line in zip(starts, wrapped, strict=True)]
-
-
-def _toml(value: Any) -> str:
-    return str(tomlkit.item(_plain(value)).as_string())

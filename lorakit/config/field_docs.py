@@ -14,6 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from lorakit.api.components import DatasetSourceConfig
 from lorakit.checkpoints import ModelPath
 
 
@@ -63,12 +64,15 @@ def _type(type_: Any) -> str:
     if origin is Mapping:
         return "table"
     if origin is tuple:
+        if get_origin(members[0]) is Literal:
+            return f"list of {_type(members[0])}"
         return f"list of {_type(members[0])}s" if Ellipsis in members else f"[{', '.join(map(_type, members))}]"
     plain: Mapping[Any, str] = {
         bool: "`true`, `false`",
         int: "whole number",
         float: "number",
         str: "text",
+        DatasetSourceConfig: "text",
         Path: "path",
         ModelPath: "path or Hub id",
     }

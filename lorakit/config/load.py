@@ -29,7 +29,7 @@ from lorakit.config.table_reader import TableReader, field_names
 from lorakit.config.toml_files import read_toml
 from lorakit.config.train_config import OutputSection, TrainConfig, TrainingSection
 from lorakit.config.values import lost_backslash, toml_repr
-from lorakit.errors import ConfigError, LorakitError, PluginError, Problem
+from lorakit.errors import ConfigError, LorakitError, Problem
 from lorakit.plugins.catalog import Catalog
 from lorakit.utils.atomic_io import unwritable_reason
 
@@ -81,10 +81,10 @@ def _refuse_other_configs(path: Path, tables: Mapping[str, Any]) -> None:
         return
     options = tables.keys() | {key for table in tables.values() if isinstance(table, Mapping) for key in table}
     if options & {"pretrained_model_name_or_path", "network_module", "train_data_dir", "output_name"}:
-        hint = f"lorakit from-kohya --config_file {path} makes one of it"
-        raise ConfigError([Problem(str(path), "is a file of sd-scripts' options, not a config", hint)])
+        hint = f"lorakit from-kohya --config_file {path} converts it"
+        raise ConfigError([Problem(str(path), "is a file of sd-scripts options, not a config", hint)])
     if "datasets" in tables:
-        hint = f'a config names it: [data] with config = "{path.name}"'
+        hint = f'use it in a config: [data] with config = "{path.name}"'
         raise ConfigError([Problem(str(path), "is a dataset file, not a config", hint)])
 
 
@@ -94,7 +94,7 @@ def config_from_tables(tables: Mapping[str, Any], base: Path, catalog: Catalog |
     Raises ConfigError with every problem found.
     """
     catalog = catalog or Catalog.discover()
-    reader = TableReader(base, places=_key_locations(catalog))
+    reader = TableReader(base, places=_key_locations(catalog), catalog=catalog)
     config = _ConfigLoader(reader, catalog).read(tables)
     if reader.problems or config is None:
         # A value that several subsets inherit is wrong once.
@@ -146,20 +146,8 @@ class _ConfigLoader:
         self, base: type[ComponentT], table: dict[str, Any], section: str, default: str | None
     ) -> ComponentT | None:
         key = f"{section}.{base.name_key}"
-        name = table.pop(base.name_key, default)
-        if not isinstance(name, str):
-            problem = "is missing" if name is None else f"must be a text in quotes, not {toml_repr(name)}"
-            self.reader.report(key, problem, f"one of {', '.join(self.catalog.of_kind(base))}")
-            return None
-        component = self._class(base, name, key)
+        component = self.reader.component(base, table.pop(base.name_key, default), key)
         return self.reader.structure(component, table, section) if component else None
-
-    def _class(self, base: type[ComponentT], name: str, key: str) -> type[ComponentT] | None:
-        try:
-            return self.catalog.find(base, name)
-        except PluginError as error:
-            self.reader.report(key, str(error))
-            return None
 
     def _model(self, table: dict[str, Any]) -> ModelFamilyConfig | None:
         asked = table.pop("family", None)
@@ -168,11 +156,11 @@ class _ConfigLoader:
             asked = None
         found = self._base_model(table.get("path"))
         family = asked or (found.family if found else None)
-        component = self._class(ModelFamilyConfig, family, "model.family") if family else None
+        component = self.reader.component(ModelFamilyConfig, family, "model.family") if family else None
         if component is None:
             self.reader.report_unknown_keys(table, _keys_of_kind(self.catalog, ModelFamilyConfig), "model")
             if found and not family:
-                broken = "some plugins are broken, see `lorakit plugins`" if self.catalog.broken else ""
+                broken = "some plugins are broken; see `lorakit plugins`" if self.catalog.broken else ""
                 self.reader.report("model.path", f"{found}; no installed plugin trains it", found.advice or broken)
             return None
         if found is None:

@@ -31,36 +31,36 @@ def _text() -> str | None:
 
 @frozen(kw_only=True)
 class MetadataSection:
-    """What the files say of themselves, in the keys of the Stability AI Model Metadata Standard."""
+    """Metadata written to saved files (Stability AI Model Metadata Standard)."""
 
     title: str | None = _text()
-    """Name of the LoRA; `output.name` when absent."""
+    """Title of the LoRA; defaults to `output.name`."""
     author: str | None = _text()
-    """Who made it."""
+    """Author."""
     description: str | None = _text()
-    """What it is, in a sentence or more."""
+    """Description."""
     license: str | None = _text()
-    """Licence that it may be used under."""
+    """Licence."""
     tags: str | None = _text()
-    """Words to find it by, separated by commas."""
+    """Comma-separated tags."""
     usage_hint: str | None = _text()
-    """How to use it."""
+    """Usage instructions."""
     trigger_phrase: str | None = _text()
-    """What to write in a prompt to get what was trained."""
+    """Trigger words to use in prompts."""
     thumbnail: Path | None = None
-    """Picture to show it by: a PNG, JPEG, WebP or GIF file of at most 1 MiB."""
+    """Preview image: a PNG, JPEG, WebP or GIF file of at most 1 MiB."""
     merged_from: str | None = _text()
-    """Models that it was merged from, separated by commas."""
+    """Comma-separated names of the models it was merged from."""
     preprocessor: str | None = _text()
-    """Kind of preprocessing of the input, for those models that need one."""
+    """Type of input preprocessing, for models that need one."""
     is_negative_embedding: bool | None = None
-    """Whether it is meant for negative prompts."""
+    """Whether it is intended for negative prompts."""
     minimal: bool = False
-    """Leave out how the file was trained, and keep what tools need to use it, and what stands in this section."""
+    """Omit training details; keep only what tools need to use the file, and the keys of this section."""
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the thumbnail's file; keys are field names."""
-        hint = "256 by 256 pixels as a JPEG are enough"
+        hint = "a JPEG of 256x256 pixels is enough"
         try:
             content = self._thumbnail()
         except OSError as error:
@@ -68,7 +68,7 @@ class MetadataSection:
             return
         if content and len(content) > LARGEST_THUMBNAIL:
             size = f"more than {LARGEST_THUMBNAIL >> 20} MiB large"
-            yield Problem("thumbnail", f"{self.thumbnail} is {size}, and would be in every file", hint)
+            yield Problem("thumbnail", f"{self.thumbnail} is {size}, and would be stored in every file", hint)
         elif content is not None and _kind(content) is None:
             yield Problem("thumbnail", f"{self.thumbnail} is not a PNG, JPEG, WebP or GIF image", hint)
 

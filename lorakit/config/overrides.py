@@ -50,7 +50,7 @@ def apply_overrides(tables: dict[str, Any], overrides: Sequence[str], keys: Coll
             table[last] = _value(text)
         # A number that counts too far, a word where a list wants a number, a key inside what is no table.
         except (IndexError, ValueError, TypeError, AttributeError):
-            problems.append(Problem("--set", f"{key} does not lead to a key", "entries of lists are counted from 0"))
+            problems.append(Problem("--set", f"{key} is not the path of a key", "list entries are counted from 0"))
     if problems:
         raise ConfigError(problems)
     return tables

@@ -15,9 +15,11 @@ from lorakit.config.field_docs import field_docs
 from lorakit.config.suggestions import hint_for
 from lorakit.config.values import toml_repr, value_converter
 from lorakit.errors import PluginError, Problem
+from lorakit.plugins.catalog import Catalog
 from lorakit.plugins.failures import collect_problems
 
 ConfigT = TypeVar("ConfigT")
+ComponentT = TypeVar("ComponentT", bound=Component)
 
 _COMPARISONS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
 
@@ -30,15 +32,18 @@ def field_names(cls: type) -> list[str]:
 class TableReader:
     """Structures the tables of one config file and remembers all that is wrong with them."""
 
-    def __init__(self, base: Path, file: str = "", places: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, base: Path, file: str = "", places: Mapping[str, str] | None = None, catalog: Catalog | None = None
+    ) -> None:
         """`base` is what relative paths are relative to; `file` is put in front of keys in messages.
 
-        `places` gives the full key of options by their bare names, for hints.
+        `places` gives the full key of options by their bare names, for hints; `catalog` has the components.
         """
         self.problems: list[Problem] = []
         self.base = base
         self.places = places or {}
         self.file = file
+        self.catalog = catalog or Catalog()
         self._converter = value_converter(base)
 
     def report(self, key: str, message: str, hint: str = "") -> None:
@@ -53,6 +58,18 @@ class TableReader:
             return dict(found)
         self.report(key, f"must be a table, [{key}], not {toml_repr(found)}")
         return {}
+
+    def component(self, base: type[ComponentT], name: object, key: str) -> type[ComponentT] | None:
+        """The component of a kind by its name, or None if there is none (which is noted)."""
+        if not isinstance(name, str):
+            problem = "is missing" if name is None else f"must be a text in quotes, not {toml_repr(name)}"
+            self.report(key, problem, f"one of {', '.join(self.catalog.of_kind(base))}")
+            return None
+        try:
+            return self.catalog.find(base, name)
+        except PluginError as error:
+            self.report(key, str(error))
+            return None
 
     def path(self, value: object, key: str) -> Path | None:
         """The path that a value stands for, or None if it is none (which is noted)."""

@@ -102,7 +102,7 @@ def _other_content(content: bytes) -> Iterator[str]:
     if head.startswith(_IMAGES) or is_container or (head.startswith(b"BM") and b"\0" in head):
         yield "is an image, not a config"
     if head[8:9] == b"{" and b"\0" in head[:8] and int.from_bytes(head[:8], "little") < 2**31:
-        yield "is a model or LoRA file (safetensors), not a config; the base model is named in one, as model.path"
+        yield "is a model or LoRA file (safetensors), not a config; set model.path in a config to a base model"
     if head.startswith(b"PK\x03\x04"):
         yield "is a model file (.ckpt, .pt) or another zip archive, not a config"
     if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
@@ -113,4 +113,4 @@ def _other_content(content: bytes) -> Iterator[str]:
     if b"\0" in head:
         yield "is a binary file, not a config"
     if len(content) > LARGEST_FILE:
-        yield f"is larger than {LARGEST_FILE // 2**20} MiB, which no config is"
+        yield f"is larger than {LARGEST_FILE // 2**20} MiB, too large for a config"

@@ -111,7 +111,7 @@ def _twice(lines: Sequence[str], number: int, message: str) -> str:
             continue
         if key in places and (count == number or name):
             what = f"the section [{key}]" if section else name[1] if name else key
-            cure = "put its keys there" if section else "leave one of them"
+            cure = "put its keys there" if section else "remove one of them"
             return f"line {count}: {_cut(text)}: {what} is there already, in line {places[key]}; {cure}"
         places.setdefault(key, count)
     return f"line {number}: {_cut(lines[number - 1].strip())}: it is there already ({message})"
@@ -120,11 +120,11 @@ def _twice(lines: Sequence[str], number: int, message: str) -> str:
 def _odd_characters(line: _Line) -> Iterator[str]:
     if line.value[:1] and line.value[0] in _CURLY:
         text = line.value.strip(_CURLY + "\"'")
-        yield f"curly quotation marks do not count; write straight ones: {line.key} = {_quoted(text)}"
+        yield f"curly quotation marks are not valid; use straight ones: {line.key} = {_quoted(text)}"
     outside = re.sub(r"\"[^\"]*\"|'[^']*'", "", line.text)
     for character, name in _INVISIBLE.items():
         if character in outside:
-            yield f"it holds {name}, as text from web pages does; delete the spaces and type them"
+            yield f"it contains {name}, as text copied from web pages may; retype the spaces"
     for character, wanted in _FULL_WIDTH.items():
         if character in outside:
             yield f"{character} is a full-width character; write {wanted}"
@@ -159,7 +159,7 @@ def _missing_equals(line: _Line) -> Iterator[str]:
         return
     colon = re.match(r"[\"']?([\w.-]+)[\"']?\s*:\s*(.+?),?$", line.text)
     if colon:
-        yield f"between key and value stands =: {colon[1]} = {_as_value(colon[2])}"
+        yield f"= belongs between key and value: {colon[1]} = {_as_value(colon[2])}"
     if "=" in line.text and re.fullmatch(r"[\w.-]+( +[\w.-]+)+", line.key):
         yield f"a key has no spaces: {line.key.replace(' ', '_')} = {line.value}"
     apart = re.fullmatch(r"([\w.-]+)\s+(\S.*)", line.text)
@@ -171,12 +171,12 @@ def _missing_equals(line: _Line) -> Iterator[str]:
 def _statements(line: _Line) -> Iterator[str]:
     if line.text.startswith("[") and not line.message.startswith("Unclosed"):
         if line.message.startswith("Expected newline"):
-            yield "the keys of a section stand in lines of their own, below it"
+            yield "the keys of a section go on separate lines below it"
         yield "a section is a name in brackets: [network]"
     if line.message.startswith("Unclosed array"):
         yield "a list ends with ], and has commas between its values"
     if line.message.startswith("Unclosed inline table"):
-        yield "what begins with { ends with }, and has commas between its keys"
+        yield "an inline table ends with } and has commas between its keys"
     if line.message.startswith("Invalid statement"):
         if line.text.startswith(("//", ";", "--", "/*", "%", "REM ", "rem ")):
             yield "a comment begins with #"
@@ -196,7 +196,7 @@ def _numbers(line: _Line) -> Iterator[str]:
     if re.fullmatch(r"[+-]?\.\d+(e-?\d+)?", value):
         yield f"a number has a digit before the point: {key} = {value.replace('.', '0.', 1)}"
     if re.fullmatch(r"[+-]?\d+\.(e-?\d+)?", value):
-        yield f"a number has a digit behind the point: {key} = {value.replace('.', '.0', 1)}"
+        yield f"a number has a digit after the point: {key} = {value.replace('.', '.0', 1)}"
     if re.fullmatch(r"0\d+", value):
         yield f"a number has no zeros in front: {key} = {value.lstrip('0') or '0'}"
     if re.fullmatch(r"\d+(\.\d+)?\s*%", value):
@@ -216,7 +216,7 @@ def _words(line: _Line) -> Iterator[str]:
         yield from _in_brackets(line)
         return
     if value[-1] in ",;" and len(value) > 1:
-        yield f"nothing stands behind a value: {key} = {_as_value(value[:-1].rstrip())}"
+        yield f"nothing may follow a value: {key} = {_as_value(value[:-1].rstrip())}"
     lowered = value.lower()
     if lowered in ("true", "yes", "on", "false", "no", "off"):
         yield f"write {key} = {'true' if lowered in ('true', 'yes', 'on') else 'false'}"
@@ -229,7 +229,7 @@ def _words(line: _Line) -> Iterator[str]:
         yield f"the quotation mark in the text ends it; write {key} = {written}"
     behind = re.fullmatch(r"(\"[^\"]*\"|'[^']*')\s*\S.*", value)
     if behind:
-        yield f"nothing stands behind a value: {key} = {behind[1]}"
+        yield f"nothing may follow a value: {key} = {behind[1]}"
     if mark not in "\"'" and not mark.isdigit():
         text = value if value.count('"') > 1 else value.strip(_CURLY + "\"'")
         yield f"text needs quotation marks: {key} = {_quoted(text)}"

@@ -149,9 +149,9 @@ def _path(value: Any, base: Path) -> Path:
     try:
         path = (base / Path(value).expanduser()).absolute()
     except RuntimeError as error:
-        raise ValueError(f"{toml_repr(value)} starts with the home folder of a user who is not known") from error
+        raise ValueError(f"{toml_repr(value)} starts with the home folder of an unknown user") from error
     if not is_text(str(path)):
-        raise ValueError(f"must lead to a name in UTF-8, not to {toml_repr(str(path))}; rename what is not")
+        raise ValueError(f"must be a UTF-8 path, not {toml_repr(str(path))}; rename the file or folder")
     return path
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from attrs import Factory, evolve, field, frozen
 
 from lorakit.config.datasets import DatasetConfig, SubsetConfig
-from lorakit.data.balancing import balanced_repeats
 from lorakit.data.cache.file_cache import FileStatCache
 from lorakit.data.cache.parallel import map_chunked
 from lorakit.data.captions import caption_variants, read_caption
@@ -22,12 +21,11 @@ from lorakit.data.images.buckets import ResizeCrop, Size, assign_bucket
 from lorakit.data.images.decode import ImageFacts, inspect_image
 from lorakit.data.images.face_crop import Face, face_named
 from lorakit.data.images.masks import check_size
-from lorakit.data.problems import data_error
-from lorakit.data.sources.folders import FoundImage, find_images
+from lorakit.data.sources.find import FoundImage, find_images
 from lorakit.data.validation_split import split_off
-from lorakit.errors import DataError
+from lorakit.errors import DataError, data_error
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _READERS = 8
 """Threads that read headers and captions if the user does not say: they wait for the disk, not for a core."""
@@ -57,8 +55,8 @@ class Example:
     """How it is used."""
     placement: ResizeCrop
     """How it is brought to the size of its bucket."""
-    identity: str
-    """Key of its randomness: the numbers of dataset and subset, and the file's name; the same on every machine."""
+    sample_id: str
+    """Key of its random draws: the numbers of dataset and subset, and the file's name; the same on every machine."""
     repeats: int = field(default=Factory(lambda self: self.subset.num_repeats, takes_self=True))
     """How often it appears in an epoch."""
     mask: Path | None = None
@@ -135,10 +133,28 @@ def _balanced(examples: Sequence[Example]) -> tuple[Example, ...]:
     repeats = balanced_repeats([example.repeats for example in regularising], training)
     if 0 in repeats:
         used = len(repeats) - repeats.count(0)
-        logger.info("%d of %d regularisation images are used: enough for the others", used, len(repeats))
+        log.info("using %d of %d regularisation images, enough to match the training images", used, len(repeats))
     of_regularising = iter(repeats)
     counted = (evolve(own, repeats=next(of_regularising)) if own.subset.is_reg else own for own in examples)
     return tuple(example for example in counted if example.repeats)
+
+
+def balanced_repeats(own: Sequence[int], wanted: int) -> list[int]:
+    """How often each regularisation image appears in an epoch, given its own repeats and how many are wanted.
+
+    Images are taken one after another, each with its own repeats, until there are as many as wanted or
+    more; the rest is not used. If all are too few, they are repeated once more in turn until there are
+    exactly as many as wanted.
+    """
+    repeats: list[int] = []
+    taken = 0
+    for count in own:
+        repeats.append(count if taken < wanted else 0)
+        taken += repeats[-1]
+    if not own or taken >= wanted:
+        return repeats
+    more, rest = divmod(wanted - taken, len(own))
+    return [count + more + (place < rest) for place, count in enumerate(repeats)]
 
 
 def _read(file: FoundImage, memo: FileStatCache | None) -> Example | str:
@@ -159,4 +175,4 @@ def _read(file: FoundImage, memo: FileStatCache | None) -> Example | str:
     caption = (file.subset.class_tokens or "") if written is None else written
     used = caption if file.subset.enable_wildcard else caption.partition("\n")[0]
     source = Source(facts, None if written is None else file.caption, has_more_lines=used != caption)
-    return Example(file.image, used, file.subset, placement, file.identity, mask=file.mask, face=face, source=source)
+    return Example(file.image, used, file.subset, placement, file.sample_id, mask=file.mask, face=face, source=source)

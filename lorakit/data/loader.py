@@ -123,7 +123,7 @@ class Sample:
 
     def key(self, purpose: str) -> tuple[int | str, ...]:
         """All that a draw for one purpose depends on."""
-        return self.seed, purpose, self.epoch, self.example.identity, self.repeat
+        return self.seed, purpose, self.epoch, self.example.sample_id, self.repeat
 
     def draw(self, purpose: str) -> np.random.Generator:
         """The fresh generator for one purpose."""
@@ -223,7 +223,7 @@ class BatchLoader:
 
     def _cached(self, sample: Sample) -> Mapping[str, Tensor]:
         """The cache's entry of an image, or of its mirror image if that is to be used."""
-        key = self.latent_keys[sample.example.identity, is_mirrored(sample.example, sample.draw)]
+        key = self.latent_keys[sample.example.sample_id, is_mirrored(sample.example, sample.draw)]
         return self.cache.load(key, names=("mean", "std"))
 
 

@@ -6,7 +6,6 @@ machine and in every process, and changes little when images are added.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,13 +13,12 @@ from typing import TYPE_CHECKING
 from attrs import evolve
 
 from lorakit.config.datasets import DatasetConfig
-from lorakit.data.problems import data_error
+from lorakit.errors import data_error
 from lorakit.utils.rng import derived_seed
 
 if TYPE_CHECKING:
     from lorakit.data.index import Example
 
-logger = logging.getLogger(__name__)
 
 Examples = list[list["Example"]]
 """Examples by the numbers of their datasets."""
@@ -55,7 +53,7 @@ def _chosen(dataset: DatasetConfig, examples: Sequence[Example], seed: int) -> s
     own_seed = dataset.seed_of_validation(seed)
     subsets: dict[str, list[tuple[int, Path]]] = {}
     for example in examples:
-        _, subset, name = example.identity.split("/", 2)
+        _, subset, name = example.sample_id.split("/", 2)
         if not example.subset.is_reg:
             subsets.setdefault(subset, []).append((derived_seed(own_seed, "validation", name), example.image))
     return {
@@ -85,7 +83,7 @@ def _validated(example: Example) -> Example:
 
 def _refuse_empty(datasets: Sequence[DatasetConfig], training: Examples) -> None:
     empty = [
-        f"{', '.join(str(subset.image_dir) for subset in dataset.subsets)}: all images are held out for validation"
+        f"{', '.join(subset.place for subset in dataset.subsets)}: all images are held out for validation"
         " in other subsets, so none is left to train on; lower validation_split"
         for dataset, own in zip(datasets, training, strict=True)
         if dataset.active_subsets and all(example.subset.is_reg for example in own)

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lorakit.config.sd_scripts import OPTIONS, Option
 from lorakit.config.toml_files import read_toml
 from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.gui_files import is_gui_file, read_gui_file, what_it_trains
-from lorakit.kohya.options import OPTIONS, Option
 from lorakit.kohya.options_files import (
     WORDS,
     Given,
@@ -73,7 +73,7 @@ def _read_file(name: str, folder: Path, typed: Mapping[str, Any]) -> Given:
     try:
         tables = read_toml(path)
     except ValueError as error:
-        hint = "" if Path(name).is_absolute() or path.exists() else f"it is looked for in {folder}"
+        hint = "" if Path(name).is_absolute() or path.exists() else f"relative paths are relative to {folder}"
         key = "--config_file" if "config_file" in typed else name
         raise _refusal(key, f"{path} {error}", hint) from error
     if isinstance(tables.get("datasets"), list):
@@ -82,8 +82,8 @@ def _read_file(name: str, folder: Path, typed: Mapping[str, Any]) -> Given:
         return read_options_file(path)
     if not is_gui_file(tables):
         does = what_it_trains(tables)
-        message = "is no file of kohya_ss for LoRA training" + (f": it is for {does}" if does else "")
-        raise _refusal(name, message, "what its LoRA tab saves is read, and sd-scripts' .toml files")
+        message = "is not a kohya_ss file for LoRA training" + (f": it is for {does}" if does else "")
+        raise _refusal(name, message, "supported are files saved by its LoRA tab, and sd-scripts' .toml files")
     return read_gui_file(name, tables, typed, _parsed_addition)
 
 
@@ -106,7 +106,7 @@ def split(arguments: Sequence[str]) -> list[str]:
     try:
         return [_with_dashes(word) for word in lexer]
     except ValueError as error:
-        raise _refusal("the command line", "has a quotation mark without its partner", "close the quotation") from error
+        raise _refusal("the command line", "has an unclosed quotation mark", "close the quotation") from error
 
 
 def _with_dashes(word: str) -> str:
@@ -124,7 +124,7 @@ def script_arguments(words: Sequence[str]) -> list[str]:
     if not words or not words[0].startswith("--"):
         raise _refusal(
             "the command line", f"neither names {SCRIPT} nor starts with one of its options",
-            "give the whole line: lorakit from-kohya accelerate launch train_network.py --…, or a .toml or .json file",
+            "give the complete line, lorakit from-kohya accelerate launch train_network.py --…, or a file",
         )  # fmt: skip
     return list(words)
 
@@ -179,7 +179,7 @@ _CONVERSIONS: Mapping[str, Callable[[str], Any]] = {
 
 
 def _stray(word: str) -> Problem:
-    return Problem(repr(word), "belongs to no option", "a value with blanks in it must stand in quotation marks")
+    return Problem(repr(word), "does not belong to any option", "a value with spaces must be quoted")
 
 
 def _refusal(key: str, message: str, hint: str = "") -> ConfigError:

@@ -6,31 +6,15 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from lorakit.api.components import Component, LRSchedulerConfig, OptimizerConfig
+from lorakit.config.sd_scripts import OPTIONS
 from lorakit.config.table_reader import field_names
 from lorakit.errors import ConfigError, PluginError, Problem
 from lorakit.kohya.draft import Command, Draft, Setting
 from lorakit.kohya.option_status import OptionStatus
-from lorakit.kohya.options import OPTIONS
 from lorakit.plugins.catalog import Catalog
+from lorakit.plugins.other_names import PLUGINS
 
 ComponentT = TypeVar("ComponentT", bound=Component)
-
-OPTIMIZER_NAMES: Mapping[str, str] = {
-    "": "adamw",
-    "dadaptadampreprint": "dadaptation",
-    "adamwschedulefree": "adamw_schedulefree",
-    "radamschedulefree": "radam_schedulefree",
-    "sgdschedulefree": "sgd_schedulefree",
-}
-"""lorakit's names of sd-scripts' optimizers, where they are not the same in lower case."""
-
-GUESTS: Mapping[str, str] = {
-    "prodigy": "lorakit-prodigy",
-    "adamw_schedulefree": "lorakit-schedulefree",
-    "radam_schedulefree": "lorakit-schedulefree",
-    "sgd_schedulefree": "lorakit-schedulefree",
-}
-"""Optimizers of sd-scripts that plugins bring."""
 
 TORCH_OPTIMIZERS = "torch.optim"
 """Where sd-scripts looks for an optimizer that it has no name for; case counts there."""
@@ -54,8 +38,9 @@ def write_optimizer(command: Command, draft: Draft, catalog: Catalog) -> None:
     draft.set("optimizer", "name", command.setting(option, name))
     component = _component(catalog, OptimizerConfig, name)
     if component is None:
-        cure = f"install the plugin {GUESTS[name]}" if name in GUESTS else "choose another"
-        draft.mark_unsupported(option, command.get(option), f"`lorakit check` refuses the config; {cure}")
+        plugin = PLUGINS["optimizer"].get(name)
+        cure = f"install the plugin {plugin}" if plugin else "choose another"
+        draft.mark_unsupported(option, command.get(option), f"`lorakit check` rejects the config; {cure}")
     _write_arguments("optimizer", component, command, draft)
     if name == "adafactor":
         for key, value in ADAFACTOR_DEFAULTS.items():
@@ -80,16 +65,19 @@ def _optimizer_name(command: Command, catalog: Catalog) -> tuple[str, str]:
     """The option that names the optimizer, and lorakit's name of it, or the path of its class."""
     named = [name for name in ("optimizer_type", "use_8bit_adam", "use_lion_optimizer") if command.get(name)]
     if len(named) > 1:
-        raise ConfigError([Problem(f"--{named[0]}", f"cannot stand beside --{named[1]}", "leave one of them out")])
+        raise ConfigError([Problem(f"--{named[0]}", f"cannot be combined with --{named[1]}", "remove one of them")])
     option = named[0] if named else "optimizer_type"
     if option != "optimizer_type":
         return option, OPTIONS[option].key.partition('"')[2].rstrip('"')
-    given = str(command.get(option))
-    name = OPTIMIZER_NAMES.get(given.lower(), given.lower())
-    # Another plugin may use one of these names for something else.
-    own = [found.component.name for found in catalog.registrations if found.provider.is_of("lorakit")]
-    if name in GUESTS or name in own:
-        return option, name
+    given = str(command.get(option)) or "AdamW"
+    if given.lower() == "dadaptadampreprint":
+        return option, "dadaptation"
+    # Only lorakit's components and those of its plugins: another plugin may use one of these names for something else.
+    registered = catalog.of_kind(OptimizerConfig).items()
+    builtin = [name for name, found in registered if any(one.provider.is_of("lorakit") for one in found)]
+    for name in (*builtin, *PLUGINS["optimizer"]):
+        if name.replace("_", "") == given.lower():
+            return option, name
     return option, given if "." in given else f"{TORCH_OPTIMIZERS}.{given}"
 
 
@@ -117,7 +105,7 @@ def write_lr_scheduler(command: Command, draft: Draft, catalog: Catalog) -> None
     draft.set("lr_scheduler", "name", command.setting(option, name))
     component = _component(catalog, LRSchedulerConfig, name)
     if component is None:
-        reason = "`lorakit check` refuses the config until lr_scheduler.name names another"
+        reason = "`lorakit check` rejects the config until lr_scheduler.name is changed"
         draft.mark_unsupported(option, name, reason)
     _refuse_schedule(command, option, name)
     for other, key in _SCHEDULE_OPTIONS.items():
@@ -152,7 +140,7 @@ def _schedule_name(command: Command) -> tuple[str, str]:
 def _refuse_schedule(command: Command, option: str, name: str) -> None:
     """Raises ConfigError where sd-scripts cannot use its options together."""
     if command.get("lr_warmup_steps") and (name == "constant" or option == "lr_scheduler_type"):
-        hint = "give --lr_scheduler=constant_with_warmup, or leave the warm-up out"
+        hint = "give --lr_scheduler=constant_with_warmup, or remove the warm-up"
         message = f"cannot be used with --{option}={command.get(option)}"
         raise ConfigError([Problem("--lr_warmup_steps", message, hint)])
     if name == "cosine_with_min_lr" and command.get("lr_scheduler_min_lr_ratio") is None:

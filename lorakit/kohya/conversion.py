@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 
 from lorakit.config.load import config_from_tables
+from lorakit.config.sd_scripts import OPTIONS, Option
 from lorakit.config.train_config import TrainingSection
 from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.components import write_lr_scheduler, write_optimizer
@@ -16,7 +17,6 @@ from lorakit.kohya.draft import Command, Draft, Setting
 from lorakit.kohya.networks import write_network
 from lorakit.kohya.observers import write_observers
 from lorakit.kohya.option_status import OptionStatus, known_keys, target_of
-from lorakit.kohya.options import OPTIONS, Option
 from lorakit.kohya.options_files import Given
 from lorakit.kohya.previews import write_previews
 from lorakit.kohya.saving import write_saving
@@ -124,19 +124,19 @@ def _base_weights(command: Command, draft: Draft) -> None:
         draft.set("model", "base_weights_multipliers", command.setting("base_weights_multiplier", used))
     if left:
         numbers = " ".join(f"{number:g}" for number in left)
-        draft.note("base_weights_multiplier", f"{numbers} has no effect, as --base_weights names no more files")
+        draft.note("base_weights_multiplier", f"{numbers} has no effect, as there are no more files in --base_weights")
 
 
 def _attention(command: Command, draft: Draft) -> None:
     named = [name for name in ("mem_eff_attn", "xformers", "sdpa") if command.get(name)]
-    source = f"--{named[0]}" if named else "sd-scripts names none; the result is the same"
+    source = f"--{named[0]}" if named else "not set in sd-scripts; the result is the same"
     draft.set("attention", "name", Setting("sdpa", source))
 
 
 def _training(command: Command, draft: Draft) -> None:
     if command.get("max_train_epochs"):
         if command.is_typed("max_train_steps"):
-            draft.note("max_train_steps", "has no effect beside --max_train_epochs")
+            draft.note("max_train_steps", "has no effect with --max_train_epochs")
     elif command.get("max_train_steps"):
         draft.set("training", "max_steps", command.setting("max_train_steps"))
     else:
@@ -144,9 +144,7 @@ def _training(command: Command, draft: Draft) -> None:
         draft.set("training", "max_steps", Setting(OPTIONS["max_train_steps"].default, source))
     if command.get("seed") is None:
         seed = attrs.fields(TrainingSection).seed.default
-        draft.set(
-            "training", "seed", Setting(seed, "--seed is absent: sd-scripts draws one, so no two runs are the same")
-        )
+        draft.set("training", "seed", Setting(seed, "--seed is absent: sd-scripts draws a random one"))
     else:
         draft.set("training", "seed", command.setting("seed"))
 

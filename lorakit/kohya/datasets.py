@@ -38,7 +38,7 @@ def write_data(command: Command, draft: Draft) -> None:
     elif command.get("train_data_dir"):
         _from_folders(command, draft, {**shared, **_caption_extension(command)})
     else:
-        hint = "--dataset_config or --train_data_dir says on what to train"
+        hint = "give --dataset_config or --train_data_dir"
         raise ConfigError([Problem("--dataset_config", "is missing", hint)])
 
 
@@ -60,7 +60,7 @@ def _bucket_steps(command: Command, draft: Draft) -> Table:
     steps, least = command.get("bucket_reso_steps"), 8
     if not 0 < steps < least:
         return {}
-    draft.note("bucket_reso_steps", f"{steps} is {least} here, as sides of latents are whole with sd-scripts, too")
+    draft.note("bucket_reso_steps", f"{steps} is {least} here, as latents have integer sizes in sd-scripts, too")
     return {"bucket_reso_steps": command.setting("bucket_reso_steps", least)}
 
 
@@ -69,7 +69,7 @@ def _face_crop(command: Command, draft: Draft) -> Table:
     if text is None:
         return {}
     if command.get("enable_bucket"):
-        draft.note("face_crop_aug_range", "has no effect beside --enable_bucket")
+        draft.note("face_crop_aug_range", "has no effect with --enable_bucket")
         return {}
     try:
         low, high = (float(number) for number in text.split(","))
@@ -90,7 +90,7 @@ def _from_file(command: Command, draft: Draft, shared: Table) -> None:
     """The dataset file; its tables where they would mean something else when read from the config's folder."""
     for name in FOLDER_OPTIONS:
         if name in command.given:
-            draft.note(name, "has no effect beside --dataset_config")
+            draft.note(name, "has no effect with --dataset_config")
     name = command.get("dataset_config")
     path = command.on_disk(name)
     if {"caption_extension", "caption_extention"} & command.given.keys():
@@ -170,7 +170,7 @@ def _from_folders(command: Command, draft: Draft, shared: Table) -> None:
         draft.datasets = [(shared, [{**subset, "num_repeats": command.setting("dataset_repeats")}])]
         return
     if "dataset_repeats" in command.given:
-        draft.note("dataset_repeats", "has no effect: the names of the folders say how often images are repeated")
+        draft.note("dataset_repeats", "has no effect: folder names give the number of repeats")
     subsets = _subsets(command, draft, "train_data_dir")
     if command.get("reg_data_dir") and command.state("reg_data_dir") is OptionStatus.WORKS:
         is_reg = {"is_reg": command.setting("reg_data_dir", value=True)}
@@ -187,13 +187,13 @@ def _subsets(command: Command, draft: Draft, option: str) -> list[Table]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         if command.sources.get(option) != UNSAID:
-            draft.note(option, f"{name} cannot be looked into for folders named NUMBER_words: {reason}")
+            draft.note(option, f"{name} cannot be searched for folders named NUMBER_words: {reason}")
         return [{"image_dir": command.setting(option, command.path(name))}]
     found: list[Table] = []
     for subfolder in subfolders:
         number, _, words = subfolder.name.partition("_")
         if not _has_repeats(subfolder):
-            draft.note(option, f"{subfolder.name} is left out, as its name does not start with a number of repeats")
+            draft.note(option, f"{subfolder.name} is ignored, as its name does not start with a number of repeats")
             continue
         path = command.path(os.path.join(name, subfolder.name))  # noqa: PTH118 - keeps the path as it was typed
         table = {"image_dir": command.setting(option, path), "num_repeats": Setting(int(number), "the folder's name")}
@@ -211,12 +211,12 @@ def _nothing_found(option: str, name: str, folder: Path, subfolders: Sequence[Pa
         path = os.path.join(name, inside[0].name)  # noqa: PTH118 - keeps the path as it was typed
         return Problem(f"--{option}", f"{message}, but {path} has", f"--{option}={path}")
     if not any(path.suffix.lower() in _IMAGES for path in folder.iterdir()):
-        return Problem(f"--{option}", message, "sd-scripts would find nothing to train on")
+        return Problem(f"--{option}", message, "sd-scripts would find no images")
     if _has_repeats(folder.absolute()):
         parent = os.path.dirname(os.path.normpath(name)) or "."  # noqa: PTH120 - keeps the path as it was typed
         return Problem(f"--{option}", f"{name} is the folder with the images", f"give its parent: --{option}={parent}")
-    hint = f"move them into {os.path.join(name, '10_cat')}: each is trained 10 times an epoch then"  # noqa: PTH118
-    return Problem(f"--{option}", f"{message}, but images of its own, which sd-scripts does not find", hint)
+    hint = f"move them into {os.path.join(name, '10_cat')}: each is then trained 10 times per epoch"  # noqa: PTH118
+    return Problem(f"--{option}", f"{message}, but contains images itself, which sd-scripts ignores", hint)
 
 
 def _has_repeats(folder: Path) -> bool:

@@ -11,9 +11,9 @@ from typing import Any
 
 from attrs import Factory, define, frozen
 
+from lorakit.config.sd_scripts import OPTIONS
 from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.option_status import OptionStatus, option_status
-from lorakit.kohya.options import OPTIONS
 
 _MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -107,8 +107,8 @@ class Command:
             try:
                 values[key] = ast.literal_eval(text)
             except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
-                hint = "True, False, numbers, and texts in quotation marks are values"
-                raise ConfigError([Problem(f"--{name} {key}", f"is not a value of Python: {text}", hint)]) from error
+                hint = "write True, False, a number, or a quoted string"
+                raise ConfigError([Problem(f"--{name} {key}", f"is not a Python literal: {text}", hint)]) from error
         return values
 
 
@@ -134,7 +134,7 @@ class Draft:
     def mark_unsupported(self, name: str, value: object, reason: str = "") -> None:
         """Note that an option is not part of the config."""
         text = f"--{name}" if value is True else f"--{name}={_as_typed(name, value)}"
-        self.remarks.append(Problem(text, "has no counterpart yet", reason))
+        self.remarks.append(Problem(text, "has no counterpart", reason))
 
     def note(self, name: str, message: str) -> None:
         """Note something else about an option."""
@@ -142,22 +142,22 @@ class Draft:
 
     def tables(self) -> dict[str, Any]:
         """The config as plain tables, as they are read from its file."""
-        tables: dict[str, Any] = {section: _plain(table) for section, table in self.sections.items()}
+        tables: dict[str, Any] = {section: _values(table) for section, table in self.sections.items()}
         data = tables.setdefault("data", {})
         if self.general:
-            data["general"] = _plain(self.general)
+            data["general"] = _values(self.general)
         if self.datasets:
             data["datasets"] = [
-                {**_plain(own), "subsets": [_plain(subset) for subset in subsets]} for own, subsets in self.datasets
+                {**_values(own), "subsets": [_values(subset) for subset in subsets]} for own, subsets in self.datasets
             ]
-        return tables | ({"observers": [_plain(table) for table in self.observers]} if self.observers else {})
+        return tables | ({"observers": [_values(table) for table in self.observers]} if self.observers else {})
 
 
 def _is_absolute(path: str) -> bool:
     return Path(path).is_absolute() or PureWindowsPath(path).is_absolute()
 
 
-def _plain(table: Table) -> dict[str, Any]:
+def _values(table: Table) -> dict[str, Any]:
     return {key: setting.value for key, setting in table.items()}
 
 

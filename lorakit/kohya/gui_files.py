@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lorakit.config.sd_scripts import OPTIONS
 from lorakit.errors import ConfigError, Problem
-from lorakit.kohya.options import OPTIONS
 from lorakit.kohya.options_files import UNSAID, Given, take
 
 Parse = Callable[[str], dict[str, Any]]
@@ -80,7 +80,7 @@ _OWN_MODULES: Mapping[str, str] = {
 _NEEDED: Mapping[str, tuple[str, str]] = {
     "pretrained_model_name_or_path": ("path/to/model.safetensors", "the base model"),
     "train_data_dir": ("path/to/images", "the images"),
-    "output_dir": ("out", "the folder for what is saved"),
+    "output_dir": ("out", "the output folder"),
 }
 """What a preset leaves to the user: what is written in its place, and what it is."""
 
@@ -98,7 +98,7 @@ def what_it_trains(fields: Mapping[str, Any]) -> str:
 
 
 def read_gui_file(file: str, fields: Mapping[str, Any], typed: Mapping[str, Any], parse: Parse) -> Given:
-    """The options that the GUI calls `train_network.py` with; `typed` are those that stand behind the file.
+    """The options that the GUI calls `train_network.py` with; `typed` are those that stand after the file.
 
     Raises ConfigError for files of other models than Stable Diffusion 1.x and 2.x, and for values of the wrong type.
     """
@@ -130,7 +130,7 @@ def read_gui_file(file: str, fields: Mapping[str, Any], typed: Mapping[str, Any]
     if missing:
         cures = " ".join(f"--{name}=…" for name in missing)
         what = ", ".join(_NEEDED[name][1] for name in missing)
-        remarks.append(Problem(file, f"does not say: {what}", f"set it in the config, or add {cures} behind the file"))
+        remarks.append(Problem(file, f"does not set {what}", f"set it in the config, or add {cures} after the file"))
     return Given(found, {name: sources.get(name, "additional_parameters") for name in found}, tuple(remarks))
 
 
@@ -210,7 +210,7 @@ def _network(fields: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
         names += ("unit",) if type_ == "Kohya DyLoRA" else ()
         names += ("factor", "use_tucker") if type_ in ("Kohya LoHa", "Kohya LoKr") else ()
     else:
-        raise ConfigError([Problem("LoRA_type", f"{type_!r} is for another model, or not known")])
+        raise ConfigError([Problem("LoRA_type", f"{type_!r} is for another model, or unknown")])
     for name in (*names, *_LORA_PLUS):
         value = fields.get(name)
         is_off = value in (None, "", False, 0, "0", "False") or (name == "factor" and value == -1)
@@ -240,14 +240,16 @@ def _remarks(file: str, fields: Mapping[str, Any]) -> list[Problem]:
     if _number(fields, "stop_text_encoder_training") or _number(fields, "stop_text_encoder_training_pct"):
         found.append(Problem(f"{file}: stop_text_encoder_training", "has no effect, as in the GUI itself"))
     if _number(fields, "train_inpainting"):
-        message = "is left out: inpainting models are not trained"
+        message = "is ignored: lorakit does not train inpainting models"
         found.append(Problem(f"{file}: train_inpainting", message))
     if _number(fields, "num_processes") > 1 or _number(fields, "multi_gpu"):
         processes = max(2, _short(_number(fields, "num_processes")))
         hint = f"accelerate launch --num_processes {processes} -m lorakit train CONFIG"
         found.append(Problem(f"{file}: num_processes", "is not part of a config", hint))
+    if isinstance(fields.get("seed"), Mapping | list):
+        found.append(Problem(f"{file}: seed", "is not a number and is ignored"))
     backend = fields.get("dynamo_backend")
     if isinstance(backend, str) and backend not in ("", "no", "No"):
         hint = f'training.compile = true, training.compile_backend = "{backend}"'
-        found.append(Problem(f"{file}: dynamo_backend", "is an option of accelerate and left out", hint))
+        found.append(Problem(f"{file}: dynamo_backend", "is an option of accelerate and is ignored", hint))
     return found

@@ -10,12 +10,14 @@ from attrs import frozen
 from lorakit.api.block_layout import STABLE_DIFFUSION, Side, curve
 from lorakit.api.components import NetworkConfig
 from lorakit.api.network_metadata import LORA_MODULE
+from lorakit.config.sd_scripts import NETWORK_ARG_KEYS
 from lorakit.config.table_reader import field_names
 from lorakit.errors import ConfigError, PluginError, Problem
 from lorakit.kohya.draft import Command, Draft, Setting
 from lorakit.kohya.scripts import refuse_other_model
 from lorakit.plugins.catalog import Catalog
 from lorakit.plugins.import_path import check_import_path
+from lorakit.plugins.other_names import meaning_of
 
 Value = int | float | str | list[int] | list[float]
 
@@ -43,46 +45,34 @@ def _numbers_or_curve(text: str) -> str | list[float]:
 class Argument:
     """One of the arguments of networks.lora."""
 
-    key: str
-    """The key of [network] that does the same."""
     convert: Callable[[str], Value]
-    """What makes its value of a text; raises ValueError where the text is none."""
+    """Parses its text; raises ValueError."""
     expected: str = "a number"
-    """What the text must be."""
+    """What the text must be, for messages."""
 
 
-_WHOLE = "whole numbers with commas between them"
-_LIST = "numbers with commas between them"
-_WEIGHTS = "numbers with commas between them, or the name of a preset such as sine+0.25"
+_WHOLE = "comma-separated integers"
+_LIST = "comma-separated numbers"
+_WEIGHTS = "comma-separated numbers, or the name of a preset such as sine+0.25"
 
 NETWORK_ARGS: Mapping[str, Argument] = {
-    "conv_dim": Argument("conv_rank", int, "a whole number"),
-    "conv_alpha": Argument("conv_alpha", float),
-    "rank_dropout": Argument("rank_dropout", float),
-    "module_dropout": Argument("module_dropout", float),
-    "block_dims": Argument("block_ranks", _whole_numbers, _WHOLE),
-    "block_alphas": Argument("block_alphas", _numbers, _LIST),
-    "conv_block_dims": Argument("conv_block_ranks", _whole_numbers, _WHOLE),
-    "conv_block_alphas": Argument("conv_block_alphas", _numbers, _LIST),
-    "down_lr_weight": Argument("down_lr_weight", _numbers_or_curve, _WEIGHTS),
-    "mid_lr_weight": Argument("mid_lr_weight", _numbers_or_zero, _LIST),
-    "up_lr_weight": Argument("up_lr_weight", _numbers_or_curve, _WEIGHTS),
-    "block_lr_zero_threshold": Argument("block_lr_zero_threshold", float),
-    "loraplus_lr_ratio": Argument("loraplus_lr_ratio", float),
-    "loraplus_unet_lr_ratio": Argument("loraplus_unet_lr_ratio", float),
-    "loraplus_text_encoder_lr_ratio": Argument("loraplus_text_encoder_lr_ratio", float),
+    "conv_dim": Argument(int, "a whole number"),
+    "conv_alpha": Argument(float),
+    "rank_dropout": Argument(float),
+    "module_dropout": Argument(float),
+    "block_dims": Argument(_whole_numbers, _WHOLE),
+    "block_alphas": Argument(_numbers, _LIST),
+    "conv_block_dims": Argument(_whole_numbers, _WHOLE),
+    "conv_block_alphas": Argument(_numbers, _LIST),
+    "down_lr_weight": Argument(_numbers_or_curve, _WEIGHTS),
+    "mid_lr_weight": Argument(_numbers_or_zero, _LIST),
+    "up_lr_weight": Argument(_numbers_or_curve, _WEIGHTS),
+    "block_lr_zero_threshold": Argument(float),
+    "loraplus_lr_ratio": Argument(float),
+    "loraplus_unet_lr_ratio": Argument(float),
+    "loraplus_text_encoder_lr_ratio": Argument(float),
 }
 """What networks.lora takes in --network_args."""
-
-_WITH_LYCORIS = 'with the plugin lorakit-network-modules LyCORIS has it: network.name = "lycoris.kohya"'
-_CURES: Mapping[str, str] = {
-    "networks.dylora": f'{_WITH_LYCORIS}, args = {{ algo = "dylora" }}',
-    "networks.lora_fa": 'network.name = "lierla" or "c3lier" trains both factors instead of one',
-    "networks.oft": f'{_WITH_LYCORIS}, args = {{ algo = "diag-oft" }}',
-    "networks.loha": f'{_WITH_LYCORIS}, args = {{ algo = "loha" }}',
-    "networks.lokr": f'{_WITH_LYCORIS}, args = {{ algo = "lokr" }}',
-}
-"""What to take instead of modules of sd-scripts that lorakit does not have."""
 
 _SIDES: Mapping[str, Side] = {"down_lr_weight": "down", "mid_lr_weight": "mid", "up_lr_weight": "up"}
 _BY_BLOCK = ("block_alphas", "conv_block_dims", "conv_block_alphas")
@@ -98,7 +88,7 @@ def write_network(command: Command, draft: Draft, catalog: Catalog) -> None:
         raise ConfigError([Problem("--network_module", "is missing", "networks.lora is the usual one")])
     refuse_other_model(module)
     if command.get("network_train_unet_only") and command.get("network_train_text_encoder_only"):
-        message = "cannot stand beside --network_train_text_encoder_only, as nothing would be trained"
+        message = "cannot be combined with --network_train_text_encoder_only, as nothing would be trained"
         raise ConfigError([Problem("--network_train_unet_only", message)])
     args = command.pairs("network_args")
     _alpha_of_zero(command, draft)
@@ -126,19 +116,20 @@ def _write_other(module: str, args: Mapping[str, str], command: Command, draft: 
     draft.set("network", "name", command.setting("network_module"))
     for option, key in _OF_LORA_ALONE.items():
         if draft.sections["network"].pop(key, None) is not None:
-            draft.mark_unsupported(option, command.get(option), f"the adapters of {module} have nothing like it")
+            draft.mark_unsupported(option, command.get(option), f"the adapters of {module} do not support it")
     if args:
         draft.set("network", "args", Setting(dict(args), "--network_args"))
+    hint = meaning_of("network", module, ()) if module.startswith("networks.") else ""
     try:
         catalog.find(NetworkConfig, module)
-        is_there = module not in _CURES or not any(check_import_path(module))
+        is_there = not hint or not any(check_import_path(module))
     except PluginError:
         is_there = False
     if not is_there:
-        cure = _CURES.get(module, "install the plugin lorakit-network-modules")
+        cure = hint or "install the plugin lorakit-network-modules"
         if module == "lycoris.kohya" and args.get("algo", "lora") in ("lora", "locon"):
             cure += ', or take network.name = "c3lier" with conv_rank and conv_alpha, which is LoCon'
-        draft.mark_unsupported("network_module", module, f"`lorakit check` refuses the config; {cure}")
+        draft.mark_unsupported("network_module", module, f"`lorakit check` rejects the config; {cure}")
 
 
 def _value(key: str, text: str) -> Value:
@@ -182,7 +173,7 @@ def _write_values(values: Mapping[str, Value], command: Command, draft: Draft, c
     try:
         known = field_names(catalog.find(NetworkConfig, str(draft.sections["network"]["name"].value)))
     except PluginError:
-        known = [argument.key for argument in NETWORK_ARGS.values()]
+        known = [NETWORK_ARG_KEYS.get(name, name) for name in NETWORK_ARGS]
     ranks = {"block_alphas": values.get("block_dims", command.get("network_dim"))}
     ranks["conv_block_alphas"] = values.get("conv_block_dims", 0)
     for key, given in values.items():
@@ -193,8 +184,9 @@ def _write_values(values: Mapping[str, Value], command: Command, draft: Draft, c
             value = value or values.get("conv_dim", 1)
         elif key in ranks and isinstance(value, list):
             value = _alphas(value, ranks[key])
-        if NETWORK_ARGS[key].key in known:
-            draft.set("network", NETWORK_ARGS[key].key, Setting(value, f"--network_args {key}"))
+        name = NETWORK_ARG_KEYS.get(key, key)
+        if name in known:
+            draft.set("network", name, Setting(value, f"--network_args {key}"))
         else:
             draft.mark_unsupported("network_args", f"{key}={given}")
 
@@ -203,8 +195,8 @@ def _as_long_as_side(key: str, numbers: list[int] | list[float], draft: Draft) -
     """As sd-scripts does it: 1 for blocks that have no number, and numbers for blocks that there are not left out."""
     length = len(STABLE_DIFFUSION.numbers(_SIDES[key]))
     if len(numbers) != length:
-        done = "filled up with 1" if len(numbers) < length else "cut off"
-        draft.note("network_args", f"{key} has {len(numbers)} numbers, which are {done} to make {length}")
+        done = "padded with 1" if len(numbers) < length else "cut off"
+        draft.note("network_args", f"{key} has {len(numbers)} numbers, {done} to get {length}")
     return [float(number) for number in numbers[:length]] + [1.0] * (length - len(numbers))
 
 

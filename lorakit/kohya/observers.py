@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lorakit.api.components import ObserverConfig
+from lorakit.config.sd_scripts import HUB, OPTIONS
 from lorakit.config.toml_files import read_toml
 from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.draft import Command, Draft, Setting, Table
-from lorakit.kohya.options import HUB, OPTIONS
 from lorakit.plugins.catalog import Catalog
 
 _TRACKER_KEYS: Mapping[str, type] = {"entity": str, "group": str, "tags": list, "notes": str}
@@ -71,7 +71,7 @@ def _wandb(command: Command, draft: Draft) -> Table:
     if command.get("wandb_run_name"):
         observer["run_name"] = command.setting("wandb_run_name")
     if command.get("wandb_api_key"):
-        draft.note("wandb_api_key", "is not written into a file: call `wandb login` once, or set WANDB_API_KEY")
+        draft.note("wandb_api_key", "is not written to a file: run `wandb login` once, or set WANDB_API_KEY")
     return observer
 
 
@@ -89,7 +89,7 @@ def _tracker_settings(command: Command, draft: Draft) -> Table:
         if isinstance(value, _TRACKER_KEYS.get(key, str if key == "name" else ())):
             found[target] = Setting(value, f"--log_tracker_config {key}")
         else:
-            draft.mark_unsupported("log_tracker_config", name, f"its key {key} is left out")
+            draft.mark_unsupported("log_tracker_config", name, f"its key {key} is ignored")
     return found
 
 
@@ -109,14 +109,14 @@ def _hub(command: Command, draft: Draft) -> Table:
     if command.get("save_state_to_huggingface"):
         observer["states"] = command.setting("save_state_to_huggingface")
     if command.get("huggingface_token"):
-        draft.note("huggingface_token", "is not written into a file: call `hf auth login` once, or set HF_TOKEN")
+        draft.note("huggingface_token", "is not written to a file: run `hf auth login` once, or set HF_TOKEN")
     return observer
 
 
 def _write_validation(command: Command, draft: Draft) -> None:
     """How often to validate, where that is not after each epoch on everything, which lorakit does by itself."""
     if command.get("in_json") and command.get("validation_split") and not command.get("dataset_config"):
-        draft.note("validation_split", "holds out images here; sd-scripts trains on all images of --in_json")
+        draft.note("validation_split", "holds out images in lorakit; sd-scripts trains on all images of --in_json")
     options = {
         "every_n_epochs": "validate_every_n_epochs",
         "every_n_steps": "validate_every_n_steps",
@@ -125,6 +125,6 @@ def _write_validation(command: Command, draft: Draft) -> None:
     given = {key: command.setting(name) for key, name in options.items() if command.get(name)}
     if not given:
         return
-    epochs = Setting(1, "sd-scripts validates after each epoch too, unless told otherwise")
+    epochs = Setting(1, "sd-scripts also validates after each epoch by default")
     name = Setting("validation", next(iter(given.values())).source)
     draft.observers.append({"name": name, "every_n_epochs": epochs, **given})

@@ -11,7 +11,7 @@ import attrs
 from lorakit.api.components import Component, ModelFamilyConfig, ObserverConfig
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.load import COMPONENT_SECTIONS, PLAIN_SECTIONS
-from lorakit.kohya.options import Option
+from lorakit.config.sd_scripts import Option
 from lorakit.plugins.catalog import Catalog
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from attrs import Factory, frozen
 
+from lorakit.config.sd_scripts import OPTIONS, Option
 from lorakit.config.toml_files import read_toml
 from lorakit.config.values import toml_repr
 from lorakit.errors import ConfigError, Problem
-from lorakit.kohya.options import OPTIONS, Option
 
 
 @frozen
@@ -31,7 +31,7 @@ class Given:
     remarks: tuple[Problem, ...] = ()
 
 
-UNSAID = "the file says nothing: set it"
+UNSAID = "not in the file: set it"
 """The source of a value that is only in the place of another."""
 
 _OTHERS = frozenset({
@@ -75,10 +75,8 @@ def read_options_file(path: Path) -> Given:
         if key in OPTIONS:
             take(key, value, f"{path.name}: {key}", found, problems)
         elif isinstance(value, Mapping):
-            hint = "programs with files of their own make one of options for sd-scripts when a run starts: take that"
-            problems.append(
-                Problem(f"{path.name}: {key}", "is a table in a table, which sd-scripts does not read", hint)
-            )
+            hint = "programs with their own formats write a file of sd-scripts options when a run starts: use that"
+            problems.append(Problem(f"{path.name}: {key}", "is a nested table, which sd-scripts ignores", hint))
         elif key in _OTHERS | _UNFINISHED or not nearest(key, cutoff=0.75):
             unknown.append(key)
         else:
@@ -109,10 +107,10 @@ def _remarks(file: str, unknown: list[str]) -> list[Problem]:
     others = [key for key in unknown if key not in _UNFINISHED]
     found = []
     if others:
-        found.append(Problem(file, f"sd-scripts passes over {', '.join(others)}, and so does lorakit"))
+        found.append(Problem(file, f"{', '.join(others)}: ignored, as in sd-scripts"))
     if unfinished:
-        message = f"sd-scripts passes over {', '.join(unfinished)}, and so does lorakit"
-        hint = "lora-scripts turns them into options when a run starts: take the file in its config/autosave"
+        message = f"{', '.join(unfinished)}: ignored, as in sd-scripts"
+        hint = "lora-scripts converts them when a run starts: use the file in its config/autosave"
         found.append(Problem(file, message, hint))
     return found
 
@@ -188,7 +186,7 @@ WORDS: Mapping[str, str] = {
     "path": "a path",
     "texts": "texts",
     "floats": "numbers",
-    "int or share": "whole steps, or a share below 1",
+    "int or share": "a number of steps, or a fraction below 1",
 }
 """What an option of each kind takes."""
 

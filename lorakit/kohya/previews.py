@@ -16,18 +16,18 @@ def write_previews(command: Command, draft: Draft) -> None:
             draft.note(name, f"{command.get(name)} means never")
     asked = [*counts, *(["sample_at_first"] if command.get("sample_at_first") else [])]
     if asked and not command.get("sample_prompts") and not any(map(command.is_typed, asked)):
-        source, hint = command.sources[asked[0]], "add --sample_prompts=FILE behind the file"
-        draft.remarks.append(Problem(source, "is left out, as nothing says what to draw", hint))
+        source, hint = command.sources[asked[0]], "add --sample_prompts=FILE after the file"
+        draft.remarks.append(Problem(source, "is ignored, as there are no prompts", hint))
         return
     if asked and not command.get("sample_prompts"):
-        raise ConfigError([Problem(f"--{asked[0]}", "needs --sample_prompts, the file that says what to draw")])
+        raise ConfigError([Problem(f"--{asked[0]}", "needs --sample_prompts, the file with the prompts")])
     if not asked:
         for name in ("sample_prompts", "sample_sampler"):
             if command.is_typed(name):
                 draft.note(name, "has no effect without --sample_every_n_epochs or --sample_every_n_steps")
         return
     if len(counts) == 2:
-        draft.note("sample_every_n_steps", "has no effect beside --sample_every_n_epochs")
+        draft.note("sample_every_n_steps", "has no effect with --sample_every_n_epochs")
         asked.remove("sample_every_n_steps")
     observer = {
         "name": command.setting("sample_prompts", "samples"),

@@ -45,12 +45,14 @@ def _keep_last(command: Command, draft: Draft, key: str, ending: str) -> None:
         kept[of_steps] = steps // every + 1
     for name, value in ((of_epochs, epochs), (of_steps, steps)):
         if value and name not in kept:
-            draft.note(name, "has no effect, as nothing is saved every so many epochs or steps")
+            draft.note(name, "has no effect, as there are no intermediate saves")
     if kept:
         name, count = max(kept.items(), key=lambda item: item[1])
         draft.set("output", key, command.setting(name, count))
         if len(kept) > 1:
-            draft.note(min(kept, key=lambda item: kept[item]), f"counts with --{name} here: {count} saves are kept")
+            draft.note(
+                min(kept, key=lambda item: kept[item]), f"is combined with --{name} in lorakit: {count} saves are kept"
+            )
 
 
 def _resume(command: Command, draft: Draft) -> None:
@@ -60,7 +62,7 @@ def _resume(command: Command, draft: Draft) -> None:
         return
     if command.get("resume_from_huggingface"):
         draft.mark_unsupported(
-            "resume", state, "the state is on the Hub: fetch it with `hf download`, and name its folder"
+            "resume", state, "the state is on the Hub: download it with `hf download`, and give its folder"
         )
         return
     folder = command.on_disk(state)
@@ -68,9 +70,9 @@ def _resume(command: Command, draft: Draft) -> None:
     names = [name for name in _WEIGHTS_OF_A_STATE if (folder / name).is_file()]
     file = f"{state.rstrip('/')}/{(names or _WEIGHTS_OF_A_STATE)[0]}"
     draft.set("network", "weights", command.setting("resume", command.path(file)))
-    draft.note("resume", "gives the weights alone: optimizer and schedule start anew, at the first step")
+    draft.note("resume", "loads only the weights: optimizer and schedule start over at the first step")
     if command.get("network_weights"):
-        draft.note("network_weights", "has no effect beside --resume")
+        draft.note("network_weights", "has no effect with --resume")
 
 
 def _refuse_other_states(state: str, folder: Path) -> None:

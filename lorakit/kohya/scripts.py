@@ -58,7 +58,7 @@ def refuse_other(name: str) -> None:
     hint = _LORA_OF_SD
     if does.startswith(_WHOLE) and "," not in does:
         hint += f": give the options to {SCRIPT}, with --network_module=networks.lora"
-    raise ConfigError([Problem(name, f"is another script than {SCRIPT}" + (f": it {does}" if does else ""), hint)])
+    raise ConfigError([Problem(name, f"is not {SCRIPT}" + (f": it {does}" if does else ""), hint)])
 
 
 def refuse_other_model(module: str) -> None:

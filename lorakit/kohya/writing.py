@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping
-from typing import Any
-
-import tomlkit
+from collections.abc import Iterator
 
 from lorakit.kohya.draft import Draft, Table
+from lorakit.utils.plain import toml_key, toml_value
 
 _SECTIONS = (
     "model",
@@ -72,7 +70,7 @@ def _datasets(draft: Draft) -> Iterator[str]:
 def _table(heading: str, table: Table) -> str:
     # The name of a component says what the other keys are.
     names = sorted(table, key=lambda key: key != "name" or "dir" in table)
-    lines = [f"{_key(name)} = {_toml(table[name].value)}" for name in names]
+    lines = [f"{toml_key(name)} = {toml_value(table[name].value)}" for name in names]
     sources = [_one_line(table[name].source) for name in names]
     described = [f"{line:<{_COLUMN - 2}}  # {source}" for line, source in zip(lines, sources, strict=True)]
     return "\n".join([heading, *described])
@@ -80,16 +78,3 @@ def _table(heading: str, table: Table) -> str:
 
 def _one_line(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)
-
-
-def _key(name: str) -> str:
-    return str(tomlkit.key(name).as_string())
-
-
-def _toml(value: Any) -> str:
-    """A value in TOML, on one line."""
-    if isinstance(value, Mapping):
-        return f"{{ {', '.join(f'{_key(key)} = {_toml(item)}' for key, item in value.items())} }}" if value else "{}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml, value))}]"
-    return str(tomlkit.item(value).as_string())

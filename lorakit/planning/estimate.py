@@ -5,14 +5,15 @@ B images in a micro-batch or encoded together, H and W image sides in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from attrs import evolve, frozen
 
-from lorakit.config.train_config import AUTOTUNE_KEYS, TrainConfig
+from lorakit.config.memory_presets import memory_presets, saving_keys, to_toml
+from lorakit.config.train_config import AUTOTUNE_KEYS, TrainConfig, TrainingSection
 from lorakit.data.cache.encode import CAPTIONS_AT_ONCE
 from lorakit.data.cache.vae import encode_pixels
 from lorakit.data.loader import Batch
@@ -28,6 +29,9 @@ from lorakit.training.setup import attach_network, load_model
 from lorakit.training.step.gradients import FlatGradients
 from lorakit.training.step.loss import Criterion, denoising_loss
 
+RESERVE = 2**29
+"""Bytes to leave free for PyTorch, the device's driver and fragmentation."""
+
 
 @frozen(kw_only=True)
 class EncodingMemory:
@@ -35,20 +39,20 @@ class EncodingMemory:
 
     weights: int
     """Weights of the encoder."""
-    passing: int
+    transient: int
     """The most that there is at once beside them."""
 
     @property
     def peak(self) -> int:
         """All of it."""
-        return self.weights + self.passing
+        return self.weights + self.transient
 
 
 @frozen(kw_only=True)
 class TrainingMemory:
     """What training needs, in bytes."""
 
-    frozen: int
+    weights: int
     """Weights of the base model, as far as it is still needed and on the device."""
     adapters: int
     """The adapters."""
@@ -56,9 +60,9 @@ class TrainingMemory:
     """Their gradients."""
     optimizer: int
     """The state of the optimizer."""
-    kept: int
+    saved_activations: int
     """What the forward pass keeps for the backward pass."""
-    passing: int
+    transient: int
     """The most that there is at once of other things; some of what is kept may be gone by then."""
     encoding: int
     """What images take that are encoded meanwhile."""
@@ -71,12 +75,12 @@ class TrainingMemory:
     @property
     def activations(self) -> int:
         """What comes and goes with each step."""
-        return self.kept + self.passing + self.encoding
+        return self.saved_activations + self.transient + self.encoding
 
     @property
     def peak(self) -> int:
         """All of it."""
-        return self.frozen + self.trained + self.activations
+        return self.weights + self.trained + self.activations
 
 
 def as_cpu_run(prepared: PreparedRun) -> PreparedRun:
@@ -95,7 +99,7 @@ def image_encoding_memory(prepared: PreparedRun) -> EncodingMemory:
     with fake_tensors() as meter:
         encoder, weights = model.vae_encoder, _settled(meter)
         encode_pixels(torch.empty(config.data.encode_batch_size, height, width, 3, dtype=torch.uint8), encoder)
-        return EncodingMemory(weights=weights, passing=meter.peak - weights)
+        return EncodingMemory(weights=weights, transient=meter.peak - weights)
 
 
 def caption_encoding_memory(prepared: PreparedRun) -> EncodingMemory:
@@ -103,9 +107,9 @@ def caption_encoding_memory(prepared: PreparedRun) -> EncodingMemory:
     model = load_model(prepared.config, CPU)
     with fake_tensors() as meter, torch.no_grad():
         encoder, weights = model.text_encoder, _settled(meter)
-        elsewhere = _elsewhere(model, ("text_encoder",), prepared.config)
+        offloaded = _offloaded(model, ("text_encoder",), prepared.config)
         encoder.encode(encoder.tokenize([""] * CAPTIONS_AT_ONCE, prepared.config.data.weighted_captions))
-        return EncodingMemory(weights=weights - elsewhere, passing=meter.peak - weights)
+        return EncodingMemory(weights=weights - offloaded, transient=meter.peak - weights)
 
 
 def training_memory(
@@ -123,22 +127,22 @@ def training_memory(
     with tensors() as meter:
         _needed(model, prepared)
         frozen_weights = _settled(meter)
-        elsewhere = _elsewhere(model, prepared.parts_in_memory, config)
+        offloaded = _offloaded(model, prepared.parts_in_memory, config)
         network, groups = attach_network(model, config)
         adapters = _settled(meter) - frozen_weights
         FlatGradients(groups)
         standing = _settled(meter)
         for _ in range(_steps_to_settle(config)):
-            kept = _step(model, network, batch, config, meter)
-        passing = meter.peak - standing - kept
+            saved = _step(model, network, batch, config, meter)
+        transient = meter.peak - standing - saved
     return TrainingMemory(
-        frozen=frozen_weights - elsewhere,
+        weights=frozen_weights - offloaded,
         adapters=adapters,
         gradients=standing - frozen_weights - adapters,
         optimizer=state_bytes(config.optimizer, [tuple(p.shape) for group in groups for p in group.parameters]),
-        kept=kept,
-        passing=passing,
-        encoding=encoding.passing if prepared.encodes_images else 0,
+        saved_activations=saved,
+        transient=transient,
+        encoding=encoding.transient if prepared.encodes_images else 0,
     )
 
 
@@ -148,7 +152,7 @@ def _needed(model: DiffusionModel, prepared: PreparedRun) -> list[object]:
     return [model.denoiser, *encoders, *([model.vae_encoder] if prepared.encodes_images else [])]
 
 
-def _elsewhere(model: DiffusionModel, parts: Sequence[str], config: TrainConfig) -> int:
+def _offloaded(model: DiffusionModel, parts: Sequence[str], config: TrainConfig) -> int:
     """Bytes of the weights of these parts, which have been read, that are not on the device."""
     streamed = [part for part in parts if part in config.training.stream_base]
     return streamed_bytes(target.module for target in model.targets(streamed))
@@ -174,3 +178,36 @@ def _step(model: DiffusionModel, network: Network, batch: Batch, config: TrainCo
     kept = meter.held - before
     torch.autograd.backward(loss)
     return kept
+
+
+@frozen
+class MemoryPreset:
+    """Settings, and the memory that training needs with them."""
+
+    training: TrainingSection
+    """All of `[training]`."""
+    memory: TrainingMemory
+    is_config: bool
+    """Whether these are the settings of the config."""
+
+    @property
+    def keys(self) -> dict[str, object]:
+        """The keys that save memory, with their values."""
+        return saving_keys(self.training)
+
+    def fits(self, memory: int) -> bool:
+        """Whether training is expected to fit into `memory` bytes."""
+        return self.memory.peak + RESERVE <= memory
+
+    def __str__(self) -> str:
+        return ", ".join(to_toml(self.keys)) or "none of them"
+
+
+def estimate_presets(prepared: PreparedRun, batch: Batch, encoding: EncodingMemory) -> Iterator[MemoryPreset]:
+    """The presets from the fastest to the smallest; the config's settings come first if they are not a preset."""
+    current = prepared.config.training
+    presets = list(memory_presets(current, prepared.parts_in_memory))
+    for training in presets if current in presets else [current, *presets]:
+        config = evolve(prepared.config, training=training)
+        memory = training_memory(as_cpu_run(evolve(prepared, config=config)), batch, encoding)
+        yield MemoryPreset(training, memory, is_config=training == current)

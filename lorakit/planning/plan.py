@@ -1,4 +1,4 @@
-"""All that can be told of a run before it starts."""
+"""What is known of a run before it starts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ import torch
 from attrs import frozen
 
 from lorakit.planning.dummy_batches import BatchShape, Texts, largest_shape, make_batch
-from lorakit.planning.estimate import EncodingMemory, as_cpu_run, caption_encoding_memory, image_encoding_memory
-from lorakit.planning.memory_ladder import MemoryPreset, estimate_presets
+from lorakit.planning.estimate import (
+    EncodingMemory,
+    MemoryPreset,
+    as_cpu_run,
+    caption_encoding_memory,
+    estimate_presets,
+    image_encoding_memory,
+)
 from lorakit.planning.timing import Timing, measure
 from lorakit.training.prepare import PreparedRun
 from lorakit.training.runtime.distributed import Distributed
@@ -33,15 +39,15 @@ class Plan:
     """What encoding images needs."""
     captions: EncodingMemory | None
     """What encoding captions needs; None where that is part of each step."""
-    rungs: Sequence[MemoryPreset]
-    """The ladder of memory."""
+    presets: Sequence[MemoryPreset]
+    """Memory with each preset, and with the config's settings."""
     timing: Timing | None
     """Measured times; None if nothing was measured."""
 
     @property
-    def own(self) -> MemoryPreset:
-        """The rung of the config as it is."""
-        return next(rung for rung in self.rungs if rung.is_config)
+    def current(self) -> MemoryPreset:
+        """The settings of the config, with their memory."""
+        return next(preset for preset in self.presets if preset.is_config)
 
     @property
     def could_be_half(self) -> bool:
@@ -64,16 +70,16 @@ def make_plan(prepared: PreparedRun, *, measured: bool = False) -> Plan:
 
     Raises the errors that training would start with, as far as they show without weights.
     """
-    imagined = as_cpu_run(prepared)
+    cpu_run = as_cpu_run(prepared)
     log.info("estimating memory")
     model, texts, largest = (
-        build_model(imagined.config, torch.device("cpu")),
-        Texts.of(imagined),
+        build_model(cpu_run.config, torch.device("cpu")),
+        Texts.of(cpu_run),
         largest_shape(prepared),
     )
-    images = image_encoding_memory(imagined)
-    captions = None if prepared.encodes_captions else caption_encoding_memory(imagined)
-    rungs = tuple(estimate_presets(prepared, make_batch(largest, texts, model), images))
+    images = image_encoding_memory(cpu_run)
+    captions = None if prepared.encodes_captions else caption_encoding_memory(cpu_run)
+    presets = tuple(estimate_presets(prepared, make_batch(largest, texts, model), images))
     if measured:
         log.info("measuring steps")
     return Plan(
@@ -82,6 +88,6 @@ def make_plan(prepared: PreparedRun, *, measured: bool = False) -> Plan:
         largest=largest,
         images=images,
         captions=captions,
-        rungs=rungs,
+        presets=presets,
         timing=measure(prepared, texts) if measured else None,
     )

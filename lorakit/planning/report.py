@@ -8,21 +8,21 @@ from collections.abc import Iterator
 from lorakit.config.memory_presets import preset_diff, to_toml
 from lorakit.data.batch_sampler import buckets
 from lorakit.planning.dummy_batches import BatchShape
-from lorakit.planning.memory_ladder import RESERVE, first_that_fits
+from lorakit.planning.estimate import RESERVE
 from lorakit.planning.plan import Plan, schedule_of
 from lorakit.training.prepare import PreparedRun
 from lorakit.utils.bytes import in_gib
 from lorakit.utils.text_table import columns
 from lorakit.utils.wording import counted
 
-_HERE = "<- the config as it is"
+_HERE = "<- the current config"
 
 
 def report(plan: Plan, memory: int | None = None) -> Iterator[str]:
     """The lines of a plan but for the data; with `memory`, in bytes, also what to set so that training fits into it."""
     yield from _phases(plan)
     yield ""
-    yield from _ladder(plan)
+    yield from _presets(plan)
     yield ""
     if memory is not None:
         yield from _advice(plan, memory)
@@ -47,41 +47,41 @@ def data_report(prepared: PreparedRun) -> Iterator[str]:
 
 
 def _phases(plan: Plan) -> Iterator[str]:
-    training = plan.own.memory
+    training = plan.current.memory
     rows = [("encoding images", in_gib(plan.images.peak))]
     if plan.captions is not None:
         rows.append(("encoding captions", in_gib(plan.captions.peak)))
     rows += [
         (f"training, batches of {plan.largest.images} at {_size(plan.largest.size)}", in_gib(training.peak)),
-        ("  frozen weights", in_gib(training.frozen)),
+        ("  frozen weights", in_gib(training.weights)),
         ("  adapters, gradients, optimizer state", in_gib(training.trained)),
         ("  activations", in_gib(training.activations)),
     ]
     yield from columns(("phase", "memory in GiB, estimated"), rows)
 
 
-def _ladder(plan: Plan) -> Iterator[str]:
+def _presets(plan: Plan) -> Iterator[str]:
     yield "TRAINING IN GIB, ESTIMATED, WITH THESE KEYS OF [TRAINING]"
-    for rung in plan.rungs:
-        here = f"  {_HERE}" if rung.is_config else ""
-        yield from _wrapped(f"{in_gib(rung.memory.peak):>6}  {rung}{here}", indent=8)
-        if rung.is_config and plan.could_be_half:
-            yield f"{'~' + in_gib(_in_half_precision(plan)):>6}  {_half_precision(plan)}  (on a GPU faster, too)"
+    for preset in plan.presets:
+        here = f"  {_HERE}" if preset.is_config else ""
+        yield from _wrapped(f"{in_gib(preset.memory.peak):>6}  {preset}{here}", indent=8)
+        if preset.is_config and plan.could_be_half:
+            yield f"{'~' + in_gib(_in_half_precision(plan)):>6}  {_half_precision(plan)}  (also faster on a GPU)"
 
 
 def _advice(plan: Plan, memory: int) -> Iterator[str]:
     """What to set so that training fits into so many bytes."""
     given, reserve = f"{in_gib(memory)} GiB", f"{in_gib(RESERVE)} GiB left for PyTorch and the device's driver"
-    if plan.own.fits(memory):
-        yield from _wrapped(f"The config as it is fits into {given}, with {reserve}.")
-    fitting = first_that_fits(plan.rungs, memory)
-    if plan.could_be_half and not plan.own.fits(memory) and _in_half_precision(plan) + RESERVE <= memory:
-        yield from _wrapped(f"What should fit into {given}, with {reserve}, and is faster on a GPU, too:")
+    if plan.current.fits(memory):
+        yield from _wrapped(f"The current config fits into {given}, with {reserve}.")
+    fitting = next((preset for preset in plan.presets if preset.fits(memory)), None)
+    if plan.could_be_half and not plan.current.fits(memory) and _in_half_precision(plan) + RESERVE <= memory:
+        yield from _wrapped(f"What should fit into {given}, with {reserve}, and is also faster on a GPU:")
         yield from ("", "[training]", _half_precision(plan))
     elif fitting is None:
-        least = min(plan.rungs, key=lambda rung: rung.memory.peak)
+        least = min(plan.presets, key=lambda preset: preset.memory.peak)
         yield from _wrapped(
-            f"Nothing of this fits into {given}: the least, {least}, needs {in_gib(least.memory.peak)} GiB,"
+            f"No preset fits into {given}: the smallest, {least}, needs {in_gib(least.memory.peak)} GiB,"
             f" with {reserve}. What else helps: {', '.join(_other_ways(plan))}."
         )
     elif not fitting.is_config:
@@ -90,7 +90,9 @@ def _advice(plan: Plan, memory: int) -> Iterator[str]:
         yield from ("", "[training]", *to_toml(keys))
         if plan.could_be_half:
             yield ""
-            yield from _wrapped(f"With {_half_precision(plan)}, which is faster on a GPU, too, less of this may do.")
+            yield from _wrapped(
+                f"With {_half_precision(plan)}, which is also faster on a GPU, fewer of these may suffice."
+            )
 
 
 def _half_precision(plan: Plan) -> str:
@@ -100,8 +102,8 @@ def _half_precision(plan: Plan) -> str:
 
 def _in_half_precision(plan: Plan) -> int:
     """About what training would need in half precision, in bytes: half of all but what is trained."""
-    memory = plan.own.memory
-    return (memory.frozen + memory.activations) // 2 + memory.trained
+    memory = plan.current.memory
+    return (memory.weights + memory.activations) // 2 + memory.trained
 
 
 def _wrapped(text: str, indent: int = 0) -> list[str]:
@@ -112,7 +114,7 @@ def _wrapped(text: str, indent: int = 0) -> list[str]:
 
 
 def _other_ways(plan: Plan) -> Iterator[str]:
-    """What saves memory besides the ladder, as far as it is not done yet."""
+    """What saves memory besides the presets, and is not set yet."""
     config = plan.prepared.config
     if plan.could_be_half:
         yield f"training.{_half_precision(plan)}"
@@ -128,7 +130,7 @@ def _other_ways(plan: Plan) -> Iterator[str]:
 def _times(plan: Plan) -> Iterator[str]:
     timing = plan.timing
     if timing is None:
-        yield "Times are not guessed: add --measure to read the model and take a few steps."
+        yield "No times are estimated: add --measure to load the model and time a few steps."
         return
     rows = [(_shape(shape), f"{seconds:.3g}") for shape, seconds in timing.seconds.items()]
     yield from columns(("batch", f"seconds per step on {timing.device}, measured"), rows)
@@ -137,9 +139,9 @@ def _times(plan: Plan) -> Iterator[str]:
         f"All {plan.schedule.total_steps} steps: about {_duration(timing.run)}, without encoding, saves and previews"
     )
     if timing.peak is not None:
-        estimated = in_gib(plan.own.memory.peak)
+        estimated = in_gib(plan.current.memory.peak)
         found = f"{in_gib(timing.peak)} GiB measured, {estimated} GiB estimated"
-        yield from _wrapped(f"Most memory in use on {timing.device}: {found}")
+        yield from _wrapped(f"Peak memory on {timing.device}: {found}")
 
 
 def _size(size: tuple[int, int]) -> str:

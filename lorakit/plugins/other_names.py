@@ -8,11 +8,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-_LYCORIS = 'the plugin lorakit-network-modules has it: name = "lycoris.kohya" with args = {{ algo = "{algo}" }}'
+_LYCORIS = 'the plugin lorakit-network-modules provides it: name = "lycoris.kohya" with args = {{ algo = "{algo}" }}'
 _PLUGIN = "it is in the plugin {0}: pip install ./plugins/{0}"
 _PATH = 'write its class: "{0}"'
 _SDPA = "'sdpa' chooses among PyTorch's kernels, FlashAttention and the memory-efficient one among them"
 _NETWORK_MODULES = "lorakit-network-modules"
+
+PLUGINS: Mapping[str, Mapping[str, str]] = {
+    "network": {"lycoris.kohya": _NETWORK_MODULES},
+    "optimizer": {
+        "prodigy": "lorakit-prodigy",
+        "adamw_schedulefree": "lorakit-schedulefree",
+        "radam_schedulefree": "lorakit-schedulefree",
+        "sgd_schedulefree": "lorakit-schedulefree",
+    },
+    "observer": {"wandb": "lorakit-wandb"},
+}
+"""By kind, the components of the plugins in lorakit's repository, with the distribution that provides each."""
 
 OTHER_NAMES: Mapping[str, Mapping[str, str]] = {
     "network": {
@@ -27,19 +39,17 @@ OTHER_NAMES: Mapping[str, Mapping[str, str]] = {
         **{algo: _LYCORIS.format(algo=algo) for algo in ("loha", "lokr", "ia3", "glora", "boft", "dylora")},
         "oft": _LYCORIS.format(algo="diag-oft"),
         "lycoris": _PLUGIN.format(_NETWORK_MODULES) + ', with name = "lycoris.kohya"',
-        "lycoriskohya": _PLUGIN.format(_NETWORK_MODULES),
-        "networksdylora": _PLUGIN.format(_NETWORK_MODULES),
-        "networkslorafa": _PLUGIN.format(_NETWORK_MODULES),
+        "networksdylora": _LYCORIS.format(algo="dylora"),
+        "networkslorafa": "'lierla' and 'c3lier' train both matrices instead of one",
+        "networksoft": _LYCORIS.format(algo="diag-oft"),
+        "networksloha": _LYCORIS.format(algo="loha"),
+        "networkslokr": _LYCORIS.format(algo="lokr"),
     },
     "optimizer": {
         "adam": "'adamw' is nearest; " + _PATH.format("torch.optim.Adam"),
         "adam8bit": "did you mean 'adamw8bit'?",
         "8bitadam": "did you mean 'adamw8bit'?",
-        "prodigy": _PLUGIN.format("lorakit-prodigy"),
-        **{
-            name: _PLUGIN.format("lorakit-schedulefree")
-            for name in ("schedulefree", "adamwschedulefree", "radamschedulefree", "sgdschedulefree")
-        },
+        "schedulefree": _PLUGIN.format("lorakit-schedulefree"),
         "prodigyplusschedulefree": _PATH.format("prodigyplus.ProdigyPlusScheduleFree"),
         "came": _PATH.format("pytorch_optimizer.CAME"),
         "sgd": "'sgdnesterov' is nearest; " + _PATH.format("torch.optim.SGD"),
@@ -99,7 +109,6 @@ OTHER_NAMES: Mapping[str, Mapping[str, str]] = {
         "plms": "it is 'pndm' here",
     },
     "observer": {
-        "wandb": _PLUGIN.format("lorakit-wandb"),
         "weightsandbiases": _PLUGIN.format("lorakit-wandb"),
         "tensorboardx": "did you mean 'tensorboard'?",
         "tb": "did you mean 'tensorboard'?",
@@ -137,5 +146,8 @@ def meaning_of(kind: str, name: str, known: Iterable[str]) -> str:
     Differences in spelling, such as case and underscores, are recognised.
     """
     wanted = normalized(name)
-    same = next((name for name in known if normalized(name) == wanted), None)
-    return f"did you mean {same!r}?" if same else OTHER_NAMES.get(kind, {}).get(wanted, "")
+    same = next((other for other in known if normalized(other) == wanted), None)
+    if same:
+        return f"did you mean {same!r}?"
+    plugins = {normalized(other): _PLUGIN.format(plugin) for other, plugin in PLUGINS.get(kind, {}).items()}
+    return plugins.get(wanted) or OTHER_NAMES.get(kind, {}).get(wanted, "")

@@ -34,21 +34,21 @@ class PromptSettings:
     """How a picture is drawn."""
 
     negative_prompt: str = ""
-    """What to lead the pictures away from."""
+    """Negative prompt."""
     width: int | None = field(default=None, converter=optional(round_side), validator=v.optional(v.le(LARGEST_SIDE)))
-    """Width in pixels, rounded down to a multiple of 8 or what the model needs, at least 64; when absent, the model's
-    usual one, 512 for Stable Diffusion 1.x."""
+    """Width in pixels, rounded down to a multiple of 8 or what the model needs, at least 64; if absent, the model's
+    default, 512 for Stable Diffusion 1.x."""
     height: int | None = field(default=None, converter=optional(round_side), validator=v.optional(v.le(LARGEST_SIDE)))
-    """Height in pixels, rounded down likewise; when absent, the model's usual one."""
+    """Height in pixels, likewise."""
     steps: int = field(default=30, validator=[v.ge(1), v.le(MOST_STEPS)])
-    """Steps of the sampler."""
+    """Number of sampling steps."""
     scale: float = field(default=7.5, validator=v.ge(0))
-    """Scale of classifier-free guidance (Ho & Salimans, 2022, arXiv:2207.12598); up to 1 there is none, and no negative
-    prompt."""
+    """Classifier-free guidance scale (Ho & Salimans, 2022, arXiv:2207.12598); at most 1 disables guidance and the
+    negative prompt."""
     seed: int | None = field(default=None, validator=v.optional(v.ge(0)))
-    """Seed of the noise; when absent, each prompt gets one from `training.seed`, the same at each preview."""
+    """Seed of the noise; if absent, derived from `training.seed` for each prompt, the same for every preview."""
     sampler: str | None = None
-    """The sampler; `lorakit plugins sampler` lists them. When absent, `ddim`, or `flow_euler` for flow matching."""
+    """Sampler; `lorakit plugins sampler` lists them. If absent, `ddim`, or `flow_euler` for flow matching."""
 
 
 @frozen(kw_only=True)

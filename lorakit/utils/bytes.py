@@ -17,11 +17,11 @@ def parse_size(text: str) -> int:
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(i?)(B?)\s*", text, re.IGNORECASE)
     if found is None or (found[3] and not found[2]):
-        raise ValueError(f"{text!r} is no amount of memory; write a number and a unit: 8GB, 7.5GiB, 512MiB")
+        raise ValueError(f"{text!r} is not an amount of memory; write a number and a unit: 8GB, 7.5GiB, 512MiB")
     prefix = found[2].upper() if found[2] or found[4] else "G"
     size = int(float(found[1]) * (1024 if found[3] else 1000) ** _PREFIXES[prefix])
     if not size:
-        raise ValueError(f"{text!r} is no memory at all")
+        raise ValueError(f"{text!r} is zero bytes")
     return size
 
 

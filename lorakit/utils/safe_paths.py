@@ -11,7 +11,7 @@ from pathlib import Path
 def require_regular_file(path: Path) -> None:
     """Raise OSError for what is no file, such as a pipe or a device: to read it could take forever."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "it is no regular file")
+        raise OSError(errno.EINVAL, "it is not a regular file")
 
 
 def list_files(folder: Path) -> list[str]:

@@ -16,6 +16,22 @@ def counted(number: int, word: str, plural: str = "") -> str:
     return f"{number} {word if number == 1 else plural or word + 's'}"
 
 
+def counted_in(count: int, noun: str, place: str, verb: str = "are") -> str:
+    """`1 image in photos is` or `3 images in photos are`; `have` and other verbs likewise."""
+    singular = {"are": "is", "have": "has"}.get(verb, f"{verb}s")
+    return f"{counted(count, noun)} in {place} {singular if count == 1 else verb}"
+
+
+def some(texts: Sequence[str], most: int = 3, more: str = ", …") -> str:
+    """The first of several texts; `more`, which may contain `{}` for their number, if there are others."""
+    return ", ".join(texts[:most]) + (more.format(len(texts) - most) if len(texts) > most else "")
+
+
+def some_names(files: Sequence[Path], most: int = 3) -> str:
+    """The names of the first of several files, without their folders, and an ellipsis if there are more."""
+    return some([file.name for file in files], most)
+
+
 def listed(words: Sequence[str]) -> str:
     """Words as a sentence lists them: `a`, `a and b`, `a, b and c`."""
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))

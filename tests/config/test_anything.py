@@ -13,7 +13,7 @@ from lorakit.config.dataset_tables import DATASET_KEYS, SUBSET_KEYS, UNSUPPORTED
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.dump import to_toml
 from lorakit.config.load import COMPONENT_SECTIONS, PLAIN_SECTIONS, SECTIONS, config_from_tables
-from lorakit.config.suggestions import KOHYA_NAMES
+from lorakit.config.sd_scripts import OTHER_KEYS
 from lorakit.config.table_reader import field_names
 from lorakit.config.toml_files import read_toml
 from lorakit.config.train_config import TrainConfig
@@ -28,7 +28,7 @@ CATALOG = Catalog.discover()
 KEYS = sorted(
     {"name", "family", "config", "datasets", "general", "subsets", *SECTIONS, *DATASET_KEYS, *SUBSET_KEYS}
     | {key for found in CATALOG.registrations for key in field_names(found.component)}
-    | {*list(KOHYA_NAMES)[::5], *list(UNSUPPORTED_DEFAULTS)[::3]}
+    | {*list(OTHER_KEYS)[::5], *list(UNSUPPORTED_DEFAULTS)[::3]}
 )
 NAMES = sorted({name for base in REGISTRATION_HOOKS.values() for name in CATALOG.of_kind(base)})
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lorakit.config.dataset_tables import EMPTY, IGNORED_KEYS, UNSUPPORTED_DEFAULTS
+from lorakit.config.dataset_tables import EMPTY_VALUES, IGNORED_KEYS, UNSUPPORTED_DEFAULTS
 from lorakit.config.datasets import DataSection, SubsetConfig
 from lorakit.config.train_config import TrainConfig
 from tests.config.conftest import Tables
@@ -173,7 +173,7 @@ def test_a_dataset_file_stands_alone(data_problems: Callable[..., dict[str, str]
     (base / "good.toml").write_text('[[datasets]]\nresolution=64\n[[datasets.subsets]]\nimage_dir="photos"')
     found = data_problems({"config": "good.toml", "batch_size": 2, "image_dir": "more", "nonsense": 1})
     assert set(found) == {"data.batch_size", "data.image_dir", "data.nonsense"}
-    assert "cannot stand beside data.config (write it in the dataset file)" in found["data.batch_size"]
+    assert "cannot be combined with data.config (write it in the dataset file)" in found["data.batch_size"]
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", '{"datasets": [', "null"])
@@ -191,16 +191,16 @@ def test_options_of_sd_scripts_that_are_not_here(
     table = {"image_dir": "photos", "resolution": 64}
     assert data_of({**table, name: UNSUPPORTED_DEFAULTS[name]}) == data_of(table)
     found = data_problems({**table, name: "something"})
-    assert "is an option of sd-scripts that lorakit does not have" in found[f"data.{name}"]
+    assert "is an option of sd-scripts that lorakit does not support" in found[f"data.{name}"]
 
 
-@pytest.mark.parametrize("name", sorted(EMPTY))
+@pytest.mark.parametrize("name", sorted(EMPTY_VALUES))
 def test_empty_values_count_as_absent(
     data_of: Callable[..., DataSection], data_problems: Callable[..., dict[str, str]], name: str
 ) -> None:
     """An empty value of a key that files of sd-scripts may leave empty says as much as none."""
     subset = {"image_dir": "photos"}
-    assert data_of({"datasets": [{"resolution": 64, "subsets": [{**subset, name: EMPTY[name]}]}]}) == data_of(
+    assert data_of({"datasets": [{"resolution": 64, "subsets": [{**subset, name: EMPTY_VALUES[name]}]}]}) == data_of(
         {**subset, "resolution": 64}
     )
     assert list(data_problems({**subset, "resolution": 64, name: 5})) == [f"data.{name}"]
@@ -256,7 +256,7 @@ def test_masks_belong_to_one_subset(data_problems: Callable[..., dict[str, str]]
 
 
 def test_masks_win_over_transparency(read: Read, tables: Tables) -> None:
-    """That alpha_mask has no effect beside a folder of masks is a warning."""
+    """That alpha_mask has no effect with a folder of masks is a warning."""
     data = {"image_dir": "photos", "resolution": 64, "conditioning_data_dir": "more", "alpha_mask": True}
     warnings = {warning.key: warning.message for warning in read({**tables, "data": data}).warnings()}
     assert "has no effect" in warnings["data.alpha_mask"]
@@ -313,7 +313,7 @@ def test_caption_options_in_every_scope(data_of: Callable[..., DataSection], nam
         ("token_warmup_min", -1, "must be at least 0"),
         ("caption_prefix", 1, "must be a text in quotes"),
         ("enable_wildcard", 1, "must be true or false"),
-        ("keep_tokens_separator", ",", "must not be a part of caption_separator"),
+        ("keep_tokens_separator", ",", "must not be part of caption_separator"),
         ("secondary_separator", "a,b", "must not contain caption_separator, ','"),
         ("prior_loss_weight", -1, "must be at least 0"),
     ],
@@ -391,7 +391,7 @@ def test_subsets_that_are_switched_off(
     for datasets in ([{"subsets": [on, off]}], [{"subsets": [off]}, {"subsets": [on]}]):
         data = {"general": {"resolution": 64}, "datasets": datasets}
         warnings = {warning.key: warning.message for warning in read({**tables, "data": data}).warnings()}
-        assert warnings["data.num_repeats"].startswith("is 0, which leaves out ")
+        assert warnings["data.num_repeats"].startswith("is 0, which disables ")
         assert warnings["data.num_repeats"].endswith("nowhere")
     short = {"resolution": 64, **off}
     message = "is 0 in every subset, so there is nothing to train on (1 is usual)"

@@ -11,7 +11,7 @@ import pytest
 import tomlkit
 
 from lorakit.config.load import config_from_tables, read_config
-from lorakit.config.suggestions import KOHYA_NAMES
+from lorakit.config.sd_scripts import OTHER_KEYS
 from lorakit.config.train_config import TrainConfig
 from lorakit.errors import ConfigError
 from lorakit.plugins.catalog import Catalog
@@ -72,8 +72,8 @@ def test_every_section_is_read(read: Read, tables: Tables, base: Path) -> None:
         ("training", "process_timeout", "5", "must be a number, not '5'"),
         ("output", "name", "a\udce9", "must be UTF-8, not 'a\\udce9'"),
         ("training", "gradient_checkpointing", "false", "must be true or false, or a number, not 'false'"),
-        ("training", "gradient_checkpointing", 0, "must be true, false or a share between 0 and 1, not 0"),
-        ("training", "gradient_checkpointing", 1, "must be true, false or a share between 0 and 1, not 1"),
+        ("training", "gradient_checkpointing", 0, "must be true, false or a fraction between 0 and 1, not 0"),
+        ("training", "gradient_checkpointing", 1, "must be true, false or a fraction between 0 and 1, not 1"),
         ("training", "gradient_checkpointing", float("nan"), "must be true or false, or a finite number, not nan"),
         ("training", "mixed_precision", "fp8", "must be one of 'no', 'fp16', 'bf16', not 'fp8'"),
         ("training", "mixed_precision", False, "must be one of 'no', 'fp16', 'bf16', not false"),
@@ -90,16 +90,26 @@ def test_every_section_is_read(read: Read, tables: Tables, base: Path) -> None:
         ("network", "parts", [], "must not be empty"),
         ("network", "alpha", 0, "must be more than 0, not 0.0"),
         ("model", "vae", 3, "must be a path in quotes, not 3"),
-        ("model", "vae", "~nobody_of_this_name/vae", "starts with the home folder of a user who is not known"),
+        ("model", "vae", "~nobody_of_this_name/vae", "starts with the home folder of an unknown user"),
         ("model", "max_token_length", 75.0, "must be one of 75, 150, 225, not 75.0"),
         ("output", "name", ["a"], "must be a text in quotes, such as \"text\", not ['a']"),
         ("output", "name", "a/b", "must be a plain file name, without folders, not 'a/b'"),
         ("output", "name", "..", "must be a plain file name"),
-        ("output", "name", "mine.safetensors", "must be without the file's extension, which is added: 'mine'"),
-        ("output", "name", "mine.v2.CKPT", "must be without the file's extension, which is added: 'mine.v2'"),
-        ("output", "name", "a:b", "must not hold :, which Windows has in no file name"),
-        ("output", "name", '<a|"b"?*>', 'must not hold " * < > ? |'),
-        ("output", "name", "CON", "must not be 'CON', which Windows keeps for a device"),
+        (
+            "output",
+            "name",
+            "mine.safetensors",
+            "must not include the file extension, which is added automatically",
+        ),
+        (
+            "output",
+            "name",
+            "mine.v2.CKPT",
+            "added automatically: 'mine.v2'",
+        ),
+        ("output", "name", "a:b", "must not contain :, which Windows does not allow in file names"),
+        ("output", "name", '<a|"b"?*>', 'must not contain " * < > ? |'),
+        ("output", "name", "CON", "must not be 'CON', which is a reserved name on Windows"),
         ("output", "name", "lpt1.best", "must not be 'lpt1.best'"),
         ("output", "name", "mine ", "must be a plain file name"),
         ("output", "name", "", "must be a plain file name"),
@@ -202,7 +212,7 @@ def test_names_of_sd_scripts_lead_to_keys_that_exist(tables: Tables, base: Path,
         "num_cycles": "cosine_with_restarts", "timescale": "inverse_sqrt", "decay_steps": "warmup_stable_decay",
         "min_lr_ratio": "warmup_stable_decay",
     }  # fmt: skip
-    for meant in KOHYA_NAMES.values():
+    for meant in OTHER_KEYS.values():
         section, _, rest = meant.partition(".")
         key = rest.split(" ")[0].rstrip(",")
         if not key.isidentifier() or not section.isidentifier() or key == "name" or meant == "data.config":
@@ -503,10 +513,10 @@ def test_keys_that_cannot_be_unset(base: Path, catalog: Catalog, override: str, 
         ("optimizer.lr", "must be KEY=VALUE, not 'optimizer.lr'"),
         ("=3", "must be KEY=VALUE, not '=3'"),
         ("optimizer..lr=3", "must be KEY=VALUE"),
-        ("observers[1].name=x", "observers[1].name does not lead to a key"),
-        ("observers.first.name=x", "observers.first.name does not lead to a key"),
-        ("output.dir.name=x", "output.dir.name does not lead to a key"),
-        ("output.dir.name.more=x", "output.dir.name.more does not lead to a key"),
+        ("observers[1].name=x", "observers[1].name is not the path of a key"),
+        ("observers.first.name=x", "observers.first.name is not the path of a key"),
+        ("output.dir.name=x", "output.dir.name is not the path of a key"),
+        ("output.dir.name.more=x", "output.dir.name.more is not the path of a key"),
     ],
 )
 def test_overrides_that_cannot_be(base: Path, catalog: Catalog, override: str, message: str) -> None:
@@ -565,7 +575,7 @@ def test_components_that_refuse_their_values(
     ("section", "name", "words"),
     [
         ("network", "locon", "LoCon is 'c3lier' here"),
-        ("network", "LoHa", "the plugin lorakit-network-modules has it"),
+        ("network", "LoHa", "the plugin lorakit-network-modules provides it"),
         ("network", "networks.lora", "a plain LoRA is 'lierla' here"),
         ("network", "dora", "dora = true"),
         ("network", "C3-Lier", "did you mean 'c3lier'?"),
@@ -607,10 +617,10 @@ def test_every_name_of_the_table_leads_to_a_component(catalog: Catalog) -> None:
 
 
 DOUBTFUL: list[tuple[Tables, str, str]] = [
-    ({"optimizer": {"name": "dadaptation", "lr": 1e-4}}, "optimizer.lr", "hardly anything is learnt"),
+    ({"optimizer": {"name": "dadaptation", "lr": 1e-4}}, "optimizer.lr", "it hardly trains"),
     ({"optimizer": {"name": "dadaptlion", "lr": 0.1}}, "optimizer.lr", "set 1"),
     ({"optimizer": {"name": "adamw", "lr": 1.0}}, "optimizer.lr", "0.0001 is usual"),
-    ({"optimizer": {"name": "adamw8bit", "unet_lr": 0.02}}, "optimizer.lr", "0.02 is far above"),
+    ({"optimizer": {"name": "adamw8bit", "unet_lr": 0.02}}, "optimizer.lr", "0.02 is far too high"),
     ({"optimizer": {"name": "lion", "lr": 4e-3}}, "optimizer.lr", "3e-05 is usual"),
     ({"network": {"rank": 1000, "alpha": 1000.0}}, "network.rank", "4 to 128 are usual"),
     ({"network": {"rank": 64, "alpha": 0.001}}, "network.alpha", "multiplies what is learnt by 1.6e-05"),

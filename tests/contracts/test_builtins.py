@@ -72,6 +72,10 @@ ATTRIBUTES: Mapping[str, Mapping[str, Any]] = {
     "torch.optim.lr_scheduler.StepLR": {"stretches": False},
     "inverse_sqrt": {"stretches": False},
     "validation": {"run_settings": {"data": {"validation_split": 0.25}, "network": {"dropout": 0.2}}},
+    "metadata_file": {
+        "files": {"list.jsonl": '{"file_name": "beach.png", "text": "a beach"}\n{"file_name": "snow.png"}\n'},
+        "subset_settings": {"metadata_file": Path("list.jsonl")},
+    },
     "samples": {"files": {"prompts.txt": "a beach --w 64 --h 64 --s 2\n"}},
     "ckpt": {"keeps_metadata": False},
     "pt": {"keeps_metadata": False},

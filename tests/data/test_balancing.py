@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.data.balancing import balanced_repeats
+from lorakit.data.index import balanced_repeats
 
 
 @pytest.mark.parametrize(

@@ -85,16 +85,16 @@ def test_batch_holds_what_the_formula_says(cache: Cache, dataset: DatasetConfig)
     batch = loader.load(share_of(1, 2, epoch=3, repeat=4, of=8))
     for row, example in enumerate(loader.datasets[0].examples[1:3]):
 
-        def generator(purpose: str, identity: str = example.identity) -> np.random.Generator:
+        def generator(purpose: str, identity: str = example.sample_id) -> np.random.Generator:
             return keyed_generator(7, purpose, 3, identity, 4)
 
-        entry = cache.load(loader.latent_keys[example.identity, False])
+        entry = cache.load(loader.latent_keys[example.sample_id, False])
         epsilon = generator("posterior").standard_normal(entry["mean"].shape, dtype=np.float32)
         torch.testing.assert_close(batch.latents[row], entry["mean"] + entry["std"] * torch.from_numpy(epsilon))
         noise = generator("noise").standard_normal(entry["mean"].shape, dtype=np.float32)
         assert torch.equal(batch.noise[row], torch.from_numpy(noise))
         assert batch.timesteps[row] == generator("timestep").integers(1000)
-        assert batch.sample_seeds[row] == derived_seed(7, "dropout", 3, example.identity, 4)
+        assert batch.sample_seeds[row] == derived_seed(7, "dropout", 3, example.sample_id, 4)
         conditioning = cache.load(loader.captions.keys[example.caption])
         assert all(torch.equal(batch.conditioning[name][row], tensor) for name, tensor in conditioning.items())
     assert batch.latents.shape == (2, 4, 10, 14)
@@ -177,7 +177,7 @@ def test_draws_have_the_right_distributions(cache: Cache, with_subset: WithSubse
     """Over many epochs: noise is standard normal, timesteps are even over their range, half of the images mirrored."""
     loader = make_loader(with_subset(flip_aug=True), cache)
     example = loader.datasets[0].examples[1]
-    means = [cache.load(loader.latent_keys[example.identity, mirrored])["mean"] for mirrored in (False, True)]
+    means = [cache.load(loader.latent_keys[example.sample_id, mirrored])["mean"] for mirrored in (False, True)]
     batches = [loader.load(share_of(1, epoch=epoch)) for epoch in range(400)]
     noise = torch.stack([batch.noise for batch in batches])
     assert abs(float(noise.mean())) < 0.01
@@ -258,7 +258,7 @@ def test_regularisation_images_are_weighted(cache: Cache, dataset: DatasetConfig
 def test_cache_removed_while_in_use(cache: Cache, dataset: DatasetConfig):
     """An entry that vanished is an error that names it and the cure."""
     loader = make_loader(dataset, cache)
-    key = loader.latent_keys[loader.datasets[0].examples[1].identity, False]
+    key = loader.latent_keys[loader.datasets[0].examples[1].sample_id, False]
     next(cache.folder.rglob(f"{key}.safetensors")).unlink()
     with pytest.raises(DataError, match=rf"{key}\.safetensors: was removed .*start again"):
         loader.load(share_of(1))

@@ -47,12 +47,12 @@ def test_latents_are_those_of_the_encoder(
     dataset = with_subset(flip_aug=True)
     keys = fill(cache, dataset, model, batch_size=batch_size, workers=workers)
     examples = index_datasets([dataset])[0].examples
-    assert keys.keys() == {(example.identity, mirrored) for example in examples for mirrored in (False, True)}
+    assert keys.keys() == {(example.sample_id, mirrored) for example in examples for mirrored in (False, True)}
     for example in examples:
         pixels = torch.tensor(load_pixels(example.image, example.placement)) / 127.5 - 1
         for mirrored, image in ((False, pixels), (True, pixels.flip(1))):
             mean, std = TinyModel().vae_encoder.encode(image.permute(2, 0, 1)[None])
-            entry = cache.load(keys[example.identity, mirrored])
+            entry = cache.load(keys[example.sample_id, mirrored])
             torch.testing.assert_close(entry, {"mean": mean[0].detach(), "std": std[0].detach()})
     sizes = {1: [1] * 10, 2: [1, 1, 1, 1, 2, 2, 1, 1], 3: [1, 1, 1, 1, 3, 3]}[batch_size]
     assert model.vae_encoder.batch_sizes == sizes

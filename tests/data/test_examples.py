@@ -35,7 +35,7 @@ def test_examples_of_a_folder(dataset: DatasetConfig):
     assert [example.placement.bucket for example in indexed.examples] == [(96, 96), *[(112, 80)] * 3, (80, 112)]
     first = indexed.examples[0]
     assert first.caption == "photo, astronaut, sharp"
-    assert first.identity == "0/0/astronaut.png"
+    assert first.sample_id == "0/0/astronaut.png"
     assert first.subset is dataset.subsets[0]
 
 
@@ -46,7 +46,7 @@ def test_identity_does_not_depend_on_where_the_folder_is(dataset: DatasetConfig,
     moved = with_subset(image_dir=elsewhere)
 
     def identities(*datasets: DatasetConfig) -> list[str]:
-        return [example.identity for indexed in index_datasets(datasets) for example in indexed.examples]
+        return [example.sample_id for indexed in index_datasets(datasets) for example in indexed.examples]
 
     assert identities(moved) == identities(dataset)
     twice = evolve(dataset, subsets=dataset.subsets * 2)
@@ -77,14 +77,14 @@ def test_images_of_one_stem_share_a_caption(folder: Path, dataset: DatasetConfig
         image.rotate(180).save(folder / "chelsea.jpg")
     pair = [example for example in index_datasets([dataset])[0].examples if example.image.stem == "chelsea"]
     assert [example.caption for example in pair] == ["photo, chelsea, sharp"] * 2
-    assert len({example.identity for example in pair}) == 2
+    assert len({example.sample_id for example in pair}) == 2
 
 
 def test_name_that_is_no_text(folder: Path, with_subset: WithSubset):
     """A file name with bytes that are no UTF-8 still has an identity that can be a key."""
     shutil.copy(folder / "coffee.png", os.fsencode(folder) + b"/A\xff.png")
     examples = index_datasets([with_subset()])[0].examples
-    assert examples[0].identity.encode() == rb"0/0/A\udcff.png"
+    assert examples[0].sample_id.encode() == rb"0/0/A\udcff.png"
 
 
 def test_missing_captions(folder: Path, dataset: DatasetConfig, with_subset: WithSubset):
@@ -111,7 +111,7 @@ def test_all_bad_files_are_told_at_once(folder: Path, dataset: DatasetConfig, wi
     assert lines[0] == "4 problems with the data:"
     assert sorted(lines[1:]) == sorted(
         [
-            f"  {empty}: holds no images"
+            f"  {empty}: contains no images"
             " (image_dir is searched for PNG, JPEG, WebP, AVIF, TIFF, BMP or GIF files, not in folders inside it)",
             f"  {folder / 'nowhere'}: cannot be listed: No such file or directory"
             " (check image_dir; relative paths are relative to the config file)",
@@ -237,7 +237,7 @@ def test_unused_regularisation_images_are_told(dataset: DatasetConfig, folder: P
 
 
 FOUND = [
-    (["20_fluffy dog"], """holds no images; 1 is in "FOLDER/20_fluffy dog" (as kohya_ss has it: """
+    (["20_fluffy dog"], """contains no images; 1 is in "FOLDER/20_fluffy dog" (as kohya_ss has it: """
      """image_dir = "FOLDER/20_fluffy dog", num_repeats = 20, class_tokens = "fluffy dog")"""),
     (["img/3_cat"], """1 is in "FOLDER/img/3_cat" (as kohya_ss has it: image_dir = "FOLDER/img/3_cat", """
      """num_repeats = 3, class_tokens = "cat")"""),
@@ -245,7 +245,7 @@ FOUND = [
     (["photos"], """1 is in "FOLDER/photos" (image_dir = "FOLDER/photos")"""),
     (["a", "b/c", "d", "e"], """1 is in "FOLDER/a", 1 is in "FOLDER/d", 1 is in "FOLDER/e", … """
      """(each in a [[data.datasets.subsets]]; image_dir = "FOLDER/a")"""),
-    ([".hidden", "a/b/c/d"], "holds no images (image_dir is searched for"),
+    ([".hidden", "a/b/c/d"], "contains no images (image_dir is searched for"),
 ]  # fmt: skip
 
 
@@ -277,6 +277,6 @@ def test_subsets_that_are_switched_off(dataset: DatasetConfig, folder: Path):
     """Without repeats a subset has no examples though its folder is gone, and the others keep their identities."""
     off, on = SubsetConfig(image_dir=folder / "gone", num_repeats=0), dataset.subsets[0]
     (indexed,) = index_datasets([evolve(dataset, subsets=(off, on))])
-    assert [example.identity.split("/")[1] for example in indexed.examples] == ["1"] * 5
+    assert [example.sample_id.split("/")[1] for example in indexed.examples] == ["1"] * 5
     none, some = index_datasets([evolve(dataset, subsets=(off,)), dataset])
     assert (len(none.examples), len(some.examples)) == (0, 5)

@@ -56,7 +56,7 @@ def test_images_and_captions_of_a_metadata_file(
         ("inner/coffee.png", "cup, saucer"),
         ("rocket.png", rocket),
     ]
-    assert [example.identity for example in indexed.examples] == [
+    assert [example.sample_id for example in indexed.examples] == [
         "0/0/astronaut.png", "0/0/chelsea", "0/0/inner/coffee.png", "0/0/rocket.png",
     ]  # fmt: skip
 
@@ -88,20 +88,20 @@ def test_the_hubs_form(listed: Path, with_subset: WithSubset, name: str):
         ("a.jsonl", "", "a.jsonl: lists no images"),
         ("a.jsonl", '{"file_name": "rocket.png"}\n\n{"file_name": ', r"is not valid JSON: .* \(line 3 of the file\)"),
         ("a.jsonl", "{}\n" + "[" * 100000, r"a\.jsonl: is not valid JSON: .* \(line 2 of the file\)"),
-        ("a.json", '{"gone.png": {"caption": "a"}}', "a.json: gone.png: is no image file"),
-        ("a.json", '{"gone": {"caption": "a"}}', "a.json: gone: is no image file"),
+        ("a.json", '{"gone.png": {"caption": "a"}}', "a.json: gone.png: is not an image file"),
+        ("a.json", '{"gone": {"caption": "a"}}', "a.json: gone: is not an image file"),
         ("a.json", '{"rocket.png": "a rocket"}', "rocket.png: must have caption and tags"),
         ("a.json", '{"rocket.png": {"caption": ["a"]}}', "rocket.png: must have caption and tags"),
         ("a.json", r'{"rocket.png": {"tags": "a \ud83d"}}', "must have caption and tags, each a text in UTF-8"),
         (
             "a.jsonl",
             '{"caption": "a"}',
-            r"does not say its image's path \(it is looked for in image_path, file_name",
+            r"has no image path \(expected in one of the keys image_path, file_name",
         ),
-        ("a.csv", "a,b\n1,2\n", "does not say its image's path"),
+        ("a.csv", "a,b\n1,2\n", "has no image path"),
         ("a.csv", "file_name,text\n", "a.csv: lists no images"),
-        ("a.jsonl", '{"file_name": "a.heic", "text": "a"}', r"a\.heic: is of a format that is not read \(convert it"),
-        ("a.jsonl", '{"file_name": "../a.png", "text": "a"}', r"\.\./a\.png: leads out of image_dir"),
+        ("a.jsonl", '{"file_name": "a.heic", "text": "a"}', r"a\.heic: has an unsupported format \(convert it"),
+        ("a.jsonl", '{"file_name": "../a.png", "text": "a"}', r"\.\./a\.png: is outside image_dir"),
         ("a.jsonl", '{"image_path": "rocket.png"}\n{"image_path": "rocket.png"}', "rocket.png: is listed twice"),
     ],
 )

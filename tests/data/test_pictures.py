@@ -122,7 +122,7 @@ def test_masks_of_files(cache: Cache, with_subset: WithSubset, masks: Path) -> N
 def test_masks_are_mirrored_with_their_images(cache: Cache, with_subset: WithSubset, masks: Path) -> None:
     """In the epochs in which an image is mirrored, so is its mask."""
     loader = loader_of([with_subset(conditioning_data_dir=masks, flip_aug=True)], cache)
-    identity = loader.datasets[0].examples[1].identity
+    identity = loader.datasets[0].examples[1].sample_id
     upright, mirrored = (cache.load(loader.latent_keys[identity, flip]) for flip in (False, True))
     assert torch.equal(upright["mask"].flip(2), mirrored["mask"])
     seen = set()
@@ -243,7 +243,7 @@ def test_only_what_changes_is_encoded_live(cache: Cache, with_subset: WithSubset
     datasets = index_datasets([dataset])
     keys = encode_latents(datasets, model, cache, EncodeOptions(device=CPU))
     assert {identity for identity, _ in keys} == {"0/0/astronaut.png"}
-    assert {example.identity for example in datasets[0].examples if not example.is_augmented} == {"0/0/astronaut.png"}
+    assert {example.sample_id for example in datasets[0].examples if not example.is_augmented} == {"0/0/astronaut.png"}
     assert not encode_latents(
         index_datasets([with_subset(color_aug=True)]), TinyModel(), cache, EncodeOptions(device=CPU)
     )

@@ -124,7 +124,7 @@ def test_captions_that_are_used_in_part(folder: Path, with_subset: WithSubset):
         f"1 caption in {folder} has several lines, of which the first is used: rocket.txt ({cure})",
     ]
     assert said(with_subset(enable_wildcard=True, class_tokens="cat")) == [
-        f"{empty} (write captions, or remove the files to train on class_tokens)"
+        f"{empty} (write captions, or remove the files to train with class_tokens)"
     ]
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from lorakit.api.components import ModelFamilyConfig, ObserverConfig
 from lorakit.config.load import COMPONENT_SECTIONS, config_from_tables, read_config
-from lorakit.config.suggestions import KOHYA_NAMES
+from lorakit.config.sd_scripts import OTHER_KEYS
 from lorakit.errors import ConfigError
 from lorakit.plugins.catalog import Catalog
 from tests.config.conftest import SD1_SHAPES, write_lora, write_safetensors
@@ -226,7 +226,7 @@ def test_keys_for_sd_scripts_users_exist() -> None:
         named = set(re.findall(r"`([a-z_]+\.[a-z_]+)\b(?!\.toml)", right)) - {"config.toml"}
         assert named <= keys, line
         for option in re.findall(r"--(\w+)", left):
-            suggested = re.findall(r"^[a-z_]+\.[a-z_]+\b", KOHYA_NAMES.get(option, ""))
+            suggested = re.findall(r"^[a-z_]+\.[a-z_]+\b", OTHER_KEYS.get(option, ""))
             assert not named or set(suggested) <= named, line
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.kohya.options import OPTIONS
+from lorakit.config.sd_scripts import OPTIONS
 from tests.fuzz.mutations import count, few
 from tests.untrusted.hostile import run_command
 

@@ -70,13 +70,13 @@ def test_warmup_is_steps_or_a_share(text: str, value: float) -> None:
         (["--optimzer_type", "AdamW"], "--optimzer_type: is not an option of train_network.py (did you mean --optimi"),
         (["--network_dim=8.5"], "--network_dim: must be a whole number, not '8.5'"),
         (["--learning_rate=fast"], "--learning_rate: must be a number, not 'fast'"),
-        (["--lr_warmup_steps=1.5"], "--lr_warmup_steps: must be whole steps, or a share below 1, not '1.5'"),
+        (["--lr_warmup_steps=1.5"], "--lr_warmup_steps: must be a number of steps, or a fraction below 1, not '1.5'"),
         (["--mixed_precision=fp8"], "--mixed_precision: must be one of no, fp16, bf16, not 'fp8'"),
         (["--max_token_length=75"], "--max_token_length: must be one of 150, 225, not 75"),
         (["--seed"], "--seed: expected one argument"),
         (["--sdpa=1"], "--sdpa: ignored explicit argument"),
         (["--save_every", "1"], "ambiguous option: --save_every"),
-        (["--vae=my", "vae.pt"], "'vae.pt': belongs to no option (a value with blanks"),
+        (["--vae=my", "vae.pt"], "'vae.pt': does not belong to any option (a value with spaces"),
     ],
 )
 def test_wrong_options(words: list[str], message: str) -> None:
@@ -97,7 +97,7 @@ def test_all_unknown_options_are_named() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["accelerate", "launch", "sdxl_train_network.py"], "sdxl_train_network.py: is another script"),
+        (["accelerate", "launch", "sdxl_train_network.py"], "sdxl_train_network.py: is not train_network.py"),
         (["accelerate", "launch"], "neither names train_network.py nor starts with one of its options"),
     ],
 )
@@ -109,8 +109,8 @@ def test_other_commands(words: list[str], message: str) -> None:
 
 
 def test_open_quotation() -> None:
-    """A quotation mark without its partner is said to be one."""
-    with pytest.raises(ConfigError, match="quotation mark without its partner"):
+    """An unclosed quotation mark is said to be one."""
+    with pytest.raises(ConfigError, match="an unclosed quotation mark"):
         split(['train_network.py --vae "a b'])
 
 
@@ -196,14 +196,14 @@ def test_starters(start: str, tmp_path: Path) -> None:
         ("resize_lora.py", "it changes LoRA files"),
         ("svd_merge_lora.py", "it changes LoRA files"),
         ("gen_img.py", "it generates images"),
-        ("my_train.py", "is another script than train_network.py (lorakit"),
+        ("my_train.py", "is not train_network.py (lorakit"),
     ],
 )  # fmt: skip
 def test_other_scripts(script: str, words: str) -> None:
     """Of another script it is said what it trains."""
     with pytest.raises(ConfigError) as raised:
         script_arguments(["accelerate", "launch", rf"D:\sd-scripts\{script}", "--sdpa"])
-    assert str(raised.value).startswith(f"{script}: is another script than train_network.py")
+    assert str(raised.value).startswith(f"{script}: is not train_network.py")
     assert words in str(raised.value)
 
 
@@ -213,5 +213,5 @@ def test_where_a_config_file_is(tmp_path: Path) -> None:
         read_arguments(["--config_file=gone"], tmp_path)
     assert str(raised.value) == (
         f"--config_file: {tmp_path / 'gone.toml'} cannot be read: No such file or directory"
-        f" (it is looked for in {tmp_path})"
+        f" (expected in one of the keys {tmp_path})"
     )

@@ -201,11 +201,11 @@ def test_options_without_effect_are_told(converted: Convert) -> None:
     )  # fmt: skip
     assert sorted(remarks(draft)) == [
         "--lr_scheduler_num_cycles: has no effect with --lr_scheduler=cosine",
-        "--max_train_steps: has no effect beside --max_train_epochs",
+        "--max_train_steps: has no effect with --max_train_epochs",
         "--network_args: conv_alpha=2 has no effect without a conv_dim above 0",
-        "--save_last_n_steps: has no effect, as nothing is saved every so many epochs or steps",
+        "--save_last_n_steps: has no effect, as there are no intermediate saves",
         "--text_encoder_lr: 0.25 has no effect, as networks.lora takes only the first",
-        "--train_data_dir: has no effect beside --dataset_config",
+        "--train_data_dir: has no effect with --dataset_config",
     ]
 
 
@@ -225,7 +225,7 @@ def test_components_that_are_not_there(
     least = tuple(word for word in LEAST if not word.startswith(words[0].partition("=")[0]))
     own = Catalog(tuple(found for found in catalog.registrations if found.provider.is_of("lorakit")))
     draft = converted(*words, least=least, with_catalog=own)
-    assert [remark.message for remark in draft.remarks] == ["has no counterpart yet"]
+    assert [remark.message for remark in draft.remarks] == ["has no counterpart"]
     assert key in [problem.key for problem in check(draft, folder, own)]
 
 
@@ -342,7 +342,7 @@ def test_secrets_are_not_shown(converted: Convert) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--use_8bit_adam", "--optimizer_type=Lion"], "--optimizer_type: cannot stand beside --use_8bit_adam"),
+        (["--use_8bit_adam", "--optimizer_type=Lion"], "--optimizer_type: cannot be combined with --use_8bit_adam"),
         (["--lr_warmup_steps=5"], "--lr_warmup_steps: cannot be used with --lr_scheduler=constant"),
         (["--lr_warmup_steps=5", "--lr_scheduler_type=StepLR"], "cannot be used with --lr_scheduler_type=StepLR"),
         (["--lr_scheduler=cosine_with_min_lr"], "--lr_scheduler_min_lr_ratio: is missing, which --lr_scheduler=cos"),
@@ -354,8 +354,8 @@ def test_secrets_are_not_shown(converted: Convert) -> None:
         (["--network_args", "conv_dim=x"], "--network_args conv_dim: must be a whole number, not 'x'"),
         (["--network_args", "conv_dim"], "--network_args: must be key=value, not 'conv_dim'"),
         (["--network_args", "up_lr_weight=0.5"], "or the name of a preset such as sine+0.25, not '0.5'"),
-        (["--network_args", "block_dims=1,x"], "block_dims: must be whole numbers with commas between them, not '1,x'"),
-        (["--optimizer_args", "relative_step=true"], "--optimizer_args relative_step: is not a value of Python: true"),
+        (["--network_args", "block_dims=1,x"], "block_dims: must be comma-separated integers, not '1,x'"),
+        (["--optimizer_args", "relative_step=true"], "--optimizer_args relative_step: is not a Python literal: true"),
         (["--log_with=tensorboard"], "--log_with: tensorboard needs --logging_dir"),
         (["--network_train_unet_only", "--network_train_text_encoder_only"], "as nothing would be trained"),
     ],
@@ -408,7 +408,7 @@ def test_folders_without_repeats(converted: Convert, folder: Path) -> None:
     with pytest.raises(ConfigError, match="has no folder with a name such as 10_cat"):
         converted("--train_data_dir=train/notes", least=FOLDERS)
     draft = converted("--train_data_dir=gone", least=FOLDERS)
-    assert "gone cannot be looked into" in remarks(draft)[0]
+    assert "gone cannot be searched" in remarks(draft)[0]
     assert draft.tables()["data"]["datasets"][0]["subsets"] == [{"image_dir": "gone"}]
 
 
@@ -477,7 +477,7 @@ def test_base_weights(converted: Convert, folder: Path, tmp_path_factory: pytest
     draft = converted(*words, "0.25", "2", "3")
     assert draft.tables()["model"]["base_weights_multipliers"] == [0.5, 0.25]
     assert remarks(draft) == [
-        "--base_weights_multiplier: 2 3 has no effect, as --base_weights names no more files",
+        "--base_weights_multiplier: 2 3 has no effect, as there are no more files in --base_weights",
     ]
     assert "base_weights" not in converted("--base_weights_multiplier=1.0").tables()["model"]
 
@@ -529,7 +529,7 @@ def test_faces_and_buckets(converted: Convert) -> None:
     """sd-scripts does not crop around faces where it sorts into buckets, so the config does not either."""
     draft = converted("--face_crop_aug_range=2,4", "--enable_bucket", least=FOLDERS)
     assert "face_crop_aug_range" not in draft.tables()["data"]["datasets"][0]
-    assert "--face_crop_aug_range: has no effect beside --enable_bucket" in remarks(draft)
+    assert "--face_crop_aug_range: has no effect with --enable_bucket" in remarks(draft)
 
 
 @pytest.mark.parametrize("text", ["2", "2,4,6", "2,x"])
@@ -642,9 +642,9 @@ def test_compiling(words: list[str], expected: dict[str, Any], told: str, conver
         ("img/10_cat", "img/10_cat is the folder with the images (give its parent: --train_data_dir=img)"),
         ("10_cat", "10_cat is the folder with the images (give its parent: --train_data_dir=.)"),
         ("img", "img has no folder with a name such as 10_cat, but img/sub has (--train_data_dir=img/sub)"),
-        ("photos", "photos has no folder with a name such as 10_cat, but images of its own, which sd-scripts does not"
-         " find (move them into photos/10_cat: each is trained 10 times an epoch then)"),
-        ("notes/", "notes/ has no folder with a name such as 10_cat (sd-scripts would find nothing to train on)"),
+        ("photos", "photos has no folder with a name such as 10_cat, but contains images itself, which sd-scripts "
+         "ignores (move them into photos/10_cat: each is then trained 10 times per epoch)"),
+        ("notes/", "notes/ has no folder with a name such as 10_cat (sd-scripts would find no images)"),
     ],
 )  # fmt: skip
 def test_folders_one_level_off(name: str, message: str, converted: Convert, folder: Path) -> None:
@@ -697,7 +697,7 @@ def test_modules_for_other_models(module: str, words: str, converted: Convert) -
     ("module", "args", "cure"),
     [
         ("networks.dylora", ["unit=4"], 'algo = "dylora"'),
-        ("networks.lora_fa", [], "trains both factors"),
+        ("networks.lora_fa", [], "train both matrices"),
         ("networks.oft", [], 'algo = "diag-oft"'),
         ("networks.loha", [], 'algo = "loha"'),
         ("networks.lokr", ["factor=4"], 'algo = "lokr"'),

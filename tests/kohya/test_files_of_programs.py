@@ -16,12 +16,12 @@ from safetensors import safe_open
 
 import lorakit
 from lorakit.config.load import config_from_tables, read_config
+from lorakit.config.sd_scripts import OPTIONS
 from lorakit.config.train_config import TrainConfig
 from lorakit.errors import ConfigError
 from lorakit.kohya.command_line import read_arguments
 from lorakit.kohya.conversion import convert
 from lorakit.kohya.draft import Draft
-from lorakit.kohya.options import OPTIONS
 from lorakit.kohya.writing import to_text
 from lorakit.plugins.catalog import Catalog
 from tests.kohya.test_conversion import remarks
@@ -70,10 +70,9 @@ def test_options_file_of_the_gui(form: str, read: Read, folder: Path, catalog: C
     line += rf' "C:\kohya_ss\sd-scripts\train_network.py" --config_file {GUI_TOML}'
     draft = read(*{"alone": [GUI_TOML], "--config_file": ["--config_file", GUI_TOML], "a line": [line]}[form])
     assert remarks(draft) == [
-        f"{GUI_TOML}: sd-scripts passes over epoch, lowvram, noise_offset_type, stop_text_encoder_training, and so does"
-        " lorakit",
-        "--train_data_dir: 0_none is left out, as its name does not start with a number of repeats",
-        "--train_data_dir: notes is left out, as its name does not start with a number of repeats",
+        f"{GUI_TOML}: epoch, lowvram, noise_offset_type, stop_text_encoder_training: ignored, as in sd-scripts",
+        "--train_data_dir: 0_none is ignored, as its name does not start with a number of repeats",
+        "--train_data_dir: notes is ignored, as its name does not start with a number of repeats",
     ]
     made = config(draft, folder)
     assert (made.training.max_steps, made.training.mixed_precision, made.training.seed) == (18, "fp16", 1234)
@@ -126,12 +125,12 @@ def test_preset_of_the_gui(read: Read, folder: Path) -> None:
     draft = read("preset-2023.json")
     assert remarks(draft) == [
         "preset-2023.json: stop_text_encoder_training: has no effect, as in the GUI itself",
-        "preset-2023.json: does not say: the base model, the images, the folder for what is saved (set it in the"
-        " config, or add --pretrained_model_name_or_path=… --train_data_dir=… --output_dir=… behind the file)",
+        "preset-2023.json: does not set the base model, the images, the output folder (set it in the"
+        " config, or add --pretrained_model_name_or_path=… --train_data_dir=… --output_dir=… after the file)",
     ]
     words = ["--pretrained_model_name_or_path=model.safetensors", "--train_data_dir=train", "--output_dir=out"]
     draft = read("preset-2023.json", *words, "--network_dim=4")
-    assert len([text for text in remarks(draft) if "does not say" in text]) == 0
+    assert len([text for text in remarks(draft) if "does not set" in text]) == 0
     made = config(draft, folder)
     assert (made.training.max_epochs, made.training.mixed_precision, made.training.seed) == (2, "bf16", 42)
     assert (made.loss.noise_offset, made.loss.min_snr_gamma) == (0.05, None)
@@ -144,11 +143,10 @@ def test_preset_of_the_gui(read: Read, folder: Path) -> None:
 def test_lora_scripts(read: Read, folder: Path) -> None:
     """The default file of lora-scripts is read with its previews left out, as only its starter names the prompts."""
     draft = read("default.toml")
-    told = [text for text in remarks(draft) if "left out, as its name" not in text]
+    told = [text for text in remarks(draft) if "is ignored, as its name" not in text]
     assert told == [
-        "default.toml: sd-scripts passes over lr_restart_cycles, and so does lorakit",
-        "--sample_every_n_epochs: is left out, as nothing says what to draw"
-        " (add --sample_prompts=FILE behind the file)",
+        "default.toml: lr_restart_cycles: ignored, as in sd-scripts",
+        "--sample_every_n_epochs: is ignored, as there are no prompts (add --sample_prompts=FILE after the file)",
     ]
     made = config(draft, folder)
     assert (made.training.max_epochs, made.output.keep_last, made.output.save_n_epoch_ratio) == (10, 499, None)
@@ -197,7 +195,7 @@ def test_the_command(read: Read, folder: Path) -> None:
     assert read_config(folder / "a.toml").network.rank == 8  # type: ignore[attr-defined]
     (folder / "model.safetensors").unlink()
     done = run(folder, "from-kohya", "gui.json", "-o", "b.toml")
-    assert done.stdout == "Wrote b.toml. Mend what is listed, then: lorakit check b.toml\n"
+    assert done.stdout == "Wrote b.toml. Fix the problems above, then: lorakit check b.toml\n"
     assert "to mend: model.path: " in done.stderr
 
 
@@ -268,7 +266,7 @@ def test_types_of_lora(type_: str, module: str, args: dict[str, str] | None, rea
     [
         ({"sdxl": True}, "changed.json: sdxl: is set, so the file is for SDXL (lorakit trains LoRA for Stable"),
         ({"flux1_checkbox": True}, "flux1_checkbox: is set, so the file is for FLUX"),
-        ({"LoRA_type": "Flux1"}, "LoRA_type: 'Flux1' is for another model, or not known"),
+        ({"LoRA_type": "Flux1"}, "LoRA_type: 'Flux1' is for another model, or unknown"),
         ({"network_dim": "big"}, "changed.json: network_dim: must be a whole number, not 'big'"),
         ({"additional_parameters": "--netwrok_dim=4"}, "additional_parameters: --netwrok_dim: is not an option"),
     ],
@@ -288,7 +286,7 @@ def test_other_json(read: Read, folder: Path) -> None:
         '{"init_word": "x", "max_resolution": "512,512", "optimizer": "AdamW"}': ": it is for an embedding",
     }.items():
         (folder / "other.json").write_text(content)
-        with pytest.raises(ConfigError, match=rf"other\.json: is no file of kohya_ss for LoRA training{does}"):
+        with pytest.raises(ConfigError, match=rf"other\.json: is not a kohya_ss file for LoRA training{does}"):
             read("other.json")
     with pytest.raises(ConfigError, match=r"gone\.json: .*cannot be read: No such file"):
         read("gone.json")
@@ -299,10 +297,10 @@ def test_what_is_not_in_a_config(read: Read, folder: Path) -> None:
     name = gui(folder, num_processes=3, multi_gpu=True, dynamo_backend="inductor", train_inpainting=True)
     told = [text for text in remarks(read(name)) if text.startswith(name)]
     assert told == [
-        "changed.json: train_inpainting: is left out: inpainting models are not trained",
+        "changed.json: train_inpainting: is ignored: lorakit does not train inpainting models",
         "changed.json: num_processes: is not part of a config (accelerate launch --num_processes 3 -m lorakit train"
         " CONFIG)",
-        "changed.json: dynamo_backend: is an option of accelerate and left out (training.compile = true,"
+        "changed.json: dynamo_backend: is an option of accelerate and is ignored (training.compile = true,"
         ' training.compile_backend = "inductor")',
     ]
 
@@ -315,7 +313,7 @@ def test_tables_in_tables(read: Read, folder: Path) -> None:
     with pytest.raises(ConfigError) as raised:
         read("nested.toml")
     assert [problem.key for problem in raised.value.problems] == ["nested.toml: args", "nested.toml: dataset_args"]
-    assert "is a table in a table, which sd-scripts does not read" in str(raised.value)
+    assert "is a nested table, which sd-scripts ignores" in str(raised.value)
 
 
 def test_small_bucket_steps(read: Read, folder: Path) -> None:
@@ -331,8 +329,8 @@ def test_keys_of_a_page(read: Read, folder: Path) -> None:
     text = (FILES / "autosave.toml").read_text()
     (folder / "page.toml").write_text(f'{text}conv_dim = 4\npositive_prompts = "a cat"\nmodel_train_type = "sd-lora"\n')
     told = remarks(read("page.toml"))
-    assert "page.toml: sd-scripts passes over model_train_type, and so does lorakit" in told
-    assert [text for text in told if "passes over conv_dim, positive_prompts" in text and "config/autosave" in text]
+    assert "page.toml: model_train_type: ignored, as in sd-scripts" in told
+    assert [text for text in told if "conv_dim, positive_prompts" in text and "config/autosave" in text]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -362,7 +360,7 @@ def test_unknown_keys(read: Read, folder: Path) -> None:
     """Keys of other programs are remarks; a key that is nearly an option is misspelt and an error."""
     known = "pretrained_model_name_or_path='model.safetensors'\noutput_dir='out'\nnetwork_module='networks.lora'\n"
     (folder / "a.toml").write_text(f"{known}train_data_dir = 'train'\nlearning_rate_te = 1e-5\nt5xxl = ''\nfoo = 1\n")
-    assert "a.toml: sd-scripts passes over learning_rate_te, t5xxl, foo, and so does lorakit" in remarks(read("a.toml"))
+    assert "a.toml: learning_rate_te, t5xxl, foo: ignored, as in sd-scripts" in remarks(read("a.toml"))
     for key in ("learning_rte", "netwrok_dim", "max_train_epoch", "save_every_n_epoch"):
         (folder / "a.toml").write_text(f"{known}train_data_dir = 'train'\n{key} = 1\n")
         with pytest.raises(ConfigError, match=rf"a\.toml: {key}: is not an option of train_network.py \(did you mean"):

@@ -71,12 +71,12 @@ def test_missing_files_are_warnings(tmp_path: Path) -> None:
     assert result.returncode == 0
     lines = result.stderr.splitlines()
     assert all(line.startswith(("warning: ", "to mend: ")) for line in lines)
-    assert result.stdout == "Wrote config.toml. Mend what is listed, then: lorakit check config.toml\n"
-    assert [line for line in lines if line.startswith("warning: --deepspeed: has no counterpart yet")]
+    assert result.stdout == "Wrote config.toml. Fix the problems above, then: lorakit check config.toml\n"
+    assert [line for line in lines if line.startswith("warning: --deepspeed: has no counterpart")]
     assert [line for line in lines if "model.safetensors does not exist" in line]
     assert [line for line in lines if "my_dataset_config.toml cannot be read" in line]
     text = (tmp_path / "config.toml").read_text()
-    assert "#   --deepspeed: has no counterpart yet" in text
+    assert "#   --deepspeed: has no counterpart" in text
 
 
 def test_mistakes(tmp_path: Path) -> None:

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from lorakit.config.suggestions import KOHYA_NAMES
+from lorakit.config.sd_scripts import GROUPS, OPTIONS, OTHER_KEYS, Option
 from lorakit.kohya.option_status import OptionStatus, known_keys, option_status
-from lorakit.kohya.options import GROUPS, OPTIONS, Option
 from lorakit.plugins.catalog import Catalog
 from tests.docs.pages import ROOT
 from tests.docs.test_pages import known_keys as keys_of_the_reference
@@ -128,10 +127,10 @@ def test_plugins_have_the_keys_of_their_options() -> None:
 
 def test_agrees_with_suggestions() -> None:
     """What `lorakit check` suggests for an option's name is the key that the table names."""
-    common = [name for name in KOHYA_NAMES if name in OPTIONS and OPTIONS[name].key]
+    common = [name for name in OTHER_KEYS if name in OPTIONS and OPTIONS[name].key]
     assert len(common) > 20
     for name in common:
-        suggested = re.match(r"[a-z_]+\.[a-z_]+\b", KOHYA_NAMES[name])
+        suggested = re.match(r"[a-z_]+\.[a-z_]+\b", OTHER_KEYS[name])
         assert not suggested or suggested[0] == OPTIONS[name].key.partition(" = ")[0], name
 
 
@@ -171,7 +170,7 @@ def test_options_without_a_counterpart_are_told(name: str, converted: Convert) -
     """An option that nothing does the same as is noted, with its value, and changes nothing else."""
     draft = converted(*words(OPTIONS[name]))
     (told,) = [remark for remark in draft.remarks if remark.key.startswith(f"--{name}")]
-    assert told.message == "has no counterpart yet" or "beside --dataset_config" in told.message
+    assert told.message == "has no counterpart" or "beside --dataset_config" in told.message
     assert draft.tables() == converted().tables()
 
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 import lorakit
 from lorakit.api.components import ObserverConfig
 from lorakit.config.load import config_from_tables
+from lorakit.config.sd_scripts import OPTIONS
 from lorakit.errors import ConfigError
 from lorakit.kohya.command_line import read_arguments
 from lorakit.kohya.conversion import check, convert
 from lorakit.kohya.option_status import known_keys
-from lorakit.kohya.options import OPTIONS
 from lorakit.kohya.writing import to_text
 from lorakit.plugins.catalog import Catalog
 from tests.kohya.conftest import LEAST, Convert
@@ -79,7 +79,7 @@ def test_what_has_no_effect_is_told(converted: Convert) -> None:
         "--wandb_run_name: has no effect without --log_with=wandb",
     ]
     told = remarks(converted("--log_with=wandb", "--log_tracker_config=tracker.toml"))
-    assert [text for text in told if "its key job_type is left out" in text]
+    assert [text for text in told if "its key job_type is ignored" in text]
     assert [
         text for text in remarks(converted("--log_with=wandb", "--log_tracker_config=no.toml")) if "no.toml" in text
     ]
@@ -129,8 +129,8 @@ def test_resume_wins_over_weights(converted: Convert) -> None:
     draft = converted("--resume=out/at-state/", "--network_weights=a.safetensors")
     assert draft.tables()["network"]["weights"] == "out/at-state/model.safetensors"
     assert sorted(remarks(draft)) == [
-        "--network_weights: has no effect beside --resume",
-        "--resume: gives the weights alone: optimizer and schedule start anew, at the first step",
+        "--network_weights: has no effect with --resume",
+        "--resume: loads only the weights: optimizer and schedule start over at the first step",
     ]
     draft = converted("--resume=me/x/state", "--resume_from_huggingface")
     assert "weights" not in draft.tables()["network"]

@@ -9,9 +9,9 @@ import pytest
 
 import lorakit
 from lorakit.config.load import config_from_tables
+from lorakit.config.sd_scripts import OPTIONS
 from lorakit.errors import ConfigError
 from lorakit.kohya.conversion import check
-from lorakit.kohya.options import OPTIONS
 from lorakit.plugins.catalog import Catalog
 from lorakit.previews.prompts import find_sampler
 from tests.kohya.conftest import Convert
@@ -62,7 +62,7 @@ def test_what_has_no_effect_is_told(converted: Convert) -> None:
     ]
     both = converted("--sample_prompts=p.txt", "--sample_every_n_steps=1", "--sample_every_n_epochs=1")
     assert [str(remark) for remark in both.remarks] == [
-        "--sample_every_n_steps: has no effect beside --sample_every_n_epochs"
+        "--sample_every_n_steps: has no effect with --sample_every_n_epochs"
     ]
 
 

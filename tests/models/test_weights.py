@@ -102,5 +102,5 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     torch.save({"a": torch.randn(300)}, tmp_path / "x.ckpt")
     content = (tmp_path / "x.ckpt").read_bytes()
     (tmp_path / "x.ckpt").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ModelError, match=r"x\.ckpt is not a whole PyTorch checkpoint"):
+    with pytest.raises(ModelError, match=r"x\.ckpt is not a complete PyTorch checkpoint"):
         open_tensors(tmp_path / "x.ckpt")

@@ -39,8 +39,8 @@ def test_plan(folder: Path) -> None:
     assert "4 images; 2 batches and 2 steps per epoch; 6 steps in all, 3 epochs" in lines
     for start in ("encoding images ", "encoding captions ", "training, batches of 3 at 64x64 ", "  activations "):
         assert any(line.startswith(start) for line in lines), start
-    assert "The config as it is fits into 0.56 GiB, with 0.50 GiB left for PyTorch and the" in lines
-    assert any(line.endswith('  mixed_precision = "bf16"  (on a GPU faster, too)') for line in lines)
+    assert "The current config fits into 0.56 GiB, with 0.50 GiB left for PyTorch and the" in lines
+    assert any(line.endswith('  mixed_precision = "bf16"  (also faster on a GPU)') for line in lines)
     assert max(map(len, lines)) <= 80
     assert any(line.startswith("3 of 64x64 ") for line in lines)
     assert any(line.startswith("All 6 steps: about ") for line in lines)

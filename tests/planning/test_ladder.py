@@ -1,4 +1,4 @@
-"""The ladder of memory: what its rungs are, and which one is proposed."""
+"""Presets that save memory: what they are, and which one is proposed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from attrs import evolve
 
 from lorakit.config.memory_presets import preset_diff
 from lorakit.data.batch_sampler import buckets
-from lorakit.planning.memory_ladder import RESERVE, first_that_fits
+from lorakit.planning.estimate import RESERVE
 from lorakit.planning.plan import Plan, make_plan
 from lorakit.planning.report import report
 from lorakit.training.prepare import prepare
@@ -41,94 +41,87 @@ def plan(make_config, plans: dict[str, Plan]) -> Any:
     return make
 
 
-def test_rungs(plan) -> None:
-    """What is exact comes first; more recomputation, and then fewer bits, need less and less."""
-    rungs = plan().rungs
-    forms = ["", "int8_base", "nf4_base"]
-    whole, int8, nf4 = ([rung for rung in rungs if form in rung.keys or not form] for form in forms)
-    assert [rung.keys for rung in rungs] == [
+def test_presets(plan) -> None:
+    """Exact settings come first; each preset needs less than the one before."""
+    presets = plan().presets
+    assert [preset.keys for preset in presets] == [
         NEITHER,
-        {"gradient_checkpointing": 0.5},
         {"gradient_checkpointing": True},
-        {"int8_base": ("unet",)},
         {"gradient_checkpointing": True, "int8_base": ("unet",)},
-        {"nf4_base": ("unet",)},
         {"gradient_checkpointing": True, "nf4_base": ("unet",)},
     ]
-    for chain in (whole[:3], int8, nf4, rungs[2::2]):
-        assert all(one.memory.peak > next_.memory.peak for one, next_ in pairwise(chain))
-    assert [rung.is_config for rung in rungs] == [True, *[False] * 6]
+    assert all(one.memory.peak > next_.memory.peak for one, next_ in pairwise(presets))
+    assert [preset.is_config for preset in presets] == [True, False, False, False]
 
 
-def test_config_that_is_no_rung_is_a_line_of_its_own(plan) -> None:
-    """Other settings come first and are marked; what they keep lies between what the rungs next to them keep."""
+def test_config_that_is_no_preset_is_a_line_of_its_own(plan) -> None:
+    """Other settings come first and are marked; what they keep lies between what the presets next to them keep."""
     made = plan(gradient_checkpointing=0.25)
-    first, none, half, *others = made.rungs
-    assert first is made.own
+    first, none, full, *others = made.presets
+    assert first is made.current
     assert first.keys == {"gradient_checkpointing": 0.25}
-    assert none.memory.kept > first.memory.kept > half.memory.kept
-    assert len(others) == 5
-    (line,) = [line for line in report(made) if line.endswith("<- the config as it is")]
+    assert none.memory.saved_activations > first.memory.saved_activations > full.memory.saved_activations
+    assert len(others) == 2
+    (line,) = [line for line in report(made) if line.endswith("<- the current config")]
     assert "  gradient_checkpointing = 0.25 " in line
 
 
-def test_first_rung_that_fits(plan) -> None:
+def test_first_preset_that_fits(plan) -> None:
     """The fastest that fits is proposed, as keys with which the config needs no more than there is."""
     made = plan()
-    for index in (0, 2, 4):
-        rung = made.rungs[index]
-        memory = rung.memory.peak + RESERVE
-        assert first_that_fits(made.rungs, memory) is rung
-        fitting = first_that_fits(made.rungs, memory - 1)
-        assert fitting is not rung
-        assert fitting is None or fitting.memory.peak < rung.memory.peak
+    for index in range(4):
+        preset = made.presets[index]
+        memory = preset.memory.peak + RESERVE
+        assert next(preset for preset in made.presets if preset.fits(memory)) is preset
+        fitting = next((preset for preset in made.presets if preset.fits(memory - 1)), None)
+        assert fitting is not preset
+        assert fitting is None or fitting.memory.peak < preset.memory.peak
         text = "\n".join(report(made, memory))
         assert ("The config as it is fits" in text) == (index == 0)
         if index:
             keys = tomlkit.parse(text[text.index("[training]") :].split("\n\n")[0])["training"]
-            assert {key: tuple(own) if isinstance(own, list) else own for key, own in keys.items()} == rung.keys
+            assert {key: tuple(own) if isinstance(own, list) else own for key, own in keys.items()} == preset.keys
 
 
 def test_nothing_fits(plan) -> None:
     """Where even the smallest is too large, that is said, with what it needs and what else helps."""
     made = plan()
-    least = min(rung.memory.peak for rung in made.rungs)
+    least = min(preset.memory.peak for preset in made.presets)
     text = " ".join(line.strip() for line in report(made, least + RESERVE - 1))
-    assert "Nothing of this fits" in text
-    assert 'the least, gradient_checkpointing = true, nf4_base = ["unet"], needs 0.0' in text
+    assert "No preset fits" in text
+    assert 'the smallest, gradient_checkpointing = true, nf4_base = ["unet"], needs 0.0' in text
     assert "a lower network.rank" in text
     assert "mixed_precision" not in text
 
 
 def test_keys_that_the_config_should_do_without(plan) -> None:
-    """What the config sets and the rung does not is taken back, so that the keys can be written as they are."""
+    """What the config sets and the preset does not is taken back, so that the keys can be written as they are."""
     made = plan(gradient_checkpointing=0.25)
     own = evolve(made.prepared.config.training, fp8_base=("unet",), nf4_base=("unet",))
-    plain, nf4 = made.rungs[1], made.rungs[6]
+    plain, nf4 = made.presets[1], made.presets[4]
     assert preset_diff(plain.training, own) == {"gradient_checkpointing": False, "fp8_base": (), "nf4_base": ()}
-    assert preset_diff(nf4.training, own) == {"gradient_checkpointing": False, "nf4_base": ("unet",), "fp8_base": ()}
+    assert preset_diff(nf4.training, own) == {"gradient_checkpointing": True, "nf4_base": ("unet",), "fp8_base": ()}
 
 
-def test_text_encoder_gets_fewer_bits_where_it_is_in_memory(make_config) -> None:
+def test_text_encoder_gets_quantized_where_it_is_in_memory(make_config) -> None:
     """Rungs name the parts that are there while the network trains, the config's own device plays no part."""
     config = make_config(data={"shuffle_caption": True}, network=UNET, training={"device": "auto"})
     made = make_plan(prepare(config))
-    assert made.rungs[3].keys == {"int8_base": ("unet", "text_encoder")}
+    assert made.presets[2].keys == {"gradient_checkpointing": True, "int8_base": ("unet", "text_encoder")}
     assert made.captions is None
 
 
-def test_streamed_weights_are_the_last_rungs(plan) -> None:
+def test_streamed_weights_are_the_last_presets(plan) -> None:
     """A device with memory of its own can go further: what is streamed leaves two blocks on it, in whatever form."""
-    _, _, exact, *others, whole, int8, nf4 = plan(device="auto").rungs
-    assert [rung.keys for rung in (whole, int8, nf4)] == [
-        {"gradient_checkpointing": True, **form, "stream_base": ("unet",)}
-        for form in ({}, {"int8_base": ("unet",)}, {"nf4_base": ("unet",)})
+    _, exact, *others, whole, nf4 = plan(device="auto").presets
+    assert [preset.keys for preset in (whole, nf4)] == [
+        {"gradient_checkpointing": True, **form, "stream_base": ("unet",)} for form in ({}, {"nf4_base": ("unet",)})
     ]
-    assert not any("stream_base" in rung.keys for rung in (exact, *others))
-    assert 0.6 * exact.memory.frozen > whole.memory.frozen > int8.memory.frozen > nf4.memory.frozen
-    assert nf4.memory.frozen < others[-1].memory.frozen
+    assert not any("stream_base" in preset.keys for preset in (exact, *others))
+    assert 0.6 * exact.memory.weights > whole.memory.weights > nf4.memory.weights
+    assert nf4.memory.weights < others[-1].memory.weights
     assert whole.memory.trained == exact.memory.trained
-    assert whole.memory.kept <= exact.memory.kept
+    assert whole.memory.saved_activations <= exact.memory.saved_activations
 
 
 def test_measured_times(make_config) -> None:

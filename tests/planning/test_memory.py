@@ -32,7 +32,7 @@ from lorakit.training.setup import attach_network, build_run, load_model
 from lorakit.training.step.loss import Criterion, denoising_loss
 
 CPU = torch.device("cpu")
-NO_IMAGES = EncodingMemory(weights=0, passing=0)
+NO_IMAGES = EncodingMemory(weights=0, transient=0)
 SHAPE = BatchShape(2, (96, 64))
 LOSS = 4
 """Bytes of the loss, which is there when the forward pass ends and is not kept for the backward pass."""
@@ -101,7 +101,7 @@ def test_activations_are_those_of_a_real_step(make_config, network: str, precisi
     """What is kept is what autograd has saved after a real forward pass, to the byte."""
     config = make_config(network={"name": network, **UNET}, training={"mixed_precision": precision, **training})
     prepared = prepare(config)
-    assert estimate(prepared).kept - LOSS == saved_by_autograd(prepared) > 100_000
+    assert estimate(prepared).saved_activations - LOSS == saved_by_autograd(prepared) > 100_000
 
 
 REAL: Mapping[str, Mapping[str, Any]] = {
@@ -125,10 +125,14 @@ def test_imagined_tensors_take_what_real_ones_take(make_config, sections: Any) -
     prepared = prepare(make_config(**sections))
     batch = example(prepared)
     real, found = training_memory(prepared, batch, NO_IMAGES, MemoryTracker), estimate(prepared)
-    assert evolve(real, kept=found.kept, passing=found.passing) == found
-    assert real.passing == pytest.approx(found.passing, rel=0.01)
+    assert evolve(real, saved_activations=found.saved_activations, transient=found.transient) == found
+    assert real.transient == pytest.approx(found.transient, rel=0.01)
     table = 3 * 4 * load_model(prepared.config, CPU).noise.num_timesteps
-    assert 0 <= real.kept - found.kept <= sum(tensor.nbytes for tensor in given_in(batch)) + table
+    assert (
+        0
+        <= real.saved_activations - found.saved_activations
+        <= sum(tensor.nbytes for tensor in given_in(batch)) + table
+    )
 
 
 @pytest.mark.parametrize("form", [{}, {"int8_base": ["unet"]}, {"nf4_base": ["unet", "text_encoder"]}], ids=str)
@@ -138,7 +142,7 @@ def test_weights_are_as_large_as_the_real_ones(make_config, precision: str, form
     prepared = prepare(make_config(training={"mixed_precision": precision, **form}))
     found = estimate(prepared)
     model = load_model(prepared.config, CPU)
-    assert found.frozen == sum(tensor.nbytes for tensor in tensors_of(parts_of(model, prepared)))
+    assert found.weights == sum(tensor.nbytes for tensor in tensors_of(parts_of(model, prepared)))
     _, groups = attach_network(model, prepared.config)
     trained = sum(parameter.nbytes for group in groups for parameter in group.parameters)
     assert found.adapters == found.gradients == trained
@@ -166,7 +170,7 @@ def test_encoding(make_config) -> None:
     assert captions.weights == sum(tensor.nbytes for tensor in tensors_of([model.text_encoder.module]))
     four = image_encoding_memory(prepare(make_config(network=UNET, data={"encode_batch_size": 4})))
     assert four.weights == images.weights
-    assert 3.9 < four.passing / images.passing < 4.1
+    assert 3.9 < four.transient / images.transient < 4.1
 
 
 def test_images_that_vary_are_encoded_meanwhile(make_config) -> None:
@@ -175,13 +179,13 @@ def test_images_that_vary_are_encoded_meanwhile(make_config) -> None:
     encoding = image_encoding_memory(varied)
     before = training_memory(still, example(still), encoding)
     after = training_memory(varied, example(varied), encoding)
-    assert after.frozen - before.frozen == encoding.weights
+    assert after.weights - before.weights == encoding.weights
     assert after.peak - before.peak == encoding.peak
 
 
 def sizes_of(prepared: PreparedRun, shapes: list[BatchShape]) -> Iterator[int]:
     """What is kept for batches of these shapes."""
-    return (estimate(prepared, shape).kept for shape in shapes)
+    return (estimate(prepared, shape).saved_activations for shape in shapes)
 
 
 def test_larger_batches_take_more(make_config) -> None:

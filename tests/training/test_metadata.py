@@ -193,8 +193,8 @@ def test_minimal(make_config: MakeConfig, tiny_file: Path) -> None:
     ("content", "message"),
     [
         (None, r"thumb\.png cannot be read: No such file or directory"),
-        (b"GIF89a" + bytes(1 << 20), r"thumb\.png is more than 1 MiB large, and would be in every file"),
-        (b"RIFF1234WAVE", r"thumb\.png is not a PNG, JPEG, WebP or GIF image \(256 by 256 pixels as a JPEG are enough"),
+        (b"GIF89a" + bytes(1 << 20), r"thumb\.png is more than 1 MiB large, and would be stored in every file"),
+        (b"RIFF1234WAVE", r"thumb\.png is not a PNG, JPEG, WebP or GIF image \(a JPEG of 256x256 pixels is enough"),
     ],
 )
 def test_thumbnails_that_cannot_be(

@@ -70,7 +70,7 @@ def one_that_does_not_repeat() -> Tensor:
 
 
 def test_deterministic_runs(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run computes with repeatable operations only, which changes nothing on a CPU, and nothing after the run."""
+    """A run computes with repeatable operations only, which has no effect on a CPU, and nothing after the run."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     modes: list[bool] = []
     original = trainer.forward_backward

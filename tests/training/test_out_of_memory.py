@@ -71,7 +71,7 @@ def test_a_step_that_memory_does_not_suffice_for(make_config) -> None:
     told = str(caught.value)
     assert told.startswith("Out of memory in step 3, with a batch of 2 images of 64x64. To need less, set ")
     first = (
-        'To need less, set mixed_precision = "bf16" in [training], or set gradient_checkpointing = 0.5 in [training]'
+        'To need less, set mixed_precision = "bf16" in [training], or set gradient_checkpointing = true in [training]'
     )
     assert f"{first}, or lower data.batch_size, or lower data.resolution" in told
     (state,) = states_in(state_folder(short.config))
@@ -107,36 +107,36 @@ def test_other_errors_stay_what_they_are(make_config) -> None:
         train(RunHandle(run))
 
 
-LADDER = list(memory_presets(TrainingSection(device="cuda"), ("unet",)))
+PRESETS = list(memory_presets(TrainingSection(device="cuda"), ("unet",)))
 
 
 @pytest.mark.parametrize(
     ("own", "following"),
     [
-        ({}, {"gradient_checkpointing": 0.5}),
-        ({"gradient_checkpointing": 0.25}, {"gradient_checkpointing": 0.5}),
+        ({}, {"gradient_checkpointing": True}),
+        ({"gradient_checkpointing": 0.25}, {"gradient_checkpointing": True}),
         ({"gradient_checkpointing": True}, {"gradient_checkpointing": True, "int8_base": ("unet",)}),
         ({"fp8_base": ("unet",)}, {"gradient_checkpointing": True, "int8_base": ("unet",)}),
         ({"stream_base": ("unet",)}, {"gradient_checkpointing": True, "stream_base": ("unet",)}),
     ],
 )
-def test_next_rung(own: Any, following: Any) -> None:
-    """The next rung is the first that saves more in some way and less in none."""
+def test_next_preset(own: Any, following: Any) -> None:
+    """The next preset is the first that saves more in some way and less in none."""
     found = next_preset(evolve(TrainingSection(device="cuda"), **own), ("unet",))
     assert found is not None
     assert saving_keys(found) == following
 
 
-def test_the_ladder_is_climbed_to_its_end() -> None:
-    """From each rung there is a way up, but for the last one; without memory of its own, none to streaming."""
-    assert [next_preset(rung, ("unet",)) is None for rung in LADDER] == [False] * 9 + [True]
+def test_presets_lead_on_to_the_last() -> None:
+    """Each preset but the last has a next one; on a device without its own memory, none offloads."""
+    assert [next_preset(preset, ("unet",)) is None for preset in PRESETS] == [False] * 5 + [True]
     on_cpu = list(memory_presets(TrainingSection(device="cpu"), ("unet",)))
-    assert on_cpu == [evolve(rung, device="cpu") for rung in LADDER[:7]]
+    assert on_cpu == [evolve(preset, device="cpu") for preset in PRESETS[:4]]
     assert next_preset(on_cpu[-1], ("unet",)) is None
 
 
-def test_advice_at_the_end_of_the_ladder(make_config) -> None:
-    """Where no rung is left, what else helps is told, and what is set already is not told again."""
+def test_advice_after_the_last_preset(make_config) -> None:
+    """Where no preset is left, what else helps is told, and what is set already is not told again."""
     nf4 = {"nf4_base": ["unet"], "gradient_checkpointing": True, "mixed_precision": "bf16"}
     assert memory_hint(assembled(make_config, training=nf4)) == "lower data.resolution; `lorakit plan` shows what fits"
     told = memory_hint(assembled(make_config, training={"int8_base": ["unet"], "gradient_checkpointing": True}))

@@ -124,7 +124,7 @@ def test_streaming_in_vain(make_config, caplog: pytest.LogCaptureFixture) -> Non
     config = make_config(training={"stream_base": ["unet"], "device": "auto"})
     assert not list(config.training.warnings())
     build_model(config, torch.device("cpu"))
-    assert "training.stream_base: saves nothing, because cpu has no memory of its own" in caplog.messages
+    assert "training.stream_base: saves nothing, because cpu computes in CPU RAM" in caplog.messages
 
 
 def test_8_bits_on_a_device_without_them(make_config) -> None:

@@ -42,10 +42,10 @@ def parts(config: Any) -> tuple[Run, list[Any]]:
 @torch.no_grad()
 def loss_by_hand(run: Run, example: Any, timestep: int, seed: int) -> float:
     """The mean squared error of the predicted noise, each draw keyed by seed, image and timestep."""
-    entry = run.loader.cache.load(run.loader.latent_keys[example.identity, False])
+    entry = run.loader.cache.load(run.loader.latent_keys[example.sample_id, False])
 
     def drawn(purpose: str) -> torch.Tensor:
-        generator = keyed_generator(seed, purpose, 0, example.identity, timestep)
+        generator = keyed_generator(seed, purpose, 0, example.sample_id, timestep)
         return torch.from_numpy(generator.standard_normal(entry["mean"].shape, dtype=np.float32))
 
     latents, noise, times = entry["mean"] + entry["std"] * drawn("posterior"), drawn("noise"), torch.tensor([timestep])
@@ -106,7 +106,7 @@ def test_datasets_of_one_folder(tables: dict[str, Any], make_config) -> None:
     subsets = [{"image_dir": folder}]
     datasets = [{"resolution": side, "subsets": subsets, "validation_split": 0.25} for side in (64, 128)]
     run, examples = parts(make_config(data={"datasets": datasets}))
-    assert [example.identity[0] for example in examples] == ["0", "1"]
+    assert [example.sample_id[0] for example in examples] == ["0", "1"]
     assert examples[0].image == examples[1].image
     values = [loss_by_hand(run, example, 300, 42) for example in examples]
     assert measured(run, (300,)) == pytest.approx(np.mean(values), rel=1e-5)

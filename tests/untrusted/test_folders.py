@@ -95,7 +95,7 @@ def test_metadata_that_lead_out_of_the_folder(folder: Path, name: str, form: str
     name = name.format(parent=folder.parent)
     entry = {name: {"caption": "secret"}} if form == "json" else {"image_path": name, "caption": "secret"}
     (folder / f"meta.{form}").write_text(json.dumps(entry))
-    with pytest.raises(DataError, match=r"leads out of image_dir \(give an image_dir that holds all images"):
+    with pytest.raises(DataError, match=r"is outside image_dir \(give an image_dir that holds all images"):
         index(folder, metadata_file=folder / f"meta.{form}")
 
 

@@ -26,7 +26,7 @@ class SD1Config(StableDiffusionConfig):
     title = "Stable Diffusion 1.x"
 
     clip_skip: int = field(default=1, validator=[v.ge(1), v.le(12)])
-    """Which layer of the text encoder is read, counted from the last, which is 1."""
+    """Text encoder layer to use, counted from the last, which is 1."""
 
     def variant(self, prediction: Prediction) -> Variant:
         """How models of 1.x are run: short captions are filled up with the end token."""

@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 @frozen(kw_only=True)
 class SD2Config(StableDiffusionConfig):
-    """Stable Diffusion 2.x, base and 768-v; reads captions with OpenCLIP (Cherti et al., 2022, arXiv:2212.07143)."""
+    """Stable Diffusion 2.x, base and 768-v, with OpenCLIP's text encoder (Cherti et al., 2022, arXiv:2212.07143)."""
 
     name = "sd2"
     version = "2.x"
     title = "Stable Diffusion 2.x"
 
     prediction: Literal["epsilon", "v_prediction"] | None = None
-    """What the U-Net predicts: the noise in base models, the velocity (`v_prediction`) in those for 768 pixels. When
-    absent, what the model's files say: a folder's scheduler, the key `v_pred` or the header of a file, or a `.yaml` of
-    its name beside it. Where nothing says it, the noise is assumed."""
+    """What the U-Net predicts: noise (`epsilon`) in base models, velocity (`v_prediction`) in 768-pixel models. If
+    absent, detected from a folder's scheduler, a file's key `v_pred` or header, or a `.yaml` of the same name; else
+    noise."""
     clip_skip: int = field(default=1, validator=[v.ge(1), v.le(SD2_TEXT_LAYERS)])
-    """Which layer of the text encoder is read, counted from the last that 2.x uses, which is 1; it is OpenCLIP's last
-    but one, so 1 is right for nearly all models."""
+    """Text encoder layer to use, counted from the last one that 2.x uses (OpenCLIP's penultimate), which is 1; 1 is
+    right for nearly all models."""
 
     def warnings(self) -> Iterator[Problem]:
         """What all families warn of, and a prediction that nothing says; keys are field names."""

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 @frozen(kw_only=True)
 class CheckpointsConfig(ObserverConfig):
-    """Saves of the adapters, as [output] says; every run has them."""
+    """Saves the LoRA as set in [output]; always active."""
 
     name = "checkpoints"
     essential = True

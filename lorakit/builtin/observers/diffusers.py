@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 @frozen(kw_only=True)
 class DiffusersConfig(ObserverConfig):
-    """Beside each LoRA file `NAME.diffusers.safetensors`, a copy in the only layout in which diffusers reads DoRA."""
+    """Writes `NAME.diffusers.safetensors` beside each LoRA file, the only layout from which diffusers loads DoRA."""
 
     name = "diffusers"
 

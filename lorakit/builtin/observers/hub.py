@@ -35,20 +35,20 @@ def _folder(_: object, __: object, value: str) -> None:
 
 @frozen(kw_only=True)
 class HubConfig(ObserverConfig):
-    """Uploads of all saves to a repository on the Hugging Face Hub; needs `hf auth login` once, or HF_TOKEN."""
+    """Uploads all saves to a repository on the Hugging Face Hub; needs `hf auth login` once, or HF_TOKEN."""
 
     name = "hub"
 
     repo_id: str = field(validator=_repo_id)
-    """Owner and name of the repository, such as `me/my-lora`; made where there is none."""
+    """Owner and name of the repository, such as `me/my-lora`; created if missing."""
     repo_type: Literal["model", "dataset"] = "model"
-    """Kind of the repository."""
+    """Type of the repository."""
     path_in_repo: str = field(default="", validator=_folder)
-    """Folder in the repository that the files go to; its top when empty."""
+    """Folder in the repository; defaults to its root."""
     private: bool = True
-    """Whether a repository that is made is shown to its owner only; one that is there stays as it is."""
+    """Whether a new repository is private; an existing one is not changed."""
     states: bool = False
-    """Upload the states too, each three times as large as the adapters."""
+    """Also upload training states, each three times the size of the LoRA."""
 
     def build(self, run_info: RunInfo) -> Hub:
         """The uploads of one run."""

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @frozen(kw_only=True)
 class ProgressConfig(ObserverConfig):
-    """A progress bar on the terminal, or a line every half minute where output goes elsewhere; every run has one."""
+    """A progress bar in a terminal, else a line every 30 seconds; always active."""
 
     name = "progress"
 
     average: float = field(default=0.95, validator=[v.ge(0), v.lt(1)])
-    """How slowly the shown loss follows the loss of each step; 0 shows each step's own."""
+    """Smoothing of the displayed loss (exponential moving average); 0 shows the loss of each step."""
 
     def build(self, run_info: RunInfo) -> Progress:
         """The progress of one run, shown on standard error."""

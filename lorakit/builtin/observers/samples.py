@@ -29,25 +29,25 @@ log = logging.getLogger(__name__)
 
 @frozen(kw_only=True)
 class SamplesConfig(ObserverConfig, PromptSettings):
-    """Previews: images drawn with the adapters as they are, on the way and at the end, into the folder `sample`."""
+    """Preview images of the current LoRA, during training and at the end, in the folder `sample`."""
 
     name = "samples"
 
     prompts: Path | tuple[str, ...]
-    """File with what to draw: a `.txt` with a prompt in each line, a `.toml` or a `.json`; it may be edited during the
-    run. Or the prompts themselves, as the lines of a `.txt`: `["a cat --n blurry", "a dog"]`. What they leave open is
-    as the keys here say."""
+    """File with prompts: a `.txt` with one prompt per line, a `.toml` or a `.json`; it may be edited during the run. Or
+    a list of prompts like the lines of a `.txt`: `["a cat --n blurry", "a dog"]`. The other keys here are the defaults
+    for all prompts."""
     every_n_epochs: int | None = field(default=None, validator=v.optional(v.ge(1)))
-    """Draw after every this many epochs; wins over `every_n_steps`."""
+    """Sample every N epochs; overrides `every_n_steps`."""
     every_n_steps: int | None = field(default=None, validator=v.optional(v.ge(1)))
-    """Draw after every this many optimizer steps."""
+    """Sample every N optimizer steps."""
     at_first: bool = False
-    """Draw before the first step, too."""
+    """Also sample before the first step."""
     batch_size: int = field(default=1, validator=v.ge(1))
-    """How many pictures of equal size, steps, sampler and scale are drawn at once; more is faster and takes more
+    """Number of images of equal size, steps, sampler and scale to sample at once; more is faster but takes more
     memory."""
     contact_sheet: bool = True
-    """Keep a picture that shows all previews side by side, a row for each prompt: `{name}_contact_sheet.png`."""
+    """Write a contact sheet with all previews, one row per prompt: `{name}_contact_sheet.png`."""
 
     def problems(self) -> Iterator[Problem]:
         """A sampler that there is not, and what is wrong with the prompt file."""

@@ -16,15 +16,15 @@ from lorakit.api.observer import Observer, RunInfo, StepMetrics
 
 @frozen(kw_only=True)
 class TensorBoardConfig(ObserverConfig):
-    """Logs that `tensorboard --logdir DIR` shows."""
+    """TensorBoard logs; view them with `tensorboard --logdir DIR`."""
 
     name = "tensorboard"
     requires = ("tensorboard",)
 
     dir: Path
-    """Folder for logs; each run makes a folder of its own in it."""
+    """Folder for logs; each run creates a subfolder."""
     prefix: str = ""
-    """Put in front of the run's folder name, which is the output name and the time of the start."""
+    """Prefix of the run's folder name, which is the output name and the start time."""
 
     def build(self, run_info: RunInfo) -> TensorBoard:
         """The log of one run."""

@@ -17,19 +17,19 @@ from lorakit.errors import Problem
 
 @frozen(kw_only=True)
 class ValidationConfig(ObserverConfig):
-    """The loss on images that are held out by `validation_split`; every run that holds some out has it."""
+    """The validation loss, on images held out by `validation_split`; always active if there are any."""
 
     name = "validation"
 
     every_n_epochs: int | None = field(default=None, validator=v.optional(v.ge(1)))
-    """Validate after every this many epochs; 1 when neither this nor `every_n_steps` is given."""
+    """Validate every N epochs; 1 if neither this nor `every_n_steps` is set."""
     every_n_steps: int | None = field(default=None, validator=v.optional(v.ge(1)))
-    """Validate after every this many optimizer steps."""
+    """Validate every N optimizer steps."""
     max_steps: int | None = field(default=None, validator=v.optional(v.ge(1)))
-    """Micro-batches to validate on, the same each time; all when absent."""
+    """Number of micro-batches to validate on, the same each time; all if absent."""
     timesteps: tuple[int | float, ...] = field(default=(), validator=v.deep_iterable(v.ge(0)))
-    """Timesteps at which each image is denoised, as the model counts them; when empty, four that divide the range of
-    training into fifths."""
+    """Timesteps at which to measure the loss of each image, as the model counts them; if empty, four that divide the
+    training range into fifths."""
 
     def problems_with(self, config: TrainConfig) -> Iterator[Problem]:
         """Timesteps that the model does not have."""

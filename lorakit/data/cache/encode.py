@@ -22,8 +22,7 @@ from lorakit.data.images.augmentation import Picture, load_picture
 from lorakit.data.images.buckets import ResizeCrop
 from lorakit.data.images.decode import RESAMPLING
 from lorakit.data.index import Example, IndexedDataset, default_workers
-from lorakit.data.problems import data_error
-from lorakit.errors import DataError
+from lorakit.errors import DataError, data_error
 from lorakit.models.conditioning import split
 from lorakit.models.interfaces import DiffusionModel
 
@@ -170,7 +169,7 @@ def _latent_jobs(
         job = jobs.setdefault(content, _Job(example))
         for mirrored in (False, True) if example.subset.flip_aug else (False,):
             key = _latent_key(content, mirrored, fingerprint)
-            keys[example.identity, mirrored] = job.keys[mirrored] = key
+            keys[example.sample_id, mirrored] = job.keys[mirrored] = key
     cache.memo.save()
     return keys, sorted(jobs.values(), key=lambda job: job.example.placement.bucket)
 

@@ -16,7 +16,7 @@ from lorakit.errors import DataError, OutputError
 from lorakit.utils.atomic_io import write_atomically
 from lorakit.utils.safe_paths import require_regular_file
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _FORMAT = 1
 
@@ -52,7 +52,7 @@ class FileStatCache:
             try:
                 write_atomically(self._file, content.encode())
             except OutputError as error:
-                logger.warning("%s Until then each run looks at all images anew.", error)
+                log.warning("%s Until then each run looks at all images anew.", error)
             self._new = {}
 
     def get_or_compute(self, path: Path, name: str, compute: Callable[[], Any]) -> Any:

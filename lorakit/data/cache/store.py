@@ -20,7 +20,7 @@ from lorakit.utils.safe_paths import require_regular_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def content_key(*parts: object) -> str:
@@ -102,7 +102,7 @@ class Cache:
             if not keep_unwritten:
                 raise
             if not self._unwritten:
-                logger.warning("%s Until then what is encoded is kept in memory, for this run alone.", error)
+                log.warning("%s Until then what is encoded is kept in memory, for this run alone.", error)
             self._unwritten[key] = dict(entry)
         else:
             self.memo.get_or_compute(self.path(key), "whole", lambda: True)

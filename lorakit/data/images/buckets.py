@@ -35,7 +35,12 @@ class ResizeCrop:
 
 
 @lru_cache(maxsize=64)
-def _sorted_resolutions(resolution: Size, minimum: int, maximum: int, step: int) -> tuple[Size, ...]:
+def bucket_resolutions(resolution: Size, minimum: int, maximum: int, step: int) -> tuple[Size, ...]:
+    """All bucket sizes of about the area of `resolution`, sorted.
+
+    Sides are multiples of `step` pixels between `minimum`, rounded down to such a multiple, and
+    `maximum`, rounded up.
+    """
     area = resolution[0] * resolution[1]
     shortest = max(minimum // step, 1) * step
     longest = -(-maximum // step) * step
@@ -48,15 +53,6 @@ def _sorted_resolutions(resolution: Size, minimum: int, maximum: int, step: int)
     return tuple(sorted(sizes))
 
 
-def bucket_resolutions(resolution: Size, minimum: int, maximum: int, step: int) -> list[Size]:
-    """All bucket sizes of about the area of `resolution`, sorted.
-
-    Sides are multiples of `step` pixels between `minimum`, rounded down to such a multiple, and
-    `maximum`, rounded up.
-    """
-    return list(_sorted_resolutions(resolution, minimum, maximum, step))
-
-
 def assign_bucket(size: Size, dataset: DatasetConfig) -> ResizeCrop:
     """How an image of this size (as it is seen, after rotation) is brought to a bucket of the dataset.
 
@@ -67,7 +63,7 @@ def assign_bucket(size: Size, dataset: DatasetConfig) -> ResizeCrop:
     if dataset.bucket_no_upscale:
         return _shrink_only(size, dataset.resolution[0] * dataset.resolution[1], dataset.bucket_reso_steps)
     step = dataset.bucket_reso_steps
-    sizes = _sorted_resolutions(dataset.resolution, dataset.min_bucket_reso, dataset.max_bucket_reso, step)
+    sizes = bucket_resolutions(dataset.resolution, dataset.min_bucket_reso, dataset.max_bucket_reso, step)
     if not sizes:
         width, height = dataset.resolution
         message = f"bucket_reso_steps {step} leave no bucket within the area of resolution {width}x{height}"

@@ -214,7 +214,7 @@ def _why_unreadable(path: Path, error: Exception) -> Problem:
         return Problem(name, "is empty (0 bytes)", "restore or remove it")
     hint = "convert it to JPEG or PNG, or remove it"
     if isinstance(error, _UnreadColours):
-        return Problem(name, f"has colours of the kind {error}, which are not read", hint)
+        return Problem(name, f"has an unsupported colour mode, {error}", hint)
     disguise = disguised(path)
     if disguise or isinstance(error, UnidentifiedImageError):
         return Problem(name, disguise or f"is not a {NAMES} image", hint)

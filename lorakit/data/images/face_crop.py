@@ -35,12 +35,12 @@ def face_named(path: Path, size: Size) -> Face:
     numbers = [int(part) for part in parts[-4:] if part.isascii() and part.isdecimal()]
     if len(parts) < 5 or len(numbers) < 4:
         hint = "name it so, or put it into a subset without face_crop_aug_range"
-        message = "does not tell where the face is: its name must end with _x_y_width_height, in pixels"
+        message = "does not give the position of the face: its name must end with _x_y_width_height, in pixels"
         raise DataError(str(Problem(str(path), message, hint)))
     x, y, width, height = numbers
     if x >= size[0] or y >= size[1] or not (width and height):
         message = f"names a face of {width}x{height} pixels around ({x}, {y}), in an image of {size[0]}x{size[1]}"
-        raise DataError(str(Problem(str(path), message, "the numbers are of the image as it is seen")))
+        raise DataError(str(Problem(str(path), message, "the numbers refer to the image after EXIF rotation")))
     return Face((x, y), max(width, height), size)
 
 

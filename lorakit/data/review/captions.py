@@ -9,9 +9,9 @@ from pathlib import Path
 from lorakit.config.datasets import SubsetConfig
 from lorakit.data.captions import by_lower_extension, caption_extensions, longest_captions
 from lorakit.data.index import Example, IndexedDataset, Source
-from lorakit.data.problems import counted, some_names
 from lorakit.data.sources.metadata_files import METADATA_FILES
 from lorakit.errors import Problem
+from lorakit.utils.wording import counted_in, some_names
 
 _CAPTION_LIKE = (".txt", ".caption", ".captions", ".tags", ".tag", ".text", ".cap", ".prompt", ".md")
 """Extensions that files with captions may have; the first two also behind the image's own, as in `a.png.txt`."""
@@ -22,11 +22,11 @@ def review_captions(subset: SubsetConfig, examples: Sequence[Example], names: Se
     known = [(example, example.source) for example in examples if example.source]
     yield from _missing(subset, [example.image for example, source in known if source.caption is None], known, names)
     files = [(example, source.caption) for example, source in known if isinstance(source.caption, Path)]
-    place = subset.metadata_file or subset.image_dir
+    place = subset.place
     empty = [file for example, file in files if not example.caption]
     if empty:
-        hint = "write captions" + (", or remove the files to train on class_tokens" if subset.class_tokens else "")
-        yield Problem("", f"{counted(len(empty), 'caption', place)} empty: {some_names(empty)}", hint)
+        hint = "write captions" + (", or remove the files to train with class_tokens" if subset.class_tokens else "")
+        yield Problem("", f"{counted_in(len(empty), 'caption', place)} empty: {some_names(empty)}", hint)
     cut = [
         source.caption if isinstance(source.caption, Path) else example.image
         for example, source in known
@@ -35,13 +35,13 @@ def review_captions(subset: SubsetConfig, examples: Sequence[Example], names: Se
     if cut:
         message = f"several lines, of which the first is used: {some_names(cut)}"
         hint = "write one line, or set enable_wildcard = true to use one of them at random"
-        yield Problem("", f"{counted(len(cut), 'caption', place, 'have')} {message}", hint)
+        yield Problem("", f"{counted_in(len(cut), 'caption', place, 'have')} {message}", hint)
     uses = Counter(file for _, file in files)
     shared = [example.image for example, file in files if uses[file] > 1]
     if shared:
         message = f"a caption with another of the same name: {some_names(shared, 4)}"
         yield Problem(
-            "", f"{counted(len(shared), 'image', place, 'share')} {message}", "rename one with its own caption"
+            "", f"{counted_in(len(shared), 'image', place, 'share')} {message}", "rename one with its own caption"
         )
 
 
@@ -60,11 +60,13 @@ def _missing(
     is_meant = subset.class_tokens and len(missing) == len(known) and not others and not metadata
     if not missing or is_meant:
         return
-    place = subset.metadata_file or subset.image_dir
+    place = subset.place
     verb = "has no caption and trains" if len(missing) == 1 else "have no caption and train"
     caption = f'class_tokens, "{subset.class_tokens}"' if subset.class_tokens else "an empty one"
     message = f"{len(missing)} of {len(known)} images in {place} {verb} on {caption}: {some_names(missing)}"
-    if subset.metadata_file:
+    if subset.source:
+        hint = ""
+    elif subset.metadata_file:
         hint = "its keys caption, text, prompt and tags are read"
     elif others:
         hint = _how_to_read(subset, *others.most_common(1)[0])

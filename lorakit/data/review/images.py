@@ -14,11 +14,11 @@ from lorakit.config.datasets import DatasetConfig, SubsetConfig
 from lorakit.data.cache.file_cache import FileStatCache, content_digest
 from lorakit.data.images.buckets import Size
 from lorakit.data.index import Example, IndexedDataset
-from lorakit.data.problems import counted, some, some_names
 from lorakit.data.review.captions import review_captions
 from lorakit.data.sources.folders import kinds_of, unread_images
 from lorakit.errors import Problem
 from lorakit.utils.safe_paths import list_files
+from lorakit.utils.wording import counted_in, shown_path, some, some_names
 
 T = TypeVar("T")
 KeyT = TypeVar("KeyT", bound=Hashable)
@@ -34,9 +34,9 @@ def review(datasets: Sequence[IndexedDataset], memo: FileStatCache | None = None
     found: list[Problem] = []
     for dataset in datasets:
         examples = [*dataset.examples, *dataset.held_out]
-        for number, own in _groups(examples, lambda example: example.identity.split("/", 2)[1]).items():
+        for number, own in _groups(examples, lambda example: example.sample_id.split("/", 2)[1]).items():
             subset = dataset.config.subsets[int(number)]
-            names = [] if subset.metadata_file else sorted(list_files(subset.image_dir))
+            names = [] if subset.metadata_file or subset.source else sorted(list_files(subset.image_dir))
             found += _unread_files(subset, names)
             found += review_captions(subset, own, names)
             found += _frames(subset, own)
@@ -50,7 +50,7 @@ def _unread_files(subset: SubsetConfig, names: Sequence[str]) -> Iterator[Proble
     unread = unread_images(names)
     if unread:
         kinds = f", {kinds_of(unread)}" if len(unread) > 3 else ""
-        message = f"{counted(len(unread), 'file', subset.image_dir)} not read{kinds}: {some(unread)}"
+        message = f"{counted_in(len(unread), 'file', subset.place)} not read{kinds}: {some(unread)}"
         yield Problem("", message, "convert images to JPEG or PNG")
 
 
@@ -58,7 +58,7 @@ def _frames(subset: SubsetConfig, examples: Sequence[Example]) -> Iterator[Probl
     several = [example.image for example in examples if example.source and example.source.image.has_frames]
     if several:
         message = f"several frames or pages, of which the first is used: {some_names(several)}"
-        yield Problem("", f"{counted(len(several), 'image', subset.image_dir, 'have')} {message}")
+        yield Problem("", f"{counted_in(len(several), 'image', subset.place, 'have')} {message}")
 
 
 def _sizes(dataset: DatasetConfig, subset: SubsetConfig, examples: Sequence[Example]) -> Iterator[Problem]:
@@ -86,8 +86,7 @@ def _sizes(dataset: DatasetConfig, subset: SubsetConfig, examples: Sequence[Exam
 
 
 def _of(some_of: Sequence[object], examples: Sequence[Example], subset: SubsetConfig) -> str:
-    place = subset.metadata_file or subset.image_dir
-    return f"{len(some_of)} of {len(examples)} images in {place} {'is' if len(some_of) == 1 else 'are'}"
+    return f"{len(some_of)} of {len(examples)} images in {subset.place} {'is' if len(some_of) == 1 else 'are'}"
 
 
 def _others(items: Sequence[object]) -> str:
@@ -108,18 +107,20 @@ def _equal_images(examples: Sequence[Example], memo: FileStatCache | None) -> It
             groups += (same for same in _groups(alike, digest).values() if len(same) > 1)
     if groups:
         pairs = "; ".join(" = ".join(path.name for path in group[:3]) for group in groups[:3])
-        count, folder = sum(len(group) - 1 for group in groups), groups[0][0].parent
+        count, folder = sum(len(group) - 1 for group in groups), shown_path(groups[0][0].parent)
         message = f"the same as another: {pairs}{'; …' if len(groups) > 3 else ''}"
-        yield Problem("", f"{counted(count, 'image', folder)} {message}", "keep one; num_repeats repeats images")
+        yield Problem("", f"{counted_in(count, 'image', folder)} {message}", "keep one; num_repeats repeats images")
 
 
 def _settings(dataset: IndexedDataset) -> Iterator[Problem]:
     """A folder that stands in several subsets, and a validation split of no image."""
     config = dataset.config
-    active = [subset for subset in config.subsets if subset.num_repeats and not subset.metadata_file]
+    active = [subset for subset in config.subsets if subset.num_repeats and not (subset.metadata_file or subset.source)]
     for folder, subsets in _groups(active, lambda subset: subset.image_dir.resolve()).items():
         if len(subsets) > 1:
-            message = f"{folder} is in {len(subsets)} subsets of one dataset, so its images train as often more"
+            message = (
+                f"{shown_path(folder)} is in {len(subsets)} subsets of one dataset, so its images train as often more"
+            )
             yield Problem("", message, "remove one of the subsets; num_repeats repeats images")
     if config.validation_split and not dataset.held_out:
         count = len(dataset.examples)

@@ -1,7 +1,4 @@
-"""Folders: which image files a dataset has, with the files of their captions and masks; looks into none of them.
-
-Imports no torch.
-"""
+"""Folders of images with a caption file each; opens none of the files and imports no torch."""
 
 from __future__ import annotations
 
@@ -13,14 +10,14 @@ from pathlib import Path
 
 from attrs import frozen
 
-from lorakit.config.datasets import DatasetConfig, SubsetConfig
+from lorakit.api.dataset_source import SourceImage
+from lorakit.config.datasets import SubsetConfig
 from lorakit.data.captions import by_lower_extension, find_caption
 from lorakit.data.images.formats import EXTENSIONS, NAMES, UNREAD, extension_of
-from lorakit.data.images.masks import find_masks
-from lorakit.data.problems import some
-from lorakit.data.sources.metadata_files import METADATA_FILES, read_metadata_file
+from lorakit.data.sources.metadata_files import METADATA_FILES
 from lorakit.errors import DataError, Problem
 from lorakit.utils.safe_paths import list_files
+from lorakit.utils.wording import some
 
 _DEEP = 2
 _MOST_FOLDERS = 200
@@ -28,41 +25,18 @@ _MOST_FOLDERS = 200
 
 
 @frozen
-class FoundImage:
-    """An image file that has not been looked into."""
+class FolderSource:
+    """The images in the `image_dir` of a subset, sorted by name, each with its caption file."""
 
-    image: Path
-    caption: Path | str | None
-    """The caption's file, or the caption itself."""
-    dataset: DatasetConfig
     subset: SubsetConfig
-    identity: str
-    """Key of its randomness: the numbers of dataset and subset, and the file's name; the same on every machine."""
-    mask: Path | None
 
-
-def find_images(number: int, dataset: DatasetConfig, problems: list[str]) -> list[FoundImage]:
-    """The image files of a dataset; what is wrong with its folders is added to the problems.
-
-    Subsets that `num_repeats` switches off have none.
-    """
-    found = []
-    for subset_number, subset in enumerate(dataset.subsets):
-        if subset.num_repeats == 0:
-            continue
-        try:
-            listed = list(_listed(subset, problems))
-        except DataError as error:
-            problems.append(str(error))
-            continue
-        folder = subset.conditioning_data_dir
-        masks = find_masks(folder, [image for _, image, _ in listed], problems) if folder else {}
-        for name, image, caption in listed:
-            # File names need not be valid text, but keys of randomness must be.
-            text = name.encode("utf-8", "backslashreplace").decode()
-            identity = f"{number}/{subset_number}/{text}"
-            found.append(FoundImage(image, caption, dataset, subset, identity, masks.get(image.stem)))
-    return found
+    def list_images(self, problems: list[str]) -> Iterator[SourceImage]:  # noqa: ARG002
+        """The images. Raises DataError where there are none."""
+        folder = self.subset.image_dir
+        names = _names_in(folder)
+        files = by_lower_extension(names)
+        for image in (folder / name for name in names if is_image(name)):
+            yield SourceImage(image, find_caption(image, self.subset, files))
 
 
 def is_image(name: str) -> bool:
@@ -79,18 +53,6 @@ def kinds_of(names: Sequence[str]) -> str:
 def unread_images(names: Sequence[str]) -> list[str]:
     """Those of a folder's files that are images or videos of a format that is not read, sorted."""
     return sorted(name for name in names if extension_of(name) in UNREAD)
-
-
-def _listed(subset: SubsetConfig, problems: list[str]) -> Iterator[tuple[str, Path, Path | str | None]]:
-    """The images of a subset: name, file, and caption or its file; of its folder, or of its metadata file."""
-    if subset.metadata_file:
-        for listed in read_metadata_file(subset.metadata_file, subset, problems):
-            yield listed.path, listed.image, listed.caption or None
-        return
-    names = _names_in(subset.image_dir)
-    files = by_lower_extension(names)
-    for image in (subset.image_dir / name for name in names if is_image(name)):
-        yield image.name, image, find_caption(image, subset, files)
 
 
 def _names_in(folder: Path) -> list[str]:
@@ -111,17 +73,17 @@ def _why_no_images(folder: Path, names: Sequence[str]) -> Problem:
     unread, inner = unread_images(names), _images_inside(folder)
     if metadata:
         hint = f'to read the images that {metadata} lists, set metadata_file = "{(folder / metadata).as_posix()}"'
-        return Problem(str(folder), "holds no images", hint)
+        return Problem(str(folder), "contains no images", hint)
     if inner:
         places = some(
             [f'{count} {"is" if count == 1 else "are"} in "{path.as_posix()}"' for path, count in inner.items()]
         )
-        return Problem(str(folder), f"holds no images; {places}", _how_to_use(inner))
+        return Problem(str(folder), f"contains no images; {places}", _how_to_use(inner))
     if unread:
-        message = f"holds no images that are read, but {kinds_of(unread)}: {some(unread)}"
+        message = f"contains no supported images, but {kinds_of(unread)}: {some(unread)}"
         return Problem(str(folder), message, "convert them to JPEG or PNG")
     hint = f"image_dir is searched for {NAMES} files, not in folders inside it"
-    return Problem(str(folder), "holds no images", hint)
+    return Problem(str(folder), "contains no images", hint)
 
 
 def _how_to_use(folders: Mapping[Path, int]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from attrs import frozen
 
+from lorakit.api.dataset_source import SourceImage
 from lorakit.config.datasets import SubsetConfig
 from lorakit.config.values import is_text, toml_repr
 from lorakit.data.images.formats import EXTENSIONS, UNREAD
@@ -33,48 +34,47 @@ _LONGEST = 2**28
 
 
 @frozen
-class ListedImage:
-    """An image of a metadata file."""
+class MetadataFileSource:
+    """The images of a subset's `metadata_file`, sorted by their paths in it."""
 
-    path: str
-    """The image's path as it is written there."""
-    image: Path
-    """The image file."""
-    caption: str
-    """Caption and tags, which may have several lines."""
+    subset: SubsetConfig
+
+    def list_images(self, problems: list[str]) -> list[SourceImage]:
+        """The images; entries that cannot be used are added to the problems.
+
+        Raises DataError where the file cannot be read.
+        """
+        assert self.subset.metadata_file is not None  # noqa: S101 - as the config was checked
+        return _listed(self.subset.metadata_file, self.subset, problems)
 
 
-def read_metadata_file(file: Path, subset: SubsetConfig, problems: list[str]) -> list[ListedImage]:
-    """The images of a metadata file, sorted by their paths; entries that cannot be used are added to the problems.
-
-    Raises DataError where the file cannot be read.
-    """
-    listed: dict[str, ListedImage] = {}
+def _listed(file: Path, subset: SubsetConfig, problems: list[str]) -> list[SourceImage]:
+    listed: dict[str, SourceImage] = {}
     for path, entry in _entries(file):
         texts = [_first(entry, names) for names in (_CAPTIONS, ("tags",))] if isinstance(entry, Mapping) else []
         inside = _inside(subset.image_dir, path) if isinstance(path, str) and path else None
         image = _image(subset.image_dir, inside) if inside else None
         if not isinstance(path, str) or not path:
-            hint = "it is looked for in " + ", ".join(_PATHS)
-            problems.append(str(Problem(f"{file}: {toml_repr(entry)}", "does not say its image's path", hint)))
+            hint = "expected in one of the keys " + ", ".join(_PATHS)
+            problems.append(str(Problem(f"{file}: {toml_repr(entry)}", "has no image path", hint)))
         elif not texts or not all(is_text(text) for text in texts):
             problems.append(str(Problem(f"{file}: {path}", "must have caption and tags, each a text in UTF-8")))
         elif path in listed:
             problems.append(str(Problem(f"{file}: {path}", "is listed twice", "remove one of the two")))
         elif inside is None:
             hint = f"give an image_dir that holds all images of the file, instead of {subset.image_dir}"
-            problems.append(str(Problem(f"{file}: {path}", "leads out of image_dir", hint)))
+            problems.append(str(Problem(f"{file}: {path}", "is outside image_dir", hint)))
         elif image is None:
             problems.append(str(_why_no_image(f"{file}: {path}", subset.image_dir)))
         else:
-            listed[path] = ListedImage(path, image, _caption(subset, *texts))
-    return sorted(listed.values(), key=lambda own: own.path)
+            listed[path] = SourceImage(image, _caption(subset, *texts) or None, name=path)
+    return sorted(listed.values(), key=lambda item: item.name)
 
 
 def _why_no_image(key: str, folder: Path) -> Problem:
     if Path(key).suffix.lower() in UNREAD:
-        return Problem(key, "is of a format that is not read", "convert it to JPEG or PNG")
-    return Problem(key, "is no image file", f"paths are relative to image_dir, {folder}")
+        return Problem(key, "has an unsupported format", "convert it to JPEG or PNG")
+    return Problem(key, "is not an image file", f"paths are relative to image_dir, {folder}")
 
 
 def _first(entry: Mapping[str, Any], names: Sequence[str]) -> Any:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from lorakit.testing.contracts.attention import AttentionContract
 from lorakit.testing.contracts.component import ComponentContract
+from lorakit.testing.contracts.dataset_sources import DatasetSourceContract
 from lorakit.testing.contracts.losses import LossContract
 from lorakit.testing.contracts.lr_schedulers import LRSchedulerContract
 from lorakit.testing.contracts.model_families import ModelFamilyContract
@@ -29,6 +30,7 @@ from lorakit.testing.contracts.timestep_samplers import TimestepSamplerContract
 __all__ = [
     "AttentionContract",
     "ComponentContract",
+    "DatasetSourceContract",
     "LRSchedulerContract",
     "LossContract",
     "ModelFamilyContract",

@@ -17,6 +17,7 @@ import tomlkit
 from lorakit.api.components import (
     AttentionConfig,
     Component,
+    DatasetSourceConfig,
     LRSchedulerConfig,
     ModelFamilyConfig,
     NetworkConfig,
@@ -47,6 +48,7 @@ SECTIONS: Mapping[type[Component], str] = {
     LossConfig: "loss",
     TimestepSamplerConfig: "timesteps",
     ObserverConfig: "observers",
+    DatasetSourceConfig: "data",
 }
 """The section of a config file that picks a component of each kind, where one does."""
 

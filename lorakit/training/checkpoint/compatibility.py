@@ -24,6 +24,7 @@ from lorakit.data.cache.store import content_key
 from lorakit.data.index import Example, default_workers
 from lorakit.errors import Problem
 from lorakit.training.prepare import PreparedRun
+from lorakit.utils.wording import some
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class RunFingerprint:
         examples = [example for dataset in prepared.datasets for example in dataset.examples]
         with ThreadPoolExecutor(config.data.workers or default_workers()) as pool:
             keys = list(map_chunked(pool, lambda example: _key(example, memo), examples))
-        images = {example.identity: key for example, key in zip(examples, keys, strict=True)}
+        images = {example.sample_id: key for example, key in zip(examples, keys, strict=True)}
         return cls(evolve(config, data=evolve(config.data, datasets=datasets)), images, processes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -172,7 +173,4 @@ def _or_absent(value: str) -> str:
 
 def _some(identities: Sequence[str]) -> str:
     """The first few file names."""
-    names = [identity.split("/", 2)[-1] for identity in identities]
-    return ", ".join(names[:NAMES_SHOWN]) + (
-        f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    )
+    return some([identity.split("/", 2)[-1] for identity in identities], NAMES_SHOWN, " and {} more")

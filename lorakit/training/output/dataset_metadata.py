@@ -16,7 +16,7 @@ from lorakit.data.index import Example, IndexedDataset
 _SUBSET_KEYS = [
     key
     for key in field_names(SubsetConfig)
-    if key not in ("image_dir", "metadata_file", "caption_extension", "conditioning_data_dir")
+    if key not in ("image_dir", "metadata_file", "source", "caption_extension", "conditioning_data_dir")
 ]
 _OF_ONE_SUBSET = ("num_repeats", "class_tokens", "is_reg")
 _DATASET_KEYS = [key for key in field_names(DatasetConfig) if key not in ("subsets", "resolution", "batch_size")]
@@ -107,7 +107,7 @@ def _aspect_error(placement: ResizeCrop) -> float:
 def _dataset_description(dataset: IndexedDataset) -> Mapping[str, Any]:
     config = dataset.config
     return {
-        "is_dreambooth": not any(subset.metadata_file for subset in config.subsets),
+        "is_dreambooth": not any(subset.metadata_file or subset.source for subset in config.subsets),
         "batch_size_per_device": config.batch_size,
         "num_train_images": _appearances(dataset.examples, is_reg=False),
         "num_reg_images": _appearances(dataset.examples, is_reg=True),

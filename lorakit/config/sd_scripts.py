@@ -1,4 +1,4 @@
-"""All options of sd-scripts' `train_network.py`, and what does the same in lorakit.
+"""The options of sd-scripts' `train_network.py` and what corresponds to them in lorakit.
 
 A row that names a key works as soon as lorakit has that key; see `lorakit.kohya.option_status`.
 """
@@ -18,41 +18,50 @@ class Option:
     """An option of `train_network.py`."""
 
     name: str
-    """Without the dashes in front."""
+    """Its name, without leading dashes."""
     kind: Kind
-    """What it takes; `int or share` takes whole steps, a share below 1, or one in per cent."""
+    """Type of its value; `int or share` takes a number of steps, a fraction below 1, or a percentage."""
     default: object = None
-    """What counts where it is absent."""
+    """Its value when absent."""
     key: str = ""
-    """The key that does the same, `network.rank`; with a value, `attention.name = "sdpa"`, what a flag sets it to."""
+    """The equivalent key, `network.rank`; for a flag with the value it sets, `attention.name = "sdpa"`."""
     unneeded: str = ""
-    """Why lorakit needs nothing like it."""
+    """Why lorakit does not need it."""
     later: str = ""
-    """Why there is nothing like it yet, or what to do instead."""
+    """Why it is not supported, or what to do instead."""
     choices: tuple[object, ...] = ()
-    """All values that it may have, where they are few."""
+    """The accepted values, if restricted."""
     in_files: tuple[object, ...] = ()
-    """Other values that it may have in a file for --config_file, where sd-scripts does not look at `choices`."""
+    """Further values accepted in a --config_file, where sd-scripts does not enforce `choices`."""
     special: bool = False
-    """Whether more than copying its value to `key` is to be done."""
+    """Whether converting it takes more than copying the value to `key`."""
     plugin: str = ""
-    """The distribution that has the key, where it does not come with lorakit."""
+    """The plugin distribution that provides the key, if it is not part of lorakit."""
+    hint: str = ""
+    """What to write instead, where `key` alone does not say it."""
+
+    @property
+    def target(self) -> str:
+        """What to suggest to those who write its name as a key; empty if nothing corresponds to it."""
+        section, _, key = self.key.partition(".")
+        observer = next((name for name, options in _OBSERVERS.items() if self in options), "")
+        if not self.hint and section == "observers":
+            return f'[[observers]] with name = "{observer}" and {key}'
+        return self.hint or self.key
 
 
-_ALWAYS = "images and captions are encoded once and kept wherever they stay the same"
-_HALF = (
-    "the adapters are used in half precision, their float32 originals take a few MB, `saver.precision` is the file's"
-)
-_SKIP = "`lorakit train CONFIG --resume` goes on at exactly the step that was reached"
+_ALWAYS = "latents and text embeddings are always cached where they do not change"
+_HALF = "LoRA weights are used in half precision with small float32 masters; `saver.precision` sets the file's dtype"
+_SKIP = "`lorakit train CONFIG --resume` continues at exactly the same step"
 _WANDB = "lorakit-wandb"
-_DEEPSPEED = "DeepSpeed cannot be used"
+_DEEPSPEED = "DeepSpeed is not supported"
 _DDP = "gradients are averaged without DistributedDataParallel"
 
 MODEL = (
     Option("pretrained_model_name_or_path", "path", key="model.path", special=True),
-    Option("v2", "flag", False, key='model.family = "sd2"'),
+    Option("v2", "flag", False, key='model.family = "sd2"', hint="model.family, which is detected if absent"),
     Option("v_parameterization", "flag", False, key='model.prediction = "v_prediction"', special=True),
-    Option("tokenizer_cache_dir", "path", unneeded="the vocabulary of the tokenizer comes with lorakit"),
+    Option("tokenizer_cache_dir", "path", unneeded="lorakit includes the tokenizer's vocabulary"),
     Option("vae", "path", key="model.vae"),
     Option("no_half_vae", "flag", False, key="model.no_half_vae"),
 )
@@ -93,21 +102,24 @@ DATA = (
         "resize_interpolation", "text", key="data.resize_interpolation",
         choices=("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"),
     ),
-    Option("cache_latents", "flag", False, unneeded=_ALWAYS),
-    Option("cache_latents_to_disk", "flag", False, unneeded=_ALWAYS),
+    Option("cache_latents", "flag", False, unneeded=_ALWAYS, hint="data.cache_dir"),
+    Option("cache_latents_to_disk", "flag", False, unneeded=_ALWAYS, hint="data.cache_dir"),
     Option("vae_batch_size", "int", 1, key="data.encode_batch_size"),
-    Option("skip_cache_check", "flag", False, unneeded="the cache is found by content, so nothing has to be trusted"),
-    Option("cache_info", "flag", False, unneeded="what was found out about images is always remembered"),
+    Option("skip_cache_check", "flag", False, unneeded="the cache is keyed by content and always valid"),
+    Option("cache_info", "flag", False, unneeded="image information is always cached"),
     Option("alpha_mask", "flag", False, key="data.alpha_mask"),
-    Option("masked_loss", "flag", False, unneeded="masks count wherever a subset names `conditioning_data_dir`"),
+    Option(
+        "masked_loss", "flag", False, unneeded="masks are used in every subset with `conditioning_data_dir`",
+        hint="data.conditioning_data_dir",
+    ),
     Option("conditioning_data_dir", "path", unneeded="it has no effect in train_network.py"),
     Option(
         "dataset_class", "text",
-        later="lorakit finds images and captions itself; code that makes them up cannot be plugged in",
+        later="a dataset class cannot be given; a plugin can add a dataset source",
     ),
-    Option("debug_dataset", "flag", False, unneeded="`lorakit check` looks at images and captions"),
+    Option("debug_dataset", "flag", False, unneeded="`lorakit check` checks images and captions"),
     Option("max_data_loader_n_workers", "int", 8, key="data.workers", special=True),
-    Option("persistent_data_loader_workers", "flag", False, unneeded="the threads that decode images are kept"),
+    Option("persistent_data_loader_workers", "flag", False, unneeded="the image decoding threads are persistent"),
     Option("prior_loss_weight", "float", 1.0, key="data.prior_loss_weight"),
 )  # fmt: skip
 
@@ -116,7 +128,14 @@ NETWORK = (
     Option("network_dim", "int", 4, key="network.rank"),
     Option("network_alpha", "float", 1.0, key="network.alpha"),
     Option("network_dropout", "float", 0.0, key="network.dropout"),
-    Option("network_args", "texts", (), key="network.conv_rank", special=True),
+    Option(
+        "network_args",
+        "texts",
+        (),
+        key="network.conv_rank",
+        special=True,
+        hint="the keys of [network], such as network.conv_rank",
+    ),
     Option("network_weights", "path", key="network.weights"),
     Option("dim_from_weights", "flag", False, key="network.rank_from_weights"),
     Option("network_train_unet_only", "flag", False, key='network.parts = ["unet"]'),
@@ -129,7 +148,14 @@ NETWORK = (
 
 OPTIMIZER = (
     Option("optimizer_type", "text", "", key="optimizer.name", special=True),
-    Option("optimizer_args", "texts", (), key="optimizer.name", special=True),
+    Option(
+        "optimizer_args",
+        "texts",
+        (),
+        key="optimizer.name",
+        special=True,
+        hint="the keys of [optimizer], such as optimizer.betas",
+    ),
     Option("learning_rate", "float", 2e-6, key="optimizer.lr", special=True),
     Option("unet_lr", "float", key="optimizer.unet_lr", special=True),
     Option("text_encoder_lr", "floats", key="optimizer.text_encoder_lr", special=True),
@@ -145,7 +171,14 @@ OPTIMIZER = (
     Option("lr_scheduler_timescale", "int", key="lr_scheduler.timescale", special=True),
     Option("lr_scheduler_min_lr_ratio", "float", key="lr_scheduler.min_lr_ratio", special=True),
     Option("lr_scheduler_type", "text", "", key="lr_scheduler.name", special=True),
-    Option("lr_scheduler_args", "texts", (), key="lr_scheduler.name", special=True),
+    Option(
+        "lr_scheduler_args",
+        "texts",
+        (),
+        key="lr_scheduler.name",
+        special=True,
+        hint="the keys of [lr_scheduler], such as lr_scheduler.power",
+    ),
 )
 
 TRAINING = (
@@ -153,7 +186,7 @@ TRAINING = (
     Option("max_train_epochs", "int", key="training.max_epochs"),
     Option("gradient_accumulation_steps", "int", 1, key="training.gradient_accumulation_steps"),
     Option("gradient_checkpointing", "flag", False, key="training.gradient_checkpointing"),
-    Option("cpu_offload_checkpointing", "flag", False, unneeded="train_network.py itself ends with an error with it"),
+    Option("cpu_offload_checkpointing", "flag", False, unneeded="train_network.py itself fails with it"),
     Option("seed", "int", key="training.seed", special=True),
     Option("mixed_precision", "text", "no", key="training.mixed_precision", choices=("no", "fp16", "bf16")),
     Option("full_fp16", "flag", False, unneeded=_HALF),
@@ -174,8 +207,8 @@ TRAINING = (
     Option("max_token_length", "int", key="model.max_token_length", choices=(150, 225), in_files=(75,)),
     Option("clip_skip", "int", key="model.clip_skip"),
     Option("weighted_captions", "flag", False, key="data.weighted_captions"),
-    Option("lowram", "flag", False, unneeded="weights are read straight to where they are needed"),
-    Option("highvram", "flag", False, unneeded="the memory of the accelerator is not emptied after each batch"),
+    Option("lowram", "flag", False, unneeded="weights are loaded directly to their device"),
+    Option("highvram", "flag", False, unneeded="the accelerator's memory cache is not emptied after each batch"),
     Option("skip_until_initial_step", "flag", False, unneeded=_SKIP),
     Option("initial_epoch", "int", unneeded=_SKIP),
     Option("initial_step", "int", unneeded=_SKIP),
@@ -216,27 +249,34 @@ OUTPUT = (
     Option("save_last_n_steps_state", "int", key="output.keep_last_states", special=True),
     Option("save_state", "flag", False, key="output.save_state"),
     Option("save_state_on_train_end", "flag", False, key="output.save_state_at_end"),
-    Option("resume", "path", key="network.weights", special=True),
+    Option("resume", "path", key="network.weights", special=True, hint="the command's option --resume"),
     Option("no_metadata", "flag", False, key="metadata.minimal"),
 )
 
 LOGGING = (
     Option("logging_dir", "path", key="observers.dir", special=True),
-    Option("log_with", "text", key="observers.name", choices=("tensorboard", "wandb", "all"), special=True),
+    Option(
+        "log_with",
+        "text",
+        key="observers.name",
+        choices=("tensorboard", "wandb", "all"),
+        special=True,
+        hint="[[observers]] with name",
+    ),
     Option("log_prefix", "text", key="observers.prefix", special=True),
     Option("log_tracker_name", "text", key="observers.project", special=True, plugin=_WANDB),
     Option("log_tracker_config", "path", key="observers.tags", special=True, plugin=_WANDB),
     Option("wandb_run_name", "text", key="observers.run_name", special=True, plugin=_WANDB),
-    Option("wandb_api_key", "text", unneeded="`wandb login` or WANDB_API_KEY say it, so that no file has to"),
-    Option("log_config", "flag", False, unneeded="the config is always the first entry of the log"),
+    Option("wandb_api_key", "text", unneeded="use `wandb login` or WANDB_API_KEY, so that it is in no file"),
+    Option("log_config", "flag", False, unneeded="the config is always logged"),
     Option(
         "console_log_level",
         "text",
         "INFO",
-        unneeded="there are few messages, and `--debug` shows more",
+        unneeded="there are few messages; `--debug` shows more",
         choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
     ),
-    Option("console_log_file", "path", unneeded="messages go to standard error, which a shell can write to a file"),
+    Option("console_log_file", "path", unneeded="messages go to standard error; redirect it to a file"),
     Option("console_log_simple", "flag", False, unneeded="messages are plain text"),
 )
 
@@ -267,10 +307,10 @@ HUB = (
     Option("huggingface_repo_id", "text", key="observers.repo_id", special=True),
     Option("huggingface_repo_type", "text", key="observers.repo_type", special=True),
     Option("huggingface_path_in_repo", "text", key="observers.path_in_repo", special=True),
-    Option("huggingface_token", "text", unneeded="`hf auth login` or HF_TOKEN say it, so that no file has to"),
+    Option("huggingface_token", "text", unneeded="use `hf auth login` or HF_TOKEN, so that it is in no file"),
     Option("huggingface_repo_visibility", "text", key="observers.private", special=True),
     Option("save_state_to_huggingface", "flag", False, key="observers.states", special=True),
-    Option("resume_from_huggingface", "flag", False, unneeded="`hf download` fetches it, `--resume` names its folder"),
+    Option("resume_from_huggingface", "flag", False, unneeded="download it with `hf download`, then use `--resume`"),
     Option("async_upload", "flag", False, unneeded="training never waits for uploads"),
 )
 
@@ -298,7 +338,7 @@ VALIDATION = (
 )
 
 CONFIG_FILE = (
-    Option("config_file", "path", unneeded="it is read, and what it says is part of the config that is written"),
+    Option("config_file", "path", unneeded="it is read and included in the config"),
     Option("output_config", "flag", False, unneeded="`lorakit from-kohya -o` writes a config"),
 )
 
@@ -322,3 +362,30 @@ GROUPS: Mapping[str, tuple[Option, ...]] = {
 
 OPTIONS: Mapping[str, Option] = {option.name: option for group in GROUPS.values() for option in group}
 """All options by name."""
+
+_OBSERVERS: Mapping[str, tuple[Option, ...]] = {
+    "wandb": tuple(option for option in LOGGING if option.plugin),
+    "tensorboard": LOGGING,
+    "samples": SAMPLES,
+    "hub": HUB,
+    "validation": VALIDATION,
+}
+"""The observers that take the options with a key of `[[observers]]`; the first that lists an option takes it."""
+
+NETWORK_ARG_KEYS: Mapping[str, str] = {
+    "dim": "rank",
+    "conv_dim": "conv_rank",
+    "block_dims": "block_ranks",
+    "conv_block_dims": "conv_block_ranks",
+}
+"""Arguments of sd-scripts' `networks.lora` whose key in `[network]` has another name."""
+
+OTHER_KEYS: Mapping[str, str] = {
+    **{
+        option.name: option.target
+        for option in OPTIONS.values()
+        if option.target.rpartition(".")[2] not in ("", option.name)
+    },
+    **{argument: f"network.{key}" for argument, key in NETWORK_ARG_KEYS.items()},
+}
+"""Names in sd-scripts that are not the name of the equivalent key, with what to write instead."""
