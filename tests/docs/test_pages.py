@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import pkgutil
 import re
 import subprocess
 import textwrap
@@ -175,6 +176,33 @@ def test_python_blocks_can_be_run() -> None:
                 assert all(hasattr(module, alias.name) for alias in node.names), str(block)
     assert len(found) >= 5
     assert imports >= 4
+
+
+def test_names_of_the_code_exist() -> None:
+    """Each dotted name `lorakit.…` in a page is a module, or something in one."""
+    names = found_in_pages(r"(?<![\w./-])lorakit(?:\.[A-Za-z_]\w*)+")
+    assert len(names) > 20
+    wrong = []
+    for page, name in names:
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            wrong.append(f"{page}: {name}")
+    assert not wrong
+
+
+def test_files_of_the_repository_exist() -> None:
+    """Each file and folder of code that a page names is there."""
+    paths = found_in_pages(r"(?<![\w./-])(?:lorakit|benchmarks|tests/(?!test_))/[\w/]+(?:\.py\b)?")
+    assert len(paths) > 20
+    assert [f"{page}: {path}" for page, path in paths if not (ROOT / path).exists()] == []
+
+
+def found_in_pages(pattern: str) -> list[tuple[Path, str]]:
+    """All matches in pages about lorakit as it is, each once, with the page."""
+    pages = [page for page in PAGES if page.name != "CHANGELOG.md"]
+    found = {(page.relative_to(ROOT), name) for page in pages for name in re.findall(pattern, page.read_text("utf-8"))}
+    return sorted(found)
 
 
 def test_readme_commands_name_nox_sessions() -> None:

@@ -1,1 +1,1 @@
-"""The attention backends that come with lorakit."""
+"""Attention backends."""

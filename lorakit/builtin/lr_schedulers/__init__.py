@@ -1,1 +1,1 @@
-"""The learning-rate schedules that come with lorakit."""
+"""Learning-rate schedules."""

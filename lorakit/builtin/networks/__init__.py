@@ -1,1 +1,1 @@
-"""The networks that come with lorakit."""
+"""Networks: LoRA-LierLa and LoRA-C3Lier."""

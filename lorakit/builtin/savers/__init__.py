@@ -1,1 +1,1 @@
-"""The file formats that come with lorakit."""
+"""File formats of LoRAs."""
