@@ -79,7 +79,7 @@ def direct_imports() -> Mapping[str, set[str]]:
 
 def _top(module: str) -> str:
     """The module or folder right in `lorakit/` that a module belongs to; `__init__` for `lorakit` itself."""
-    return (module.split(".") + ["__init__"])[1]
+    return module.split(".")[1] if "." in module else "__init__"
 
 
 def _arrows(imports: Mapping[str, set[str]]) -> Iterator[str]:

@@ -15,14 +15,11 @@ from typing import Any
 
 import pytest
 
-from lorakit.api.components import ModelFamilyConfig, ObserverConfig
 from lorakit.config.load import COMPONENT_SECTIONS, config_from_tables, read_config
-from lorakit.config.suggestions import KOHYA_NAMES
 from lorakit.errors import ConfigError
-from lorakit.plugins.catalog import Catalog
 from tests.config.conftest import SD1_SHAPES, write_lora, write_safetensors
-from tests.docs.pages import PAGES, ROOT, Block, anchors_of, blocks, blocks_of, links_of, sections_of
-from tests.docs.test_reference import own_components, page_sections, rows
+from tests.docs.pages import PAGES, ROOT, Block, anchors_of, blocks, blocks_of, links_of
+from tests.docs.test_reference import page_sections, rows
 
 README = ROOT / "README.md"
 EXAMPLES = sorted(ROOT.glob("examples/*/config.toml"))
@@ -240,33 +237,3 @@ def known_keys() -> set[str]:
         section = heading.strip("[]")
         keys |= {f"{section}.{key}" for key in [*rows(text), *(["name"] if section in COMPONENT_SECTIONS else [])]}
     return keys
-
-
-def test_keys_for_sd_scripts_users_exist() -> None:
-    """Each key in the README's table of sd-scripts' options exists, and is what `lorakit check` would suggest."""
-    table = sections_of(README.read_text(encoding="utf-8"), "##")["Coming from sd-scripts"]
-    lines = [line for line in table.splitlines() if line.startswith("| `--")]
-    assert len(lines) >= 25
-    keys = known_keys()
-    for line in lines:
-        left, right = line.strip("| ").split(" | ")
-        named = set(re.findall(r"`([a-z_]+\.[a-z_]+)\b(?!\.toml)", right)) - {"config.toml"}
-        assert named <= keys, line
-        for option in re.findall(r"--(\w+)", left):
-            suggested = re.findall(r"^[a-z_]+\.[a-z_]+\b", KOHYA_NAMES.get(option, ""))
-            assert not named or set(suggested) <= named, line
-
-
-def test_readme_lists_what_comes_with_lorakit() -> None:
-    """The README's list of components is that of the catalog, kind by kind."""
-    table = sections_of(README.read_text(encoding="utf-8"), "##")["What comes with it"]
-    listed = {
-        heading: set(re.findall(r"`([\w.]+)`", names))
-        for heading, names in re.findall(r"\| `(\[.*\])` \| (.*) \|", table)
-    }
-    bases = {f"[{section}]": base for section, (base, _) in COMPONENT_SECTIONS.items()} | {
-        "[model]": ModelFamilyConfig,
-        "[[observers]]": ObserverConfig,
-    }
-    assert listed == {heading: set(own_components(base)) for heading, base in bases.items()}
-    assert not Catalog.discover().broken
