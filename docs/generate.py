@@ -2,7 +2,7 @@
 
 The config page comes from the config classes, the commands page from the command line, and the hooks
 page from the hooks and the classes that they return. The page for users of sd-scripts comes from the table
-of its options.
+of its options; in the page about the architecture, the folders and their imports come from `import_graph.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, get_type_hints
 
 import attrs
 import click
+import import_graph
 import tomlkit
 
 from lorakit import api
@@ -365,6 +366,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
 def main(arguments: Iterable[str]) -> None:
     """Write the pages, or with `--check` end with status 1 if one of them is not what would be written."""
     texts = {FOLDER / name: NOTICE + make() for name, make in PAGES.items()}
+    texts[import_graph.PAGE] = import_graph.page()
     stale = [path for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if "--check" in arguments:
         sys.exit("".join(f"{path} is stale; run: python docs/generate.py\n" for path in stale) or 0)

@@ -1,1 +1,1 @@
-"""What lorakit brings along, registered through the same entry points as any plugin."""
+"""The built-in components, registered through the same entry points as any plugin."""

@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line: commands, `init`, listings and the version."""

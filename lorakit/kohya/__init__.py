@@ -1,1 +1,1 @@
-"""sd-scripts' `train_network.py` command lines, and the configs that train the same. Imports no torch."""
+"""From sd-scripts' command lines and files to configs that train the same. Imports no torch."""

@@ -1,1 +1,1 @@
-"""Adapters: LoRA layers, networks of them, and how they are saved."""
+"""Adapters: LoRA and DoRA layers, networks of them, and their tensors in files."""

@@ -1,1 +1,1 @@
-"""What a run will take, told before it starts: steps, memory and time."""
+"""Steps, memory and time of a run, estimated before it starts."""

@@ -1,1 +1,1 @@
-"""Drawing pictures with a model: prompts, samplers, and the files that pictures go to."""
+"""Preview images: prompts, sampling, and the files they are saved in."""

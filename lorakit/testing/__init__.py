@@ -1,1 +1,1 @@
-"""For the tests of plugins: a tiny model family and contract suites for every kind of component."""
+"""For tests of plugins: a tiny model family and a contract suite for every kind of component."""

@@ -1,1 +1,1 @@
-"""The engine: the loss, the loop, and the run around it."""
+"""A run: preparing it, setting it up, the loop, and what the loop calls."""

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of training."""
+"""Helpers that know nothing of training: files, random numbers, texts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import pkgutil
 import re
 import subprocess
 import textwrap
@@ -14,14 +15,11 @@ from typing import Any
 
 import pytest
 
-from lorakit.api.components import ModelFamilyConfig, ObserverConfig
 from lorakit.config.load import COMPONENT_SECTIONS, config_from_tables, read_config
-from lorakit.config.sd_scripts import OTHER_KEYS
 from lorakit.errors import ConfigError
-from lorakit.plugins.catalog import Catalog
 from tests.config.conftest import SD1_SHAPES, write_lora, write_safetensors
-from tests.docs.pages import PAGES, ROOT, Block, anchors_of, blocks, blocks_of, links_of, sections_of
-from tests.docs.test_reference import own_components, page_sections, rows
+from tests.docs.pages import PAGES, ROOT, Block, anchors_of, blocks, blocks_of, links_of
+from tests.docs.test_reference import page_sections, rows
 
 README = ROOT / "README.md"
 EXAMPLES = sorted(ROOT.glob("examples/*/config.toml"))
@@ -177,6 +175,33 @@ def test_python_blocks_can_be_run() -> None:
     assert imports >= 4
 
 
+def test_names_of_the_code_exist() -> None:
+    """Each dotted name `lorakit.…` in a page is a module, or something in one."""
+    names = found_in_pages(r"(?<![\w./-])lorakit(?:\.[A-Za-z_]\w*)+")
+    assert len(names) > 20
+    wrong = []
+    for page, name in names:
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            wrong.append(f"{page}: {name}")
+    assert not wrong
+
+
+def test_files_of_the_repository_exist() -> None:
+    """Each file and folder of code that a page names is there."""
+    paths = found_in_pages(r"(?<![\w./-])(?:lorakit|benchmarks|tests/(?!test_))/[\w/]+(?:\.py\b)?")
+    assert len(paths) > 20
+    assert [f"{page}: {path}" for page, path in paths if not (ROOT / path).exists()] == []
+
+
+def found_in_pages(pattern: str) -> list[tuple[Path, str]]:
+    """All matches in pages about lorakit as it is, each once, with the page."""
+    pages = [page for page in PAGES if page.name != "CHANGELOG.md"]
+    found = {(page.relative_to(ROOT), name) for page in pages for name in re.findall(pattern, page.read_text("utf-8"))}
+    return sorted(found)
+
+
 def test_readme_commands_name_nox_sessions() -> None:
     """The README's two commands run sessions that the noxfile has."""
     tree = ast.parse((ROOT / "noxfile.py").read_text(encoding="utf-8"))
@@ -213,33 +238,3 @@ def known_keys() -> set[str]:
         names = [COMPONENT_SECTIONS[section][0].name_key] if section in COMPONENT_SECTIONS else []
         keys |= {f"{section}.{key}" for key in [*rows(text), *names]}
     return keys
-
-
-def test_keys_for_sd_scripts_users_exist() -> None:
-    """Each key in the README's table of sd-scripts' options exists, and is what `lorakit check` would suggest."""
-    table = sections_of(README.read_text(encoding="utf-8"), "##")["Coming from sd-scripts"]
-    lines = [line for line in table.splitlines() if line.startswith("| `--")]
-    assert len(lines) >= 25
-    keys = known_keys()
-    for line in lines:
-        left, right = line.strip("| ").split(" | ")
-        named = set(re.findall(r"`([a-z_]+\.[a-z_]+)\b(?!\.toml)", right)) - {"config.toml"}
-        assert named <= keys, line
-        for option in re.findall(r"--(\w+)", left):
-            suggested = re.findall(r"^[a-z_]+\.[a-z_]+\b", OTHER_KEYS.get(option, ""))
-            assert not named or set(suggested) <= named, line
-
-
-def test_readme_lists_what_comes_with_lorakit() -> None:
-    """The README's list of components is that of the catalog, kind by kind."""
-    table = sections_of(README.read_text(encoding="utf-8"), "##")["What comes with it"]
-    listed = {
-        heading: set(re.findall(r"`([\w.]+)`", names))
-        for heading, names in re.findall(r"\| `(\[.*\])` \| (.*) \|", table)
-    }
-    bases = {f"[{section}]": base for section, (base, _) in COMPONENT_SECTIONS.items()} | {
-        "[model]": ModelFamilyConfig,
-        "[[observers]]": ObserverConfig,
-    }
-    assert listed == {heading: set(own_components(base)) for heading, base in bases.items()}
-    assert not Catalog.discover().broken

@@ -1,21 +1,30 @@
-"""The charts of the benchmarks show the numbers of the tables."""
+"""The figures of the benchmarks show what the tables say."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from types import ModuleType
+
+import pytest
 
 from tests.docs.pages import ROOT
 
 
-def test_charts_are_current() -> None:
-    """Each chart on the page is what `benchmarks/plots.py` makes of the table above it."""
+@pytest.fixture(scope="module")
+def plots() -> ModuleType:
+    """The script that draws them."""
     spec = importlib.util.spec_from_file_location("benchmark_plots", ROOT / "benchmarks" / "plots.py")
     assert spec is not None
     assert spec.loader is not None
-    plots = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = plots
-    spec.loader.exec_module(plots)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pictures_are_of_the_tables_as_they_are(plots: ModuleType) -> None:
+    """Each picture on the page is what the table above it makes; otherwise run benchmarks/plots.py."""
     drawn = dict(plots.pictures(plots.PAGE.read_text(encoding="utf-8")))
     assert len(drawn) > 2
     for name, svg in drawn.items():

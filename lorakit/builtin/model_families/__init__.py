@@ -1,1 +1,1 @@
-"""Built-in model families."""
+"""Model families: their configs and how they are detected."""

@@ -1,1 +1,1 @@
-"""Built-in observers."""
+"""Observers: progress, checkpoints, validation, previews, logs, uploads."""

@@ -1,1 +1,1 @@
-"""The optimizers that come with lorakit."""
+"""Optimizers."""

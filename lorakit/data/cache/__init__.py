@@ -1,1 +1,1 @@
-"""Latents and encoded captions on disk."""
+"""The cache of latents and encoded captions."""

@@ -1,1 +1,1 @@
-"""Warnings about images and captions."""
+"""Warnings about images and captions that are probably a mistake."""

@@ -1,1 +1,1 @@
-"""Model families."""
+"""Model families, a folder each."""

@@ -1,1 +1,1 @@
-"""States: what is needed to resume a run."""
+"""States: saving, loading, and whether one can be resumed."""
