@@ -1,1 +1,1 @@
-"""What a run will take, told before it starts: steps, memory and time."""
+"""Estimates of a run before it starts: steps, memory and time."""

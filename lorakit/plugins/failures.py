@@ -1,4 +1,4 @@
-"""Whose fault it is when a component fails: the component and its package are named, and there is no traceback."""
+"""Errors of components, attributed to the component and its package, without a traceback."""
 
 from __future__ import annotations
 

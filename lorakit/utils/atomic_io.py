@@ -163,7 +163,7 @@ def _lock(file: IO[bytes]) -> None:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a process is writing a file or folder, as far as can be told."""
+    """Whether a process is known to be writing a file or folder."""
     if not fcntl:
         return True
     try:
