@@ -43,7 +43,7 @@ class ConfigError(LorakitError):
     exit_status = 2
 
     def __init__(self, problems: Iterable[Problem], file: str = "") -> None:
-        """`file` is the config file, where there is one."""
+        """`file` is the config file, if there is one."""
         self.problems = tuple(problems)
         self.file = file
         super().__init__("\n".join(str(problem) for problem in self.problems))
@@ -94,7 +94,7 @@ class OutputError(LorakitError):
 
 
 class NotSaved(LorakitError):
-    """What a run has come to could not be written where it belongs; the message says what is left of it, and where."""
+    """Results of a run could not be written to their place; the message says what was saved, and where."""
 
 
 class TrainingDiverged(LorakitError):

@@ -25,13 +25,13 @@ class Placeholder:
     name: str
     """Of the function or class, with its module: `numpy.dtype`."""
     is_object: bool = False
-    """Whether it stands for an object."""
+    """Whether it is a stand-in for an object."""
 
 
 Call = Callable[[str, tuple[Any, ...]], object]
-"""What stands for the result of calling the function or class of that name with these arguments."""
+"""Returns the stand-in for calling the function or class of that name with these arguments."""
 Resolve = Callable[[object], object]
-"""What stands for the object that a file keeps outside the pickle under that id."""
+"""Returns the stand-in for the object that is stored outside the pickle under that id."""
 
 
 def read_inertly(stream: BinaryIO, call: Call, resolve: Resolve) -> object:
@@ -115,7 +115,7 @@ class _Machine:
         self.push(Placeholder(f"{module}.{name}"))
 
     def make(self, function: object, arguments: object) -> None:
-        """Push what stands for the result of a call."""
+        """Push the stand-in for the result of a call."""
         if not isinstance(function, Placeholder) or not isinstance(arguments, tuple):
             raise ValueError("it calls something that is not a function")
         self.push(function if function.is_object else self.call(function.name, arguments))

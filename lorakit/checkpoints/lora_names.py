@@ -42,7 +42,7 @@ def own_name(name: str) -> str:
 
 
 def layer_path(name: str) -> str:
-    """The path of a tensor's layer as its file has it, with all that stands in front."""
+    """The path of a tensor's layer in its file, including prefixes."""
     return _split(name)[0]
 
 

@@ -36,7 +36,7 @@ class StatedPrediction:
     prediction: Literal["epsilon", "v_prediction"] | None = None
     """What the U-Net predicts; None where nothing says it."""
     source: str = ""
-    """What says so, in words."""
+    """Where it was found, for messages."""
     snr_source: str = ""
     """What says, in words, that it was trained with a noise schedule that leaves no signal at its end, if it was."""
 
@@ -72,7 +72,7 @@ def _prediction(word: object) -> Literal["epsilon", "v_prediction"] | None:
 
 
 def _prediction_in_yaml(file: Path) -> Literal["epsilon", "v_prediction"] | None:
-    """What a config of the original implementation says; None where there is none, or it is something else.
+    """What a config of the original implementation says; None if it is absent or something else.
 
     Only lines of the form `key: value` are read. Without `parameterization` such a model predicts the noise.
     """

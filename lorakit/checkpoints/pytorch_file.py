@@ -72,7 +72,7 @@ class _NeedsCodeError(Exception):
 
 
 def _chosen(content: object) -> dict[str, StoredTensor]:
-    """The tensors by name in what a file holds; raises what stands in the way of any of them."""
+    """The tensors of a file by name; raises the first error in any of them."""
     if isinstance(content, Placeholder | Unreadable):
         content = {"": content}
     level = _level_with_tensors(content) if isinstance(content, dict) else {}

@@ -113,7 +113,7 @@ def _end_of_all(places: Sequence[tuple[int, int, str]]) -> int:
 
 
 def _count(shape: Sequence[int], most: int) -> int:
-    """How many numbers a tensor has; something above `most` where there are more, which takes no time to find out."""
+    """Number of elements of a tensor; any number above `most` if there are more, to bound the computation."""
     if 0 in shape:
         return 0
     count = 1

@@ -108,7 +108,7 @@ class Unreadable:
 
 
 def rebuild(name: str, arguments: tuple[Any, ...]) -> object:
-    """What stands for the result of a call: a tensor that is described, a dict, a placeholder."""
+    """The stand-in for the result of a call: a described tensor, a dict, or a placeholder."""
     if name in _KNOWN and len(arguments) <= _MOST_ARGUMENTS:
         try:
             return _KNOWN[name](*arguments)
@@ -179,11 +179,11 @@ _KNOWN: Mapping[str, Callable[..., object]] = {
 
 
 RecordOf = Callable[[str, int, int], Record]
-"""The record with that key, of so many numbers of so many bytes. Raises ValueError if the file has no such record."""
+"""The record with that key, by element count and size in bytes. Raises ValueError if there is no such record."""
 
 
 def resolve_storage(record_of: RecordOf, persistent_id: Any) -> object:
-    """What stands for the storage, or the source of a module, that is kept outside the pickle under an id."""
+    """The stand-in for the storage, or module source, that is stored outside the pickle under an id."""
     if len(persistent_id) > _MOST_ARGUMENTS:
         raise ValueError("a storage has an invalid length")
     if persistent_id[0] == "module":

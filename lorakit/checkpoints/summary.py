@@ -78,6 +78,8 @@ def kind_of_file(path: Path) -> Literal["safetensors", "pickle"]:
         return "pickle"
     if start[8:9] == b"{":
         return "safetensors"
+    if start.startswith(b"GGUF"):
+        raise ModelError(f"{path} is a GGUF file, which is not supported; use the .safetensors model it was made from")
     if start.startswith(b"version https://"):
         raise ModelError(f"{path} is a Git LFS pointer, not the model itself; run `git lfs pull` or download the file")
     raise ModelError(f"{path} is neither a safetensors file nor a PyTorch checkpoint; download it again")

@@ -45,7 +45,7 @@ def _debug_option() -> click.Option:
 
 
 class _Command(click.Command):
-    """A command that takes --debug, as the group does, so that it may stand in either place."""
+    """A command that takes --debug, as the group does, so that it can be given in either place."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
@@ -121,7 +121,7 @@ def with_config(command: CommandT) -> CommandT:
 
 
 def _config_file(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
-    """The config file; the usual name counts only where there is such a file."""
+    """The config file; the default name requires that it exists."""
     source = context.get_parameter_source(parameter.name or "")
     if source is click.core.ParameterSource.DEFAULT and not value.is_file() and not context.resilient_parsing:
         cure = f"there is no {value}, the default, in this folder; `lorakit init` writes one"

@@ -108,7 +108,7 @@ def plan_start(catalog: Catalog, purpose: str, images: Path | None, model: str |
 
 
 def look_at_images(folder: Path) -> Images:
-    """What is in a folder of images. Raises ConfigError where there are none, and names folders in it with some."""
+    """The images in a folder. Raises ConfigError if there are none, and names its subfolders that have some."""
     from lorakit.data.images.formats import EXTENSIONS
 
     if not folder.is_dir():

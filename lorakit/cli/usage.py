@@ -79,7 +79,7 @@ def _foreign(arguments: Sequence[str], own: Collection[str]) -> Iterator[tuple[s
 
 
 def _target(option: str, keys: Sequence[str]) -> str:
-    """The key that an option stands for, perhaps with its value, or words that say what does the same."""
+    """The key that an option means, perhaps with its value, or a description of the equivalent."""
     known = OTHER_KEYS.get(option) or SYNONYMS.get(option) or (option if option in keys else "")
     if known:
         return known

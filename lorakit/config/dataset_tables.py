@@ -200,7 +200,7 @@ def _folder_of_metadata(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _both_sides(resolution: Any) -> Any:
-    """Width and height, where one number stands for both."""
+    """Width and height, also if given as one number."""
     return resolution if isinstance(resolution, list | tuple) else (resolution, resolution)
 
 
@@ -230,7 +230,7 @@ def _refuse_unknown(reader: TableReader, table: Mapping[str, Any], known: Collec
 
 
 def _list_of_tables(reader: TableReader, table: Mapping[str, Any], place: str) -> list[Mapping[str, Any]]:
-    """The tables in the list that the last name of `place` stands for; that there are none is noted."""
+    """The tables in the list called by the last name of `place`; an empty list is reported."""
     name = place.rpartition(".")[2]
     found = table.get(name, [])
     if not isinstance(found, list) or not all(isinstance(item, Mapping) for item in found):

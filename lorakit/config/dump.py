@@ -49,7 +49,7 @@ def _table(config: Any, full_name: Callable[[type[Component]], str]) -> dict[str
         value = getattr(config, field.name)
         if isinstance(value, tuple) and value and attrs.has(type(value[0])):
             table[field.name] = [_table(item, full_name) for item in value]
-        elif isinstance(value, Component):  # whose keys stand in the same table
+        elif isinstance(value, Component):  # whose keys are in the same table
             options = _table(value, full_name)
             table |= {field.name: options.pop("name"), **options}
         elif value is not None:
@@ -71,7 +71,7 @@ STARTER_VALUES: Mapping[str, Mapping[str, Any]] = {
     "metadata": {},
     "saver": {"name": "safetensors"},
 }
-"""What a starter config sets; every other key stands in it as a comment with its default."""
+"""What a starter config sets; every other key is a comment with its default."""
 
 STARTER_OBSERVERS: Mapping[str, Any] = {
     "dir": "logs",

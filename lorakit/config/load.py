@@ -172,7 +172,7 @@ class _ConfigLoader:
         return self.reader.structure(component, {**table, "path": str(found.location)}, "model")
 
     def _base_model(self, path: object) -> _Found | None:
-        """The base model, or None where there is none to train on (which is noted)."""
+        """The base model, or None if there is none to train on (which is reported)."""
         if not isinstance(path, str) or not path:
             problem = "is missing" if path is None else f"must be a text in quotes, not {toml_repr(path)}"
             self.reader.report("model.path", problem, "the base model: a file, a folder, or a Hub id")

@@ -13,7 +13,7 @@ from attrs import validators as v
 from lorakit.errors import Problem
 
 LARGEST_THUMBNAIL = 1 << 20
-"""Bytes of an image file that may stand in the metadata; readers load all of it to show a list of files."""
+"""Maximum bytes of an image in the metadata; readers load all of it to list files."""
 
 _FIRST_BYTES: Mapping[str, bytes] = {
     "image/png": rb"\x89PNG\r\n\x1a\n",

@@ -1,4 +1,4 @@
-"""Keys that are set on the command line, as `--set KEY=VALUE`: what is typed there wins over the file."""
+"""Keys set on the command line with `--set KEY=VALUE`, which override the file."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _table(tables: dict[str, Any], names: Sequence[str]) -> tuple[Any, Any]:
 
 
 def _unset(table: Any, last: Any, key: str, keys: Collection[str]) -> list[Problem]:
-    """Take a key away; a problem where no config could have it, as it may be misspelt."""
+    """Remove a key; a problem if no config could have it, as it may be misspelt."""
     if isinstance(table, list) or last in table:
         del table[last]
         return []
@@ -86,7 +86,7 @@ def _unset(table: Any, last: Any, key: str, keys: Collection[str]) -> list[Probl
 
 
 def _value(text: str) -> Any:
-    """The value that a text is in TOML; the text itself where it is none, or a date, which no key takes."""
+    """The TOML value of a text; the text itself if it is not TOML, or a date, which no key takes."""
     try:
         found = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Which key was meant, when a key is not known: one that is near, or sd-scripts' name for it."""
+"""Suggestions for unknown keys: a similar key, or the equivalent of a name in sd-scripts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from lorakit.config.sd_scripts import OTHER_KEYS
 
 
 def hint_for(section: str, name: str, known: Collection[str], places: Mapping[str, str]) -> str:
-    """What an unknown key of a section may have been meant to be.
+    """A hint for an unknown key of a section.
 
-    `known` are the section's keys; `places` says, by bare name, where options of other sections and components stand.
+    `known` are the keys of the section; `places` gives the full keys of options elsewhere by their bare names.
     Of a key that other components of the section have, such as `betas`, the nearest key here may be meant: `beta1`.
     """
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)

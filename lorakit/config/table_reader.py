@@ -72,7 +72,7 @@ class TableReader:
             return None
 
     def path(self, value: object, key: str) -> Path | None:
-        """The path that a value stands for, or None if it is none (which is noted)."""
+        """The value as a path, or None if it is not one (which is reported)."""
         try:
             return self._converter.structure(value, Path)
         except ValueError as error:

@@ -23,11 +23,11 @@ class _Line(NamedTuple):
     text: str
     """The line, without spaces around it and without a comment."""
     key: str
-    """What stands before the first `=`; the whole line where there is none."""
+    """The text before the first `=`, or the complete line."""
     value: str
-    """What stands behind it."""
+    """The text after it."""
     message: str
-    """What Python's reader says."""
+    """The message of Python's TOML reader."""
 
 
 def explain(text: str, message: str) -> str:

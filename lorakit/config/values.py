@@ -49,7 +49,7 @@ def value_converter(base: Path) -> Converter:
 
 
 _ESCAPED = {"\b": r"\b", "\t": r"\t", "\n": r"\n", "\f": r"\f", "\r": r"\r", "\x1b": r"\e"}
-"""What stands in a text for a backslash and a letter between double quotation marks."""
+"""Characters that TOML's double quotation marks make of a backslash and a letter."""
 
 
 def lost_backslash(value: str) -> str:
@@ -90,7 +90,7 @@ def is_text(value: object) -> TypeGuard[str]:
 
 
 def toml_repr(value: object) -> str:
-    """A value as it stands in a TOML file, cut where it is long."""
+    """A value as written in a TOML file, truncated if long."""
     text = _as_toml(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
 

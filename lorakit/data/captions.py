@@ -1,4 +1,4 @@
-"""Captions: read from the files beside the images, and varied anew in each epoch.
+"""Captions: read from the files beside the images, and varied in each epoch.
 
 What can be done to a caption, and in which order, is what sd-scripts' dataset files say.
 """
@@ -156,7 +156,7 @@ def has_choice(text: str) -> bool:
 
 
 def split_parts(text: str, subset: SubsetConfig) -> CaptionParts:
-    """The tags of a caption, parted by `keep_tokens_separator` where it stands in it, else by `keep_tokens`."""
+    """The tags of a caption, split by `keep_tokens_separator` if the caption contains it, else by `keep_tokens`."""
     separator = subset.keep_tokens_separator
     if separator and separator in text:
         first, loose, *last = (split_tags(part, subset.caption_separator) for part in text.split(separator))
@@ -166,7 +166,7 @@ def split_parts(text: str, subset: SubsetConfig) -> CaptionParts:
 
 
 def tags_after(step: int, tags: int, subset: SubsetConfig, total_steps: int) -> int:
-    """How many of a caption's loose tags are used after so many steps: ⌊step · (tags − min) / warm-up⌋ + min."""
+    """Number of a caption's loose tags to use after `step` steps: ⌊step · (tags − min) / warm-up⌋ + min."""
     warmup = subset.token_warmup_step
     steps = warmup if warmup >= 1 else floor(warmup * total_steps)
     least = subset.token_warmup_min

@@ -47,7 +47,7 @@ def split_off(datasets: Sequence[DatasetConfig], examples: Examples, seed: int) 
 def _chosen(dataset: DatasetConfig, examples: Sequence[Example], seed: int) -> set[Path]:
     """The files that a dataset holds out: of each subset the round(n · share) with the smallest keyed numbers.
 
-    At least one of a subset stays. The numbers know of no subset, so that a folder which stands in several
+    At least one image of a subset stays. The numbers do not depend on the subset, so that a folder in several
     is split alike in all.
     """
     own_seed = dataset.seed_of_validation(seed)

@@ -29,7 +29,7 @@ IMPLIED_ARGS: Mapping[str, tuple[str, ...]] = {"sgdnesterov": ("nesterov",), "sg
 """Arguments that sd-scripts always sets, as lorakit's optimizer of that name does."""
 
 ADAFACTOR_DEFAULTS: Mapping[str, object] = {"relative_step": True, "scale_parameter": True}
-"""What holds with sd-scripts' Adafactor and not with lorakit's, when nothing is said."""
+"""Defaults of sd-scripts' Adafactor that differ from lorakit's."""
 
 
 def write_optimizer(command: Command, draft: Draft, catalog: Catalog) -> None:
@@ -151,7 +151,7 @@ def _refuse_schedule(command: Command, option: str, name: str) -> None:
 
 
 def _write_arguments(section: str, component: type[Component] | None, command: Command, draft: Draft) -> None:
-    """Write those of a component's `key=value` arguments that it takes; all of them where there is none to ask."""
+    """Write those of a component's `key=value` arguments that it takes; all of them if it is not installed."""
     option = f"{section}_args"
     values = command.parse_literals(option)
     known = field_names(component) if component else [*values]

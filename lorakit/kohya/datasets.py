@@ -15,7 +15,7 @@ from lorakit.kohya.option_status import OptionStatus
 from lorakit.kohya.options_files import UNSAID
 
 FOLDER_OPTIONS = ("train_data_dir", "reg_data_dir", "in_json")
-"""What says on which images to train where there is no dataset file."""
+"""Options that name the images if there is no dataset file."""
 
 _PATHS = ("image_dir", "conditioning_data_dir", "metadata_file")
 """Keys of dataset files that hold paths."""
@@ -99,7 +99,7 @@ def _from_file(command: Command, draft: Draft, shared: Table) -> None:
         shared = {**shared, "num_repeats": command.setting("dataset_repeats")}
     try:
         tables = read_toml(path)
-    except ValueError:  # which `check` tells of
+    except ValueError:  # reported by `check`
         tables = {}
     if tables and (shared or _is_elsewhere(command, path, tables)):
         _copy(command, draft, tables, {**_caption_extension(command), **shared})

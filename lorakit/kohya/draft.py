@@ -48,7 +48,7 @@ class Command:
     target: Path
     """What relative paths in the config are to be relative to."""
     sources: Mapping[str, str] = Factory(dict)
-    """For the options that stand in a file what they are called there."""
+    """The names, in a file, of the options that come from it."""
 
     def get(self, name: str) -> Any:
         """The value of an option, its default where it was not given."""
@@ -59,7 +59,7 @@ class Command:
         return option_status(OPTIONS[name], self.keys)
 
     def setting(self, name: str, value: Any = None) -> Setting:
-        """A value that an option gives, its own where none is said."""
+        """The setting from an option: `value`, or else the option's value."""
         default = "" if name in self.given else " is absent, this is its default"
         source = self.sources.get(name, f"--{name}{default}")
         return Setting(self.get(name) if value is None else value, source)

@@ -226,7 +226,7 @@ def _short(value: Any) -> Any:
 
 
 def _number(fields: Mapping[str, Any], name: str) -> float:
-    """The number in a field, 0 where there is none."""
+    """The number in a field, 0 if absent."""
     value = fields.get(name)
     try:
         return float(value) if value is not None else 0.0

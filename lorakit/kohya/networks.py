@@ -106,7 +106,7 @@ def write_network(command: Command, draft: Draft, catalog: Catalog) -> None:
 
 
 def _alpha_of_zero(command: Command, draft: Draft) -> None:
-    """With sd-scripts an alpha of 0 stands for the rank."""
+    """In sd-scripts an alpha of 0 means the rank."""
     if not command.get("network_alpha"):
         draft.set("network", "alpha", command.setting("network_alpha", float(command.get("network_dim"))))
 

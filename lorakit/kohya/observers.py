@@ -76,7 +76,7 @@ def _wandb(command: Command, draft: Draft) -> Table:
 
 
 def _tracker_settings(command: Command, draft: Draft) -> Table:
-    """What the table [wandb] of the file says, with the option as its source; what has no key is told."""
+    """The table [wandb] of the file, with the option as its source; entries without a key are reported."""
     name = command.get("log_tracker_config")
     try:
         settings: Any = read_toml(command.on_disk(name)).get("wandb", {})

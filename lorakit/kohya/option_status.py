@@ -1,4 +1,4 @@
-"""What becomes of each of sd-scripts' options, told from the keys that this lorakit has."""
+"""The status of each of sd-scripts' options, from the keys of the installed lorakit."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _fields(section: str, classes: Iterable[type]) -> dict[str, object]:
 
 
 def option_status(option: Option, keys: Collection[str]) -> OptionStatus:
-    """The state of an option where there are these keys; those of plugins count as there."""
+    """The status of an option given these keys; keys of plugins count as available."""
     key, _, value = option.key.partition(" = ")
     if option.plugin:
         return OptionStatus.WORKS

@@ -102,7 +102,7 @@ def _is_zero(value: Any) -> bool:
 
 
 def _remarks(file: str, unknown: list[str]) -> list[Problem]:
-    """What is said of the keys that sd-scripts does not read either."""
+    """Remarks on the keys that sd-scripts ignores, too."""
     unfinished = [key for key in unknown if key in _UNFINISHED]
     others = [key for key in unknown if key not in _UNFINISHED]
     found = []
@@ -192,7 +192,7 @@ WORDS: Mapping[str, str] = {
 
 
 def not_a_choice(option: Option, value: object) -> str:
-    """What is said of a value that is not among the option's choices."""
+    """The error for a value that is not among the option's choices."""
     return f"must be one of {', '.join(map(str, option.choices))}, not {value!r}"
 
 
@@ -203,7 +203,7 @@ def nearest(name: str, cutoff: float = 0.6) -> str:
 
 
 def unknown_option(word: str, place: str = "") -> Problem:
-    """What is said of an option that sd-scripts does not have; `place` is the file that it is in."""
+    """The error for an option that sd-scripts does not have; `place` is the file that contains it."""
     name = word.lstrip("-").partition("=")[0]
     near, dashes = nearest(name), "" if place else "--"
     hint = f"did you mean {dashes}{near}?" if near else ""

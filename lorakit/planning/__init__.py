@@ -1,1 +1,1 @@
-"""Steps, memory and time of a run, estimated before it starts."""
+"""Estimates of a run before it starts: steps, memory and time."""

@@ -57,7 +57,7 @@ class Texts:
 
     @classmethod
     def of(cls, prepared: PreparedRun) -> Texts:
-        """Of the shapes and number formats that they have in a run; reads no weights."""
+        """With the shapes and dtypes of a run; loads no weights."""
         model = load_model(prepared.config, CPU)
         with fake_tensors(), torch.no_grad():
             tokens = model.text_encoder.tokenize([""], prepared.config.data.weighted_captions)
@@ -84,7 +84,7 @@ def make_batch(shape: BatchShape, texts: Texts, model: DiffusionModel) -> Batch:
 
 
 def _made_up(tensors: Conditioning | Tokens) -> dict[str, Tensor]:
-    """Noise, or the first token, in the shapes of imagined tensors."""
+    """Noise, or the first token, in the shapes of fake tensors."""
     generator = keyed_generator("plan", "texts")
     return {
         name: normal(generator, tensor.shape).to(tensor.dtype)

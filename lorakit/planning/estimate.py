@@ -1,4 +1,4 @@
-"""What each phase of a run needs of memory, counted with imagined tensors by the code that the run executes.
+"""Memory of each phase of a run, counted by running its code with fake tensors.
 
 B images in a micro-batch or encoded together, H and W image sides in pixels.
 """
@@ -35,25 +35,25 @@ RESERVE = 2**29
 
 @frozen(kw_only=True)
 class EncodingMemory:
-    """What encoding needs, in bytes."""
+    """Memory for encoding, in bytes."""
 
     weights: int
     """Weights of the encoder."""
     transient: int
-    """The most that there is at once beside them."""
+    """Peak of everything else."""
 
     @property
     def peak(self) -> int:
-        """All of it."""
+        """The sum."""
         return self.weights + self.transient
 
 
 @frozen(kw_only=True)
 class TrainingMemory:
-    """What training needs, in bytes."""
+    """Memory for training, in bytes."""
 
     weights: int
-    """Weights of the base model, as far as it is still needed and on the device."""
+    """Weights of the base model that are needed during training and on the device."""
     adapters: int
     """The adapters."""
     gradients: int
@@ -61,11 +61,11 @@ class TrainingMemory:
     optimizer: int
     """The state of the optimizer."""
     saved_activations: int
-    """What the forward pass keeps for the backward pass."""
+    """Activations saved for the backward pass."""
     transient: int
-    """The most that there is at once of other things; some of what is kept may be gone by then."""
+    """Peak of temporary tensors; some saved activations may be freed by then."""
     encoding: int
-    """What images take that are encoded meanwhile."""
+    """Memory for encoding images during training."""
 
     @property
     def trained(self) -> int:
@@ -74,24 +74,24 @@ class TrainingMemory:
 
     @property
     def activations(self) -> int:
-        """What comes and goes with each step."""
+        """Memory allocated and freed in each step."""
         return self.saved_activations + self.transient + self.encoding
 
     @property
     def peak(self) -> int:
-        """All of it."""
+        """The sum."""
         return self.weights + self.trained + self.activations
 
 
 def as_cpu_run(prepared: PreparedRun) -> PreparedRun:
-    """The run on a CPU, whose kernels keep what those of other devices keep, as it is without other modes."""
+    """The run on a CPU in eager mode; its kernels save the same activations as those of other devices."""
     config = prepared.config
     plain: dict[str, Any] = {"device": "cpu", **dict.fromkeys(AUTOTUNE_KEYS, False)}
     return evolve(prepared, config=evolve(config, training=evolve(config.training, **plain)))
 
 
 def image_encoding_memory(prepared: PreparedRun) -> EncodingMemory:
-    """What encoding images needs, those of the largest size."""
+    """Memory for encoding images of the largest size."""
     config = prepared.config
     examples = [own for dataset in (*prepared.datasets, *prepared.validation) for own in dataset.examples]
     width, height = max((own.placement.bucket for own in examples), key=lambda size: size[0] * size[1])
@@ -103,7 +103,7 @@ def image_encoding_memory(prepared: PreparedRun) -> EncodingMemory:
 
 
 def caption_encoding_memory(prepared: PreparedRun) -> EncodingMemory:
-    """What encoding captions needs, as many as are encoded together."""
+    """Memory for encoding a batch of captions."""
     model = load_model(prepared.config, CPU)
     with fake_tensors() as meter, torch.no_grad():
         encoder, weights = model.text_encoder, _settled(meter)
@@ -118,9 +118,9 @@ def training_memory(
     encoding: EncodingMemory,
     tensors: Callable[[], AbstractContextManager[MemoryTracker]] = fake_tensors,
 ) -> TrainingMemory:
-    """What steps on a micro-batch need; `encoding` is what encoding images needs.
+    """Memory for steps on a micro-batch; `encoding` is that for encoding images.
 
-    With `MemoryTracker` for `tensors` these are real, and what is counted is no estimate.
+    With `MemoryTracker` for `tensors` they are real, and the result is measured instead of estimated.
     """
     config = prepared.config
     model = load_model(config, CPU)
@@ -147,30 +147,30 @@ def training_memory(
 
 
 def _needed(model: DiffusionModel, prepared: PreparedRun) -> list[object]:
-    """The parts that are in memory while the network trains; they are read."""
+    """The parts that are in memory while the network trains; loads them."""
     encoders: list[object] = [model.text_encoder] if prepared.encodes_captions else []
     return [model.denoiser, *encoders, *([model.vae_encoder] if prepared.encodes_images else [])]
 
 
 def _offloaded(model: DiffusionModel, parts: Sequence[str], config: TrainConfig) -> int:
-    """Bytes of the weights of these parts, which have been read, that are not on the device."""
+    """Bytes of the loaded weights of these parts that are offloaded."""
     streamed = [part for part in parts if part in config.training.stream_base]
     return streamed_bytes(target.module for target in model.targets(streamed))
 
 
 def _settled(meter: MemoryTracker) -> int:
-    """Bytes that are held for longer; the peak is counted anew from here."""
+    """Bytes currently held; resets the peak to them."""
     meter.peak = meter.held
     return meter.held
 
 
 def _steps_to_settle(config: TrainConfig) -> int:
-    """How many steps it takes until they need as much as all others: blocks that recompute are chosen in the first."""
+    """Steps until memory is steady: with selective checkpointing, the blocks are chosen in the first step."""
     return 1 if isinstance(config.training.gradient_checkpointing, bool) else 2
 
 
 def _step(model: DiffusionModel, network: Network, batch: Batch, config: TrainConfig, meter: MemoryTracker) -> int:
-    """Forward and backward pass of a micro-batch; gives what the one keeps for the other."""
+    """Forward and backward pass of a micro-batch; returns the bytes of saved activations."""
     before = meter.held
     network.begin_batch(batch.sample_seeds)
     conditioning = conditioning_of(batch, model, config.trained_parts)

@@ -1,4 +1,4 @@
-"""Counting memory: of tensors that are there, or of tensors that are only imagined.
+"""Counting memory: of real tensors, or of fake ones.
 
 Imagined tensors have shapes and number formats but no memory, so what a model would need can be counted without
 reading its weights, by the code that computes with them.
@@ -162,7 +162,7 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts the bytes of all tensors that come to be while it is on, for as long as they are there.
+    """Counts the bytes of all tensors created while it is active, for as long as they exist.
 
     What a kernel takes and gives back while it runs is not seen.
     """

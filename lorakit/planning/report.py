@@ -70,7 +70,7 @@ def _presets(plan: Plan) -> Iterator[str]:
 
 
 def _advice(plan: Plan, memory: int) -> Iterator[str]:
-    """What to set so that training fits into so many bytes."""
+    """The settings with which training fits into `memory` bytes."""
     given, reserve = f"{in_gib(memory)} GiB", f"{in_gib(RESERVE)} GiB left for PyTorch and the device's driver"
     if plan.current.fits(memory):
         yield from _wrapped(f"The current config fits into {given}, with {reserve}.")

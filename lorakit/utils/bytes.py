@@ -11,7 +11,7 @@ _PREFIXES = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of an amount such as `8GB`, `8G`, `7.5 GiB` or `512MiB`; those of GB where there is no unit.
+    """Bytes of an amount such as `8GB`, `8G`, `7.5 GiB` or `512MiB`; in GB if there is no unit.
 
     Raises ValueError where it is none, or zero.
     """

@@ -44,7 +44,7 @@ def load_picture(example: Example, placement: ResizeCrop) -> Picture:
 
 
 def augmented_picture(example: Example, draw: RngFactory) -> Picture:
-    """The picture as it is this once: cropped, coloured and mirrored as its subset asks for."""
+    """The image for one draw: cropped, color-jittered and flipped as its subset is configured."""
     picture = load_picture(example, crop_of(example, draw))
     if example.subset.color_aug:
         picture = evolve(picture, pixels=color_jitter(picture.pixels, draw("colours")))

@@ -20,7 +20,7 @@ from lorakit.data.images.formats import FORMATS, NAMES, disguised, has_its_end, 
 from lorakit.errors import DataError, Problem
 from lorakit.utils.safe_paths import require_regular_file
 
-# Pillow's warnings name no file. What is wrong with a file is told by the errors here; up to twice the number of pixels
+# Pillow's warnings name no file. The errors here say what is wrong with a file; up to twice the number of pixels
 # that it warns of, images are read.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -49,7 +49,7 @@ _TO_UPRIGHT = {
 
 
 _WITH_FRAMES = ("PNG", "WEBP", "AVIF", "TIFF", "GIF")
-"""Formats whose files may be animated, or have pages. Of JPEG files, further pictures are depth or brightness maps."""
+"""Formats whose files may be animated, or have pages. Further images in JPEG files are depth or brightness maps."""
 
 _MODES = frozenset(
     {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
@@ -110,7 +110,7 @@ def load_with_alpha(
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
     """Pixels of an image as they would be without transparency, [H, W, 3], and how opaque each is, [H, W].
 
-    The latter is None where the file tells of no transparency. Raises DataError where the file is damaged.
+    The latter is None if the file has no transparency. Raises DataError where the file is damaged.
     """
     picture = _upright(path, _with_alpha)
     # Colours and alpha apart, because Pillow resamples what is transparent as black.
@@ -151,7 +151,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _with_alpha(image: Image.Image) -> Image.Image:
-    """The image in RGBA, or in RGB where it tells of no transparency."""
+    """The image in RGBA, or in RGB if it has no transparency."""
     flat = _in_eight_bits(image)
     if not image.has_transparency_data:
         return flat.convert("RGB")

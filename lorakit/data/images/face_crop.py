@@ -29,7 +29,7 @@ class Face:
 def face_named(path: Path, size: Size) -> Face:
     """The face in an image of this size that the file's name ends with: `…_x_y_width_height.png`.
 
-    Raises DataError where the name tells of none, or of one outside the image.
+    Raises DataError if the name contains none, or one outside the image.
     """
     parts = path.stem.split("_")
     numbers = [int(part) for part in parts[-4:] if part.isascii() and part.isdecimal()]
@@ -52,7 +52,7 @@ def stem_without_face(path: Path) -> str:
 def around_face(
     face: Face, bucket: Size, times: tuple[float, float], generator: np.random.Generator, anywhere: bool
 ) -> ResizeCrop:
-    """A crop of the bucket's size whose shorter side is between so many `times` as long as the face's longer one.
+    """A crop of the bucket's size whose shorter side is between two `times` the face's longer one.
 
     The image is enlarged only where it is smaller than the bucket, and always covers it, which may keep the face
     smaller or larger than that. The face is in the middle of the crop, give or take a little where its size varies;

@@ -46,7 +46,7 @@ _MOST_BOXES = 64
 
 
 def disguised(path: Path) -> str:
-    """What a file is that is no image although its name says so, as the end of a sentence; empty if it is not known."""
+    """What a file with an image's name really is, as the end of a sentence; empty if unknown."""
     with path.open("rb") as file:
         head = file.read(64).decode("latin-1")
     found = (said for pattern, said in _DISGUISED.items() if re.match(pattern, head, re.DOTALL | re.IGNORECASE))

@@ -113,7 +113,7 @@ def _equal_images(examples: Sequence[Example], memo: FileStatCache | None) -> It
 
 
 def _settings(dataset: IndexedDataset) -> Iterator[Problem]:
-    """A folder that stands in several subsets, and a validation split of no image."""
+    """A folder that is in several subsets, and a validation split without images."""
     config = dataset.config
     active = [subset for subset in config.subsets if subset.num_repeats and not (subset.metadata_file or subset.source)]
     for folder, subsets in _groups(active, lambda subset: subset.image_dir.resolve()).items():

@@ -83,7 +83,7 @@ def _first(entry: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 
 def _entries(file: Path) -> Sequence[tuple[Any, Any]]:
-    """Paths and tables as they stand in the file."""
+    """Paths and tables as in the file."""
     try:
         if file.stat().st_size > _LONGEST:
             raise ValueError(f"it has more than {_LONGEST} bytes")
