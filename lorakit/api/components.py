@@ -73,6 +73,32 @@ class Component:
         return iter(())
 
 
+@frozen
+class ModelPart:
+    """A part of a family's base models that adapters can be for: the denoiser, or one or more text encoders."""
+
+    name: str
+    """What configs call it: `unet`."""
+    title: str = field(kw_only=True)
+    """What messages call it: `U-Net`."""
+    encoders: tuple[int, ...] = field(default=(), kw_only=True)
+    """The numbers of the text encoders in it, counted from 0 over all parts; none for the denoiser."""
+    lora_prefix: str = field(default="", kw_only=True)
+    """What its layers' keys in LoRA files begin with: `lora_unet_`; when empty, files to start from are not checked for
+    adapters of this part."""
+    lora_layers: tuple[str, ...] = field(default=(), kw_only=True)
+    """The ends of the keys of those layers of its transformers that every LoRA file for it adapts: `attn1_to_q`."""
+
+    @property
+    def lr_key(self) -> str:
+        """The key of `[optimizer]` with the learning rate of its adapters."""
+        return TEXT_ENCODER_LR if self.encoders else DENOISER_LR
+
+
+DENOISER_LR, TEXT_ENCODER_LR = "unet_lr", "text_encoder_lr"
+"""The keys of `[optimizer]` with the learning rates of the denoiser, whatever it is, and of the text encoders."""
+
+
 def _has_methods(cls: type, *names: str) -> bool:
     return all(callable(getattr(cls, name, None)) for name in names)
 
@@ -95,19 +121,32 @@ class ModelFamilyConfig(Component):
 
     kind = "model family"
     product = "a DiffusionModel"
-    parts: ClassVar[tuple[str, ...]] = ("unet", "text_encoder")
+    parts: ClassVar[tuple[ModelPart, ...]] = ()
     """The parts that adapters can be for."""
+    default_parts: ClassVar[tuple[str, ...]] = ()
+    """The names of those that get adapters where `network.parts` is absent; all of them when empty."""
     num_timesteps: ClassVar[int] = 1000
     """Timesteps of the noise process."""
-    text_encoders: ClassVar[int] = 1
-    """How many text encoders its models have."""
     layout: ClassVar[BlockLayout | None] = None
-    """How the blocks of its U-Net are numbered; None where they cannot be told apart."""
+    """How the blocks of its denoiser are numbered; None where they are not."""
     title: ClassVar[str] = ""
     """What people call it, such as `Stable Diffusion 1.x`; its name when empty."""
+    adapter_title: ClassVar[str] = ""
+    """What `lorakit.checkpoints.lora_kinds` calls the models that LoRA files are for, where that is this family; when
+    empty, that is not checked."""
 
     path: str
     """The base model: a `.safetensors` or `.ckpt` file, a diffusers folder, or a Hugging Face Hub id."""
+
+    def parts_named(self, names: Sequence[str] | None) -> tuple[ModelPart, ...]:
+        """The parts with these names, in their order; unknown names are skipped. With None, the default ones."""
+        known = {part.name: part for part in self.parts}
+        return tuple(known[name] for name in names or self.default_parts or known if name in known)
+
+    @property
+    def text_encoders(self) -> int:
+        """How many text encoders its models have."""
+        return sum(len(part.encoders) for part in self.parts)
 
     def warnings_of_captions(self, captions: Mapping[str, str], weighted: bool) -> Iterator[Problem]:  # noqa: ARG002
         """What may not be meant with captions, by the names of their images; keys are field names. Imports no torch.
@@ -134,10 +173,15 @@ class NetworkConfig(Component):
     kind = "network"
     product = "a Network"
 
-    parts: tuple[str, ...] = field(default=("unet", "text_encoder"), validator=v.min_len(1))
-    """What gets adapters: `unet`, `text_encoder`, or both."""
+    parts: tuple[str, ...] | None = field(default=None, validator=v.optional(v.min_len(1)))
+    """Parts of the base model that get adapters: for Stable Diffusion `unet`, `text_encoder` or both, which is the
+    default."""
     weights: Path | None = None
     """A LoRA file to start from, of lorakit, sd-scripts, diffusers or PEFT."""
+
+    def adapts(self, target: AdaptationTarget) -> bool:
+        """Whether a layer may get an adapter: whether it belongs to one of `parts`, or these are absent."""
+        return self.parts is None or target.part in self.parts
 
     def metadata(self) -> Mapping[str, object]:
         """What files say of the network, in keys that tools read, such as `ss_network_module` and `ss_network_dim`."""
@@ -178,11 +222,11 @@ class OptimizerConfig(Component):
     """The learning rate to start from, which `lorakit init` writes, and a hundred times of which is warned of."""
 
     lr: float = field(default=1e-4, validator=v.ge(0))
-    """Learning rate of all parts that have none of their own."""
+    """Learning rate of the adapters of all parts without a separate one."""
     unet_lr: float | None = field(default=None, validator=v.optional(v.ge(0)))
-    """Learning rate of the U-Net's adapters; `lr` when absent."""
+    """Learning rate of the denoiser's adapters, that is the U-Net's or the transformer's; `lr` when absent."""
     text_encoder_lr: tuple[float, ...] | float | None = field(default=None, validator=_rates)
-    """Learning rate of the text encoder's adapters; `lr` when absent. Zero leaves them out. For a model with several
+    """Learning rate of the text encoder's adapters; `lr` when absent. With 0 it gets none. For a model with several
     text encoders, a list with one number for each."""
 
     @property
@@ -190,17 +234,22 @@ class OptimizerConfig(Component):
         """Whether a network may give some of its parameters a multiple of their part's learning rate."""
         return self.supports_group_lrs
 
-    def lrs_for(self, part: str) -> tuple[float, ...]:
-        """The learning rates of a part of the model, `unet` or `text_encoder`: one, or one for each text encoder."""
-        own: float | tuple[float, ...] | None = getattr(self, f"{part}_lr", None)
-        if isinstance(own, tuple):
-            return own
-        return (self.lr if own is None else own,)
+    def lrs_from(self, key: str) -> tuple[float, ...]:
+        """The learning rates that `unet_lr` or `text_encoder_lr` gives: one, or one for each text encoder."""
+        given: float | tuple[float, ...] | None = getattr(self, key)
+        if isinstance(given, tuple):
+            return given
+        return (self.lr if given is None else given,)
 
-    def lr_for(self, part: str, text_encoder: int = 0) -> float:
-        """The learning rate of a part of the model, or of one of its text encoders, counted from 0."""
-        rates = self.lrs_for(part)
-        return rates[text_encoder] if len(rates) > 1 else rates[0]
+    def lrs_for(self, part: ModelPart) -> tuple[float, ...]:
+        """The learning rates of a part of the model: one, or one for each of its text encoders."""
+        rates = self.lrs_from(part.lr_key)
+        return tuple(rates[number] for number in part.encoders if number < len(rates)) if len(rates) > 1 else rates
+
+    def lr_for(self, encoder: int | None = None) -> float:
+        """The learning rate of the denoiser's adapters, or of those of a text encoder by its number, from 0."""
+        rates = self.lrs_from(DENOISER_LR if encoder is None else TEXT_ENCODER_LR)
+        return rates[encoder] if encoder and len(rates) > 1 else rates[0]
 
     def extra_options(self) -> dict[str, Any]:
         """The values of the fields that this optimizer adds to those of every optimizer, by name."""
@@ -209,7 +258,7 @@ class OptimizerConfig(Component):
 
     def problems(self) -> Iterator[Problem]:
         """Says so if the parts' learning rates differ where only one can be had."""
-        rates = {f"{part}_lr": set(self.lrs_for(part)) - {0} for part in ("unet", "text_encoder")}
+        rates = {key: set(self.lrs_from(key)) - {0} for key in (DENOISER_LR, TEXT_ENCODER_LR)}
         if self.supports_group_lrs or len(set().union(*rates.values())) < 2:
             return
         for key, own in rates.items():

@@ -25,7 +25,7 @@ class ParameterGroup:
     name: str
     """What logs call it: `unet`, `unet_block4`, `text_encoder plus`."""
     part: str
-    """The part of the model that it adapts: `unet` or `text_encoder`."""
+    """Name of the part of the model that it adapts: `unet`."""
     parameters: tuple[nn.Parameter, ...]
     """The parameters, float32."""
     lr: float
@@ -162,7 +162,7 @@ class Network(nn.Module):
     @property
     def paths(self) -> Mapping[str, str]:
         """The place in a pipeline of diffusers of each layer that has an adapter, by its key in LoRA files."""
-        return {target.key: target.place for target in self._targets}
+        return {target.key: target.diffusers_path for target in self._targets}
 
     def parameters_of(self, part: str) -> tuple[nn.Parameter, ...]:
         """The trained parameters of one part of the model."""
@@ -184,8 +184,9 @@ class Network(nn.Module):
 
         Here there is one group for each part of the model, and each text encoder where there are several.
         """
-        several = target.layout is None and any(other.position for other in self._targets if other.part == target.part)
-        return f"{target.part}_{target.position + 1}" if several else target.part, 1.0
+        encoders = {other.encoder_index for other in self._targets if other.part == target.part}
+        number = target.encoder_index
+        return f"{target.part}_{number + 1}" if number is not None and len(encoders) > 1 else target.part, 1.0
 
     def tensors(self) -> dict[str, Tensor]:
         """All that is learnt, exactly, by key: float32 copies on the CPU."""

@@ -104,7 +104,8 @@ def caption_encoding_memory(prepared: PreparedRun) -> EncodingMemory:
     model = load_model(prepared.config, CPU)
     with fake_tensors() as meter, torch.no_grad():
         encoder, weights = model.text_encoder, _settled(meter)
-        elsewhere = _elsewhere(model, ("text_encoder",), prepared.config)
+        encoders = [part.name for part in prepared.config.model.parts if part.encoders]
+        elsewhere = _elsewhere(model, encoders, prepared.config)
         encoder.encode(encoder.tokenize([""] * CAPTIONS_AT_ONCE, prepared.config.data.weighted_captions))
         return EncodingMemory(weights=weights - elsewhere, passing=meter.peak - weights)
 
@@ -169,7 +170,8 @@ def _steps_to_settle(config: TrainConfig) -> int:
 def _step(model: DiffusionModel, network: Network, batch: Batch, config: TrainConfig, meter: MemoryTracker) -> int:
     """Forward and backward pass of a micro-batch; gives what the one keeps for the other."""
     before = meter.held
-    loss = denoising_loss(model, batch, conditioning_of(batch, model, network, config.trained_parts), config.loss)
+    conditioning = conditioning_of(batch, model, network, config.trains_text_encoders)
+    loss = denoising_loss(model, batch, conditioning, config.loss)
     kept = meter.held - before
     torch.autograd.backward(loss)
     return kept

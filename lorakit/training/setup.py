@@ -224,9 +224,10 @@ def build_observers(run: Run, catalog: Catalog) -> Observers:
 
 def _rehearse(config: TrainConfig, total_steps: int, device: torch.device) -> None:
     """Build optimizer and LR schedule for one number, so that what they refuse shows before anything is encoded."""
+    rates = {part.name: config.optimizer.lrs_for(part)[0] for part in config.model.parts_named(config.trained_parts)}
     groups = [
-        ParameterGroup(part, part, (torch.nn.Parameter(torch.zeros(1, device=device)),), config.optimizer.lr_for(part))
-        for part in config.trained_parts
+        ParameterGroup(part, part, (torch.nn.Parameter(torch.zeros(1, device=device)),), lr)
+        for part, lr in rates.items()
     ]
     build_component(config.lr_scheduler, build_component(config.optimizer, groups), total_steps)
 
@@ -278,4 +279,4 @@ def _parameter_groups(config: TrainConfig, network: Network) -> list[ParameterGr
 
 def _learning_rate(config: TrainConfig, target: AdaptationTarget) -> float:
     """The learning rate of the adapter of a layer."""
-    return config.optimizer.lr_for(target.part, target.position)
+    return config.optimizer.lr_for(target.encoder_index)

@@ -19,6 +19,9 @@ from lorakit.networks.network import Network, torch_groups
 from lorakit.testing.contracts.component import ComponentContract
 from lorakit.testing.contracts.tiny_batch import loss_of, make_batch, predict, read_model
 
+PARTS = ("unet", "text_encoder")
+"""The parts of the tiny Stable Diffusion 1.x that networks are attached to."""
+
 
 @frozen
 class Adapted:
@@ -161,7 +164,7 @@ class NetworkContract(ComponentContract):
 
     def test_adapts_the_parts_it_is_told(self, tiny_sd1: Path) -> None:
         """With a single part, only layers of that part get adapters, whatever targets there are."""
-        for part in self.config.parts:
+        for part in PARTS if self.config.parts is None else self.config.parts:
             alone = self.attached(tiny_sd1, config=attrs.evolve(self.config, parts=(part,)))
             parts = {target.key: target.part for target in alone.targets}
             assert alone.network.parts == (part,)
@@ -170,7 +173,7 @@ class NetworkContract(ComponentContract):
     def test_initialisation_follows_the_seed(self, adapted: Adapted, tiny_sd1: Path) -> None:
         """The weights at the start depend on seed and layer alone: not on other draws, and not on other layers."""
         torch.manual_seed(99)
-        alone = self.attached(tiny_sd1, config=attrs.evolve(self.config, parts=self.config.parts[:1]))
+        alone = self.attached(tiny_sd1, config=attrs.evolve(self.config, parts=PARTS[:1]))
         expected = adapted.network.tensors()
         assert all(torch.equal(expected[key], tensor) for key, tensor in alone.network.tensors().items())
         adapted.disturb()
@@ -207,7 +210,7 @@ class NetworkContract(ComponentContract):
         batch = make_batch(model)
         with torch.no_grad():
             base_prediction = predict(model, batch)
-        targets = model.targets(("text_encoder", "unet"))
+        targets = model.targets(PARTS)
         network = (config or self.config).build(targets)
         network.initialize(seed)
         return Adapted(model, targets, network.eval(), batch, base_prediction)

@@ -45,7 +45,7 @@ def memory_hint(run: Run) -> str:
     training = run.config.training
     if run.processes.device.type in UNIFIED_MEMORY_DEVICES:
         training = evolve(training, device="cpu")
-    parts = tuple(own for own in run.config.model.parts if own != "text_encoder" or callable(run.loader.captions))
+    parts = tuple(part.name for part in run.config.model.parts if not part.encoders or callable(run.loader.captions))
     rung, ways = next_preset(training, parts), []
     if training.mixed_precision == "no":
         ways.append(f'set mixed_precision = "{half_precision(run.processes.device.type)}" in [training]')

@@ -94,7 +94,7 @@ class TemporaryConfig(LoRAConfig):
 
     def build(self, targets):
         def make(target):
-            adapted = target.part in self.parts and isinstance(target.module, nn.Linear)
+            adapted = self.adapts(target) and isinstance(target.module, nn.Linear)
             return LoRAModule(target.key, target.module, self.rank, self.alpha) if adapted else None
 
         return Temporary(targets, make, DropoutRates()).attach()
@@ -148,7 +148,7 @@ class ForgetfulModelConfig(SD1):
 
     def build(self, device, dtype):
         model = super().build(device, dtype)
-        return ForgetfulModel(model.stored, model.variant, device, dtype)
+        return ForgetfulModel(model.checkpoint, model.variant, device, dtype)
 
 
 class TestForgetfulModel(ModelFamilyContract):
