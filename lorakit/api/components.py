@@ -190,7 +190,7 @@ class NetworkConfig(Component):
     @classmethod
     def is_product(cls, made: object) -> bool:
         """Whether it is a Network."""
-        return _has_methods(type(made), "initialize", "parameter_groups", "load_tensors", "begin_batch")
+        return _has_methods(type(made), "initialize", "parameter_groups", "load_adapter_state", "begin_batch")
 
     def build(self, targets: Sequence[AdaptationTarget]) -> Network:
         """The adapters for those of the targets that this network adapts, attached to them."""

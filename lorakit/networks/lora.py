@@ -69,14 +69,14 @@ class LoRAModule(AdapterModule):
         """Drop at random while training, at these rates."""
         self.draw_mask = dropout.mask
 
-    def tensors(self) -> dict[str, Tensor]:
+    def adapter_state(self) -> dict[str, Tensor]:
         """Both factors and alpha, a number."""
         alpha = torch.tensor(self.alpha, dtype=torch.float32)
         return {"lora_down.weight": self.lora_down, "lora_up.weight": self.lora_up, "alpha": alpha}
 
-    def file_tensors(self) -> dict[str, Tensor]:
+    def export_state(self) -> dict[str, Tensor]:
         """Both factors and the alpha of the file; what it lacks or has too much is in the up factor."""
-        tensors = self.tensors()
+        tensors = self.adapter_state()
         if self.file_alpha != self.alpha:
             tensors["lora_up.weight"] = self.lora_up * (self.alpha / self.file_alpha)
             tensors["alpha"] = torch.tensor(self.file_alpha, dtype=torch.float32)
@@ -92,9 +92,9 @@ class LoRAModule(AdapterModule):
         return super().shape_mismatch(tensors)
 
     @torch.no_grad()
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_adapter_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over all but alpha; where the file has another one, what that changes goes into the up factor."""
-        super().load_tensors(tensors)
+        super().load_adapter_state(tensors)
         factor = self._meant(tensors["alpha"].item()) / self.alpha
         if factor != 1:
             self.lora_up.mul_(factor)

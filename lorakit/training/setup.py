@@ -264,7 +264,7 @@ def _attached_network(config: TrainConfig, model: DiffusionModel) -> Network:
     network.initialize(config.training.seed)
     if config.network.weights is not None:
         tensors = load_initial_weights(config.network.weights, {target.key for target in targets})
-        network.load_tensors(tensors, str(config.network.weights))
+        network.load_adapter_state(tensors, str(config.network.weights))
     return network.train()
 
 

@@ -89,7 +89,7 @@ def test_loss_falls_on_a_repeated_batch(
         run.backward(loss_on(run, batch))
         run.update()
     assert loss_on(run, batch).item() < 0.99 * before
-    adapted = {key.split("_")[1] for key in run.network.tensors()}
+    adapted = {key.split("_")[1] for key in run.network.adapter_state()}
     assert adapted == {{"unet": "unet", "text_encoder": "te"}[part] for part in parts}
 
 

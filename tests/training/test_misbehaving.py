@@ -215,7 +215,7 @@ def test_an_observer_that_draws_random_numbers(make_config) -> None:
         run = build_run(prepare(make_config(network={"dropout": 0.1})), Distributed(torch.device("cpu")))
         run.observers = Observers(observers)
         train(run)
-        return run.network.tensors()
+        return run.network.adapter_state()
 
     alone, observed = trained(), trained(("meddler", False, Meddler()))
     assert same(alone, observed)

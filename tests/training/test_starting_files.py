@@ -118,7 +118,7 @@ def trained(folder: Path, network: LoRAConfig, file: Path) -> Path:
     generator = torch.Generator().manual_seed(3)
     for adapter in built.adapters:
         nn.init.normal_(adapter.lora_up, std=0.1, generator=generator)
-    save_file(built.file_tensors(), file)
+    save_file(built.export_state(), file)
     return file
 
 
@@ -170,8 +170,8 @@ def test_a_file_for_attention_alone(make_config, tiny_sd1: Path, tmp_path: Path)
     config = make_config(network={**network, "rank_from_weights": True}).network
     targets = read_model(tiny_sd1).targets(("unet",))
     built = config.build(list(targets))
-    built.load_tensors(load_initial_weights(config.weights))
-    assert built.tensors().keys() == attention.keys()
+    built.load_adapter_state(load_initial_weights(config.weights))
+    assert built.adapter_state().keys() == attention.keys()
 
 
 def test_dora_starts_from_lora(make_config, tiny_sd1: Path, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_dora_starts_from_lora(make_config, tiny_sd1: Path, tmp_path: Path) -> N
     for config in (plain, dora):
         model = read_model(tiny_sd1)
         network = config.build(list(model.targets(config.parts or PARTS)))
-        network.load_tensors(load_initial_weights(file))
+        network.load_adapter_state(load_initial_weights(file))
         generator = torch.Generator().manual_seed(1)
         latents, states = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 77, 32, generator=generator)
         outputs.append(model.predict(latents, torch.tensor([500]), {"hidden_states": states}))

@@ -150,7 +150,7 @@ def test_training_takes_no_notice(make_config, catalog: Catalog) -> None:
         run, _ = parts(make_config(**sections))
         run.observers = build_observers(run, catalog) if watched else Observers()
         train(run)
-        results.append(run.network.tensors())
+        results.append(run.network.adapter_state())
     assert all(torch.equal(results[1][key], tensor) for key, tensor in results[0].items())
 
 

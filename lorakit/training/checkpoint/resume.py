@@ -20,7 +20,7 @@ def capture_state(run: Run) -> State:
         "lr_scheduler": run.lr_scheduler.state_dict(),
         "scaler": run.scaler.state_dict(),
     }
-    return State(run.step, run.schedule.total_steps, run.network.tensors(), machinery)
+    return State(run.step, run.schedule.total_steps, run.network.adapter_state(), machinery)
 
 
 def restore(run: Run, state: State, folder: Path) -> None:
@@ -35,7 +35,7 @@ def restore(run: Run, state: State, folder: Path) -> None:
         raise ConfigError([Problem(key, problem, "let the run be longer, or take up another state")])
     first_rates = [group["lr"] for group in run.optimizer.param_groups]
     with state_errors(folder):
-        run.network.load_tensors(state.tensors)
+        run.network.load_adapter_state(state.tensors)
         run.optimizer.load_state_dict(state.machinery["optimizer"])
         run.scaler.load_state_dict(state.machinery["scaler"])
         if total == state.total_steps:

@@ -40,25 +40,25 @@ class ModuleAdapter(AdapterModule):
             output = self.module(x)
         return output.to(x.dtype)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def adapter_state(self) -> dict[str, Tensor]:
         """What the module holds, as it holds it; a file may have other numbers, or other names."""
         return dict(nn.Module.state_dict(self.module))
 
-    def file_tensors(self) -> dict[str, Tensor]:
+    def export_state(self) -> dict[str, Tensor]:
         """What the module says belongs into a file."""
         return dict(self.module.state_dict())
 
     def shape_mismatch(self, tensors: Mapping[str, Tensor]) -> str:
         """Names alpha where it differs, as the module would go on with its own, and shapes otherwise."""
-        own, other = self.tensors().get("alpha"), tensors.get("alpha")
+        own, other = self.adapter_state().get("alpha"), tensors.get("alpha")
         if own is not None and other is not None and not math.isclose(own.item(), other.item(), rel_tol=2**-8):
             return f"alpha {other.item():g} in the file, {own.item():g} in the config"
         return super().shape_mismatch(tensors)
 
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_adapter_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what the module held, exactly, or what is in a file, as the module does."""
-        if tensors.keys() == self.tensors().keys():
-            super().load_tensors(tensors)
+        if tensors.keys() == self.adapter_state().keys():
+            super().load_adapter_state(tensors)
         else:
             self.module.load_state_dict(dict(tensors))
 

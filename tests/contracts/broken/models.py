@@ -66,16 +66,16 @@ class TestRestless(NetworkContract):
 class Temporary(LoRANetwork):
     """Hands out its own factors, halves what it reads, stays attached, and lets itself be put in half precision."""
 
-    def tensors(self):
+    def adapter_state(self):
         return {
             f"{adapter.key}.{suffix}": tensor.detach()
             for adapter in self.adapters
-            for suffix, tensor in adapter.tensors().items()
+            for suffix, tensor in adapter.adapter_state().items()
         }
 
-    def load_tensors(self, tensors, origin=""):
+    def load_adapter_state(self, tensors, origin=""):
         for adapter in self.adapters:
-            for suffix, own in adapter.tensors().items():
+            for suffix, own in adapter.adapter_state().items():
                 own.data.copy_(tensors.get(f"{adapter.key}.{suffix}", own).mul(0.5).reshape(own.shape))
 
     def detach(self):
