@@ -292,6 +292,6 @@ class LoRAConfig(NetworkConfig):
 
         if self.weights is None:
             raise ValueError("rank_from_weights needs weights")
-        found = ranks_and_alphas(load_initial_weights(self.weights, {target.key for target in targets}))
+        found = ranks_and_alphas(load_initial_weights(self.weights, targets))
         common = Counter(alpha for _, alpha in found.values()).most_common(1)
         return lambda target: (*found[target.key], common[0][0]) if target.key in found else None

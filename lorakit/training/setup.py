@@ -263,7 +263,7 @@ def _attached_network(config: TrainConfig, model: DiffusionModel) -> Network:
     network: Network = build_component(config.network, [target for target in targets if _learning_rate(config, target)])
     network.initialize(config.training.seed)
     if config.network.weights is not None:
-        tensors = load_initial_weights(config.network.weights, {target.key for target in targets})
+        tensors = load_initial_weights(config.network.weights, targets)
         network.load_adapter_state(tensors, str(config.network.weights))
     return network.train()
 
