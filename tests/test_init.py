@@ -70,7 +70,7 @@ def test_it_suits_every_optimizer(folder: Path, catalog: Catalog, optimizer: str
     assert not list(config.warnings())
     own = config.optimizer
     assert own.lr == own.usual_lr
-    assert own.lr_for("text_encoder") == own.lr if own.finds_learning_rate else own.lr_for("text_encoder") < own.lr
+    assert own.lr_for(0) == own.lr if own.finds_learning_rate else own.lr_for(0) < own.lr
 
 
 def test_it_is_short(catalog: Catalog) -> None:

@@ -268,18 +268,23 @@ def test_a_detector_that_fails_is_passed_over(
     discover: Discover, caplog: pytest.LogCaptureFixture, answer: str
 ) -> None:
     """A plugin that raises over a checkpoint, or answers nonsense, is warned of, and the next one is asked."""
-    plugins = {"a_guest": [DETECTOR.format(answer)], "b_guest": [DETECTOR.format("'theirs'")]}
+    plugins = {
+        "a_guest": [DETECTOR.format(answer)],
+        "b_guest": [DETECTOR.format("DetectedFamily('theirs', 'a model of theirs')")],
+    }
     checkpoint = CheckpointSummary(Path("model.ckpt"), "pickle", {"weight": (1,)})
     with caplog.at_level(logging.WARNING, "lorakit"):
-        assert discover(**plugins).detect_model_family(checkpoint) == "theirs"
+        assert discover(**plugins).detect_model_family(checkpoint).name == "theirs"
     assert "of a-guest 1.0 cannot tell the family of model.ckpt" in caplog.text
 
 
 def test_detectors_see_the_checkpoint(discover: Discover) -> None:
     """A detector is given the summary; a checkpoint that no plugin knows is of no family."""
-    catalog = discover(family_guest=[DETECTOR.format("'mine' if 'my.weight' in checkpoint.tensors else None")])
+    catalog = discover(
+        family_guest=[DETECTOR.format("DetectedFamily('mine', 'x') if 'my.weight' in checkpoint.tensors else None")]
+    )
     known = CheckpointSummary(Path("a"), "safetensors", {"my.weight": (1,)})
-    assert catalog.detect_model_family(known) == "mine"
-    assert catalog.detect_model_family(CheckpointSummary(Path("b"), "safetensors", {"other": (1,)})) is None
+    assert catalog.detect_model_family(known).name == "mine"
+    assert catalog.detect_model_family(CheckpointSummary(Path("b"), "safetensors", {"other": (1,)})).name is None
     with pytest.raises(PluginError, match="no model family is called 'mine'"):
         catalog.find(ModelFamilyConfig, "mine")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lorakit.api.components import DatasetSourceConfig as DatasetSourceConfig
     from lorakit.api.components import LRSchedulerConfig as LRSchedulerConfig
     from lorakit.api.components import ModelFamilyConfig as ModelFamilyConfig
+    from lorakit.api.components import ModelPart as ModelPart
     from lorakit.api.components import NetworkConfig as NetworkConfig
     from lorakit.api.components import ObserverConfig as ObserverConfig
     from lorakit.api.components import OptimizerConfig as OptimizerConfig
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from lorakit.api.components import SaverConfig as SaverConfig
     from lorakit.api.components import TimestepSamplerConfig as TimestepSamplerConfig
     from lorakit.api.components import with_import_path as with_import_path
+    from lorakit.api.hookspecs import DetectedFamily as DetectedFamily
     from lorakit.api.hookspecs import hookimpl as hookimpl
     from lorakit.api.learning_rate_free import skip_at_zero_lr as skip_at_zero_lr
     from lorakit.api.loss import LossConfig as LossConfig
@@ -70,7 +72,6 @@ if TYPE_CHECKING:
     from lorakit.models.interfaces import Tokens as Tokens
     from lorakit.networks.adapter_file import AdapterFile as AdapterFile
     from lorakit.networks.adapter_file import Saver as Saver
-    from lorakit.networks.blocks import BlockwiseLoRAConfig as BlockwiseLoRAConfig
     from lorakit.networks.config import LoRAConfig as LoRAConfig
     from lorakit.networks.dropout import DropoutRates as DropoutRates
     from lorakit.networks.lora import LoRAModule as LoRAModule
@@ -88,10 +89,11 @@ if TYPE_CHECKING:
 MODULES: Mapping[str, tuple[str, ...]] = {
     "lorakit.api.block_layout": ("BlockLayout",),
     "lorakit.api.components": (
-        "AttentionConfig", "Component", "DatasetSourceConfig", "LRSchedulerConfig", "ModelFamilyConfig", "NetworkConfig", "ObserverConfig",
-        "OptimizerConfig", "SamplerConfig", "SaverConfig", "TimestepSamplerConfig", "with_import_path",
+        "AttentionConfig", "Component", "DatasetSourceConfig", "LRSchedulerConfig", "ModelFamilyConfig", "ModelPart",
+        "NetworkConfig", "ObserverConfig", "OptimizerConfig", "SamplerConfig", "SaverConfig",
+        "TimestepSamplerConfig", "with_import_path",
     ),
-    "lorakit.api.hookspecs": ("hookimpl",),
+    "lorakit.api.hookspecs": ("DetectedFamily", "hookimpl"),
     "lorakit.api.learning_rate_free": ("skip_at_zero_lr",),
     "lorakit.api.loss": ("LossConfig",),
     "lorakit.api.lr_schedules": ("WarmupConfig", "check_steps", "check_warmup", "cosine_factor", "resolve_steps"),
@@ -110,7 +112,6 @@ MODULES: Mapping[str, tuple[str, ...]] = {
         "AdaptationTarget", "AttentionBackend", "Conditioning", "DiffusionModel", "TextEncoder", "Tokens",
     ),
     "lorakit.networks.adapter_file": ("AdapterFile", "Saver"),
-    "lorakit.networks.blocks": ("BlockwiseLoRAConfig",),
     "lorakit.networks.config": ("LoRAConfig",),
     "lorakit.networks.dropout": ("DropoutRates",),
     "lorakit.networks.lora": ("LoRAModule", "LoRANetwork"),

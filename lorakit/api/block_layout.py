@@ -1,46 +1,31 @@
-"""The blocks of a U-Net, numbered as sd-scripts numbers them, and numbers that are given for each; imports no torch."""
+"""The numbered blocks of a denoiser in named groups, and values given for each block; imports no torch."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 from attrs import frozen
-
-Side = Literal["down", "mid", "up"]
 
 
 @frozen
 class BlockLayout:
-    """How the blocks of a U-Net are numbered: on the way down, in the middle, and on the way up."""
+    """How the blocks of a denoiser are numbered."""
 
     count: int
     """How many numbers there are, from 0; some may belong to no block with layers to adapt."""
-    down: range
-    """The numbers of the blocks on the way down."""
-    mid: range
-    """Those of the blocks in the middle."""
-    up: range
-    """Those of the blocks on the way up."""
+    groups: Mapping[str, range]
+    """The numbers of the blocks of each group, by name: `down`, `mid` and `up` in a U-Net."""
 
-    def numbers(self, side: Side) -> range:
-        """The numbers of the blocks of one side."""
-        numbers: range = getattr(self, side)
-        return numbers
-
-    def spread(self, values: Mapping[Side, Sequence[float]]) -> list[float]:
-        """One value for each of all blocks, from those of each side; 1 for blocks that have none."""
+    def spread(self, values: Mapping[str, Sequence[float]]) -> list[float]:
+        """One value for each block, [count], from those for the blocks of some groups; 1 for the other blocks."""
         spread = [1.0] * self.count
-        for side, own in values.items():
-            for number, value in zip(self.numbers(side), own, strict=True):
+        for group, given in values.items():
+            for number, value in zip(self.groups[group], given, strict=True):
                 spread[number] = value
         return spread
 
-
-STABLE_DIFFUSION = BlockLayout(25, down=range(12), mid=range(12, 13), up=range(13, 25))
-"""Stable Diffusion 1.x and 2.x; layer j of level i is 1 + 3i + j on the way down and 13 + 3i + j on the way up."""
 
 _CURVES: Mapping[str, Callable[[float], float]] = {
     "sine": lambda x: math.sin(math.pi / 2 * x),

@@ -94,6 +94,32 @@ class Component:
         return iter(())
 
 
+@frozen
+class ModelPart:
+    """A part of a family's base models that adapters can be for: the denoiser, or one or more text encoders."""
+
+    name: str
+    """What configs call it: `unet`."""
+    title: str = field(kw_only=True)
+    """What messages call it: `U-Net`."""
+    encoders: tuple[int, ...] = field(default=(), kw_only=True)
+    """The numbers of the text encoders in it, counted from 0 over all parts; none for the denoiser."""
+    lora_prefix: str = field(default="", kw_only=True)
+    """What its layers' keys in LoRA files begin with: `lora_unet_`; when empty, files to start from are not checked for
+    adapters of this part."""
+    lora_layers: tuple[str, ...] = field(default=(), kw_only=True)
+    """The ends of the keys of those layers of its transformers that every LoRA file for it adapts: `attn1_to_q`."""
+
+    @property
+    def lr_key(self) -> str:
+        """The key of `[optimizer]` with the learning rate of its adapters."""
+        return TEXT_ENCODER_LR if self.encoders else DENOISER_LR
+
+
+DENOISER_LR, TEXT_ENCODER_LR = "unet_lr", "text_encoder_lr"
+"""The keys of `[optimizer]` with the learning rates of the denoiser, whatever it is, and of the text encoders."""
+
+
 def _has_methods(cls: type, *names: str) -> bool:
     return all(callable(getattr(cls, name, None)) for name in names)
 
@@ -117,20 +143,23 @@ class ModelFamilyConfig(Component):
     kind = "model family"
     name_key = "family"
     product = "a DiffusionModel"
-    parts: ClassVar[tuple[str, ...]] = ("unet", "text_encoder")
+    parts: ClassVar[tuple[ModelPart, ...]] = ()
     """The parts that adapters can be for."""
-    text_encoders: ClassVar[int] = 1
-    """How many text encoders its models have."""
+    default_parts: ClassVar[tuple[str, ...]] = ()
+    """The names of those that get adapters where `network.parts` is absent; all of them when empty."""
     layout: ClassVar[BlockLayout | None] = None
-    """How the blocks of its U-Net are numbered; None where they cannot be told apart."""
+    """How the blocks of its denoiser are numbered; None where they are not."""
     title: ClassVar[str] = ""
     """What people call it, such as `Stable Diffusion 1.x`; its name when empty."""
     weights_captions: ClassVar[bool] = True
-    """Whether brackets in captions can say how much words count."""
+    """Whether brackets in captions can weight words."""
     size_multiple: ClassVar[int] = 8
     """What the sides of images are multiples of, in pixels."""
     preview_size: ClassVar[int] = 512
-    """The sides of previews that say no size, in pixels."""
+    """Default width and height of previews, in pixels."""
+    adapter_title: ClassVar[str] = ""
+    """What `lorakit.checkpoints.lora_kinds` calls the models that LoRA files are for, where that is this family; when
+    empty, that is not checked."""
 
     path: str
     """The base model: a `.safetensors` or `.ckpt` file, a diffusers folder, or a Hugging Face Hub id."""
@@ -139,6 +168,16 @@ class ModelFamilyConfig(Component):
     def noise_process(self) -> NoiseSpec:
         """The kind of its noise process, as far as that is known before the model's files are read."""
         return DDPMSpec()
+
+    def parts_named(self, names: Sequence[str] | None) -> tuple[ModelPart, ...]:
+        """The parts with these names, in their order; unknown names are skipped. With None, the default ones."""
+        known = {part.name: part for part in self.parts}
+        return tuple(known[name] for name in names or self.default_parts or known if name in known)
+
+    @property
+    def text_encoders(self) -> int:
+        """How many text encoders its models have."""
+        return sum(len(part.encoders) for part in self.parts)
 
     def warnings_of_captions(self, captions: Mapping[str, str], weighted: bool) -> Iterator[Problem]:  # noqa: ARG002
         """What may not be meant with captions, by the names of their images; keys are field names. Imports no torch.
@@ -168,10 +207,15 @@ class NetworkConfig(Component):
     kind = "network"
     product = "a Network"
 
-    parts: tuple[str, ...] = field(default=("unet", "text_encoder"), validator=v.min_len(1))
-    """What gets adapters: `unet`, `text_encoder`, or both."""
+    parts: tuple[str, ...] | None = field(default=None, validator=v.optional(v.min_len(1)))
+    """Parts of the base model that get adapters: for Stable Diffusion `unet`, `text_encoder` or both, which is the
+    default."""
     weights: Path | None = None
     """A LoRA file to start from, of lorakit, sd-scripts, diffusers or PEFT."""
+
+    def adapts(self, target: AdaptationTarget) -> bool:
+        """Whether a layer may get an adapter: whether it belongs to one of `parts`, or these are absent."""
+        return self.parts is None or target.part in self.parts
 
     def metadata(self) -> Mapping[str, object]:
         """Metadata of LoRA files about the network, such as `ss_network_module` and `ss_network_dim`."""
@@ -180,7 +224,7 @@ class NetworkConfig(Component):
     @classmethod
     def is_product(cls, made: object) -> bool:
         """Whether it is a Network."""
-        return _has_methods(type(made), "initialize", "parameter_groups", "load_tensors", "begin_batch")
+        return _has_methods(type(made), "initialize", "parameter_groups", "load_adapter_state", "begin_batch")
 
     def build(self, targets: Sequence[AdaptationTarget]) -> Network:
         """The adapters for those of the targets that this network adapts, attached to them.
@@ -215,11 +259,11 @@ class OptimizerConfig(Component):
     """The usual learning rate: `lorakit init` writes it, and more than a hundred times as much is a warning."""
 
     lr: float = field(default=1e-4, validator=v.ge(0))
-    """Learning rate of all parts that have none of their own."""
+    """Learning rate of the adapters of all parts without a separate one."""
     unet_lr: float | None = field(default=None, validator=v.optional(v.ge(0)))
-    """Learning rate of the U-Net's adapters; `lr` when absent."""
+    """Learning rate of the denoiser's adapters, that is the U-Net's or the transformer's; `lr` when absent."""
     text_encoder_lr: tuple[float, ...] | float | None = field(default=None, validator=_rates)
-    """Learning rate of the text encoder's adapters; `lr` when absent. Zero leaves them out. For a model with several
+    """Learning rate of the text encoder's adapters; `lr` when absent. With 0 it gets none. For a model with several
     text encoders, a list with one number for each."""
 
     @property
@@ -227,17 +271,22 @@ class OptimizerConfig(Component):
         """Whether a network may multiply the learning rate of some of its parameters."""
         return self.supports_group_lrs
 
-    def lrs_for(self, part: str) -> tuple[float, ...]:
-        """The learning rates of a part of the model, `unet` or `text_encoder`: one, or one for each text encoder."""
-        own: float | tuple[float, ...] | None = getattr(self, f"{part}_lr", None)
-        if isinstance(own, tuple):
-            return own
-        return (self.lr if own is None else own,)
+    def lrs_from(self, key: str) -> tuple[float, ...]:
+        """The learning rates that `unet_lr` or `text_encoder_lr` gives: one, or one for each text encoder."""
+        given: float | tuple[float, ...] | None = getattr(self, key)
+        if isinstance(given, tuple):
+            return given
+        return (self.lr if given is None else given,)
 
-    def lr_for(self, part: str, text_encoder: int = 0) -> float:
-        """The learning rate of a part of the model, or of one of its text encoders, counted from 0."""
-        rates = self.lrs_for(part)
-        return rates[text_encoder] if len(rates) > 1 else rates[0]
+    def lrs_for(self, part: ModelPart) -> tuple[float, ...]:
+        """The learning rates of a part of the model: one, or one for each of its text encoders."""
+        rates = self.lrs_from(part.lr_key)
+        return tuple(rates[number] for number in part.encoders if number < len(rates)) if len(rates) > 1 else rates
+
+    def lr_for(self, encoder: int | None = None) -> float:
+        """The learning rate of the denoiser's adapters, or of those of a text encoder by its number, from 0."""
+        rates = self.lrs_from(DENOISER_LR if encoder is None else TEXT_ENCODER_LR)
+        return rates[encoder] if encoder and len(rates) > 1 else rates[0]
 
     def extra_options(self) -> dict[str, Any]:
         """The values of the fields that this class adds to those of `OptimizerConfig`, by name."""
@@ -246,7 +295,7 @@ class OptimizerConfig(Component):
 
     def problems(self) -> Iterator[Problem]:
         """Says so if the parts' learning rates differ where only one can be had."""
-        rates = {f"{part}_lr": set(self.lrs_for(part)) - {0} for part in ("unet", "text_encoder")}
+        rates = {key: set(self.lrs_from(key)) - {0} for key in (DENOISER_LR, TEXT_ENCODER_LR)}
         if self.supports_group_lrs or len(set().union(*rates.values())) < 2:
             return
         for key, own in rates.items():

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pluggy
+from attrs import frozen
 
 if TYPE_CHECKING:
     from lorakit.api.components import (
@@ -32,6 +33,18 @@ hookspec = pluggy.HookspecMarker("lorakit")
 
 hookimpl = pluggy.HookimplMarker("lorakit")
 """Marks a function of a plugin as the implementation of one of the hooks below."""
+
+
+@frozen
+class DetectedFamily:
+    """What a plugin recognises a checkpoint as."""
+
+    name: str | None
+    """The family that trains it, as `model.family` names it; None for a base model that the plugin only knows."""
+    title: str
+    """What it is, in words that fit behind "is": `a Stable Diffusion 1.x model`."""
+    advice: str = ""
+    """What to do with a model that cannot be trained; empty if nothing helps."""
 
 
 @hookspec
@@ -85,8 +98,11 @@ def register_samplers() -> list[type[SamplerConfig]]:  # type: ignore[empty-body
 
 
 @hookspec(firstresult=True)
-def detect_model_family(checkpoint: CheckpointSummary) -> str | None:
-    """The name of the family that a checkpoint's tensor names and shapes belong to, or None."""
+def detect_model_family(checkpoint: CheckpointSummary) -> DetectedFamily | None:
+    """The family that a checkpoint belongs to, by the names and shapes of its tensors or its configs, or None.
+
+    A `DetectedFamily` without a name gives a model that no family trains a title for messages.
+    """
 
 
 @hookspec

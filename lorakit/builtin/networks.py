@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit.api import NetworkConfig, Problem, hookimpl
-from lorakit.networks.blocks import BlockwiseLoRAConfig, per_block
+from lorakit.api import LoRAConfig, NetworkConfig, Problem, hookimpl
+from lorakit.networks.config import per_block
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,41 +18,41 @@ if TYPE_CHECKING:
 
 
 @frozen(kw_only=True)
-class LierlaConfig(BlockwiseLoRAConfig):
+class LierlaConfig(LoRAConfig):
     """LoRA-LierLa: adapters for the linear layers and 1×1 convolutions of the transformers, and the text encoder."""
 
     name = "lierla"
 
     def rank_and_alpha(self, target: AdaptationTarget) -> tuple[int, float] | None:
-        """The same for all layers, or for all of a block."""
+        """The same for all linear layers and 1×1 convolutions of transformers and text encoders."""
         from lorakit.networks.lora_function import is_pointwise
 
-        adapted = target.block in {"transformer", "text_encoder"} and is_pointwise(target.module)
-        return self.in_block(target, (self.rank, self.alpha), self.block_ranks, self.block_alphas) if adapted else None
+        adapted = target.tags & {"transformer", "text_encoder"} and is_pointwise(target.module)
+        return (self.rank, self.alpha) if adapted else None
 
     def problems_of_file(self, file: StartingFile, config: TrainConfig) -> Iterator[Problem]:
         """A file of LoRA-C3Lier, and what no network can start from."""
         yield from super().problems_of_file(file, config)
-        if not self.rank_from_weights and "unet" in config.trained_parts and file.has_resnets:
+        if not self.rank_from_weights and file.trains_denoiser(config) and file.has_resnets:
             found = f"is lierla, and {file.path} is of c3lier: it has adapters for ResNet blocks, too"
             yield Problem("name", found, 'set network.name = "c3lier", or network.rank_from_weights = true')
 
 
 @frozen(kw_only=True)
-class C3LierConfig(BlockwiseLoRAConfig):
+class C3LierConfig(LoRAConfig):
     """LoRA-C3Lier: adapters for all that LoRA-LierLa adapts, and for the ResNet, down- and upsampling blocks."""
 
     name = "c3lier"
-    size_keys = (*BlockwiseLoRAConfig.size_keys, "conv_rank", "conv_alpha", "conv_block_ranks", "conv_block_alphas")
+    size_keys = (*LoRAConfig.size_keys, "conv_rank", "conv_alpha", "conv_block_ranks", "conv_block_alphas")
 
     conv_rank: int = field(default=4, validator=v.ge(1))
     """Rank of the updates of 3×3 convolutions."""
     conv_alpha: float = field(default=1.0, validator=v.gt(0))
     """Strength of the updates of 3×3 convolutions: they are multiplied by conv_alpha / conv_rank."""
     conv_block_ranks: tuple[int, ...] | None = per_block(v.ge(0))
-    """Ranks of the updates of 3×3 convolutions for the blocks of the U-Net instead of `conv_rank`, as `block_ranks`."""
+    """One rank of 3×3 convolutions for each block instead of `conv_rank`, as `block_ranks`."""
     conv_block_alphas: tuple[float, ...] | None = per_block(v.gt(0))
-    """Alphas of 3×3 convolutions for the blocks of the U-Net instead of `conv_alpha`."""
+    """One alpha of 3×3 convolutions for each block instead of `conv_alpha`."""
 
     def rank_and_alpha(self, target: AdaptationTarget) -> tuple[int, float] | None:
         """Those of the linear layers and 1×1 convolutions of all blocks, and those of the other convolutions."""
@@ -61,10 +61,9 @@ class C3LierConfig(BlockwiseLoRAConfig):
         from lorakit.networks.lora_function import is_pointwise
 
         if is_pointwise(target.module):
-            return self.in_block(target, (self.rank, self.alpha), self.block_ranks, self.block_alphas)
-        if target.block not in {"resnet", "sampler"} or not isinstance(target.module, nn.Conv2d):
-            return None
-        return self.in_block(target, (self.conv_rank, self.conv_alpha), self.conv_block_ranks, self.conv_block_alphas)
+            return self.rank, self.alpha
+        adapted = target.tags & {"resnet", "sampler"} and isinstance(target.module, nn.Conv2d)
+        return (self.conv_rank, self.conv_alpha) if adapted else None
 
     def file_alpha(self, target: AdaptationTarget) -> float:
         """That of 3×3 convolutions is `conv_alpha`, unless they might outnumber the others, as in single blocks."""
@@ -76,7 +75,7 @@ class C3LierConfig(BlockwiseLoRAConfig):
         """A file of LoRA-LierLa, and what no network can start from."""
         yield from super().problems_of_file(file, config)
         any_layers = self.rank_from_weights or self.varies_by_block
-        if not any_layers and {"unet"} & {*config.trained_parts} & {*file.parts} and not file.has_resnets:
+        if not any_layers and file.trains_denoiser(config) and not file.has_resnets:
             found = f"is c3lier, and {file.path} is of lierla: it has no adapters for ResNet blocks"
             yield Problem("name", found, 'set network.name = "lierla"')
 

@@ -5,7 +5,7 @@ Nothing here reads a weight or imports torch: a 4 GB file is summarised in milli
 
 from __future__ import annotations
 
-from lorakit.checkpoints.detect import Traits, advice, describe, traits_of
+from lorakit.checkpoints.kinds import describe, is_add_on, kind_of
 from lorakit.checkpoints.location import HubModel, Location, ModelPath, locate
 from lorakit.checkpoints.prediction import StatedPrediction, stated_prediction
 from lorakit.checkpoints.pytorch_file import pickled_tensors
@@ -20,14 +20,13 @@ __all__ = [
     "Shapes",
     "StatedPrediction",
     "StoredTensor",
-    "Traits",
-    "advice",
     "describe",
+    "is_add_on",
+    "kind_of",
     "kind_of_file",
     "locate",
     "pickled_tensors",
     "read_json",
     "stated_prediction",
     "summarize",
-    "traits_of",
 ]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from attrs import frozen
 
-from lorakit.checkpoints.lora_names import ALPHA, DOWN, UP, layer_path, own_name
+from lorakit.checkpoints.lora_names import ALPHA, DOWN, UP, layer_path, own_name, split_name
 from lorakit.checkpoints.summary import CheckpointSummary, Shapes, read_json
 from lorakit.errors import AdapterError, ModelError
 from lorakit.utils.wording import counted
@@ -34,14 +35,22 @@ class LoRANames:
     """Alphas that are no tensors of the file, by the key of the layer."""
 
 
-def lora_names(summary: CheckpointSummary, keys: Collection[str] = ()) -> LoRANames:
-    """How the tensors of a file are called here; `keys` are those of layers, whose tensors keep their names.
+def lora_names(summary: CheckpointSummary, keys: Mapping[str, str] = MappingProxyType({})) -> LoRANames:
+    """How the tensors of a file are called here; `keys` has the keys of layers by all names that files have for them.
 
-    Raises `AdapterError` where the file has a tensor twice, or says something odd of alphas.
+    Layers that are not in `keys` have the names of Stable Diffusion. Raises `AdapterError` where the file has a tensor
+    twice, or invalid alphas.
     """
     in_file: dict[str, str] = {}
     for name in summary.tensors:
-        own = name if name.partition(".")[0] in keys else own_name(name)
+        first, _, rest = name.partition(".")
+        path, suffix = split_name(name)
+        if first in keys:
+            own = f"{keys[first]}.{rest}"
+        elif suffix and (key := keys.get(path.removeprefix("base_model.model."))):
+            own = f"{key}.{suffix}"
+        else:
+            own = own_name(name)
         if own in in_file:
             raise AdapterError(f"{summary.path} holds two adapters for one layer: {in_file[own]} and {name}.")
         in_file[own] = name

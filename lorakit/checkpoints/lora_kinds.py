@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from attrs import frozen
 
-from lorakit.checkpoints.detect import describe
+from lorakit.checkpoints.kinds import describe
 from lorakit.checkpoints.lora_names import own_name
 from lorakit.checkpoints.summary import CheckpointSummary, Shapes
 

@@ -36,14 +36,14 @@ _LAYERS_PER_LEVEL = 3
 
 def own_name(name: str) -> str:
     """What sd-scripts calls a tensor of a LoRA for Stable Diffusion 1.x or 2.x; the name itself where it is no such."""
-    path, suffix = _split(name)
+    path, suffix = split_name(name)
     key = own_key(path) if suffix else ""
     return f"{key}.{suffix}" if key else name
 
 
 def layer_path(name: str) -> str:
     """The path of a tensor's layer in its file, including prefixes."""
-    return _split(name)[0]
+    return split_name(name)[0]
 
 
 def own_key(path: str) -> str:
@@ -58,7 +58,7 @@ def own_key(path: str) -> str:
     return ""
 
 
-def _split(name: str) -> tuple[str, str]:
+def split_name(name: str) -> tuple[str, str]:
     """The path of a tensor's layer, and what sd-scripts calls such a tensor; empty where it is of no known kind."""
     if match := _END.search(name):
         return name[: match.start()], _DOWN_OR_UP[match[1]]

@@ -12,7 +12,7 @@ import tomlkit
 from attrs import frozen
 
 from lorakit.api.components import OptimizerConfig
-from lorakit.checkpoints import HubModel, describe, locate, summarize
+from lorakit.checkpoints import HubModel, locate, summarize
 from lorakit.errors import ConfigError, LorakitError, Problem
 from lorakit.plugins.catalog import Catalog
 
@@ -140,10 +140,11 @@ def look_at_model(model: str, catalog: Catalog) -> str | None:
         summary = summarize(location)
     except (LorakitError, OSError, RuntimeError) as error:
         raise ConfigError([Problem("--model", str(error))]) from error
-    family = catalog.detect_model_family(summary)
-    if family is None:
-        raise ConfigError([Problem("--model", f"{model} is {describe(summary)}; no installed plugin trains it")])
-    return family
+    found = catalog.detect_model_family(summary)
+    if found.name is None:
+        message = f"{model} is {found.title}; no installed plugin trains it"
+        raise ConfigError([Problem("--model", message, found.advice)])
+    return found.name
 
 
 def short_config(start: Start, path: Path) -> str:

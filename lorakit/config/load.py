@@ -20,8 +20,9 @@ from lorakit.api.components import (
     SaverConfig,
     TimestepSamplerConfig,
 )
+from lorakit.api.hookspecs import DetectedFamily
 from lorakit.api.loss import LossConfig
-from lorakit.checkpoints import Location, advice, describe, locate, summarize
+from lorakit.checkpoints import Location, locate, summarize
 from lorakit.config.dataset_tables import DATASET_KEYS, SECTION_KEYS, SUBSET_KEYS, read_data_section
 from lorakit.config.metadata import MetadataSection
 from lorakit.config.overrides import apply_overrides
@@ -104,16 +105,13 @@ def config_from_tables(tables: Mapping[str, Any], base: Path, catalog: Catalog |
 
 @frozen
 class _Found:
-    """A base model that is there, and the family that plugins say it is of."""
+    """A base model that exists, and what plugins recognise it as."""
 
     location: Location
-    description: str
-    family: str | None
-    advice: str
-    """What to do with it where it is nothing to train on; empty where that is not known."""
+    detected: DetectedFamily
 
     def __str__(self) -> str:
-        return f"{self.location} is {self.description}"
+        return f"{self.location} is {self.detected.title}"
 
 
 class _ConfigLoader:
@@ -155,20 +153,21 @@ class _ConfigLoader:
             self.reader.report("model.family", f"must be a text in quotes, not {toml_repr(asked)}")
             asked = None
         found = self._base_model(table.get("path"))
-        family = asked or (found.family if found else None)
+        family = asked or (found.detected.name if found else None)
         component = self.reader.component(ModelFamilyConfig, family, "model.family") if family else None
         if component is None:
             self.reader.report_unknown_keys(table, _keys_of_kind(self.catalog, ModelFamilyConfig), "model")
             if found and not family:
                 broken = "some plugins are broken; see `lorakit plugins`" if self.catalog.broken else ""
-                self.reader.report("model.path", f"{found}; no installed plugin trains it", found.advice or broken)
+                hint = found.detected.advice or broken
+                self.reader.report("model.path", f"{found}; no installed plugin trains it", hint)
             return None
         if found is None:
             self.reader.report_unknown_keys(table, field_names(component), "model")
             self.reader.values(component, table, "model", given=["path"])
             return None
-        if found.family not in (None, component.name):
-            self.reader.report("model.family", f"must be {found.family!r}, not {asked!r}: {found}")
+        if found.detected.name not in (None, component.name):
+            self.reader.report("model.family", f"must be {found.detected.name!r}, not {asked!r}: {found}")
         return self.reader.structure(component, {**table, "path": str(found.location)}, "model")
 
     def _base_model(self, path: object) -> _Found | None:
@@ -184,7 +183,7 @@ class _ConfigLoader:
         except (LorakitError, OSError, RuntimeError) as error:
             self.reader.report("model.path", lost_backslash(path) or str(error))
             return None
-        return _Found(location, describe(summary), self.catalog.detect_model_family(summary), advice(summary))
+        return _Found(location, self.catalog.detect_model_family(summary))
 
     def _observers(self, tables: Any) -> tuple[ObserverConfig, ...]:
         if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables):

@@ -239,7 +239,13 @@ class TrainConfig:
     @property
     def trained_parts(self) -> tuple[str, ...]:
         """The parts of the model with adapters and a learning rate above zero."""
-        return tuple(part for part in self.network.parts if any(self.optimizer.lrs_for(part)))
+        parts = self.model.parts_named(self.network.parts)
+        return tuple(part.name for part in parts if any(self.optimizer.lrs_for(part)))
+
+    @property
+    def trains_text_encoders(self) -> bool:
+        """Whether any text encoder gets adapters, so that captions are encoded in each step."""
+        return any(part.encoders for part in self.model.parts if part.name in self.trained_parts)
 
     @property
     def cache_dir(self) -> Path:
@@ -256,10 +262,11 @@ class TrainConfig:
     def problems(self) -> Iterator[Problem]:
         """Problems that involve several sections."""
         parts_of = {f"training.{key}": getattr(self.training, key) for key in (*QUANTIZATION_KEYS, "stream_base")}
-        for key, parts in {"network.parts": self.network.parts, **parts_of}.items():
-            unknown = [part for part in parts if part not in self.model.parts]
+        known = [part.name for part in self.model.parts]
+        for key, parts in {"network.parts": self.network.parts or (), **parts_of}.items():
+            unknown = [part for part in parts if part not in known]
             if unknown:
-                hint = f"{self.model.name} has {', '.join(self.model.parts)}"
+                hint = f"{self.model.name} has {', '.join(known)}"
                 yield Problem(key, f"contains unknown parts: {', '.join(unknown)}", hint)
         if not self.trained_parts:
             yield Problem("optimizer.lr", "is zero for every part in network.parts, so nothing would be trained")
@@ -295,12 +302,15 @@ class TrainConfig:
 
     def _rate_warnings(self) -> Iterator[Problem]:
         """Learning rates of parts without adapters, and schedules unsuitable for the optimizer."""
-        for part in self.network.parts:
+        adapted = self.model.parts_named(self.network.parts)
+        for part in adapted:
             if not any(self.optimizer.lrs_for(part)):
-                yield Problem("network.parts", f"{part!r} is not trained, because its learning rate is 0")
-        for part in ("unet", "text_encoder"):
-            if getattr(self.optimizer, f"{part}_lr", None) is not None and part not in self.network.parts:
-                yield Problem(f"optimizer.{part}_lr", f"has no effect, because {part!r} is not in network.parts")
+                yield Problem("network.parts", f"{part.name!r} is not trained, because its learning rate is 0")
+        for key in dict.fromkeys(part.lr_key for part in self.model.parts):
+            names = [part.name for part in self.model.parts if part.lr_key == key]
+            if getattr(self.optimizer, key) is not None and not any(part.lr_key == key for part in adapted):
+                message = f"has no effect, because {' or '.join(map(repr, names))} is not in network.parts"
+                yield Problem(f"optimizer.{key}", message)
         yield from self._doubtful_rates()
         if self.training.max_epochs is None:
             yield from self.warnings_of_length(self.training.max_steps or DEFAULT_MAX_STEPS)
@@ -310,7 +320,8 @@ class TrainConfig:
 
     def _doubtful_rates(self) -> Iterator[Problem]:
         """Learning rates far too low or too high for the optimizer."""
-        own, rates = self.optimizer, [rate for part in self.trained_parts for rate in self.optimizer.lrs_for(part)]
+        own, parts = self.optimizer, self.model.parts_named(self.network.parts)
+        rates = [rate for part in parts for rate in self.optimizer.lrs_for(part)]
         highest, usual = max(rates, default=0.0), own.usual_lr
         if own.finds_learning_rate and highest <= 0.1:
             message = f"{own.name} finds the learning rate itself and multiplies it by lr; with {highest:g} it hardly"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from attrs import frozen
 
-from lorakit.api.block_layout import STABLE_DIFFUSION, Side, curve
+from lorakit.api.block_layout import curve
 from lorakit.api.components import NetworkConfig
 from lorakit.api.network_metadata import LORA_MODULE
 from lorakit.config.sd_scripts import NETWORK_ARG_KEYS
@@ -15,6 +15,7 @@ from lorakit.config.table_reader import field_names
 from lorakit.errors import ConfigError, PluginError, Problem
 from lorakit.kohya.draft import Command, Draft, Setting
 from lorakit.kohya.scripts import refuse_other_model
+from lorakit.models.families.sd.parts import LAYOUT
 from lorakit.plugins.catalog import Catalog
 from lorakit.plugins.import_path import check_import_path
 from lorakit.plugins.other_names import meaning_of
@@ -74,7 +75,7 @@ NETWORK_ARGS: Mapping[str, Argument] = {
 }
 """What networks.lora takes in --network_args."""
 
-_SIDES: Mapping[str, Side] = {"down_lr_weight": "down", "mid_lr_weight": "mid", "up_lr_weight": "up"}
+_SIDES: Mapping[str, str] = {"down_lr_weight": "down", "mid_lr_weight": "mid", "up_lr_weight": "up"}
 _BY_BLOCK = ("block_alphas", "conv_block_dims", "conv_block_alphas")
 _NOT_FROM_WEIGHTS = ("conv_dim", "conv_alpha", "rank_dropout", "module_dropout", "block_dims", *_BY_BLOCK)
 _OF_LORA_ALONE = {"scale_weight_norms": "scale_weight_norms", "dim_from_weights": "rank_from_weights"}
@@ -193,7 +194,7 @@ def _write_values(values: Mapping[str, Value], command: Command, draft: Draft, c
 
 def _as_long_as_side(key: str, numbers: list[int] | list[float], draft: Draft) -> list[float]:
     """As sd-scripts does it: 1 for blocks that have no number, and numbers for blocks that there are not left out."""
-    length = len(STABLE_DIFFUSION.numbers(_SIDES[key]))
+    length = len(LAYOUT.groups[_SIDES[key]])
     if len(numbers) != length:
         done = "padded with 1" if len(numbers) < length else "cut off"
         draft.note("network_args", f"{key} has {len(numbers)} numbers, {done} to get {length}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.api.block_layout import BlockLayout
 from lorakit.diffusion.process import NoiseProcess
+from lorakit.models.weights.placement import TensorSlice
 
 Conditioning = Mapping[str, Tensor]
 """What the denoiser is told about each image, by name; every tensor's first side is B."""
@@ -22,8 +23,8 @@ Conditioning = Mapping[str, Tensor]
 Tokens = Mapping[str, Tensor]
 """What a text encoder reads of each caption, by name; every tensor's first side is B."""
 
-Block = Literal["transformer", "resnet", "sampler", "text_encoder"]
-"""The kind of block that a layer belongs to."""
+EncoderName = Literal["vae_encoder", "text_encoder"]
+"""What encodes images or captions once, before a run trains, as models of all families call it."""
 
 
 @frozen
@@ -31,21 +32,34 @@ class AdaptationTarget:
     """A layer of the base model that a network may adapt."""
 
     key: str
-    """Its name in LoRA files: `lora_unet_down_blocks_0_attentions_0_proj_in`."""
+    """Its name in LoRA files of sd-scripts, which lorakit writes: `lora_unet_down_blocks_0_attentions_0_proj_in`."""
     part: str
-    """The part of the model it belongs to: `unet` or `text_encoder`."""
-    block: Block
-    """The kind of block it sits in."""
+    """Name of the model's part that it belongs to: `unet`."""
     root: nn.Module
-    """The whole part that it belongs to."""
+    """The module of the whole part."""
     path: str
     """Its dotted path in the root: `down_blocks.0.attentions.0.proj_in`."""
-    position: int = 0
-    """Number of the block of the U-Net, as `layout` counts them, or of the text encoder that it is in, from 0."""
+    tags: frozenset[str] = frozenset()
+    """What kind of layer it is, for networks to choose by: `transformer`, `attention`, `mlp`, `resnet`, `sampler`,
+    `conv3x3`, `text_encoder`, or a family's own words."""
+    block_index: int | None = None
+    """Number of its block, as `layout` counts them; None where blocks are not numbered."""
     layout: BlockLayout | None = None
-    """How the blocks of the U-Net are numbered; None elsewhere."""
-    place: str = ""
-    """Its path in a pipeline of diffusers, `unet.down_blocks.0.attentions.0.proj_in`; empty where it has none."""
+    """How the blocks of its part are numbered; None where they are not."""
+    encoder_index: int | None = None
+    """Number of its text encoder, counted from 0 over the model; None in the denoiser."""
+    diffusers_path: str = ""
+    """Its path in a pipeline of diffusers, `unet.down_blocks.0.attentions.0.proj_in`; empty if it has none."""
+    original_path: str = ""
+    """Its dotted path in the original code, where LoRA files of some tools use it; empty if none does."""
+    fused_in: TensorSlice | None = None
+    """Where some LoRA files have it as rows of a larger layer, such as queries, keys and values in one: that layer's
+    key and the rows."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that LoRA files may call the layer: the key and the dotted paths."""
+        return tuple(name for name in (self.key, self.diffusers_path, self.original_path) if name)
 
     @property
     def parent(self) -> nn.Module:
@@ -70,7 +84,7 @@ class AttentionBackend(Protocol):
         ...
 
 
-class ImageEncoder(Protocol):
+class VaeEncoder(Protocol):
     """Turns images into the distribution of their latents."""
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,7 +92,7 @@ class ImageEncoder(Protocol):
         ...
 
 
-class ImageDecoder(Protocol):
+class VaeDecoder(Protocol):
     """Turns latents into images."""
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -116,17 +130,17 @@ class DiffusionModel(Protocol):
     memo: Memo
     """Remembers hashes of files; one that outlives the process makes the next start faster."""
 
-    def fingerprint(self, part: Literal["vae_encoder", "text_encoder"]) -> str:
+    def fingerprint(self, part: EncoderName) -> str:
         """A short key of all that the part's output depends on, from weights to settings; reads no weights twice."""
         ...
 
     @property
-    def vae_encoder(self) -> ImageEncoder:
+    def vae_encoder(self) -> VaeEncoder:
         """The image encoder, read on first use."""
         ...
 
     @property
-    def vae_decoder(self) -> ImageDecoder:
+    def vae_decoder(self) -> VaeDecoder:
         """The image decoder, read on first use."""
         ...
 
@@ -140,7 +154,7 @@ class DiffusionModel(Protocol):
         """The denoiser, read on first use, frozen."""
         ...
 
-    def free(self, part: Literal["vae_encoder", "vae_decoder", "text_encoder"]) -> None:
+    def free(self, part: EncoderName | Literal["vae_decoder"]) -> None:
         """Forget a part's weights; it is read again if it is asked for again."""
         ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from lorakit.checkpoints import pickled_tensors, summarize
 from lorakit.checkpoints.lora_files import PEFT_MAGNITUDE, lora_names
+from lorakit.checkpoints.lora_names import ALPHA, DOWN, MAGNITUDE, UP
 from lorakit.checkpoints.safetensors_content import safetensors_content
 from lorakit.errors import AdapterError, ModelError
+from lorakit.models.interfaces import AdaptationTarget
 from lorakit.models.weights.load import open_tensors
 from lorakit.utils.atomic_io import atomic_write
 
@@ -25,7 +27,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 """Number format of the weights in a file."""
 
 _DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_DOWN = ".lora_down.weight"
+_DOWN = f".{DOWN}"
 _LEGACY_HASHED = slice(0x100000, 0x110000)
 
 
@@ -112,14 +114,17 @@ def read_adapter(path: Path) -> AdapterFile:
         raise AdapterError(f"{path} is broken: {error}. Get the file anew.") from error
 
 
-def load_initial_weights(path: Path, keys: Collection[str] = ()) -> dict[str, Tensor]:
+def load_initial_weights(path: Path, targets: Sequence[AdaptationTarget] = ()) -> dict[str, Tensor]:
     """The tensors of a LoRA file of any tool to continue from, by the names that sd-scripts has for them.
 
-    `keys` are those of the model's layers, whose tensors keep their names. Alphas that the file lacks are there, too:
-    those of PEFT's config, or else, as all tools do, those of scale 1. Raises `AdapterError` as `read_adapter` does.
+    `targets` are the model's layers: their tensors are found by any name that a layer has, and adapters of fused layers
+    are split among them. Alphas that the file lacks are there, too: those of PEFT's config, or else, as all tools do,
+    those of scale 1. Raises `AdapterError` as `read_adapter` does.
     """
     found = read_adapter(path).tensors
-    names = lora_names(summarize(path), keys)
+    keys = {name: target.key for target in targets for name in target.names}
+    fused = {target.fused_in.name for target in targets if target.fused_in is not None}
+    names = lora_names(summarize(path), keys | {name: name for name in fused})
     tensors = {own: found[name] for own, name in names.in_file.items()}
     tensors |= {own: tensors[own].flatten() for own, name in names.in_file.items() if PEFT_MAGNITUDE in name}
     for key, down in list(tensors.items()):
@@ -129,7 +134,13 @@ def load_initial_weights(path: Path, keys: Collection[str] = ()) -> dict[str, Te
         if key.endswith(_DOWN) and down.ndim:
             layer = key.removesuffix(_DOWN)
             tensors.setdefault(f"{layer}.alpha", torch.tensor(names.alphas.get(layer, float(len(down)))))
-    return tensors
+    for key, rows in ((target.key, target.fused_in) for target in targets if target.fused_in):
+        for suffix in (DOWN, UP, ALPHA, MAGNITUDE):
+            if (tensor := tensors.get(f"{rows.name}.{suffix}")) is not None:
+                # (U·D)[rows] is U[rows]·D, and each row of a weight has its own norm.
+                by_row = suffix in (UP, MAGNITUDE)
+                tensors[f"{key}.{suffix}"] = tensor[rows.start : rows.stop] if by_row else tensor
+    return {key: tensor for key, tensor in tensors.items() if key.partition(".")[0] not in fused}
 
 
 def ranks_and_alphas(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, float]]:

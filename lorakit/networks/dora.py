@@ -66,14 +66,14 @@ class DoRAModule(LoRAModule):
         super().use_dropout(dropout, rates)
         self._draw_kept = dropout.kept if rates.module else None
 
-    def tensors(self) -> dict[str, Tensor]:
+    def adapter_state(self) -> dict[str, Tensor]:
         """Both factors, alpha and the magnitudes, under the name that LyCORIS gave them."""
-        return {**super().tensors(), "dora_scale": self.dora_scale}
+        return {**super().adapter_state(), "dora_scale": self.dora_scale}
 
     @torch.no_grad()
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_adapter_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over all; of a plain LoRA, magnitudes are those of its weights, so that the outputs stay the same."""
-        super().load_tensors({"dora_scale": self.dora_scale, **tensors})
+        super().load_adapter_state({"dora_scale": self.dora_scale, **tensors})
         if "dora_scale" not in tensors:
             self.dora_scale.copy_(self._norms().view_as(self.dora_scale))
 

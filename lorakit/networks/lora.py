@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from attrs import field, frozen
+from attrs import frozen
 from torch import Tensor, nn
 
 from lorakit.errors import AdapterError
@@ -17,7 +17,6 @@ from lorakit.models.interfaces import AdaptationTarget
 from lorakit.models.memory.layers import is_adaptable
 from lorakit.networks.dropout import AdapterDropout, DropoutRates, NetworkDropout
 from lorakit.networks.lora_function import DropoutMask, low_rank_operation
-from lorakit.networks.max_norm import MaxNorm
 from lorakit.networks.network import AdapterModule, Network
 from lorakit.utils.rng import keyed_generator
 
@@ -70,14 +69,14 @@ class LoRAModule(AdapterModule):
         """Drop at random while training, at these rates."""
         self.draw_mask = dropout.mask
 
-    def tensors(self) -> dict[str, Tensor]:
+    def adapter_state(self) -> dict[str, Tensor]:
         """Both factors and alpha, a number."""
         alpha = torch.tensor(self.alpha, dtype=torch.float32)
         return {"lora_down.weight": self.lora_down, "lora_up.weight": self.lora_up, "alpha": alpha}
 
-    def file_tensors(self) -> dict[str, Tensor]:
+    def export_state(self) -> dict[str, Tensor]:
         """Both factors and the alpha of the file; what it lacks or has too much is in the up factor."""
-        tensors = self.tensors()
+        tensors = self.adapter_state()
         if self.file_alpha != self.alpha:
             tensors["lora_up.weight"] = self.lora_up * (self.alpha / self.file_alpha)
             tensors["alpha"] = torch.tensor(self.file_alpha, dtype=torch.float32)
@@ -93,9 +92,9 @@ class LoRAModule(AdapterModule):
         return super().shape_mismatch(tensors)
 
     @torch.no_grad()
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_adapter_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over all but alpha; where the file has another one, what that changes goes into the up factor."""
-        super().load_tensors(tensors)
+        super().load_adapter_state(tensors)
         factor = self._meant(tensors["alpha"].item()) / self.alpha
         if factor != 1:
             self.lora_up.mul_(factor)
@@ -106,14 +105,77 @@ class LoRAModule(AdapterModule):
         return min(own, key=lambda near: abs(near - alpha), default=alpha)
 
 
+def update_norms(up: Tensor, down: Tensor) -> Tensor:
+    """Frobenius norms [n] of the products of up [n, O, r] and down matrices [n, r, I], without building these.
+
+    ‖U·D‖² = Σ (UᵀU) ∘ (DDᵀ), and both of these are no larger than r×r.
+    """
+    squares = (up.mT @ up) * (down @ down.mT)
+    return squares.sum((1, 2)).clamp(min=0).sqrt()
+
+
+class MaxNorm:
+    """Max-norm scaling: after each step, updates that have grown beyond a limit are scaled down to it.
+
+    The update of a layer is scale·U·D, for a convolution as well, as U has 1×1 kernels. Shapes: n adapters of equal
+    shape, r rank, I inputs (times the kernel's size) and O outputs.
+    """
+
+    def __init__(self, adapters: Sequence[LoRAModule], limit: float) -> None:
+        """The limit is on each adapter's norm of (alpha/rank)·U·D."""
+        shapes: dict[tuple[torch.Size, torch.Size], list[LoRAModule]] = {}
+        for adapter in adapters:
+            shapes.setdefault((adapter.lora_up.shape, adapter.lora_down.shape), []).append(adapter)
+        self._alike = [_ShapeGroup(group) for group in shapes.values()]
+        self._limit = limit
+
+    @torch.no_grad()
+    def apply(self) -> Mapping[str, Tensor]:
+        """Scale what is too large, half of it in each factor; gives numbers for logs, scalars on the device."""
+        results = [alike.scale_down(self._limit) for alike in self._alike]
+        norms = torch.cat([norms for norms, _ in results])
+        ratios = torch.cat([ratios for _, ratios in results])
+        return {
+            "max_norm/keys_scaled": (ratios < 1).sum().float(),
+            "max_norm/max_key_norm": norms.max(),
+            "norm/avg_key_norm": norms.mean(),
+        }
+
+
+class _ShapeGroup:
+    """Adapters whose factors have the same shapes, so that they are computed with at once."""
+
+    def __init__(self, adapters: Sequence[LoRAModule]) -> None:
+        self._adapters = adapters
+        self._scales = torch.tensor([adapter.scale for adapter in adapters])  # [n]
+
+    def scale_down(self, limit: float) -> tuple[Tensor, Tensor]:
+        """Scale the factors of each adapter by the root of min(norm, limit) / norm.
+
+        Gives the norms afterwards and these ratios, both [n].
+        """
+        ups = [adapter.lora_up.detach().flatten(1) for adapter in self._adapters]
+        downs = [adapter.lora_down.detach().flatten(1) for adapter in self._adapters]
+        up, down = torch.stack(ups), torch.stack(downs)
+        self._scales = self._scales.to(up.device)
+        norms = update_norms(up, down) * self._scales
+        ratios = limit / norms.clamp(min=limit)
+        roots = ratios.sqrt()[:, None, None]
+        torch._foreach_copy_(ups, list((up * roots).unbind()))
+        torch._foreach_copy_(downs, list((down * roots).unbind()))
+        return norms * ratios, ratios
+
+
 @frozen
 class LRFactors:
     """How learning rates vary over a network."""
 
     blocks: Sequence[float] = ()
-    """What multiplies the learning rate in each block of the U-Net; with none, all of it is one parameter group."""
-    up: Mapping[str, float] = field(factory=dict)
-    """What multiplies the learning rate of the up factors, by part: LoRA+ (Hayou et al., 2024, arXiv:2402.12354)."""
+    """Multiplies the learning rate in each numbered block; with none, the denoiser is one parameter group."""
+    denoiser_up: float | None = None
+    """Multiplies the learning rate of the denoiser's up matrices: LoRA+ (Hayou et al., 2024, arXiv:2402.12354)."""
+    text_encoder_up: float | None = None
+    """The same for text encoders."""
 
 
 class LoRANetwork(Network):
@@ -143,11 +205,12 @@ class LoRANetwork(Network):
                 adapter.use_dropout(dropout, rates)
 
     def group_of(self, target: AdaptationTarget, parameter_name: str) -> tuple[str, float]:
-        """Blocks of the U-Net, and up factors, have groups of their own where they have learning rates of their own."""
+        """Blocks and up matrices with other learning rates than the rest of their part are separate groups."""
         name, factor = super().group_of(target, parameter_name)
-        blocks, up = self._lr_factors.blocks, self._lr_factors.up.get(target.part)
-        if blocks and target.layout is not None:
-            name, factor = f"{name}_block{target.position}", factor * blocks[target.position]
+        blocks, block = self._lr_factors.blocks, target.block_index
+        up = self._lr_factors.denoiser_up if target.encoder_index is None else self._lr_factors.text_encoder_up
+        if blocks and block is not None:
+            name, factor = f"{name}_block{block}", factor * blocks[block]
         if up is not None and parameter_name == "lora_up":
             name, factor = f"{name} plus", factor * up
         return name, factor
@@ -159,5 +222,5 @@ class LoRANetwork(Network):
             self._dropouts.begin_batch(sample_seeds.to(device))
 
     def on_optimizer_step(self) -> Mapping[str, Tensor]:
-        """Scale updates back that have grown beyond the largest norm; gives the norms for logs."""
+        """Scale down updates beyond the largest norm; returns the norms for logs."""
         return self._max_norm.apply() if self._max_norm else {}

@@ -25,7 +25,7 @@ class ParameterGroup:
     name: str
     """What logs call it: `unet`, `unet_block4`, `text_encoder plus`."""
     part: str
-    """The part of the model that it adapts: `unet` or `text_encoder`."""
+    """Name of the part of the model that it adapts: `unet`."""
     parameters: tuple[nn.Parameter, ...]
     """The parameters, float32."""
     lr: float
@@ -44,7 +44,7 @@ class AdapterModule(nn.Module):
     """
 
     derivable: ClassVar[frozenset[str]] = frozenset()
-    """Suffixes of tensors that a file may lack, as `load_tensors` finds them from the others."""
+    """Suffixes of tensors that a file may lack, as `load_adapter_state` finds them from the others."""
 
     def __init__(self, key: str, base: nn.Module) -> None:
         super().__init__()
@@ -60,26 +60,26 @@ class AdapterModule(nn.Module):
         """The base layer's output plus `multiplier` times what was learnt; with 0 the base's output, bit for bit."""
         raise NotImplementedError
 
-    def tensors(self) -> dict[str, Tensor]:
+    def adapter_state(self) -> dict[str, Tensor]:
         """All that is learnt, exactly, by suffix as in a file: `lora_down.weight`; the trained ones are no copies."""
         raise NotImplementedError
 
-    def file_tensors(self) -> dict[str, Tensor]:
+    def export_state(self) -> dict[str, Tensor]:
         """What a LoRA file holds: `tensors`, or others of the same effect that more tools understand."""
-        return self.tensors()
+        return self.adapter_state()
 
     def shape_mismatch(self, tensors: Mapping[str, Tensor]) -> str:
         """Why these tensors (by suffix, all but `derivable` ones there) cannot be loaded; empty if they can."""
-        held = self.tensors()
-        for suffix, own in (held if held.keys() == tensors.keys() else self.file_tensors()).items():
+        held = self.adapter_state()
+        for suffix, own in (held if held.keys() == tensors.keys() else self.export_state()).items():
             if suffix in tensors and tensors[suffix].shape != own.shape:
                 return f"{suffix} is {list(tensors[suffix].shape)} in the file, {list(own.shape)} in the network"
         return ""
 
     @torch.no_grad()
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_adapter_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over tensors, by suffix, that have no `misfit`."""
-        for suffix, own in self.tensors().items():
+        for suffix, own in self.adapter_state().items():
             own.copy_(tensors[suffix])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -162,7 +162,7 @@ class Network(nn.Module):
     @property
     def paths(self) -> Mapping[str, str]:
         """The place in a pipeline of diffusers of each layer that has an adapter, by its key in LoRA files."""
-        return {target.key: target.place for target in self._targets}
+        return {target.key: target.diffusers_path for target in self._targets}
 
     def parameters_of(self, part: str) -> tuple[nn.Parameter, ...]:
         """The trained parameters of one part of the model."""
@@ -184,25 +184,26 @@ class Network(nn.Module):
 
         Here there is one group for each part of the model, and each text encoder where there are several.
         """
-        several = target.layout is None and any(other.position for other in self._targets if other.part == target.part)
-        return f"{target.part}_{target.position + 1}" if several else target.part, 1.0
+        encoders = {other.encoder_index for other in self._targets if other.part == target.part}
+        number = target.encoder_index
+        return f"{target.part}_{number + 1}" if number is not None and len(encoders) > 1 else target.part, 1.0
 
-    def tensors(self) -> dict[str, Tensor]:
+    def adapter_state(self) -> dict[str, Tensor]:
         """All that is learnt, exactly, by key: float32 copies on the CPU."""
-        return _copies({key: adapter.tensors() for key, adapter in self._by_key.items()})
+        return _copies({key: adapter.adapter_state() for key, adapter in self._by_key.items()})
 
-    def file_tensors(self) -> dict[str, Tensor]:
+    def export_state(self) -> dict[str, Tensor]:
         """What a LoRA file holds, by key: float32 copies on the CPU."""
-        return _copies({key: adapter.file_tensors() for key, adapter in self._by_key.items()})
+        return _copies({key: adapter.export_state() for key, adapter in self._by_key.items()})
 
-    def load_tensors(self, tensors: Mapping[str, Tensor], origin: str = "The LoRA file") -> None:
-        """Take over what `tensors` or `file_tensors` gave; `origin` is what error messages call the file.
+    def load_adapter_state(self, tensors: Mapping[str, Tensor], origin: str = "The LoRA file") -> None:
+        """Take over what `tensors` or `export_state` gave; `origin` is what error messages call the file.
 
         Raises `AdapterError`, before anything is changed, unless all fit and none is missing or left over.
         """
         derivable = {f"{key}.{suffix}" for key, adapter in self._by_key.items() for suffix in adapter.derivable}
-        held = {f"{key}.{suffix}" for key, adapter in self._by_key.items() for suffix in adapter.tensors()}
-        expected = {f"{key}.{suffix}" for key, adapter in self._by_key.items() for suffix in adapter.file_tensors()}
+        held = {f"{key}.{suffix}" for key, adapter in self._by_key.items() for suffix in adapter.adapter_state()}
+        expected = {f"{key}.{suffix}" for key, adapter in self._by_key.items() for suffix in adapter.export_state()}
         if tensors.keys() | derivable not in (held | derivable, expected | derivable):
             missing, unexpected = sorted(expected - derivable - tensors.keys()), sorted(tensors.keys() - expected)
             raise AdapterError(
@@ -218,12 +219,12 @@ class Network(nn.Module):
                 " Set the [network] options as the file was trained."
             )
         for key, adapter in self._by_key.items():
-            adapter.load_tensors(by_adapter[key])
+            adapter.load_adapter_state(by_adapter[key])
 
     def _by_adapter(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """The tensors of each adapter, by key and suffix, in the shapes that it has them in."""
         by_adapter: dict[str, dict[str, Tensor]] = {key: {} for key in self._by_key}
-        held = {key: adapter.tensors() for key, adapter in self._by_key.items()}
+        held = {key: adapter.adapter_state() for key, adapter in self._by_key.items()}
         for name, tensor in tensors.items():
             key, _, suffix = name.partition(".")
             own = held[key].get(suffix)

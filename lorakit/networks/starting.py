@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +15,10 @@ from lorakit.checkpoints.lora_names import DOWN
 from lorakit.errors import Problem
 
 if TYPE_CHECKING:
+    from lorakit.api.components import ModelPart
     from lorakit.config.train_config import TrainConfig
 
-_PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te"}
+_ONES = ((), (1, 1))
 
 
 @frozen
@@ -29,19 +30,23 @@ class StartingFile:
     shapes: Shapes = field(repr=False)
     """Shape of each tensor, by its name as sd-scripts has it."""
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The parts of the model that it has adapters for."""
-        return tuple(part for part, prefix in _PARTS.items() if any(name.startswith(prefix) for name in self.shapes))
+    def has(self, part: ModelPart) -> bool:
+        """Whether it has adapters for a part of the model."""
+        return any(name.startswith(part.lora_prefix) for name in self.shapes)
+
+    def trains_denoiser(self, config: TrainConfig) -> bool:
+        """Whether it has adapters for a part that is trained and is no text encoder."""
+        trained = config.model.parts_named(config.trained_parts)
+        return any(self.has(part) for part in trained if part.lora_prefix and not part.encoders)
 
     @property
     def has_resnets(self) -> bool:
         """Whether it has adapters for ResNet or sampling blocks of the U-Net, as LoRA-C3Lier has."""
         return any(step in name for name in self.shapes for step in ("_resnets_", "samplers_0_conv"))
 
-    def ranks(self, parts: tuple[str, ...], *, wide: bool) -> list[int]:
+    def ranks(self, parts: Sequence[ModelPart], *, wide: bool) -> list[int]:
         """All ranks of adapters of these parts: of 3×3 convolutions (`wide`), or of the other layers."""
-        prefixes = tuple(_PARTS[part] for part in parts if part in _PARTS)
+        prefixes = tuple(part.lora_prefix for part in parts if part.lora_prefix)
         return sorted(
             {
                 shape[0]
@@ -53,24 +58,10 @@ class StartingFile:
             }
         )
 
-    def layers(self, part: str) -> set[str]:
-        """The ends of the keys of the layers of a part: `attn1_to_q`, `ff_net_2`, `fc1`."""
-        keys = {name.partition(".")[0] for name in self.shapes if name.startswith(_PARTS[part])}
-        return {end for key in keys for end in LAYERS[part] if key.endswith(f"_{end}")}
-
-
-_ONES = ((), (1, 1))
-LAYERS = {
-    "unet": (
-        *(f"attn{number}_to_{name}" for number in (1, 2) for name in ("q", "k", "v", "out_0")),
-        "ff_net_0_proj",
-        "ff_net_2",
-        "proj_in",
-        "proj_out",
-    ),
-    "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-}
-"""What layers are called that LoRA-LierLa adapts in Stable Diffusion, by part."""
+    def missing_layers(self, part: ModelPart) -> list[str]:
+        """Which layers of a part it has no adapters for, by the ends of their keys: `attn1_to_q`."""
+        keys = {name.partition(".")[0] for name in self.shapes if name.startswith(part.lora_prefix)}
+        return [end for end in part.lora_layers if not any(key.endswith(f"_{end}") for key in keys)]
 
 
 def starting_file(path: Path) -> StartingFile:
@@ -81,7 +72,7 @@ def starting_file(path: Path) -> StartingFile:
 
 def problems_of_kind(file: StartingFile, config: TrainConfig) -> Iterator[Problem]:
     """Says so where a file is no LoRA for the config's kind of model."""
-    kind, model = file.kind, _model(config)
+    kind, model = file.kind, config.model.adapter_title
     if kind.algorithm not in {"LoRA", "DoRA"}:
         found = f"{file.path} is {kind.description}, which network.name = {config.network.name!r} cannot start from"
         yield Problem("weights", found, _cure(kind))
@@ -96,18 +87,18 @@ def problems_of_kind(file: StartingFile, config: TrainConfig) -> Iterator[Proble
 
 def problems_of_parts(file: StartingFile, config: TrainConfig, any_layers: bool) -> Iterator[Problem]:
     """Says so where a file has adapters for other parts of the model; with `any_layers` it may have fewer."""
-    trained = config.trained_parts
-    lacking = [part for part in trained if part in _PARTS and part not in file.parts]
-    more = [part for part in file.parts if part not in trained]
+    checked = [part for part in config.model.parts if part.lora_prefix]
+    there, trained = [part for part in checked if file.has(part)], config.trained_parts
+    lacking = [part.name for part in checked if part.name in trained and part not in there]
+    more = [part.name for part in there if part.name not in trained]
     if more or (lacking and not any_layers):
         what = f"has {'no ' * bool(lacking)}adapters for {' and '.join(lacking or more)}"
-        parts = ", ".join(f'"{part}"' for part in file.parts)
+        parts = ", ".join(f'"{part.name}"' for part in there)
         hint = f"set network.parts = [{parts}], each with a learning rate above 0"
         yield Problem("weights", f"{file.path} {what}", hint)
-    for part in file.parts if not any_layers and config.model.layout is not None else ():
-        absent = [layer for layer in LAYERS[part] if layer not in file.layers(part)]
-        if absent:
-            found = f"{file.path} has no adapters for the layers {', '.join(absent)} of {part}"
+    for part in there if not any_layers else ():
+        if absent := file.missing_layers(part):
+            found = f"{file.path} has no adapters for the layers {', '.join(absent)} of {part.name}"
             yield Problem("weights", found, "network.rank_from_weights = true adapts those alone that the file adapts")
 
 
@@ -119,12 +110,6 @@ def problem_of_rank(file: StartingFile, key: str, rank: int, ranks: list[int]) -
             found, cure = f"ranks from {ranks[0]} to {ranks[-1]}", ""
         hint = f"set {cure}network.rank_from_weights = true"
         yield Problem(key, f"is {rank}, and {file.path} has adapters of {found}", hint)
-
-
-def _model(config: TrainConfig) -> str:
-    """What kind of model is trained on, as `AdapterKind.model` has it; empty for families that do not say."""
-    version = getattr(config.model, "version", "")
-    return f"Stable Diffusion {version}" if version else ""
 
 
 def _cure(kind: AdapterKind) -> str:

@@ -107,7 +107,8 @@ def caption_encoding_memory(prepared: PreparedRun) -> EncodingMemory:
     model = load_model(prepared.config, CPU)
     with fake_tensors() as meter, torch.no_grad():
         encoder, weights = model.text_encoder, _settled(meter)
-        offloaded = _offloaded(model, ("text_encoder",), prepared.config)
+        encoders = [part.name for part in prepared.config.model.parts if part.encoders]
+        offloaded = _offloaded(model, encoders, prepared.config)
         encoder.encode(encoder.tokenize([""] * CAPTIONS_AT_ONCE, prepared.config.data.weighted_captions))
         return EncodingMemory(weights=weights - offloaded, transient=meter.peak - weights)
 
@@ -173,7 +174,7 @@ def _step(model: DiffusionModel, network: Network, batch: Batch, config: TrainCo
     """Forward and backward pass of a micro-batch; returns the bytes of saved activations."""
     before = meter.held
     network.begin_batch(batch.sample_seeds)
-    conditioning = conditioning_of(batch, model, config.trained_parts)
+    conditioning = conditioning_of(batch, model, config.trains_text_encoders)
     loss = denoising_loss(model, batch, conditioning, Criterion.of(config.loss, model.noise))
     kept = meter.held - before
     torch.autograd.backward(loss)

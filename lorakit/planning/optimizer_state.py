@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lorakit.api.components import OptimizerConfig
+from lorakit.api.components import DENOISER_LR, TEXT_ENCODER_LR, OptimizerConfig
 from lorakit.networks.network import ParameterGroup
 from lorakit.training.step.eval_weights import begin_training
 
@@ -24,8 +24,8 @@ def state_bytes(config: OptimizerConfig, shapes: Sequence[tuple[int, ...]]) -> i
     samples = {shape: nn.Parameter(torch.zeros(shape)) for shape in counts}
     for parameter in samples.values():
         parameter.grad = torch.full_like(parameter, 1e-3)
-    rate = max(max(config.lrs_for(part)) for part in ("unet", "text_encoder"))
-    optimizer = config.build([ParameterGroup("sample", "unet", tuple(samples.values()), rate)])
+    rate = max(max(config.lrs_from(key)) for key in (DENOISER_LR, TEXT_ENCODER_LR))
+    optimizer = config.build([ParameterGroup("sample", "sample", tuple(samples.values()), rate)])
     begin_training(optimizer)
     optimizer.step()
     sizes: dict[int, int] = {}

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator
 
 from lorakit.config.memory_presets import preset_diff, to_toml
+from lorakit.config.values import toml_repr
 from lorakit.data.batch_sampler import buckets
 from lorakit.planning.dummy_batches import BatchShape
 from lorakit.planning.estimate import RESERVE
@@ -121,8 +122,9 @@ def _other_ways(plan: Plan) -> Iterator[str]:
     if plan.largest.images > 1:
         yield f"a data.batch_size below {plan.largest.images}"
     yield "a lower data.resolution"
-    if "text_encoder" in config.trained_parts and "unet" in config.trained_parts:
-        yield 'network.parts = ["unet"]'
+    denoisers = [part.name for part in config.model.parts if part.name in config.trained_parts and not part.encoders]
+    if config.trains_text_encoders and denoisers:
+        yield f"network.parts = {toml_repr(denoisers)}"
     if getattr(config.network, "rank", 1) > 1:
         yield "a lower network.rank"
 

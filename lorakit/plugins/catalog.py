@@ -16,7 +16,8 @@ from typing import TypeVar
 from attrs import frozen
 
 from lorakit.api.components import Component, with_import_path
-from lorakit.checkpoints import CheckpointSummary
+from lorakit.api.hookspecs import DetectedFamily
+from lorakit.checkpoints import CheckpointSummary, kind_of
 from lorakit.errors import PluginError
 from lorakit.plugins.discovery import (
     Installed,
@@ -130,16 +131,17 @@ class Catalog:
         source = next((found.provider for found in same if found.component is component), None)
         return f"{source.distribution}:{component.name}" if source and len(same) > 1 else component.name
 
-    def detect_model_family(self, checkpoint: CheckpointSummary) -> str | None:
-        """The family that a checkpoint belongs to, as the first plugin says that knows it.
+    def detect_model_family(self, checkpoint: CheckpointSummary) -> DetectedFamily:
+        """What a checkpoint is: of the family that the first plugin names, or only with a title, if none does.
 
-        A plugin that fails at it is passed over with a warning.
+        A plugin that fails at it is skipped with a warning.
         """
+        titles: list[DetectedFamily] = []
         for detector in self.detectors:
             try:
                 found = detector.detect(checkpoint=checkpoint)
-                if not isinstance(found, str | None):
-                    raise TypeError(f"detect_model_family returned {found!r}, not the name of a family")
+                if not isinstance(found, DetectedFamily | None):
+                    raise TypeError(f"detect_model_family returned {found!r}, not a DetectedFamily")
             except (Exception, SystemExit) as error:  # a plugin can raise anything
                 plugin = detector.provider
                 log.warning(
@@ -148,9 +150,10 @@ class Catalog:
                     exc_info=log.isEnabledFor(logging.DEBUG),
                 )  # fmt: skip
             else:
-                if found is not None:
+                if found is not None and found.name is not None:
                     return found
-        return None
+                titles += [found] if found else []
+        return titles[0] if titles else kind_of(checkpoint)
 
     def _unknown(self, base: type[Component], name: str) -> str:
         known = self.of_kind(base)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -94,12 +94,12 @@ def encode_data(
     return Encoded(keys, captions, online, filled)
 
 
-def conditioning_of(batch: Batch, model: DiffusionModel, trained_parts: Sequence[str]) -> Conditioning:
+def conditioning_of(batch: Batch, model: DiffusionModel, trains_text_encoders: bool) -> Conditioning:
     """The batch's conditioning: from the cache, or from the text encoder as it is now."""
     by_sizes = batch.image_conditioning or {}
     if batch.tokens is None:
         return {**(batch.conditioning or {}), **by_sizes}
-    with torch.set_grad_enabled(torch.is_grad_enabled() and "text_encoder" in trained_parts):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and trains_text_encoders):
         return {**model.text_encoder.encode(batch.tokens), **by_sizes}
 
 

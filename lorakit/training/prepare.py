@@ -66,12 +66,12 @@ class PreparedRun:
     @property
     def encodes_captions(self) -> bool:
         """Whether captions are encoded in each step, as the text encoder is trained or captions vary."""
-        return "text_encoder" in self.config.trained_parts or has_dynamic_captions((*self.datasets, *self.validation))
+        return self.config.trains_text_encoders or has_dynamic_captions((*self.datasets, *self.validation))
 
     @property
     def parts_in_memory(self) -> tuple[str, ...]:
         """The parts of the base model that can be adapted and are in memory while the network trains."""
-        return tuple(part for part in self.config.model.parts if part != "text_encoder" or self.encodes_captions)
+        return tuple(part.name for part in self.config.model.parts if not part.encoders or self.encodes_captions)
 
 
 @frozen(kw_only=True)

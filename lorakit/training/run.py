@@ -83,7 +83,7 @@ class Run:
 
     def encode(self, batch: Batch) -> Conditioning:
         """The batch's conditioning: from the cache, or from the text encoder as it is now."""
-        return conditioning_of(batch, self.model, self.config.trained_parts)
+        return conditioning_of(batch, self.model, self.config.trains_text_encoders)
 
     def backward(self, loss: Tensor) -> None:
         """Add a part of the step's loss, and its gradients."""

@@ -283,14 +283,14 @@ def attach_network(model: DiffusionModel, config: TrainConfig) -> tuple[Network,
     set_up_model(model, requested(training), training.compile_backend)
 
     def learning_rate(target: AdaptationTarget) -> float:
-        return config.optimizer.lr_for(target.part, target.position)
+        return config.optimizer.lr_for(target.encoder_index)
 
     targets = model.targets(config.trained_parts)
     network: Network = build_component(config.network, [target for target in targets if learning_rate(target)])
     network.initialize(training.seed)
     if config.network.weights is not None:
-        tensors = load_initial_weights(config.network.weights, {target.key for target in targets})
-        network.load_tensors(tensors, str(config.network.weights))
+        tensors = load_initial_weights(config.network.weights, targets)
+        network.load_adapter_state(tensors, str(config.network.weights))
     groups = network.train().parameter_groups(learning_rate)
     problems = list(config.optimizer.check_lrs([group.lr for group in groups]))
     if problems:
@@ -326,8 +326,9 @@ def add_observers(handle: RunHandle, catalog: Catalog) -> None:
 
 def dry_run_optimizer(config: TrainConfig, total_steps: int, device: torch.device) -> None:
     """Build optimizer and LR schedule for one number, so that their errors show before anything is encoded."""
+    rates = {part.name: config.optimizer.lrs_for(part)[0] for part in config.model.parts_named(config.trained_parts)}
     groups = [
-        ParameterGroup(part, part, (torch.nn.Parameter(torch.zeros(1, device=device)),), config.optimizer.lr_for(part))
-        for part in config.trained_parts
+        ParameterGroup(part, part, (torch.nn.Parameter(torch.zeros(1, device=device)),), lr)
+        for part, lr in rates.items()
     ]
     build_component(config.lr_scheduler, build_component(config.optimizer, groups), total_steps)

@@ -116,7 +116,7 @@ def _network(config: TrainConfig) -> str:
     else:
         sizes = [f"{key.replace('_', ' ')} {value:g}" for key, value in found.items() if value is not None]
     kind = ["DoRA"] if getattr(network, "dora", False) else []
-    parts = listed([part.replace("_", " ").replace("unet", "U-Net") for part in config.trained_parts])
+    parts = listed([part.title for part in config.model.parts_named(config.trained_parts)])
     return ", ".join([network.name, *kind, *sizes, f"in the {parts}"])
 
 

@@ -7,13 +7,25 @@ from typing import Any
 
 import pytest
 
-from lorakit.checkpoints import CheckpointSummary, advice, describe, traits_of
+from lorakit.checkpoints import CheckpointSummary
+from lorakit.models.families.sd.detect import traits_of
+from lorakit.plugins.catalog import Catalog
 
 TEXT = "cond_stage_model.transformer."
 UNET = "model.diffusion_model."
 ATTENTION = f"{UNET}input_blocks.1.1."
 CLIP = "text_model.encoder.layers.0.mlp.fc1.weight"
 OPEN_CLIP = "transformer.resblocks.0.mlp.c_fc.weight"
+
+
+def describe(summary: CheckpointSummary) -> str:
+    """What messages call a checkpoint."""
+    return Catalog.discover().detect_model_family(summary).title
+
+
+def advice(summary: CheckpointSummary) -> str:
+    """What messages advise to do with it."""
+    return Catalog.discover().detect_model_family(summary).advice
 
 
 def single_file(context: int, *others: str, channels: int = 4, linear: bool = False) -> CheckpointSummary:

@@ -15,8 +15,8 @@ from lorakit.config.load import config_from_tables
 from lorakit.config.train_config import TrainConfig
 from lorakit.errors import ConfigError
 from lorakit.models.families.sd import state_dict_keys as layout
+from lorakit.models.families.sd.config import StableDiffusionConfig
 from lorakit.models.families.sd.structure import clip_shapes, unet_shapes, vae_shapes
-from lorakit.networks.starting import LAYERS
 from lorakit.plugins.catalog import Catalog
 
 Tables = dict[str, Any]
@@ -52,7 +52,7 @@ def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Path
 def write_lora(path: Path, rank: int) -> Path:
     """A LoRA file with an adapter of that rank for each kind of layer that LoRA-LierLa adapts, as names tell."""
     prefixes = {"unet": "lora_unet_mid_block_x", "text_encoder": "lora_te_text_model_encoder_layers_0"}
-    keys = [f"{prefixes[part]}_{layer}" for part, own in LAYERS.items() for layer in own]
+    keys = [f"{prefixes[part.name]}_{layer}" for part in StableDiffusionConfig.parts for layer in part.lora_layers]
     shapes = {"lora_down": (rank, 8), "lora_up": (8, rank)}
     return write_safetensors(path, {f"{key}.{name}.weight": shape for key in keys for name, shape in shapes.items()})
 

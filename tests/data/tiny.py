@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-class TinyImageEncoder(nn.Module):
+class TinyVaeEncoder(nn.Module):
     """Mean and standard deviation of four latent channels, of patches of 8x8 pixels."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class TinyModel:
     def __init__(self, version: str = "1") -> None:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self._vae_encoder = TinyImageEncoder()
+            self._vae_encoder = TinyVaeEncoder()
             self._text_encoder = TinyTextEncoder()
         self.version = version
         self.touched: set[str] = set()
@@ -64,7 +64,7 @@ class TinyModel:
         return f"{part}-{self.version}"
 
     @property
-    def vae_encoder(self) -> TinyImageEncoder:
+    def vae_encoder(self) -> TinyVaeEncoder:
         """The image encoder."""
         self.touched.add("vae_encoder")
         return self._vae_encoder

@@ -22,10 +22,10 @@ from score import SUBJECTS, load_pipeline, paint, score
 from train_base import train_painting, trained_vae
 from velocity import turn
 
-from lorakit.checkpoints.detect import describe
 from lorakit.checkpoints.prediction import stated_prediction
 from lorakit.checkpoints.summary import summarize
-from lorakit.models.families.sd.checkpoint import ModelCheckpoint
+from lorakit.models.families.sd.checkpoint import SDCheckpoint
+from lorakit.models.families.sd.detect import recognise
 from lorakit.models.families.sd.infer_config import SCALING_FACTOR
 from lorakit.testing.models import to_single_file
 
@@ -62,7 +62,7 @@ def test_the_script_is_reproducible(folder: Path, tmp_path: Path) -> None:
 
 def test_lorakit_trains_on_it(folder: Path, tmp_path: Path) -> None:
     """The folder is seen as a Stable Diffusion 1.x, and `lorakit train` makes a LoRA for all its attention layers."""
-    assert describe(summarize(folder)) == "a Stable Diffusion 1.x model"
+    assert recognise(summarize(folder)).title == "a Stable Diffusion 1.x model"
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for index in range(2):
@@ -90,7 +90,7 @@ def test_lorakit_trains_on_it(folder: Path, tmp_path: Path) -> None:
 
 def test_a_single_file_is_read_the_same(folder: Path, tmp_path: Path) -> None:
     """Converted to one file, which has no settings, the model is taken to have the settings that it has."""
-    model = ModelCheckpoint(to_single_file(folder, tmp_path / "model.safetensors"))
+    model = SDCheckpoint(to_single_file(folder, tmp_path / "model.safetensors"))
     for part, settings in SETTINGS.items():
         told = model.part(part).settings
         for key in ("norm_num_groups", "num_attention_heads", "block_out_channels", "cross_attention_dim"):

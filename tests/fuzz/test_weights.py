@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from lorakit.builtin.model_families.sd1 import SD1Config
-from lorakit.checkpoints import describe, stated_prediction, summarize, traits_of
+from lorakit.checkpoints import stated_prediction, summarize
 from lorakit.data.cache.store import Cache
 from lorakit.errors import AdapterError, DataError, ModelError
-from lorakit.models.families.sd.checkpoint import ModelCheckpoint, vae_at
-from lorakit.models.families.sd.load import empty_module, unet_module
+from lorakit.models.base import empty_module
+from lorakit.models.families.sd.checkpoint import FORMATS, SDCheckpoint
+from lorakit.models.families.sd.detect import recognise
+from lorakit.models.families.sd.model import unet_module
 from lorakit.models.families.sd.text_encoder import clip_module
 from lorakit.models.families.sd.tokenizer import CaptionTokenizer
 from lorakit.models.weights.load import open_tensors
@@ -143,14 +145,13 @@ def test_checkpoints(tmp_path: Path, content: bytes) -> None:
 
     def act() -> None:
         summary = summarize(path)
-        assert describe(summary)
-        traits_of(summary)
+        assert recognise(summary).title
         assert all(str(path) in problem.message for problem in SD1Config(path=str(path)).problems())
         read = open_tensors(path)
         for name in summary.tensors:
             assert tuple(read(name).shape) == summary.tensors[name]
-        ModelCheckpoint(path).check_vae()
-        ModelCheckpoint(path).check()
+        SDCheckpoint(path).check_vae()
+        SDCheckpoint(path).check()
 
     ends_well("checkpoints", act, ModelError, str(path))
 
@@ -176,14 +177,14 @@ def test_folders_of_models(model_folder: Path, data: st.DataObject, name: str) -
     file.write_bytes(content)
 
     def act() -> None:
-        model = ModelCheckpoint(model_folder)
+        model = SDCheckpoint(model_folder)
         model.check_vae()
         model.check()
         stated_prediction(model.summary)
         for part, build in (("unet", unet_module), ("text_encoder", clip_module)):
             stored = model.part(part)  # type: ignore[arg-type]
-            empty_module(stored, partial(build, stored))
-        vae_at(model_folder)
+            empty_module(stored, build)
+        FORMATS["vae"].alone(model_folder)
 
     try:
         ends_well("folders of models", act, ModelError, str(model_folder))
@@ -232,4 +233,4 @@ def test_cache_entries(tmp_path: Path, content: bytes) -> None:
 
 def test_the_folder_is_sound(model_folder: Path) -> None:
     """The folder that is damaged above is taken as it is."""
-    assert ModelCheckpoint(model_folder).check() is None
+    assert SDCheckpoint(model_folder).check() is None

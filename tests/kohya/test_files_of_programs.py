@@ -116,7 +116,7 @@ def test_saved_file_of_the_gui(read: Read, folder: Path) -> None:
         },
     ]  # fmt: skip
     made = config(draft, folder)
-    assert made.network.parts == ("unet", "text_encoder")
+    assert made.trained_parts == ("unet", "text_encoder")
     assert draft.sections["training"]["max_epochs"].source == "epoch"
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from lorakit.builtin.model_families.sd1 import SD1Config
 from lorakit.checkpoints import CheckpointSummary, summarize
 from lorakit.errors import ModelError
-from lorakit.models.families.sd.checkpoint import ModelCheckpoint
+from lorakit.models.families.sd.checkpoint import SDCheckpoint
 from lorakit.testing.models import make_tiny_sd2, to_single_file
 
 
@@ -82,7 +82,7 @@ def test_every_tensor_counts(tiny_sd1_file: Path, sd2_file: Path, family: str) -
 
 
 def _is_refused(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    model = ModelCheckpoint(file)
+    model = SDCheckpoint(file)
     # The summary is remembered; here it is put in by hand, which takes less time than a file for each tensor.
     object.__setattr__(model, "summary", CheckpointSummary(file, "safetensors", shapes))
     try:

@@ -42,7 +42,7 @@ def test_the_family_is_registered() -> None:
 def test_sd1_is_recognised_in_every_form(folder: Path, file: Path) -> None:
     """Folder, safetensors file and checkpoint are recognised."""
     checkpoint = to_single_file(folder, folder.parent / "model.ckpt")
-    assert [detect_model_family(summarize(path)) for path in (folder, file, checkpoint)] == ["sd1"] * 3
+    assert [detect_model_family(summarize(path)).name for path in (folder, file, checkpoint)] == ["sd1"] * 3
 
 
 def without_projection(shapes: dict[str, tuple[int, ...]]) -> None:
@@ -182,7 +182,7 @@ def test_checking_a_model_imports_no_torch(folder: Path, file: Path) -> None:
         "from lorakit.builtin.model_families.sd1 import SD1Config, detect_model_family\n"
         "from lorakit.checkpoints import summarize\n"
         f"for path in {[str(folder), str(file)]}:\n"
-        "    assert detect_model_family(summarize(Path(path))) == 'sd1'\n"
+        "    assert detect_model_family(summarize(Path(path))).name == 'sd1'\n"
         "    assert not list(SD1Config(path=path).problems())\n"
         "print({'torch', 'diffusers', 'transformers', 'huggingface_hub', 'numpy'} & sys.modules.keys())"
     )

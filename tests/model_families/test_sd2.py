@@ -46,7 +46,7 @@ def test_the_family_is_registered() -> None:
 def test_sd2_is_recognised_in_every_form(folder: Path, file: Path) -> None:
     """Folder, safetensors file and checkpoint are recognised, by this family alone."""
     summaries = [summarize(path) for path in (folder, file, to_single_file(folder, folder.parent / "model.ckpt"))]
-    assert [detect_model_family(summary) for summary in summaries] == ["sd2"] * 3
+    assert [detect_model_family(summary).name for summary in summaries] == ["sd2"] * 3
     assert [detect_sd1(summary) for summary in summaries] == [None] * 3
 
 
@@ -187,7 +187,7 @@ def test_checking_a_model_imports_no_torch(folder: Path, file: Path) -> None:
         "from lorakit.builtin.model_families.sd2 import SD2Config, detect_model_family\n"
         "from lorakit.checkpoints import summarize\n"
         f"for path in {[str(folder), str(file)]}:\n"
-        "    assert detect_model_family(summarize(Path(path))) == 'sd2'\n"
+        "    assert detect_model_family(summarize(Path(path))).name == 'sd2'\n"
         "    config = SD2Config(path=path); assert not list(config.problems()); list(config.warnings())\n"
         "print({'torch', 'diffusers', 'transformers', 'huggingface_hub', 'numpy'} & sys.modules.keys())"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lorakit.models.families.sd.checkpoint import ModelCheckpoint
+from lorakit.models.families.sd.checkpoint import SDCheckpoint
 from lorakit.models.families.sd.model import StableDiffusion, Variant
 
 CPU = torch.device("cpu")
@@ -18,7 +18,7 @@ def stable_diffusion(
     """The model at a path, on the CPU; options are those of `Variant`, by default those of 1.x."""
     named = {"version": "sd_v1", "architecture": "stable-diffusion-v1/lora"}
     variant = Variant(**{**named, **options})  # type: ignore[arg-type]
-    return StableDiffusion(ModelCheckpoint(path, vae), variant, CPU, dtype)
+    return StableDiffusion(SDCheckpoint(path, vae), variant, CPU, dtype)
 
 
 def read(model: StableDiffusion, part: str) -> object:

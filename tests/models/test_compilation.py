@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from lorakit.api.components import NetworkConfig
-from lorakit.models.families.sd.targets import unet_blocks, unet_targets
+from lorakit.models.families.sd.targets import unet_targets
 from lorakit.models.families.sd.unet import BasicTransformerBlock, ResnetBlock2D
-from lorakit.models.memory.activation_checkpointing import checkpoint_blocks
+from lorakit.models.memory.activation_checkpointing import checkpoint_blocks, checkpointed_blocks
 from lorakit.models.memory.compile import compile_blocks, compile_unsupported_reason
 from lorakit.models.memory.quantization import quantize
 from lorakit.models.memory.weight_formats import FORMATS
@@ -32,7 +32,7 @@ class Blocks(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock2D(16, 16, time_channels=8, groups=4) for _ in range(2))
         self.attentions = nn.ModuleList(BasicTransformerBlock(16, 8, heads=2) for _ in range(2))
-        checkpoint_blocks(unet_blocks(self))
+        checkpoint_blocks(checkpointed_blocks(self))
 
     def forward(self, images: Tensor, times: Tensor, texts: Tensor) -> Tensor:
         """[B, 16, h, w] of images of that shape, times [B, 8] and texts [B, n, 8]."""

@@ -10,7 +10,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from transformers import CLIPTextModel
 
 from lorakit.errors import ModelError
-from lorakit.models.families.sd.vae import VaeDecoder, VaeEncoder
+from lorakit.models.vae import VaeDecoder, VaeEncoder
 from tests.models.building import read, stable_diffusion
 
 CAPTION = "a photo of a cat"

@@ -33,7 +33,7 @@ def tensors_of(folder: Path, network: LoRAConfig, seed: int = 0) -> Tensors:
         nn.init.normal_(adapter.lora_up, std=0.1, generator=generator)
         if network.dora:
             adapter.dora_scale.data *= 0.8 + 0.4 * torch.rand(adapter.dora_scale.shape, generator=generator)
-    return built.tensors()
+    return built.adapter_state()
 
 
 def merged(folder: Path, *files: Path, dtype: torch.dtype = torch.float32, multipliers: tuple = ()) -> StableDiffusion:
@@ -133,7 +133,7 @@ def test_does_what_the_adapters_do(tiny_folder: Path, tmp_path: Path, dora: bool
     for multiplier in (1.0, 0.5):
         adapted = merged(tiny_folder)
         network = config.build(adapted.targets(("text_encoder", "unet")))
-        network.load_tensors(tensors)
+        network.load_adapter_state(tensors)
         network.multiplier = multiplier
         model = merged(tiny_folder, tmp_path / "lora.safetensors", multipliers=(multiplier,))
         tokens = model.text_encoder.tokenize(["a cat"])

@@ -10,8 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from lorakit.models.families.sd.targets import unet_blocks
-from lorakit.models.memory.activation_checkpointing import CheckpointedBlock, bytes_kept, checkpoint_blocks
+from lorakit.models.memory.activation_checkpointing import (
+    CheckpointedBlock,
+    bytes_kept,
+    checkpoint_blocks,
+    checkpointed_blocks,
+)
 from tests.models.building import stable_diffusion
 
 
@@ -147,7 +151,7 @@ def test_blocks_of_a_unet(tiny_file: Path) -> None:
     """Blocks are the ResNet and transformer blocks of all levels and the middle, none inside another."""
     unet = stable_diffusion(tiny_file).denoiser
     names = {module: path for path, module in unet.named_modules()}
-    paths = [names[block] for block in unet_blocks(unet)]
+    paths = [names[block] for block in checkpointed_blocks(unet)]
     assert len(paths) == len(set(paths)) == 4 + 3 + 3 + 8 + 6
     assert {path.split(".")[0] for path in paths} == {"down_blocks", "mid_block", "up_blocks"}
     assert not any(one != other and one.startswith(f"{other}.") for one in paths for other in paths)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.models.families.sd.model import StableDiffusion
-from lorakit.models.families.sd.targets import layers_by_block, text_encoder_targets, unet_targets
 from lorakit.models.families.sd.unet.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from lorakit.models.families.sd.unet.transformer import Transformer2DModel
 from lorakit.models.memory.block_swap import BlockSwapper, Group, stream, streamed_bytes
@@ -158,12 +157,10 @@ def test_groups_of_stable_diffusion(tiny_file: Path) -> None:
     unet, encoder = model.denoiser, model.text_encoder.module
     kinds = (Transformer2DModel, ResnetBlock2D, Downsample2D, Upsample2D)
     blocks = [module for module in unet.modules() if isinstance(module, kinds)]
-    for targets, root, owners in (
-        (unet_targets, unet, blocks),
-        (text_encoder_targets, encoder, list(encoder.get_submodule("encoder.layers"))),
-    ):
+    text, image = StableDiffusion.modules
+    for part, root, owners in ((image, unet, blocks), (text, encoder, list(encoder.get_submodule("encoder.layers")))):
         expected = {frozenset(layer for layer in own.modules() if is_adaptable(layer)) for own in owners}
-        groups = layers_by_block(targets(root))
+        groups = part.blocks(root)
         assert {frozenset(group) for group in groups} == expected
         assert len(groups) == len(expected) > 1
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-from lorakit.models.families.sd.checkpoint import CheckpointPart
+from lorakit.models.families.sd.checkpoint import FORMATS
 from lorakit.models.families.sd.structure import clip_shapes, unet_shapes, vae_shapes
 from lorakit.models.families.sd.text_encoder import clip_module
 from lorakit.models.families.sd.unet import UNet, UNetConfig
+from lorakit.models.weights.checkpoint import CheckpointPart
 from lorakit.models.weights.load import shapes_of, without_weights
 from lorakit.testing.models import FULL_SD1, FULL_SD2, TINY_SD1, TINY_SD2
 
@@ -53,7 +54,7 @@ def test_tensors_of_vaes(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("settings", [{}, *(model["text_encoder"] for model in MODELS)], ids=["defaults", *NAMES])
 def test_tensors_of_text_encoders(settings: dict[str, Any]) -> None:
     """The same of the text encoder's."""
-    part = CheckpointPart("text_encoder", Path("x"), settings, {}, {}, str)
+    part = CheckpointPart(FORMATS["text_encoder"], Path("x"), settings, {}, {}, str)
     assert clip_shapes(settings) == shapes_of(without_weights(partial(clip_module, part)))
 
 

@@ -59,12 +59,15 @@ def test_blocks_are_told_apart(keys: str) -> None:
     """There are six layers in each of the text encoder's, 192 in transformers, 80 in ResNet blocks, 6 in samplers."""
     settings, _, in_text = MODELS[keys]
     found = full_size(settings)
-    blocks = [target.block for target in found]
+    kinds = {"transformer", "resnet", "sampler", "text_encoder"}
+    blocks = [block for target in found for block in target.tags & kinds]
     counts = {block: blocks.count(block) for block in blocks}
     assert counts == {"text_encoder": in_text, "transformer": 192, "resnet": 80, "sampler": 6}
     modes = {row["lora_name"]: row["mode"] for row in known_rows(keys)}
     for target in found:
-        assert (modes[target.key] == "LierLa") == (target.block in {"transformer", "text_encoder"}), target.key
+        assert (modes[target.key] == "LierLa") == bool(target.tags & {"transformer", "text_encoder"}), target.key
+        assert ("conv3x3" in target.tags) == (described(target)[-1] == 3)
+        assert ("attention" in target.tags) == ("attn" in target.key)
 
 
 def test_order_is_fixed(tiny_file: Path) -> None:

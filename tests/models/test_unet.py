@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lorakit.api.components import AttentionConfig
 from lorakit.builtin.attention import EagerConfig, SdpaConfig
-from lorakit.models.families.sd.targets import unet_blocks
 from lorakit.models.families.sd.unet import (
     BasicTransformerBlock,
     ResnetBlock2D,
@@ -23,7 +22,7 @@ from lorakit.models.families.sd.unet import (
     use_backend,
 )
 from lorakit.models.families.sd.unet.unet import timestep_embedding
-from lorakit.models.memory.activation_checkpointing import checkpoint_blocks
+from lorakit.models.memory.activation_checkpointing import checkpoint_blocks, checkpointed_blocks
 from lorakit.models.weights.load import without_weights
 from lorakit.testing.models import FULL_SD1, FULL_SD2, TINY_SD1, TINY_SD2
 
@@ -141,7 +140,7 @@ def test_recomputing_changes_nothing(settings: dict[str, Any]) -> None:
     _, unet = both(settings)
     inputs = made_up(settings, torch.float32, 2, 8, 8)
     expected = results(unet, inputs)
-    checkpoint_blocks(unet_blocks(unet))
+    checkpoint_blocks(checkpointed_blocks(unet))
     blocks = [module for module in unet.modules() if isinstance(module, ResnetBlock2D | BasicTransformerBlock)]
     runs = dict.fromkeys(unet.modules(), 0)
     for module in runs:

@@ -24,10 +24,12 @@ class TinyModel(nn.Module):
     def targets(self) -> list[AdaptationTarget]:
         """One of each kind of block."""
         return [
-            AdaptationTarget("lora_te_text", "text_encoder", "text_encoder", self, "text"),
-            AdaptationTarget("lora_unet_blocks_0", "unet", "transformer", self, "blocks.0"),
-            AdaptationTarget("lora_unet_blocks_1", "unet", "resnet", self, "blocks.1"),
-            AdaptationTarget("lora_unet_out", "unet", "transformer", self, "out"),
+            AdaptationTarget(
+                "lora_te_text", "text_encoder", self, "text", frozenset({"text_encoder"}), encoder_index=0
+            ),
+            AdaptationTarget("lora_unet_blocks_0", "unet", self, "blocks.0", frozenset({"transformer"})),
+            AdaptationTarget("lora_unet_blocks_1", "unet", self, "blocks.1", frozenset({"resnet"})),
+            AdaptationTarget("lora_unet_out", "unet", self, "out", frozenset({"transformer"})),
         ]
 
 

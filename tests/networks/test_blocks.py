@@ -12,17 +12,18 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit.api.block_layout import STABLE_DIFFUSION, curve
-from lorakit.api.components import ModelFamilyConfig, OptimizerConfig
+from lorakit.api.block_layout import curve
+from lorakit.api.components import ModelFamilyConfig, ModelPart, OptimizerConfig
 from lorakit.builtin.model_families.sd1 import SD1Config
 from lorakit.builtin.networks import C3LierConfig, LierlaConfig
 from lorakit.builtin.optimizers.adafactor import AdafactorConfig
 from lorakit.builtin.optimizers.adamw import AdamWConfig
 from lorakit.builtin.optimizers.dadaptation import DAdaptationConfig
+from lorakit.models.families.sd.parts import LAYOUT
 from lorakit.models.families.sd.targets import text_encoder_targets, unet_targets
 from lorakit.models.interfaces import AdaptationTarget
 from lorakit.models.weights.load import without_weights
-from lorakit.networks.blocks import BlockwiseLoRAConfig
+from lorakit.networks.config import LoRAConfig
 from lorakit.networks.network import ParameterGroup
 from lorakit.testing.contracts.networks import NetworkContract
 from lorakit.testing.models import FULL_SD1
@@ -42,14 +43,14 @@ def targets() -> list[AdaptationTarget]:
     return [*text_encoder_targets(text), *unet_targets(unet)]
 
 
-def sizes(config: BlockwiseLoRAConfig, targets: Sequence[AdaptationTarget]) -> dict[str, tuple[int, float]]:
+def sizes(config: LoRAConfig, targets: Sequence[AdaptationTarget]) -> dict[str, tuple[int, float]]:
     """Rank and alpha of each adapter, by key."""
     network = config.build(targets)
     network.detach()
     return {adapter.key: (adapter.rank, adapter.alpha) for adapter in network.adapters}
 
 
-def groups(config: BlockwiseLoRAConfig, targets: Sequence[AdaptationTarget]) -> list[ParameterGroup]:
+def groups(config: LoRAConfig, targets: Sequence[AdaptationTarget]) -> list[ParameterGroup]:
     """The parameter groups with the learning rates 1 for the U-Net and 0.5 for the text encoder."""
     network = config.build(targets)
     network.detach()
@@ -58,7 +59,7 @@ def groups(config: BlockwiseLoRAConfig, targets: Sequence[AdaptationTarget]) -> 
 
 def test_block_numbers(targets: list[AdaptationTarget]) -> None:
     """Layers have the numbers that sd-scripts gives their blocks, written out here for one layer of each block."""
-    numbers = {target.key.removeprefix("lora_unet_"): target.position for target in targets if target.layout}
+    numbers = {target.key.removeprefix("lora_unet_"): target.block_index for target in targets if target.layout}
     for level in range(4):
         for layer in range(2):
             assert numbers[f"down_blocks_{level}_resnets_{layer}_conv1"] == 1 + 3 * level + layer
@@ -71,7 +72,8 @@ def test_block_numbers(targets: list[AdaptationTarget]) -> None:
     assert numbers["mid_block_attentions_0_transformer_blocks_0_attn1_to_q"] == 12
     assert numbers["mid_block_resnets_1_conv1"] == 12
     assert set(numbers.values()) == set(range(1, 25))
-    assert {target.position for target in targets if target.part == "text_encoder"} == {0}
+    in_text = [target for target in targets if target.part == "text_encoder"]
+    assert {(target.block_index, target.encoder_index) for target in in_text} == {(None, 0)}
 
 
 @pytest.mark.parametrize("count", [12, 9])
@@ -99,9 +101,9 @@ def test_ranks_of_blocks(targets: list[AdaptationTarget]) -> None:
     by_key = {target.key: target for target in targets}
     assert len(found) == 72 + 15 * 12
     for key, size in found.items():
-        number = by_key[key].position
+        number = by_key[key].block_index
         assert size == ((number, 1.0 + number) if "unet" in key else (3, 2.0))
-    assert {by_key[key].position for key in found if "unet" in key} == ATTENTION - {12}
+    assert {by_key[key].block_index for key in found if "unet" in key} == ATTENTION - {12}
 
 
 def test_ranks_of_convolutions_in_blocks(targets: list[AdaptationTarget]) -> None:
@@ -165,12 +167,19 @@ def test_several_text_encoders() -> None:
     """Where there are several text encoders, each has a group with its own learning rate."""
     layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
     found = [
-        AdaptationTarget(f"lora_te{number + 1}_x", "text_encoder", "text_encoder", layers, str(number), number)
+        AdaptationTarget(
+            f"lora_te{number + 1}_x",
+            "text_encoder",
+            layers,
+            str(number),
+            frozenset({"text_encoder"}),
+            encoder_index=number,
+        )
         for number in range(2)
     ]
     optimizer = AdamWConfig(text_encoder_lr=(1e-3, 2e-3))
     network = LierlaConfig(rank=1, loraplus_lr_ratio=2.0).build(found)
-    built = network.parameter_groups(lambda target: optimizer.lr_for(target.part, target.position))
+    built = network.parameter_groups(lambda target: optimizer.lr_for(target.encoder_index))
     assert [(group.name, group.lr) for group in built] == [
         ("text_encoder_1", 1e-3), ("text_encoder_1 plus", 2e-3), ("text_encoder_2", 2e-3), ("text_encoder_2 plus", 4e-3)
     ]  # fmt: skip
@@ -185,7 +194,7 @@ class Beside:
 
 
 def problems(
-    config: BlockwiseLoRAConfig, optimizer: OptimizerConfig | None = None, model: ModelFamilyConfig | None = None
+    config: LoRAConfig, optimizer: OptimizerConfig | None = None, model: ModelFamilyConfig | None = None
 ) -> dict[str, str]:
     """What is wrong with a network beside an optimizer and a model."""
     run = Beside(model or SD1Config(path="x"), optimizer or AdamWConfig())
@@ -235,6 +244,7 @@ def test_families_without_numbers() -> None:
     @attrs.frozen(kw_only=True)
     class Other(ModelFamilyConfig):
         name = "other"
+        parts = (ModelPart("transformer", title="transformer"),)
 
     found = problems(LierlaConfig(block_ranks=(1,), up_lr_weight="sine", loraplus_lr_ratio=2.0), model=Other(path="x"))
     assert set(found) == {"block_ranks", "up_lr_weight"}
@@ -255,8 +265,10 @@ def test_families_without_numbers() -> None:
 )
 def test_warnings(settings: dict[str, Any], keys: str) -> None:
     """Settings that nothing uses are told."""
-    assert " ".join(sorted(warning.key for warning in C3LierConfig(**settings).warnings())).startswith(keys)
-    assert not list(C3LierConfig().warnings())
+    run = Beside(SD1Config(path="x"), AdamWConfig())
+    found = [[*config.warnings(), *config.warnings_with(run)] for config in (C3LierConfig(**settings), C3LierConfig())]
+    assert " ".join(sorted(warning.key for warning in found[0])).startswith(keys)
+    assert not found[1]
 
 
 class TestBlockwise(NetworkContract):
@@ -276,7 +288,7 @@ class TestBlockwise(NetworkContract):
 
 def test_lists_are_as_long_as_the_layout() -> None:
     """The three sides make up all of Stable Diffusion's blocks, each number once."""
-    layout = STABLE_DIFFUSION
-    assert [*layout.down, *layout.mid, *layout.up] == list(range(layout.count)) == list(range(25))
+    layout, numbers = LAYOUT, list(range(25))
+    assert [number for group in layout.groups.values() for number in group] == list(range(layout.count)) == numbers
     assert layout.spread({"mid": [0.5]}) == [1.0] * 12 + [0.5] + [1.0] * 12
     assert torch.tensor(layout.spread({"down": [0.0] * 12, "up": [2.0] * 12})).sum() == 25

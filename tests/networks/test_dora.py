@@ -218,7 +218,7 @@ def build(model: nn.Module, **options: object) -> Network:
 def test_what_files_hold(model: nn.Module) -> None:
     """One magnitude for each output, [out, 1] or [out, 1, 1, 1], beside what LoRA files hold."""
     network = build(model)
-    tensors = network.tensors()
+    tensors = network.adapter_state()
     assert {name.split(".", 1)[1] for name in tensors} == {
         "lora_down.weight", "lora_up.weight", "alpha", "dora_scale",
     }  # fmt: skip

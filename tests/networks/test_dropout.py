@@ -137,7 +137,7 @@ def test_eval_and_determinism(model: nn.Module, inputs: Inputs, kind: str) -> No
     assert not torch.equal(kept, dropped)
     network.detach()
     plain = C3LierConfig(rank=4, conv_rank=2).build(model.targets())
-    plain.load_tensors(network.tensors())
+    plain.load_adapter_state(network.adapter_state())
     assert torch.equal(model(*inputs), kept)
 
 

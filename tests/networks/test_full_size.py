@@ -66,7 +66,7 @@ def test_keys_and_shapes(targets: list[AdaptationTarget], config: LoRAConfig, mo
     shapes = {
         f"{adapter.key}.{suffix}": tuple(tensor.shape)
         for adapter in network.adapters
-        for suffix, tensor in adapter.tensors().items()
+        for suffix, tensor in adapter.adapter_state().items()
     }
     trained = sum(p.numel() for part in network.parts for p in network.parameters_of(part))
     network.detach()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.builtin.networks import C3LierConfig
-from lorakit.networks.max_norm import update_norms
+from lorakit.networks.lora import update_norms
 from lorakit.networks.network import Network
 
 LIMIT = 1.0
@@ -43,9 +43,9 @@ def test_norms_without_the_product() -> None:
 def test_equals_the_formula(model: nn.Module) -> None:
     """Each update becomes min(n, M)/n times what it was, with n by the full matrix; those below M stay, bit for bit."""
     network = build(model)
-    before = network.tensors()
+    before = network.adapter_state()
     numbers = network.on_optimizer_step()
-    after = network.tensors()
+    after = network.adapter_state()
     norms = []
     for key, update in updates(before).items():
         norm = update.norm()
@@ -64,13 +64,13 @@ def test_equals_the_formula(model: nn.Module) -> None:
 def test_without_effect_below_the_limit(model: nn.Module) -> None:
     """A fresh network, all of whose updates are zero, stays as it is, and its norms are zero."""
     network = C3LierConfig(rank=4, scale_weight_norms=LIMIT).build(model.targets())
-    before = network.tensors()
+    before = network.adapter_state()
     assert {name: value.item() for name, value in network.on_optimizer_step().items()} == {
         "max_norm/keys_scaled": 0,
         "max_norm/max_key_norm": 0,
         "norm/avg_key_norm": 0,
     }
-    assert all(torch.equal(tensor, before[key]) for key, tensor in network.tensors().items())
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.adapter_state().items())
 
 
 def test_no_limit(model: nn.Module) -> None:

@@ -27,7 +27,7 @@ def test_equals_merging_by_the_file(model: nn.Module, inputs: Inputs) -> None:
     network = CONFIG.build(model.targets())
     randomize(network)
     adapted = model(*inputs)
-    tensors = network.tensors()
+    tensors = network.adapter_state()
     network.detach()
     for target in model.targets():
         down, up = tensors[f"{target.key}.lora_down.weight"], tensors[f"{target.key}.lora_up.weight"]
@@ -68,11 +68,15 @@ def test_which_layers(model: nn.Module) -> None:
     """LierLa leaves the resnet's convolution out, C3Lier adapts it with its own rank, and `parts` is kept to."""
     lierla = LierlaConfig(rank=2).build(model.targets())
     assert lierla.parts == ("text_encoder", "unet")
-    assert {key.split(".")[0] for key in lierla.tensors()} == {"lora_te_text", "lora_unet_blocks_0", "lora_unet_out"}
+    assert {key.split(".")[0] for key in lierla.adapter_state()} == {
+        "lora_te_text",
+        "lora_unet_blocks_0",
+        "lora_unet_out",
+    }
     lierla.detach()
     c3lier = C3LierConfig(rank=2, conv_rank=5, conv_alpha=3.0, parts=("unet",)).build(model.targets())
     assert c3lier.parts == ("unet",)
-    tensors = c3lier.tensors()
+    tensors = c3lier.adapter_state()
     assert tensors["lora_unet_blocks_1.lora_down.weight"].shape == (5, 8, 3, 3)
     assert tensors["lora_unet_blocks_1.lora_up.weight"].shape == (8, 5, 1, 1)
     assert tensors["lora_unet_blocks_1.alpha"] == 3.0
@@ -103,7 +107,7 @@ def test_parameters_and_groups(model: nn.Module) -> None:
 def test_tensors_are_copies(model: nn.Module) -> None:
     """What goes into a file is float32, contiguous and on the CPU, and shares no memory with what is trained."""
     network = CONFIG.build(model.targets())
-    tensors = network.tensors()
+    tensors = network.adapter_state()
     assert {(t.dtype, t.device.type, t.is_contiguous()) for t in tensors.values()} == {(torch.float32, "cpu", True)}
     assert len({t.untyped_storage().data_ptr() for t in tensors.values()}) == len(tensors) == 12
     assert tensors["lora_te_text.alpha"].shape == ()
@@ -116,19 +120,19 @@ def test_load_restores_and_rounds_nothing(model: nn.Module) -> None:
     """Loading what was saved brings it back bit for bit."""
     network = CONFIG.build(model.targets())
     randomize(network)
-    saved = network.tensors()
+    saved = network.adapter_state()
     network.initialize(7)
-    assert not torch.equal(network.tensors()["lora_te_text.lora_up.weight"], saved["lora_te_text.lora_up.weight"])
-    network.load_tensors(saved)
-    for key, tensor in network.tensors().items():
+    assert not torch.equal(network.adapter_state()["lora_te_text.lora_up.weight"], saved["lora_te_text.lora_up.weight"])
+    network.load_adapter_state(saved)
+    for key, tensor in network.adapter_state().items():
         assert torch.equal(tensor, saved[key])
 
 
 def test_alpha_of_a_half_precision_file_fits(model: nn.Module) -> None:
     """An alpha that a bfloat16 file could not hold exactly is still this alpha."""
     network = LierlaConfig(rank=2, alpha=0.7).build(model.targets())
-    network.load_tensors({key: tensor.bfloat16() for key, tensor in network.tensors().items()})
-    assert network.tensors()["lora_te_text.alpha"] == pytest.approx(0.7)
+    network.load_adapter_state({key: tensor.bfloat16() for key, tensor in network.adapter_state().items()})
+    assert network.adapter_state()["lora_te_text.alpha"] == pytest.approx(0.7)
 
 
 def test_files_hold_the_alphas_of_the_config(model: nn.Module) -> None:
@@ -136,23 +140,25 @@ def test_files_hold_the_alphas_of_the_config(model: nn.Module) -> None:
     config = C3LierConfig(rank=3, alpha=0.7, conv_rank=2, conv_alpha=0.5, rank_stabilized=True)
     network = config.build(model.targets())
     randomize(network)
-    exact, written = network.tensors(), network.file_tensors()
+    exact, written = network.adapter_state(), network.export_state()
     for key, rank, alpha in (("lora_te_text", 3, 0.7), ("lora_unet_blocks_1", 2, 0.5)):
         assert exact[f"{key}.alpha"].item() == pytest.approx(alpha * rank**0.5)
         assert written[f"{key}.alpha"].item() == pytest.approx(alpha)
         assert torch.equal(written[f"{key}.lora_down.weight"], exact[f"{key}.lora_down.weight"])
         torch.testing.assert_close(written[f"{key}.lora_up.weight"], exact[f"{key}.lora_up.weight"] * rank**0.5)
-    network.load_tensors({key: tensor.bfloat16() if tensor.ndim == 0 else tensor for key, tensor in written.items()})
-    for key, tensor in network.tensors().items():
+    network.load_adapter_state(
+        {key: tensor.bfloat16() if tensor.ndim == 0 else tensor for key, tensor in written.items()}
+    )
+    for key, tensor in network.adapter_state().items():
         torch.testing.assert_close(tensor, exact[key], rtol=1e-6, atol=1e-6)
-    network.load_tensors(exact)
-    assert all(torch.equal(tensor, exact[key]) for key, tensor in network.tensors().items())
+    network.load_adapter_state(exact)
+    assert all(torch.equal(tensor, exact[key]) for key, tensor in network.adapter_state().items())
 
 
 def test_wrong_files_change_nothing(model: nn.Module) -> None:
     """Missing, left-over and misshapen tensors, another rank, no number as alpha: an error, before any change."""
     network = CONFIG.build(model.targets())
-    good = network.tensors()
+    good = network.adapter_state()
     down = "lora_te_text.lora_down.weight"
     cases = {
         "Missing: lora_te_text.alpha; lora_te_text.lora_down": {k: t for k, t in good.items() if "lora_te" not in k},
@@ -163,15 +169,15 @@ def test_wrong_files_change_nothing(model: nn.Module) -> None:
     }
     for message, tensors in cases.items():
         with pytest.raises(AdapterError, match=f"start.safetensors.*{re.escape(message)}"):
-            network.load_tensors({k: t + 1 if t.ndim else t for k, t in tensors.items()}, "start.safetensors")
-    for key, tensor in network.tensors().items():
+            network.load_adapter_state({k: t + 1 if t.ndim else t for k, t in tensors.items()}, "start.safetensors")
+    for key, tensor in network.adapter_state().items():
         assert torch.equal(tensor, good[key])
 
 
 def test_many_complaints_are_counted(model: nn.Module) -> None:
     """Of many wrong tensors three are named and the others counted."""
     with pytest.raises(AdapterError, match=r"Missing: [^;]+; [^;]+; [^;]+ and 9 more\. Set network\.name"):
-        CONFIG.build(model.targets()).load_tensors({})
+        CONFIG.build(model.targets()).load_adapter_state({})
 
 
 def test_a_step_trains_only_the_factors(model: nn.Module, inputs: Inputs) -> None:

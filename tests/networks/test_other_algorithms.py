@@ -41,7 +41,7 @@ class HadamardModule(AdapterModule):
         update = (f["hada_w1_a"] @ f["hada_w1_b"]) * (f["hada_w2_a"] @ f["hada_w2_b"])
         return self.base(x) + self.multiplier * F.linear(x, update)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def adapter_state(self) -> dict[str, Tensor]:
         """The four factors."""
         return dict(self.factors.items())
 
@@ -65,9 +65,9 @@ def test_trains_saves_and_loads(model: nn.Module, inputs: tuple[Tensor, Tensor])
         optimizer.step()
     trained = model(*inputs).detach()
     assert trained.square().mean() < before.square().mean()
-    tensors = network.tensors()
+    tensors = network.adapter_state()
     network.initialize(3)
-    network.load_tensors(tensors)
+    network.load_adapter_state(tensors)
     assert torch.equal(model(*inputs), trained)
     network.multiplier = 0
     assert torch.equal(model(*inputs), before)
@@ -84,6 +84,6 @@ def test_masters_stay_float32(model: nn.Module) -> None:
 def test_shapes_are_checked_for_it(model: nn.Module) -> None:
     """A file of another rank is refused by the shapes, without the adapter's doing."""
     network = Network(model.targets(), make)
-    tensors = network.tensors() | {"lora_unet_out.hada_w1_b": torch.zeros(5, 8)}
+    tensors = network.adapter_state() | {"lora_unet_out.hada_w1_b": torch.zeros(5, 8)}
     with pytest.raises(AdapterError, match=r"hada_w1_b is \[5, 8\] in the file, \[2, 8\] in the network"):
-        network.load_tensors(tensors)
+        network.load_adapter_state(tensors)

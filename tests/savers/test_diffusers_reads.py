@@ -57,7 +57,7 @@ def test_diffusers_computes_the_same(parts: Parts, network: LoRAConfig, saver: S
             nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
     trained = outputs(unet, text_encoder)
     path = tmp_path / f"lora{saver.build().suffix}"
-    saver.build().save(AdapterFile(adapters.tensors(), {"ss_network_dim": "4"}), path)
+    saver.build().save(AdapterFile(adapters.adapter_state(), {"ss_network_dim": "4"}), path)
 
     unet, text_encoder = deepcopy(parts)
     pipeline = StableDiffusionPipeline(

@@ -14,13 +14,14 @@ import pytest
 from PIL import Image
 
 import lorakit
-from lorakit.checkpoints import describe, summarize
+from lorakit.checkpoints import summarize
+from lorakit.models.families.sd.detect import recognise
 from lorakit.config.load import config_from_tables
 
 
 def test_models(tiny_sd1, tiny_sd1_file):
     assert os.environ["HF_HUB_OFFLINE"] == "1"
-    assert describe(summarize(tiny_sd1)) == describe(summarize(tiny_sd1_file))
+    assert recognise(summarize(tiny_sd1)) == recognise(summarize(tiny_sd1_file))
 
 
 def test_photographs(photographs):

@@ -58,12 +58,12 @@ def test_measuring_leaves_no_trace(make_config) -> None:
     plain, batch = run_of(make_config)
     plain.forward_backward(batch)
     run, batch = run_of(make_config, **OPEN)
-    before, generator = run.network.tensors(), torch.get_rng_state()
+    before, generator = run.network.adapter_state(), torch.get_rng_state()
     Autotuner(run, run.forward_backward, AT_ONCE)(batch)
     torch.testing.assert_close(run.gradients.buffer, plain.gradients.buffer, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(run.loss, plain.loss)
     assert run.loss > 0
-    assert same(run.network.tensors(), before)
+    assert same(run.network.adapter_state(), before)
     assert not run.optimizer.state_dict()["state"]
     assert run.step == 0
     assert torch.equal(torch.get_rng_state(), generator)

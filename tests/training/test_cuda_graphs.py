@@ -213,7 +213,7 @@ def trained(make_config, device: str, replays: bool, **changes: object) -> Run:
 @pytest.mark.usefixtures("lorakit_one_thread")
 def test_a_replayed_run(make_config, caplog: pytest.LogCaptureFixture) -> None:
     """A run whose micro-batches are replayed trains the same factors as one whose are not, bit for bit."""
-    plain, replayed = (trained(make_config, "cpu", replays).network.tensors() for replays in (False, True))
+    plain, replayed = (trained(make_config, "cpu", replays).network.adapter_state() for replays in (False, True))
     assert all(torch.equal(plain[key], replayed[key]) for key in plain)
     assert "training.cuda_graphs" not in caplog.text
 
@@ -224,7 +224,9 @@ def test_a_replayed_run(make_config, caplog: pytest.LogCaptureFixture) -> None:
 def test_a_replayed_run_on_cuda(make_config, precision: str, compiles: bool, caplog: pytest.LogCaptureFixture) -> None:
     """CUDA graphs train the same factors as the same kernels called one by one, nearly, and all shapes are recorded."""
     changes = {"mixed_precision": precision, "compile": compiles}
-    plain, replayed = (trained(make_config, "cuda", replays, **changes).network.tensors() for replays in (False, True))
+    plain, replayed = (
+        trained(make_config, "cuda", replays, **changes).network.adapter_state() for replays in (False, True)
+    )
     for key, tensor in plain.items():
         torch.testing.assert_close(replayed[key], tensor, rtol=0.02, atol=2e-4)
     assert "training.cuda_graphs" not in caplog.text

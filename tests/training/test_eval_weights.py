@@ -85,14 +85,14 @@ def test_a_save_while_the_model_is_read(make_config) -> None:
     run = build_run(prepare(config), Distributed(torch.device("cpu")))
     for parameter in run.network.parameters_of("unet"):
         nn.init.ones_(parameter)
-    before = run.network.tensors()
+    before = run.network.adapter_state()
     with run.evaluating():
-        read = run.network.tensors()
+        read = run.network.adapter_state()
         RunHandle(run).save_adapter("within")
-        assert all(torch.equal(read[key], tensor) for key, tensor in run.network.tensors().items())
+        assert all(torch.equal(read[key], tensor) for key, tensor in run.network.adapter_state().items())
         assert not any(adapter.training for adapter in run.network.adapters)
     assert any(not torch.equal(before[key], tensor) for key, tensor in read.items())
-    assert all(torch.equal(before[key], tensor) for key, tensor in run.network.tensors().items())
+    assert all(torch.equal(before[key], tensor) for key, tensor in run.network.adapter_state().items())
 
 
 def test_a_state_saved_while_the_model_is_read(make_config) -> None:
@@ -101,11 +101,11 @@ def test_a_state_saved_while_the_model_is_read(make_config) -> None:
     run = build_run(prepare(config), Distributed(torch.device("cpu")))
     for parameter in run.network.parameters_of("unet"):
         nn.init.ones_(parameter)
-    before = run.network.tensors()
+    before = run.network.adapter_state()
     with run.evaluating():
-        read = run.network.tensors()
+        read = run.network.adapter_state()
         folder = RunHandle(run).save_state()
-        assert all(torch.equal(read[key], tensor) for key, tensor in run.network.tensors().items())
+        assert all(torch.equal(read[key], tensor) for key, tensor in run.network.adapter_state().items())
     saved = read_state(folder, torch.device("cpu"))
     assert all(torch.equal(before[key], tensor) for key, tensor in saved.tensors.items())
     handle = RunHandle(run)

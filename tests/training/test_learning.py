@@ -95,7 +95,7 @@ def test_loss_falls_on_a_repeated_batch(
     for _ in range(UPDATES.get(optimizer, STEPS)):
         train_on(run, loss_on(run, batch))
     assert loss_on(run, batch).item() < 0.99 * before
-    adapted = {key.split("_")[1] for key in run.network.tensors()}
+    adapted = {key.split("_")[1] for key in run.network.adapter_state()}
     assert adapted == {{"unet": "unet", "text_encoder": "te"}[part] for part in parts}
 
 

@@ -188,7 +188,7 @@ def test_an_observer_that_draws_random_numbers(make_config) -> None:
     def trained(*observers: tuple[str, bool, Observer]) -> dict[str, torch.Tensor]:
         run = build_run(prepare(make_config(network={"dropout": 0.1})), Distributed(torch.device("cpu")))
         train(RunHandle(run, Observers(observers)))
-        return run.network.tensors()
+        return run.network.adapter_state()
 
     alone, observed = trained(), trained(("meddler", False, Meddler()))
     assert same(alone, observed)

@@ -32,12 +32,12 @@ class Watching(Observer):
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self.factors = [run.network.tensors()]
+        self.factors = [run.network.adapter_state()]
         self.reported: list[int] = []
 
     def step_finished(self, step: int) -> None:  # noqa: ARG002
         """Keep them."""
-        self.factors.append(self._run.network.tensors())
+        self.factors.append(self._run.network.adapter_state())
 
     def metrics_read(self, metrics: StepMetrics) -> None:
         """Note the step."""
@@ -116,11 +116,11 @@ def test_the_run_stops_at_once(make_config, tmp_path: Path) -> None:
 def test_too_many_skips(make_config, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A run in which no step counts any more stops, however it is set."""
     run, _ = spoiled_run(make_config, tmp_path, 4, training={"on_nonfinite": "skip", "max_steps": 30})
-    before = run.network.tensors()
+    before = run.network.adapter_state()
     with pytest.raises(TrainingDiverged, match="step 20: the loss is nan, as in the 19 steps before, so training was"):
         train(RunHandle(run))
     assert skipped_in(caplog.text) == list(range(1, 20))
-    assert all(torch.equal(before[key], after) for key, after in run.network.tensors().items())
+    assert all(torch.equal(before[key], after) for key, after in run.network.adapter_state().items())
 
 
 def test_gradients_are_named_by_part(make_config) -> None:
@@ -165,13 +165,13 @@ def test_overflow_is_the_scalers_business(make_config, caplog: pytest.LogCapture
     config = make_config(training={"mixed_precision": "fp16", "max_steps": 6}, network={"parts": ["unet"]})
     run = build_run(prepare(config), Distributed(torch.device("cpu")))
     run.scaler.load_state_dict({**run.scaler.state_dict(), "scale": 2.0**36})
-    before = run.network.tensors()
+    before = run.network.adapter_state()
     train(RunHandle(run))
     assert run.scaler.get_scale() < 2.0**36
     assert "skipped" not in caplog.text
-    assert all(tensor.isfinite().all() for tensor in run.network.tensors().values())
+    assert all(tensor.isfinite().all() for tensor in run.network.adapter_state().values())
     assert run.scaler.get_scale() >= 2.0**30
-    assert before.keys() == run.network.tensors().keys()
+    assert before.keys() == run.network.adapter_state().keys()
 
 
 def test_overflow_without_end() -> None:

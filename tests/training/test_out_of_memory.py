@@ -82,8 +82,8 @@ def test_a_step_that_memory_does_not_suffice_for(make_config) -> None:
     handle = RunHandle(resumed)
     handle.load_state(state)
     train(handle)
-    for key, tensor in run.network.tensors().items():
-        torch.testing.assert_close(resumed.network.tensors()[key], tensor)
+    for key, tensor in run.network.adapter_state().items():
+        torch.testing.assert_close(resumed.network.adapter_state()[key], tensor)
 
 
 def test_nothing_is_saved_where_nothing_whole_is_new(make_config) -> None:

@@ -168,7 +168,7 @@ def test_training_goes_on_as_if_there_were_none(parts: list[str], make_config, c
     drawing, watched = trained(make_config(**sections, observers=previews), catalog)
     assert [step for step, _ in watched.drawn] == [0, 1, 2, 3, 4]
     assert watched.losses == without.losses
-    ours, theirs = drawing.network.tensors(), plain.network.tensors()
+    ours, theirs = drawing.network.adapter_state(), plain.network.adapter_state()
     assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
 
 

@@ -21,6 +21,8 @@ from lorakit.testing.contracts.tiny_batch import read_model
 UNET = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 TEXT = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
 
+PARTS = ("unet", "text_encoder")
+
 
 def factors(key: str, inputs: int = 32, rank: int = 4) -> dict[str, Tensor]:
     """A plain adapter of a linear layer."""
@@ -88,7 +90,7 @@ def test_files_that_lack_factors(make_config, tiny_sd1: Path, tmp_path: Path, cu
     tensors = load_file(trained(tiny_sd1, LierlaConfig(rank=4), tmp_path / "whole.safetensors"))
     lacking = [name for name in tensors if name.endswith(cut)][:9]
     if of_diffusers:
-        paths = {target.key: target.place for target in read_model(tiny_sd1).targets(("text_encoder", "unet"))}
+        paths = {target.key: target.diffusers_path for target in read_model(tiny_sd1).targets(("text_encoder", "unet"))}
         half = to_diffusers(tensors, paths)
         ending = ".lora_A.weight" if cut == "lora_down.weight" else ".lora_B.weight"
         gone = [name for name in half if name.endswith(ending)][:9]
@@ -106,18 +108,16 @@ def test_files_that_lack_factors(make_config, tiny_sd1: Path, tmp_path: Path, cu
 def test_a_base_model_is_no_start(make_config, tiny_sd1_file: Path) -> None:
     """A whole model is told by what it is."""
     found = problems(lambda: make_config(network={"weights": str(tiny_sd1_file)}))
-    assert (
-        "is a Stable Diffusion 1.x model, which network.name = 'lierla' cannot start from" in found["network.weights"]
-    )
+    assert "is a base model, which network.name = 'lierla' cannot start from" in found["network.weights"]
 
 
 def trained(folder: Path, network: LoRAConfig, file: Path) -> Path:
     """A file of a network whose factors are far from where they start."""
-    built = network.build(list(read_model(folder).targets(network.parts)))
+    built = network.build(list(read_model(folder).targets(network.parts or PARTS)))
     generator = torch.Generator().manual_seed(3)
     for adapter in built.adapters:
         nn.init.normal_(adapter.lora_up, std=0.1, generator=generator)
-    save_file(built.file_tensors(), file)
+    save_file(built.export_state(), file)
     return file
 
 
@@ -160,7 +160,7 @@ def test_a_file_for_attention_alone(make_config, tiny_sd1: Path, tmp_path: Path)
     """What diffusers' own training script writes lacks layers: they are named, and what is there can be trained."""
     whole = load_file(trained(tiny_sd1, LierlaConfig(rank=4, parts=("unet",)), tmp_path / "whole.safetensors"))
     attention = {name: tensor for name, tensor in whole.items() if "_to_" in name}
-    paths = {target.key: target.place for target in read_model(tiny_sd1).targets(("unet",))}
+    paths = {target.key: target.diffusers_path for target in read_model(tiny_sd1).targets(("unet",))}
     save_file(to_diffusers(attention, paths), tmp_path / "attention.safetensors")
     network = {"weights": "attention.safetensors", "parts": ["unet"]}
     found = problems(lambda: make_config(network=network))["network.weights"]
@@ -169,8 +169,8 @@ def test_a_file_for_attention_alone(make_config, tiny_sd1: Path, tmp_path: Path)
     config = make_config(network={**network, "rank_from_weights": True}).network
     targets = read_model(tiny_sd1).targets(("unet",))
     built = config.build(list(targets))
-    built.load_tensors(load_initial_weights(config.weights))
-    assert built.tensors().keys() == attention.keys()
+    built.load_adapter_state(load_initial_weights(config.weights))
+    assert built.adapter_state().keys() == attention.keys()
 
 
 def test_dora_starts_from_lora(make_config, tiny_sd1: Path, tmp_path: Path) -> None:
@@ -180,8 +180,8 @@ def test_dora_starts_from_lora(make_config, tiny_sd1: Path, tmp_path: Path) -> N
     outputs = []
     for config in (plain, dora):
         model = read_model(tiny_sd1)
-        network = config.build(list(model.targets(config.parts)))
-        network.load_tensors(load_initial_weights(file))
+        network = config.build(list(model.targets(config.parts or PARTS)))
+        network.load_adapter_state(load_initial_weights(file))
         generator = torch.Generator().manual_seed(1)
         latents, states = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 77, 32, generator=generator)
         outputs.append(model.predict(latents, torch.tensor([500]), {"hidden_states": states}))
@@ -199,13 +199,13 @@ def test_files_of_diffusers_merge(make_config, tiny_sd1: Path, tmp_path: Path) -
     """A LoRA in diffusers' layout becomes part of the base model as the same LoRA of sd-scripts does."""
     kept = C3LierConfig(rank=4, alpha=2.0, dora=True)
     file = trained(tiny_sd1, kept, tmp_path / "own.safetensors")
-    paths = {target.key: target.place for target in read_model(tiny_sd1).targets(kept.parts)}
+    paths = {target.key: target.diffusers_path for target in read_model(tiny_sd1).targets(kept.parts or PARTS)}
     save_file(to_diffusers(load_file(file), paths), tmp_path / "diffusers.safetensors")
     weights = []
     for name in ("own", "diffusers"):
         config = make_config(model={"base_weights": [f"{name}.safetensors"]})
         model = config.model.build(torch.device("cpu"), torch.float32)
-        weights.append([target.module.weight for target in model.targets(kept.parts)])
+        weights.append([target.module.weight for target in model.targets(kept.parts or PARTS)])
     assert all(torch.allclose(one, other, rtol=1e-5, atol=1e-7) for one, other in zip(*weights, strict=True))
 
 

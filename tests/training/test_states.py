@@ -157,7 +157,7 @@ def test_a_state_saved_twice_at_a_step(make_config: MakeConfig) -> None:
     assert state_at(run, 3) == state
     assert list(state.parent.iterdir()) == [state]
     tensors = read_state(state, torch.device("cpu")).tensors
-    assert all(torch.equal(tensors[key], tensor) for key, tensor in run.network.tensors().items())
+    assert all(torch.equal(tensors[key], tensor) for key, tensor in run.network.adapter_state().items())
 
 
 @pytest.mark.parametrize(("epochs", "ratio", "saved"), [(5, 2, [2, 4]), (5, 9, [1, 2, 3, 4]), (3, 1, []), (4, 2, [2])])

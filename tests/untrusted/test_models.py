@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,23 @@ import torch
 from safetensors.torch import save_file
 
 from lorakit.errors import AdapterError, ModelError
-from lorakit.models.families.sd.checkpoint import ModelCheckpoint
+from lorakit.models.base import empty_module
+from lorakit.models.families.sd.checkpoint import SDCheckpoint
 from lorakit.models.families.sd.infer_config import clip_settings
-from lorakit.models.families.sd.load import empty_module
 from lorakit.models.families.sd.text_encoder import clip_module
 from lorakit.models.families.sd.tokenizer import CaptionTokenizer
 from lorakit.networks.adapter_file import load_initial_weights
 
 
-def with_settings(model: Path, folder: Path, part: str, **settings: Any) -> ModelCheckpoint:
+def with_settings(model: Path, folder: Path, part: str, **settings: Any) -> SDCheckpoint:
     """A copy of a model in a folder with other settings of a part."""
     shutil.copytree(model, folder)
     file = folder / part / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-    return ModelCheckpoint(folder)
+    return SDCheckpoint(folder)
 
 
-def check(model: ModelCheckpoint) -> None:
+def check(model: SDCheckpoint) -> None:
     """What is looked at before training."""
     model.check_vae()
     model.check()
@@ -39,7 +38,7 @@ def check(model: ModelCheckpoint) -> None:
 def test_settings_that_name_code(tiny_sd1: Path, tmp_path: Path, key: str) -> None:
     """A text encoder's settings cannot make transformers fetch a kernel from the Hub: what is for it is left out."""
     part = with_settings(tiny_sd1, tmp_path / "model", "text_encoder", **{key: "stranger/kernel"}).part("text_encoder")
-    module = empty_module(part, partial(clip_module, part))
+    module = empty_module(part, clip_module)
     assert "stranger" not in str(vars(module.config))
 
 

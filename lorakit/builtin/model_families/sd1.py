@@ -8,9 +8,10 @@ from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit.api.components import ModelFamilyConfig
-from lorakit.api.hookspecs import hookimpl
-from lorakit.checkpoints import CheckpointSummary, traits_of
+from lorakit.api.hookspecs import DetectedFamily, hookimpl
+from lorakit.checkpoints import CheckpointSummary
 from lorakit.models.families.sd.config import StableDiffusionConfig
+from lorakit.models.families.sd.detect import detect
 
 if TYPE_CHECKING:
     from lorakit.diffusion.noise_schedule import Prediction
@@ -23,7 +24,7 @@ class SD1Config(StableDiffusionConfig):
 
     name = "sd1"
     version = "1.x"
-    title = "Stable Diffusion 1.x"
+    title = adapter_title = "Stable Diffusion 1.x"
 
     clip_skip: int = field(default=1, validator=[v.ge(1), v.le(12)])
     """Text encoder layer to use, counted from the last, which is 1."""
@@ -48,9 +49,7 @@ def register_model_families() -> list[type[ModelFamilyConfig]]:
 
 
 @hookimpl
-def detect_model_family(checkpoint: CheckpointSummary) -> str | None:
-    """`sd1` for a U-Net of four input channels behind 1×1 convolutions that attends to one text encoder of CLIP."""
-    traits = traits_of(checkpoint)
-    if traits is None or traits.linear_projection or traits.conditioned:
-        return None
-    return "sd1" if traits.text_encoders == ("clip",) and traits.in_channels == 4 else None
+def detect_model_family(checkpoint: CheckpointSummary) -> DetectedFamily | None:
+    """`sd1` for a U-Net of four input channels that attends to one text encoder of CLIP."""
+    found = detect(checkpoint)
+    return found if found and found.name == SD1Config.name else None

@@ -9,10 +9,11 @@ from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit.api.components import ModelFamilyConfig
-from lorakit.api.hookspecs import hookimpl
-from lorakit.checkpoints import CheckpointSummary, HubModel, traits_of
+from lorakit.api.hookspecs import DetectedFamily, hookimpl
+from lorakit.checkpoints import CheckpointSummary, HubModel
 from lorakit.errors import ModelError, Problem
 from lorakit.models.families.sd.config import StableDiffusionConfig
+from lorakit.models.families.sd.detect import detect
 from lorakit.models.families.sd.infer_config import SD2_TEXT_LAYERS
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class SD2Config(StableDiffusionConfig):
 
     name = "sd2"
     version = "2.x"
-    title = "Stable Diffusion 2.x"
+    title = adapter_title = "Stable Diffusion 2.x"
 
     prediction: Literal["epsilon", "v_prediction"] | None = None
     """What the U-Net predicts: noise (`epsilon`) in base models, velocity (`v_prediction`) in 768-pixel models. If
@@ -70,10 +71,7 @@ def register_model_families() -> list[type[ModelFamilyConfig]]:
 
 
 @hookimpl
-def detect_model_family(checkpoint: CheckpointSummary) -> str | None:
-    """`sd2` for a U-Net of four input channels behind linear layers that attends to one text encoder of OpenCLIP."""
-    traits = traits_of(checkpoint)
-    if traits is None or not traits.linear_projection or traits.conditioned:
-        return None
-    encoders = ("clip",) if checkpoint.kind == "folder" else ("open_clip",)
-    return "sd2" if traits.text_encoders == encoders and traits.in_channels == 4 else None
+def detect_model_family(checkpoint: CheckpointSummary) -> DetectedFamily | None:
+    """`sd2` for a U-Net of four input channels that attends to one text encoder of OpenCLIP."""
+    found = detect(checkpoint)
+    return found if found and found.name == SD2Config.name else None

@@ -93,7 +93,7 @@ class SamplesConfig(ObserverConfig, PromptSettings):
             family=run_info.config.model,
             seed=run_info.config.training.seed,
             batch_size=self.batch_size,
-            texts_change="text_encoder" in run_info.config.trained_parts,
+            texts_change=run_info.config.trains_text_encoders,
             frees_text_encoder=not run_info.encodes_captions,
             weighted=run_info.config.data.weighted_captions,
         )

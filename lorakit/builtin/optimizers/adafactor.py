@@ -9,6 +9,7 @@ from attrs import field, fields, frozen
 from attrs import validators as v
 
 from lorakit.api import OptimizerConfig, Problem, hookimpl
+from lorakit.api.components import DENOISER_LR, TEXT_ENCODER_LR
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -49,9 +50,9 @@ class AdafactorConfig(OptimizerConfig):
         hint = "leave it out, or set relative_step = false"
         if self.lr != fields(AdafactorConfig).lr.default:
             yield Problem("lr", "has no effect with relative_step = true", hint)
-        for part in ("unet", "text_encoder"):
-            if getattr(self, f"{part}_lr") is not None and any(self.lrs_for(part)):
-                yield Problem(f"{part}_lr", "has no effect with relative_step = true", hint)
+        for key in (DENOISER_LR, TEXT_ENCODER_LR):
+            if getattr(self, key) is not None and any(self.lrs_from(key)):
+                yield Problem(key, "has no effect with relative_step = true", hint)
 
     @property
     def supports_lr_multipliers(self) -> bool:

@@ -17,14 +17,14 @@ from torch.nn.functional import adaptive_avg_pool2d
 from lorakit.data.cache.store import NotFiniteError, check_finite
 from lorakit.data.images.augmentation import Picture
 from lorakit.errors import DataError, Problem
-from lorakit.models.interfaces import ImageEncoder
+from lorakit.models.interfaces import VaeEncoder
 
 
 @frozen(kw_only=True)
 class OnlineEncoder:
     """Encodes images whose pixels change from epoch to epoch, each time they are used."""
 
-    encoder: ImageEncoder
+    encoder: VaeEncoder
     """What encodes them."""
     device: torch.device
     """Where it is."""
@@ -61,7 +61,7 @@ def on_device(images: Sequence[NDArray[np.uint8]], device: torch.device) -> Tens
     return pixels.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else pixels.to(device)
 
 
-def encode_pixels(pixels: Tensor, encoder: ImageEncoder) -> Mapping[str, Tensor]:
+def encode_pixels(pixels: Tensor, encoder: VaeEncoder) -> Mapping[str, Tensor]:
     """`mean` and `std` of the latents of images, float32 [B, C, h, w] each; `pixels` is uint8 [B, H, W, 3]."""
     with torch.no_grad():
         mean, std = encoder.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)

@@ -45,6 +45,11 @@ def _is_recorded() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+def checkpointed_blocks(module: nn.Module) -> list[CheckpointedBlock]:
+    """The blocks in a module that can recompute their activations."""
+    return [block for block in module.modules() if isinstance(block, CheckpointedBlock)]
+
+
 def checkpoint_blocks(blocks: Sequence[CheckpointedBlock], share: float = 1.0) -> None:
     """Let blocks keep nothing but their inputs for the backward pass, where they run again.
 

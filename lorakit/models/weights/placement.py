@@ -1,4 +1,4 @@
-"""Where a tensor is in a file: under a name of its own, or in some rows of a larger one."""
+"""Where a tensor is in a file: under its own name, or in some rows of a larger one."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from attrs import frozen
 
 @frozen
 class TensorSlice:
-    """One of several equal portions of a stored tensor, cut along its first side."""
+    """Some rows of a stored tensor: a part of its first side."""
 
     name: str
     """Name of the stored tensor."""
-    index: int
-    """Which portion it is, counted from 0."""
-    count: int
-    """How many portions there are."""
+    start: int
+    """The first row."""
+    stop: int
+    """The row after the last."""
 
 
 TensorRef = str | TensorSlice

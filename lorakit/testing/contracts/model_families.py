@@ -53,6 +53,11 @@ class ModelFamilyContract(ComponentContract):
     text_settings: Mapping[str, Any] = {}
     """Settings, other than those of `config`, that change what the text encoder puts out."""
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the parts that adapters can be for."""
+        return tuple(part.name for part in self.config.parts)
+
     def make_model(self, folder: Path) -> Path:
         """Write a tiny model of this family; gives its path. Called once for the suite."""
         raise NotImplementedError
@@ -69,11 +74,13 @@ class ModelFamilyContract(ComponentContract):
     def test_recognises_its_models(self, model_path: Path) -> None:
         """Names and shapes of a model's tensors lead to this family, and those of something else do not."""
         save_file({"layers.0.weight": torch.ones(2, 2)}, "something_else.safetensors")
-        found = [
-            Catalog.discover().detect_model_family(summarize(locate(path, Path())))
+        catalog = Catalog.discover()
+        found, other = (
+            catalog.detect_model_family(summarize(locate(path, Path())))
             for path in (str(model_path), "something_else.safetensors")
-        ]
-        assert found[0] == self.config.name != found[1]
+        )
+        assert found.name == self.config.name != other.name
+        assert found.title
 
     def test_has_no_problems(self) -> None:
         """A good model passes the checks before a run."""
@@ -199,29 +206,41 @@ class ModelFamilyContract(ComponentContract):
     def test_targets_are_unique_and_in_order(self) -> None:
         """Each layer that can be adapted has its own key, in the same order each time: text encoder first."""
         model = self.built()
-        targets = model.targets(self.config.parts)
+        targets = model.targets(self.parts)
         keys = [target.key for target in targets]
         assert len(set(keys)) == len(keys) > 0
-        assert keys == [target.key for target in self.built().targets(self.config.parts[::-1])]
+        assert keys == [target.key for target in self.built().targets(self.parts[::-1])]
         assert all(isinstance(target.module, nn.Linear | nn.Conv2d) for target in targets)
         order = list(dict.fromkeys(target.part for target in targets))
-        assert set(order) == set(self.config.parts)
-        assert order[-1] == "unet"
+        assert set(order) == set(self.parts)
+        assert [bool(part.encoders) for part in self.config.parts_named(order)] == sorted(
+            (bool(part.encoders) for part in self.config.parts), reverse=True
+        )
         assert [target.part for target in targets] == sorted([t.part for t in targets], key=order.index)
         for part in order:
             assert [target.key for target in model.targets((part,))] == [t.key for t in targets if t.part == part]
 
     def test_targets_know_their_places(self) -> None:
-        """Each layer has the number of a block of the U-Net that the config's layout has, or of a text encoder."""
-        counts = {"unet": self.config.layout.count if self.config.layout else 1}
-        for target in self.built().targets(self.config.parts):
-            assert 0 <= target.position < counts.get(target.part, self.config.text_encoders)
-            assert target.layout == (self.config.layout if target.part == "unet" else None)
+        """Each layer has the number of a block that the config's layout has, or of a text encoder of its part."""
+        parts, layout = {part.name: part for part in self.config.parts}, self.config.layout
+        assert sorted(n for part in parts.values() for n in part.encoders) == list(range(self.config.text_encoders))
+        for target in self.built().targets(self.parts):
+            assert (target.encoder_index is None) == (not parts[target.part].encoders)
+            assert target.encoder_index is None or target.encoder_index in parts[target.part].encoders
+            assert target.key.startswith(parts[target.part].lora_prefix)
+            assert target.layout is None or target.layout == layout
+            assert (target.block_index is None) == (target.layout is None)
+            assert layout is None or target.block_index is None or 0 <= target.block_index < layout.count
+
+    def test_targets_have_unambiguous_names(self) -> None:
+        """No two layers share a name of any form that LoRA files may have, so that such files can be read."""
+        names = [name for target in self.built().targets(self.parts) for name in target.names]
+        assert len(set(names)) == len(names)
 
     def test_is_frozen_until_adapted(self) -> None:
         """No parameter of denoiser or text encoder asks for a gradient, and nothing is left to chance by dropout."""
         model = self.built()
-        modules = {target.parent for target in model.targets(self.config.parts)} | {model.denoiser}
+        modules = {target.parent for target in model.targets(self.parts)} | {model.denoiser}
         assert not any(parameter.requires_grad for module in modules for parameter in module.parameters())
         batch = make_batch(model)
         with torch.no_grad():
@@ -252,10 +271,10 @@ class ModelFamilyContract(ComponentContract):
     @pytest.mark.parametrize("share", [1.0, 0.5])
     def test_gradient_checkpointing_changes_no_gradient(self, share: float) -> None:
         """Recomputing activations, all or some, gives the loss and the gradients that keeping them gives."""
-        kept = _loss_and_gradients(self.built(), self.config.parts)
+        kept = _loss_and_gradients(self.built(), self.parts)
         recomputing = self.built()
         recomputing.enable_gradient_checkpointing(share)
-        recomputed = _loss_and_gradients(recomputing, self.config.parts)
+        recomputed = _loss_and_gradients(recomputing, self.parts)
         assert len(kept) == len(recomputed) > 2
         # Where a small picture leaves attention a single key, query and key have no effect, and no gradient.
         assert sum(bool(gradient.any()) for gradient in kept) > 0.8 * len(kept)
@@ -271,11 +290,11 @@ class ModelFamilyContract(ComponentContract):
             exact = predict(whole, batch)
             predict(late, batch)
             for model in (early, late):
-                model.quantize(dict.fromkeys(self.config.parts, weight_format))
+                model.quantize(dict.fromkeys(self.parts, weight_format))
             small = predict(early, batch)
             assert torch.equal(predict(late, batch), small)
         assert 0 < (small - exact).norm() < _ERRORS[weight_format] * exact.norm()
-        assert all(isinstance(target.module, QuantizedLayer) for target in early.targets(self.config.parts))
+        assert all(isinstance(target.module, QuantizedLayer) for target in early.targets(self.parts))
         assert early.fingerprint("text_encoder") != whole.fingerprint("text_encoder")
         late.quantize({})
         assert late.fingerprint("text_encoder") == whole.fingerprint("text_encoder")
@@ -285,11 +304,11 @@ class ModelFamilyContract(ComponentContract):
         """With weights that are copied ahead of their use, loss and gradients are the same."""
         plain, streaming = self.built(), self.built()
         for model in (plain, streaming):
-            model.quantize(dict.fromkeys(self.config.parts, weight_format) if weight_format else {})
-        expected = _loss_and_gradients(plain, self.config.parts)
-        streaming.stream(self.config.parts)
-        assert streamed_bytes(target.module for target in streaming.targets(self.config.parts)) > 0
-        for new, old in zip(_loss_and_gradients(streaming, self.config.parts), expected, strict=True):
+            model.quantize(dict.fromkeys(self.parts, weight_format) if weight_format else {})
+        expected = _loss_and_gradients(plain, self.parts)
+        streaming.stream(self.parts)
+        assert streamed_bytes(target.module for target in streaming.targets(self.parts)) > 0
+        for new, old in zip(_loss_and_gradients(streaming, self.parts), expected, strict=True):
             torch.testing.assert_close(new, old)
 
     def test_uses_the_attention_backend(self) -> None:

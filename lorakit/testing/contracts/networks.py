@@ -19,6 +19,9 @@ from lorakit.networks.network import Network, torch_groups
 from lorakit.testing.contracts.component import ComponentContract
 from lorakit.testing.contracts.tiny_batch import loss_of, make_batch, predict, read_model
 
+PARTS = ("unet", "text_encoder")
+"""The parts of the tiny Stable Diffusion 1.x that networks are attached to."""
+
 
 @frozen
 class Adapted:
@@ -99,7 +102,7 @@ class NetworkContract(ComponentContract):
 
     def test_keys_are_those_of_the_layers(self, adapted: Adapted) -> None:
         """A LoRA file's keys are `<key of the layer>.<suffix>`, its tensors float32 and copies on the CPU."""
-        tensors = adapted.network.tensors()
+        tensors = adapted.network.adapter_state()
         layers = {target.key for target in adapted.targets}
         assert {key.partition(".")[0] for key in tensors} <= layers
         assert all(key.partition(".")[2] for key in tensors)
@@ -111,10 +114,10 @@ class NetworkContract(ComponentContract):
     def test_reads_what_it_wrote(self, adapted: Adapted, tiny_sd1: Path) -> None:
         """Another network that takes over the tensors has the same ones and predicts the same, bit for bit."""
         adapted.disturb()
-        tensors = adapted.network.tensors()
+        tensors = adapted.network.adapter_state()
         other = self.attached(tiny_sd1, seed=1)
-        other.network.load_tensors(tensors)
-        again = other.network.tensors()
+        other.network.load_adapter_state(tensors)
+        again = other.network.adapter_state()
         assert again.keys() == tensors.keys()
         assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
         assert torch.equal(other.predict(), adapted.predict())
@@ -123,22 +126,22 @@ class NetworkContract(ComponentContract):
     def test_files_mean_the_same(self, adapted: Adapted, tiny_sd1: Path) -> None:
         """Another network that takes over what a LoRA file holds predicts the same."""
         adapted.disturb()
-        tensors = adapted.network.file_tensors()
+        tensors = adapted.network.export_state()
         other = self.attached(tiny_sd1, seed=1)
-        other.network.load_tensors(tensors)
+        other.network.load_adapter_state(tensors)
         assert torch.allclose(other.predict(), adapted.predict(), rtol=1e-4, atol=1e-5)
 
     def test_refuses_what_does_not_fit(self, adapted: Adapted) -> None:
         """Tensors of which one is missing, or has another shape, are refused, and nothing is changed."""
         adapted.disturb()
-        before = adapted.network.tensors()
+        before = adapted.network.adapter_state()
         key = next(key for key, tensor in before.items() if tensor.dim())
         missing = {other: tensor + 1 for other, tensor in before.items() if other != key}
         misshapen = {**missing, key: torch.zeros(*before[key].shape, 2)}
         for wrong in (missing, misshapen):
             with pytest.raises(AdapterError):
-                adapted.network.load_tensors(wrong)
-        after = adapted.network.tensors()
+                adapted.network.load_adapter_state(wrong)
+        after = adapted.network.adapter_state()
         assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
 
     def test_multiplier_zero_is_the_base_model(self, adapted: Adapted) -> None:
@@ -161,21 +164,21 @@ class NetworkContract(ComponentContract):
 
     def test_adapts_the_parts_it_is_told(self, tiny_sd1: Path) -> None:
         """With a single part, only layers of that part get adapters, whatever targets there are."""
-        for part in self.config.parts:
+        for part in PARTS if self.config.parts is None else self.config.parts:
             alone = self.attached(tiny_sd1, config=attrs.evolve(self.config, parts=(part,)))
             parts = {target.key: target.part for target in alone.targets}
             assert alone.network.parts == (part,)
-            assert {parts[key.partition(".")[0]] for key in alone.network.tensors()} == {part}
+            assert {parts[key.partition(".")[0]] for key in alone.network.adapter_state()} == {part}
 
     def test_initialisation_follows_the_seed(self, adapted: Adapted, tiny_sd1: Path) -> None:
         """The weights at the start depend on seed and layer alone: not on other draws, and not on other layers."""
         torch.manual_seed(99)
-        alone = self.attached(tiny_sd1, config=attrs.evolve(self.config, parts=self.config.parts[:1]))
-        expected = adapted.network.tensors()
-        assert all(torch.equal(expected[key], tensor) for key, tensor in alone.network.tensors().items())
+        alone = self.attached(tiny_sd1, config=attrs.evolve(self.config, parts=PARTS[:1]))
+        expected = adapted.network.adapter_state()
+        assert all(torch.equal(expected[key], tensor) for key, tensor in alone.network.adapter_state().items())
         adapted.disturb()
         adapted.network.initialize(0)
-        again = adapted.network.tensors()
+        again = adapted.network.adapter_state()
         assert all(torch.equal(again[key], tensor) for key, tensor in expected.items())
 
     def test_randomness_follows_the_samples(self, adapted: Adapted) -> None:
@@ -207,7 +210,7 @@ class NetworkContract(ComponentContract):
         batch = make_batch(model)
         with torch.no_grad():
             base_prediction = predict(model, batch)
-        targets = model.targets(("text_encoder", "unet"))
+        targets = model.targets(PARTS)
         network = (config or self.config).build(targets)
         network.initialize(seed)
         return Adapted(model, targets, network.eval(), batch, base_prediction)

@@ -75,7 +75,7 @@ class ObserverContract(ComponentContract):
         tables = self.with_settings(train_tables)
         run = build_run(prepare(config_from_tables(tables, tmp_path)), Distributed(torch.device("cpu")))
         train(RunHandle(run))
-        without = run.network.tensors()
+        without = run.network.adapter_state()
         observed = load_file(lorakit.train(self.train_config(tables, tmp_path)))
         assert observed.keys() == without.keys()
         assert all(torch.equal(observed[key], tensor) for key, tensor in without.items())

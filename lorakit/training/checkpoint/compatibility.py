@@ -144,7 +144,8 @@ def _changed(config: TrainConfig, done: int, before: int, now: int) -> Iterator[
 
 def _rates(config: TrainConfig, done: int, total_steps: int) -> list[float]:
     """The learning rates of the first steps, for a part that is trained."""
-    lr = max(rate for part in config.trained_parts for rate in config.optimizer.lrs_for(part))
+    trained = config.model.parts_named(config.trained_parts)
+    lr = max(rate for part in trained for rate in config.optimizer.lrs_for(part))
     optimizer = torch.optim.AdamW([torch.zeros(1)], lr=lr)
     schedule = config.lr_scheduler.build(optimizer, total_steps)
     rates = []

@@ -17,7 +17,7 @@ def capture_state(run: Run) -> State:
         "lr_scheduler": run.lr_scheduler.state_dict(),
         "scaler": run.scaler.state_dict(),
     }
-    return State(run.step, run.schedule.total_steps, run.network.tensors(), state_dicts)
+    return State(run.step, run.schedule.total_steps, run.network.adapter_state(), state_dicts)
 
 
 def restore(run: Run, state: State, folder: Path) -> None:
@@ -32,7 +32,7 @@ def restore(run: Run, state: State, folder: Path) -> None:
         raise ConfigError([Problem(key, problem, "make the run longer, or resume another state")])
     first_rates = [group["lr"] for group in run.optimizer.param_groups]
     with state_errors(folder):
-        run.network.load_tensors(state.tensors)
+        run.network.load_adapter_state(state.tensors)
         run.optimizer.load_state_dict(state.state_dicts["optimizer"])
         run.scaler.load_state_dict(state.state_dicts["scaler"])
         if total == state.total_steps:

@@ -45,7 +45,7 @@ class AdapterWriter:
     def size(self) -> int:
         """About how many bytes a file has."""
         itemsize = 4 if self.config.saver.precision == "fp32" else 2
-        return sum(tensor.numel() for tensor in self.network.file_tensors().values()) * itemsize
+        return sum(tensor.numel() for tensor in self.network.export_state().values()) * itemsize
 
     def write(self, path: Path, step: int, epoch: int) -> None:
         """Write the adapters as they are now, and read them back before the file gets its name.
@@ -53,7 +53,7 @@ class AdapterWriter:
         Raises TrainingDiverged when a weight is not finite, so that a broken file never takes the place of a
         good one; and OutputError when the file cannot be written, or is not read back as it was written.
         """
-        tensors = self.network.file_tensors()
+        tensors = self.network.export_state()
         broken = next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None)
         if broken:
             raise TrainingDiverged(f"step {step}: {broken} is not finite; nothing was saved, earlier saves remain")

@@ -16,7 +16,7 @@ from attrs import asdict
 from torch.optim import Optimizer
 
 from lorakit._version import __version__
-from lorakit.api.components import OptimizerConfig
+from lorakit.api.components import TEXT_ENCODER_LR, OptimizerConfig
 from lorakit.api.loss import LossConfig
 from lorakit.config.train_config import TrainConfig
 from lorakit.data.index import has_augmentation
@@ -74,11 +74,12 @@ def without_training(metadata: Mapping[str, str]) -> dict[str, str]:
 
 def _training_values(config: TrainConfig) -> dict[str, Any]:
     training, optimizer = config.training, config.optimizer
-    encoders = optimizer.lrs_for("text_encoder")
+    encoders = optimizer.lrs_from(TEXT_ENCODER_LR)
+    parts, in_fp8 = config.model.parts, set(training.fp8_base)
     return {
         "ss_seed": training.seed,
         "ss_learning_rate": optimizer.lr,
-        "ss_unet_lr": optimizer.lr_for("unet"),
+        "ss_unet_lr": optimizer.lr_for(),
         "ss_text_encoder_lr": list(encoders) if len(encoders) > 1 else encoders[0],
         "ss_lr_scheduler": config.lr_scheduler.name,
         "ss_lr_warmup_steps": getattr(config.lr_scheduler, "warmup_steps", 0),
@@ -87,8 +88,8 @@ def _training_values(config: TrainConfig) -> dict[str, Any]:
         "ss_gradient_checkpointing": bool(training.gradient_checkpointing),
         "ss_mixed_precision": training.mixed_precision,
         "ss_full_fp16": False,
-        "ss_fp8_base": {"unet", "text_encoder"} <= set(training.fp8_base),
-        "ss_fp8_base_unet": training.fp8_base == ("unet",),
+        "ss_fp8_base": {part.name for part in parts} <= in_fp8,
+        "ss_fp8_base_unet": in_fp8 == {part.name for part in parts if not part.encoders},
     }
 
 

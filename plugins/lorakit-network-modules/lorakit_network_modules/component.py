@@ -51,7 +51,7 @@ class NetworkModuleConfig(NetworkConfig):
         """The module's adapters, attached."""
         from lorakit_network_modules.network import ModuleNetwork
 
-        return ModuleNetwork(self, [target for target in targets if target.part in self.parts]).attach()
+        return ModuleNetwork(self, [target for target in targets if self.adapts(target)]).attach()
 
 
 @hookimpl

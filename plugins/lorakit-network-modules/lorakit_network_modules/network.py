@@ -38,25 +38,25 @@ class ModuleAdapter(AdapterModule):
             output = self.module(x)
         return output.to(x.dtype)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def adapter_state(self) -> dict[str, Tensor]:
         """The module's tensors; the tensors in files may have other values or names."""
         return dict(nn.Module.state_dict(self.module))
 
-    def file_tensors(self) -> dict[str, Tensor]:
+    def export_state(self) -> dict[str, Tensor]:
         """The tensors that the module saves."""
         return dict(self.module.state_dict())
 
     def shape_mismatch(self, tensors: Mapping[str, Tensor]) -> str:
         """Reports an alpha that differs, which the module would ignore, and shapes."""
-        own, other = self.tensors().get("alpha"), tensors.get("alpha")
+        own, other = self.adapter_state().get("alpha"), tensors.get("alpha")
         if own is not None and other is not None and not math.isclose(own.item(), other.item(), rel_tol=2**-8):
             return f"alpha {other.item():g} in the file, {own.item():g} in the config"
         return super().shape_mismatch(tensors)
 
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_adapter_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Load exact tensors as they are, and tensors of a file as the module does."""
-        if tensors.keys() == self.tensors().keys():
-            super().load_tensors(tensors)
+        if tensors.keys() == self.adapter_state().keys():
+            super().load_adapter_state(tensors)
         else:
             self.module.load_state_dict(dict(tensors))
 

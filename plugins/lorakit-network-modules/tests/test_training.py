@@ -69,7 +69,7 @@ def _prediction_of_ours(path: Path, folder: Path, algo: str) -> Tensor:
     component = with_import_path(NetworkModuleConfig, "lycoris.kohya")
     config = component(rank=4, alpha=2.0, parts=("unet",), args={"algo": algo})
     network = config.build(model.targets(("unet",)))
-    network.load_tensors(load_file(path))
+    network.load_adapter_state(load_file(path))
     with torch.no_grad():
         return predict(model, make_batch(model))
 

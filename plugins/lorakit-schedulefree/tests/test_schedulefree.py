@@ -66,15 +66,15 @@ def test_the_file_has_the_averaged_weights(name: str, configure: Configure) -> N
     """What is saved is the average x = y + (1 − 1/β)(z − y), and what goes on to train is y, which differs."""
     run = start_run(configure(name))
     run.finish()
-    training = {key: tensor.clone() for key, tensor in run.network.tensors().items()}
+    training = {key: tensor.clone() for key, tensor in run.network.adapter_state().items()}
     saved = load_file(run.info.save_adapter("now"))
-    assert same(run.network.tensors(), training)
+    assert same(run.network.adapter_state(), training)
     group = run.optimizer.param_groups[0]
     beta = group["momentum"] if "momentum" in group else group["betas"][0]
     with torch.no_grad():
         for y in [own for one in run.optimizer.param_groups for own in one["params"]]:
             y.add_(run.optimizer.state[y]["z"] - y, alpha=1 - 1 / beta)
-    for key, averaged in run.network.tensors().items():
+    for key, averaged in run.network.adapter_state().items():
         torch.testing.assert_close(saved[key], averaged.contiguous(), rtol=1e-4, atol=1e-6)
     moved = [key for key in saved if not torch.allclose(saved[key], training[key], rtol=1e-4, atol=1e-6)]
     assert len(moved) > len(saved) / 4

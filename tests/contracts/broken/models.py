@@ -66,16 +66,16 @@ class TestRestless(NetworkContract):
 class Temporary(LoRANetwork):
     """Hands out its own factors, halves what it reads, stays attached, and lets itself be put in half precision."""
 
-    def tensors(self):
+    def adapter_state(self):
         return {
             f"{adapter.key}.{suffix}": tensor.detach()
             for adapter in self.adapters
-            for suffix, tensor in adapter.tensors().items()
+            for suffix, tensor in adapter.adapter_state().items()
         }
 
-    def load_tensors(self, tensors, origin=""):
+    def load_adapter_state(self, tensors, origin=""):
         for adapter in self.adapters:
-            for suffix, own in adapter.tensors().items():
+            for suffix, own in adapter.adapter_state().items():
                 own.data.copy_(tensors.get(f"{adapter.key}.{suffix}", own).mul(0.5).reshape(own.shape))
 
     def detach(self):
@@ -94,7 +94,7 @@ class TemporaryConfig(LoRAConfig):
 
     def build(self, targets):
         def make(target):
-            adapted = target.part in self.parts and isinstance(target.module, nn.Linear)
+            adapted = self.adapts(target) and isinstance(target.module, nn.Linear)
             return LoRAModule(target.key, target.module, self.rank, self.alpha) if adapted else None
 
         return Temporary(targets, make, DropoutRates()).attach()
@@ -148,7 +148,7 @@ class ForgetfulModelConfig(SD1):
 
     def build(self, device, dtype):
         model = super().build(device, dtype)
-        return ForgetfulModel(model.stored, model.variant, device, dtype)
+        return ForgetfulModel(model.checkpoint, model.variant, device, dtype)
 
 
 class TestForgetfulModel(ModelFamilyContract):

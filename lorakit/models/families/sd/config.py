@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from attrs import evolve, field, frozen
 from attrs import validators as v
 
-from lorakit.api.block_layout import STABLE_DIFFUSION, BlockLayout
-from lorakit.api.components import ModelFamilyConfig
+from lorakit.api.block_layout import BlockLayout
+from lorakit.api.components import ModelFamilyConfig, ModelPart
 from lorakit.api.noise import DDPMSpec, NoiseSpec
 from lorakit.checkpoints import (
     HubModel,
     ModelPath,
     StatedPrediction,
-    advice,
-    describe,
     locate,
     stated_prediction,
     summarize,
@@ -27,7 +25,9 @@ from lorakit.checkpoints import (
 from lorakit.checkpoints.lora_files import lora_names, missing_factors, own_shapes
 from lorakit.checkpoints.lora_kinds import adapter_kind
 from lorakit.errors import AdapterError, ModelError, Problem
-from lorakit.models.families.sd.checkpoint import ModelCheckpoint
+from lorakit.models.families.sd.checkpoint import SDCheckpoint
+from lorakit.models.families.sd.detect import recognise
+from lorakit.models.families.sd.parts import LAYOUT, TEXT_ENCODER, UNET
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,8 @@ class StableDiffusionConfig(ModelFamilyConfig):
 
     version: ClassVar[Literal["1.x", "2.x"]]
     """The version of Stable Diffusion."""
-    layout: ClassVar[BlockLayout | None] = STABLE_DIFFUSION
+    parts: ClassVar[tuple[ModelPart, ...]] = (UNET, TEXT_ENCODER)
+    layout: ClassVar[BlockLayout | None] = LAYOUT
 
     prediction: Literal["epsilon", "v_prediction"] | None = None
     """What the U-Net predicts, the noise or the velocity; when absent, what the model's files say, or the noise."""
@@ -81,13 +82,14 @@ class StableDiffusionConfig(ModelFamilyConfig):
         yield from self._problems_of_base_weights()
         try:
             stored = self._base
-            kind = None if isinstance(stored.location, HubModel) else describe(stored.summary)
+            found = None if isinstance(stored.location, HubModel) else recognise(stored.summary)
         except ModelError as error:
             yield Problem("path", str(error))
             return
-        if kind not in (None, f"a Stable Diffusion {self.version} model"):
-            message = f"{stored.location} is {kind}, not a Stable Diffusion {self.version} model"
-            yield Problem("path", message, advice(stored.summary) or "leave model.family out, and it is recognised")
+        expected = f"a {self.title} model"
+        if found is not None and found.title != expected:
+            hint = found.advice or "leave model.family out, and it is recognised"
+            yield Problem("path", f"{stored.location} is {found.title}, not {expected}", hint)
             return
         yield from self._problems_of_vae()
         try:
@@ -159,14 +161,14 @@ class StableDiffusionConfig(ModelFamilyConfig):
         """How this family's models are run, and what LoRA files call them."""
         raise NotImplementedError(f"{type(self).__name__} does not say its variant")
 
-    def stored(self) -> ModelCheckpoint:
+    def stored(self) -> SDCheckpoint:
         """Where the model's parts are; a `ModelError` if a path leads nowhere."""
-        return self._base if self.vae is None else ModelCheckpoint(self._base.location, locate(self.vae, Path()))
+        return self._base if self.vae is None else SDCheckpoint(self._base.location, locate(self.vae, Path()))
 
     @cached_property
-    def _base(self) -> ModelCheckpoint:
+    def _base(self) -> SDCheckpoint:
         """The model with its own VAE, whose header is read once; a `ModelError` if the path leads nowhere."""
-        return ModelCheckpoint(locate(self.path, Path()))
+        return SDCheckpoint(locate(self.path, Path()))
 
     def stated(self) -> StatedPrediction:
         """What the model says of its prediction; a `ModelError` if it cannot be read."""
@@ -175,7 +177,7 @@ class StableDiffusionConfig(ModelFamilyConfig):
     def _problems_of_vae(self) -> Iterator[Problem]:
         try:
             stored = self.stored()
-            if self.vae is None and stored.lacks_vae:
+            if self.vae is None and stored.lacks("vae"):
                 hint = f'give a file, a folder or a Hub id, such as "{_USUAL_VAE}"'
                 yield Problem("vae", f"is missing, and {stored.location} has no VAE", hint)
                 return

@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lorakit.checkpoints import CheckpointSummary, describe, traits_of
+from lorakit.checkpoints import CheckpointSummary
 from lorakit.errors import ModelError
+from lorakit.models.families.sd.detect import recognise, traits_of
 from lorakit.models.families.sd.infer_config import DOWNSCALING, LATENT_CHANNELS, SCALING_FACTOR
 
 _TITLES = ("modelspec.architecture", "modelspec.title", "ss_base_model_version")
@@ -40,6 +41,6 @@ def other_latents(summary: CheckpointSummary) -> str:
     """Why a file's VAE is one of another latent space; empty where the file does not say it."""
     traits = traits_of(summary)
     if traits is not None and traits.version == "XL":
-        return f"it is that of {describe(summary)}"
+        return f"it is that of {recognise(summary).title}"
     title = next((key for key in _TITLES if _XL.search(summary.metadata.get(key, ""))), None)
     return f"its header has {title} = {summary.metadata[title]:.80}" if title else ""

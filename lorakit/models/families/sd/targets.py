@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from itertools import groupby
+from collections.abc import Iterator
 
 from torch import nn
 
-from lorakit.api.block_layout import STABLE_DIFFUSION
-from lorakit.models.interfaces import AdaptationTarget, Block
-from lorakit.models.memory.activation_checkpointing import CheckpointedBlock
+from lorakit.models.families.sd.parts import LAYOUT, TEXT_ENCODER, UNET
+from lorakit.models.interfaces import AdaptationTarget
 
-_BLOCKS: dict[str, Block] = {
-    "attentions": "transformer",
-    "resnets": "resnet",
-    "downsamplers": "sampler",
-    "upsamplers": "sampler",
-}
-
-_BLOCK_PATH = re.compile(r".*?\b(?:attentions|resnets|downsamplers|upsamplers|layers)\.\d+")
+_BLOCKS = {"attentions": "transformer", "resnets": "resnet", "downsamplers": "sampler", "upsamplers": "sampler"}
+_LAYERS = {"attn1": "attention", "attn2": "attention", "self_attn": "attention", "ff": "mlp", "mlp": "mlp"}
+BLOCK_PATH = re.compile(r".*?\b(?:attentions|resnets|downsamplers|upsamplers|layers)\.\d+")
+"""Matches the path of a layer up to its transformer, ResNet block, sampler or layer of the text encoder."""
 
 
 def unet_key(path: str) -> str:
@@ -37,47 +31,49 @@ def unet_targets(unet: nn.Module) -> Iterator[AdaptationTarget]:
 
     Layers outside of those blocks are left alone: `conv_in`, `conv_out` and the time embedding.
     """
-    for path in _adaptable(unet):
-        block = next((_BLOCKS[step] for step in path.split(".") if step in _BLOCKS), None)
-        if block is not None:
+    for path, layer in _adaptable(unet):
+        if _BLOCKS.keys() & {*path.split(".")}:
             yield AdaptationTarget(
-                unet_key(path), "unet", block, unet, path, _block_number(path), STABLE_DIFFUSION, f"unet.{path}"
+                key=unet_key(path),
+                part=UNET.name,
+                root=unet,
+                path=path,
+                tags=_tags(path, layer),
+                block_index=_block_number(path),
+                layout=LAYOUT,
+                diffusers_path=f"unet.{path}",
             )
-
-
-def unet_blocks(unet: nn.Module) -> list[CheckpointedBlock]:
-    """The ResNet and transformer blocks of a U-Net."""
-    return [module for module in unet.modules() if isinstance(module, CheckpointedBlock)]
 
 
 def text_encoder_targets(encoder: nn.Module) -> Iterator[AdaptationTarget]:
     """Projections and MLPs of every layer of a CLIP text encoder, those above the layer that is read included."""
-    for path in _adaptable(encoder):
-        key, place = text_encoder_key(path), f"text_encoder.text_model.{path}"
-        yield AdaptationTarget(key, "text_encoder", "text_encoder", encoder, path, place=place)
-
-
-def layers_by_block(targets: Iterable[AdaptationTarget]) -> list[list[nn.Module]]:
-    """The layers of a part, those together that are used together: of each transformer, ResNet block, and so on."""
-
-    def block(target: AdaptationTarget) -> str:
-        found = _BLOCK_PATH.match(target.path)
-        return found[0] if found else target.path
-
-    return [[target.module for target in own] for _, own in groupby(targets, block)]
+    for path, layer in _adaptable(encoder):
+        yield AdaptationTarget(
+            key=text_encoder_key(path),
+            part=TEXT_ENCODER.name,
+            root=encoder,
+            path=path,
+            tags=_tags(path, layer) | {"text_encoder"},
+            encoder_index=0,
+            diffusers_path=f"text_encoder.text_model.{path}",
+        )
 
 
 def _block_number(path: str) -> int:
     """The number of the block that a layer of the U-Net is in, by its path: `down_blocks.0.resnets.1.conv1`."""
     side, level, kind, layer = path.split(".")[:4]
     if side == "mid_block":
-        return STABLE_DIFFUSION.mid.start
-    first = STABLE_DIFFUSION.up.start if side == "up_blocks" else STABLE_DIFFUSION.down.start + 1
+        return LAYOUT.groups["mid"].start
+    first = LAYOUT.groups["up"].start if side == "up_blocks" else 1
     return first + 3 * int(level) + (2 if _BLOCKS[kind] == "sampler" else int(layer))
 
 
-def _adaptable(module: nn.Module) -> Iterator[str]:
-    """Path of each linear layer and convolution, in the order of the module's own list."""
-    for path, layer in module.named_modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            yield path
+def _tags(path: str, layer: nn.Module) -> frozenset[str]:
+    """What a layer is, from its path and its kernel."""
+    tags = {kind for step in path.split(".") for kind in (_BLOCKS.get(step), _LAYERS.get(step)) if kind}
+    return frozenset(tags | ({"conv3x3"} if getattr(layer, "kernel_size", None) == (3, 3) else set()))
+
+
+def _adaptable(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Each linear layer and convolution by its path, in the order of the module's own list."""
+    return ((path, layer) for path, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d))

@@ -6,16 +6,13 @@ B captions, n chunks of 77 tokens, D channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.models.families.sd.checkpoint import CheckpointPart
-from lorakit.models.families.sd.load import read_module
 from lorakit.models.families.sd.tokenizer import CaptionTokenizer
 from lorakit.models.interfaces import Conditioning, Tokens
-from lorakit.models.weights.load import EditTensor
+from lorakit.models.weights.checkpoint import CheckpointPart
 
 # Others change nothing here, or are for the library alone, which may even fetch code that they name.
 _SETTINGS = frozenset({
@@ -76,17 +73,13 @@ def clip_module(part: CheckpointPart) -> nn.Module:
     return CLIPTextModel(CLIPTextConfig(**settings))
 
 
-def read_clip(
-    part: CheckpointPart, device: torch.device, dtype: torch.dtype, edit: EditTensor | None = None
-) -> nn.Module:
-    """The text encoder's module with its weights, frozen; a `ModelError` if they do not fit."""
-    module = read_module(part, partial(clip_module, part), device, dtype, edit=edit)
+def set_positions(module: nn.Module, part: CheckpointPart, device: torch.device) -> None:
+    """Give the text encoder the numbers of the positions, which files need not hold."""
     positions = torch.arange(part.shape_of("embeddings.position_embedding.weight")[0], device=device)
     module.get_submodule("embeddings").position_ids = positions.unsqueeze(0)
-    return module
 
 
-def checkpoint_layers(module: nn.Module) -> None:
+def checkpoint_layers(module: nn.Module, _: float = 1.0) -> None:
     """Recompute the activations of a text encoder's layers in the backward pass; its dropout stays off.
 
     transformers recomputes only what is in training mode, so the layers are, but not what is in them.

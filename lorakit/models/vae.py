@@ -1,4 +1,6 @@
-"""The two halves of a VAE: images to the distribution of their latents, and latents to images.
+"""The two halves of diffusers' AutoencoderKL: images to the distribution of their latents, and latents to images.
+
+Latents are scaled as the part's settings say: z = (x − shift_factor)·scaling_factor.
 
 B images, C latent channels, H and W image sides in pixels, h = H/8 and w = W/8 latent sides.
 """
@@ -6,15 +8,14 @@ B images, C latent channels, H and W image sides in pixels, h = H/8 and w = W/8 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.models.families.sd.checkpoint import CheckpointPart
-from lorakit.models.families.sd.infer_config import SCALING_FACTOR
-from lorakit.models.families.sd.load import read_module
+from lorakit.models.base import read_module
+from lorakit.models.weights.checkpoint import CheckpointPart, Settings
 
 _LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
@@ -22,9 +23,10 @@ _LOG_VARIANCE_RANGE = (-30.0, 20.0)
 class _Half:
     """One half of a VAE (Kingma & Welling, 2014; Rombach et al., 2022)."""
 
-    def __init__(self, module: nn.Module, scaling_factor: float) -> None:
+    def __init__(self, module: nn.Module, scaling_factor: float, shift_factor: float = 0.0) -> None:
         self.module = module
         self.scaling_factor = scaling_factor
+        self.shift_factor = shift_factor
 
     @cached_property
     def _exact_module(self) -> nn.Module:
@@ -50,7 +52,8 @@ class VaeEncoder(_Half):
         """
         mean, log_variance = self._finite(_moments, images).chunk(2, dim=1)
         deviation = torch.exp(0.5 * log_variance.clamp(*_LOG_VARIANCE_RANGE))
-        return mean * self.scaling_factor, deviation * self.scaling_factor
+        mean = (mean - self.shift_factor) * self.scaling_factor
+        return mean, deviation * self.scaling_factor
 
 
 class VaeDecoder(_Half):
@@ -62,7 +65,7 @@ class VaeDecoder(_Half):
 
         Those that overflow the number format are decoded again in float32.
         """
-        return self._finite(_decoded, latents / self.scaling_factor).clamp(-1, 1)
+        return self._finite(_decoded, latents / self.scaling_factor + self.shift_factor).clamp(-1, 1)
 
 
 def _moments(vae: nn.Module, images: Tensor) -> Tensor:
@@ -85,17 +88,23 @@ def _decoded(vae: nn.Module, latents: Tensor) -> Tensor:
 
 def read_vae_encoder(part: CheckpointPart, device: torch.device, dtype: torch.dtype) -> VaeEncoder:
     """The encoder half of a VAE with its weights, frozen; the decoder's are not read."""
-    module = _read_without(("decoder", "post_quant_conv"), part, device, dtype)
-    return VaeEncoder(module, part.settings.get("scaling_factor", SCALING_FACTOR))
+    module = read_module(part, _autoencoder, device, dtype, without=("decoder", "post_quant_conv"))
+    return VaeEncoder(module, *_scale_and_shift(part.settings))
 
 
 def read_vae_decoder(part: CheckpointPart, device: torch.device, dtype: torch.dtype) -> VaeDecoder:
     """The decoder half of a VAE with its weights, frozen; the encoder's are not read."""
-    module = _read_without(("encoder", "quant_conv"), part, device, dtype)
-    return VaeDecoder(module, part.settings.get("scaling_factor", SCALING_FACTOR))
+    module = read_module(part, _autoencoder, device, dtype, without=("encoder", "quant_conv"))
+    return VaeDecoder(module, *_scale_and_shift(part.settings))
 
 
-def _read_without(children: Sequence[str], part: CheckpointPart, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def _scale_and_shift(settings: Settings) -> tuple[float, float]:
+    # diffusers' default, which is that of Stable Diffusion 1.x and 2.x.
+    return settings.get("scaling_factor", 0.18215), settings.get("shift_factor") or 0.0
+
+
+def _autoencoder(part: CheckpointPart) -> nn.Module:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    return read_module(part, lambda: AutoencoderKL.from_config(dict(part.settings)), device, dtype, without=children)
+    module: nn.Module = AutoencoderKL.from_config(dict(part.settings))
+    return module

@@ -1,4 +1,4 @@
-"""What kind of model a checkpoint is, told from tensor names and shapes or from a folder's configs."""
+"""Which version of Stable Diffusion a checkpoint is, from tensor names and shapes or from a folder's configs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from attrs import frozen
 
-from lorakit.checkpoints.kinds import Kind, kind_of_config, kind_of_tensors
-from lorakit.checkpoints.summary import CheckpointSummary, Shapes
+from lorakit.api.hookspecs import DetectedFamily
+from lorakit.checkpoints import CheckpointSummary, Shapes, kind_of
 
 _CONTEXT_KEY = "transformer_blocks.0.attn2.to_k.weight"
 _UNET = "model.diffusion_model."
@@ -119,32 +119,30 @@ def _folder_traits(configs: Mapping[str, Mapping[str, Any]]) -> Traits | None:
     )
 
 
-def describe(summary: CheckpointSummary) -> str:
-    """What a checkpoint is, in words that fit behind "is": `a Stable Diffusion XL model`."""
-    return _kind(summary).words
+def detect(summary: CheckpointSummary) -> DetectedFamily | None:
+    """What a checkpoint is called if it is any Stable Diffusion with a U-Net and a text encoder, else None.
 
-
-def advice(summary: CheckpointSummary) -> str:
-    """What to do with a checkpoint that is nothing to train on; empty where it is, or where nothing helps."""
-    return _kind(summary).advice
-
-
-def _kind(summary: CheckpointSummary) -> Kind:
+    Named are the families `sd1` and `sd2`; variants with other inputs, and SDXL, have a title only.
+    """
     traits = traits_of(summary)
-    if traits is not None and traits.text_encoders:
-        return _kind_of_model(traits)
-    return kind_of_config(summary.configs) if summary.kind == "folder" else kind_of_tensors(summary.tensors)
-
-
-def _kind_of_model(traits: Traits) -> Kind:
+    if traits is None or not traits.text_encoders:
+        return None
     if traits.version == "XL" and traits.context_dim == _REFINER_CONTEXT:
-        return Kind("the refiner of Stable Diffusion XL")
+        return DetectedFamily(None, "the refiner of Stable Diffusion XL")
     purpose = {4: "", 5: "depth-to-image", 7: "upscaling", 8: "image-editing", 9: "inpainting"}.get(
         traits.in_channels, "special"
     )
     # SDXL is conditioned on the image's size, all others on something special.
     purpose = purpose or traits.variety or ("special" if traits.conditioned and traits.version != "XL" else "")
-    if purpose == "":
-        return Kind(f"a Stable Diffusion {traits.version} model")
-    cure = "" if purpose in {"upscaling", "special"} else _PLAIN.format(purpose)
-    return Kind(f"a Stable Diffusion {traits.version} {purpose} model", cure)
+    if purpose:
+        cure = "" if purpose in {"upscaling", "special"} else _PLAIN.format(purpose)
+        return DetectedFamily(None, f"a Stable Diffusion {traits.version} {purpose} model", cure)
+    library = "open_clip" if traits.version == "2.x" and summary.kind != "folder" else "clip"
+    is_known = traits.text_encoders == (library,) and traits.linear_projection == (traits.version == "2.x")
+    name = {"1.x": "sd1", "2.x": "sd2"}.get(traits.version) if is_known else None
+    return DetectedFamily(name, f"a Stable Diffusion {traits.version} model")
+
+
+def recognise(summary: CheckpointSummary) -> DetectedFamily:
+    """What any checkpoint is called: a version of Stable Diffusion, or a file of another kind."""
+    return detect(summary) or kind_of(summary)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from attrs import field, frozen
 
@@ -32,29 +32,29 @@ def fetched(location: Location, files: Sequence[str]) -> Path:
     return location.fetch(files) if isinstance(location, HubModel) else location
 
 
-def vae_folder(location: Location) -> Literal["", "vae/"]:
-    """Where in a folder or Hub model the VAE is: it is one, or has one beside other parts."""
-    root = fetched(location, ["config.json", "vae/config.json"])
-    has_parts = (root / "vae" / "config.json").is_file() or not (root / "config.json").is_file()
-    return "vae/" if has_parts else ""
+def part_folder(location: Location, part: str) -> str:
+    """Where in a folder or Hub model a part is: in `vae/` beside other parts, or right there, which is empty."""
+    root = fetched(location, ["config.json", f"{part}/config.json"])
+    has_parts = (root / part / "config.json").is_file() or not (root / "config.json").is_file()
+    return f"{part}/" if has_parts else ""
 
 
-def vae_config(location: Location) -> Mapping[str, Any]:
-    """What the config says of a VAE in a folder or on the Hub; a `ModelError` if there is none."""
-    file = fetched(location, ["config.json", "vae/config.json"]) / vae_folder(location) / "config.json"
+def part_config(location: Location, part: str, title: str) -> Mapping[str, Any]:
+    """What the config says of a part in a folder or on the Hub; a `ModelError` if there is none."""
+    file = fetched(location, ["config.json", f"{part}/config.json"]) / part_folder(location, part) / "config.json"
     if not file.is_file():
-        raise ModelError(f"{location} holds no VAE as diffusers stores it: there is no vae/config.json in it")
+        raise ModelError(f"{location} holds no {title} as diffusers stores it: there is no {part}/config.json in it")
     return read_json(file)
 
 
-def find_weights(location: Location, folder: str, names: Sequence[str], words: str) -> tuple[Path, Weights]:
+def find_weights(location: Location, folder: str, names: Sequence[str], title: str) -> tuple[Path, Weights]:
     """The config and the weights of a part in a subfolder; `names` are those that its weights may have, best first.
 
     Files of a Hub model are fetched one by one until there is one. A `ModelError` if something is missing.
     """
     config = fetched(location, [f"{folder}config.json"]) / folder / "config.json"
     if not config.is_file():
-        raise ModelError(f"{config.parent} has no config.json, so there is no {words} in it")
+        raise ModelError(f"{config.parent} has no config.json, so there is no {title} in it")
     for name in _candidates(names):
         file = fetched(location, [f"{folder}config.json", folder + name]) / folder / name
         if file.is_file():
