@@ -200,7 +200,7 @@ class DiffusionModel(Protocol):
         ...
 
     def metadata(self) -> Mapping[str, str]:
-        """Metadata of LoRA files about their base model, such as `ss_base_model_version` and `modelspec.architecture`."""
+        """Metadata of LoRA files about their base model, such as `modelspec.architecture`."""
         ...
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
