@@ -20,8 +20,11 @@ _LONGEST_JSON = 2**24
 _LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors",
                "pytorch_lora_weights.bin")  # fmt: skip
 _TELLING_CONFIGS = (
-    "model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json",
+    "model_index.json", "unet/config.json", "transformer/config.json", "vae/config.json",
+    "scheduler/scheduler_config.json",
 )  # fmt: skip
+_DENOISERS = {"unet", "transformer"}
+"""What diffusers calls the folder of the denoiser."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of each tensor, by name."""
@@ -89,15 +92,15 @@ def _folder_summary(folder: Path) -> CheckpointSummary:
     files = {file.parent.name: file for file in sorted(folder.glob("*/*config.json")) if _is_config(file)}
     if (folder / "model_index.json").is_file():
         files["model_index"] = folder / "model_index.json"
-    if not {"model_index", "unet"} & files.keys() and (folder / "config.json").is_file():
+    if not {"model_index", *_DENOISERS} & files.keys() and (folder / "config.json").is_file():
         files["config"] = folder / "config.json"
     lora = next((name for name in _LORA_FILES if (folder / name).is_file()), None)
     if lora and not files:
         raise ModelError(f"{folder} contains a LoRA, {lora}, and no base model; network.weights takes that file")
-    if not {"model_index", "unet", "config"} & files.keys():
+    if not {"model_index", "config", *_DENOISERS} & files.keys():
         raise ModelError(
             f"{folder} contains no model: there is no model_index.json and no unet/config.json in it; "
-            "give the folder that has the subfolders unet, vae and text_encoder, or the path of a file"
+            "give the folder that has subfolders such as unet, vae and text_encoder, or the path of a file"
         )
     return CheckpointSummary(folder, "folder", configs={part: read_json(file) for part, file in files.items()})
 

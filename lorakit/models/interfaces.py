@@ -1,4 +1,4 @@
-"""What the engine asks of a base model, whatever its family.
+"""What training needs of a base model, whatever its family.
 
 Shapes: B images in a micro-batch, C latent channels, h and w latent sides, H and W image sides in
 pixels.
@@ -18,10 +18,10 @@ from lorakit.diffusion.process import NoiseProcess
 from lorakit.models.weights.placement import TensorSlice
 
 Conditioning = Mapping[str, Tensor]
-"""What the denoiser is told about each image, by name; every tensor's first side is B."""
+"""Inputs of the denoiser for each image besides latents and timestep, by name; every tensor's first side is B."""
 
 Tokens = Mapping[str, Tensor]
-"""What a text encoder reads of each caption, by name; every tensor's first side is B."""
+"""Inputs of a text encoder for each caption, by name; every tensor's first side is B."""
 
 EncoderName = Literal["vae_encoder", "text_encoder"]
 """What encodes images or captions once, before a run trains, as models of all families call it."""
@@ -104,9 +104,9 @@ class TextEncoder(Protocol):
     """Turns captions into conditioning."""
 
     def tokenize(self, captions: Sequence[str], weighted: bool = False) -> Tokens:
-        """The captions as `encode` takes them, on the CPU; truncates what is longer than the model is set to.
+        """The captions as `encode` takes them, on the CPU; truncated to the model's longest length.
 
-        With `weighted`, brackets are no words but say how much those in them count (`lorakit.models.prompt_weights`).
+        With `weighted`, brackets weight the words in them (`lorakit.models.prompt_weights`).
         """
         ...
 
@@ -116,7 +116,7 @@ class TextEncoder(Protocol):
 
 
 class Memo(Protocol):
-    """Remembers what was computed from a file."""
+    """A cache of what was computed from files."""
 
     def get_or_compute(self, path: Path, name: str, compute: Callable[[], str]) -> str:
         """What `compute` returns, computed once per name for as long as the file's size and time stay the same."""
@@ -124,14 +124,14 @@ class Memo(Protocol):
 
 
 class DiffusionModel(Protocol):
-    """A base model whose parts are read when first asked for and can be freed one by one."""
+    """A base model whose parts are read on first use and can be freed one by one; `lorakit.models.base` has a base."""
 
     noise: NoiseProcess
     memo: Memo
-    """Remembers hashes of files; one that outlives the process makes the next start faster."""
+    """Caches hashes of files; a persistent one makes the next start faster."""
 
     def fingerprint(self, part: EncoderName) -> str:
-        """A short key of all that the part's output depends on, from weights to settings; reads no weights twice."""
+        """A short key of all that the encoder's output depends on, from weights to settings; cached in `memo`."""
         ...
 
     @property
@@ -155,7 +155,7 @@ class DiffusionModel(Protocol):
         ...
 
     def free(self, part: EncoderName | Literal["vae_decoder"]) -> None:
-        """Forget a part's weights; it is read again if it is asked for again."""
+        """Free an encoder or decoder; it is read again on the next use."""
         ...
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
@@ -163,7 +163,7 @@ class DiffusionModel(Protocol):
         ...
 
     def targets(self, parts: Sequence[str]) -> list[AdaptationTarget]:
-        """The layers of these parts that can be adapted, in a fixed order: text encoder first, then the U-Net."""
+        """The layers of these parts that can be adapted, in a fixed order: text encoders first, then the denoiser."""
         ...
 
     def use_attention(self, backend: AttentionBackend) -> None:
@@ -171,7 +171,7 @@ class DiffusionModel(Protocol):
         ...
 
     def quantize(self, formats: Mapping[str, str]) -> None:
-        """Keep the weights of the layers that can be adapted in fewer bits.
+        """Quantize the weights of the adaptable layers of some parts; other parts are not quantized from now on.
 
         `formats` maps parts to names in `lorakit.models.memory.weight_formats.FORMATS`.
         """
@@ -182,13 +182,13 @@ class DiffusionModel(Protocol):
         ...
 
     def use_channels_last(self, on: bool) -> None:
-        """Keep images in the denoiser with channels last in memory, or first; results are the same but for rounding."""
+        """Use channels-last memory format in the denoiser, or the default one; results differ by rounding only."""
         ...
 
     def stream(self, parts: Sequence[str]) -> None:
-        """Keep the weights of the layers of these parts that can be adapted in the host's memory.
+        """Keep the weights of the adaptable layers of these parts in CPU RAM (block swap).
 
-        They are copied to the device ahead of their use, in the form that `quantize` has given them.
+        They are copied to the device ahead of their use, quantized where `quantize` asks for it.
         """
         ...
 
@@ -200,7 +200,7 @@ class DiffusionModel(Protocol):
         ...
 
     def metadata(self) -> Mapping[str, str]:
-        """What LoRA files say about their base model: `ss_base_model_version`, `modelspec.architecture`, and so on."""
+        """Metadata of LoRA files about their base model, such as `modelspec.architecture`."""
         ...
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:

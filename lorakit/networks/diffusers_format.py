@@ -15,10 +15,10 @@ _KNOWN = {"lora_down.weight", "lora_up.weight", "alpha", "dora_scale"}
 
 
 def to_diffusers(tensors: Mapping[str, Tensor], paths: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors of a LoRA or DoRA file as `StableDiffusionPipeline.load_lora_weights` takes them.
+    """The tensors of a LoRA or DoRA file as `load_lora_weights` of diffusers' pipelines takes them.
 
-    `paths` gives each layer's place in a pipeline, `unet.mid_block.…`, by its key in LoRA files. Raises `AdapterError`
-    for layers whose place is not known, and for other algorithms.
+    `paths` gives each layer's path in a pipeline, `unet.mid_block.…`, by its key in LoRA files. Raises `AdapterError`
+    for layers whose path is not known, and for other algorithms.
     """
     converted: dict[str, Tensor] = {}
     for key in dict.fromkeys(name.partition(".")[0] for name in tensors):
@@ -26,7 +26,7 @@ def to_diffusers(tensors: Mapping[str, Tensor], paths: Mapping[str, str]) -> dic
         if other := sorted(own.keys() - _KNOWN):
             raise AdapterError(f"{key}.{other[0]} is no part of a LoRA; diffusers' layout has nothing like it")
         if not paths.get(key):
-            raise AdapterError(f"{key} is at a place that diffusers' pipelines have no name for")
+            raise AdapterError(f"{key} is a layer that diffusers' pipelines have no name for")
         down, up = own["lora_down.weight"], own["lora_up.weight"]
         scale = own["alpha"].float() / len(down)
         converted[f"{paths[key]}.lora_A.weight"] = down
@@ -44,4 +44,4 @@ def _magnitude_name(path: str) -> str:
     starts them anew; PEFT takes either name.
     """
     name = f"{path}.lora_magnitude_vector"
-    return name if path.startswith("unet.") else f"{name}.weight"
+    return f"{name}.weight" if path.startswith("text_encoder") else name

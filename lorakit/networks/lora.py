@@ -1,4 +1,4 @@
-"""LoRA: a low-rank update beside a frozen layer, y = W·x + b + (alpha/rank)·U·(D·x).
+"""LoRA: a low-rank update of a frozen layer, y = W·x + b + (alpha/rank)·U·(D·x).
 
 Hu et al., 2021, arXiv:2106.09685.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import AdapterError
 from lorakit.models.interfaces import AdaptationTarget
-from lorakit.models.memory.layers import is_adaptable
+from lorakit.models.memory.quantization import is_adaptable
 from lorakit.networks.dropout import AdapterDropout, DropoutRates, NetworkDropout
 from lorakit.networks.lora_function import DropoutMask, low_rank_operation
 from lorakit.networks.network import AdapterModule, Network
@@ -32,7 +32,7 @@ class LoRAModule(AdapterModule):
     """
 
     def __init__(self, key: str, base: nn.Module, rank: int, alpha: float, file_alpha: float | None = None) -> None:
-        """An adapter with no effect yet; `file_alpha` is the alpha that files hold, if it is another one.
+        """An adapter with no effect yet; `file_alpha` is the alpha in files, where it differs.
 
         Raises `AdapterError` for layers of other kinds.
         """
@@ -70,12 +70,12 @@ class LoRAModule(AdapterModule):
         self.draw_mask = dropout.mask
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """Both factors and alpha, a number."""
+        """Both matrices and alpha."""
         alpha = torch.tensor(self.alpha, dtype=torch.float32)
         return {"lora_down.weight": self.lora_down, "lora_up.weight": self.lora_up, "alpha": alpha}
 
     def export_state(self) -> dict[str, Tensor]:
-        """Both factors and the alpha of the file; what it lacks or has too much is in the up factor."""
+        """Both matrices and the file's alpha; the up matrix makes up for the difference."""
         tensors = self.adapter_state()
         if self.file_alpha != self.alpha:
             tensors["lora_up.weight"] = self.lora_up * (self.alpha / self.file_alpha)
@@ -93,7 +93,7 @@ class LoRAModule(AdapterModule):
 
     @torch.no_grad()
     def load_adapter_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over all but alpha; where the file has another one, what that changes goes into the up factor."""
+        """Load the matrices; where the file has another alpha, the up matrix makes up for the difference."""
         super().load_adapter_state(tensors)
         factor = self._meant(tensors["alpha"].item()) / self.alpha
         if factor != 1:

@@ -1,4 +1,4 @@
-"""Adapters in the places of a base model's layers, and the network that all of them make up.
+"""Adapters that replace layers of a base model, and the network of all of them.
 
 Another algorithm than LoRA is a subclass of `AdapterModule` with `initialize`, `forward` and
 `tensors`, and a network config whose `build` returns `Network(targets, make).attach()`.
@@ -38,9 +38,9 @@ def torch_groups(groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:
 
 
 class AdapterModule(nn.Module):
-    """One adapter: takes the place of a layer of the base model, and keeps that layer, frozen.
+    """One adapter: replaces a layer of the base model and holds that layer, frozen.
 
-    Its parameters stay float32 whatever number format the model around it is put in.
+    Its parameters stay float32 whatever dtype the model around it is converted to.
     """
 
     derivable: ClassVar[frozenset[str]] = frozenset()
@@ -57,15 +57,15 @@ class AdapterModule(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """The base layer's output plus `multiplier` times what was learnt; with 0 the base's output, bit for bit."""
+        """The base layer's output plus `multiplier` times the update; with 0 the base's output, bit for bit."""
         raise NotImplementedError
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """All that is learnt, exactly, by suffix as in a file: `lora_down.weight`; the trained ones are no copies."""
+        """The exact state by suffix as in a file, `lora_down.weight`; trained parameters themselves, not copies."""
         raise NotImplementedError
 
     def export_state(self) -> dict[str, Tensor]:
-        """What a LoRA file holds: `tensors`, or others of the same effect that more tools understand."""
+        """What a LoRA file holds: `adapter_state`, or equivalent tensors that more tools understand."""
         return self.adapter_state()
 
     def shape_mismatch(self, tensors: Mapping[str, Tensor]) -> str:
@@ -78,7 +78,7 @@ class AdapterModule(nn.Module):
 
     @torch.no_grad()
     def load_adapter_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over tensors, by suffix, that have no `misfit`."""
+        """Load tensors, by suffix, that have no `shape_mismatch`."""
         for suffix, own in self.adapter_state().items():
             own.copy_(tensors[suffix])
 
@@ -118,13 +118,13 @@ class Network(nn.Module):
         self._multiplier = 1.0
 
     def attach(self) -> Self:
-        """Put the adapters in the places of their layers."""
+        """Replace the layers by their adapters."""
         for target, adapter in zip(self._targets, self._by_key.values(), strict=True):
             target.replace(adapter)
         return self
 
     def detach(self) -> None:
-        """Put the base model's own layers back."""
+        """Restore the base model's layers."""
         for target, adapter in zip(self._targets, self._by_key.values(), strict=True):
             target.replace(adapter.base)
 
@@ -134,12 +134,12 @@ class Network(nn.Module):
             adapter.initialize(seed)
 
     def begin_batch(self, sample_seeds: Tensor) -> None:
-        """Be told, before a training micro-batch of B images, their seeds, int64 [B], for whatever is random in it."""
+        """Called before a micro-batch of B images with their seeds, int64 [B], from which all randomness follows."""
 
     def on_optimizer_step(self) -> Mapping[str, Tensor]:
-        """Be told that the optimizer has moved the parameters; gives numbers for logs, scalars on the device.
+        """Called after each optimizer step; returns values for logs by curve name, scalars on the device.
 
-        The names are those of curves: `norm/avg_key_norm`. Nothing in here should wait for the device.
+        Must not wait for the device. A name is `norm/avg_key_norm`.
         """
         return {}
 
@@ -161,7 +161,7 @@ class Network(nn.Module):
 
     @property
     def paths(self) -> Mapping[str, str]:
-        """The place in a pipeline of diffusers of each layer that has an adapter, by its key in LoRA files."""
+        """The path in a pipeline of diffusers of each layer with an adapter, by its key in LoRA files."""
         return {target.key: target.diffusers_path for target in self._targets}
 
     def parameters_of(self, part: str) -> tuple[nn.Parameter, ...]:
@@ -189,7 +189,7 @@ class Network(nn.Module):
         return f"{target.part}_{number + 1}" if number is not None and len(encoders) > 1 else target.part, 1.0
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """All that is learnt, exactly, by key: float32 copies on the CPU."""
+        """The exact state by key: float32 copies on the CPU."""
         return _copies({key: adapter.adapter_state() for key, adapter in self._by_key.items()})
 
     def export_state(self) -> dict[str, Tensor]:
@@ -197,7 +197,7 @@ class Network(nn.Module):
         return _copies({key: adapter.export_state() for key, adapter in self._by_key.items()})
 
     def load_adapter_state(self, tensors: Mapping[str, Tensor], origin: str = "The LoRA file") -> None:
-        """Take over what `tensors` or `export_state` gave; `origin` is what error messages call the file.
+        """Load what `adapter_state` or `export_state` returned; `origin` is what error messages call the file.
 
         Raises `AdapterError`, before anything is changed, unless all fit and none is missing or left over.
         """
@@ -215,7 +215,7 @@ class Network(nn.Module):
         by_adapter = self._by_adapter(tensors)
         if mismatches := list(self._misfits(by_adapter)):
             raise AdapterError(
-                f"{origin} does not fit this network.{_some('Misfits', mismatches)}"
+                f"{origin} does not fit this network.{_some('Mismatches', mismatches)}"
                 " Set the [network] options as the file was trained."
             )
         for key, adapter in self._by_key.items():

@@ -13,8 +13,7 @@ from lorakit.models.families.sd.model import StableDiffusion
 from lorakit.models.families.sd.unet.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from lorakit.models.families.sd.unet.transformer import Transformer2DModel
 from lorakit.models.memory.block_swap import BlockSwapper, Group, stream, streamed_bytes
-from lorakit.models.memory.layers import is_adaptable
-from lorakit.models.memory.quantization import QuantizedLayer, quantize
+from lorakit.models.memory.quantization import QuantizedLayer, is_adaptable, quantize
 from lorakit.models.memory.weight_formats import FORMATS
 from lorakit.networks.lora import LoRAModule
 from tests.models.building import stable_diffusion
@@ -94,21 +93,21 @@ def test_a_weight_that_was_asked_for_stays_what_it_is() -> None:
 
 
 class Watched(BlockSwapper):
-    """A conveyor that notes which groups are copied, and whether that was on demand."""
+    """A swapper that notes which groups are copied, and whether that was on demand."""
 
     def __init__(self, groups: list[Group]) -> None:
         super().__init__(groups, CPU)
         self.copies: list[tuple[int, bool]] = []
         self._all = groups
 
-    def _sent_for(self, group: Group) -> object:
-        if not any(place.group is group for place in self._places):
+    def _prefetch(self, group: Group) -> object:
+        if not any(place.group is group for place in self._slots):
             self.copies.append((self._all.index(group), group is self._current))
-        return super()._sent_for(group)
+        return super()._prefetch(group)
 
 
 def watched(count: int) -> tuple[Watched, list[Group]]:
-    """A conveyor for groups of a layer each."""
+    """A swapper for groups of a layer each."""
     made = [nn.Linear(4, number + 1) for number in range(count)]
     stream([[layer] for layer in made], CPU)
     groups = [layer.source.group for layer in made]
@@ -117,38 +116,38 @@ def watched(count: int) -> tuple[Watched, list[Group]]:
 
 def test_groups_are_copied_once_on_each_way_and_ahead() -> None:
     """In the second step, on the way there and back, each group but those at the turns is copied, before its use."""
-    conveyor, groups = watched(5)
+    swapper, groups = watched(5)
     there_and_back = [*groups, *groups[::-1]]
     for group in there_and_back:
-        conveyor.bring(group)
-    assert all(on_demand for _, on_demand in conveyor.copies[:5])
-    conveyor.copies.clear()
+        swapper.fetch(group)
+    assert all(on_demand for _, on_demand in swapper.copies[:5])
+    swapper.copies.clear()
     for group in there_and_back:
-        conveyor.bring(group)
-    assert conveyor.copies == [(index, False) for index in (2, 3, 4, 2, 1, 0)]
+        swapper.fetch(group)
+    assert swapper.copies == [(index, False) for index in (2, 3, 4, 2, 1, 0)]
 
 
 def test_another_order_is_learnt() -> None:
     """Where only the way there is taken, as in previews, all are soon copied ahead, the first ones too."""
-    conveyor, groups = watched(4)
+    swapper, groups = watched(4)
     for group in [*groups, *groups[::-1]]:
-        conveyor.bring(group)
+        swapper.fetch(group)
     demanded = []
     for _ in range(3):
-        conveyor.copies.clear()
+        swapper.copies.clear()
         for group in groups:
-            conveyor.bring(group)
-        demanded.append([index for index, on_demand in conveyor.copies if on_demand])
+            swapper.fetch(group)
+        demanded.append([index for index, on_demand in swapper.copies if on_demand])
     assert demanded == [[], [0, 1], []]
-    assert {index for index, _ in conveyor.copies} == {0, 1, 2, 3}
+    assert {index for index, _ in swapper.copies} == {0, 1, 2, 3}
 
 
 def test_a_single_group_is_copied_once() -> None:
     """What fits into the one place stays there."""
-    conveyor, (group,) = watched(1)
+    swapper, (group,) = watched(1)
     for _ in range(3):
-        conveyor.bring(group)
-    assert conveyor.copies == [(0, True)]
+        swapper.fetch(group)
+    assert swapper.copies == [(0, True)]
 
 
 def test_groups_of_stable_diffusion(tiny_file: Path) -> None:

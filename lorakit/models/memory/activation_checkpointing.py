@@ -1,4 +1,4 @@
-"""Blocks that compute their activations again in the backward pass instead of keeping them.
+"""Activation checkpointing: blocks recompute their activations in the backward pass instead of keeping them.
 
 Chen et al., 2016, arXiv:1604.06174, for some of a denoiser's blocks: those that keep the most bytes, as blocks that
 see large images do, are worth the time of computing them twice.
@@ -22,17 +22,17 @@ class CheckpointedBlock(nn.Module):
     What is recomputed is the call, not `forward`, so that a compiled block stays one graph.
     """
 
-    choice: Choice | None = None
+    selection: SelectiveCheckpointing | None = None
     """Which blocks recompute; None if none does."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What `forward` gives."""
-        run, choice = super().__call__, self.choice
-        if choice is None or not torch.is_grad_enabled():
+        run, selection = super().__call__, self.selection
+        if selection is None or not torch.is_grad_enabled():
             return run(*args, **kwargs)
-        if choice.is_open(self):
-            choice.note(self, bytes_kept(self, partial(run, *args, **kwargs), (*args, *kwargs.values())))
-        elif self not in choice:
+        if selection.is_open(self):
+            selection.note(self, bytes_kept(self, partial(run, *args, **kwargs), (*args, *kwargs.values())))
+        elif self not in selection:
             return run(*args, **kwargs)
         # Imports the compiler, which takes longer than all else that a run imports.
         from torch.utils.checkpoint import checkpoint
@@ -56,9 +56,9 @@ def checkpoint_blocks(blocks: Sequence[CheckpointedBlock], share: float = 1.0) -
     With a share below 1, only that share of the blocks does so, rounded up: those that keep the most. How much that is
     shows when they first run with gradients; until then, each recomputes. The same blocks may be given another share.
     """
-    choice = Choice(share, len(blocks))
+    selection = SelectiveCheckpointing(share, len(blocks))
     for block in blocks:
-        block.choice = choice
+        block.selection = selection
 
 
 def bytes_kept(block: nn.Module, run: Callable[[], object], inputs: Sequence[object]) -> int:
@@ -85,7 +85,7 @@ def bytes_kept(block: nn.Module, run: Callable[[], object], inputs: Sequence[obj
     return sum(size for storage, size in kept.items() if storage not in without)
 
 
-class Choice:
+class SelectiveCheckpointing:
     """Which of some blocks recompute."""
 
     def __init__(self, share: float, blocks: int) -> None:

@@ -1,4 +1,4 @@
-"""How images lie in memory: the channels of a pixel next to each other, or the pixels of a channel."""
+"""Channels-last (NHWC) memory format for images."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 def use_channels_last(module: nn.Module, on: bool) -> None:
-    """Keep the weights of all convolutions in a module with channels last in memory, or first.
+    """Convert the weights of all convolutions in a module to channels-last memory format, or to the default one.
 
-    What a convolution puts out then lies so too. Weights that are made anew for each use stay as they are.
+    Their outputs then have it too. Quantized weights stay as they are.
     """
     memory_format = torch.channels_last if on else torch.contiguous_format
     for layer in module.modules():
@@ -19,6 +19,6 @@ def use_channels_last(module: nn.Module, on: bool) -> None:
 
 
 def memory_format_of(image: Tensor) -> torch.memory_format:
-    """How an image [B, C, h, w] lies in memory; with channels first where both can be said of it."""
+    """The memory format of an image [B, C, h, w]; the default one where it is contiguous in both."""
     is_last = image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
     return torch.channels_last if is_last else torch.contiguous_format

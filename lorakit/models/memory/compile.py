@@ -12,22 +12,22 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-MOST_VARIANTS = 256
+MAX_VARIANTS = 256
 """How often a kind of block may be compiled: for each size, with and without gradients, and so on."""
 
 
 def compile_blocks(module: nn.Module, kinds: Sequence[type[nn.Module]], backend: str | None) -> None:
-    """Let blocks of these kinds inside a module, with all that is in them then, be compiled when they first run.
+    """Let torch.compile compile the blocks of these kinds in a module, with all that is in them, on their first run.
 
-    Without a backend they run as they are written, whatever was said before.
+    With None for the backend they run eagerly again.
     """
     blocks = [block for block in module.modules() if isinstance(block, tuple(kinds))]
     if backend is None:
         for block in blocks:
             block._compiled_call_impl = None
         return
-    torch._dynamo.config.recompile_limit = MOST_VARIANTS
-    torch._dynamo.config.accumulated_recompile_limit = 4 * MOST_VARIANTS
+    torch._dynamo.config.recompile_limit = MAX_VARIANTS
+    torch._dynamo.config.accumulated_recompile_limit = 4 * MAX_VARIANTS
     for block in blocks:
         block.compile(backend=backend)
 

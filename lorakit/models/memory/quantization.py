@@ -1,9 +1,9 @@
-"""Frozen layers whose weights take fewer bits or are kept elsewhere, made whole where they are used."""
+"""Frozen layers whose weights are quantized or offloaded, and restored where they are used."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Self, cast
+from typing import Any, Self, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -12,31 +12,37 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
-from lorakit.models.memory.layers import is_adaptable
 from lorakit.models.memory.weight_formats import FORMATS, WeightFormat
 
 
+def is_adaptable(layer: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
+    """Whether a layer is linear or a 2-D convolution that is ungrouped and padded with zeros, if at all."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return isinstance(layer, nn.Linear)
+
+
 class QuantizedLayer(nn.Module):
-    """A layer that keeps its weight in another form or place, and makes it anew whenever it is asked for."""
+    """A layer that stores its weight in another format or place, and restores it at each use."""
 
     format: WeightFormat
-    """The form."""
+    """How the weight is stored."""
     shape: tuple[int, ...]
     """The weight's shape, [out, …]."""
     dtype: torch.dtype
-    """The number format to compute in."""
+    """The dtype to compute in."""
     source: Callable[[], Mapping[str, Tensor]] | None = None
-    """Brings what is kept of the weight to the device, for use at once; None where the layer has it as buffers."""
+    """Copies the stored tensors to the device, for immediate use; None where the layer has them as buffers."""
 
     def store(self, weight: Tensor, device: torch.device, weight_format: WeightFormat) -> None:
-        """Keep this weight, in that form, on that device."""
+        """Store this weight in a format, on a device."""
         self.format, self.shape, self.dtype = weight_format, tuple(weight.shape), weight.dtype
         for name, tensor in weight_format.pack(weight.detach().to(device)).items():
             self.register_buffer(name, tensor)
 
     @property
     def weight(self) -> Tensor:
-        """The weight in the format to compute in; a new tensor each time, so changing it changes nothing."""
+        """The weight in the dtype to compute in; a new tensor each time, so changing it has no effect."""
         kept = self._buffers if self.source is None else self.source()
         return self.format.unpack(kept, self.shape, self.dtype)  # type: ignore[arg-type]
 
@@ -50,7 +56,7 @@ class QuantizedLayer(nn.Module):
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[override]
-    """A linear layer, frozen, whose weight is kept in another form."""
+    """A frozen linear layer whose weight is stored in another format."""
 
     def forward(self, x: Tensor) -> Tensor:
         """What the linear layer puts out, [..., out], for [..., in]; differentiable in x."""
@@ -59,7 +65,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[override]
 
 
 class QuantizedConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[override]
-    """A plain 2-D convolution, frozen, whose weight is kept in another form."""
+    """A frozen 2-D convolution whose weight is stored in another format."""
 
     def forward(self, x: Tensor) -> Tensor:
         """What the convolution puts out, [B, out, h', w'], for [B, in, h, w]; differentiable in x."""
@@ -68,15 +74,15 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[override]
 
 
 def quantize(layer: nn.Module, weight_format: str, device: torch.device) -> None:
-    """Make a layer one that keeps its weight in a form of `FORMATS`, on that device; it computes in the format it had.
+    """Let a layer store its weight in one of `FORMATS`, on that device; it computes in the dtype it had.
 
-    A layer that is neither linear nor a plain convolution, and one that keeps its weight so already, stays as it is.
+    Layers that are not adaptable, and those that are quantized already, stay as they are.
     """
     convert_layer(layer, FORMATS[weight_format], device)
 
 
 def convert_layer(layer: nn.Module, weight_format: WeightFormat, device: torch.device) -> None:
-    """Make a layer one that keeps its weight in that form, on that device, as `quantize` does."""
+    """Let a layer store its weight in that format, on that device, as `quantize` does."""
     if not is_adaptable(layer) or isinstance(layer, QuantizedLayer):
         return
     weight = layer.weight
@@ -87,7 +93,7 @@ def convert_layer(layer: nn.Module, weight_format: WeightFormat, device: torch.d
 
 
 class _Linear(Function):
-    """Keeps nothing for the backward pass but the layer: autograd by itself would keep the whole weight."""
+    """Saves nothing for the backward pass but the layer; autograd alone would save the whole weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:

@@ -1,4 +1,4 @@
-"""Forms of frozen weights that take fewer bits than the number format to compute in.
+"""Formats of quantized weights.
 
 Shapes: a weight is [out, …]; blocks are what is left of the weight, flattened, when it is cut into pieces of 64.
 """
@@ -21,14 +21,14 @@ _BLOCK = 64
 
 
 class WeightFormat(Protocol):
-    """A way to keep weights, and to get them back, nearly."""
+    """A way to store weights, and to restore them approximately."""
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        """What to keep of weights, by name, on their device."""
+        """The tensors to store of a weight, by name, on its device."""
         ...
 
     def unpack(self, kept: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Weights of this shape in the number format `dtype`, a new tensor, from what was kept of them."""
+        """The weight of this shape in `dtype`, a new tensor, from the stored tensors."""
         ...
 
 
@@ -42,9 +42,9 @@ class PerChannel:
     """
 
     dtype: torch.dtype
-    """The number format of one byte."""
+    """The dtype of one byte."""
     largest: float
-    """The largest number to use of it."""
+    """The largest of its numbers to use."""
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         """`stored`, the weight divided by its scale, [out, …], and `scale`, float32 [out, 1, …]."""
@@ -85,14 +85,14 @@ class NormalFloat4:
 
 
 class Unquantized:
-    """All bits of each weight, in the number format that it has."""
+    """The weight itself, in its dtype."""
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         """`stored`, the weight itself."""
         return {"stored": weight}
 
     def unpack(self, kept: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:  # noqa: ARG002
-        """A copy, since what is kept may be there for a moment only."""
+        """A copy, as the stored tensor may be overwritten at any time."""
         return kept["stored"].to(dtype, copy=True)
 
 
@@ -114,4 +114,4 @@ FORMATS: Mapping[str, WeightFormat] = {
     "int8": PerChannel(torch.int8, 127),
     "nf4": NormalFloat4(),
 }
-"""The forms by their names in configs."""
+"""The formats by their names in configs."""

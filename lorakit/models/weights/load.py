@@ -1,4 +1,4 @@
-"""Reads weights from files: mapped into memory, once, straight to the device and number format asked for."""
+"""Reads weights from memory-mapped files, once, straight to the right device and dtype."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lorakit.errors import ModelError
 from lorakit.models.weights.placement import TensorRef
 
 ReadTensor = Callable[[TensorRef], Tensor]
-"""The tensor at that place, on the CPU, in the file's number format; its bytes are read when they are used."""
+"""The tensor at that place, on the CPU, in the file's dtype; its bytes are read when they are used."""
 
 EditTensor = Callable[[str, Tensor], Tensor]
-"""A tensor of a module, by its name there, as it is to be used, in any number format; made from the file's."""
+"""Given a tensor's name in the module and its value in the file, the value to use, in any dtype."""
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -117,9 +117,9 @@ def load_weights(
 ) -> None:
     """Fill a module that has no weights from a file or several; `names` has the place there of each of its tensors.
 
-    `edit` may change each tensor, on the device, before it is put in the number format `dtype`. The module is frozen
-    and in evaluation mode afterwards. On the CPU, tensors that are stored in the number format asked for stay views of
-    the mapped file: they take no memory of their own.
+    `edit` may change each tensor, on the device, before it is converted to `dtype`. The module is frozen and in
+    evaluation mode afterwards. On the CPU, tensors that are stored in `dtype` stay views of the mapped file: they take
+    no further memory.
     """
     read = open_tensors(file)
     state = {}
