@@ -85,7 +85,8 @@ def saved_by_autograd(prepared: PreparedRun) -> int:
             return tensor
 
         with saved_tensors_hooks(note, lambda tensor: tensor):
-            conditioning = conditioning_of(batch, model, network, config.trained_parts)
+            network.begin_batch(batch.sample_seeds)
+            conditioning = conditioning_of(batch, model, config.trained_parts)
             loss = denoising_loss(model, batch, conditioning, config.loss)
         storages = [storage() for key, storage in seen.items() if key not in known]
         total = sum(storage.nbytes() for storage in storages if storage is not None)
