@@ -131,6 +131,8 @@ class ModelFamilyConfig(Component):
     """How the blocks of its denoiser are numbered; None where they are not."""
     title: ClassVar[str] = ""
     """What people call it, such as `Stable Diffusion 1.x`; its name when empty."""
+    supports_weighted_captions: ClassVar[bool] = True
+    """Whether its text encoders can weight words of captions, as `data.weighted_captions` asks for."""
     adapter_title: ClassVar[str] = ""
     """What `lorakit.checkpoints.lora_kinds` calls the models that LoRA files are for, where that is this family; when
     empty, that is not checked."""
