@@ -28,7 +28,7 @@ class WideConfig(ModelFamilyConfig):
     name = "wide"
     title = "Wide"
     size_multiple = 16
-    weights_captions = False
+    supports_weighted_captions = False
 
     @property
     def noise_process(self):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import tomlkit
 
@@ -623,7 +624,7 @@ DOUBTFUL: list[tuple[Tables, str, str]] = [
     ({"optimizer": {"name": "adamw8bit", "unet_lr": 0.02}}, "optimizer.lr", "0.02 is far too high"),
     ({"optimizer": {"name": "lion", "lr": 4e-3}}, "optimizer.lr", "3e-05 is usual"),
     ({"network": {"rank": 1000, "alpha": 1000.0}}, "network.rank", "4 to 128 are usual"),
-    ({"network": {"rank": 64, "alpha": 0.001}}, "network.alpha", "multiplies what is learnt by 1.6e-05"),
+    ({"network": {"rank": 64, "alpha": 0.001}}, "network.alpha", "multiplies the updates by 1.6e-05"),
     (
         {"lr_scheduler": {"name": "cosine", "warmup_steps": 100}, "training": {"max_steps": 100}},
         "lr_scheduler.warmup_steps", "as long as the run of 100 steps",
@@ -661,3 +662,17 @@ def test_settings_that_hardly_learn(
 def test_settings_that_learn(read: Callable[[Tables], TrainConfig], tables: Tables, changes: Tables) -> None:
     """What is usual, or may well be meant, is not warned of."""
     assert not list(read({**tables, **changes}).warnings())
+
+
+def test_weighted_captions_need_a_family_that_has_them(read: Callable[[Tables], TrainConfig], tables: Tables) -> None:
+    """They are refused with a family whose text encoders cannot weight words, and with no other."""
+    config = read(tables)
+    settings = {"supports_weighted_captions": False, "name": "plain", "__module__": __name__}
+    family = type("Plain", (type(config.model),), settings)
+    plain = attrs.evolve(config, model=attrs.frozen(kw_only=True)(family)(path=config.model.path))
+    weighted = attrs.evolve(plain, data=attrs.evolve(plain.data, weighted_captions=True))
+    assert not list(plain.problems())
+    assert [str(problem) for problem in weighted.problems()] == [
+        "data.weighted_captions: cannot be used with plain (leave it out)"
+    ]
+    assert not list(attrs.evolve(config, data=weighted.data).problems())

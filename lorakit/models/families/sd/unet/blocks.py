@@ -28,15 +28,15 @@ class DownBlock(nn.Module):
         self.resnets = _resnets(settings, level, widths)
         self.downsamplers = nn.ModuleList([] if level.is_bottom else [Downsample2D(level.channels)])
 
-    def forward(self, image: Tensor, time: Tensor, text: Tensor) -> list[Tensor]:
+    def forward(self, hidden_states: Tensor, temb: Tensor, encoder_hidden_states: Tensor) -> list[Tensor]:
         """What each layer makes of the image of the level above: [B, c, h, w], at last halved."""
         found = []
         for resnet, transformer in zip_longest(self.resnets, self.attentions):
-            image = resnet(image, time)
+            hidden_states = resnet(hidden_states, temb)
             if transformer is not None:
-                image = transformer(image, text)
-            found.append(image)
-        return [*found, *(downsampler(image) for downsampler in self.downsamplers)]
+                hidden_states = transformer(hidden_states, encoder_hidden_states)
+            found.append(hidden_states)
+        return [*found, *(downsampler(hidden_states) for downsampler in self.downsamplers)]
 
 
 class MidBlock(nn.Module):
@@ -47,11 +47,11 @@ class MidBlock(nn.Module):
         self.attentions = _transformers(settings, level, 1)
         self.resnets = _resnets(settings, level, [level.channels] * 2)
 
-    def forward(self, image: Tensor, time: Tensor, text: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, temb: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         """[B, c, h, w] of an image of that shape."""
         first, second = self.resnets
         (transformer,) = self.attentions
-        out: Tensor = second(transformer(first(image, time), text), time)
+        out: Tensor = second(transformer(first(hidden_states, temb), encoder_hidden_states), temb)
         return out
 
 
@@ -66,15 +66,17 @@ class UpBlock(nn.Module):
         self.resnets = _resnets(settings, level, widths)
         self.upsamplers = nn.ModuleList([] if level.is_top else [Upsample2D(level.channels)])
 
-    def forward(self, image: Tensor, skips: list[Tensor], time: Tensor, text: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, skips: list[Tensor], temb: Tensor, encoder_hidden_states: Tensor
+    ) -> Tensor:
         """[B, c, h, w] of an image, enlarged to the size that the way down had; takes what it uses off `skips`."""
         for resnet, transformer in zip_longest(self.resnets, self.attentions):
-            image = resnet(torch.cat([image, skips.pop()], dim=1), time)
+            hidden_states = resnet(torch.cat([hidden_states, skips.pop()], dim=1), temb)
             if transformer is not None:
-                image = transformer(image, text)
+                hidden_states = transformer(hidden_states, encoder_hidden_states)
         for upsampler in self.upsamplers:
-            image = upsampler(image, like=skips[-1])
-        return image
+            hidden_states = upsampler(hidden_states, like=skips[-1])
+        return hidden_states
 
 
 def _transformers(settings: UNetConfig, level: Level, count: int) -> nn.ModuleList:

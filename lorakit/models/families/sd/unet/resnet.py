@@ -24,12 +24,12 @@ class ResnetBlock2D(CheckpointedBlock):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.conv_shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
-    def forward(self, image: Tensor, time: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
         """[B, outputs, h, w] of an image [B, inputs, h, w] and SiLU of the time embedding [B, T]."""
-        hidden: Tensor = self.conv1(F.silu(self.norm1(image)))
-        hidden = hidden + self.time_emb_proj(time)[:, :, None, None]
+        hidden: Tensor = self.conv1(F.silu(self.norm1(hidden_states)))
+        hidden = hidden + self.time_emb_proj(temb)[:, :, None, None]
         hidden = self.conv2(F.silu(self.norm2(hidden)))
-        out: Tensor = self.conv_shortcut(image) + hidden
+        out: Tensor = self.conv_shortcut(hidden_states) + hidden
         return out
 
 
@@ -40,9 +40,9 @@ class Downsample2D(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, c, ⌈h/2⌉, ⌈w/2⌉] of [B, c, h, w]."""
-        out: Tensor = self.conv(image)
+        out: Tensor = self.conv(hidden_states)
         return out
 
 
@@ -53,7 +53,7 @@ class Upsample2D(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, image: Tensor, like: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, like: Tensor) -> Tensor:
         """The image [B, c, h', w'] with the sides of another one, [B, c, h, w]."""
-        out: Tensor = self.conv(F.interpolate(image, size=like.shape[2:], mode="nearest"))
+        out: Tensor = self.conv(F.interpolate(hidden_states, size=like.shape[2:], mode="nearest"))
         return out

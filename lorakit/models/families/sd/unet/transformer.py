@@ -28,24 +28,24 @@ class Transformer2DModel(nn.Module):
         )
         self.proj_out = nn.Linear(channels, channels) if self.projects_tokens else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         """[B, c, h, w] of an image of that shape and a caption [B, m, c']."""
-        tokens = self._to_tokens(self.norm(image))
+        tokens = self._to_tokens(self.norm(hidden_states))
         for block in self.transformer_blocks:
-            tokens = block(tokens, text)
-        return self._to_image(tokens, image) + image
+            tokens = block(tokens, encoder_hidden_states)
+        return self._to_image(tokens, hidden_states) + hidden_states
 
-    def _to_tokens(self, image: Tensor) -> Tensor:
+    def _to_tokens(self, hidden_states: Tensor) -> Tensor:
         """[B, n, c] of [B, c, h, w]."""
-        hidden: Tensor = image if self.projects_tokens else self.proj_in(image)
+        hidden: Tensor = hidden_states if self.projects_tokens else self.proj_in(hidden_states)
         tokens = hidden.flatten(2).transpose(1, 2)
         return self.proj_in(tokens) if self.projects_tokens else tokens
 
     def _to_image(self, tokens: Tensor, like: Tensor) -> Tensor:
         """The tokens [B, n, c] as an image with the shape of another one, [B, c, h, w]."""
         hidden: Tensor = self.proj_out(tokens) if self.projects_tokens else tokens
-        image = hidden.transpose(1, 2).reshape(like.shape).contiguous(memory_format=memory_format_of(like))
-        return image if self.projects_tokens else self.proj_out(image)
+        hidden_states = hidden.transpose(1, 2).reshape(like.shape).contiguous(memory_format=memory_format_of(like))
+        return hidden_states if self.projects_tokens else self.proj_out(hidden_states)
 
 
 class BasicTransformerBlock(CheckpointedBlock):
@@ -60,12 +60,12 @@ class BasicTransformerBlock(CheckpointedBlock):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, tokens: Tensor, text: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         """[B, n, c] of tokens of that shape and a caption [B, m, c']."""
         # A sum lies in memory as its first term does, and the tokens that come in may be an image's, transposed.
         normalised = self.norm1(tokens)
         tokens = self.attn1(normalised, normalised) + tokens
-        tokens = self.attn2(self.norm2(tokens), text) + tokens
+        tokens = self.attn2(self.norm2(tokens), encoder_hidden_states) + tokens
         out: Tensor = self.ff(self.norm3(tokens)) + tokens
         return out
 

@@ -33,18 +33,18 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(settings.norm_num_groups, top.channels, settings.norm_eps)
         self.conv_out = nn.Conv2d(top.channels, settings.out_channels, 3, padding=1)
 
-    def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         """[B, C, h, w] of noisy latents of that shape, timesteps [B] and captions [B, m, c']."""
-        time = self._embedded(timesteps, latents.dtype)
+        temb = self._embedded(timesteps, latents.dtype)
         skips = [self.conv_in(latents)]
         for block in self.down_blocks:
-            skips += block(skips[-1], time, text)
-        image = skips[-1]
+            skips += block(skips[-1], temb, encoder_hidden_states)
+        hidden_states = skips[-1]
         if self.mid_block is not None:
-            image = self.mid_block(image, time, text)
+            hidden_states = self.mid_block(hidden_states, temb, encoder_hidden_states)
         for block in self.up_blocks:
-            image = block(image, skips, time, text)
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(image)))
+            hidden_states = block(hidden_states, skips, temb, encoder_hidden_states)
+        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(hidden_states)))
         return out
 
     def _embedded(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
