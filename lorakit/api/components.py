@@ -108,8 +108,8 @@ class ModelFamilyConfig(Component):
     """How the blocks of its U-Net are numbered; None where they cannot be told apart."""
     title: ClassVar[str] = ""
     """What people call it, such as `Stable Diffusion 1.x`; its name when empty."""
-    weights_captions: ClassVar[bool] = True
-    """Whether brackets in captions can say how much words count."""
+    supports_weighted_captions: ClassVar[bool] = True
+    """Whether its text encoders can weight words of captions, as `data.weighted_captions` asks for."""
     size_multiple: ClassVar[int] = 8
     """What the sides of images are multiples of, in pixels."""
     preview_size: ClassVar[int] = 512

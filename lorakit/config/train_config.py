@@ -265,8 +265,8 @@ class TrainConfig:
         if isinstance(rates, tuple) and len(rates) != encoders:
             message = f"must have one number for each text encoder of {self.model.name}, that is {encoders}"
             yield Problem("optimizer.text_encoder_lr", f"{message}, not {len(rates)}")
-        if self.data.weighted_captions and not self.model.weights_captions:
-            yield Problem("data.weighted_captions", f"is not for {self.model.title or self.model.name}", "leave it out")
+        if self.data.weighted_captions and not self.model.supports_weighted_captions:
+            yield Problem("data.weighted_captions", f"cannot be used with {self.model.name}", "leave it out")
         yield from self._size_problems()
         for section, component in self._components():
             yield from with_section(collect_problems(component, "problems_with", self), section)

@@ -135,7 +135,7 @@ class ModelFamilyContract(ComponentContract):
 
     def test_weighted_captions(self) -> None:
         """Brackets are words, unless they are to weigh; then the weight of 1 changes nothing, and another does."""
-        if not self.config.weights_captions:
+        if not self.config.supports_weighted_captions:
             pytest.skip("the family has no weighted captions")
         encoder = self.built().text_encoder
 
