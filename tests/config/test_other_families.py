@@ -78,7 +78,7 @@ def test_defaults_are_the_process_s(wide: Any, tables: Tables) -> None:
         ({"loss": {"type": "huber"}}, "loss.huber_schedule", "this model uses flow matching"),
         ({"loss": {"max_timestep": 900}}, "loss.max_timestep", "set timesteps.max, from 0 to 1"),
         ({"timesteps": {"max": 900}}, "timesteps.max", "must be at most 1"),
-        ({"data": {"weighted_captions": True}}, "data.weighted_captions", "is not for Wide"),
+        ({"data": {"weighted_captions": True}}, "data.weighted_captions", "cannot be used with wide"),
         ({"data": {"resolution": 72}}, "data.resolution", "multiples of 16"),
         (
             {"data": {"enable_bucket": True, "min_bucket_reso": 64, "bucket_reso_steps": 24}},

@@ -36,7 +36,7 @@ class LossContract(ComponentContract):
 
     config: LossConfig
 
-    @pytest.fixture(params=PROCESSES, ids=lambda own: f"{own.spec.title} {getattr(own, 'prediction', '')}".strip())
+    @pytest.fixture(params=PROCESSES, ids=("DDPM-epsilon", "DDPM-v_prediction", "flow-matching"))
     def process(self, request: pytest.FixtureRequest) -> NoiseProcess:
         """A noise process."""
         process: NoiseProcess = request.param

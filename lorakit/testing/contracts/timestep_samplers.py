@@ -25,7 +25,7 @@ class TimestepSamplerContract(ComponentContract):
 
     config: TimestepSamplerConfig
 
-    @pytest.fixture(params=PROCESSES, ids=lambda own: own.spec.title)
+    @pytest.fixture(params=PROCESSES, ids=("DDPM", "flow-matching"))
     def process(self, request: pytest.FixtureRequest) -> NoiseProcess:
         """A noise process."""
         process: NoiseProcess = request.param

@@ -1,24 +1,37 @@
-"""Optimizers, LR schedulers, attention, savers and observers that break their contract in known ways."""
+"""Components of all kinds but models and networks that break their contract in known ways."""
 
 # ruff: noqa: ARG002, ARG005, D101, D102
 
 from __future__ import annotations
 
 import attrs
+import torch
 from safetensors.torch import save_file
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
-from lorakit.api.components import AttentionConfig, LRSchedulerConfig, ObserverConfig, OptimizerConfig, SaverConfig
+from lorakit.api.components import (
+    AttentionConfig,
+    LRSchedulerConfig,
+    ObserverConfig,
+    OptimizerConfig,
+    SamplerConfig,
+    SaverConfig,
+    TimestepSamplerConfig,
+)
+from lorakit.api.loss import LossConfig
 from lorakit.api.observer import Observer
 from lorakit.networks.adapter_file import SafetensorsSaver, read_adapter
 from lorakit.networks.network import torch_groups
 from lorakit.testing.contracts import (
     AttentionContract,
+    LossContract,
     LRSchedulerContract,
     ObserverContract,
     OptimizerContract,
+    SamplerContract,
     SaverContract,
+    TimestepSamplerContract,
 )
 
 
@@ -200,4 +213,84 @@ class TestNervous(ObserverContract):
         "test_bears_a_whole_run[3]",
         "test_bears_a_run_that_stops_early",
         "test_does_not_change_the_result",
+    )
+
+
+@attrs.frozen(kw_only=True)
+class MixingConfig(LossConfig):
+    """Gives each number the mean over the images of the batch."""
+
+    name = "mixing"
+
+    def build(self, noise_process):
+        return lambda prediction, target, timesteps: (prediction - target).square().mean(0).expand_as(target)
+
+
+class TestMixing(LossContract):
+    config = MixingConfig()
+    violates = tuple(
+        f"test_compares_number_by_number[{process}]"
+        for process in ("DDPM-epsilon", "DDPM-v_prediction", "flow-matching")
+    )
+
+
+@attrs.frozen(kw_only=True)
+class BackwardsConfig(LossConfig):
+    """Prefers what is far from the target; refused for flow matching by its key."""
+
+    name = "backwards"
+
+    def build(self, noise_process):
+        return lambda prediction, target, timesteps: -(prediction - target).square()
+
+
+class TestBackwards(LossContract):
+    config = BackwardsConfig(min_snr_gamma=5.0)
+    violates = tuple(
+        f"{test}[{process}]"
+        for test in ("test_is_least_for_the_target", "test_gradient_points_to_the_target")
+        for process in ("DDPM-epsilon", "DDPM-v_prediction")
+    )
+
+
+@attrs.frozen(kw_only=True)
+class StuckConfig(TimestepSamplerConfig):
+    """Always draws the same."""
+
+    name = "stuck"
+
+    def build(self, noise_process):
+        return lambda rng, latent_shape: 5.0
+
+
+class TestStuck(TimestepSamplerContract):
+    config = StuckConfig()
+    violates = tuple(
+        f"{test}[{process}]"
+        for test in (
+            "test_draws_timesteps_of_the_process",
+            "test_depends_on_the_generator_alone",
+            "test_keeps_to_its_bounds",
+            "test_shifts",
+        )
+        for process in ("DDPM", "flow-matching")
+    )
+
+
+@attrs.frozen(kw_only=True)
+class IdleConfig(SamplerConfig):
+    """Asks for nothing and adds noise of its own."""
+
+    name = "idle"
+
+    def build(self, noise_process):
+        return lambda predict, noise, steps, generators: noise + torch.randn(noise.shape)
+
+
+class TestIdle(SamplerContract):
+    config = IdleConfig()
+    violates = (
+        "test_arrives_at_the_data",
+        "test_depends_on_noise_and_generators_alone",
+        "test_asks_for_timesteps_of_the_process",
     )
