@@ -58,7 +58,6 @@ if TYPE_CHECKING:
     from lorakit.models.interfaces import Tokens as Tokens
     from lorakit.networks.adapter_file import AdapterFile as AdapterFile
     from lorakit.networks.adapter_file import Saver as Saver
-    from lorakit.networks.blocks import BlockwiseLoRAConfig as BlockwiseLoRAConfig
     from lorakit.networks.config import LoRAConfig as LoRAConfig
     from lorakit.networks.dropout import DropoutRates as DropoutRates
     from lorakit.networks.lora import LoRAModule as LoRAModule
@@ -96,7 +95,6 @@ MODULES: Mapping[str, tuple[str, ...]] = {
         "AdaptationTarget", "AttentionBackend", "Conditioning", "DiffusionModel", "TextEncoder", "Tokens",
     ),
     "lorakit.networks.adapter_file": ("AdapterFile", "Saver"),
-    "lorakit.networks.blocks": ("BlockwiseLoRAConfig",),
     "lorakit.networks.config": ("LoRAConfig",),
     "lorakit.networks.dropout": ("DropoutRates",),
     "lorakit.networks.lora": ("LoRAModule", "LoRANetwork"),
