@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from importlib import metadata
 from itertools import takewhile
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import pluggy
 from attrs import fields, frozen
 
-from lorakit.api import components, hookspecs, loss
+from lorakit import api
+from lorakit.api import hookspecs
 from lorakit.api.components import Component
 from lorakit.errors import PluginError
 
@@ -21,8 +22,8 @@ GROUP = "lorakit"
 """The entry-point group that plugins register in."""
 
 REGISTRATION_HOOKS: Mapping[str, type[Component]] = {
-    # Each is specified as `def register_losses() -> list[type[LossConfig]]`.
-    name: get_args(get_args(get_type_hints(hook, vars(components) | vars(loss))["return"])[0])[0]
+    # Each is specified as `def register_networks() -> list[type[NetworkConfig]]`.
+    name: getattr(api, hook.__annotations__["return"].removeprefix("list[type[").removesuffix("]]"))
     for name, hook in vars(hookspecs).items()
     if name.startswith("register_")
 }
