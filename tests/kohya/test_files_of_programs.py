@@ -278,6 +278,14 @@ def test_files_of_the_gui_that_are_refused(changed: dict[str, Any], message: str
     assert message in str(raised.value)
 
 
+@pytest.mark.parametrize("seed", [{"low": 1}, [1, 2]])
+def test_seed_of_the_gui_that_is_no_number(seed: Any, read: Read, folder: Path) -> None:
+    """It is ignored with a remark."""
+    draft = read(gui(folder, seed=seed))
+    assert draft.tables()["training"]["seed"] == 42
+    assert "changed.json: seed: is not a number and is ignored" in remarks(draft)
+
+
 def test_other_json(read: Read, folder: Path) -> None:
     """A JSON file of another program, or of another tab of the GUI, is said to be none for LoRA."""
     for content, does in {
