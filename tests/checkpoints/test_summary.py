@@ -221,5 +221,5 @@ def test_broken_json_is_named(tmp_path: Path) -> None:
 def test_a_folder_with_a_lora_is_told(tmp_path: Path, name: str) -> None:
     """A folder of diffusers' or PEFT's with a LoRA is called that, with the key that takes its file."""
     (tmp_path / name).touch()
-    with pytest.raises(ModelError, match=rf"holds a LoRA, {name}, and no base model; network\.weights takes"):
+    with pytest.raises(ModelError, match=rf"contains a LoRA, {name}, and no base model; network\.weights takes"):
         summarize(tmp_path)

@@ -196,7 +196,7 @@ def test_the_command(read: Read, folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     done = run(folder, "from-kohya", "gui.json", "-o", "b.toml")
     assert done.stdout == "Wrote b.toml. Fix the problems above, then: lorakit check b.toml\n"
-    assert "to mend: model.path: " in done.stderr
+    assert "to fix: model.path: " in done.stderr
 
 
 @pytest.mark.parametrize(
