@@ -93,9 +93,9 @@ def test_check_warns_of_data_once(folder: Path) -> None:
     assert result.returncode == 0
     warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
     assert [line.partition(" (")[0] for line in warnings] == [
-        f"warning: 1 file in {folder}/photos is not read: bird.heic",
-        f"warning: 1 caption in {folder}/photos has several lines, of which the first is used: cat.txt",
-        f"warning: 1 image in {folder}/photos is the same as another: cat.png = dog.png",
+        "warning: 1 file in photos is not read: bird.heic",
+        "warning: 1 caption in photos has several lines, of which the first is used: cat.txt",
+        "warning: 1 image in photos is the same as another: cat.png = dog.png",
         "warning: model.max_token_length: 75 cuts off the end of 1 of 2 captions; the longest, of"
         f" {folder}/photos/cat.png, has 160 tokens",
     ]

@@ -44,10 +44,10 @@ class Option:
     def target(self) -> str:
         """What to suggest to those who write its name as a key; empty if nothing corresponds to it."""
         section, _, key = self.key.partition(".")
-        observer = next((name for name, options in _OBSERVERS.items() if self in options), "")
-        if not self.hint and section == "observers":
-            return f'[[observers]] with name = "{observer}" and {key}'
-        return self.hint or self.key
+        if self.hint or section != "observers":
+            return self.hint or self.key
+        observer = next(name for name, options in _OBSERVERS.items() if self in options)
+        return f'[[observers]] with name = "{observer}" and {key}'
 
 
 _ALWAYS = "latents and text embeddings are always cached where they do not change"

@@ -123,6 +123,10 @@ OTHER_NAMES: Mapping[str, Mapping[str, str]] = {
         "pth": "did you mean 'pt'?",
         "diffusers": "diffusers' layout is written by an observer: [[observers]] with name = \"diffusers\"",
     },
+    "dataset source": {
+        **dict.fromkeys(("dir", "directory", "imagefolder", "imagedir", "images", "files"), "did you mean 'folder'?"),
+        **dict.fromkeys(("json", "jsonl", "jsonlines", "csv", "metadata"), "did you mean 'metadata_file'?"),
+    },
     "model family": {
         **dict.fromkeys(("sd", "sd14", "sd15", "sdv1", "sdv15", "stablediffusion", "stablediffusionv1"), "it is 'sd1'"),
         **dict.fromkeys(("sd20", "sd21", "sdv2", "sdv21", "stablediffusionv2"), "it is 'sd2'"),

@@ -105,7 +105,7 @@ def test_of_a_large_file_little_is_read(tmp_path: Path) -> None:
         (safetensors_bytes(b"{}", length=200), "cut short or damaged"),
         (safetensors_bytes(b"{]"), "header cannot be read"),
         (safetensors_bytes(b"{" * 100_000), "header cannot be read"),
-        (safetensors_bytes({"w": entry([2], 0, 8)}, b"1234"), "4 bytes behind the end"),
+        (safetensors_bytes({"w": entry([2], 0, 8)}, b"1234"), "4 bytes after the end"),
         (safetensors_bytes({"w": entry([2], 0, 8)}, b"123456789"), "1 bytes belong to no tensor"),
         (safetensors_bytes({"w": entry([3], 0, 8)}, b"12345678"), "cannot have 8 bytes"),
         (safetensors_bytes({"w": entry([-2], 0, 8)}, b"12345678"), "is invalid"),
@@ -113,6 +113,7 @@ def test_of_a_large_file_little_is_read(tmp_path: Path) -> None:
         (safetensors_bytes({"w": entry([2], 0, 8, dtype="F31")}, b"12345678"), "is invalid"),
         (safetensors_bytes({"w": 5}), "is invalid"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+        (b"GGUF\x03\0\0\0" + bytes(16), "is a GGUF file"),
         (b"<!DOCTYPE html><html>Not found</html>", "neither a safetensors file nor"),
         (b"PK\x03\x04 this is no archive", "is not a complete PyTorch checkpoint"),
         (pickle.dumps({"no": "checkpoint"}), "is not a complete PyTorch checkpoint"),
@@ -220,5 +221,5 @@ def test_broken_json_is_named(tmp_path: Path) -> None:
 def test_a_folder_with_a_lora_is_told(tmp_path: Path, name: str) -> None:
     """A folder of diffusers' or PEFT's with a LoRA is called that, with the key that takes its file."""
     (tmp_path / name).touch()
-    with pytest.raises(ModelError, match=rf"holds a LoRA, {name}, and no base model; network\.weights takes"):
+    with pytest.raises(ModelError, match=rf"contains a LoRA, {name}, and no base model; network\.weights takes"):
         summarize(tmp_path)

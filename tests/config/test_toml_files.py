@@ -23,8 +23,8 @@ MISTAKES = [
     ("name = lierla  # the network", 'name = lierla: text needs quotation marks: name = "lierla"'),
     ("parts = [unet, text_encoder]", 'text needs quotation marks: parts = ["unet", "text_encoder"]'),
     ("parts = [“unet”]", 'text needs quotation marks: parts = ["unet"]'),
-    ("name = “lierla”", 'write straight ones: name = "lierla"'),
-    ("name = ‘lierla’", 'write straight ones: name = "lierla"'),
+    ("name = “lierla”", 'use straight ones: name = "lierla"'),
+    ("name = ‘lierla’", 'use straight ones: name = "lierla"'),
     ('name = "lierla', 'the quotation mark at the end is missing: name = "lierla"'),
     ("name = 'lierla", "the quotation mark at the end is missing: name = 'lierla'"),
     ('name = """lierla', 'must end with """'),
@@ -54,12 +54,12 @@ MISTAKES = [
     ("max steps = 5", "a key has no spaces: max_steps = 5"),
     ("rank", "a value is missing: rank = …"),
     ("rank =", "a value is missing"),
-    ("rank =\xa016", "it holds a no-break space"),
+    ("rank =\xa016", "it contains a no-break space"),
     ("rank＝16", "write ="),
     ("// a comment", "a comment begins with #"),
     ("betas = [0.9, 0.99", "a list ends with ]"),
     ("[network", "a section is a name in brackets"),
-    ("[network] rank = 4", "in lines of their own"),
+    ("[network] rank = 4", "go on separate lines"),
 ]
 
 

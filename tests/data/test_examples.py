@@ -233,7 +233,7 @@ def test_unused_regularisation_images_are_told(dataset: DatasetConfig, folder: P
     regularising = SubsetConfig(image_dir=folder, num_repeats=2, is_reg=True)
     with caplog.at_level(logging.INFO):
         index_datasets([evolve(dataset, subsets=(*dataset.subsets, regularising))])
-    assert "3 of 5 regularisation images are used" in caplog.text
+    assert "using 3 of 5 regularisation images" in caplog.text
 
 
 FOUND = [

@@ -298,7 +298,7 @@ def test_other_files_that_are_called_images(tmp_path: Path, kind: str):
 def test_colours_that_are_not_read(tmp_path: Path, mode: str):
     """Colours that no rule brings to RGB are refused when the file is looked at."""
     Image.new(mode, (8, 8)).save(tmp_path / "a.tif")
-    with pytest.raises(DataError, match=rf"a\.tif: has colours of the kind {mode}, which are not read \(convert"):
+    with pytest.raises(DataError, match=rf"a\.tif: has an unsupported colour mode, {mode} \(convert"):
         inspect_image(tmp_path / "a.tif")
 
 

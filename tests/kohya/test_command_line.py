@@ -213,5 +213,5 @@ def test_where_a_config_file_is(tmp_path: Path) -> None:
         read_arguments(["--config_file=gone"], tmp_path)
     assert str(raised.value) == (
         f"--config_file: {tmp_path / 'gone.toml'} cannot be read: No such file or directory"
-        f" (expected in one of the keys {tmp_path})"
+        f" (relative paths are relative to {tmp_path})"
     )

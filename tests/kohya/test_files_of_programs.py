@@ -196,7 +196,7 @@ def test_the_command(read: Read, folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     done = run(folder, "from-kohya", "gui.json", "-o", "b.toml")
     assert done.stdout == "Wrote b.toml. Fix the problems above, then: lorakit check b.toml\n"
-    assert "to mend: model.path: " in done.stderr
+    assert "to fix: model.path: " in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -276,6 +276,14 @@ def test_files_of_the_gui_that_are_refused(changed: dict[str, Any], message: str
     with pytest.raises(ConfigError) as raised:
         read(gui(folder, **changed))
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("seed", [{"low": 1}, [1, 2]])
+def test_seed_of_the_gui_that_is_no_number(seed: Any, read: Read, folder: Path) -> None:
+    """It is ignored with a remark."""
+    draft = read(gui(folder, seed=seed))
+    assert draft.tables()["training"]["seed"] == 42
+    assert "changed.json: seed: is not a number and is ignored" in remarks(draft)
 
 
 def test_other_json(read: Read, folder: Path) -> None:

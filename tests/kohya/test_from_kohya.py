@@ -70,7 +70,7 @@ def test_missing_files_are_warnings(tmp_path: Path) -> None:
     result = run(tmp_path, "from-kohya", "-o", "config.toml", f"{LINE} --noise_offset=0.1 --deepspeed")
     assert result.returncode == 0
     lines = result.stderr.splitlines()
-    assert all(line.startswith(("warning: ", "to mend: ")) for line in lines)
+    assert all(line.startswith(("warning: ", "to fix: ")) for line in lines)
     assert result.stdout == "Wrote config.toml. Fix the problems above, then: lorakit check config.toml\n"
     assert [line for line in lines if line.startswith("warning: --deepspeed: has no counterpart")]
     assert [line for line in lines if "model.safetensors does not exist" in line]
