@@ -344,7 +344,7 @@ def _docstrings(body: Sequence[ast.stmt]) -> Iterator[tuple[str, str]]:
 
 def _code(function: Callable[..., Any], decorator: str = "") -> str:
     signature = str(inspect.signature(function)).replace(chr(39), "")
-    return f"```python\n{decorator}def {function.__name__}{signature}\n```"
+    return f"```python\n{decorator}def {function.__name__}{signature}: ...\n```"
 
 
 def _lines(cls: type) -> str:

@@ -316,7 +316,7 @@ def test_plugins_are_listed_with_their_origin(folder: Path, tmp_path: Path) -> N
     assert ["sd1", "Stable Diffusion 1.x"] in rows
     assert ["adamw", "An optimizer of a guest (rival 1.0; name clash: write rival:adamw)"] in rows
     mine = f"lorakit {lorakit.__version__}; name clash: write lorakit:adamw"
-    assert ["adamw", f"AdamW: Adam with weight decay of its own ({mine})"] in rows
+    assert ["adamw", f"AdamW: Adam with decoupled weight decay ({mine})"] in rows
     assert ["needy", "An optimizer of a guest (rival 1.0; needs: pip install no-such)"] in rows
     assert rows[-2:] == [
         ["sick_one", "sick 1.0: ModuleNotFoundError: No module named 'no_such_package_anywhere'"],

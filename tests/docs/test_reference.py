@@ -132,7 +132,7 @@ def test_every_hook_is_described() -> None:
     assert hooks.keys() < sections.keys()
     for name, hook in hooks.items():
         arguments = ", ".join(f"{key}: {type_}" for key, type_ in hook.__annotations__.items() if key != "return")
-        assert f"def {name}({arguments}) -> {hook.__annotations__['return']}\n" in sections[name]
+        assert f"def {name}({arguments}) -> {hook.__annotations__['return']}: ...\n" in sections[name]
         assert str(inspect.getdoc(hook)) in sections[name]
         if name in REGISTRATION_HOOKS:
             assert f"`lorakit.api.{REGISTRATION_HOOKS[name].__name__}`" in sections[name]
