@@ -206,7 +206,7 @@ def test_missing_and_empty_places_are_named(tmp_path: Path) -> None:
     """A path that is not there and a folder without a model are refused by name."""
     with pytest.raises(ModelError, match=r"gone\.ckpt does not exist"):
         summarize(tmp_path / "gone.ckpt")
-    with pytest.raises(ModelError, match="holds no model"):
+    with pytest.raises(ModelError, match="contains no model"):
         summarize(tmp_path)
 
 

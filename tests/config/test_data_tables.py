@@ -233,7 +233,7 @@ def test_augmentations_are_shared(data_of: Callable[..., DataSection], base: Pat
         ({"face_crop_aug_range": [4, 2]}, "data.face_crop_aug_range", "the greater one last, not [4, 2]"),
         ({"face_crop_aug_range": [0, 2]}, "data.face_crop_aug_range", "two numbers above 0"),
         ({"face_crop_aug_range": [2]}, "data.face_crop_aug_range", "must have 2 values"),
-        ({"face_crop_aug_range": [2, 4], "enable_bucket": True}, "data.enable_bucket", "beside face_crop_aug_range"),
+        ({"face_crop_aug_range": [2, 4], "enable_bucket": True}, "data.enable_bucket", "with face_crop_aug_range"),
         ({"resize_interpolation": "sharp"}, "data.resize_interpolation", "must be one of 'lanczos', 'nearest'"),
         ({"conditioning_data_dir": "nowhere"}, "data.conditioning_data_dir", "nowhere is not a folder"),
         ({"color_aug": "yes"}, "data.color_aug", "must be true or false"),

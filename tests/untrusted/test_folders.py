@@ -57,7 +57,8 @@ def long_loop(path: Path) -> None:
 
 
 SPECIAL: list[tuple[Callable[[Path], None], str]] = [
-    (pipe, "no regular file"), (device, "no regular file"), (loop, "symbolic links"), (long_loop, "symbolic links"),
+    (pipe, "not a regular file"), (device, "not a regular file"),
+    (loop, "symbolic links"), (long_loop, "symbolic links"),
 ]  # fmt: skip
 
 
