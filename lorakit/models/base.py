@@ -121,12 +121,13 @@ class BaseModel:
         self._compiler: str | None = None
         self._channels_last = False
         if merging:
-            empty = (
+            layers = [
                 target
                 for own in self.modules
                 for target in own.targets(empty_module(self.checkpoint.part(own.part.name), own.build))
-            )
-            merging.check({target.key: tuple(target.module.get_parameter("weight").shape) for target in empty})
+            ]
+            self._merging = merging.for_layers({name: layer.key for layer in layers for name in layer.names})
+            self._merging.check({layer.key: tuple(layer.module.get_parameter("weight").shape) for layer in layers})
 
     # What a family gives.
 

@@ -316,10 +316,11 @@ def test_files_with_other_names(files: tuple[Path, Path], tmp_path: Path, form: 
 
 
 def test_merges_lora_files(files: tuple[Path, Path], tmp_path: Path) -> None:
-    """A LoRA file for both kinds of parts becomes part of the weights."""
-    keys = ("lora_unet_blocks_0_to_q", "lora_te2_layers_1")
-    tensors = {f"{key}.lora_down.weight": torch.ones(1, WIDTH) for key in keys}
-    tensors |= {f"{key}.lora_up.weight": torch.ones(WIDTH, 1) for key in keys}
+    """A LoRA file for both kinds of parts, with names of two tools, becomes part of the weights."""
+    tensors = {"transformer.blocks.0.to_q.lora_A.weight": torch.ones(1, WIDTH)}
+    tensors |= {"transformer.blocks.0.to_q.lora_B.weight": torch.ones(WIDTH, 1)}
+    tensors |= {"lora_te2_layers_1.lora_down.weight": torch.ones(1, WIDTH)}
+    tensors |= {"lora_te2_layers_1.lora_up.weight": torch.ones(WIDTH, 1)}
     save_file(tensors, tmp_path / "lora.safetensors")
     merged, plain = built(files, Merging([MergedFile(tmp_path / "lora.safetensors", 0.5)])), built(files)
     for part, path in (("transformer", "blocks.0.to_q"), ("text_encoder_2", "layers.1")):

@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from attrs import frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 from lorakit.checkpoints import CheckpointSummary, Shapes, summarize
@@ -33,6 +33,8 @@ class MergedFile:
 
     path: Path
     multiplier: float = 1.0
+    keys: Mapping[str, str] = field(factory=dict, repr=False)
+    """The keys of the model's layers, by all names that files have for them."""
 
     @cached_property
     def summary(self) -> CheckpointSummary:
@@ -42,7 +44,7 @@ class MergedFile:
     @cached_property
     def names(self) -> LoRANames:
         """What its tensors are called. Raises `AdapterError` where two have one name."""
-        return lora_names(self.summary)
+        return lora_names(self.summary, self.keys)
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -83,6 +85,10 @@ class Merging:
 
     def __bool__(self) -> bool:
         return bool(self._files)
+
+    def for_layers(self, keys: Mapping[str, str]) -> Merging:
+        """The same for a model whose layers have these keys, by all names that files have for them."""
+        return Merging([evolve(file, keys=keys) for file in self._files])
 
     def check(self, layers: Shapes) -> None:
         """An `AdapterError` unless all that is in the files fits layers with weights of these shapes, by key."""
