@@ -21,7 +21,8 @@ import click
 import tomlkit
 
 from lorakit.api import hookspecs
-from lorakit.api.components import Component, ModelFamilyConfig, ObserverConfig, SamplerConfig
+from lorakit.api.components import Component, ModelFamilyConfig, ObserverConfig
+from lorakit.api.sampling import SamplerConfig
 from lorakit.cli import commands as cli
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.field_docs import field_docs, type_in_words

@@ -20,11 +20,10 @@ if TYPE_CHECKING:
         NetworkConfig,
         ObserverConfig,
         OptimizerConfig,
-        SamplerConfig,
         SaverConfig,
-        TimestepSamplerConfig,
     )
     from lorakit.api.loss import LossConfig
+    from lorakit.api.sampling import SamplerConfig, TimestepSamplerConfig
     from lorakit.checkpoints import CheckpointSummary
 
 hookspec = pluggy.HookspecMarker("lorakit")

@@ -18,9 +18,9 @@ from lorakit.api.components import (
     ObserverConfig,
     OptimizerConfig,
     SaverConfig,
-    TimestepSamplerConfig,
 )
 from lorakit.api.loss import LossConfig
+from lorakit.api.sampling import TimestepSamplerConfig
 from lorakit.checkpoints import Location, advice, describe, locate, summarize
 from lorakit.config.dataset_tables import DATASET_KEYS, SECTION_KEYS, SUBSET_KEYS, read_data_section
 from lorakit.config.metadata import MetadataSection

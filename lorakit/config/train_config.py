@@ -19,9 +19,9 @@ from lorakit.api.components import (
     ObserverConfig,
     OptimizerConfig,
     SaverConfig,
-    TimestepSamplerConfig,
 )
 from lorakit.api.loss import LossConfig
+from lorakit.api.sampling import TimestepSamplerConfig
 from lorakit.config.datasets import DataSection
 from lorakit.config.metadata import MetadataSection
 from lorakit.errors import Problem

@@ -24,11 +24,10 @@ from lorakit.api.components import (
     NetworkConfig,
     ObserverConfig,
     OptimizerConfig,
-    SamplerConfig,
     SaverConfig,
-    TimestepSamplerConfig,
 )
 from lorakit.api.loss import LossConfig
+from lorakit.api.sampling import SamplerConfig, TimestepSamplerConfig
 from lorakit.errors import PluginError
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from lorakit.api.components import ModelFamilyConfig, SamplerConfig
+from lorakit.api.components import ModelFamilyConfig
+from lorakit.api.sampling import SamplerConfig
 from lorakit.plugins.catalog import Catalog
 from lorakit.previews.prompts import Prompt, find_sampler, round_side
 from lorakit.utils.atomic_io import write_atomically

@@ -13,7 +13,8 @@ import click
 import pytest
 
 from lorakit.api import hookspecs
-from lorakit.api.components import Component, ModelFamilyConfig, ObserverConfig, SamplerConfig
+from lorakit.api.components import Component, ModelFamilyConfig, ObserverConfig
+from lorakit.api.sampling import SamplerConfig
 from lorakit.cli import commands as cli
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.load import COMPONENT_SECTIONS, PLAIN_SECTIONS

@@ -23,10 +23,10 @@ from lorakit.api.components import (
     ObserverConfig,
     OptimizerConfig,
     SaverConfig,
-    TimestepSamplerConfig,
     with_import_path,
 )
 from lorakit.api.loss import LossConfig
+from lorakit.api.sampling import TimestepSamplerConfig
 from lorakit.config.dump import to_toml
 from lorakit.config.field_docs import field_docs
 from lorakit.config.load import config_from_tables
