@@ -188,7 +188,7 @@ def test_plan(train_tables: dict[str, Any]) -> None:
     """A plan has the length of the run and its memory."""
     made = lorakit.plan(train_tables)
     assert made.schedule.total_steps == lorakit.check(train_tables).steps
-    assert made.own.memory.peak > 0
+    assert made.current.memory.peak > 0
     assert made.timing is None
 
 

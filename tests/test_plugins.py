@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.api.components import ModelFamilyConfig, NetworkConfig, OptimizerConfig, SaverConfig
+from lorakit.api.components import NetworkConfig, OptimizerConfig, SaverConfig
+from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.checkpoints import CheckpointSummary
 from lorakit.errors import PluginError
 from lorakit.plugins.catalog import Catalog
@@ -260,7 +261,9 @@ def test_missing_packages(discover: Discover) -> None:
         catalog.find(OptimizerConfig, "needy")
 
 
-DETECTOR = "from lorakit.api import hookimpl\n@hookimpl\ndef detect_model_family(checkpoint): return {}\n"
+DETECTOR = (
+    "from lorakit.api import DetectedFamily, hookimpl\n@hookimpl\ndef detect_model_family(checkpoint): return {}\n"
+)
 
 
 @pytest.mark.parametrize("answer", ["1 / 0", "7", "__import__('sys').exit()"])

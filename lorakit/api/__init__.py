@@ -15,18 +15,17 @@ if TYPE_CHECKING:
     from lorakit.api.block_layout import BlockLayout as BlockLayout
     from lorakit.api.components import AttentionConfig as AttentionConfig
     from lorakit.api.components import Component as Component
-    from lorakit.api.components import DatasetSourceConfig as DatasetSourceConfig
     from lorakit.api.components import LRSchedulerConfig as LRSchedulerConfig
-    from lorakit.api.components import ModelFamilyConfig as ModelFamilyConfig
     from lorakit.api.components import ModelPart as ModelPart
     from lorakit.api.components import NetworkConfig as NetworkConfig
     from lorakit.api.components import ObserverConfig as ObserverConfig
     from lorakit.api.components import OptimizerConfig as OptimizerConfig
-    from lorakit.api.components import SamplerConfig as SamplerConfig
     from lorakit.api.components import SaverConfig as SaverConfig
-    from lorakit.api.components import TimestepSamplerConfig as TimestepSamplerConfig
     from lorakit.api.components import with_import_path as with_import_path
-    from lorakit.api.hookspecs import DetectedFamily as DetectedFamily
+    from lorakit.api.dataset_source import DatasetSource as DatasetSource
+    from lorakit.api.dataset_source import DatasetSourceConfig as DatasetSourceConfig
+    from lorakit.api.dataset_source import SourceImage as SourceImage
+    from lorakit.api.detection import DetectedFamily as DetectedFamily
     from lorakit.api.hookspecs import hookimpl as hookimpl
     from lorakit.api.learning_rate_free import skip_at_zero_lr as skip_at_zero_lr
     from lorakit.api.loss import LossConfig as LossConfig
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from lorakit.api.lr_schedules import check_warmup as check_warmup
     from lorakit.api.lr_schedules import cosine_factor as cosine_factor
     from lorakit.api.lr_schedules import resolve_steps as resolve_steps
+    from lorakit.api.model_family import ModelFamilyConfig as ModelFamilyConfig
     from lorakit.api.network_metadata import network_args as network_args
     from lorakit.api.noise import DDPMSpec as DDPMSpec
     from lorakit.api.noise import FlowSpec as FlowSpec
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from lorakit.api.observer import Observer as Observer
     from lorakit.api.observer import RunInfo as RunInfo
     from lorakit.api.observer import StepMetrics as StepMetrics
+    from lorakit.api.sampling import SamplerConfig as SamplerConfig
+    from lorakit.api.sampling import TimestepSamplerConfig as TimestepSamplerConfig
     from lorakit.checkpoints.summary import CheckpointSummary as CheckpointSummary
     from lorakit.config.dump import to_tables as to_tables
     from lorakit.config.train_config import TrainConfig as TrainConfig
@@ -89,17 +91,21 @@ if TYPE_CHECKING:
 MODULES: Mapping[str, tuple[str, ...]] = {
     "lorakit.api.block_layout": ("BlockLayout",),
     "lorakit.api.components": (
-        "AttentionConfig", "Component", "DatasetSourceConfig", "LRSchedulerConfig", "ModelFamilyConfig", "ModelPart",
-        "NetworkConfig", "ObserverConfig", "OptimizerConfig", "SamplerConfig", "SaverConfig",
-        "TimestepSamplerConfig", "with_import_path",
+        "AttentionConfig", "Component", "LRSchedulerConfig", "ModelPart",
+        "NetworkConfig", "ObserverConfig", "OptimizerConfig", "SaverConfig",
+        "with_import_path",
     ),
-    "lorakit.api.hookspecs": ("DetectedFamily", "hookimpl"),
+    "lorakit.api.dataset_source": ("DatasetSource", "DatasetSourceConfig", "SourceImage"),
+    "lorakit.api.detection": ("DetectedFamily",),
+    "lorakit.api.hookspecs": ("hookimpl",),
     "lorakit.api.learning_rate_free": ("skip_at_zero_lr",),
     "lorakit.api.loss": ("LossConfig",),
     "lorakit.api.lr_schedules": ("WarmupConfig", "check_steps", "check_warmup", "cosine_factor", "resolve_steps"),
+    "lorakit.api.model_family": ("ModelFamilyConfig",),
     "lorakit.api.network_metadata": ("network_args",),
     "lorakit.api.noise": ("DDPMSpec", "FlowSpec", "NoiseSpec", "ShiftLine"),
     "lorakit.api.observer": ("Every", "Observer", "RunInfo", "StepMetrics"),
+    "lorakit.api.sampling": ("SamplerConfig", "TimestepSamplerConfig"),
     "lorakit.checkpoints.summary": ("CheckpointSummary",),
     "lorakit.config.dump": ("to_tables",),
     "lorakit.config.train_config": ("TrainConfig",),

@@ -15,21 +15,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 from attrs import field, fields, frozen
 from attrs import validators as v
 
-from lorakit.api.block_layout import BlockLayout
-from lorakit.api.noise import DDPMSpec, NoiseSpec, shifted
 from lorakit.errors import Problem
 
 if TYPE_CHECKING:
-    import torch
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-    from lorakit.api.dataset_source import DatasetSource
     from lorakit.api.observer import Observer, RunInfo
-    from lorakit.config.datasets import SubsetConfig
     from lorakit.config.train_config import TrainConfig
-    from lorakit.diffusion.process import NoiseProcess, Sampler, TimestepSampler
-    from lorakit.models.interfaces import AdaptationTarget, AttentionBackend, DiffusionModel
+    from lorakit.models.interfaces import AdaptationTarget, AttentionBackend
     from lorakit.networks.adapter_file import Saver
     from lorakit.networks.network import Network, ParameterGroup
 
@@ -120,7 +114,8 @@ DENOISER_LR, TEXT_ENCODER_LR = "unet_lr", "text_encoder_lr"
 """The keys of `[optimizer]` with the learning rates of the denoiser, whatever it is, and of the text encoders."""
 
 
-def _has_methods(cls: type, *names: str) -> bool:
+def has_methods(cls: type, *names: str) -> bool:
+    """Whether a class has all of these methods."""
     return all(callable(getattr(cls, name, None)) for name in names)
 
 
@@ -134,70 +129,6 @@ def with_import_path(component: type[ComponentT], path: str) -> type[ComponentT]
 def _at(component: Any, path: str) -> Any:
     own = {"name": path, "__doc__": f"`{path}`, a class of another package.", "__module__": component.__module__}
     return frozen(kw_only=True)(type(component.__name__, (component,), own))
-
-
-@frozen(kw_only=True)
-class ModelFamilyConfig(Component):
-    """A family of base models, and which of its models to train on."""
-
-    kind = "model family"
-    name_key = "family"
-    product = "a DiffusionModel"
-    parts: ClassVar[tuple[ModelPart, ...]] = ()
-    """The parts that adapters can be for."""
-    default_parts: ClassVar[tuple[str, ...]] = ()
-    """The names of those that get adapters where `network.parts` is absent; all of them when empty."""
-    layout: ClassVar[BlockLayout | None] = None
-    """How the blocks of its denoiser are numbered; None where they are not."""
-    title: ClassVar[str] = ""
-    """What people call it, such as `Stable Diffusion 1.x`; its name when empty."""
-    supports_weighted_captions: ClassVar[bool] = True
-    """Whether its text encoders can weight words of captions, as `data.weighted_captions` asks for."""
-    size_multiple: ClassVar[int] = 8
-    """What the sides of images are multiples of, in pixels."""
-    preview_size: ClassVar[int] = 512
-    """Default width and height of previews, in pixels."""
-    adapter_title: ClassVar[str] = ""
-    """What `lorakit.checkpoints.lora_kinds` calls the models that LoRA files are for, where that is this family; when
-    empty, that is not checked."""
-
-    path: str
-    """The base model: a `.safetensors` or `.ckpt` file, a diffusers folder, or a Hugging Face Hub id."""
-
-    @property
-    def noise_process(self) -> NoiseSpec:
-        """The kind of its noise process, as far as that is known before the model's files are read."""
-        return DDPMSpec()
-
-    def parts_named(self, names: Sequence[str] | None) -> tuple[ModelPart, ...]:
-        """The parts with these names, in their order; unknown names are skipped. With None, the default ones."""
-        known = {part.name: part for part in self.parts}
-        return tuple(known[name] for name in names or self.default_parts or known if name in known)
-
-    @property
-    def text_encoders(self) -> int:
-        """How many text encoders its models have."""
-        return sum(len(part.encoders) for part in self.parts)
-
-    def warnings_of_captions(self, captions: Mapping[str, str], weighted: bool) -> Iterator[Problem]:  # noqa: ARG002
-        """What may not be meant with captions, by the names of their images; keys are field names. Imports no torch.
-
-        With `weighted`, brackets in captions say how much words count.
-        """
-        return iter(())
-
-    @classmethod
-    def is_product(cls, made: object) -> bool:
-        """Whether it is a DiffusionModel."""
-        # Of the class, because asking a model itself for a part would load that part.
-        return _has_methods(type(made), "predict", "targets", "fingerprint", "free")
-
-    def build(self, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
-        """The model, whose parts read their weights on first use.
-
-        Called first of all components in a run.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no method build")
 
 
 @frozen(kw_only=True)
@@ -224,7 +155,7 @@ class NetworkConfig(Component):
     @classmethod
     def is_product(cls, made: object) -> bool:
         """Whether it is a Network."""
-        return _has_methods(type(made), "initialize", "parameter_groups", "load_adapter_state", "begin_batch")
+        return has_methods(type(made), "initialize", "parameter_groups", "load_adapter_state", "begin_batch")
 
     def build(self, targets: Sequence[AdaptationTarget]) -> Network:
         """The adapters for those of the targets that this network adapts, attached to them.
@@ -388,7 +319,7 @@ class SaverConfig(Component):
         """Whether it is a Saver, with save, load and a suffix such as '.safetensors'."""
         suffix = getattr(made, "suffix", None)
         is_suffix = isinstance(suffix, str) and suffix.startswith(".")
-        return is_suffix and _has_methods(type(made), "save", "load")
+        return is_suffix and has_methods(type(made), "save", "load")
 
     def build(self) -> Saver:
         """The object that writes and reads this format.
@@ -421,110 +352,3 @@ class ObserverConfig(Component):
         Called once, on the main process only, before the first step.
         """
         raise NotImplementedError(f"{type(self).__name__} has no method build")
-
-
-@frozen(kw_only=True)
-class TimestepSamplerConfig(Component):
-    """Which timesteps are trained on: a random one for each image."""
-
-    kind = "timestep sampler"
-    product = "a function of a generator and the shape of latents"
-
-    shift: float | None = field(default=None, validator=v.optional(v.gt(0)))
-    """Shift timesteps towards noise: t becomes s·t/(1 + (s - 1)·t), with t from 0 to 1; the model's own shift when
-    absent, which is none for Stable Diffusion."""
-    min: float | None = field(default=None, validator=v.optional(v.ge(0)))
-    """Smallest timestep, as the model counts them: 0 to 999 for Stable Diffusion, 0 to 1 for flow matching."""
-    max: float | None = field(default=None, validator=v.optional(v.gt(0)))
-    """Timesteps are drawn below this; all when absent. The distribution is scaled to the range from `min` to `max`."""
-
-    def problems_with(self, config: TrainConfig) -> Iterator[Problem]:
-        """Bounds that the model's timesteps do not have, or that are given twice."""
-        process, loss = config.model.noise_process, config.loss
-        for key, other in {"min": loss.min_timestep, "max": loss.max_timestep}.items():
-            value = getattr(self, key)
-            if value is not None and other is not None:
-                yield Problem(key, f"is the same as loss.{key}_timestep", "leave out one of them")
-            elif value is not None and process.num_timesteps and value % 1:
-                yield Problem(key, f"must be a whole number, not {value:g}")
-        if (self.min or 0) >= process.end or (self.max or 0) > process.end:
-            key, limit = ("min", "less than") if (self.min or 0) >= process.end else ("max", "at most")
-            yield Problem(key, f"must be {limit} {process.end:g}, where the model's timesteps end")
-        elif self.max is not None and (self.min or 0) >= self.max:
-            yield Problem("min", f"must be less than max, {self.max:g}")
-
-    def bounds(self, process: NoiseSpec) -> tuple[float, float]:
-        """Where the timesteps start, and what they are below; integers where the process counts steps."""
-        low, high = self.min or 0, process.end if self.max is None else self.max
-        return (int(low), int(high)) if process.num_timesteps else (low, high)
-
-    def timestep(self, fraction: float, process: NoiseSpec, latent_shape: Sequence[int]) -> float:
-        """The timestep of a draw between 0 and 1, shifted for latents [C, h, w] and scaled to the bounds."""
-        shift = process.training_shift(latent_shape) if self.shift is None else self.shift
-        low, high = self.bounds(process)
-        timestep = low + (high - low) * shifted(fraction, shift)
-        return min(int(timestep), int(high) - 1) if process.num_timesteps else timestep
-
-    @classmethod
-    def is_product(cls, made: object) -> bool:
-        """Whether it is a function."""
-        return callable(made)
-
-    def build(self, noise_process: NoiseProcess) -> TimestepSampler:
-        """The function that draws the timestep of an image.
-
-        It is called with a `numpy.random.Generator` and the shape [C, h, w] of the latents, and returns an integer
-        where the process counts steps.
-        """
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
-
-
-@frozen(kw_only=True)
-class SamplerConfig(Component):
-    """How previews are sampled: from noise to latents. Prompts name it; it has no keys."""
-
-    kind = "sampler"
-    name_key = "sampler"
-    product = "a function of predictions, noise, steps and generators"
-
-    title: ClassVar[str] = ""
-    """What web UIs call it, in the text that comes with an image; its name when empty."""
-    process: ClassVar[type[NoiseSpec]] = DDPMSpec
-    """The kind of noise process that it is for."""
-
-    @classmethod
-    def is_product(cls, made: object) -> bool:
-        """Whether it is a function."""
-        return callable(made)
-
-    def build(self, noise_process: NoiseProcess) -> Sampler:
-        """The function that samples.
-
-        It is called with `predict`, the noise [B, C, h, w] to start from, the number of steps and B generators, and
-        returns the latents, [B, C, h, w]. `predict` takes noisy latents and a timestep, a scalar tensor, and returns
-        what the denoiser predicts, guided.
-        """
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
-
-
-@frozen(kw_only=True)
-class DatasetSourceConfig(Component):
-    """Where the images and captions of a subset come from; its fields are further keys of the subset's table."""
-
-    kind = "dataset source"
-    product = "a DatasetSource, with list_images"
-    needs_image_dir: ClassVar[bool] = False
-    """Whether a subset with this source must have `image_dir`; else it is the config file's folder if absent."""
-
-    @classmethod
-    def is_product(cls, made: object) -> bool:
-        """Whether it is a DatasetSource."""
-        return _has_methods(type(made), "list_images")
-
-    def problems_in(self, subset: SubsetConfig) -> Iterator[Problem]:  # noqa: ARG002
-        """What is wrong with the fields in this subset; keys are those of the subset's table."""
-        return iter(())
-
-    def build(self, subset: SubsetConfig) -> DatasetSource:
-        """The source of the images of a subset."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")

@@ -1,12 +1,18 @@
-"""What a dataset source lists: images with their captions and masks."""
+"""Dataset sources: what lists images with their captions and masks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from attrs import Factory, field, frozen
+
+from lorakit.api.components import Component, has_methods
+from lorakit.errors import Problem
+
+if TYPE_CHECKING:
+    from lorakit.config.datasets import SubsetConfig
 
 
 @frozen
@@ -33,3 +39,26 @@ class DatasetSource(Protocol):
         A message for each entry that cannot be used is appended to `problems`, so that all are reported at once.
         Raises DataError where nothing can be listed.
         """
+
+
+@frozen(kw_only=True)
+class DatasetSourceConfig(Component):
+    """Where the images and captions of a subset come from; its fields are further keys of the subset's table."""
+
+    kind = "dataset source"
+    product = "a DatasetSource, with list_images"
+    needs_image_dir: ClassVar[bool] = False
+    """Whether a subset with this source must have `image_dir`; else it is the config file's folder if absent."""
+
+    @classmethod
+    def is_product(cls, made: object) -> bool:
+        """Whether it is a DatasetSource."""
+        return has_methods(type(made), "list_images")
+
+    def problems_in(self, subset: SubsetConfig) -> Iterator[Problem]:  # noqa: ARG002
+        """What is wrong with the fields in this subset; keys are those of the subset's table."""
+        return iter(())
+
+    def build(self, subset: SubsetConfig) -> DatasetSource:
+        """The source of the images of a subset."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")

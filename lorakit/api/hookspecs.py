@@ -11,40 +11,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pluggy
-from attrs import frozen
 
 if TYPE_CHECKING:
     from lorakit.api.components import (
         AttentionConfig,
-        DatasetSourceConfig,
         LRSchedulerConfig,
-        ModelFamilyConfig,
         NetworkConfig,
         ObserverConfig,
         OptimizerConfig,
-        SamplerConfig,
         SaverConfig,
-        TimestepSamplerConfig,
     )
+    from lorakit.api.dataset_source import DatasetSourceConfig
+    from lorakit.api.detection import DetectedFamily
     from lorakit.api.loss import LossConfig
+    from lorakit.api.model_family import ModelFamilyConfig
+    from lorakit.api.sampling import SamplerConfig, TimestepSamplerConfig
     from lorakit.checkpoints import CheckpointSummary
 
 hookspec = pluggy.HookspecMarker("lorakit")
 
 hookimpl = pluggy.HookimplMarker("lorakit")
 """Marks a function of a plugin as the implementation of one of the hooks below."""
-
-
-@frozen
-class DetectedFamily:
-    """What a plugin recognises a checkpoint as."""
-
-    name: str | None
-    """The family that trains it, as `model.family` names it; None for a base model that the plugin only knows."""
-    title: str
-    """What it is, in words that fit behind "is": `a Stable Diffusion 1.x model`."""
-    advice: str = ""
-    """What to do with a model that cannot be trained; empty if nothing helps."""
 
 
 @hookspec

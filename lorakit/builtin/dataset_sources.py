@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from lorakit.api.components import DatasetSourceConfig
+from lorakit.api.dataset_source import DatasetSourceConfig
 from lorakit.api.hookspecs import hookimpl
 from lorakit.errors import Problem
 

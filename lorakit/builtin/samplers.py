@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from attrs import frozen
 
-from lorakit.api.components import SamplerConfig
 from lorakit.api.hookspecs import hookimpl
 from lorakit.api.noise import FlowSpec, NoiseSpec
+from lorakit.api.sampling import SamplerConfig
 
 if TYPE_CHECKING:
     from lorakit.diffusion.process import NoiseProcess, Sampler

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit.api.components import TimestepSamplerConfig
 from lorakit.api.hookspecs import hookimpl
+from lorakit.api.sampling import TimestepSamplerConfig
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorakit.api.components import DatasetSourceConfig
+from lorakit.api.dataset_source import DatasetSourceConfig
 from lorakit.config.data_paths import near_names, why_no_folder
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.table_reader import TableReader, field_names

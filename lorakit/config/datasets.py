@@ -12,7 +12,7 @@ from typing import Literal
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit.api.components import DatasetSourceConfig
+from lorakit.api.dataset_source import DatasetSourceConfig
 from lorakit.errors import Problem
 from lorakit.utils.wording import shown_path
 

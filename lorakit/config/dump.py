@@ -10,7 +10,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import attrs
 import tomlkit
 
-from lorakit.api.components import Component, ModelFamilyConfig, ObserverConfig
+from lorakit.api.components import Component, ObserverConfig
+from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.field_docs import field_docs
 from lorakit.config.load import COMPONENT_SECTIONS, PLAIN_SECTIONS

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from lorakit.api.components import DatasetSourceConfig
+from lorakit.api.dataset_source import DatasetSourceConfig
 from lorakit.checkpoints import ModelPath
 
 

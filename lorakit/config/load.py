@@ -13,15 +13,15 @@ from lorakit.api.components import (
     AttentionConfig,
     Component,
     LRSchedulerConfig,
-    ModelFamilyConfig,
     NetworkConfig,
     ObserverConfig,
     OptimizerConfig,
     SaverConfig,
-    TimestepSamplerConfig,
 )
-from lorakit.api.hookspecs import DetectedFamily
+from lorakit.api.detection import DetectedFamily
 from lorakit.api.loss import LossConfig
+from lorakit.api.model_family import ModelFamilyConfig
+from lorakit.api.sampling import TimestepSamplerConfig
 from lorakit.checkpoints import Location, locate, summarize
 from lorakit.config.dataset_tables import DATASET_KEYS, SECTION_KEYS, SUBSET_KEYS, read_data_section
 from lorakit.config.metadata import MetadataSection

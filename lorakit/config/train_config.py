@@ -14,14 +14,14 @@ from lorakit.api.components import (
     AttentionConfig,
     Component,
     LRSchedulerConfig,
-    ModelFamilyConfig,
     NetworkConfig,
     ObserverConfig,
     OptimizerConfig,
     SaverConfig,
-    TimestepSamplerConfig,
 )
 from lorakit.api.loss import LossConfig
+from lorakit.api.model_family import ModelFamilyConfig
+from lorakit.api.sampling import TimestepSamplerConfig
 from lorakit.config.datasets import DataSection
 from lorakit.config.metadata import MetadataSection
 from lorakit.errors import Problem

@@ -1,4 +1,4 @@
-"""Batches: what the training loop computes a loss of, made ready ahead of time in the background.
+"""Batches, loaded ahead of time in the background.
 
 Every number drawn for an image depends on the seed, the epoch, the image and which of its repeats it
 is, and on nothing else. Shapes: B images in a micro-batch, C latent channels, h and w latent sides.
@@ -35,7 +35,7 @@ from lorakit.utils.rng import RngFactory, derived_seed, keyed_generator
 
 @frozen(eq=False)
 class Batch:
-    """The images of one micro-batch, or one process's share of them."""
+    """The images of one micro-batch, or one process's part of them."""
 
     latents: Tensor
     """Latents drawn from the image encoder's distribution, float32 [B, C, h, w]."""
@@ -46,19 +46,19 @@ class Batch:
     weights: Tensor
     """Weight of each image's loss, float32 [B]."""
     sample_seeds: Tensor
-    """Seeds of whatever else is drawn for each image, such as dropout, int64 [B]."""
+    """Seeds of other draws for each image, such as dropout, int64 [B]."""
     conditioning: Conditioning | None
-    """The encoded captions, where they are encoded once for all; otherwise None."""
+    """The encoded captions, if they are encoded before training; else None."""
     tokens: Tokens | None
-    """The tokenized captions, where they are encoded in each step; otherwise None."""
+    """The tokenized captions, if they are encoded in each step; else None."""
     images: tuple[str, ...]
     """The images' file names, for messages."""
     share: float
     """B as a part of the images in the global micro-batch."""
     perturbation: Tensor | None = None
-    """Noise that is to be mixed in besides, and not to be predicted, float32 [B, C, h, w]; None where there is none."""
+    """Additional noise in the input that is not in the target, float32 [B, C, h, w]; None if absent."""
     loss_mask: Tensor | None = None
-    """How much the loss counts at each place, 0 to 1, float32 [B, 1, h, w]; None where no image has a mask."""
+    """Weight of the loss at each place, 0 to 1, float32 [B, 1, h, w]; None if no image has a mask."""
     image_conditioning: Conditioning | None = None
     """What the denoiser takes of the images' sizes, [B, …]; None for a model that takes nothing."""
 
@@ -68,19 +68,19 @@ class Batch:
         return self.noise if self.perturbation is None else self.noise + self.perturbation
 
     def masked(self, losses: Tensor) -> Tensor:
-        """Losses [B, C, h, w] as far as they count; they are not scaled up to make up for what does not."""
+        """Losses [B, C, h, w] times the loss mask; what is left is not scaled up."""
         return losses if self.loss_mask is None else losses * self.loss_mask
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the batch, by name, in an order that depends on the names alone."""
         found: dict[str, Tensor] = {}
-        for own in fields(Batch):
-            value = getattr(self, own.name)
+        for field in fields(Batch):
+            value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                found[own.name] = value
+                found[field.name] = value
             elif isinstance(value, Mapping):
-                found |= {f"{own.name}.{key}": value[key] for key in sorted(value)}
+                found |= {f"{field.name}.{key}": value[key] for key in sorted(value)}
         return found
 
     def scale_weights(self, share: float) -> Batch:
@@ -88,7 +88,7 @@ class Batch:
         return evolve(self, weights=self.weights * share)
 
     def clone(self) -> Batch:
-        """The batch in memory of its own."""
+        """A copy of the batch."""
         return self._mapped(Tensor.clone)
 
     def to(self, device: torch.device) -> Batch:
@@ -101,7 +101,7 @@ class Batch:
         return self._mapped(Tensor.pin_memory)
 
     def _mapped(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        values = {own.name: getattr(self, own.name) for own in fields(Batch)}
+        values = {field.name: getattr(self, field.name) for field in fields(Batch)}
         moved: dict[str, Any] = {name: move(value) for name, value in values.items() if isinstance(value, Tensor)}
         for name, value in values.items():
             if isinstance(value, Mapping):
@@ -188,27 +188,32 @@ class BatchLoader:
     def _batch(self, share: RankMicroBatch, samples: Sequence[Sample], pictures: Sequence[Picture]) -> Batch:
         """The batch of a share; `pictures` has those of its images that change from epoch to epoch."""
         encoded = iter(self.live.entries(pictures) if self.live else ())
-        entries = [next(encoded) if own.example.is_augmented else self._cached(own) for own in samples]
-        latents = [_drawn(entry, own.draw) for entry, own in zip(entries, samples, strict=True)]
+        entries = [next(encoded) if sample.example.is_augmented else self._cached(sample) for sample in samples]
+        latents = [_drawn(entry, sample.draw) for entry, sample in zip(entries, samples, strict=True)]
         noise, perturbations, timesteps = [], [], []
-        for image, own in zip(latents, samples, strict=True):
-            noise.append(target_noise(image, self.loss, own.draw))
-            timesteps.append(self.timestep_sampler(own.draw("timestep"), image.shape))
+        for image, sample in zip(latents, samples, strict=True):
+            noise.append(target_noise(image, self.loss, sample.draw))
+            timesteps.append(self.timestep_sampler(sample.draw("timestep"), image.shape))
             if self.loss.ip_noise_gamma is not None:
-                perturbations.append(perturbation(image.shape, self.loss, own.draw("perturbation")))
+                perturbations.append(perturbation(image.shape, self.loss, sample.draw("perturbation")))
         context = CaptionContext(share.epoch, share.step, self.total_steps)
-        texts = [apply_caption_options(own.example.caption, own.example.subset, context, own.draw) for own in samples]
+        texts = [
+            apply_caption_options(sample.example.caption, sample.example.subset, context, sample.draw)
+            for sample in samples
+        ]
         conditioning, tokens = self.captions.load(texts)
-        by_sizes = self.image_conditioning and self.image_conditioning([own.sizes for own in samples])
+        by_sizes = self.image_conditioning and self.image_conditioning([sample.sizes for sample in samples])
         return Batch(
             latents=torch.stack(latents),
             noise=torch.stack(noise),
             timesteps=torch.tensor(timesteps),
-            weights=torch.tensor([self.prior_loss_weight if own.example.subset.is_reg else 1.0 for own in samples]),
-            sample_seeds=torch.tensor([derived_seed(*own.key("dropout")) for own in samples]),
+            weights=torch.tensor(
+                [self.prior_loss_weight if sample.example.subset.is_reg else 1.0 for sample in samples]
+            ),
+            sample_seeds=torch.tensor([derived_seed(*sample.key("dropout")) for sample in samples]),
             conditioning=conditioning,
             tokens=tokens,
-            images=tuple(own.example.image.name for own in samples),
+            images=tuple(sample.example.image.name for sample in samples),
             share=share.fraction,
             perturbation=torch.stack(perturbations) if perturbations else None,
             loss_mask=_loss_mask(entries),
@@ -229,7 +234,7 @@ class BatchLoader:
 
 def _pictures(samples: Iterable[Sample]) -> list[Picture]:
     """Those images that change from epoch to epoch, as they are this once."""
-    return [augmented_picture(own.example, own.draw) for own in samples if own.example.is_augmented]
+    return [augmented_picture(sample.example, sample.draw) for sample in samples if sample.example.is_augmented]
 
 
 def _drawn(entry: Mapping[str, Tensor], draw: RngFactory) -> Tensor:
@@ -248,8 +253,8 @@ def _loss_mask(entries: Sequence[Mapping[str, Tensor]]) -> Tensor | None:
 def prefetch(batches: Iterable[Batch], depth: int, device: torch.device | None = None) -> Generator[Batch]:
     """The batches, up to `depth` of them made ahead in a background thread; pinned if the device is a CUDA one.
 
-    What goes wrong in the thread is raised here. The thread ends with the batches, or when the
-    consumer stops early.
+    Errors in the thread are raised here. The thread ends with the batches, or when the consumer
+    stops early.
     """
     iterator = iter(batches)
     pin = device is not None and device.type == "cuda"

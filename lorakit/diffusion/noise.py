@@ -1,7 +1,7 @@
-"""Kinds of noise: each image's is drawn from generators of its own, so that it depends on no other image.
+"""Kinds of noise; each image has its own generators, so that its noise depends on no other image.
 
-Every strength is drawn for each image, and noise is brought to unit deviation for each image, where
-sd-scripts does either once for a whole batch. C latent channels, h and w latent sides.
+Strengths are drawn, and noise is normalized to unit deviation, for each image; sd-scripts does both once for a whole
+batch. C latent channels, h and w latent sides.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def normal(generator: np.random.Generator, shape: Sequence[int]) -> Tensor:
 
 
 def target_noise(latents: Tensor, loss: LossConfig, generators: RngFactory) -> Tensor:
-    """The noise that is mixed into latents [C, h, w] and that a model learns to predict, of the same shape."""
+    """The noise that is mixed into latents [C, h, w] and that is the target, of the same shape."""
     noise = normal(generators("noise"), latents.shape)
     if loss.noise_offset is not None:
         noise += channel_offset(latents, loss, generators("noise offset"))
@@ -34,7 +34,7 @@ def target_noise(latents: Tensor, loss: LossConfig, generators: RngFactory) -> T
 
 
 def perturbation(shape: Sequence[int], loss: LossConfig, generator: np.random.Generator) -> Tensor:
-    """γ·ε, the noise that is in a model's input alone (input perturbation, Ning et al., 2023, arXiv:2301.11706).
+    """γ·ε, the noise that is in the model's input only (input perturbation, Ning et al., 2023, arXiv:2301.11706).
 
     γ is `ip_noise_gamma`, or a draw between 0 and it.
     """
@@ -45,8 +45,8 @@ def perturbation(shape: Sequence[int], loss: LossConfig, generator: np.random.Ge
 def channel_offset(latents: Tensor, loss: LossConfig, generator: np.random.Generator) -> Tensor:
     """s·ε with one ε for each channel, [C, 1, 1].
 
-    s is `noise_offset`, or a draw between 0 and it; with `adaptive_noise_scale` a more a·|mean of the
-    channel of the latents| in each channel, but not less than 0.
+    s is `noise_offset`, or a draw between 0 and it; with `adaptive_noise_scale` a, a·|mean of the
+    latents' channel| is added in each channel, and the sum is at least 0.
     """
     strength = (loss.noise_offset or 0.0) * (generator.random() if loss.noise_offset_random_strength else 1.0)
     offset = normal(generator, (len(latents), 1, 1))
@@ -59,8 +59,8 @@ def channel_offset(latents: Tensor, loss: LossConfig, generator: np.random.Gener
 def pyramid_noise(noise: Tensor, iterations: int, discount: float, generator: np.random.Generator) -> Tensor:
     """Noise [C, h, w] with discountⁱ·ε of lower resolutions added, divided by its standard deviation.
 
-    ε at level i has sides rⁱ times as short, with r drawn anew from [2, 4) at each level, and is brought
-    to size bilinearly. The last level is the first with a side of 1.
+    ε at level i has sides rⁱ times as short, with a new r from [2, 4) at each level, and is resized
+    bilinearly. The last level is the first with a side of 1.
     """
     channels, height, width = noise.shape
     total = noise.clone()

@@ -8,7 +8,8 @@ from enum import Enum
 
 import attrs
 
-from lorakit.api.components import Component, ModelFamilyConfig, ObserverConfig
+from lorakit.api.components import Component, ObserverConfig
+from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.load import COMPONENT_SECTIONS, PLAIN_SECTIONS
 from lorakit.config.sd_scripts import Option

@@ -12,7 +12,8 @@ from attrs import field, fields, frozen
 from attrs import validators as v
 
 from lorakit.api.block_layout import BlockLayout, curve
-from lorakit.api.components import ModelFamilyConfig, ModelPart, NetworkConfig
+from lorakit.api.components import ModelPart, NetworkConfig
+from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.api.network_metadata import LORA_MODULE, NETWORK_ARG_KEYS, network_args
 from lorakit.errors import AdapterError, ModelError, Problem
 

@@ -103,7 +103,6 @@ OTHER_NAMES: Mapping[str, Mapping[str, str]] = {
         "shift": "it is 'logit_normal' with timesteps.shift here",
     },
     "sampler": {
-        "eulera": "did you mean 'euler_a'?",
         "dpm2m": "it is 'dpmsolver++' here",
         "dpmpp2m": "it is 'dpmsolver++' here",
         "plms": "it is 'pndm' here",

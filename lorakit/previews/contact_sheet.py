@@ -23,7 +23,7 @@ MAX_ROWS, MAX_COLUMNS = 16, 8
 _CELL = 160
 """Pixels along the longer side of a picture on the sheet."""
 _GAP, _LABEL, _HEAD = 8, 180, 32
-"""Pixels between pictures, for the prompts on the left, and for the steps at the top."""
+"""Pixels between images, for the prompts on the left, and for the steps at the top."""
 _TEXT_SIZE = 14
 _NAME = re.compile(r"_(?P<prompt>\d{2,})_(?P<time>\d{14})(?:_\d+)?\.png$")
 
@@ -59,7 +59,7 @@ def find_previews(paths: Iterable[Path], last_step: int) -> list[Preview]:
 def write_contact_sheet(path: Path, previews: Iterable[Preview]) -> None:
     """Write a sheet of previews as PNG, whole or not at all. Raises OutputError.
 
-    Of many times, the first and the last are shown, and others evenly between. Pictures that are gone are left out.
+    Of many times, the first and the last are shown, and others evenly between. Images that are gone are left out.
     """
     places = {(preview.prompt, preview.step): preview.path for preview in sorted(previews) if preview.path.is_file()}
     steps = _spread(sorted({step for _, step in places}), MAX_COLUMNS)
@@ -109,7 +109,7 @@ def _thumbnail(path: Path) -> tuple[Image, str]:
 
 
 def _wrapped(draw: ImageDraw, text: str) -> str:
-    """The text in lines that fit beside the pictures, cut off where it is longer than these are high."""
+    """The text in lines that fit beside the images, cut off where it is longer than these are high."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -1,4 +1,4 @@
-"""Pictures to draw, and the PNG files that they become, which say how they were drawn. Imports no torch."""
+"""Images to sample, and their PNG files, whose text says how they were sampled. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from lorakit.api.components import ModelFamilyConfig, SamplerConfig
+from lorakit.api.model_family import ModelFamilyConfig
+from lorakit.api.sampling import SamplerConfig
 from lorakit.plugins.catalog import Catalog
 from lorakit.previews.prompts import Prompt, find_sampler, round_side
 from lorakit.utils.atomic_io import write_atomically
@@ -19,17 +20,17 @@ if TYPE_CHECKING:
     import numpy as np
 
 SEEDS = 2**32
-"""How many seeds there are to be made: those that web UIs take too."""
+"""Seeds are below this, as web UIs take them."""
 
 
 @frozen(kw_only=True)
 class PreviewJob:
-    """An image to draw, with nothing left open."""
+    """An image to sample, with all settings resolved."""
 
     prompt: Prompt
-    """What to draw."""
+    """The prompt."""
     seed: int
-    """Seed of the noise: the prompt's own, or one made for it."""
+    """Seed of the noise: the prompt's, or one made for it."""
     width: int
     """Width in pixels."""
     height: int
@@ -39,9 +40,9 @@ class PreviewJob:
 
 
 def preview_jobs(prompts: Iterable[Prompt], seed: int, model: ModelFamilyConfig) -> list[PreviewJob]:
-    """The images of prompts: what they leave open is the model's; seeds are made of the run's seed and their place.
+    """The images of prompts, with the model's defaults; missing seeds are derived from the run's seed and the index.
 
-    Raises PluginError where there is no such sampler.
+    Raises PluginError if there is no such sampler.
     """
     jobs, catalog, multiple = [], Catalog.discover(), model.size_multiple
     for index, prompt in enumerate(prompts):
@@ -58,7 +59,7 @@ def preview_jobs(prompts: Iterable[Prompt], seed: int, model: ModelFamilyConfig)
 
 
 def write_png(path: Path, pixels: np.ndarray[Any, np.dtype[np.uint8]], texts: dict[str, str]) -> None:
-    """Write pixels [H, W, 3] with texts in them, whole or not at all. Raises OutputError."""
+    """Write pixels [H, W, 3] and texts to a PNG file, atomically. Raises OutputError."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -70,27 +71,27 @@ def write_png(path: Path, pixels: np.ndarray[Any, np.dtype[np.uint8]], texts: di
     write_atomically(path, content.getvalue())
 
 
-def description(picture: PreviewJob, step: int) -> dict[str, str]:
-    """How a picture was drawn after so many training steps, by name.
+def description(job: PreviewJob, step: int) -> dict[str, str]:
+    """How an image was sampled after training step `step`, by name.
 
-    `parameters` holds all of it in the form that AUTOMATIC1111's web UI writes and reads.
+    `parameters` has all of it in the format of AUTOMATIC1111's web UI.
     """
-    prompt, sampler = picture.prompt, picture.sampler
+    prompt, sampler = job.prompt, job.sampler
     lines = [prompt.prompt]
     if prompt.negative_prompt:
         lines.append(f"Negative prompt: {prompt.negative_prompt}")
     lines.append(
         f"Steps: {prompt.steps}, Sampler: {sampler.title or sampler.name}, CFG scale: {prompt.scale:g}, "
-        f"Seed: {picture.seed}, Size: {picture.width}x{picture.height}, Training step: {step}"
+        f"Seed: {job.seed}, Size: {job.width}x{job.height}, Training step: {step}"
     )
     settings = {
         "prompt": prompt.prompt,
         "negative_prompt": prompt.negative_prompt,
-        "width": picture.width,
-        "height": picture.height,
+        "width": job.width,
+        "height": job.height,
         "steps": prompt.steps,
         "scale": prompt.scale,
-        "seed": picture.seed,
+        "seed": job.seed,
         "sampler": prompt.sampler or sampler.name,
         "training_step": step,
     }

@@ -1,4 +1,4 @@
-"""Previews: the pictures of a prompt file, drawn again and again with a model that is being trained."""
+"""Previews: images of the prompts in a file, sampled during training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 
-from lorakit.api.components import ModelFamilyConfig
+from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.previews.png import PreviewJob, description, preview_jobs, write_png
 from lorakit.previews.prompt_files import read_prompts
 from lorakit.previews.prompts import PromptSettings
@@ -21,62 +21,62 @@ if TYPE_CHECKING:
 
 @frozen(kw_only=True)
 class Previewer:
-    """Draws what a prompt file says, as it is at that time."""
+    """Draws the prompts of a file, which is read again each time."""
 
     prompts: Path | Sequence[str]
     """The prompt file, or the lines of one."""
     settings: PromptSettings
-    """What holds for prompts that say nothing else."""
+    """Defaults of the prompts."""
     family: ModelFamilyConfig
     """The model's config, which says what prompts leave open."""
     seed: int
     """Seed of the run, for prompts without one."""
     batch_size: int
-    """How many pictures are drawn at once."""
+    """How many images are sampled at once."""
     texts_change: bool
-    """Whether the text encoder is trained, so that texts have to be encoded anew each time."""
+    """Whether the text encoder is trained, so that texts are encoded again each time."""
     frees_text_encoder: bool
     """Whether nothing else needs the text encoder."""
     weighted: bool = False
     """Whether brackets in prompts say how much words count."""
     _texts: dict[str, Conditioning] = field(factory=dict, init=False)
-    """What was encoded, where that is done once."""
+    """The encoded texts, if they are encoded once."""
 
     def prepare(self, model: DiffusionModel) -> None:
-        """Encode the prompts where that is done once. Raises ConfigError where the file cannot be used."""
+        """Encode the prompts, if that is done once. Raises ConfigError if the file cannot be used."""
         if not self.texts_change:
-            self._encoded(model, self._pictures())
+            self._encoded(model, self._jobs())
 
     def count(self) -> int:
-        """How many images `draw` draws now. Raises ConfigError where the file cannot be used."""
+        """How many images `draw` draws now. Raises ConfigError if the file cannot be used."""
         return len(read_prompts(self.prompts, self.settings).prompts)
 
     def draw(self, model: DiffusionModel, folder: Path, stem: str, step: int) -> list[Path]:
-        """Draw all prompts after so many training steps; gives the files, whose names start with `stem`.
+        """Draw all prompts after training step `step`; returns the files, whose names start with `stem`.
 
-        Raises ConfigError where the prompt file cannot be used, and OutputError where a picture cannot be written.
+        Raises ConfigError if the prompt file cannot be used, and OutputError if an image cannot be written.
         """
-        pictures = self._pictures()
-        latents = sample_latents(model, pictures, self._encoded(model, pictures), self.batch_size)
+        jobs = self._jobs()
+        latents = sample_latents(model, jobs, self._encoded(model, jobs), self.batch_size)
         time = datetime.now().astimezone().strftime("%Y%m%d%H%M%S")
         paths = []
         try:
             for index, pixels in enumerate(decode(model, latents)):
-                own_seed = pictures[index].prompt.seed
-                ending = "" if own_seed is None else f"_{own_seed}"
+                seed = jobs[index].prompt.seed
+                ending = "" if seed is None else f"_{seed}"
                 path = folder / f"{stem}_{index:02d}_{time}{ending}.png"
-                write_png(path, pixels, description(pictures[index], step))
+                write_png(path, pixels, description(jobs[index], step))
                 paths.append(path)
         finally:
             model.free("vae_decoder")
         return paths
 
-    def _pictures(self) -> list[PreviewJob]:
+    def _jobs(self) -> list[PreviewJob]:
         return preview_jobs(read_prompts(self.prompts, self.settings).prompts, self.seed, self.family)
 
-    def _encoded(self, model: DiffusionModel, pictures: Sequence[PreviewJob]) -> Texts:
-        """The pictures' texts, encoded; the text encoder is read only where one of them is new."""
-        texts = [text for own in pictures for text in (own.prompt.prompt, own.prompt.negative_prompt)]
+    def _encoded(self, model: DiffusionModel, jobs: Sequence[PreviewJob]) -> Texts:
+        """The encoded texts of images; the text encoder is loaded only if one of them is new."""
+        texts = [text for job in jobs for text in (job.prompt.prompt, job.prompt.negative_prompt)]
         if self.texts_change:
             return encode_texts(model, texts, self.weighted)
         new = [text for text in texts if text not in self._texts]

@@ -6,7 +6,7 @@ from attrs import field, frozen
 from attrs import validators as v
 from attrs.converters import optional
 
-from lorakit.api.components import SamplerConfig
+from lorakit.api.sampling import SamplerConfig
 from lorakit.plugins.catalog import Catalog
 
 LARGEST_SIDE = 4096

@@ -1,6 +1,6 @@
-"""Drawing: prompts to latents, and latents to pixels.
+"""Sampling: prompts to latents, and latents to pixels.
 
-B pictures drawn at once, C latent channels, h and w latent sides, H and W picture sides in pixels.
+B images sampled at once, C latent channels, h and w latent sides, H and W image sides in pixels.
 """
 
 from __future__ import annotations
@@ -24,42 +24,40 @@ Texts = Mapping[str, "Conditioning"]
 
 
 def encode_texts(model: DiffusionModel, texts: Iterable[str], weighted: bool = False) -> dict[str, Conditioning]:
-    """Conditioning of each text, without the batch side; cut off at the length that the model is set to.
+    """The conditioning of each text, without the batch side; truncated to the model's caption length.
 
-    With `weighted`, brackets say how much words count.
+    With `weighted`, brackets weight words.
     """
     encoder = model.text_encoder
     encoded = {text: encoder.encode(encoder.tokenize([text], weighted)) for text in dict.fromkeys(texts)}
     return {text: split(model, conditioning)[0] for text, conditioning in encoded.items()}
 
 
-def sample_latents(
-    model: DiffusionModel, pictures: Sequence[PreviewJob], texts: Texts, batch_size: int
-) -> list[Tensor]:
-    """The latents [C, h, w] of each picture; those of equal size, steps, sampler and scale are drawn together.
+def sample_latents(model: DiffusionModel, jobs: Sequence[PreviewJob], texts: Texts, batch_size: int) -> list[Tensor]:
+    """The latents [C, h, w] of each image; those of equal size, steps, sampler and scale are sampled together.
 
     `texts` must hold each prompt and negative prompt.
     """
     groups: dict[tuple[object, ...], list[int]] = {}
-    for index, picture in enumerate(pictures):
-        prompt = picture.prompt
-        key = (picture.width, picture.height, prompt.steps, picture.sampler, prompt.scale)
+    for index, job in enumerate(jobs):
+        prompt = job.prompt
+        key = (job.width, job.height, prompt.steps, job.sampler, prompt.scale)
         groups.setdefault(key, []).append(index)
-    drawn: dict[int, Tensor] = {}
+    sampled: dict[int, Tensor] = {}
     for group in groups.values():
         for start in range(0, len(group), batch_size):
             chosen = group[start : start + batch_size]
-            drawn.update(zip(chosen, _drawn(model, [pictures[index] for index in chosen], texts), strict=True))
-    return [drawn[index] for index in range(len(pictures))]
+            sampled.update(zip(chosen, _sample(model, [jobs[index] for index in chosen], texts), strict=True))
+    return [sampled[index] for index in range(len(jobs))]
 
 
-def _drawn(model: DiffusionModel, pictures: Sequence[PreviewJob], texts: Texts) -> Tensor:
-    """The latents [B, C, h, w] of pictures that differ only in their texts and seeds."""
-    settings, sampler = pictures[0].prompt, build_component(pictures[0].sampler, model.noise)
-    generators = [torch.Generator().manual_seed(picture.seed) for picture in pictures]
-    shape = model.latent_shape(pictures[0].width, pictures[0].height)
+def _sample(model: DiffusionModel, jobs: Sequence[PreviewJob], texts: Texts) -> Tensor:
+    """The latents [B, C, h, w] of images that differ only in their texts and seeds."""
+    settings, sampler = jobs[0].prompt, build_component(jobs[0].sampler, model.noise)
+    generators = [torch.Generator().manual_seed(job.seed) for job in jobs]
+    shape = model.latent_shape(jobs[0].width, jobs[0].height)
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    conditioning = _conditioning(model, pictures, texts)
+    conditioning = _conditioning(model, jobs, texts)
 
     def predict(noisy_latents: Tensor, timestep: Tensor) -> Tensor:
         return classifier_free_guidance(model, noisy_latents, timestep, conditioning, settings.scale)
@@ -68,12 +66,12 @@ def _drawn(model: DiffusionModel, pictures: Sequence[PreviewJob], texts: Texts) 
     return latents
 
 
-def _conditioning(model: DiffusionModel, pictures: Sequence[PreviewJob], texts: Texts) -> Conditioning:
-    """What the denoiser is told, [B, …]; with guidance [2B, …], the negative prompts first."""
-    wanted = [picture.prompt.prompt for picture in pictures]
-    if pictures[0].prompt.scale > 1:
-        wanted = [picture.prompt.negative_prompt for picture in pictures] + wanted
-    sizes = [ImageSizes.whole(pictures[0].width, pictures[0].height)] * len(wanted)
+def _conditioning(model: DiffusionModel, jobs: Sequence[PreviewJob], texts: Texts) -> Conditioning:
+    """The conditioning, [B, …]; with guidance [2B, …], the negative prompts first."""
+    wanted = [job.prompt.prompt for job in jobs]
+    if jobs[0].prompt.scale > 1:
+        wanted = [job.prompt.negative_prompt for job in jobs] + wanted
+    sizes = [ImageSizes.whole(jobs[0].width, jobs[0].height)] * len(wanted)
     captions = collate(model, [texts[text] for text in wanted])
     by_sizes = image_conditioning(model, sizes).items()
     return {**captions, **{name: tensor.to(next(iter(captions.values())).device) for name, tensor in by_sizes}}
@@ -82,7 +80,7 @@ def _conditioning(model: DiffusionModel, pictures: Sequence[PreviewJob], texts: 
 def classifier_free_guidance(
     model: DiffusionModel, noisy_latents: Tensor, timestep: Tensor, conditioning: Conditioning, scale: float
 ) -> Tensor:
-    """The denoiser's output, float32 [B, C, h, w]; with a scale above 1 led away from the negative prompts."""
+    """The denoiser's output, float32 [B, C, h, w]; with a scale above 1 guided away from the negative prompts."""
     if scale <= 1:
         return _predicted(model, noisy_latents, timestep, conditioning)
     doubled = torch.cat([noisy_latents, noisy_latents])
@@ -96,10 +94,10 @@ def _predicted(model: DiffusionModel, noisy_latents: Tensor, timestep: Tensor, c
 
 
 def decode(model: DiffusionModel, latents: Iterable[Tensor]) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
-    """The pixels [H, W, 3] of each picture's latents [C, h, w]; one at a time, as decoding takes much memory.
+    """The pixels [H, W, 3] of each image's latents [C, h, w]; one at a time, because decoding takes much memory.
 
-    What is not a number, as from adapters that diverged, is grey.
+    NaN, as from adapters that diverged, becomes grey.
     """
-    for own in latents:
-        image = model.vae_decoder.decode(own.unsqueeze(0))[0].nan_to_num(0)
+    for latent in latents:
+        image = model.vae_decoder.decode(latent.unsqueeze(0))[0].nan_to_num(0)
         yield ((image + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()

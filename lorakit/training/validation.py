@@ -1,4 +1,4 @@
-"""The validation loss: that of training, on images that are held out from it, always with the same noise."""
+"""The validation loss: the training loss on held-out images, always with the same noise."""
 
 from __future__ import annotations
 
@@ -50,22 +50,22 @@ class ValidationSet:
             for timestep in timesteps:
                 # Keyed by the timestep; by millionths of it where time is continuous.
                 key = timestep if isinstance(timestep, int) else round(timestep * 1e6)
-                keyed = tuple(item._replace(repeat=key) for item in items)
-                batch = loader.load(RankMicroBatch(BEFORE_TRAINING, keyed, len(keyed)))
+                refs = tuple(item._replace(repeat=key) for item in items)
+                batch = loader.load(RankMicroBatch(BEFORE_TRAINING, refs, len(refs)))
                 yield evolve(batch, timesteps=torch.full_like(batch.timesteps, timestep))
 
 
 def validation_loss(run: Run, images: ValidationSet, timesteps: Sequence[float], max_batches: int | None) -> float:
     """The mean of the loss of training over images and timesteps, with the model as a saved file would make it.
 
-    The device is waited for once, at the end.
+    Synchronizes with the device once, at the end.
     """
     total, count = torch.zeros((), device=run.processes.device), 0
     with run.evaluating() as model, closing(run.prefetched(images.batches(timesteps, max_batches))) as batches:
         for batch in batches:
-            own = batch.to(run.processes.device)
-            size = len(own.timesteps)
-            run.network.begin_batch(own.sample_seeds)
-            total += size * denoising_loss(model, own, run.encode(own), run.criterion)
+            moved = batch.to(run.processes.device)
+            size = len(moved.timesteps)
+            run.network.begin_batch(moved.sample_seeds)
+            total += size * denoising_loss(model, moved, run.encode(moved), run.criterion)
             count += size
     return total.item() / count

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
-from lorakit.api.components import ModelFamilyConfig
+from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.config.dataset_tables import DATASET_KEYS, SUBSET_KEYS, UNSUPPORTED_DEFAULTS
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.dump import to_toml

@@ -17,7 +17,7 @@ from tests.guests import install
 FAMILY = '''
 from attrs import frozen
 from lorakit import hookimpl
-from lorakit.api.components import ModelFamilyConfig
+from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.api.noise import FlowSpec
 
 

@@ -143,7 +143,7 @@ def test_values_of_a_wrong_type_or_range(
         ("training", "batch_size", "did you mean data.batch_size?"),
         ("training", "clip_skip", "did you mean model.clip_skip?"),
         ("optimizer", "max_train_steps", "did you mean training.max_steps?"),
-        ("loss", "zzz", "known here: type, huber_schedule"),
+        ("loss", "zzz", "known here: huber_schedule, huber_c"),
         ("loss", "loss_type", "did you mean loss.type?"),
         ("training", "debiased_estimation_loss", "did you mean loss.debiased_estimation?"),
         ("training", "noise_offset", "did you mean loss.noise_offset?"),

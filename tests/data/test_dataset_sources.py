@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from attrs import evolve, frozen
 
-from lorakit.api.components import DatasetSourceConfig
-from lorakit.api.dataset_source import SourceImage
+from lorakit.api.dataset_source import DatasetSourceConfig, SourceImage
 from lorakit.config.dump import to_tables, to_toml
 from lorakit.config.load import config_from_tables
 from lorakit.config.toml_files import parse_toml

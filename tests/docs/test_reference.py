@@ -13,7 +13,9 @@ import pytest
 
 from lorakit import api
 from lorakit.api import hookspecs
-from lorakit.api.components import Component, ModelFamilyConfig, ObserverConfig, SamplerConfig
+from lorakit.api.components import Component, ObserverConfig
+from lorakit.api.model_family import ModelFamilyConfig
+from lorakit.api.sampling import SamplerConfig
 from lorakit.cli import commands as cli
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.load import COMPONENT_SECTIONS, PLAIN_SECTIONS

@@ -13,7 +13,8 @@ from attrs import frozen
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lorakit.api.components import ModelFamilyConfig, ModelPart
+from lorakit.api.components import ModelPart
+from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.builtin.networks import LierlaConfig
 from lorakit.builtin.optimizers.adamw import AdamWConfig
 from lorakit.checkpoints import Location

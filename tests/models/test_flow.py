@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.api.components import SamplerConfig, TimestepSamplerConfig
 from lorakit.api.loss import LossConfig
 from lorakit.api.noise import FlowSpec, ShiftLine, shifted
+from lorakit.api.sampling import SamplerConfig, TimestepSamplerConfig
 from lorakit.diffusion.flow import FlowMatching, shifted_sigmas
 from lorakit.diffusion.noise_schedule import DDPMSchedule
 from lorakit.errors import ModelError

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from lorakit.api.block_layout import curve
-from lorakit.api.components import ModelFamilyConfig, ModelPart, OptimizerConfig
+from lorakit.api.components import ModelPart, OptimizerConfig
+from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.builtin.model_families.sd1 import SD1Config
 from lorakit.builtin.networks import C3LierConfig, LierlaConfig
 from lorakit.builtin.optimizers.adafactor import AdafactorConfig

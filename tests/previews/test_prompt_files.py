@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.api.components import ModelFamilyConfig, SamplerConfig
+from lorakit.api.model_family import ModelFamilyConfig
+from lorakit.api.sampling import SamplerConfig
 from lorakit.errors import ConfigError
 from lorakit.plugins.catalog import Catalog
 from lorakit.previews.png import preview_jobs

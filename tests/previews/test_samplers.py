@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit.api.components import ModelFamilyConfig, SamplerConfig
+from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.api.noise import DDPMSpec
+from lorakit.api.sampling import SamplerConfig
 from lorakit.diffusion.noise_schedule import DDPMSchedule
 from lorakit.plugins.catalog import Catalog
 from lorakit.previews.png import preview_jobs

@@ -10,8 +10,9 @@ import torch
 from attrs import evolve, frozen
 from safetensors.torch import load_file
 
-from lorakit.api.components import ObserverConfig, TimestepSamplerConfig
+from lorakit.api.components import ObserverConfig
 from lorakit.api.noise import FlowSpec, NoiseSpec
+from lorakit.api.sampling import TimestepSamplerConfig
 from lorakit.builtin.model_families.sd1 import SD1Config
 from lorakit.config.train_config import TrainConfig
 from lorakit.diffusion.flow import FlowMatching

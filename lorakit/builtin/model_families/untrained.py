@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lorakit.api.hookspecs import DetectedFamily, hookimpl
+from lorakit.api.detection import DetectedFamily
+from lorakit.api.hookspecs import hookimpl
 from lorakit.checkpoints import CheckpointSummary, is_add_on
 from lorakit.models.families.sd.detect import detect
 

@@ -17,17 +17,17 @@ import tomlkit
 from lorakit.api.components import (
     AttentionConfig,
     Component,
-    DatasetSourceConfig,
     LRSchedulerConfig,
-    ModelFamilyConfig,
     NetworkConfig,
     ObserverConfig,
     OptimizerConfig,
     SaverConfig,
-    TimestepSamplerConfig,
     with_import_path,
 )
+from lorakit.api.dataset_source import DatasetSourceConfig
 from lorakit.api.loss import LossConfig
+from lorakit.api.model_family import ModelFamilyConfig
+from lorakit.api.sampling import TimestepSamplerConfig
 from lorakit.config.dump import to_toml
 from lorakit.config.field_docs import field_docs
 from lorakit.config.load import config_from_tables

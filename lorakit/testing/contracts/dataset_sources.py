@@ -9,8 +9,7 @@ from typing import Any
 import attrs
 import pytest
 
-from lorakit.api.components import DatasetSourceConfig
-from lorakit.api.dataset_source import SourceImage
+from lorakit.api.dataset_source import DatasetSourceConfig, SourceImage
 from lorakit.config.datasets import SubsetConfig
 from lorakit.config.load import config_from_tables
 from lorakit.config.table_reader import field_names

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lorakit.api.components import ModelFamilyConfig, NetworkConfig
+from lorakit.api.components import NetworkConfig
 from lorakit.api.loss import LossConfig
+from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.checkpoints import locate, summarize
 from lorakit.diffusion.noise_schedule import DDPMSchedule
 from lorakit.models.conditioning import collate, split

@@ -13,8 +13,9 @@ import attrs
 import torch
 from torch import Tensor
 
-from lorakit.api.components import ObserverConfig, SamplerConfig
+from lorakit.api.components import ObserverConfig
 from lorakit.api.noise import DDPMSpec, FlowSpec
+from lorakit.api.sampling import SamplerConfig
 from lorakit.config.load import config_from_tables
 from lorakit.config.train_config import TrainConfig
 from lorakit.diffusion.flow import FlowMatching

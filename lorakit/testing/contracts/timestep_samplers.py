@@ -6,7 +6,7 @@ import attrs
 import numpy as np
 import pytest
 
-from lorakit.api.components import TimestepSamplerConfig
+from lorakit.api.sampling import TimestepSamplerConfig
 from lorakit.diffusion.flow import FlowMatching
 from lorakit.diffusion.noise_schedule import DDPMSchedule
 from lorakit.diffusion.process import NoiseProcess

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorakit.api.components import ModelFamilyConfig
 from lorakit.api.loss import LossConfig
+from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.data.loader import Batch
 from lorakit.models.conditioning import ImageSizes, image_conditioning
 from lorakit.models.interfaces import Conditioning, DiffusionModel

@@ -10,7 +10,7 @@ import attrs
 from torch import nn
 from torch.nn.functional import dropout
 
-from lorakit.api.components import ModelFamilyConfig
+from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.models.families.sd.model import StableDiffusion
 from lorakit.networks.config import LoRAConfig
 from lorakit.networks.dropout import DropoutRates

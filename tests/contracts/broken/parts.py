@@ -10,17 +10,10 @@ from safetensors.torch import save_file
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
-from lorakit.api.components import (
-    AttentionConfig,
-    LRSchedulerConfig,
-    ObserverConfig,
-    OptimizerConfig,
-    SamplerConfig,
-    SaverConfig,
-    TimestepSamplerConfig,
-)
+from lorakit.api.components import AttentionConfig, LRSchedulerConfig, ObserverConfig, OptimizerConfig, SaverConfig
 from lorakit.api.loss import LossConfig
 from lorakit.api.observer import Observer
+from lorakit.api.sampling import SamplerConfig, TimestepSamplerConfig
 from lorakit.networks.adapter_file import SafetensorsSaver, read_adapter
 from lorakit.networks.network import torch_groups
 from lorakit.testing.contracts import (

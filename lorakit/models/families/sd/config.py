@@ -12,7 +12,8 @@ from attrs import evolve, field, frozen
 from attrs import validators as v
 
 from lorakit.api.block_layout import BlockLayout
-from lorakit.api.components import ModelFamilyConfig, ModelPart
+from lorakit.api.components import ModelPart
+from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.api.noise import DDPMSpec, NoiseSpec
 from lorakit.checkpoints import (
     HubModel,

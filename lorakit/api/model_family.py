@@ -1,0 +1,82 @@
+"""The base of model families."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from attrs import frozen
+
+from lorakit.api.block_layout import BlockLayout
+from lorakit.api.components import Component, ModelPart, has_methods
+from lorakit.api.noise import DDPMSpec, NoiseSpec
+from lorakit.errors import Problem
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorakit.models.interfaces import DiffusionModel
+
+
+@frozen(kw_only=True)
+class ModelFamilyConfig(Component):
+    """A family of base models, and which of its models to train on."""
+
+    kind = "model family"
+    name_key = "family"
+    product = "a DiffusionModel"
+    parts: ClassVar[tuple[ModelPart, ...]] = ()
+    """The parts that adapters can be for."""
+    default_parts: ClassVar[tuple[str, ...]] = ()
+    """The names of those that get adapters where `network.parts` is absent; all of them when empty."""
+    layout: ClassVar[BlockLayout | None] = None
+    """How the blocks of its denoiser are numbered; None where they are not."""
+    title: ClassVar[str] = ""
+    """What people call it, such as `Stable Diffusion 1.x`; its name when empty."""
+    supports_weighted_captions: ClassVar[bool] = True
+    """Whether its text encoders can weight words of captions, as `data.weighted_captions` asks for."""
+    size_multiple: ClassVar[int] = 8
+    """What the sides of images are multiples of, in pixels."""
+    preview_size: ClassVar[int] = 512
+    """Default width and height of previews, in pixels."""
+    adapter_title: ClassVar[str] = ""
+    """What `lorakit.checkpoints.lora_kinds` calls the models that LoRA files are for, where that is this family; when
+    empty, that is not checked."""
+
+    path: str
+    """The base model: a `.safetensors` or `.ckpt` file, a diffusers folder, or a Hugging Face Hub id."""
+
+    @property
+    def noise_process(self) -> NoiseSpec:
+        """The kind of its noise process, as far as that is known before the model's files are read."""
+        return DDPMSpec()
+
+    def parts_named(self, names: Sequence[str] | None) -> tuple[ModelPart, ...]:
+        """The parts with these names, in their order; unknown names are skipped. With None, the default ones."""
+        known = {part.name: part for part in self.parts}
+        return tuple(known[name] for name in names or self.default_parts or known if name in known)
+
+    @property
+    def text_encoders(self) -> int:
+        """How many text encoders its models have."""
+        return sum(len(part.encoders) for part in self.parts)
+
+    def warnings_of_captions(self, captions: Mapping[str, str], weighted: bool) -> Iterator[Problem]:  # noqa: ARG002
+        """What may not be meant with captions, by the names of their images; keys are field names. Imports no torch.
+
+        With `weighted`, brackets in captions say how much words count.
+        """
+        return iter(())
+
+    @classmethod
+    def is_product(cls, made: object) -> bool:
+        """Whether it is a DiffusionModel."""
+        # Of the class, because asking a model itself for a part would load that part.
+        return has_methods(type(made), "predict", "targets", "fingerprint", "free")
+
+    def build(self, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
+        """The model, whose parts read their weights on first use.
+
+        Called first of all components in a run.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method build")
