@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from lorakit.checkpoints.summary import CheckpointSummary as CheckpointSummary
     from lorakit.config.dump import to_tables as to_tables
     from lorakit.config.train_config import TrainConfig as TrainConfig
+    from lorakit.diffusion.flow import FlowMatching as FlowMatching
+    from lorakit.diffusion.noise_schedule import DDPMSchedule as DDPMSchedule
     from lorakit.diffusion.process import Loss as Loss
     from lorakit.diffusion.process import NoiseProcess as NoiseProcess
     from lorakit.diffusion.process import Predict as Predict
@@ -66,12 +68,20 @@ if TYPE_CHECKING:
     from lorakit.errors import PluginError as PluginError
     from lorakit.errors import Problem as Problem
     from lorakit.errors import TrainingDiverged as TrainingDiverged
+    from lorakit.models.base import BaseModel as BaseModel
+    from lorakit.models.base import PartModule as PartModule
+    from lorakit.models.conditioning import ImageSizes as ImageSizes
     from lorakit.models.interfaces import AdaptationTarget as AdaptationTarget
     from lorakit.models.interfaces import AttentionBackend as AttentionBackend
     from lorakit.models.interfaces import Conditioning as Conditioning
     from lorakit.models.interfaces import DiffusionModel as DiffusionModel
     from lorakit.models.interfaces import TextEncoder as TextEncoder
     from lorakit.models.interfaces import Tokens as Tokens
+    from lorakit.models.vae import VaeDecoder as VaeDecoder
+    from lorakit.models.vae import VaeEncoder as VaeEncoder
+    from lorakit.models.weights.checkpoint import CheckpointPart as CheckpointPart
+    from lorakit.models.weights.checkpoint import ModelCheckpoint as ModelCheckpoint
+    from lorakit.models.weights.checkpoint import PartFormat as PartFormat
     from lorakit.networks.adapter_file import AdapterFile as AdapterFile
     from lorakit.networks.adapter_file import Saver as Saver
     from lorakit.networks.config import LoRAConfig as LoRAConfig
@@ -109,14 +119,20 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "lorakit.checkpoints.summary": ("CheckpointSummary",),
     "lorakit.config.dump": ("to_tables",),
     "lorakit.config.train_config": ("TrainConfig",),
+    "lorakit.diffusion.flow": ("FlowMatching",),
+    "lorakit.diffusion.noise_schedule": ("DDPMSchedule",),
     "lorakit.diffusion.process": ("Loss", "NoiseProcess", "Predict", "Sampler", "TimestepSampler"),
     "lorakit.errors": (
         "AdapterError", "ConfigError", "DataError", "Interrupted", "LorakitError", "ModelError", "NotSaved",
         "OutOfMemory", "OutputError", "PluginError", "Problem", "TrainingDiverged",
     ),
+    "lorakit.models.base": ("BaseModel", "PartModule"),
+    "lorakit.models.conditioning": ("ImageSizes",),
     "lorakit.models.interfaces": (
         "AdaptationTarget", "AttentionBackend", "Conditioning", "DiffusionModel", "TextEncoder", "Tokens",
     ),
+    "lorakit.models.vae": ("VaeDecoder", "VaeEncoder"),
+    "lorakit.models.weights.checkpoint": ("CheckpointPart", "ModelCheckpoint", "PartFormat"),
     "lorakit.networks.adapter_file": ("AdapterFile", "Saver"),
     "lorakit.networks.config": ("LoRAConfig",),
     "lorakit.networks.dropout": ("DropoutRates",),
