@@ -24,7 +24,11 @@ WIDTH = 80
 
 _KEYS: Mapping[str, str] = {
     base.kind: f'[{section}] with name = "…"' for section, (base, _) in COMPONENT_SECTIONS.items()
-} | {"model family": "[model], detected automatically", "observer": '[[observers]] with name = "…"'}
+} | {
+    "model family": "[model], detected automatically",
+    "observer": '[[observers]] with name = "…"',
+    "dataset source": '[data], or a subset, with source = "…"',
+}
 
 
 @frozen
