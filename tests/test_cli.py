@@ -308,6 +308,7 @@ def test_plugins_are_listed_with_their_origin(folder: Path, tmp_path: Path) -> N
     result = run(folder, "plugins", site=site)
     assert (result.returncode, result.stderr) == (0, "")
     kinds = ["model family", "network", "optimizer", "LR scheduler", "attention backend", "saver", "observer"]
+    kinds.append("dataset source")
     titles = [line.partition(":")[0] for line in result.stdout.splitlines() if line and line[0] != " "]
     assert titles == [*kinds, "broken plugin"]
     rows = [

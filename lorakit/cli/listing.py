@@ -28,6 +28,7 @@ _KEYS: Mapping[str, str] = {
     "model family": "[model], detected automatically",
     "observer": '[[observers]] with name = "…"',
     "sampler": '[[observers]] with name = "samples" and sampler = "…"',
+    "dataset source": '[data], or a subset, with source = "…"',
 }
 
 

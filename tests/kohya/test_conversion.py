@@ -581,7 +581,7 @@ def test_validation(
 def test_images_of_a_metadata_file_are_held_out(converted: Convert) -> None:
     """sd-scripts splits no images of --in_json, lorakit does, which is said."""
     draft = converted("--in_json=meta.json", "--validation_split=0.5", least=FOLDERS)
-    assert any(remark.startswith("--validation_split: holds out images here") for remark in remarks(draft))
+    assert any(remark.startswith("--validation_split: holds out images in lorakit") for remark in remarks(draft))
     assert not any(
         "--validation_split" in remark for remark in remarks(converted("--validation_split=0.5", least=FOLDERS))
     )
