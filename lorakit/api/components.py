@@ -32,18 +32,18 @@ ComponentT = TypeVar("ComponentT", bound="Component")
 
 @frozen(kw_only=True)
 class Component:
-    """Something a user picks by name in a config file."""
+    """A component that a user picks by name in a config file."""
 
     kind: ClassVar[str]
-    """What it is, in words: `optimizer`, `network`, …"""
+    """What it is, for messages: `optimizer`, `network`, …"""
     name: ClassVar[str]
-    """What the user writes in the config file."""
+    """Its name in the config file."""
     name_key: ClassVar[str] = "name"
     """The key that the name is written under."""
     requires: ClassVar[tuple[str, ...]] = ()
     """Optional packages that `build` imports, by their names on PyPI; a config that needs a missing one is refused."""
     product: ClassVar[str] = "something"
-    """What `build` should return, in words: `a torch.optim.Optimizer`."""
+    """What `build` must return, for messages: `a torch.optim.Optimizer`."""
     takes_import_path: ClassVar[bool] = False
     """Whether it stands for classes of any package, whose import path the user writes instead of a name."""
 
@@ -133,7 +133,7 @@ def _at(component: Any, path: str) -> Any:
 
 @frozen(kw_only=True)
 class NetworkConfig(Component):
-    """A kind of adapters, and which layers get one."""
+    """The network: a kind of adapter and the layers it is added to."""
 
     kind = "network"
     product = "a Network"
@@ -142,7 +142,7 @@ class NetworkConfig(Component):
     """Parts of the base model that get adapters: for Stable Diffusion `unet`, `text_encoder` or both, which is the
     default."""
     weights: Path | None = None
-    """A LoRA file to start from, of lorakit, sd-scripts, diffusers or PEFT."""
+    """A LoRA file to start from, saved by lorakit, sd-scripts, diffusers or PEFT."""
 
     def adapts(self, target: AdaptationTarget) -> bool:
         """Whether a layer may get an adapter: whether it belongs to one of `parts`, or these are absent."""
@@ -225,7 +225,7 @@ class OptimizerConfig(Component):
         return {own.name: getattr(self, own.name) for own in fields(type(self)) if own.name not in shared}
 
     def problems(self) -> Iterator[Problem]:
-        """Says so if the parts' learning rates differ where only one can be had."""
+        """Learning rates that differ between parts although only one is supported."""
         rates = {key: set(self.lrs_from(key)) - {0} for key in (DENOISER_LR, TEXT_ENCODER_LR)}
         if self.supports_group_lrs or len(set().union(*rates.values())) < 2:
             return

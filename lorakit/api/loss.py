@@ -33,15 +33,15 @@ class LossConfig(Component):
     huber_c: float = field(default=0.1, validator=v.gt(0))
     """The threshold; a schedule that changes it starts near 1 without noise and falls to this with much noise."""
     huber_scale: float = field(default=1.0, validator=v.gt(0))
-    """A factor of the threshold, in every schedule."""
+    """Multiplier of the threshold in every schedule."""
     min_snr_gamma: float | None = field(default=None, validator=_positive)
-    """Cap on the signal-to-noise ratio in the weights of timesteps (min-SNR, arXiv:2303.09556); 5 is usual."""
+    """Clip the SNR in the timestep weights to this value (min-SNR, arXiv:2303.09556); usually 5."""
     debiased_estimation: bool = False
     """Give noisy timesteps more weight (debiased estimation, arXiv:2310.08442)."""
     scale_v_pred_loss_like_noise_pred: bool = False
     """Weight timesteps as predicting the noise would, for models that predict the velocity."""
     v_pred_like_loss: float | None = field(default=None, validator=_positive)
-    """Add this share of the loss that predicting the velocity would give, for models that predict the noise."""
+    """For noise-prediction models: add this fraction of the v-prediction loss."""
     noise_offset: float | None = field(default=None, validator=v.optional(v.ge(0)))
     """Strength of noise that shifts whole channels, for very dark and bright images; 0.05 to 0.1 are usual."""
     noise_offset_random_strength: bool = False
@@ -52,20 +52,20 @@ class LossConfig(Component):
     """Add noise at up to this many resolutions, each two to four times as coarse as the one before; 6 to 10 are
     usual."""
     multires_noise_discount: float = field(default=0.3, validator=v.gt(0))
-    """Strength of the noise at each resolution as a share of the one before."""
+    """Strength of the noise at each resolution relative to the previous one."""
     ip_noise_gamma: float | None = field(default=None, validator=v.optional(v.ge(0)))
     """Strength of additional noise in the input that is not in the target (input perturbation, arXiv:2301.11706)."""
     ip_noise_gamma_random_strength: bool = False
     """Draw each image's strength uniformly between 0 and `ip_noise_gamma`."""
     zero_terminal_snr: bool = False
-    """Leave no signal at the last timestep (arXiv:2305.08891), for models that predict the velocity."""
+    """Rescale the noise schedule to zero terminal SNR (arXiv:2305.08891); for v-prediction models."""
     min_timestep: int | None = field(default=None, validator=v.optional(v.ge(0)))
     """Smallest timestep that is drawn; 0 when absent. The same as `timesteps.min`."""
     max_timestep: int | None = field(default=None, validator=v.optional(v.ge(1)))
     """Timesteps are drawn below this; the model's number of timesteps when absent. The same as `timesteps.max`."""
 
     def problems(self) -> Iterator[Problem]:
-        """What is wrong with the fields taken together; keys are field names."""
+        """Problems that involve several fields; keys are field names."""
         if self.adaptive_noise_scale is not None and self.noise_offset is None:
             yield Problem("adaptive_noise_scale", "needs noise_offset", "give the strength that it is added to")
         if self.max_timestep is not None and (self.min_timestep or 0) >= self.max_timestep:

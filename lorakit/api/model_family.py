@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 @frozen(kw_only=True)
 class ModelFamilyConfig(Component):
-    """A family of base models, and which of its models to train on."""
+    """A family of base models, and the model to train on."""
 
     kind = "model family"
     name_key = "family"
     product = "a DiffusionModel"
     parts: ClassVar[tuple[ModelPart, ...]] = ()
-    """The parts that adapters can be for."""
+    """The parts that can have adapters."""
     default_parts: ClassVar[tuple[str, ...]] = ()
     """The names of those that get adapters where `network.parts` is absent; all of them when empty."""
     layout: ClassVar[BlockLayout | None] = None
     """How the blocks of its denoiser are numbered; None where they are not."""
     title: ClassVar[str] = ""
-    """What people call it, such as `Stable Diffusion 1.x`; its name when empty."""
+    """Its display name, such as `Stable Diffusion 1.x`; defaults to its name."""
     supports_weighted_captions: ClassVar[bool] = True
     """Whether its text encoders can weight words of captions, as `data.weighted_captions` asks for."""
     size_multiple: ClassVar[int] = 8
@@ -58,13 +58,13 @@ class ModelFamilyConfig(Component):
 
     @property
     def text_encoders(self) -> int:
-        """How many text encoders its models have."""
+        """Number of text encoders."""
         return sum(len(part.encoders) for part in self.parts)
 
     def warnings_of_captions(self, captions: Mapping[str, str], weighted: bool) -> Iterator[Problem]:  # noqa: ARG002
-        """What may not be meant with captions, by the names of their images; keys are field names. Imports no torch.
+        """Warnings about captions, given by image name; keys are field names. Imports no torch.
 
-        With `weighted`, brackets in captions say how much words count.
+        With `weighted`, brackets in captions are weights.
         """
         return iter(())
 

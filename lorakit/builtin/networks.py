@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @frozen(kw_only=True)
 class LierlaConfig(LoRAConfig):
-    """LoRA-LierLa: adapters for the linear layers and 1×1 convolutions of the transformers, and the text encoder."""
+    """LoRA-LierLa: adapters for linear layers and 1×1 convolutions of the transformer blocks and the text encoder."""
 
     name = "lierla"
 
@@ -40,15 +40,15 @@ class LierlaConfig(LoRAConfig):
 
 @frozen(kw_only=True)
 class C3LierConfig(LoRAConfig):
-    """LoRA-C3Lier: adapters for all that LoRA-LierLa adapts, and for the ResNet, down- and upsampling blocks."""
+    """LoRA-C3Lier: LoRA-LierLa plus the convolutions of ResNet, downsampling and upsampling blocks (LoCon)."""
 
     name = "c3lier"
     size_keys = (*LoRAConfig.size_keys, "conv_rank", "conv_alpha", "conv_block_ranks", "conv_block_alphas")
 
     conv_rank: int = field(default=4, validator=v.ge(1))
-    """Rank of the updates of 3×3 convolutions."""
+    """Rank for 3×3 convolutions."""
     conv_alpha: float = field(default=1.0, validator=v.gt(0))
-    """Strength of the updates of 3×3 convolutions: they are multiplied by conv_alpha / conv_rank."""
+    """Alpha for 3×3 convolutions, whose update is multiplied by conv_alpha / conv_rank."""
     conv_block_ranks: tuple[int, ...] | None = per_block(v.ge(0))
     """One rank of 3×3 convolutions for each block instead of `conv_rank`, as `block_ranks`."""
     conv_block_alphas: tuple[float, ...] | None = per_block(v.gt(0))

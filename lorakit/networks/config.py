@@ -58,8 +58,8 @@ class LoRAConfig(NetworkConfig):
     rank: int = field(default=4, validator=v.ge(1))
     """Rank of the updates: a higher one trains more detail and makes a larger file. 4 to 128 are usual."""
     alpha: float = field(default=1.0, validator=v.gt(0))
-    """Strength of the updates: they are multiplied by alpha / rank, so a higher alpha acts like a higher learning
-    rate. From 1 to the rank."""
+    """Scale of the update, which is multiplied by alpha / rank; a higher alpha acts like a higher learning rate.
+    Usually from 1 to the rank."""
     rank_stabilized: bool = False
     """Multiply the updates by alpha / √rank instead, so that high ranks train as fast as low ones (Kalajdzievski, 2023,
     arXiv:2312.03732). Saved files mean the same to all tools."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @frozen(kw_only=True)
 class AdafactorConfig(OptimizerConfig):
-    """Adafactor: Adam with the memory of a row and a column per matrix (Shazeer and Stern, 2018, arXiv:1804.04235)."""
+    """Adafactor: Adam with factored second moments, which saves memory (Shazeer and Stern, 2018, arXiv:1804.04235)."""
 
     name = "adafactor"
     usual_lr = 1e-4

@@ -37,7 +37,7 @@ class DAdaptConfig(OptimizerConfig):
     lr: float = field(default=1.0, validator=v.ge(0))
     """Factor of the estimated learning rate; leave it at 1."""
     weight_decay: float = field(default=0.0, validator=v.ge(0))
-    """Strength of the weight decay."""
+    """Weight decay."""
     d0: float = field(default=1e-6, validator=v.gt(0))
     """Initial estimate of the distance to the solution; the estimate only grows."""
 
@@ -67,7 +67,7 @@ class _GrowingConfig(DAdaptConfig):
 
 @frozen(kw_only=True)
 class DAdaptationConfig(_GrowingConfig):
-    """D-Adaptation: Adam that finds the learning rate itself (Defazio and Mishchenko, 2023, arXiv:2301.07733).
+    """D-Adaptation: Adam that finds its learning rate (Defazio and Mishchenko, 2023, arXiv:2301.07733).
 
     The variant of the preprint, which is also what sd-scripts means by `DAdaptation`.
     """
@@ -108,7 +108,7 @@ class DAdaptAdanConfig(_GrowingConfig):
     eps: float = field(default=1e-8, validator=v.gt(0))
     """Added to the denominator of the update for numerical stability."""
     weight_decay: float = field(default=0.02, validator=v.ge(0))
-    """Strength of the weight decay."""
+    """Weight decay."""
     no_prox: bool = False
     """Apply the weight decay before the step, as in AdamW, instead of after it."""
 

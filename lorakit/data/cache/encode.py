@@ -49,7 +49,7 @@ class EncodeOptions:
     batch_size: int = 1
     """Images of one bucket that are encoded at once."""
     workers: int | None = None
-    """Threads that decode images; one per processor core, at most 8, when absent."""
+    """Image decoding threads; defaults to one per CPU core, at most 8."""
     rank: int = 0
     """Number of this process."""
     world_size: int = 1

@@ -57,21 +57,21 @@ class StableDiffusionConfig(ModelFamilyConfig):
     layout: ClassVar[BlockLayout | None] = LAYOUT
 
     prediction: Literal["epsilon", "v_prediction"] | None = None
-    """What the U-Net predicts, the noise or the velocity; when absent, what the model's files say, or the noise."""
+    """What the U-Net predicts: noise (`epsilon`) or velocity; detected from the model's files if absent, else noise."""
     vae: ModelPath | None = field(default=None, converter=_text)
-    """A VAE to use instead of the model's own: a file, a diffusers folder, or a Hub id. It must be one for Stable
-    Diffusion 1.x or 2.x. One for SDXL has the same tensors, and only a folder's `scaling_factor`, the header of a file
-    or a whole SDXL model tells it; then there is a warning. A bare file without a header cannot be told apart."""
+    """VAE to use instead of the model's: a file, a diffusers folder, or a Hub id, for Stable Diffusion 1.x or 2.x.
+    SDXL's VAE has the same tensors; it is detected, with a warning, only by a folder's `scaling_factor`, a file's
+    header, or as part of an SDXL model."""
     no_half_vae: bool = False
-    """Encode images in float32 whatever `training.mixed_precision` is; for a VAE that half precision harms."""
+    """Run the VAE in float32 regardless of `training.mixed_precision`, for VAEs that overflow in half precision."""
     clip_skip: int = field(default=1, validator=v.ge(1))
-    """Which layer of the text encoder is read, counted from the last, which is 1."""
+    """Text encoder layer to use, counted from the last, which is 1."""
     max_token_length: Literal[75, 150, 225] = 75
-    """Longest caption in tokens; what is longer is cut off."""
+    """Maximum caption length in tokens; longer captions are truncated."""
     base_weights: tuple[Path, ...] = ()
-    """LoRA files that are merged into the model before training, in this order."""
+    """LoRA files to merge into the model before training, in this order."""
     base_weights_multipliers: tuple[float, ...] = ()
-    """How strongly each of `base_weights` is merged; 1 for those without a number here."""
+    """Multiplier for each of `base_weights`; defaults to 1."""
 
     @property
     def noise_process(self) -> NoiseSpec:
@@ -113,7 +113,7 @@ class StableDiffusionConfig(ModelFamilyConfig):
             yield Problem(key, message, f'give a VAE for this model, such as model.vae = "{_USUAL_VAE}"')
 
     def build(self, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
-        """The model, its weights not read yet: each part is read when it is first asked for."""
+        """The model; each part's weights are loaded on first use."""
         from lorakit.models.families.sd.model import StableDiffusion
         from lorakit.models.weights.merge_lora import MergedFile, Merging
 
