@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from lorakit.api.observer import StepMetrics as StepMetrics
     from lorakit.api.sampling import SamplerConfig as SamplerConfig
     from lorakit.api.sampling import TimestepSamplerConfig as TimestepSamplerConfig
+    from lorakit.checkpoints.location import locate as locate
     from lorakit.checkpoints.summary import CheckpointSummary as CheckpointSummary
     from lorakit.config.dump import to_tables as to_tables
     from lorakit.config.train_config import TrainConfig as TrainConfig
@@ -79,6 +80,10 @@ if TYPE_CHECKING:
     from lorakit.models.interfaces import Tokens as Tokens
     from lorakit.models.vae import VaeDecoder as VaeDecoder
     from lorakit.models.vae import VaeEncoder as VaeEncoder
+    from lorakit.models.vae import read_vae_decoder as read_vae_decoder
+    from lorakit.models.vae import read_vae_encoder as read_vae_encoder
+    from lorakit.models.weights.checkpoint import DIFFUSERS_FILES as DIFFUSERS_FILES
+    from lorakit.models.weights.checkpoint import TRANSFORMERS_FILES as TRANSFORMERS_FILES
     from lorakit.models.weights.checkpoint import CheckpointPart as CheckpointPart
     from lorakit.models.weights.checkpoint import ModelCheckpoint as ModelCheckpoint
     from lorakit.models.weights.checkpoint import PartFormat as PartFormat
@@ -116,6 +121,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "lorakit.api.noise": ("DDPMSpec", "FlowSpec", "NoiseSpec", "ShiftLine"),
     "lorakit.api.observer": ("Every", "Observer", "RunInfo", "StepMetrics"),
     "lorakit.api.sampling": ("SamplerConfig", "TimestepSamplerConfig"),
+    "lorakit.checkpoints.location": ("locate",),
     "lorakit.checkpoints.summary": ("CheckpointSummary",),
     "lorakit.config.dump": ("to_tables",),
     "lorakit.config.train_config": ("TrainConfig",),
@@ -131,8 +137,10 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "lorakit.models.interfaces": (
         "AdaptationTarget", "AttentionBackend", "Conditioning", "DiffusionModel", "TextEncoder", "Tokens",
     ),
-    "lorakit.models.vae": ("VaeDecoder", "VaeEncoder"),
-    "lorakit.models.weights.checkpoint": ("CheckpointPart", "ModelCheckpoint", "PartFormat"),
+    "lorakit.models.vae": ("VaeDecoder", "VaeEncoder", "read_vae_decoder", "read_vae_encoder"),
+    "lorakit.models.weights.checkpoint": (
+        "DIFFUSERS_FILES", "TRANSFORMERS_FILES", "CheckpointPart", "ModelCheckpoint", "PartFormat",
+    ),
     "lorakit.networks.adapter_file": ("AdapterFile", "Saver"),
     "lorakit.networks.config": ("LoRAConfig",),
     "lorakit.networks.dropout": ("DropoutRates",),

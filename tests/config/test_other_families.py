@@ -16,9 +16,7 @@ from tests.guests import install
 
 FAMILY = '''
 from attrs import frozen
-from lorakit import hookimpl
-from lorakit.api.model_family import ModelFamilyConfig
-from lorakit.api.noise import FlowSpec
+from lorakit.api import FlowSpec, ModelFamilyConfig, ModelPart, hookimpl
 
 
 @frozen(kw_only=True)
@@ -27,6 +25,7 @@ class WideConfig(ModelFamilyConfig):
 
     name = "wide"
     title = "Wide"
+    parts = (ModelPart("transformer", title="transformer", lora_prefix="lora_unet_"),)
     size_multiple = 16
     supports_weighted_captions = False
 

@@ -112,7 +112,9 @@ def test_every_builtin_has_a_suite() -> None:
     """Each entry point of lorakit has given a component and a suite of its own; none is broken or left out."""
     entry_points = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["entry-points"]["lorakit"]
     suites = [value for value in globals().values() if isinstance(value, type) and value.__name__.startswith("Test")]
-    assert {component.__module__ for component in BUILTINS} == set(entry_points.values())
+    # One plugin has no component: it only names models that no family trains.
+    detectors = {"lorakit.builtin.model_families.untrained"}
+    assert {component.__module__ for component in BUILTINS} | detectors == set(entry_points.values())
     assert sorted(suite.config.name for suite in suites) == sorted(component.name for component in BUILTINS)
 
 

@@ -72,7 +72,7 @@ class BrokenConfig(DatasetSourceConfig):
 @pytest.fixture
 def catalog() -> Catalog:
     """What is installed, and a plugin with the two sources."""
-    plugin = PluginSource("lorakit-pairs", "1.0", "pairs")
+    plugin = PluginSource("lorakit-pairs", "1.0", "pairs", "lorakit_pairs")
     installed = Catalog.discover()
     added = (Registration(component, plugin) for component in (PairsConfig, BrokenConfig))
     return evolve(installed, registrations=(*installed.registrations, *added))

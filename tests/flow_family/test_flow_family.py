@@ -1,0 +1,100 @@
+"""A family that is not Stable Diffusion: detected, trained, resumed, previewed and saved, as a plugin alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lorakit.config.load import config_from_tables
+from lorakit.errors import ConfigError
+from lorakit.plugins.catalog import Catalog
+from lorakit.plugins.discovery import PluginSource, installed_plugins
+from lorakit.training.prepare import prepare
+from lorakit.training.setup import run_training
+from tests.flow_family import plugin
+from tests.flow_family.checkpoint import make_lumina
+
+SOURCE = PluginSource("lumina-plugin", "1.0", "lumina2", "tests.flow_family.plugin")
+
+
+@pytest.fixture(scope="session")
+def catalog() -> Catalog:
+    """What is installed, and the plugin."""
+    return Catalog.of([(SOURCE, lambda: plugin), *installed_plugins()])
+
+
+@pytest.fixture(scope="session")
+def lumina(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Lumina 2."""
+    return make_lumina(tmp_path_factory.mktemp("models") / "lumina")
+
+
+@pytest.fixture
+def tables(lumina: Path, photographs: Path, tmp_path: Path) -> dict[str, Any]:
+    """The tables of a short run; nothing in them names the family."""
+    return {
+        "model": {"path": str(lumina)},
+        "data": {
+            "image_dir": str(photographs),
+            "resolution": 64,
+            "batch_size": 2,
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "network": {"rank": 4, "alpha": 4.0, "dropout": 0.1},
+        "optimizer": {"lr": 1e-3},
+        "training": {"max_steps": 4, "device": "cpu"},
+        "output": {"dir": str(tmp_path / "out"), "name": "flow"},
+    }
+
+
+def train(tables: dict[str, Any], folder: Path, catalog: Catalog, **options: Any) -> dict[str, torch.Tensor]:
+    """What a run saves."""
+    config = config_from_tables(tables, folder, catalog)
+    return load_file(run_training(prepare(config), catalog, **options))
+
+
+def test_a_run_with_previews(tables: dict[str, Any], tmp_path: Path, catalog: Catalog) -> None:
+    """The file has adapters of the transformer alone, and a preview has the family's own sampler and size."""
+    tables["observers"] = [{"name": "samples", "prompts": ["a cat"], "every_n_steps": 4, "steps": 2, "width": 100}]
+    tables["observers"][0]["height"] = 70
+    found = train(tables, tmp_path, catalog)
+    assert len(found) == 3 * 2 * 8
+    assert all(key.startswith("lora_unet_layers_") for key in found)
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    (preview,) = (tmp_path / "out" / "sample").glob("flow_*_00_*.png")
+    with Image.open(preview) as image:
+        assert image.size == (96, 64)
+    with safe_open(tmp_path / "out" / "flow.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_base_model_version"] == "lumina2"
+
+
+def test_resumes_exactly_with_the_text_encoder(tables: dict[str, Any], tmp_path: Path, catalog: Catalog) -> None:
+    """Captions of different lengths are encoded in each step; a resumed run ends with the same bytes."""
+    tables["network"]["parts"] = ["transformer", "text_encoder"]
+    tables["optimizer"]["text_encoder_lr"] = 5e-4
+    whole = train(tables, tmp_path, catalog)
+    tables["output"] |= {"name": "part", "save_state_at_end": True}
+    tables["training"]["max_steps"] = 2
+    train(tables, tmp_path, catalog)
+    tables["training"]["max_steps"] = 4
+    resumed = train(tables, tmp_path, catalog, resume="latest")
+    assert any(key.startswith("lora_te_") for key in resumed)
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+def test_options_of_another_process_are_refused(tables: dict[str, Any], tmp_path: Path, catalog: Catalog) -> None:
+    """What is made for DDPM, and sizes that the transformer cannot have."""
+    tables["loss"] = {"min_snr_gamma": 5.0}
+    tables["data"] |= {"enable_bucket": True, "bucket_reso_steps": 8, "min_bucket_reso": 64}
+    with pytest.raises(ConfigError) as caught:
+        config_from_tables(tables, tmp_path, catalog)
+    keys = {problem.key for problem in caught.value.problems}
+    assert keys == {"loss.min_snr_gamma", "data.bucket_reso_steps"}
