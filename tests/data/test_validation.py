@@ -151,7 +151,7 @@ def test_every_option_that_varies_images_is_known() -> None:
     still = {
         "image_dir", "metadata_file", "caption_extension", "class_tokens", "caption_separator", "keep_tokens",
         "keep_tokens_separator", "secondary_separator", "enable_wildcard", "caption_prefix", "caption_suffix",
-        "token_warmup_min", "is_reg", "resize_interpolation", "alpha_mask", "conditioning_data_dir",
+        "token_warmup_min", "is_reg", "resize_interpolation", "alpha_mask", "conditioning_data_dir", "source",
     }  # fmt: skip
     varying = {
         "num_repeats", "shuffle_caption", "caption_dropout_rate", "caption_dropout_every_n_epochs",
