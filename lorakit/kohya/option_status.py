@@ -40,11 +40,11 @@ def known_keys(catalog: Catalog) -> dict[str, object]:
     keys |= _fields("data", [DataSection, DatasetConfig, SubsetConfig])
     for section, cls in PLAIN_SECTIONS.items():
         keys |= _fields(section, [cls])
-    kinds: dict[str, type[Component]] = {section: base for section, (base, _) in COMPONENT_SECTIONS.items()}
-    kinds |= {"model": ModelFamilyConfig, "observers": ObserverConfig}
-    for section, base in kinds.items():
+    kinds: dict[str, tuple[type[Component], str | None]] = {**COMPONENT_SECTIONS}
+    kinds |= {"model": (ModelFamilyConfig, None), "observers": (ObserverConfig, None)}
+    for section, (base, default) in kinds.items():
         picks = base.name_key
-        keys[f"{section}.{picks}"] = attrs.NOTHING
+        keys[f"{section}.{picks}"] = attrs.NOTHING if default is None else default
         for name, registrations in catalog.of_kind(base).items():
             keys[f'{section}.{picks} = "{name}"'] = attrs.NOTHING
             keys |= _fields(section, [found.component for found in registrations])
