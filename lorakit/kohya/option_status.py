@@ -44,7 +44,8 @@ def known_keys(catalog: Catalog) -> dict[str, object]:
     kinds |= {"model": (ModelFamilyConfig, None), "observers": (ObserverConfig, None)}
     for section, (base, default) in kinds.items():
         picks = base.name_key
-        keys[f"{section}.{picks}"] = attrs.NOTHING if default is None else default
+        # Converted configs have each `name`, even where it is the default.
+        keys[f"{section}.{picks}"] = attrs.NOTHING if picks == "name" or default is None else default
         for name, registrations in catalog.of_kind(base).items():
             keys[f'{section}.{picks} = "{name}"'] = attrs.NOTHING
             keys |= _fields(section, [found.component for found in registrations])
