@@ -58,7 +58,8 @@ def test_unread_files(folder: Path, dataset: DatasetConfig):
         (folder / name).write_text("x")
     kinds = "2 .heic, 1 .jxl, 1 .mp4, 1 .psd, 1 .nef, 1 .svg"
     assert said(dataset) == [
-        f"7 files in {shown_path(folder)} are not read, {kinds}: e.HEIC, f.jxl, g.heic, … (convert images to JPEG or PNG)"
+        f"7 files in {shown_path(folder)} are not read, {kinds}: e.HEIC, f.jxl, g.heic, … "
+        "(convert images to JPEG or PNG)"
     ]
 
 
@@ -108,7 +109,7 @@ def test_captions_in_the_hubs_files(folder: Path, with_subset: WithSubset):
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     for tokens in (None, "cat"):
         (warning,) = said(with_subset(class_tokens=tokens))
-        assert f'(to read metadata.jsonl, set metadata_file = "{shown_path(folder)}/metadata.jsonl")' in warning
+        assert f'(to read metadata.jsonl, set metadata_file = "{folder}/metadata.jsonl")' in warning
     assert said(with_subset(metadata_file=folder / "metadata.jsonl")) == []
     (folder / "metadata.jsonl").write_text(lines[0].replace("text", "label"))
     assert said(with_subset(metadata_file=folder / "metadata.jsonl"))[0].endswith(
