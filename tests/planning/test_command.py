@@ -52,7 +52,7 @@ def test_bad_memory(folder: Path, size: str) -> None:
     """What is no amount of memory is wrong usage, and said before anything is read."""
     result = lorakit(folder, "plan", "nowhere.toml", f"--memory={size}")
     assert (result.returncode, result.stdout) == (2, "")
-    assert f"Invalid value for '--memory': '{size}' is no" in result.stderr
+    assert f"Invalid value for '--memory': '{size}' is " in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -54,7 +54,7 @@ def test_every_save_arrives(make_config: MakeConfig, hub: HubServer, caplog: pyt
     assert not [text for text in warnings_of(caplog) if not text.startswith("waiting for uploads to me/my-lora: ")]
     (repository,) = hub.repositories
     assert (repository["organization"], repository["name"], repository["visibility"]) == ("me", "my-lora", "private")
-    state = ("optimizer.safetensors", "network.safetensors", "state.json")
+    state = ("network.safetensors", "optimizer.safetensors", "state.json")
     expected = []
     for step, stem in enumerate(["test-step00000001", "test-step00000002", "test"], start=1):
         expected.append(f"loras/cats/{stem}.safetensors")
