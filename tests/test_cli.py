@@ -118,7 +118,7 @@ def test_check_of_a_bad_config(folder: Path) -> None:
     assert result.stderr.splitlines() == [
         "error: config.toml has 3 problems:",
         "  x: is not a known key (known here: model, data, network, optimizer, lr_scheduler, attention, saver, "
-        "training, loss, output, metadata, observers)",
+        "loss, timesteps, training, output, metadata, observers)",
         "  network.rank: must be at least 1, not 0",
         "  optimizer.lrr: is not a known key (did you mean optimizer.lr?)",
     ]
@@ -196,7 +196,7 @@ def test_the_usual_config_need_not_be_named(folder: Path) -> None:
     assert run(folder, "check").stdout.startswith("config.toml: no problems")
     result = run(folder / "photos", "check")
     assert result.returncode == 2
-    assert result.stderr.startswith("error: Missing argument 'CONFIG': there is no config.toml here")
+    assert result.stderr.startswith("error: Missing argument 'CONFIG': there is no config.toml, the default")
 
 
 RED, YELLOW = "\x1b[31m", "\x1b[33m"
@@ -308,7 +308,7 @@ def test_plugins_are_listed_with_their_origin(folder: Path, tmp_path: Path) -> N
     result = run(folder, "plugins", site=site)
     assert (result.returncode, result.stderr) == (0, "")
     kinds = ["model family", "network", "optimizer", "LR scheduler", "attention backend", "saver", "observer"]
-    kinds.append("dataset source")
+    kinds += ["loss", "timestep sampler", "sampler", "dataset source"]
     titles = [line.partition(":")[0] for line in result.stdout.splitlines() if line and line[0] != " "]
     assert titles == [*kinds, "broken plugin"]
     rows = [

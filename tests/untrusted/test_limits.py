@@ -141,7 +141,7 @@ def archive(
 @pytest.mark.parametrize(
     ("edit", "more", "reason"),
     [
-        ({b"K\x10tq": b"Kdtq"}, {}, "storage 0 is said to have 100 numbers, and has not"),
+        ({b"K\x10tq": b"Kdtq"}, {}, "storage 0 does not have the 100 elements that it claims"),
         ({b"K\x10\x85q": b"Kd\x85q"}, {}, "a tensor of shape (100,) has 16 numbers only"),
         ({b"K\x10\x85q": b"J\0\0\0\x7f\x85q", b"K\x01\x85q": b"K\x00\x85q"}, {}, "many times larger than the file"),
         ({b"QK\x00": b"QK\x08"}, {}, "a tensor of shape (16,) has 16 numbers only"),
