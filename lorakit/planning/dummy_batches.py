@@ -61,9 +61,9 @@ class Texts:
         model = load_model(prepared.config, CPU)
         with fake_tensors(), torch.no_grad():
             tokens = model.text_encoder.tokenize([""], prepared.config.data.weighted_captions)
-            if not prepared.encodes_captions:
-                return cls(_made_up(split(model, model.text_encoder.encode(tokens))[0]), None)
-        return cls(None, _made_up(tokens))
+            fake = None if prepared.encodes_captions else split(model, model.text_encoder.encode(tokens))[0]
+        # Outside the block, in which tensors would have no numbers.
+        return cls(None, _made_up(tokens)) if fake is None else cls(_made_up(fake), None)
 
 
 def make_batch(shape: BatchShape, texts: Texts, model: DiffusionModel) -> Batch:
