@@ -47,15 +47,12 @@ class Saver(Protocol):
     @property
     def suffix(self) -> str:
         """Of its files, with the dot: `.safetensors`."""
-        ...
 
     def save(self, adapter: AdapterFile, path: Path) -> None:
         """Write a file, whole or not at all. Raises `OutputError` where the system refuses."""
-        ...
 
     def load(self, path: Path) -> AdapterFile:
         """Read a file. Raises `AdapterError` if it is missing or broken."""
-        ...
 
 
 @frozen

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from attrs import frozen
 
-from lorakit.api.detection import DetectedFamily
+from lorakit.api.model_family import DetectedFamily
 from lorakit.checkpoints import CheckpointSummary, Shapes, kind_of
 
 _CONTEXT_KEY = "transformer_blocks.0.attn2.to_k.weight"
