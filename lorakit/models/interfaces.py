@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.api.block_layout import BlockLayout
 from lorakit.diffusion.process import NoiseProcess
-from lorakit.models.weights.placement import TensorSlice
+from lorakit.models.weights.folders import TensorSlice
 
 Conditioning = Mapping[str, Tensor]
 """Inputs of the denoiser for each image besides latents and timestep, by name; every tensor's first side is B."""

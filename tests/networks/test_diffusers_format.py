@@ -61,7 +61,7 @@ def test_what_has_no_place() -> None:
     """Other algorithms, and layers that no pipeline has, are refused by name."""
     with pytest.raises(AdapterError, match=r"lora_te_c\.hada_w1_a is no part of a LoRA"):
         to_diffusers(tensors_of_two_layers() | {"lora_te_c.hada_w1_a": torch.ones(2, 2)}, PATHS)
-    with pytest.raises(AdapterError, match="lora_te_c is at a place"):
+    with pytest.raises(AdapterError, match="lora_te_c is a layer that diffusers' pipelines"):
         to_diffusers(tensors_of_two_layers(), {**PATHS, "lora_te_c": ""})
 
 
