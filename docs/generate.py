@@ -322,7 +322,7 @@ def _members(cls: type) -> Iterator[str]:
 def _promised_names() -> Iterator[tuple[str, bool, str]]:
     """Each name of `lorakit.api`, whether importing it imports torch, and the first paragraph of its docstring."""
     found = {}
-    for module in api.MODULES:
+    for module in dict.fromkeys(api.MODULES.values()):
         # From the source, because importing torch takes seconds.
         spec = find_spec(module)
         tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else "")

@@ -7,8 +7,10 @@ imported when it is first asked for, and those that need torch belong inside `bu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from lorakit.api.dataset_source import DatasetSource as DatasetSource
     from lorakit.api.dataset_source import DatasetSourceConfig as DatasetSourceConfig
     from lorakit.api.dataset_source import SourceImage as SourceImage
-    from lorakit.api.detection import DetectedFamily as DetectedFamily
     from lorakit.api.hookspecs import hookimpl as hookimpl
     from lorakit.api.learning_rate_free import skip_at_zero_lr as skip_at_zero_lr
     from lorakit.api.loss import LossConfig as LossConfig
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from lorakit.api.lr_schedules import check_warmup as check_warmup
     from lorakit.api.lr_schedules import cosine_factor as cosine_factor
     from lorakit.api.lr_schedules import resolve_steps as resolve_steps
+    from lorakit.api.model_family import DetectedFamily as DetectedFamily
     from lorakit.api.model_family import ModelFamilyConfig as ModelFamilyConfig
     from lorakit.api.network_metadata import network_args as network_args
     from lorakit.api.noise import DDPMSpec as DDPMSpec
@@ -103,64 +105,22 @@ if TYPE_CHECKING:
     from lorakit.utils.rng import derived_seed as derived_seed
     from lorakit.utils.rng import keyed_generator as keyed_generator
 
-MODULES: Mapping[str, tuple[str, ...]] = {
-    "lorakit.api.block_layout": ("BlockLayout",),
-    "lorakit.api.components": (
-        "AttentionConfig", "Component", "LRSchedulerConfig", "ModelPart",
-        "NetworkConfig", "ObserverConfig", "OptimizerConfig", "SaverConfig",
-        "with_import_path",
-    ),
-    "lorakit.api.dataset_source": ("DatasetSource", "DatasetSourceConfig", "SourceImage"),
-    "lorakit.api.detection": ("DetectedFamily",),
-    "lorakit.api.hookspecs": ("hookimpl",),
-    "lorakit.api.learning_rate_free": ("skip_at_zero_lr",),
-    "lorakit.api.loss": ("LossConfig",),
-    "lorakit.api.lr_schedules": ("WarmupConfig", "check_steps", "check_warmup", "cosine_factor", "resolve_steps"),
-    "lorakit.api.model_family": ("ModelFamilyConfig",),
-    "lorakit.api.network_metadata": ("network_args",),
-    "lorakit.api.noise": ("DDPMSpec", "FlowSpec", "NoiseSpec", "ShiftLine"),
-    "lorakit.api.observer": ("Every", "Observer", "RunInfo", "StepMetrics"),
-    "lorakit.api.sampling": ("SamplerConfig", "TimestepSamplerConfig"),
-    "lorakit.checkpoints.location": ("locate",),
-    "lorakit.checkpoints.summary": ("CheckpointSummary",),
-    "lorakit.config.dump": ("to_tables",),
-    "lorakit.config.train_config": ("TrainConfig",),
-    "lorakit.diffusion.flow": ("FlowMatching",),
-    "lorakit.diffusion.noise_schedule": ("DDPMSchedule",),
-    "lorakit.diffusion.process": ("Loss", "NoiseProcess", "Predict", "Sampler", "TimestepSampler"),
-    "lorakit.errors": (
-        "AdapterError", "ConfigError", "DataError", "Interrupted", "LorakitError", "ModelError", "NotSaved",
-        "OutOfMemory", "OutputError", "PluginError", "Problem", "TrainingDiverged",
-    ),
-    "lorakit.models.base": ("BaseModel", "PartModule"),
-    "lorakit.models.conditioning": ("ImageSizes",),
-    "lorakit.models.interfaces": (
-        "AdaptationTarget", "AttentionBackend", "Conditioning", "DiffusionModel", "TextEncoder", "Tokens",
-    ),
-    "lorakit.models.vae": ("VaeDecoder", "VaeEncoder", "read_vae_decoder", "read_vae_encoder"),
-    "lorakit.models.weights.checkpoint": (
-        "DIFFUSERS_FILES", "TRANSFORMERS_FILES", "CheckpointPart", "ModelCheckpoint", "PartFormat",
-    ),
-    "lorakit.networks.adapter_file": ("AdapterFile", "Saver"),
-    "lorakit.networks.config": ("LoRAConfig",),
-    "lorakit.networks.dropout": ("DropoutRates",),
-    "lorakit.networks.lora": ("LoRAModule", "LoRANetwork"),
-    "lorakit.networks.network": ("AdapterModule", "Network", "ParameterGroup", "torch_groups"),
-    "lorakit.plugins.import_path": ("check_import_path", "import_class", "instantiate"),
-    "lorakit.utils.rng": ("derived_seed", "keyed_generator"),
-}  # fmt: skip
-"""Where each name is defined, by module; the same as the imports above, which type checkers read."""
+MODULES: Mapping[str, str] = {
+    name: module
+    for module, name in re.findall(
+        r"^    from (\S+) import (\w+) as \w+$", Path(__file__).read_text("utf-8"), re.MULTILINE
+    )
+}
+"""Where each name is defined, read from the imports above, which type checkers see and Python does not run."""
 
-_MODULE_OF = {name: module for module, names in MODULES.items() for name in names}
-
-__all__ = sorted(_MODULE_OF)  # noqa: PLE0605 - type checkers go by the aliases above
+__all__ = sorted(MODULES)  # noqa: PLE0605 - type checkers go by the aliases above
 
 
 def __getattr__(name: str) -> Any:
     """Import a name when it is first asked for (PEP 562)."""
-    if name not in _MODULE_OF:
+    if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)
+    value = globals()[name] = getattr(import_module(MODULES[name]), name)
     return value
 
 

@@ -44,6 +44,8 @@ class Component:
     """Optional packages that `build` imports, by their names on PyPI; a config that needs a missing one is refused."""
     product: ClassVar[str] = "something"
     """What `build` must return, for messages: `a torch.optim.Optimizer`."""
+    product_methods: ClassVar[tuple[str, ...]] = ()
+    """Names of methods that the class of what `build` returns must have; `__call__` for a function."""
     takes_import_path: ClassVar[bool] = False
     """Whether it stands for classes of any package, whose import path the user writes instead of a name."""
 
@@ -76,9 +78,10 @@ class Component:
         return iter(())
 
     @classmethod
-    def is_product(cls, made: object) -> bool:  # noqa: ARG003
+    def is_product(cls, made: object) -> bool:
         """Whether an object that `build` returned can be used; if not, the run ends with a PluginError."""
-        return True
+        # Of the class, because asking a model itself for a part would load that part.
+        return all(callable(getattr(type(made), name, None)) for name in cls.product_methods)
 
     def warnings_of_length(self, total_steps: int) -> Iterator[Problem]:  # noqa: ARG002
         """Fields that may be a mistake in a run of `total_steps` optimizer steps; keys are field names.
@@ -114,11 +117,6 @@ DENOISER_LR, TEXT_ENCODER_LR = "unet_lr", "text_encoder_lr"
 """The keys of `[optimizer]` with the learning rates of the denoiser, whatever it is, and of the text encoders."""
 
 
-def has_methods(cls: type, *names: str) -> bool:
-    """Whether a class has all of these methods."""
-    return all(callable(getattr(cls, name, None)) for name in names)
-
-
 def with_import_path(component: type[ComponentT], path: str) -> type[ComponentT]:
     """A component with an import path as its name if it has `takes_import_path`; any other as it is."""
     found: type[ComponentT] = _at(component, path) if component.takes_import_path else component  # type: ignore[arg-type]
@@ -137,6 +135,7 @@ class NetworkConfig(Component):
 
     kind = "network"
     product = "a Network"
+    product_methods = ("initialize", "parameter_groups", "load_adapter_state", "begin_batch")
 
     parts: tuple[str, ...] | None = field(default=None, validator=v.optional(v.min_len(1)))
     """Parts of the base model that get adapters: for Stable Diffusion `unet`, `text_encoder` or both, which is the
@@ -151,11 +150,6 @@ class NetworkConfig(Component):
     def metadata(self) -> Mapping[str, object]:
         """Metadata of LoRA files about the network, such as `ss_network_module` and `ss_network_dim`."""
         return {"ss_network_module": self.name}
-
-    @classmethod
-    def is_product(cls, made: object) -> bool:
-        """Whether it is a Network."""
-        return has_methods(type(made), "initialize", "parameter_groups", "load_adapter_state", "begin_batch")
 
     def build(self, targets: Sequence[AdaptationTarget]) -> Network:
         """The adapters for those of the targets that this network adapts, attached to them.
@@ -290,11 +284,7 @@ class AttentionConfig(Component):
 
     kind = "attention backend"
     product = "a function"
-
-    @classmethod
-    def is_product(cls, made: object) -> bool:
-        """Whether it is a function."""
-        return callable(made)
+    product_methods = ("__call__",)
 
     def build(self) -> AttentionBackend:
         """The function that computes attention.
@@ -310,6 +300,7 @@ class SaverConfig(Component):
 
     kind = "saver"
     product = "a Saver, with save, load and a suffix such as '.safetensors'"
+    product_methods = ("save", "load")
 
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Data type of the weights in the file."""
@@ -318,8 +309,7 @@ class SaverConfig(Component):
     def is_product(cls, made: object) -> bool:
         """Whether it is a Saver, with save, load and a suffix such as '.safetensors'."""
         suffix = getattr(made, "suffix", None)
-        is_suffix = isinstance(suffix, str) and suffix.startswith(".")
-        return is_suffix and has_methods(type(made), "save", "load")
+        return isinstance(suffix, str) and suffix.startswith(".") and super().is_product(made)
 
     def build(self) -> Saver:
         """The object that writes and reads this format.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from attrs import Factory, field, frozen
 
-from lorakit.api.components import Component, has_methods
+from lorakit.api.components import Component
 from lorakit.errors import Problem
 
 if TYPE_CHECKING:
@@ -47,13 +47,9 @@ class DatasetSourceConfig(Component):
 
     kind = "dataset source"
     product = "a DatasetSource, with list_images"
+    product_methods = ("list_images",)
     needs_image_dir: ClassVar[bool] = False
     """Whether a subset with this source must have `image_dir`; else it is the config file's folder if absent."""
-
-    @classmethod
-    def is_product(cls, made: object) -> bool:
-        """Whether it is a DatasetSource."""
-        return has_methods(type(made), "list_images")
 
     def problems_in(self, subset: SubsetConfig) -> Iterator[Problem]:  # noqa: ARG002
         """What is wrong with the fields in this subset; keys are those of the subset's table."""

@@ -22,9 +22,8 @@ if TYPE_CHECKING:
         SaverConfig,
     )
     from lorakit.api.dataset_source import DatasetSourceConfig
-    from lorakit.api.detection import DetectedFamily
     from lorakit.api.loss import LossConfig
-    from lorakit.api.model_family import ModelFamilyConfig
+    from lorakit.api.model_family import DetectedFamily, ModelFamilyConfig
     from lorakit.api.sampling import SamplerConfig, TimestepSamplerConfig
     from lorakit.checkpoints import CheckpointSummary
 

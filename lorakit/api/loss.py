@@ -25,6 +25,7 @@ class LossConfig(Component):
     kind = "loss"
     name_key = "type"
     product = "a function of prediction, target and timesteps"
+    product_methods = ("__call__",)
     uses_threshold: ClassVar[bool] = False
     """Whether the `huber_*` keys have an effect."""
 
@@ -94,11 +95,6 @@ class LossConfig(Component):
     def warnings_with(self, config: TrainConfig) -> Iterator[Problem]:
         """Options that hardly suit the noise process of the model; keys are field names."""
         return config.model.noise_process.loss_warnings(self)
-
-    @classmethod
-    def is_product(cls, made: object) -> bool:
-        """Whether it is a function."""
-        return callable(made)
 
     def build(self, noise_process: NoiseProcess) -> Loss:
         """The function that compares predictions with targets.

@@ -1,4 +1,4 @@
-"""The base of model families."""
+"""The base of model families, and what a plugin answers about a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from attrs import frozen
 
 from lorakit.api.block_layout import BlockLayout
-from lorakit.api.components import Component, ModelPart, has_methods
+from lorakit.api.components import Component, ModelPart
 from lorakit.api.noise import DDPMSpec, NoiseSpec
 from lorakit.errors import Problem
 
@@ -18,6 +18,18 @@ if TYPE_CHECKING:
     from lorakit.models.interfaces import DiffusionModel
 
 
+@frozen
+class DetectedFamily:
+    """What a plugin recognises a checkpoint as."""
+
+    name: str | None
+    """The family that trains it, as `model.family` names it; None for a base model that the plugin only knows."""
+    title: str
+    """What it is, in words that fit behind "is": `a Stable Diffusion 1.x model."""
+    advice: str = ""
+    """What to do with a model that cannot be trained; empty if nothing helps."""
+
+
 @frozen(kw_only=True)
 class ModelFamilyConfig(Component):
     """A family of base models, and the model to train on."""
@@ -25,6 +37,7 @@ class ModelFamilyConfig(Component):
     kind = "model family"
     name_key = "family"
     product = "a DiffusionModel"
+    product_methods = ("predict", "targets", "fingerprint", "free")
     parts: ClassVar[tuple[ModelPart, ...]] = ()
     """The parts that can have adapters."""
     default_parts: ClassVar[tuple[str, ...]] = ()
@@ -67,12 +80,6 @@ class ModelFamilyConfig(Component):
         With `weighted`, brackets in captions are weights.
         """
         return iter(())
-
-    @classmethod
-    def is_product(cls, made: object) -> bool:
-        """Whether it is a DiffusionModel."""
-        # Of the class, because asking a model itself for a part would load that part.
-        return has_methods(type(made), "predict", "targets", "fingerprint", "free")
 
     def build(self, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
         """The model, whose parts read their weights on first use.

@@ -32,10 +32,9 @@ NETWORK_ARG_KEYS: Mapping[str, str] = {
 
 def network_args(values: Mapping[str, object]) -> dict[str, str]:
     """The metadata entry `ss_network_args` with the values that are set; no entry if none is."""
-    given = {name: _as_argument(value) for name, value in values.items() if value}
+    given = {
+        name: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        for name, value in values.items()
+        if value
+    }
     return {"ss_network_args": json.dumps(given)} if given else {}
-
-
-def _as_argument(value: object) -> str:
-    """A value as --network_args takes it."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

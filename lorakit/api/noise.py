@@ -75,10 +75,8 @@ class DDPMSpec(NoiseSpec):
             yield Problem("max_timestep", message)
         if self.prediction == "v_prediction" and loss.v_pred_like_loss is not None:
             yield Problem("v_pred_like_loss", "is for models that predict the noise", "leave it out")
-        if self.prediction == "epsilon":
-            yield from self._epsilon_problems(loss)
-
-    def _epsilon_problems(self, loss: LossConfig) -> Iterator[Problem]:
+        if self.prediction != "epsilon":
+            return
         if loss.scale_v_pred_loss_like_noise_pred:
             hint = 'model.prediction = "v_prediction"'
             yield Problem("scale_v_pred_loss_like_noise_pred", "is for models that predict the velocity", hint)

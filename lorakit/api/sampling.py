@@ -23,6 +23,7 @@ class TimestepSamplerConfig(Component):
 
     kind = "timestep sampler"
     product = "a function of a generator and the shape of latents"
+    product_methods = ("__call__",)
 
     shift: float | None = field(default=None, validator=v.optional(v.gt(0)))
     """Shift timesteps towards noise: t becomes s·t/(1 + (s - 1)·t), with t from 0 to 1; the model's own shift when
@@ -59,11 +60,6 @@ class TimestepSamplerConfig(Component):
         timestep = low + (high - low) * shifted(fraction, shift)
         return min(int(timestep), int(high) - 1) if process.num_timesteps else timestep
 
-    @classmethod
-    def is_product(cls, made: object) -> bool:
-        """Whether it is a function."""
-        return callable(made)
-
     def build(self, noise_process: NoiseProcess) -> TimestepSampler:
         """The function that draws the timestep of an image.
 
@@ -80,16 +76,12 @@ class SamplerConfig(Component):
     kind = "sampler"
     name_key = "sampler"
     product = "a function of predictions, noise, steps and generators"
+    product_methods = ("__call__",)
 
     title: ClassVar[str] = ""
     """What web UIs call it, in the text that comes with an image; its name when empty."""
     process: ClassVar[type[NoiseSpec]] = DDPMSpec
     """The kind of noise process that it is for."""
-
-    @classmethod
-    def is_product(cls, made: object) -> bool:
-        """Whether it is a function."""
-        return callable(made)
 
     def build(self, noise_process: NoiseProcess) -> Sampler:
         """The function that samples.

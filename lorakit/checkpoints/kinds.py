@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lorakit.api.detection import DetectedFamily
+from lorakit.api.model_family import DetectedFamily
 from lorakit.checkpoints.summary import CheckpointSummary, Shapes
 
 

@@ -18,9 +18,8 @@ from lorakit.api.components import (
     OptimizerConfig,
     SaverConfig,
 )
-from lorakit.api.detection import DetectedFamily
 from lorakit.api.loss import LossConfig
-from lorakit.api.model_family import ModelFamilyConfig
+from lorakit.api.model_family import DetectedFamily, ModelFamilyConfig
 from lorakit.api.sampling import TimestepSamplerConfig
 from lorakit.checkpoints import Location, locate, summarize
 from lorakit.config.dataset_tables import DATASET_KEYS, SECTION_KEYS, SUBSET_KEYS, read_data_section

@@ -15,7 +15,7 @@ from lorakit.config.table_reader import field_names
 from lorakit.errors import ConfigError, PluginError, Problem
 from lorakit.kohya.draft import Command, Draft, Setting
 from lorakit.kohya.scripts import refuse_other_model
-from lorakit.models.families.sd.parts import LAYOUT
+from lorakit.models.families.sd.state_dict_keys import LAYOUT
 from lorakit.plugins.catalog import Catalog
 from lorakit.plugins.import_path import check_import_path
 from lorakit.plugins.other_names import meaning_of

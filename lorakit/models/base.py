@@ -44,10 +44,6 @@ NOTHING_MERGED = Merging(())
 """No LoRA files to merge."""
 
 
-def _checkpoint_all_blocks(module: nn.Module, share: float) -> None:
-    checkpoint_blocks(checkpointed_blocks(module), share)
-
-
 @frozen(kw_only=True)
 class PartModule:
     """How a part that adapters can be for is built, and how it is treated in memory."""
@@ -64,7 +60,9 @@ class PartModule:
     """Sets what the module needs besides its stored weights, once these are read."""
     compiled: tuple[type[nn.Module], ...] = ()
     """The kinds of blocks that torch.compile compiles."""
-    checkpoint: Callable[[nn.Module, float], None] = _checkpoint_all_blocks
+    checkpoint: Callable[[nn.Module, float], None] = lambda module, share: checkpoint_blocks(
+        checkpointed_blocks(module), share
+    )
     """Lets a share of the blocks recompute activations in the backward pass; by default of each `CheckpointedBlock`."""
     block_path: re.Pattern[str] = field(default=re.compile(r".*?\.\d+"))
     """Matches the part of a layer's path up to the block that is swapped between host and device as one."""
@@ -200,7 +198,7 @@ class BaseModel:
     def module(self, name: str) -> nn.Module:
         """The module of a part that adapters can be for, read on first use, frozen."""
         if name not in self._read:
-            own = self._spec(name)
+            own = next(own for own in self.modules if own.part.name == name)
             # What is to shrink goes to the device shrunk, so that the device never has to hold the whole.
             aside = name in self._formats or name in self._streamed
             device = torch.device("cpu") if aside else self.device
@@ -305,9 +303,6 @@ class BaseModel:
                 sha = self.memo.get_or_compute(location, "sha256", partial(hash_of_file, location))
                 entries |= {f"ss_{name}_hash": short_hash_of_file(location), f"ss_new_{name}_hash": sha}
         return {**entries, **self._merging.metadata(self.memo)}
-
-    def _spec(self, name: str) -> PartModule:
-        return next(own for own in self.modules if own.part.name == name)
 
     def _modules_read(self, *, denoiser_only: bool = False) -> Iterator[tuple[PartModule, nn.Module]]:
         """The modules that are read, those of text encoders only on request."""

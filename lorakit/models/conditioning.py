@@ -39,11 +39,9 @@ class CollatesCaptions(Protocol):
 
     def split(self, conditioning: Conditioning) -> Sequence[Conditioning]:
         """Each caption's own conditioning, without the batch side and without padding, of an encoded batch."""
-        ...
 
     def collate(self, captions: Sequence[Conditioning]) -> Conditioning:
         """The batch of captions that `split` has made, padded to one length, with masks; each tensor [B, …]."""
-        ...
 
 
 @runtime_checkable
@@ -52,7 +50,6 @@ class ImageConditioned(Protocol):
 
     def image_conditioning(self, sizes: Sequence[ImageSizes]) -> Conditioning:
         """What the denoiser gets beside the captions' conditioning, by other names, [B, …], on the CPU."""
-        ...
 
 
 def split(model: DiffusionModel, conditioning: Conditioning) -> Sequence[Conditioning]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.api.block_layout import BlockLayout
 from lorakit.diffusion.process import NoiseProcess
-from lorakit.models.weights.placement import TensorSlice
+from lorakit.models.weights.folders import TensorSlice
 
 Conditioning = Mapping[str, Tensor]
 """Inputs of the denoiser for each image besides latents and timestep, by name; every tensor's first side is B."""
@@ -81,7 +81,6 @@ class AttentionBackend(Protocol):
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """softmax(q·kᵀ/√d)·v; query, key, value and result are [B, heads, tokens, d]."""
-        ...
 
 
 class VaeEncoder(Protocol):
@@ -89,7 +88,6 @@ class VaeEncoder(Protocol):
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of scaled latents, float32 [B, C, h, w], of images [B, 3, H, W] in [-1, 1]."""
-        ...
 
 
 class VaeDecoder(Protocol):
@@ -97,7 +95,6 @@ class VaeDecoder(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images, float32 [B, 3, H, W] in [-1, 1], of scaled latents [B, C, h, w]."""
-        ...
 
 
 class TextEncoder(Protocol):
@@ -108,11 +105,9 @@ class TextEncoder(Protocol):
 
         With `weighted`, brackets weight the words in them (`lorakit.models.prompt_weights`).
         """
-        ...
 
     def encode(self, tokens: Tokens) -> Conditioning:
         """Conditioning of tokenized captions; differentiable with respect to the encoder's adapters."""
-        ...
 
 
 class Memo(Protocol):
@@ -120,7 +115,6 @@ class Memo(Protocol):
 
     def get_or_compute(self, path: Path, name: str, compute: Callable[[], str]) -> str:
         """What `compute` returns, computed once per name for as long as the file's size and time stay the same."""
-        ...
 
 
 class DiffusionModel(Protocol):
@@ -132,77 +126,61 @@ class DiffusionModel(Protocol):
 
     def fingerprint(self, part: EncoderName) -> str:
         """A short key of all that the encoder's output depends on, from weights to settings; cached in `memo`."""
-        ...
 
     @property
     def vae_encoder(self) -> VaeEncoder:
         """The image encoder, read on first use."""
-        ...
 
     @property
     def vae_decoder(self) -> VaeDecoder:
         """The image decoder, read on first use."""
-        ...
 
     @property
     def text_encoder(self) -> TextEncoder:
         """The text encoder, read on first use."""
-        ...
 
     @property
     def denoiser(self) -> nn.Module:
         """The denoiser, read on first use, frozen."""
-        ...
 
     def free(self, part: EncoderName | Literal["vae_decoder"]) -> None:
         """Free an encoder or decoder; it is read again on the next use."""
-        ...
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """Shape [C, h, w] of the latents of an image of that size in pixels; reads no weights."""
-        ...
 
     def targets(self, parts: Sequence[str]) -> list[AdaptationTarget]:
         """The layers of these parts that can be adapted, in a fixed order: text encoders first, then the denoiser."""
-        ...
 
     def use_attention(self, backend: AttentionBackend) -> None:
         """Compute the denoiser's attention with this backend."""
-        ...
 
     def quantize(self, formats: Mapping[str, str]) -> None:
         """Quantize the weights of the adaptable layers of some parts; other parts are not quantized from now on.
 
         `formats` maps parts to names in `lorakit.models.memory.weight_formats.FORMATS`.
         """
-        ...
 
     def compile(self, backend: str | None) -> None:
         """Compile the denoiser's blocks, with the adapters in them, with a backend of torch.compile; None undoes it."""
-        ...
 
     def use_channels_last(self, on: bool) -> None:
         """Use channels-last memory format in the denoiser, or the default one; results differ by rounding only."""
-        ...
 
     def stream(self, parts: Sequence[str]) -> None:
         """Keep the weights of the adaptable layers of these parts in CPU RAM (block swap).
 
         They are copied to the device ahead of their use, quantized where `quantize` asks for it.
         """
-        ...
 
     def enable_gradient_checkpointing(self, share: float = 1.0) -> None:
         """Recompute activations in the backward pass instead of keeping them (non-reentrant).
 
         With a share below 1, only in that share of the denoiser's blocks, those that keep the most.
         """
-        ...
 
     def metadata(self) -> Mapping[str, str]:
         """Metadata of LoRA files about their base model, such as `modelspec.architecture`."""
-        ...
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's output for noisy latents [B, C, h, w] at timesteps [B]: [B, C, h, w]."""
-        ...

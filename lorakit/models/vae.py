@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -27,17 +26,15 @@ class _Half:
         self.module = module
         self.scaling_factor = scaling_factor
         self.shift_factor = shift_factor
-
-    @cached_property
-    def _exact_module(self) -> nn.Module:
-        return copy.deepcopy(self.module).float()
+        self._exact: nn.Module | None = None
 
     def _finite(self, compute: Callable[[nn.Module, Tensor], Tensor], given: Tensor) -> Tensor:
         """What `compute` makes of the module and each entry given; in float32 where the number format overflows."""
         computed = compute(self.module, given)
         overflowing = ~computed.flatten(1).isfinite().all(dim=1)
         if overflowing.any():
-            computed[overflowing] = compute(self._exact_module, given[overflowing])
+            self._exact = self._exact or copy.deepcopy(self.module).float()
+            computed[overflowing] = compute(self._exact, given[overflowing])
         return computed
 
 

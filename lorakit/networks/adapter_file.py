@@ -47,15 +47,12 @@ class Saver(Protocol):
     @property
     def suffix(self) -> str:
         """Of its files, with the dot: `.safetensors`."""
-        ...
 
     def save(self, adapter: AdapterFile, path: Path) -> None:
         """Write a file, whole or not at all. Raises `OutputError` where the system refuses."""
-        ...
 
     def load(self, path: Path) -> AdapterFile:
         """Read a file. Raises `AdapterError` if it is missing or broken."""
-        ...
 
 
 @frozen
@@ -104,8 +101,13 @@ def read_adapter(path: Path) -> AdapterFile:
     if not path.is_file():
         raise AdapterError(f"{path}: there is no such file. Check the path.")
     try:
-        kind = summarize(path).kind
-        return AdapterFile(*safetensors_content(path)) if kind == "safetensors" else _read_pickle(path)
+        if summarize(path).kind == "safetensors":
+            return AdapterFile(*safetensors_content(path))
+        names, read = pickled_tensors(path), open_tensors(path)
+        if not names:
+            raise AdapterError(f"{path} is no LoRA file: it holds no dict of tensors by name. Choose another file.")
+        # Copies, so that the file may be replaced while they are in use.
+        return AdapterFile({name: read(name).clone() for name in names})
     except ModelError as error:
         raise AdapterError(f"{error}.") from error
     except AdapterError:
@@ -152,14 +154,6 @@ def ranks_and_alphas(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, floa
         for key, rank in ranks.items()
         if rank and (alpha := alphas[key]) is not None and alpha.numel() == 1
     }
-
-
-def _read_pickle(path: Path) -> AdapterFile:
-    names, read = pickled_tensors(path), open_tensors(path)
-    if not names:
-        raise AdapterError(f"{path} is no LoRA file: it holds no dict of tensors by name. Choose another file.")
-    # Copies, so that the file may be replaced while they are in use.
-    return AdapterFile({name: read(name).clone() for name in names})
 
 
 def _in_precision(tensors: Mapping[str, Tensor], precision: Precision) -> dict[str, Tensor]:

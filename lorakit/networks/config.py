@@ -18,8 +18,6 @@ from lorakit.api.network_metadata import LORA_MODULE, NETWORK_ARG_KEYS, network_
 from lorakit.errors import AdapterError, ModelError, Problem
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lorakit.config.train_config import TrainConfig
     from lorakit.models.interfaces import AdaptationTarget
     from lorakit.networks.network import Network
@@ -167,7 +165,14 @@ class LoRAConfig(NetworkConfig):
             if getattr(self, key) != 1:
                 yield Problem(key, one_rate, "leave it out, or choose another optimizer")
         if self.weights is not None and os.path.isfile(self.weights):  # noqa: PTH113 - raises nothing
-            yield from self._problems_of_weights(self.weights, config)
+            from lorakit.networks.starting import problems_of_kind, starting_file
+
+            try:
+                file = starting_file(self.weights)
+            except (ModelError, AdapterError) as error:
+                yield Problem("weights", str(error).removesuffix("."))
+            else:
+                yield from list(problems_of_kind(file, config)) or self.problems_of_file(file, config)
         wrong = list(self._wrong_lists(config.model))
         yield from wrong
         if wrong or config.model.layout is None:
@@ -251,17 +256,6 @@ class LoRAConfig(NetworkConfig):
             for group, value in given.items()
         }
         return [factor if factor > self.block_lr_zero_threshold else 0.0 for factor in layout.spread(values)]
-
-    def _problems_of_weights(self, path: Path, config: TrainConfig) -> Iterator[Problem]:
-        from lorakit.networks.starting import problems_of_kind, starting_file
-
-        try:
-            file = starting_file(path)
-        except (ModelError, AdapterError) as error:
-            yield Problem("weights", str(error).removesuffix("."))
-            return
-        problems = list(problems_of_kind(file, config))
-        yield from problems or self.problems_of_file(file, config)
 
     def _loraplus_key(self, part: ModelPart) -> str | None:
         """The field with the LoRA+ ratio of a part, if there is one."""

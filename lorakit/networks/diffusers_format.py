@@ -33,15 +33,8 @@ def to_diffusers(tensors: Mapping[str, Tensor], paths: Mapping[str, str]) -> dic
         converted[f"{paths[key]}.lora_B.weight"] = (up.float() * scale).to(up.dtype)
         if "dora_scale" in own:
             shape = (1, -1, 1, 1) if down.ndim == 4 else (-1,)
-            converted[_magnitude_name(paths[key])] = own["dora_scale"].view(shape)
+            # PEFT's name in files, but for text encoders the name of PEFT's parameter, which PEFT takes too:
+            # transformers 5 reads adapters of text encoders itself, and finds no magnitudes under the name in files.
+            end = ".weight" if paths[key].startswith("text_encoder") else ""
+            converted[f"{paths[key]}.lora_magnitude_vector{end}"] = own["dora_scale"].view(shape)
     return converted
-
-
-def _magnitude_name(path: str) -> str:
-    """What magnitudes are called: PEFT's name in files, but for text encoders the name of PEFT's parameter.
-
-    transformers 5 reads adapters of text encoders itself, finds no magnitudes under the name that files have, and
-    starts them anew; PEFT takes either name.
-    """
-    name = f"{path}.lora_magnitude_vector"
-    return f"{name}.weight" if path.startswith("text_encoder") else name

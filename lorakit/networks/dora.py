@@ -58,7 +58,14 @@ class DoRAModule(LoRAModule):
         draw_mask = self.draw_mask if self.training else None
         out = low_rank_operation(x, self.lora_down, self.lora_up, self.base, self.scale, draw_mask)
         bias = cast("Tensor | None", self.base.bias)
-        out = _scale_outputs(out, self._gains(len(x)), bias, isinstance(self.base, nn.Conv2d))
+        gains = self.dora_scale.flatten() / self._norms()  # float32 [O]; [B, O] where it is left out for some images
+        if self._draw_kept is not None and self.training:
+            gains = torch.where(self._draw_kept(len(x))[:, None], gains, 1.0)
+        if isinstance(self.base, nn.Conv2d):
+            gains, bias = gains[..., None, None], None if bias is None else bias[:, None, None]
+        elif gains.ndim == 2 and out.ndim == 3:
+            gains = gains[:, None]
+        out = cast("Tensor", _OutputScaling.apply(out, gains, bias))  # type: ignore[no-untyped-call]
         return out if self.multiplier == 1 else torch.lerp(self.base(x), out, self.multiplier)
 
     def use_dropout(self, dropout: AdapterDropout, rates: DropoutRates) -> None:
@@ -76,13 +83,6 @@ class DoRAModule(LoRAModule):
         super().load_adapter_state({"dora_scale": self.dora_scale, **tensors})
         if "dora_scale" not in tensors:
             self.dora_scale.copy_(self._norms().view_as(self.dora_scale))
-
-    def _gains(self, rows: int) -> Tensor:
-        """What to multiply the outputs by, float32 [O]; [rows, O] where the adapter is left out for some images."""
-        gains = self.dora_scale.flatten() / self._norms()
-        if self._draw_kept is None or not self.training:
-            return gains
-        return torch.where(self._draw_kept(rows)[:, None], gains, 1.0)
 
     @torch.no_grad()
     def _norms(self) -> Tensor:
@@ -119,22 +119,9 @@ class _OutputScaling(Function):
         if ctx.needs_input_grad[1]:
             # What was multiplied by the gains is found from the result, which what comes next keeps too, as a rule.
             products = grad_out * (scaled if bias is None else scaled - bias)
-            sums = _sum_to(products, gains.shape)
+            # Over the axes along which gains are broadcast, in float32.
+            padded = (1,) * (products.ndim - gains.ndim) + tuple(gains.shape)
+            axes = [axis for axis, size in enumerate(padded) if size == 1]
+            sums = (products.sum(axes, dtype=torch.float32) if axes else products.float()).view(gains.shape)
             grad_gains = torch.where(gains == 0, 0.0, sums / gains)
         return (grad_out * gains).to(grad_out.dtype), grad_gains, None
-
-
-def _scale_outputs(out: Tensor, gains: Tensor, bias: Tensor | None, is_image: bool) -> Tensor:
-    """Multiply a layer's outputs, without its bias, by gains [O] or [rows, O]."""
-    if is_image:
-        gains, bias = gains[..., None, None], None if bias is None else bias[:, None, None]
-    elif gains.ndim == 2 and out.ndim == 3:
-        gains = gains[:, None]
-    return cast("Tensor", _OutputScaling.apply(out, gains, bias))  # type: ignore[no-untyped-call]
-
-
-def _sum_to(products: Tensor, shape: torch.Size) -> Tensor:
-    """The sum over the axes along which a tensor of this shape is broadcast; float32 of that shape."""
-    padded = (1,) * (products.ndim - len(shape)) + tuple(shape)
-    axes = [axis for axis, size in enumerate(padded) if size == 1]
-    return (products.sum(axes, dtype=torch.float32) if axes else products.float()).view(shape)

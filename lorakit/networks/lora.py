@@ -126,44 +126,31 @@ class MaxNorm:
         shapes: dict[tuple[torch.Size, torch.Size], list[LoRAModule]] = {}
         for adapter in adapters:
             shapes.setdefault((adapter.lora_up.shape, adapter.lora_down.shape), []).append(adapter)
-        self._alike = [_ShapeGroup(group) for group in shapes.values()]
+        # Adapters whose factors have the same shapes are computed with at once; scales are [n].
+        self._alike = [(group, torch.tensor([adapter.scale for adapter in group])) for group in shapes.values()]
         self._limit = limit
 
     @torch.no_grad()
     def apply(self) -> Mapping[str, Tensor]:
         """Scale what is too large, half of it in each factor; gives numbers for logs, scalars on the device."""
-        results = [alike.scale_down(self._limit) for alike in self._alike]
-        norms = torch.cat([norms for norms, _ in results])
-        ratios = torch.cat([ratios for _, ratios in results])
+        found = []
+        for index, (adapters, scales) in enumerate(self._alike):
+            ups = [adapter.lora_up.detach().flatten(1) for adapter in adapters]
+            downs = [adapter.lora_down.detach().flatten(1) for adapter in adapters]
+            up, down = torch.stack(ups), torch.stack(downs)
+            self._alike[index] = adapters, scales.to(up.device)
+            before = update_norms(up, down) * self._alike[index][1]
+            ratios = self._limit / before.clamp(min=self._limit)
+            roots = ratios.sqrt()[:, None, None]
+            torch._foreach_copy_(ups, list((up * roots).unbind()))
+            torch._foreach_copy_(downs, list((down * roots).unbind()))
+            found.append((before * ratios, ratios))
+        norms, shares = (torch.cat(own) for own in zip(*found, strict=True))
         return {
-            "max_norm/keys_scaled": (ratios < 1).sum().float(),
+            "max_norm/keys_scaled": (shares < 1).sum().float(),
             "max_norm/max_key_norm": norms.max(),
             "norm/avg_key_norm": norms.mean(),
         }
-
-
-class _ShapeGroup:
-    """Adapters whose factors have the same shapes, so that they are computed with at once."""
-
-    def __init__(self, adapters: Sequence[LoRAModule]) -> None:
-        self._adapters = adapters
-        self._scales = torch.tensor([adapter.scale for adapter in adapters])  # [n]
-
-    def scale_down(self, limit: float) -> tuple[Tensor, Tensor]:
-        """Scale the factors of each adapter by the root of min(norm, limit) / norm.
-
-        Gives the norms afterwards and these ratios, both [n].
-        """
-        ups = [adapter.lora_up.detach().flatten(1) for adapter in self._adapters]
-        downs = [adapter.lora_down.detach().flatten(1) for adapter in self._adapters]
-        up, down = torch.stack(ups), torch.stack(downs)
-        self._scales = self._scales.to(up.device)
-        norms = update_norms(up, down) * self._scales
-        ratios = limit / norms.clamp(min=limit)
-        roots = ratios.sqrt()[:, None, None]
-        torch._foreach_copy_(ups, list((up * roots).unbind()))
-        torch._foreach_copy_(downs, list((down * roots).unbind()))
-        return norms * ratios, ratios
 
 
 @frozen

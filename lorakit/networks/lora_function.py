@@ -37,7 +37,13 @@ class _LowRank(Function):
         x, down, up, weight, bias = _cast(x, down, up, base)
         is_conv = isinstance(base, nn.Conv2d)
         out = F.conv2d(x, weight, bias, *_geometry(base)) if is_conv else F.linear(x, weight, bias)
-        hidden = _projection(base, x, down, scale)
+        # scale·D·x as rows [B, L, r]
+        if is_pointwise(base):
+            rows = _rows(base, x)
+            hidden = x.new_empty(*rows.shape[:2], len(down))
+            _add_product(hidden, rows, down.flatten(1).t(), alpha=scale, beta=0)
+        else:
+            hidden = _rows(base, F.conv2d(x, down, None, *_geometry(base)).mul_(scale))
         mask = None
         if draw_mask is not None:
             mask = draw_mask(hidden)
@@ -63,16 +69,6 @@ class _LowRank(Function):
         return grad_x, grad_down, grad_up, None, None, None
 
 
-def _projection(base: Layer, x: Tensor, down: Tensor, scale: float) -> Tensor:
-    """Scale·D·x as rows [B, L, r]."""
-    if not is_pointwise(base):
-        return _rows(base, F.conv2d(x, down, None, *_geometry(base)).mul_(scale))
-    rows = _rows(base, x)
-    hidden = x.new_empty(*rows.shape[:2], len(down))
-    _add_product(hidden, rows, down.flatten(1).t(), alpha=scale, beta=0)
-    return hidden
-
-
 def _pointwise_gradients(
     base: Layer, x: Tensor, down: Tensor, grad_out: Tensor, grad_hidden: Tensor, wants_x: bool
 ) -> tuple[Tensor | None, Tensor]:
@@ -80,7 +76,8 @@ def _pointwise_gradients(
     grad_down = _contract(grad_hidden, _rows(base, x)).view(down.shape)
     if not wants_x:
         return None, grad_down
-    grad_x = torch.empty_like(x, memory_format=_memory_format(base, x))
+    channels_last = isinstance(base, nn.Conv2d) and x.is_contiguous(memory_format=torch.channels_last)
+    grad_x = torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     _add_product(_rows(base, grad_x), _rows(base, grad_out), base.weight.to(x.dtype).flatten(1), beta=0)
     _add_product(_rows(base, grad_x), grad_hidden, down.flatten(1))
     return grad_x, grad_down
@@ -140,11 +137,6 @@ def _rows(layer: Layer, tensor: Tensor) -> Tensor:
     if isinstance(layer, nn.Conv2d):
         return tensor.flatten(2).transpose(1, 2)
     return tensor.reshape(len(tensor), -1, tensor.shape[-1])
-
-
-def _memory_format(layer: Layer, x: Tensor) -> torch.memory_format:
-    channels_last = isinstance(layer, nn.Conv2d) and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _add_product(out: Tensor, rows: Tensor, matrix: Tensor, alpha: float = 1.0, beta: float = 1.0) -> None:

@@ -6,7 +6,7 @@ Another algorithm than LoRA is a subclass of `AdapterModule` with `initialize`, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any, ClassVar, Self
 
@@ -212,29 +212,20 @@ class Network(nn.Module):
                 " was trained, on the same kind of base model; or set network.rank_from_weights = true, which adapts"
                 " the layers that the file adapts."
             )
-        by_adapter = self._by_adapter(tensors)
-        if mismatches := list(self._misfits(by_adapter)):
+        states = {key: adapter.adapter_state() for key, adapter in self._by_key.items()}
+        by_adapter: dict[str, dict[str, Tensor]] = {key: {} for key in self._by_key}
+        for name, tensor in tensors.items():
+            key, _, suffix = name.partition(".")
+            own = states[key].get(suffix)
+            by_adapter[key][suffix] = tensor if own is None else _as_deep(tensor, own.shape)
+        reasons = {key: adapter.shape_mismatch(by_adapter[key]) for key, adapter in self._by_key.items()}
+        if mismatches := [f"{key}: {reason}" for key, reason in reasons.items() if reason]:
             raise AdapterError(
                 f"{origin} does not fit this network.{_some('Mismatches', mismatches)}"
                 " Set the [network] options as the file was trained."
             )
         for key, adapter in self._by_key.items():
             adapter.load_adapter_state(by_adapter[key])
-
-    def _by_adapter(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """The tensors of each adapter, by key and suffix, in the shapes that it has them in."""
-        by_adapter: dict[str, dict[str, Tensor]] = {key: {} for key in self._by_key}
-        held = {key: adapter.adapter_state() for key, adapter in self._by_key.items()}
-        for name, tensor in tensors.items():
-            key, _, suffix = name.partition(".")
-            own = held[key].get(suffix)
-            by_adapter[key][suffix] = tensor if own is None else _as_deep(tensor, own.shape)
-        return by_adapter
-
-    def _misfits(self, by_adapter: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
-        for key, adapter in self._by_key.items():
-            if shape_mismatch := adapter.shape_mismatch(by_adapter[key]):
-                yield f"{key}: {shape_mismatch}"
 
 
 def _as_deep(tensor: Tensor, shape: torch.Size) -> Tensor:

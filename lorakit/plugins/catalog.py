@@ -16,7 +16,7 @@ from typing import TypeVar
 from attrs import frozen
 
 from lorakit.api.components import Component, with_import_path
-from lorakit.api.detection import DetectedFamily
+from lorakit.api.model_family import DetectedFamily
 from lorakit.checkpoints import CheckpointSummary, kind_of
 from lorakit.errors import PluginError
 from lorakit.plugins.discovery import (

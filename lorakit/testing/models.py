@@ -174,6 +174,8 @@ def to_single_file(folder: Path, path: Path) -> Path:
     import torch
     from safetensors.torch import load_file, save_file
 
+    from lorakit.models.families.sd import state_dict_keys as layout
+
     tensors: dict[str, Tensor] = {}
     for part, file in _WEIGHTS.items():
         settings, stored = json.loads((folder / part / "config.json").read_text()), load_file(folder / part / file)
@@ -181,22 +183,17 @@ def to_single_file(folder: Path, path: Path) -> Path:
             tensors |= _open_clip(stored, settings) if settings["hidden_act"] == "gelu" else _clip(stored)
             continue
         for name, tensor in stored.items():
+            if part == "unet":
+                original = layout.UNET_PREFIX + layout.original_unet_name(name, settings)
+            else:
+                original = layout.VAE_PREFIX + layout.original_vae_name(name, settings)
             is_convolution = part == "vae" and ".attentions." in name and tensor.dim() == 2
-            tensors[_original_name(part, name, settings)] = tensor[:, :, None, None] if is_convolution else tensor
+            tensors[original] = tensor[:, :, None, None] if is_convolution else tensor
     if path.suffix == ".safetensors":
         save_file(tensors, path, metadata={"format": "pt"})
     else:
         torch.save({"state_dict": tensors, "global_step": 0}, path)
     return path
-
-
-def _original_name(part: str, name: str, settings: Mapping[str, Any]) -> str:
-    """The name in a single file of a tensor in a diffusers folder."""
-    from lorakit.models.families.sd import state_dict_keys as layout
-
-    if part == "unet":
-        return layout.UNET_PREFIX + layout.original_unet_name(name, settings)
-    return layout.VAE_PREFIX + layout.original_vae_name(name, settings)
 
 
 def _clip(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -185,7 +185,10 @@ class Bar:
         from tqdm import tqdm
         from tqdm.contrib.logging import logging_redirect_tqdm
 
-        width = _width(self._stream)
+        try:
+            width = os.get_terminal_size(self._stream.fileno()).columns or WIDTH
+        except (OSError, ValueError):
+            width = WIDTH
         title = f"{position.title} ".replace("{", "{{").replace("}", "}}") if position.title else ""
         text = bar_text(position, width - len(title)).replace("{", "{{").replace("}", "}}")
         form = f"{title}{position.percent:3d}%|{{bar}}| {text}"
@@ -232,11 +235,3 @@ class Lines:
 
     def close(self) -> None:
         """Nothing is left to say."""
-
-
-def _width(stream: IO[str]) -> int:
-    """The columns of a terminal."""
-    try:
-        return os.get_terminal_size(stream.fileno()).columns or WIDTH
-    except (OSError, ValueError):
-        return WIDTH

@@ -12,12 +12,12 @@ import torch
 from attrs import define, field
 
 from lorakit.config.train_config import TrainConfig
-from lorakit.errors import Interrupted, LorakitError, NotSaved
+from lorakit.errors import ConfigError, Interrupted, LorakitError, NotSaved, Problem
 from lorakit.models.interfaces import DiffusionModel
-from lorakit.training.checkpoint.resume import capture_state, restore
-from lorakit.training.checkpoint.state import read_state, state_folder, write_state
+from lorakit.training.checkpoint.compatibility import fast_forward, warn_of_length
+from lorakit.training.checkpoint.state import State, read_state, state_errors, state_folder, write_state
 from lorakit.training.observers import Observers
-from lorakit.training.output.fallback import save_with_fallback
+from lorakit.training.output.folder import save_with_fallback
 from lorakit.training.run import Run
 from lorakit.training.runtime.out_of_memory import explain_oom
 from lorakit.training.runtime.signals import StopRequest
@@ -128,18 +128,43 @@ class RunHandle:
 
         The default is the folder of the run's states. Raises OutputError when the state cannot be written.
         """
-        if self.run.fingerprint is None:
+        run = self.run
+        if run.fingerprint is None:
             raise ValueError("this run saves no states")
         self._read_metrics_alone()
-        with self.run.weights.train_weights():
-            state = capture_state(self.run)
-            path = write_state(state, self.run.fingerprint, folder or state_folder(self.config))
+        with run.weights.train_weights():
+            state_dicts = {
+                "optimizer": run.optimizer.state_dict(),
+                "lr_scheduler": run.lr_scheduler.state_dict(),
+                "scaler": run.scaler.state_dict(),
+            }
+            state = State(run.step, run.schedule.total_steps, run.network.adapter_state(), state_dicts)
+            path = write_state(state, run.fingerprint, folder or state_folder(self.config))
         self.tell("state_saved", path)
         return path
 
     def load_state(self, folder: Path) -> None:
-        """Put the run where it was when a state was saved. Raises ConfigError when that cannot be done."""
-        restore(self.run, read_state(folder, self.run.processes.device), folder)
+        """Put the run where it was when a state was saved.
+
+        Raises ConfigError when the run is too short for it, or the state is damaged.
+        """
+        run, total = self.run, self.total_steps
+        state = read_state(folder, run.processes.device)
+        if state.step > total:
+            key = "training.max_epochs" if run.config.training.max_epochs else "training.max_steps"
+            problem = f"gives {total} steps, but the state in {folder} has reached step {state.step}"
+            raise ConfigError([Problem(key, problem, "make the run longer, or resume another state")])
+        first_rates = [group["lr"] for group in run.optimizer.param_groups]
+        with state_errors(folder):
+            run.network.load_adapter_state(state.tensors)
+            run.optimizer.load_state_dict(state.state_dicts["optimizer"])
+            run.scaler.load_state_dict(state.state_dicts["scaler"])
+            if total == state.total_steps:
+                run.lr_scheduler.load_state_dict(state.state_dicts["lr_scheduler"])
+            else:
+                fast_forward(run.lr_scheduler, first_rates, state.step)
+        warn_of_length(run.config, state.step, state.total_steps, total)
+        run.step = run.first_step = state.step
 
     @contextmanager
     def session(self) -> Iterator[Iterator[Step]]:
@@ -171,26 +196,22 @@ class RunHandle:
         self.tell("step_finished", self.run.step)
         if step.plan.ends_epoch:
             self.tell("epoch_finished", step.plan.epoch)
-        if self._stop_is_agreed():
-            reason = self._stopped() if self.run.processes.is_main else Interrupted()
-            self.run.processes.barrier()
+        processes, asked = self.run.processes, self.stop.is_asked
+        if processes.world_size > 1:
+            # All processes must stop after the same step, whichever of them got the signal. They agree
+            # when numbers are read, because asking makes the device wait.
+            if self._metrics.pending:
+                return
+            asked = bool(processes.all_reduce_sum(torch.tensor(float(asked), device=processes.device)).item())
+        if asked:
+            reason = self._stopped() if processes.is_main else Interrupted()
+            processes.barrier()
             raise reason
 
     def _read_metrics_alone(self) -> None:
         """Read pending numbers, where that does not involve other processes."""
         if self.run.processes.world_size == 1:
             self._metrics.read()
-
-    def _stop_is_agreed(self) -> bool:
-        processes = self.run.processes
-        if processes.world_size == 1:
-            return self.stop.is_asked
-        # All processes must stop after the same step, whichever of them got the signal. They agree
-        # when numbers are read, because asking makes the device wait.
-        if self._metrics.pending:
-            return False
-        asked = torch.tensor(float(self.stop.is_asked), device=processes.device)
-        return bool(processes.all_reduce_sum(asked).item())
 
     def _stopped(self) -> LorakitError:
         """Save a state of a run that ends early; returns the error that says where it is."""

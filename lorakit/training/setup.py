@@ -37,16 +37,15 @@ from lorakit.training.checkpoint.state import find_state, forget_end, has_ended,
 from lorakit.training.encode import Encoded, Filled, encode_data
 from lorakit.training.loop import train
 from lorakit.training.output.adapter_writer import AdapterWriter
+from lorakit.training.output.folder import run_lock
 from lorakit.training.output.metadata import run_metadata
-from lorakit.training.output.run_lock import run_lock
 from lorakit.training.prepare import PreparedRun
 from lorakit.training.run import Run
 from lorakit.training.run_handle import RunHandle
 from lorakit.training.runtime.device import device_summary, device_warnings
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.runtime.hardware import fp16_on_cpu, hardware_warnings
-from lorakit.training.runtime.memory_watch import MemoryPressureMonitor, cuda_pressure
-from lorakit.training.runtime.out_of_memory import memory_hint
+from lorakit.training.runtime.out_of_memory import MemoryPressureMonitor, cuda_pressure, memory_hint
 from lorakit.training.runtime.signals import StopRequest
 from lorakit.training.schedule import Schedule
 from lorakit.training.step.autotune import requested, set_up_model
@@ -90,9 +89,12 @@ def run_training(
             if resume is not None:
                 fingerprint = RunFingerprint.of(prepared, processes.world_size)
                 state = find_state(fingerprint, None if resume == "latest" else resume)
-                total, final = prepared.length.total_steps, _final_file(config)
+                total = prepared.length.total_steps
+                final = config.output.dir / f"{config.output.name}{build_component(config.saver).suffix}"
                 if resume == "latest" and final.is_file() and has_ended(state, total):
-                    log.warning("%s", _ended_already(config, total, final))
+                    key = "training.max_epochs" if config.training.max_epochs else "training.max_steps"
+                    hint = f"to train on, raise {key}; to repeat the run, leave out --resume"
+                    log.warning("this run has ended already, after all of its %d steps: %s (%s)", total, final, hint)
                     return final
             handle = _begin(prepared, catalog, processes, state, StopRequest(stop))
             # First, so that they know the step of what others save.
@@ -137,17 +139,6 @@ def _begin(
             monitor = MemoryPressureMonitor(cuda_pressure(processes.device), partial(memory_hint, run))
             handle.observers.add("memory", monitor)
     return handle
-
-
-def _final_file(config: TrainConfig) -> Path:
-    return config.output.dir / f"{config.output.name}{build_component(config.saver).suffix}"
-
-
-def _ended_already(config: TrainConfig, total_steps: int, final: Path) -> str:
-    """The message when a run is resumed that has ended."""
-    key = "training.max_epochs" if config.training.max_epochs else "training.max_steps"
-    hint = f"to train on, raise {key}; to repeat the run, leave out --resume"
-    return f"this run has ended already, after all of its {total_steps} steps: {final} ({hint})"
 
 
 def fill_cache(prepared: PreparedRun) -> Mapping[str, Filled]:
@@ -222,11 +213,16 @@ def build_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
 
     Raises ConfigError where the loss does not suit what the model predicts, or the device lacks what is asked for.
     """
-    model = load_model(config, device)
-    problems = [
-        *with_section(model.noise.spec.loss_problems(config.loss), "loss"),
-        *_problems_of_the_device(config.training, device),
-    ]
+    model, training = load_model(config, device), config.training
+    problems = [*with_section(model.noise.spec.loss_problems(config.loss), "loss")]
+    if training.fp8_base and device.type == "mps":
+        problems.append(Problem("training.fp8_base", "cannot be used on mps, which lacks this dtype"))
+    if training.cuda_graphs is True and device.type != "cuda":
+        message = f"needs CUDA, and this run is on {device.type}"
+        problems.append(Problem("training.cuda_graphs", message, 'leave it out, or use "auto"'))
+    if training.compile is True and (reason := compile_unsupported_reason(training.compile_backend, device)):
+        key = "compile" if training.compile_backend == "inductor" else "compile_backend"
+        problems.append(Problem(f"training.{key}", reason))
     if problems:
         raise ConfigError(problems)
     for warning in _new_warnings(config, model, device):
@@ -244,18 +240,6 @@ def load_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
     if config.training.stream_base:
         model.stream(config.training.stream_base)
     return model
-
-
-def _problems_of_the_device(training: TrainingSection, device: torch.device) -> Iterator[Problem]:
-    if training.fp8_base and device.type == "mps":
-        yield Problem("training.fp8_base", "cannot be used on mps, which lacks this dtype")
-    if training.cuda_graphs is True and device.type != "cuda":
-        yield Problem(
-            "training.cuda_graphs", f"needs CUDA, and this run is on {device.type}", 'leave it out, or use "auto"'
-        )
-    if training.compile is True and (reason := compile_unsupported_reason(training.compile_backend, device)):
-        key = "compile" if training.compile_backend == "inductor" else "compile_backend"
-        yield Problem(f"training.{key}", reason)
 
 
 def _new_warnings(config: TrainConfig, model: DiffusionModel, device: torch.device) -> Iterator[Problem]:

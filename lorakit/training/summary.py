@@ -121,15 +121,12 @@ def _network(config: TrainConfig) -> str:
 
 
 def _saves(output: OutputSection, length: RunLength) -> str:
-    return " and ".join([*_saves_on_the_way(output, length), "at the end"])
-
-
-def _saves_on_the_way(output: OutputSection, length: RunLength) -> Iterator[str]:
-    epochs = output.epochs_between_saves(length.total_epochs)
+    epochs, steps, times = output.epochs_between_saves(length.total_epochs), output.save_every_n_steps, []
     if epochs is not None and epochs < length.total_epochs:
-        yield "after each epoch" if epochs == 1 else f"every {epochs} epochs"
-    if output.save_every_n_steps and output.save_every_n_steps < length.total_steps:
-        yield f"every {counted(output.save_every_n_steps, 'step')}"
+        times.append("after each epoch" if epochs == 1 else f"every {epochs} epochs")
+    if steps and steps < length.total_steps:
+        times.append(f"every {counted(steps, 'step')}")
+    return " and ".join([*times, "at the end"])
 
 
 class RunAccount(Observer):

@@ -152,7 +152,7 @@ def test_every_member_of_every_base_is_described(base: type[Component]) -> None:
         assert re.search(rf"^- `{name}: [^`]+`: \w", sections[hook], re.M), name
     for name in own:
         member = inspect.getattr_static(base, name)
-        if isinstance(member, str | bool):  # such as `kind`, which `Component` describes
+        if isinstance(member, str | bool | tuple):  # such as `kind`, which `Component` describes
             assert f"- `{name}: " in sections["What every component has"], name
         else:
             assert f"def {name}(" in sections[hook], name

@@ -25,9 +25,9 @@ from lorakit.models.memory.activation_checkpointing import CheckpointedBlock
 from lorakit.models.memory.block_swap import streamed_bytes
 from lorakit.models.memory.quantization import QuantizedLayer
 from lorakit.models.weights.checkpoint import DIFFUSERS_FILES, ModelCheckpoint, PartFormat
+from lorakit.models.weights.folders import TensorSlice
 from lorakit.models.weights.load import shapes_of, without_weights
 from lorakit.models.weights.merge_lora import MergedFile, Merging
-from lorakit.models.weights.placement import TensorSlice
 from lorakit.networks.adapter_file import load_initial_weights
 from lorakit.networks.network import Network
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.models.families.sd.model import StableDiffusion
-from lorakit.models.families.sd.unet.resnet import Downsample2D, ResnetBlock2D, Upsample2D
-from lorakit.models.families.sd.unet.transformer import Transformer2DModel
+from lorakit.models.families.sd.unet import Downsample2D, ResnetBlock2D, Transformer2DModel, Upsample2D
 from lorakit.models.memory.block_swap import BlockSwapper, Group, stream, streamed_bytes
 from lorakit.models.memory.quantization import QuantizedLayer, is_adaptable, quantize
 from lorakit.models.memory.weight_formats import FORMATS

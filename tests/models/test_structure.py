@@ -14,7 +14,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from lorakit.models.families.sd.checkpoint import FORMATS
 from lorakit.models.families.sd.structure import clip_shapes, unet_shapes, vae_shapes
 from lorakit.models.families.sd.text_encoder import clip_module
-from lorakit.models.families.sd.unet import UNet, UNetConfig
+from lorakit.models.families.sd.unet import UNet
+from lorakit.models.families.sd.unet_config import UNetConfig
 from lorakit.models.weights.checkpoint import CheckpointPart
 from lorakit.models.weights.load import shapes_of, without_weights
 from lorakit.testing.models import FULL_SD1, FULL_SD2, TINY_SD1, TINY_SD2

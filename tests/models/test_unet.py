@@ -18,10 +18,10 @@ from lorakit.models.families.sd.unet import (
     BasicTransformerBlock,
     ResnetBlock2D,
     UNet,
-    UNetConfig,
+    timestep_embedding,
     use_backend,
 )
-from lorakit.models.families.sd.unet.unet import timestep_embedding
+from lorakit.models.families.sd.unet_config import UNetConfig
 from lorakit.models.memory.activation_checkpointing import checkpoint_blocks, checkpointed_blocks
 from lorakit.models.weights.load import without_weights
 from lorakit.testing.models import FULL_SD1, FULL_SD2, TINY_SD1, TINY_SD2
@@ -235,7 +235,8 @@ def test_it_needs_nothing_but_torch() -> None:
     """A U-Net is built, used and trained through with neither diffusers, transformers nor torch's compiler imported."""
     code = (
         "import sys, torch\n"
-        "from lorakit.models.families.sd.unet import UNet, UNetConfig\n"
+        "from lorakit.models.families.sd.unet import UNet\n"
+        "from lorakit.models.families.sd.unet_config import UNetConfig\n"
         f"unet = UNet(UNetConfig.of({SD1!r}))\n"
         "unet(torch.ones(1, 4, 8, 8), torch.tensor([3]), torch.ones(1, 7, 32)).sum().backward()\n"
         "print([m for m in ('diffusers', 'transformers', 'peft', 'torch._dynamo', 'sympy') if m in sys.modules])"

@@ -20,7 +20,7 @@ from lorakit.builtin.networks import C3LierConfig, LierlaConfig
 from lorakit.builtin.optimizers.adafactor import AdafactorConfig
 from lorakit.builtin.optimizers.adamw import AdamWConfig
 from lorakit.builtin.optimizers.dadaptation import DAdaptationConfig
-from lorakit.models.families.sd.parts import LAYOUT
+from lorakit.models.families.sd.state_dict_keys import LAYOUT
 from lorakit.models.families.sd.targets import text_encoder_targets, unet_targets
 from lorakit.models.interfaces import AdaptationTarget
 from lorakit.models.weights.load import without_weights

@@ -22,8 +22,7 @@ from lorakit.training.prepare import prepare
 from lorakit.training.run import Run
 from lorakit.training.run_handle import RunHandle
 from lorakit.training.runtime.distributed import Distributed
-from lorakit.training.runtime.memory_watch import MemoryPressureMonitor
-from lorakit.training.runtime.out_of_memory import memory_hint
+from lorakit.training.runtime.out_of_memory import MemoryPressureMonitor, memory_hint
 from lorakit.training.setup import build_run
 
 CPU = torch.device("cpu")
@@ -155,7 +154,7 @@ def told_by(signs: Iterator[str], caplog: pytest.LogCaptureFixture) -> list[str]
     observers.add("memory", MemoryPressureMonitor(signs, lambda: "do less"))
     for step in range(1, 11):
         observers.notify("metrics_read", metrics(step))
-    return [record.getMessage() for record in caplog.records if record.name == "lorakit.training.runtime.memory_watch"]
+    return [record.getMessage() for record in caplog.records if record.name == "lorakit.training.runtime.out_of_memory"]
 
 
 def test_spilling_is_told_once(caplog: pytest.LogCaptureFixture) -> None:

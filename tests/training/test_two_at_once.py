@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from lorakit.config.train_config import OutputSection
 from lorakit.errors import OutputError
-from lorakit.training.output.run_lock import run_lock
+from lorakit.training.output.folder import run_lock
 from tests.training.test_runs import run_lorakit, same, weights_of, write_config
 
 

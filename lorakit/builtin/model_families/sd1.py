@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 from attrs import validators as v
 
-from lorakit.api.detection import DetectedFamily
 from lorakit.api.hookspecs import hookimpl
-from lorakit.api.model_family import ModelFamilyConfig
+from lorakit.api.model_family import DetectedFamily, ModelFamilyConfig
 from lorakit.checkpoints import CheckpointSummary
 from lorakit.models.families.sd.config import StableDiffusionConfig
 from lorakit.models.families.sd.detect import detect

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lorakit.api.detection import DetectedFamily
 from lorakit.api.hookspecs import hookimpl
+from lorakit.api.model_family import DetectedFamily
 from lorakit.checkpoints import CheckpointSummary, is_add_on
 from lorakit.models.families.sd.detect import detect
 

@@ -13,7 +13,7 @@ from lorakit.api.components import ObserverConfig
 from lorakit.api.hookspecs import hookimpl
 from lorakit.api.observer import Every, Observer, RunInfo
 from lorakit.errors import NotSaved, OutputError
-from lorakit.training.output.fallback import save_with_fallback
+from lorakit.training.output.folder import save_with_fallback
 
 log = logging.getLogger(__name__)
 

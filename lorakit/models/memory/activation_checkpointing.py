@@ -37,12 +37,9 @@ class CheckpointedBlock(nn.Module):
         # Imports the compiler, which takes longer than all else that a run imports.
         from torch.utils.checkpoint import checkpoint
 
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=not _is_recorded(), **kwargs)
-
-
-def _is_recorded() -> bool:
-    """Whether a CUDA graph is being captured, in which generators have no state that could be put back."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        # While a CUDA graph is captured, generators have no state that could be put back.
+        captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=not captured, **kwargs)
 
 
 def checkpointed_blocks(module: nn.Module) -> list[CheckpointedBlock]:

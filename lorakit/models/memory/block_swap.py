@@ -102,22 +102,18 @@ class BlockSwapper:
     def fetch(self, group: Group) -> list[dict[str, Tensor]]:
         """The stored tensors of each layer of a group, by name, on the device."""
         if group is not self._current:
-            self._turn_to(group)
+            self._next[self._before, self._current] = group
+            self._before, self._current = self._current, group
+            arrived = self._prefetch(group).arrived
+            if arrived is not None:
+                torch.accelerator.current_stream(self._device).wait_event(arrived)
+            following = self._next.get((self._before, group))
+            if following is not None:
+                self._prefetch(following)  # it is likely to be next again
         (place,) = (own for own in self._slots if own.group is group)
         if group not in place.views:
             place.views[group] = group.views(place.memory)
         return place.views[group]
-
-    def _turn_to(self, group: Group) -> None:
-        """Make a group the one in use, and prefetch the one that is likely to be next."""
-        self._next[self._before, self._current] = group
-        self._before, self._current = self._current, group
-        place = self._prefetch(group)
-        if place.arrived is not None:
-            torch.accelerator.current_stream(self._device).wait_event(place.arrived)
-        following = self._next.get((self._before, group))
-        if following is not None:
-            self._prefetch(following)
 
     def _prefetch(self, group: Group) -> _Slot:
         """The slot of a group; if it has none, it is copied to that of the group that is needed least."""

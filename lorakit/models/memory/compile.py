@@ -41,10 +41,8 @@ def compile_unsupported_reason(backend: str, device: torch.device) -> str:
     if backend not in torch._dynamo.list_backends(exclude_tags=()):
         known = ", ".join(torch._dynamo.list_backends())
         return f"must be a backend that this PyTorch has ({known}), not {backend!r}"
-    return _missing_for_inductor(device) if backend == "inductor" else ""
-
-
-def _missing_for_inductor(device: torch.device) -> str:
+    if backend != "inductor":
+        return ""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
     from torch.utils._triton import has_triton

@@ -25,11 +25,9 @@ class WeightFormat(Protocol):
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         """The tensors to store of a weight, by name, on its device."""
-        ...
 
     def unpack(self, kept: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The weight of this shape in `dtype`, a new tensor, from the stored tensors."""
-        ...
 
 
 @frozen

@@ -17,8 +17,7 @@ from attrs import evolve, field, frozen
 
 from lorakit.checkpoints import CheckpointSummary, HubModel, Location, Shapes, describe, read_json, summarize
 from lorakit.errors import ModelError
-from lorakit.models.weights.folders import find_weights, part_folder
-from lorakit.models.weights.placement import TensorRef
+from lorakit.models.weights.folders import TensorRef, find_weights, part_folder
 
 _REPEATED = (
     "num_hidden_layers", "num_layers", "num_single_layers", "layers_per_block", "transformer_layers_per_block",

@@ -1,9 +1,10 @@
-"""Files of a part in a diffusers folder or Hub model: one with all weights, or an index and several."""
+"""Files of a part in a diffusers folder or Hub model, one with all weights or an index and several; places in them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,22 @@ from lorakit.checkpoints import HubModel, Location, Shapes, read_json, summarize
 from lorakit.errors import ModelError
 
 _SHARD = re.compile(r"\w[\w.-]*")
+
+
+@frozen
+class TensorSlice:
+    """Some rows of a stored tensor: a part of its first side."""
+
+    name: str
+    """Name of the stored tensor."""
+    start: int
+    """The first row."""
+    stop: int
+    """The row after the last."""
+
+
+TensorRef = str | TensorSlice
+"""All of the stored tensor of that name, or some of its rows."""
 
 
 @frozen
@@ -55,32 +72,25 @@ def find_weights(location: Location, folder: str, names: Sequence[str], title: s
     config = fetched(location, [f"{folder}config.json"]) / folder / "config.json"
     if not config.is_file():
         raise ModelError(f"{config.parent} has no config.json, so there is no {title} in it")
-    for name in _candidates(names):
+    # Each name in full precision, of one file or of an index; then the same in half precision.
+    variants = [(variant, *name.rpartition(".")) for variant in ("", ".fp16") for name in names]
+    files = ((f"{stem}{variant}.{end}", f"{stem}.{end}.index{variant}.json") for variant, stem, _, end in variants)
+    for name in chain.from_iterable(files):
         file = fetched(location, [f"{folder}config.json", folder + name]) / folder / name
         if file.is_file():
-            return config, _sharded(location, folder, file) if name.endswith(".json") else _whole(file)
+            is_index = name.endswith(".json")
+            return config, _sharded(location, folder, file) if is_index else Weights(file, summarize(file).tensors)
     raise ModelError(f"{config.parent} has no weights; there should be a file {names[0]}")
-
-
-def _candidates(names: Sequence[str]) -> Iterator[str]:
-    """Each name in full precision, of one file or of an index; then the same in half precision."""
-    for variant in ("", ".fp16"):
-        for name in names:
-            stem, _, suffix = name.rpartition(".")
-            yield f"{stem}{variant}.{suffix}"
-            yield f"{name}.index{variant}.json"
-
-
-def _whole(file: Path) -> Weights:
-    return Weights(file, summarize(file).tensors)
 
 
 def _sharded(location: Location, folder: str, index: Path) -> Weights:
     """The weights in all files that an index lists; a `ModelError` if some are missing."""
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, Mapping) or not places or not all(map(_is_shard, places.values())):
+    places: Mapping[str, str] = read_json(index).get("weight_map", {})
+    named = places.values() if isinstance(places, Mapping) else ()
+    # Only files in the index's own folder.
+    if not named or not all(isinstance(name, str) and _SHARD.fullmatch(name) for name in named):
         raise ModelError(f"{index} does not say which files hold the weights; download it again")
-    names = sorted(set(places.values()))
+    names = sorted(set(named))
     root = fetched(location, [folder + name for name in (index.name, *names)]) / folder
     missing = [name for name in names if not (root / name).is_file()]
     if missing:
@@ -95,8 +105,3 @@ def _sharded(location: Location, folder: str, index: Path) -> Weights:
             raise ModelError(f"{file} {fault}, other than {index.name} says; download it again")
         tensors |= own
     return Weights(index, tensors, tuple(root / name for name in names))
-
-
-def _is_shard(name: object) -> bool:
-    """Whether an index lists a file in its own folder."""
-    return isinstance(name, str) and _SHARD.fullmatch(name) is not None

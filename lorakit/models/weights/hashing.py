@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from lorakit.models.weights.folders import TensorRef
 from lorakit.models.weights.load import open_tensors
-from lorakit.models.weights.placement import TensorRef
 
 
 class ProcessMemo:

@@ -15,7 +15,7 @@ from torch.utils._mode_utils import no_dispatch
 from lorakit.checkpoints import StoredTensor, kind_of_file, pickled_tensors, summarize
 from lorakit.checkpoints.stored_tensor import ITEM_BYTES
 from lorakit.errors import ModelError
-from lorakit.models.weights.placement import TensorRef
+from lorakit.models.weights.folders import TensorRef
 
 ReadTensor = Callable[[TensorRef], Tensor]
 """The tensor at that place, on the CPU, in the file's dtype; its bytes are read when they are used."""
@@ -31,7 +31,12 @@ def open_tensors(file: Path | Sequence[Path]) -> ReadTensor:
 
     A `ModelError` if a file cannot be read.
     """
-    whole = _open_whole_tensors(file) if isinstance(file, Path) else _open_shards(file)
+    files = [file] if isinstance(file, Path) else file
+    readers = {file: _open_whole_tensors(file) for file in files}
+    homes = {name: file for file in files for name in (summarize(file).tensors if len(files) > 1 else ())}
+
+    def whole(name: str) -> Tensor:
+        return readers[homes.get(name, files[0])](name)
 
     def read(place: TensorRef) -> Tensor:
         # What is in a file is there even where all other tensors are only imagined.
@@ -39,12 +44,6 @@ def open_tensors(file: Path | Sequence[Path]) -> ReadTensor:
             return whole(place) if isinstance(place, str) else whole(place.name)[place.start : place.stop]
 
     return read
-
-
-def _open_shards(files: Sequence[Path]) -> Callable[[str], Tensor]:
-    readers = {file: _open_whole_tensors(file) for file in files}
-    homes = {name: file for file in files for name in (summarize(file).tensors if len(files) > 1 else ())}
-    return lambda name: readers[homes.get(name, files[0])](name)
 
 
 def _open_whole_tensors(file: Path) -> Callable[[str], Tensor]:

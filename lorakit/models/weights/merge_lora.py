@@ -65,8 +65,7 @@ class MergedFile:
         up, down = (self.shapes.get(f"{key}.{suffix}") for suffix in (UP, DOWN))
         if up is None or down is None:
             return f"{key} lacks {UP if up is None else DOWN}"
-        ones = (1, 1)
-        rank = down[0] if down else 0
+        ones, rank = (1, 1), down[0] if down else 0
         fits_up = up in ((weight[0], rank), (weight[0], rank, *ones))
         fits_down = down in ((rank, *weight[1:]), (rank, *weight[1:], *ones)) or (*down, *ones) == (rank, *weight[1:])
         if not fits_up or not fits_down:

@@ -16,9 +16,8 @@ import torch
 from attrs import evolve, frozen
 from torch.optim.lr_scheduler import LRScheduler
 
-from lorakit.config.diff import Difference, as_json, differences
+from lorakit.config.diff import as_json, differences
 from lorakit.config.train_config import AUTOTUNE_KEYS, TrainConfig
-from lorakit.data.cache.file_cache import FileStatCache
 from lorakit.data.cache.parallel import map_chunked
 from lorakit.data.cache.store import content_key
 from lorakit.data.index import Example, default_workers
@@ -61,8 +60,16 @@ class RunFingerprint:
         config, memo = prepared.config, prepared.cache.memo
         datasets = tuple(evolve(dataset, batch_size=dataset.batch_size * processes) for dataset in config.data.datasets)
         examples = [example for dataset in prepared.datasets for example in dataset.examples]
+
+        def key_of(example: Example) -> str:
+            """A key of all that is trained of an image, but for what the config says of its subset."""
+            mask = memo.digest(example.mask) if example.mask else None
+            face, placement = example.face, example.placement
+            where = (placement.resized, placement.bucket, placement.crop_xy, face and (face.center, face.side))
+            return content_key(memo.digest(example.image), mask, *where, example.repeats, example.caption)[:12]
+
         with ThreadPoolExecutor(config.data.workers or default_workers()) as pool:
-            keys = list(map_chunked(pool, lambda example: _key(example, memo), examples))
+            keys = list(map_chunked(pool, key_of, examples))
         images = {example.sample_id: key for example, key in zip(examples, keys, strict=True)}
         return cls(evolve(config, data=evolve(config.data, datasets=datasets)), images, processes)
 
@@ -77,25 +84,26 @@ class RunFingerprint:
 
     def problems_with(self, stored: Mapping[str, Any]) -> list[Problem]:
         """What differs from what `to_dict` gave for another run. Raises whatever a damaged one causes."""
-        processes = int(stored["processes"])
-        found = [
-            self._problem(difference, processes)
-            for difference in differences(self.config, stored["config"])
-            if not _is_neutral(difference.key)
-        ]
-        return [*found, *self._problems_of_images(list(dict(stored["images"]).items()))]
+        return list(self._differences(int(stored["processes"]), stored["config"], dict(stored["images"])))
 
-    def _problem(self, difference: Difference, processes: int) -> Problem:
-        before, now = (json.dumps(value, ensure_ascii=False) for value in (difference.before, difference.now))
-        message = f"{_or_absent(before)} in the state, {_or_absent(now)} in the config"
-        if not difference.key.endswith(".batch_size") or processes == self.processes:
-            return Problem(difference.key, message)
-        wanted, left = divmod(difference.before, self.processes)
-        counted = f"{message}, counting the images of all processes: {processes} then, {self.processes} now"
-        return Problem(difference.key, counted, "" if left else f"set it to {wanted} for this number of processes")
+    def _differences(self, processes: int, config: Mapping[str, Any], then: Mapping[str, str]) -> Iterator[Problem]:
+        for found in differences(self.config, config):
+            section, _, name = found.key.partition(".")
+            if section in NEUTRAL_SECTIONS or name in NEUTRAL_KEYS.get(section, ()):
+                continue
+            values = (json.dumps(value, ensure_ascii=False) for value in (found.before, found.now))
+            before, now = ("absent" if text == "null" else text for text in values)
+            message = f"{before} in the state, {now} in the config"
+            if not found.key.endswith(".batch_size") or processes == self.processes:
+                yield Problem(found.key, message)
+                continue
+            wanted, left = divmod(found.before, self.processes)
+            counted = f"{message}, counting the images of all processes: {processes} then, {self.processes} now"
+            yield Problem(found.key, counted, "" if left else f"set it to {wanted} for this number of processes")
+        yield from self._image_differences(then)
 
-    def _problems_of_images(self, before: Sequence[tuple[str, str]]) -> Iterator[Problem]:
-        then, now = dict(before), self.images
+    def _image_differences(self, then: Mapping[str, str]) -> Iterator[Problem]:
+        now = self.images
         added = [name for name in now if name not in then]
         gone = [name for name in then if name not in now]
         changed = [name for name, key in now.items() if then.get(name, key) != key]
@@ -125,21 +133,17 @@ def fast_forward(lr_scheduler: LRScheduler, first_rates: Sequence[float], steps:
 
 def warn_of_length(config: TrainConfig, done: int, before: int, now: int) -> None:
     """Warn if the `done` first steps of a run of `before` steps are not those of a run of `now` steps."""
-    changed = " and ".join(_changed(config, done, before, now)) if before != now else ""
+    if before == now:
+        return
+    changed = ["learning rates"] if _rates(config, done, before) != _rates(config, done, now) else []
+    subsets = [subset for dataset in config.data.datasets for subset in dataset.subsets]
+    changed += ["numbers of tags"] if any(0 < subset.token_warmup_step < 1 for subset in subsets) else []
     if changed:
         log.warning(
             "the state is of a run of %d steps, on which %s depend; a run of %d steps had others in the first %d, "
             "so the result will be between the two",
-            before, changed, now, done,
+            before, " and ".join(changed), now, done,
         )  # fmt: skip
-
-
-def _changed(config: TrainConfig, done: int, before: int, now: int) -> Iterator[str]:
-    if _rates(config, done, before) != _rates(config, done, now):
-        yield "learning rates"
-    subsets = [subset for dataset in config.data.datasets for subset in dataset.subsets]
-    if any(0 < subset.token_warmup_step < 1 for subset in subsets):
-        yield "numbers of tags"
 
 
 def _rates(config: TrainConfig, done: int, total_steps: int) -> list[float]:
@@ -153,23 +157,6 @@ def _rates(config: TrainConfig, done: int, total_steps: int) -> list[float]:
         rates.append(optimizer.param_groups[0]["lr"])
         fast_forward(schedule, rates[-1:], 1)
     return rates
-
-
-def _key(example: Example, memo: FileStatCache) -> str:
-    """A key of all that is trained of an image, but for what the config says of its subset."""
-    mask = memo.digest(example.mask) if example.mask else None
-    face, placement = example.face, example.placement
-    where = (placement.resized, placement.bucket, placement.crop_xy, face and (face.center, face.side))
-    return content_key(memo.digest(example.image), mask, *where, example.repeats, example.caption)[:12]
-
-
-def _is_neutral(key: str) -> bool:
-    section, _, name = key.partition(".")
-    return section in NEUTRAL_SECTIONS or name in NEUTRAL_KEYS.get(section, ())
-
-
-def _or_absent(value: str) -> str:
-    return "absent" if value == "null" else value
 
 
 def _some(identities: Sequence[str]) -> str:

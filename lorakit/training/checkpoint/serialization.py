@@ -69,7 +69,10 @@ class _Packing:
         if value is None or isinstance(value, bool | int | float | str):
             return value
         if isinstance(value, Tensor):
-            return self._reference(value)
+            name = self._names.setdefault(id(value), str(len(self._names)))
+            # A copy, as a file cannot hold two tensors that share their numbers.
+            self.tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            return {"tensor": name, "on_device": value.device.type != "cpu"}
         kind = type(value).__name__
         if kind == "list":
             return [self.form(item) for item in value]
@@ -77,13 +80,6 @@ class _Packing:
             raise NotSerializableError(f"a {type(value).__module__}.{type(value).__qualname__} has no place in a state")
         items = value.items() if isinstance(value, Mapping) else value
         return {kind: [self.form(list(item) if isinstance(value, Mapping) else item) for item in items]}
-
-    def _reference(self, value: Tensor) -> Any:
-        """A reference to a tensor."""
-        name = self._names.setdefault(id(value), str(len(self._names)))
-        # A copy, as a file cannot hold two tensors that share their numbers.
-        self.tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        return {"tensor": name, "on_device": value.device.type != "cpu"}
 
 
 class _Unpacking:

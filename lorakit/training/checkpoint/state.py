@@ -88,7 +88,12 @@ def write_state(state: State, fingerprint: RunFingerprint, folder: Path) -> Path
         except ConfigError as error:
             raise OutputError(f"{final} was not read back as it was written: {error}") from error
         commit(written, final)
-    _remove_older(folder, final, fingerprint.config.output.keep_last_states)
+    so_far = [state for state in states_in(folder) if state.name <= final.name]
+    for older in so_far[: -fingerprint.config.output.keep_last_states]:
+        try:
+            remove_folder(older)
+        except OutputError as error:
+            log.warning("an older state was not removed: %s", error)
     return final
 
 
@@ -111,16 +116,6 @@ def _write(state: State, fingerprint: RunFingerprint, folder: Path) -> None:
             os.fsync(file.fileno())
     with suppress(OSError):
         flush_to_disk(folder)
-
-
-def _remove_older(folder: Path, newest: Path, keep: int) -> None:
-    """Remove all states up to the newest but the last ones."""
-    so_far = [state for state in states_in(folder) if state.name <= newest.name]
-    for older in so_far[:-keep]:
-        try:
-            remove_folder(older)
-        except OutputError as error:
-            log.warning("an older state was not removed: %s", error)
 
 
 def note_end(folder: Path, total_steps: int) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from attrs import frozen
-from torch import Tensor
 
 from lorakit.config.dump import to_toml
 from lorakit.config.train_config import TrainConfig
@@ -68,18 +67,17 @@ class AdapterWriter:
                     self.saver.save(AdapterFile(tensors, metadata), written)
                 except OutputError as error:
                     raise OutputError(str(error).replace(str(written), str(path))) from error
-            reason = self._verify(written, tensors)
+            try:
+                with plugin_errors(self.config.saver, "load"):
+                    read = self.saver.load(written).tensors
+            except AdapterError as error:
+                reason = str(error)
+            else:
+                wrong = tensors.keys() ^ read.keys()
+                wrong |= {
+                    key for key in tensors.keys() - wrong if not torch.equal(tensors[key].to(read[key]), read[key])
+                }
+                reason = f"{min(wrong)} differs" if wrong else ""
             if reason:
                 raise OutputError(f"{path} was not read back as it was written: {reason}. The disk may be failing.")
             commit(written, path)
-
-    def _verify(self, path: Path, tensors: Mapping[str, Tensor]) -> str:
-        """Why a file does not hold these tensors, in the dtype of the saver; empty if it does."""
-        try:
-            with plugin_errors(self.config.saver, "load"):
-                read = self.saver.load(path).tensors
-        except AdapterError as error:
-            return str(error)
-        wrong = tensors.keys() ^ read.keys()
-        wrong |= {key for key in tensors.keys() & read.keys() if not torch.equal(tensors[key].to(read[key]), read[key])}
-        return f"{min(wrong)} differs" if wrong else ""

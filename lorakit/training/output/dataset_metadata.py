@@ -10,7 +10,6 @@ from typing import Any
 
 from lorakit.config.datasets import DatasetConfig, SubsetConfig
 from lorakit.config.table_reader import field_names
-from lorakit.data.images.buckets import ResizeCrop
 from lorakit.data.index import Example, IndexedDataset
 
 _SUBSET_KEYS = [
@@ -31,7 +30,6 @@ def data_metadata(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
     width, height = first.resolution
     examples = [example for dataset in datasets for example in dataset.examples]
     subsets = [subset for dataset in datasets for subset in dataset.config.active_subsets]
-    regularisation = _folders(datasets, is_reg=True)
     return {
         **_shared(subsets, [key for key in _SUBSET_KEYS if key not in _OF_ONE_SUBSET]),
         **_shared([dataset.config for dataset in datasets], _DATASET_KEYS),
@@ -42,7 +40,7 @@ def data_metadata(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
         "ss_batch_size_per_device": first.batch_size,
         "ss_bucket_info": json.dumps(_bucket_info(examples)),
         "ss_dataset_dirs": json.dumps(_folders(datasets, is_reg=False)),
-        "ss_reg_dataset_dirs": json.dumps(regularisation),
+        "ss_reg_dataset_dirs": json.dumps(_folders(datasets, is_reg=True)),
         "ss_tag_frequency": json.dumps(_tag_frequency(examples)),
         "ss_datasets": json.dumps([_dataset_description(dataset) for dataset in datasets]),
     }
@@ -94,14 +92,12 @@ def _bucket_info(examples: Sequence[Example]) -> Mapping[str, Any]:
         str(index): {"resolution": list(size), "count": count}
         for index, (size, count) in enumerate(sorted(counts.items()))
     }
-    errors = [_aspect_error(example.placement) for example in examples]
+    # How much the width of an image and that of its bucket differ, in heights.
+    shapes = ((*example.placement.resized, *example.placement.bucket) for example in examples)
+    errors = [
+        abs(bucket_width / bucket_height - width / height) for width, height, bucket_width, bucket_height in shapes
+    ]
     return {"buckets": buckets, "mean_img_ar_error": sum(errors) / max(len(errors), 1)}
-
-
-def _aspect_error(placement: ResizeCrop) -> float:
-    """How much the width of an image and that of its bucket differ, in heights."""
-    (width, height), (bucket_width, bucket_height) = placement.resized, placement.bucket
-    return abs(bucket_width / bucket_height - width / height)
 
 
 def _dataset_description(dataset: IndexedDataset) -> Mapping[str, Any]:
@@ -115,14 +111,16 @@ def _dataset_description(dataset: IndexedDataset) -> Mapping[str, Any]:
         **{key: getattr(config, key) for key in _DATASET_KEYS},
         "tag_frequency": _tag_frequency(dataset.examples),
         "bucket_info": _bucket_info(dataset.examples),
-        "subsets": [_subset_description(subset, images) for subset, images in _subsets([dataset])],
+        "subsets": [
+            {
+                "img_count": images,
+                **{key: getattr(subset, key) for key in _SUBSET_KEYS},
+                "image_dir": subset.image_dir.name,
+                **({"metadata_file": subset.metadata_file.name} if subset.metadata_file else {}),
+            }
+            for subset, images in _subsets([dataset])
+        ],
     }
-
-
-def _subset_description(subset: SubsetConfig, images: int) -> Mapping[str, Any]:
-    settings = {key: getattr(subset, key) for key in _SUBSET_KEYS}
-    file = {"metadata_file": subset.metadata_file.name} if subset.metadata_file else {}
-    return {"img_count": images, **settings, "image_dir": subset.image_dir.name, **file}
 
 
 def _appearances(examples: Sequence[Example], is_reg: bool) -> int:

@@ -16,8 +16,7 @@ from attrs import asdict
 from torch.optim import Optimizer
 
 from lorakit._version import __version__
-from lorakit.api.components import TEXT_ENCODER_LR, OptimizerConfig
-from lorakit.api.loss import LossConfig
+from lorakit.api.components import TEXT_ENCODER_LR
 from lorakit.config.train_config import TrainConfig
 from lorakit.data.index import has_augmentation
 from lorakit.training.output.dataset_metadata import data_metadata
@@ -36,15 +35,28 @@ def run_metadata(
 ) -> dict[str, str]:
     """The metadata that stays the same over a run; `started` is in seconds since 1970."""
     config = prepared.config
+    images = config.data.datasets[0].batch_size * processes.world_size
+    sampler, (first, last) = config.timestep_sampler, config.timestep_sampler.bounds(config.model.noise_process)
+    # The class that others know, not a subclass that adapts it to lorakit, as in `torch.optim.adamw.AdamW`.
+    cls = next(cls for cls in type(optimizer).__mro__ if not cls.__module__.startswith("lorakit."))
+    settings = ",".join(f"{name}={value}" for name, value in config.optimizer.extra_options().items())
     values = {
         **_training_values(config),
-        **_length_values(config, schedule, processes),
-        **_loss_values(config.loss),
+        "ss_max_train_steps": schedule.total_steps,
+        "ss_num_epochs": schedule.total_epochs,
+        "ss_num_batches_per_epoch": schedule.micro_batches_per_epoch,
+        "ss_total_batch_size": images * config.training.gradient_accumulation_steps,
+        "ss_loss_type": config.loss.name,
+        **{f"ss_{name}": value for name, value in asdict(config.loss).items()},
         **config.network.metadata(),
         **data_metadata(prepared.datasets),
         "ss_cache_latents": not has_augmentation(prepared.datasets),
-        **_modelspec_values(config),
-        "ss_optimizer": _optimizer_description(config.optimizer, optimizer),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": config.output.name,
+        "modelspec.implementation_version": f"lorakit/{__version__}",
+        **({} if sampler.min is sampler.max is None else {"modelspec.timestep_range": f"{first},{last}"}),
+        **config.metadata.entries(),
+        "ss_optimizer": f"{cls.__module__}.{cls.__qualname__}" + (f"({settings})" if settings else ""),
         "ss_session_id": secrets.randbits(32),
         "ss_training_started_at": started,
         "ss_output_name": config.output.name,
@@ -90,40 +102,4 @@ def _training_values(config: TrainConfig) -> dict[str, Any]:
         "ss_full_fp16": False,
         "ss_fp8_base": {part.name for part in parts} <= in_fp8,
         "ss_fp8_base_unet": in_fp8 == {part.name for part in parts if not part.encoders},
-    }
-
-
-def _length_values(config: TrainConfig, schedule: Schedule, processes: Distributed) -> dict[str, Any]:
-    images = config.data.datasets[0].batch_size * processes.world_size
-    return {
-        "ss_max_train_steps": schedule.total_steps,
-        "ss_num_epochs": schedule.total_epochs,
-        "ss_num_batches_per_epoch": schedule.micro_batches_per_epoch,
-        "ss_total_batch_size": images * config.training.gradient_accumulation_steps,
-    }
-
-
-def _optimizer_description(config: OptimizerConfig, optimizer: Optimizer) -> str:
-    """Its class and settings, as sd-scripts writes them: `torch.optim.adamw.AdamW(weight_decay=0.01)`.
-
-    The class is the one that others know, not a subclass that adapts it to lorakit.
-    """
-    cls = next(cls for cls in type(optimizer).__mro__ if not cls.__module__.startswith("lorakit."))
-    settings = ",".join(f"{name}={value}" for name, value in config.extra_options().items())
-    return f"{cls.__module__}.{cls.__qualname__}" + (f"({settings})" if settings else "")
-
-
-def _loss_values(loss: LossConfig) -> dict[str, Any]:
-    """All options of the loss under the names that sd-scripts has for them."""
-    return {"ss_loss_type": loss.name, **{f"ss_{name}": value for name, value in asdict(loss).items()}}
-
-
-def _modelspec_values(config: TrainConfig) -> dict[str, Any]:
-    sampler, (first, last) = config.timestep_sampler, config.timestep_sampler.bounds(config.model.noise_process)
-    return {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": config.output.name,
-        "modelspec.implementation_version": f"lorakit/{__version__}",
-        **({} if sampler.min is sampler.max is None else {"modelspec.timestep_range": f"{first},{last}"}),
-        **config.metadata.entries(),
     }

@@ -24,7 +24,10 @@ def join_cpu_processes() -> None:
     # accelerate sets MASTER_ADDR when it is asked for more than one process.
     if not on_cpu or "MASTER_ADDR" not in os.environ or any(name in os.environ for name in _RANK_VARIABLES):
         return
-    count = _asked_for()
+    import psutil
+
+    launcher = psutil.Process().parent()
+    count = num_processes(launcher.cmdline()) if launcher is not None else None
     if count is None:
         log.warning("accelerate started one process only; to train on several CPU processes, give it --num_processes")
         return
@@ -32,14 +35,6 @@ def join_cpu_processes() -> None:
     for rank in range(1, count):
         environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         atexit.register(_end, subprocess.Popen([sys.executable, "-m", "lorakit", *sys.argv[1:]], env=environment))  # noqa: S603
-
-
-def _asked_for() -> int | None:
-    """The `--num_processes` of the accelerate command that started this process."""
-    import psutil
-
-    launcher = psutil.Process().parent()
-    return num_processes(launcher.cmdline()) if launcher is not None else None
 
 
 def num_processes(command: Sequence[str]) -> int | None:

@@ -57,9 +57,16 @@ def device_summary(device: torch.device, mixed_precision: str, world_size: int =
     precision = "float32" if mixed_precision == "no" else mixed_precision
     if device.type == "cpu":
         processes = f"{world_size} processes, " if world_size > 1 else ""
-        return f"CPU, {processes}{precision}{_why_no_gpu()}"
-    memory = _memory(device)
-    parts = [_name(device), *([f"{memory} GB"] if memory else []), precision]
+        with _without_warnings():
+            has_gpu = torch.accelerator.is_available()  # which could have been chosen
+        build, finds = torch_build(), f". PyTorch {torch.__version__} finds no GPU that it can use"
+        if build is not None and not build.gpus:
+            finds = f". PyTorch {torch.__version__} cannot use a GPU; if you have one: {GET_PYTORCH}"
+        return f"CPU, {processes}{precision}{'' if has_gpu else finds}"
+    parts = [_name(device), precision]
+    if device.type in ("cuda", "xpu"):  # others share the CPU's memory
+        total: int = torch.get_device_module(device).get_device_properties(device).total_memory
+        parts.insert(1, f"{round(total / 2**30)} GB")  # as makers round it
     if world_size > 1:
         return f"{world_size} processes, each on: {', '.join(parts)}"
     count = torch.accelerator.device_count()
@@ -70,7 +77,11 @@ def device_summary(device: torch.device, mixed_precision: str, world_size: int =
 def device_warnings(training: TrainingSection, device: torch.device) -> Iterator[Problem]:
     """What does not suit the device, or keeps PyTorch from a better one, as far as it takes PyTorch to see it."""
     if device.type == "cpu" and training.device == "auto" and built_for_another() is None:
-        yield from _unused_gpu()
+        chosen = {name: os.environ[name] for name in _CHOOSING_GPUS if name in os.environ}
+        hidden = any(value.strip() in ("", "-1") for value in chosen.values())  # which is how to say: on the CPU
+        if installed_gpu() is not None and not hidden:
+            reason, hint = _cause(chosen)
+            yield Problem("training.device", f"this run is on the CPU: {reason}", hint)
     if device.type == "cuda" and torch.version.hip is None and training.mixed_precision == "bf16":
         # PyTorch's own answer, is_bf16_supported, is yes where bf16 is emulated.
         major, minor = torch.cuda.get_device_capability(device)
@@ -79,28 +90,13 @@ def device_warnings(training: TrainingSection, device: torch.device) -> Iterator
             message = f'"bf16" is slow here and takes much more memory in attention: {has}'
             yield Problem("training.mixed_precision", message, 'use "fp16"')
     if device.type == "cuda" and torch.version.hip is not None:
-        yield from _experimental_attention(device)
-
-
-def _experimental_attention(device: torch.device) -> Iterator[Problem]:
-    variable = "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL"
-    architecture = _architecture(device)
-    # Names of data centres' GPUs begin with gfx9; for those the kernels are finished.
-    if architecture.startswith("gfx1") and os.environ.get(variable) != "1":
-        name = f"{_name(device)} ({architecture})"
-        message = f"PyTorch may count fast attention on {name} as experimental, and not use it"
-        yield Problem("training.device", message, f"if steps are slow, set the environment variable {variable}=1")
-
-
-def _unused_gpu() -> Iterator[Problem]:
-    """A warning where the machine has a GPU that PyTorch was built for and cannot use."""
-    if installed_gpu() is None:
-        return
-    chosen = {name: os.environ[name] for name in _CHOOSING_GPUS if name in os.environ}
-    if any(value.strip() in ("", "-1") for value in chosen.values()):  # which is how to say: on the CPU
-        return
-    reason, hint = _cause(chosen)
-    yield Problem("training.device", f"this run is on the CPU: {reason}", hint)
+        variable = "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL"
+        architecture = _architecture(device)
+        # Names of data centres' GPUs begin with gfx9; for those the kernels are finished.
+        if architecture.startswith("gfx1") and os.environ.get(variable) != "1":
+            name = f"{_name(device)} ({architecture})"
+            message = f"PyTorch may count fast attention on {name} as experimental, and not use it"
+            yield Problem("training.device", message, f"if steps are slow, set the environment variable {variable}=1")
 
 
 def _cause(chosen: dict[str, str]) -> tuple[str, str]:
@@ -159,29 +155,10 @@ def _not_usable(device: torch.device, error: Exception) -> Problem:
     return Problem("training.device", message, f'install {other}: {_OTHER_VERSIONS}, or set "cpu"')
 
 
-def _why_no_gpu() -> str:
-    """The second sentence about a CPU: empty where there is a GPU that could have been chosen."""
-    with _without_warnings():
-        if torch.accelerator.is_available():
-            return ""
-    build = torch_build()
-    if build is not None and not build.gpus:
-        return f". PyTorch {torch.__version__} cannot use a GPU; if you have one: {GET_PYTORCH}"
-    return f". PyTorch {torch.__version__} finds no GPU that it can use"
-
-
 def _name(device: torch.device) -> str:
     if device.type == "mps":
         return torch.backends.mps.get_name() if hasattr(torch.backends.mps, "get_name") else "Apple GPU"
     return str(torch.get_device_module(device).get_device_name(device))
-
-
-def _memory(device: torch.device) -> int:
-    """The device's memory in gigabytes, as makers round it; 0 where it shares the CPU's."""
-    if device.type not in ("cuda", "xpu"):
-        return 0
-    total: int = torch.get_device_module(device).get_device_properties(device).total_memory
-    return round(total / 2**30)
 
 
 def _architecture(device: torch.device) -> str:

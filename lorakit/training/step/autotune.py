@@ -90,7 +90,11 @@ class Autotuner:
             if reason := self._skip_reason(key, shortest):
                 log.info("training.%s is off: %s", key, reason)
                 continue
-            seconds = self._try((*best, key), batch)
+            try:
+                seconds = self._seconds((*best, key), batch)
+            except Exception as error:  # compilers and drivers raise all kinds of exceptions
+                seconds, text = math.inf, shorten(f"{type(error).__name__}: {error}", 300)
+                log.info("%s failed: %s", " and ".join((*best, key)), text)
             pays = seconds * MIN_SPEEDUP < shortest
             log.info("training.%s is %s: %.1f ms with it", key, "on" if pays else "off", 1000 * seconds)
             if pays:
@@ -106,14 +110,6 @@ class Autotuner:
         if left < self._min_seconds[key]:
             return f"the run takes {left:.0f} s, too little for a trial to pay"
         return compile_unsupported_reason(self._training.compile_backend, device) if key == "compile" else ""
-
-    def _try(self, switched_on: Collection[str], batch: Batch) -> float:
-        """Seconds of a micro-batch with these keys; infinite where it fails."""
-        try:
-            return self._seconds(switched_on, batch)
-        except Exception as error:  # compilers and drivers raise all kinds of exceptions
-            log.info("%s failed: %s", " and ".join(switched_on), shorten(f"{type(error).__name__}: {error}", 300))
-            return math.inf
 
     def _seconds(self, switched_on: Collection[str], batch: Batch) -> float:
         """Seconds of a micro-batch with these keys, after a first one that compiles and allocates."""

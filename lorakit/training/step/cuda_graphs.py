@@ -146,18 +146,15 @@ def restore_after(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 def _draws(work: Work, device: torch.device) -> bool:
     """Do some work; whether it drew from a global random generator, whose state is restored."""
-    devices = [device] if device.type != "cpu" else []
+    modules: list[Any] = [torch.get_device_module(device)] if device.type != "cpu" else []
     python = random.getstate()
-    with torch.random.fork_rng(devices, device_type=device.type):
-        before = _rng_states(device)
+
+    def states() -> list[Tensor]:
+        return [torch.get_rng_state(), *(module.get_rng_state(device) for module in modules)]
+
+    with torch.random.fork_rng([device for _ in modules], device_type=device.type):
+        before = states()
         work()
-        drawn = any(not torch.equal(old, new) for old, new in zip(before, _rng_states(device), strict=True))
-    drawn = drawn or random.getstate() != python
+        drawn = not all(map(torch.equal, before, states())) or random.getstate() != python
     random.setstate(python)
     return drawn
-
-
-def _rng_states(device: torch.device) -> list[Tensor]:
-    """The states of PyTorch's generators."""
-    module: Any = torch.get_device_module(device)
-    return [torch.get_rng_state(), *([] if device.type == "cpu" else [module.get_rng_state(device)])]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,35 +54,26 @@ class StepGuard:
 
     def step(self, norm: Tensor) -> None:
         """Move the parameters; `norm` is that of all gradients."""
+        optimizer: Any = self._optimizer
         if self._scaler.is_enabled():
-            self._scaled_step()
-        elif self._skips:
-            _step_if_finite(self._optimizer, norm)
-        else:
-            self._optimizer.step()
-
-    def _scaled_step(self) -> None:
-        before = self._scale()
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        if self._skips:
-            # Where the loss itself is not finite, scaling it lower fixes nothing, and would in the end lose gradients.
-            self._scaler.update(torch.where(self._loss.isfinite(), self._scale(), before))
+            before = self._scale()
+            self._scaler.step(optimizer)
+            self._scaler.update()
+            if self._skips:
+                # Where the loss itself is not finite, scaling it lower fixes nothing, and would at last lose gradients.
+                self._scaler.update(torch.where(self._loss.isfinite(), self._scale(), before))
+        elif self._skips and getattr(optimizer, "_step_supports_amp_scaling", False):
+            # The protocol of torch.amp.GradScaler.
+            optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
+            optimizer.step()
+            del optimizer.grad_scale, optimizer.found_inf
+        elif not self._skips or norm.isfinite().item():
+            optimizer.step()
 
     def _scale(self) -> Tensor:
         """The scaler's factor, on the device."""
         scale: Tensor = self._scaler.scale(torch.ones_like(self._loss))
         return scale
-
-
-def _step_if_finite(optimizer: Optimizer, norm: Tensor) -> None:
-    # The protocol of torch.amp.GradScaler.
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()  # type: ignore[attr-defined]
-        optimizer.step()
-        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
-    elif norm.isfinite().item():
-        optimizer.step()
 
 
 class DivergenceMonitor:

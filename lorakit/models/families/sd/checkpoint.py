@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from attrs import frozen
 
-from lorakit.checkpoints import HubModel, Location, Shapes, summarize
+from lorakit.checkpoints import CheckpointSummary, HubModel, Location, Shapes, summarize
 from lorakit.errors import ModelError
 from lorakit.models.families.sd import state_dict_keys as layout
-from lorakit.models.families.sd.infer_config import clip_settings, open_clip_settings, unet_settings, vae_settings
-from lorakit.models.families.sd.latents import check_latents, other_latents, other_scale
-from lorakit.models.families.sd.parts import TEXT_ENCODER, UNET
+from lorakit.models.families.sd.detect import recognise, traits_of
+from lorakit.models.families.sd.infer_config import (
+    DOWNSCALING,
+    LATENT_CHANNELS,
+    SCALING_FACTOR,
+    clip_settings,
+    open_clip_settings,
+    unet_settings,
+    vae_settings,
+)
+from lorakit.models.families.sd.state_dict_keys import TEXT_ENCODER, UNET
 from lorakit.models.families.sd.structure import clip_shapes, unet_shapes, vae_shapes
 from lorakit.models.weights.checkpoint import (
     DIFFUSERS_FILES,
@@ -24,17 +34,15 @@ from lorakit.models.weights.checkpoint import (
     PartFormat,
     Settings,
 )
-from lorakit.models.weights.folders import fetched, part_config
-from lorakit.models.weights.placement import TensorRef, TensorSlice
+from lorakit.models.weights.folders import TensorRef, TensorSlice, fetched, part_config
 
 _FAMILY = "Stable Diffusion"
 _OPEN_CLIP_ROOTS = ("transformer.resblocks.", "token_embedding.", "positional_embedding", "ln_final.")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 """What a folder's tokenizer may consist of; one of the first two is there if it has one."""
 
-
-def _unet_renaming(prefix: str, _: Shapes, settings: Settings) -> Callable[[str], str]:
-    return partial(layout.original_unet_name, settings=settings) if prefix else str
+_TITLES = ("modelspec.architecture", "modelspec.title", "ss_base_model_version")
+_XL = re.compile(r"sd[-_ ]?xl|diffusion[-_ ]xl", re.IGNORECASE)
 
 
 def _vae_renaming(_: str, shapes: Shapes, settings: Settings) -> Callable[[str], str]:
@@ -76,7 +84,7 @@ _UNET_FORMAT = PartFormat(
     roots=("",),
     infer=unet_settings,
     shapes=unet_shapes,
-    renaming=_unet_renaming,
+    renaming=lambda prefix, _, settings: partial(layout.original_unet_name, settings=settings) if prefix else str,
 )
 _VAE_FORMAT = PartFormat(
     name="vae",
@@ -138,10 +146,10 @@ class SDCheckpoint(ModelCheckpoint):
         Of a VAE on the Hub only the config is looked at; that of a Hub model passes.
         """
         if isinstance(self.vae, HubModel):
-            check_latents(part_config(self.vae, "vae", "VAE"), self.vae)
+            _check_latents(part_config(self.vae, "vae", "VAE"), self.vae)
         elif self.vae is not None or not isinstance(self.location, HubModel):
             part = self.part("vae")
-            check_latents(part.settings, part)
+            _check_latents(part.settings, part)
             part.check()
 
     def strange_vae(self) -> str:
@@ -149,8 +157,8 @@ class SDCheckpoint(ModelCheckpoint):
         location = self.location if self.vae is None else self.vae
         if isinstance(location, HubModel) or os.path.isdir(location):  # noqa: PTH112 - `Path.is_dir` may raise
             own = self.vae is None
-            return other_scale(self.summary.configs.get("vae", {}) if own else part_config(location, "vae", "VAE"))
-        return "" if self.vae is None else other_latents(summarize(location))
+            return _other_scale(self.summary.configs.get("vae", {}) if own else part_config(location, "vae", "VAE"))
+        return "" if self.vae is None else _other_latents(summarize(location))
 
     def tokenizer_folder(self) -> Path | None:
         """The folder with the model's own tokenizer, or None if it brings none."""
@@ -158,3 +166,34 @@ class SDCheckpoint(ModelCheckpoint):
             return None
         folder = fetched(self.location, [f"tokenizer/{file}" for file in TOKENIZER_FILES]) / "tokenizer"
         return folder if any((folder / file).is_file() for file in TOKENIZER_FILES[:2]) else None
+
+
+def _check_latents(settings: Mapping[str, Any], what: object) -> None:
+    """A `ModelError` that names `what` if a VAE with these settings makes latents of another shape."""
+    kind, channels = settings.get("_class_name", "AutoencoderKL"), settings.get("latent_channels", LATENT_CHANNELS)
+    if kind != "AutoencoderKL":
+        raise ModelError(f"{what} is of the class {kind!s:.80}; Stable Diffusion 1.x and 2.x take an AutoencoderKL")
+    if channels != LATENT_CHANNELS:
+        raise ModelError(f"{what} makes latents of {channels!s:.80} channels; the U-Net takes {LATENT_CHANNELS}")
+    levels = settings.get("block_out_channels")
+    if isinstance(levels, list) and levels and len(levels) < 9 and 2 ** (len(levels) - 1) != DOWNSCALING:
+        factor = 2 ** (len(levels) - 1)
+        raise ModelError(f"{what} makes latents {factor} times smaller than images; the U-Net takes {DOWNSCALING}")
+
+
+def _other_scale(settings: Mapping[str, Any]) -> str:
+    """Why a VAE with these settings is one of another latent space; empty where they do not show it."""
+    factor = settings.get("scaling_factor", SCALING_FACTOR)
+    if not isinstance(factor, int | float) or abs(factor - SCALING_FACTOR) < 1e-3:
+        return ""
+    known = ", which is that of Stable Diffusion XL" if abs(factor - 0.13025) < 1e-4 else ""
+    return f"its scaling_factor is {factor}{known}, not {SCALING_FACTOR}"
+
+
+def _other_latents(summary: CheckpointSummary) -> str:
+    """Why a file's VAE is one of another latent space; empty where the file does not say it."""
+    traits = traits_of(summary)
+    if traits is not None and traits.version == "XL":
+        return f"it is that of {recognise(summary).title}"
+    title = next((key for key in _TITLES if _XL.search(summary.metadata.get(key, ""))), None)
+    return f"its header has {title} = {summary.metadata[title]:.80}" if title else ""

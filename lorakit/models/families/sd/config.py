@@ -28,7 +28,7 @@ from lorakit.checkpoints.lora_kinds import adapter_kind
 from lorakit.errors import AdapterError, ModelError, Problem
 from lorakit.models.families.sd.checkpoint import SDCheckpoint
 from lorakit.models.families.sd.detect import recognise
-from lorakit.models.families.sd.parts import LAYOUT, TEXT_ENCODER, UNET
+from lorakit.models.families.sd.state_dict_keys import LAYOUT, TEXT_ENCODER, UNET
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,14 @@ class StableDiffusionConfig(ModelFamilyConfig):
             hint = found.advice or "leave model.family out, and it is recognised"
             yield Problem("path", f"{stored.location} is {found.title}, not {expected}", hint)
             return
-        yield from self._problems_of_vae()
+        try:
+            if self.vae is None and stored.lacks("vae"):
+                hint = f'give a file, a folder or a Hub id, such as "{_USUAL_VAE}"'
+                yield Problem("vae", f"is missing, and {stored.location} has no VAE", hint)
+            else:
+                self.stored().check_vae()
+        except ModelError as error:
+            yield Problem("path" if self.vae is None else "vae", str(error))
         try:
             stored.check()
         except ModelError as error:
@@ -174,17 +181,6 @@ class StableDiffusionConfig(ModelFamilyConfig):
     def stated(self) -> StatedPrediction:
         """What the model says of its prediction; a `ModelError` if it cannot be read."""
         return stated_prediction(self._base.summary)
-
-    def _problems_of_vae(self) -> Iterator[Problem]:
-        try:
-            stored = self.stored()
-            if self.vae is None and stored.lacks("vae"):
-                hint = f'give a file, a folder or a Hub id, such as "{_USUAL_VAE}"'
-                yield Problem("vae", f"is missing, and {stored.location} has no VAE", hint)
-                return
-            stored.check_vae()
-        except ModelError as error:
-            yield Problem("path" if self.vae is None else "vae", str(error))
 
     def _problems_of_base_weights(self) -> Iterator[Problem]:
         for index, path in enumerate(self.base_weights):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from attrs import frozen
 
-from lorakit.api.detection import DetectedFamily
+from lorakit.api.model_family import DetectedFamily
 from lorakit.checkpoints import CheckpointSummary, Shapes, kind_of
 
 _CONTEXT_KEY = "transformer_blocks.0.attn2.to_k.weight"
 _UNET = "model.diffusion_model."
+_TEXT_ENCODER = re.compile(r"(?:cond_stage_model|conditioner\.embedders\.([^.]*))\.(transformer|model)\.")
 _MORE_INPUTS = ("label_emb.0.0.weight", "label_emb.weight", "time_embed.cond_proj.weight")
 _REFINER_CONTEXT = 1280
 _PLAIN = "train on the plain model that it was made from; the LoRA works with the {} model, too"
@@ -47,9 +49,7 @@ class Traits:
 
 def traits_of(summary: CheckpointSummary) -> Traits | None:
     """The traits of a model with a U-Net and a text encoder, or None if it is something else."""
-    if summary.kind == "folder":
-        return _folder_traits(summary.configs)
-    return _file_traits(summary.tensors)
+    return _folder_traits(summary.configs) if summary.kind == "folder" else _file_traits(summary.tensors)
 
 
 def _file_traits(tensors: Shapes) -> Traits | None:
@@ -58,44 +58,22 @@ def _file_traits(tensors: Shapes) -> Traits | None:
     projection = next((tensors[name] for name in tensors if name.startswith(_UNET) and ".proj_in.weight" in name), ())
     if len(context) != 2 or len(entry) != 4 or not projection:
         return None
-    kinds = {"transformer.": "clip", "model.": "open_clip"}
-    encoders = {
-        (place, kind)
-        for name in tensors
-        for place, prefix in _text_encoder_places(name)
-        for start, kind in kinds.items()
-        if name.startswith(prefix + start)
-    }
+    # Number and library of each text encoder; there is one without a number, or some with (SDXL).
+    found = filter(None, map(_TEXT_ENCODER.match, tensors))
+    encoders = {(match[1] or "0", "open_clip" if match[2] == "model" else "clip") for match in found}
+    is_xl = any(name.startswith("conditioner.embedders.") for name in tensors)
+    sees_images = f"{_UNET}label_emb.0.0.weight" in tensors and not is_xl
+    sees_images = sees_images or any(name.startswith("embedder.model.visual.") for name in tensors)
+    is_lcm = f"{_UNET}time_embed.cond_proj.weight" in tensors
     return Traits(
         text_encoders=tuple(kind for _, kind in sorted(encoders)),
         in_channels=entry[1],
         context_dim=context[1],
         linear_projection=len(projection) == 2,
         conditioned=any(f"{_UNET}{name}" in tensors for name in _MORE_INPUTS),
-        is_xl=any(map(_is_in_xl, tensors)),
-        variety=_file_variety(tensors),
+        is_xl=is_xl,
+        variety="LCM" if is_lcm else "unCLIP" if sees_images else "",
     )
-
-
-def _file_variety(tensors: Shapes) -> str:
-    if f"{_UNET}time_embed.cond_proj.weight" in tensors:
-        return "LCM"
-    sees_images = f"{_UNET}label_emb.0.0.weight" in tensors and not any(map(_is_in_xl, tensors))
-    return "unCLIP" if sees_images or any(name.startswith("embedder.model.visual.") for name in tensors) else ""
-
-
-def _is_in_xl(name: str) -> bool:
-    return name.startswith("conditioner.embedders.")
-
-
-def _text_encoder_places(name: str) -> list[tuple[str, str]]:
-    """The text encoder, and the prefix of its tensors, that a tensor's name may belong to."""
-    if name.startswith("cond_stage_model."):
-        return [("0", "cond_stage_model.")]
-    if name.startswith("conditioner.embedders."):
-        index = name.split(".")[2]
-        return [(index, f"conditioner.embedders.{index}.")]
-    return []
 
 
 def _folder_traits(configs: Mapping[str, Mapping[str, Any]]) -> Traits | None:

@@ -37,7 +37,10 @@ def unet_settings(shapes: Shapes) -> dict[str, Any]:
     """
     # There are as many blocks on the way up as on the way down, so that either tells what the other lacks.
     inputs = max(_length(shapes, "input_blocks.{}.0."), _length(shapes, "output_blocks.{}.0."))
-    stride = _stride(shapes, inputs)
+    # Blocks of each level, its downsampler included.
+    down = [int(found[1]) for name in shapes if (found := _DOWN.fullmatch(name))]
+    up = [int(found[1]) + 1 for name in shapes if (found := _UP.fullmatch(name))]
+    stride = math.gcd(*down, *up) or max(inputs, 1)
     levels = [f"input_blocks.{index}." for index in range(1, inputs, stride)]
     channels = [shapes[f"{level}0.out_layers.3.weight"][0] for level in levels]
     attentive = [any(name.startswith(f"{level}1.") for name in shapes) for level in levels]
@@ -115,13 +118,6 @@ def open_clip_settings(shapes: Shapes) -> dict[str, Any]:
 def _clip_heads(hidden: int) -> int:
     """Attention heads of a text encoder of that width: of 64 channels each, or four in a tiny one."""
     return hidden // 64 if hidden % 64 == 0 else 4
-
-
-def _stride(shapes: Shapes, inputs: int) -> int:
-    """Blocks of each level of a U-Net in original names, its downsampler included."""
-    down = [int(found[1]) for name in shapes if (found := _DOWN.fullmatch(name))]
-    up = [int(found[1]) + 1 for name in shapes if (found := _UP.fullmatch(name))]
-    return math.gcd(*down, *up) or max(inputs, 1)
 
 
 def _length(shapes: Shapes, template: str) -> int:

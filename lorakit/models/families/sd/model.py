@@ -14,7 +14,7 @@ from lorakit.errors import ModelError
 from lorakit.models.base import NOTHING_MERGED, BaseModel, PartModule
 from lorakit.models.families.sd.checkpoint import TOKENIZER_FILES, SDCheckpoint
 from lorakit.models.families.sd.infer_config import DOWNSCALING, LATENT_CHANNELS
-from lorakit.models.families.sd.parts import TEXT_ENCODER, UNET
+from lorakit.models.families.sd.state_dict_keys import TEXT_ENCODER, UNET
 from lorakit.models.families.sd.targets import (
     BLOCK_PATH,
     text_encoder_key,
@@ -24,7 +24,8 @@ from lorakit.models.families.sd.targets import (
 )
 from lorakit.models.families.sd.text_encoder import ClipTextEncoder, checkpoint_layers, clip_module, set_positions
 from lorakit.models.families.sd.tokenizer import CaptionTokenizer
-from lorakit.models.families.sd.unet import BasicTransformerBlock, ResnetBlock2D, UNet, UNetConfig, use_backend
+from lorakit.models.families.sd.unet import BasicTransformerBlock, ResnetBlock2D, UNet, use_backend
+from lorakit.models.families.sd.unet_config import UNetConfig
 from lorakit.models.interfaces import AttentionBackend, Conditioning
 from lorakit.models.vae import VaeDecoder, VaeEncoder, read_vae_decoder, read_vae_encoder
 from lorakit.models.weights.checkpoint import CheckpointPart

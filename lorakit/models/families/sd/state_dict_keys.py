@@ -1,4 +1,4 @@
-"""How tensors are named: in diffusers' modules, and in single files in the original layout.
+"""What the parts of Stable Diffusion 1.x and 2.x are called, and their tensors: in LoRA files and in single files.
 
 All functions take a name in diffusers' module and give the name that the same tensor has elsewhere, so one
 table serves reading (look each tensor of a module up) and writing. L is the number of ResNet blocks per level.
@@ -9,6 +9,32 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from lorakit.api.block_layout import BlockLayout
+from lorakit.api.components import ModelPart
+
+UNET = ModelPart(
+    "unet",
+    title="U-Net",
+    lora_prefix="lora_unet_",
+    lora_layers=(
+        *(f"attn{number}_to_{name}" for number in (1, 2) for name in ("q", "k", "v", "out_0")),
+        "ff_net_0_proj",
+        "ff_net_2",
+        "proj_in",
+        "proj_out",
+    ),
+)
+TEXT_ENCODER = ModelPart(
+    "text_encoder",
+    title="text encoder",
+    encoders=(0,),
+    lora_prefix="lora_te",
+    lora_layers=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+)
+
+LAYOUT = BlockLayout(25, {"down": range(12), "mid": range(12, 13), "up": range(13, 25)})
+"""As sd-scripts has it: layer j of level i is 1 + 3i + j on the way down and 13 + 3i + j on the way up."""
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from lorakit.models.families.sd.parts import LAYOUT, TEXT_ENCODER, UNET
+from lorakit.models.families.sd.state_dict_keys import LAYOUT, TEXT_ENCODER, UNET
 from lorakit.models.interfaces import AdaptationTarget
 
 _BLOCKS = {"attentions": "transformer", "resnets": "resnet", "downsamplers": "sampler", "upsamplers": "sampler"}
@@ -33,13 +33,18 @@ def unet_targets(unet: nn.Module) -> Iterator[AdaptationTarget]:
     """
     for path, layer in _adaptable(unet):
         if _BLOCKS.keys() & {*path.split(".")}:
+            side, level, kind, number = path.split(".")[:4]  # `down_blocks.0.resnets.1.conv1`
+            block = LAYOUT.groups["mid"].start
+            if side != "mid_block":
+                first = LAYOUT.groups["up"].start if side == "up_blocks" else 1
+                block = first + 3 * int(level) + (2 if _BLOCKS[kind] == "sampler" else int(number))
             yield AdaptationTarget(
                 key=unet_key(path),
                 part=UNET.name,
                 root=unet,
                 path=path,
                 tags=_tags(path, layer),
-                block_index=_block_number(path),
+                block_index=block,
                 layout=LAYOUT,
                 diffusers_path=f"unet.{path}",
             )
@@ -57,15 +62,6 @@ def text_encoder_targets(encoder: nn.Module) -> Iterator[AdaptationTarget]:
             encoder_index=0,
             diffusers_path=f"text_encoder.text_model.{path}",
         )
-
-
-def _block_number(path: str) -> int:
-    """The number of the block that a layer of the U-Net is in, by its path: `down_blocks.0.resnets.1.conv1`."""
-    side, level, kind, layer = path.split(".")[:4]
-    if side == "mid_block":
-        return LAYOUT.groups["mid"].start
-    first = LAYOUT.groups["up"].start if side == "up_blocks" else 1
-    return first + 3 * int(level) + (2 if _BLOCKS[kind] == "sampler" else int(layer))
 
 
 def _tags(path: str, layer: nn.Module) -> frozenset[str]:

@@ -47,21 +47,15 @@ class ClipTextEncoder:
         """
         ids = tokens["ids"]
         device = next(self.module.parameters()).device
-        states = self._hidden_states(ids.flatten(0, 1).to(device))
+        output = self.module(ids.flatten(0, 1).to(device), output_hidden_states=self.clip_skip > 1)
+        states: Tensor = output.last_hidden_state
+        if self.clip_skip > 1:  # normalised as the last layer's output is
+            states = self.module.get_submodule("final_layer_norm")(output.hidden_states[-self.clip_skip])
         chunks = states.view(*ids.shape, states.shape[-1])
         if "weights" in tokens:
             chunks = (chunks * tokens["weights"].to(device).unsqueeze(-1)).to(states.dtype)
         inner = chunks[:, :, 1:-1].flatten(1, 2)
         return {"hidden_states": torch.cat([chunks[:, 0, :1], inner, chunks[:, -1, -1:]], dim=1)}
-
-    def _hidden_states(self, tokens: Tensor) -> Tensor:
-        """Output [B·n, 77, D] of the layer that `clip_skip` names, normalised as the last layer's is."""
-        if self.clip_skip == 1:
-            last: Tensor = self.module(tokens).last_hidden_state
-            return last
-        layers = self.module(tokens, output_hidden_states=True).hidden_states
-        normalised: Tensor = self.module.get_submodule("final_layer_norm")(layers[-self.clip_skip])
-        return normalised
 
 
 def clip_module(part: CheckpointPart) -> nn.Module:

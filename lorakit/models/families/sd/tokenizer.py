@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
@@ -70,7 +70,9 @@ class CaptionTokenizer:
         import torch
         from torch.nn.functional import pad
 
-        tokens = self._weighted_ids(captions)
+        fragments = [weighted_fragments(caption) for caption in captions]
+        ids_of = iter(self._ids([words for own in fragments for words, _ in own]))
+        tokens = [[(token, weight) for _, weight in own for token in next(ids_of)] for own in fragments]
         ids = self._in_chunks([[token for token, _ in own] for own in tokens])
         weights = torch.ones(len(captions), self.max_length)
         for row, own in zip(weights, tokens, strict=True):
@@ -88,12 +90,6 @@ class CaptionTokenizer:
         known = list({word for own in words for word in own})
         lengths = dict(zip(known, map(len, self._ids(known)), strict=True))
         return [sum(lengths[word] for word in own) for own in words]
-
-    def _weighted_ids(self, captions: Sequence[str]) -> list[list[tuple[int, float]]]:
-        """The token ids of captions of any length, without brackets, each with its weight."""
-        fragments = [weighted_fragments(caption) for caption in captions]
-        ids_of = iter(self._ids([words for own in fragments for words, _ in own]))
-        return [[(token, weight) for _, weight in own for token in next(ids_of)] for own in fragments]
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         with _damage_told(self._folder):
@@ -144,22 +140,17 @@ def _folder_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a diffusers folder: `tokenizer.json`, or `vocab.json` with `merges.txt`."""
     with _damage_told(folder):
         if (folder / "tokenizer.json").is_file():
-            tokenizer = Tokenizer.from_str(json.dumps(_without_special_words(read_json(folder / "tokenizer.json"))))
+            content = read_json(folder / "tokenizer.json")
+            # Stable Diffusion 2.x and XL pad with `!`. Tools therefore declare it special, so that each `!` in a
+            # caption would be padding, where the text encoder was trained with the words `!`, `!!` and so on.
+            words = content["model"]["vocab"].keys() - {_START, _END}
+            special = [token for token in content["added_tokens"] if token["content"] not in words]
+            tokenizer = Tokenizer.from_str(json.dumps({**content, "added_tokens": special}))
             tokenizer.no_truncation()
             tokenizer.no_padding()
             return tokenizer
         vocabulary, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
         return _byte_pair_tokenizer(models.BPE.from_file(vocabulary, merges, unk_token=_END, end_of_word_suffix="</w>"))
-
-
-def _without_special_words(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What is in a `tokenizer.json`, words of the vocabulary no longer declared special but for start and end.
-
-    Stable Diffusion 2.x and XL pad with `!`. Tools therefore declare it special, so that each `!` in a caption would be
-    padding, where the text encoder was trained with the words `!`, `!!` and so on.
-    """
-    words = content["model"]["vocab"].keys() - {_START, _END}
-    return {**content, "added_tokens": [token for token in content["added_tokens"] if token["content"] not in words]}
 
 
 @contextmanager
