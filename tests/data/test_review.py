@@ -17,6 +17,7 @@ from lorakit.data.cache.file_cache import FileStatCache
 from lorakit.data.index import index_datasets
 from lorakit.data.review.captions import longest_by_image
 from lorakit.data.review.images import review
+from lorakit.utils.wording import shown_path
 
 WithSubset = Callable[..., DatasetConfig]
 
@@ -50,12 +51,15 @@ def test_unread_files(folder: Path, dataset: DatasetConfig):
     """Few are named; of many the number of each kind is told, and the first names."""
     for name in ("e.HEIC", "f.jxl"):
         (folder / name).write_text("x")
-    assert said(dataset) == [f"2 files in {folder} are not read: e.HEIC, f.jxl (convert images to JPEG or PNG)"]
+    assert said(dataset) == [
+        f"2 files in {shown_path(folder)} are not read: e.HEIC, f.jxl (convert images to JPEG or PNG)"
+    ]
     for name in ("g.heic", "h.mp4", "i.psd", "j.NEF", "k.svg"):
         (folder / name).write_text("x")
     kinds = "2 .heic, 1 .jxl, 1 .mp4, 1 .psd, 1 .nef, 1 .svg"
     assert said(dataset) == [
-        f"7 files in {folder} are not read, {kinds}: e.HEIC, f.jxl, g.heic, … (convert images to JPEG or PNG)"
+        f"7 files in {shown_path(folder)} are not read, {kinds}: e.HEIC, f.jxl, g.heic, … "
+        "(convert images to JPEG or PNG)"
     ]
 
 
@@ -63,7 +67,7 @@ def test_missing_captions(folder: Path, dataset: DatasetConfig, with_subset: Wit
     """They are counted and named, with what the images train on instead; behind class tokens if others are there."""
     for name in ("coffee.txt", "rocket.txt"):
         (folder / name).unlink()
-    names = f"2 of 5 images in {folder} have no caption and train on"
+    names = f"2 of 5 images in {shown_path(folder)} have no caption and train on"
     cure = 'write coffee.txt …, or set class_tokens = "photo of my_dog"'
     assert said(dataset) == [f"{names} an empty one: coffee.png, rocket.png ({cure})"]
     assert said(with_subset(class_tokens="")) == said(dataset)
@@ -71,7 +75,7 @@ def test_missing_captions(folder: Path, dataset: DatasetConfig, with_subset: Wit
         f'{names} class_tokens, "cup": coffee.png, rocket.png (write coffee.txt …)'
     ]
     (folder / "coffee.txt").write_text("a cup")
-    assert said(dataset)[0].startswith(f"1 of 5 images in {folder} has no caption and trains on")
+    assert said(dataset)[0].startswith(f"1 of 5 images in {shown_path(folder)} has no caption and trains on")
 
 
 @pytest.mark.parametrize("class_tokens", [None, "cat"])
@@ -92,7 +96,7 @@ def test_captions_of_another_extension(
     for file in folder.glob("*.txt"):
         file.rename(file.with_suffix(found))
     (warning,) = said(with_subset(caption_extension=wanted, class_tokens=class_tokens))
-    assert warning.startswith(f"5 of 5 images in {folder} have no caption and train on")
+    assert warning.startswith(f"5 of 5 images in {shown_path(folder)} have no caption and train on")
     assert cure in warning
     assert said(with_subset(caption_extension=found.lower())) == []
 
@@ -118,10 +122,10 @@ def test_captions_that_are_used_in_part(folder: Path, with_subset: WithSubset):
     (folder / "coffee.txt").write_text(" \n")
     (folder / "rocket.txt").write_text("a rocket\n\na sky\n")
     cure = "write one line, or set enable_wildcard = true to use one of them at random"
-    empty = f"1 caption in {folder} is empty: coffee.txt"
+    empty = f"1 caption in {shown_path(folder)} is empty: coffee.txt"
     assert said(with_subset()) == [
         f"{empty} (write captions)",
-        f"1 caption in {folder} has several lines, of which the first is used: rocket.txt ({cure})",
+        f"1 caption in {shown_path(folder)} has several lines, of which the first is used: rocket.txt ({cure})",
     ]
     assert said(with_subset(enable_wildcard=True, class_tokens="cat")) == [
         f"{empty} (write captions, or remove the files to train with class_tokens)"
@@ -132,7 +136,7 @@ def test_images_that_share_a_caption(folder: Path, with_subset: WithSubset):
     """Images whose names differ in their extensions only are named."""
     picture(folder / "coffee.jpg")
     assert said(with_subset()) == [
-        f"2 images in {folder} share a caption with another of the same name: coffee.jpg, coffee.png"
+        f"2 images in {shown_path(folder)} share a caption with another of the same name: coffee.jpg, coffee.png"
         " (rename one with its own caption)"
     ]
 
@@ -142,7 +146,7 @@ def test_animations(folder: Path, with_subset: WithSubset):
     frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
     frames[0].save(folder / "a.webp", save_all=True, append_images=frames[1:])
     assert said(with_subset(class_tokens="a"))[1:] == [
-        f"1 image in {folder} has several frames or pages, of which the first is used: a.webp"
+        f"1 image in {shown_path(folder)} has several frames or pages, of which the first is used: a.webp"
     ]
 
 
@@ -153,10 +157,12 @@ def test_small_and_long_images(folder: Path, dataset: DatasetConfig, with_subset
         (folder / f"{name}.txt").write_text("x")
     enlarged, cropped = said(dataset)
     assert enlarged == (
-        f"2 of 9 images in {folder} are enlarged more than twice: tiny.png, of 20x20 pixels, 4.8 times, …"
+        f"2 of 9 images in {shown_path(folder)} are enlarged more than twice: tiny.png, of 20x20 pixels, 4.8 times, …"
         " (use larger ones, or lower resolution)"
     )
-    assert cropped.startswith(f"2 of 9 images in {folder} are cropped to less than half: longer.png, of 1000x50")
+    assert cropped.startswith(
+        f"2 of 9 images in {shown_path(folder)} are cropped to less than half: longer.png, of 1000x50"
+    )
     assert cropped.endswith("%, … (crop them yourself)")
     assert said(with_subset(random_crop=True)) == [enlarged]
     square = evolve(dataset, enable_bucket=False, resolution=(64, 64))
@@ -173,7 +179,7 @@ def test_equal_images(folder: Path, dataset: DatasetConfig):
         image.save(folder / f"{name}.bmp")
         (folder / f"{name}.txt").write_text("x")
     cure = "keep one; num_repeats repeats images"
-    assert said(dataset) == [f"1 image in {folder} is the same as another: coffee.png = cup.png ({cure})"]
+    assert said(dataset) == [f"1 image in {shown_path(folder)} is the same as another: coffee.png = cup.png ({cure})"]
     other = evolve(dataset, resolution=(128, 128))
     assert said(dataset, other) == said(dataset)
 
@@ -197,7 +203,7 @@ def test_a_folder_in_two_subsets(folder: Path, dataset: DatasetConfig):
     """That is told of one dataset, not of several, which may have other resolutions."""
     twice = evolve(dataset, subsets=dataset.subsets * 2)
     (warning,) = said(twice)
-    assert warning.startswith(f"{folder} is in 2 subsets of one dataset")
+    assert warning.startswith(f"{shown_path(folder)} is in 2 subsets of one dataset")
     assert said(dataset, evolve(dataset, resolution=(128, 128))) == []
     off = SubsetConfig(image_dir=folder, num_repeats=0)
     assert said(evolve(dataset, subsets=(*dataset.subsets, off))) == []

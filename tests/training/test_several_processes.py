@@ -136,7 +136,7 @@ def test_processes_and_gpus(launched: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="accelerate would start the devices of others")
 def test_processes_that_find_no_other(launched: pytest.MonkeyPatch) -> None:
     """Processes that were told how many they are, and not which, do not train each for itself."""
-    program = "from lorakit.training.runtime.distributed import Processes; Processes.launched('auto')"
+    program = "from lorakit.training.runtime.distributed import Distributed; Distributed.init('auto')"
     environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
     result = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=False
