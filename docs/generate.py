@@ -38,7 +38,7 @@ from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.field_docs import field_docs, type_in_words
 from lorakit.config.load import COMPONENT_SECTIONS, PLAIN_SECTIONS
 from lorakit.config.sd_scripts import GROUPS
-from lorakit.kohya.option_status import OptionStatus, known_keys, option_status
+from lorakit.kohya.draft import OptionStatus, keys_and_choices, option_status
 from lorakit.plugins.catalog import Catalog
 from lorakit.plugins.discovery import REGISTRATION_HOOKS
 
@@ -226,7 +226,7 @@ def hooks_page() -> str:
 def kohya_page() -> str:
     """sd-scripts' options: each with its state, and the key or the reason."""
     catalog = Catalog.discover()
-    keys = known_keys(Catalog(tuple(found for found in catalog.registrations if found.provider.is_of("lorakit"))))
+    keys = keys_and_choices(Catalog(tuple(found for found in catalog.registrations if found.provider.is_of("lorakit"))))
     parts = [KOHYA_INTRO]
     for title, options in GROUPS.items():
         rows = ["| option | state | key, or reason |", "|---|---|---|"]

@@ -53,7 +53,7 @@ class ModelFamilyConfig(Component):
     preview_size: ClassVar[int] = 512
     """Default width and height of previews, in pixels."""
     adapter_title: ClassVar[str] = ""
-    """What `lorakit.checkpoints.lora_kinds` calls the models that LoRA files are for, where that is this family; when
+    """What `lorakit.checkpoints.kinds` calls the models that LoRA files are for, where that is this family; when
     empty, that is not checked."""
 
     path: str

@@ -10,9 +10,10 @@ from lorakit.checkpoints.location import HubModel, Location, ModelPath, locate
 from lorakit.checkpoints.prediction import StatedPrediction, stated_prediction
 from lorakit.checkpoints.pytorch_file import pickled_tensors
 from lorakit.checkpoints.stored_tensor import StoredTensor
-from lorakit.checkpoints.summary import CheckpointSummary, Shapes, kind_of_file, read_json, summarize
+from lorakit.checkpoints.summary import LORA_FILES, CheckpointSummary, Shapes, kind_of_file, read_json, summarize
 
 __all__ = [
+    "LORA_FILES",
     "CheckpointSummary",
     "HubModel",
     "Location",

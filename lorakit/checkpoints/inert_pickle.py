@@ -128,6 +128,9 @@ class _Machine:
     def make_first(self, function: object, *arguments: object) -> None:
         self.make(function, arguments)
 
+    def memoize(self, index: int | None) -> None:
+        self.memo[len(self.memo) if index is None else index] = self.stack[-1]
+
     def build(self) -> None:
         """Drop the state that the last value would be given; what is no longer as it was made is a call's result."""
         self.popped(1)
@@ -135,49 +138,20 @@ class _Machine:
             self.push(self.call("__setstate__", (self.stack.pop(),)))
 
 
-def _ignore(_machine: _Machine, _argument: object) -> None:
-    """What makes no difference to the result."""
-
-
-def _memoize(machine: _Machine, index: int | None) -> None:
-    machine.memo[len(machine.memo) if index is None else index] = machine.stack[-1]
-
-
 _INSTRUCTIONS: Mapping[str, Callable[[_Machine, Any], object]] = {
-    **dict.fromkeys(("PROTO", "FRAME"), _ignore),
-    **dict.fromkeys(
-        (
-            "INT",
-            "BININT",
-            "BININT1",
-            "BININT2",
-            "LONG",
-            "LONG1",
-            "LONG4",
-            "FLOAT",
-            "BINFLOAT",
-            "STRING",
-            "BINSTRING",
-            "SHORT_BINSTRING",
-            "BINBYTES",
-            "SHORT_BINBYTES",
-            "BINBYTES8",
-            "BYTEARRAY8",
-            "UNICODE",
-            "BINUNICODE",
-            "SHORT_BINUNICODE",
-            "BINUNICODE8",
-            "NONE",
-        ),
-        _Machine.push,
-    ),
+    **dict.fromkeys(("PROTO", "FRAME"), lambda *_: None),
+    **dict.fromkeys((
+        "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
+        "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "UNICODE", "BINUNICODE",
+        "SHORT_BINUNICODE", "BINUNICODE8", "NONE",
+    ), _Machine.push),
     "NEWTRUE": lambda machine, _: machine.push(value=True),
     "NEWFALSE": lambda machine, _: machine.push(value=False),
     "POP": lambda machine, _: machine.pop(),
     "DUP": lambda machine, _: machine.push(machine.stack[-1]),
     "MARK": lambda machine, _: machine.mark(),
     "POP_MARK": lambda machine, _: machine.since_mark(),
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _memoize),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _Machine.memoize),
     **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda machine, index: machine.push(machine.memo[index])),
     "EMPTY_LIST": lambda machine, _: machine.push([]),
     "LIST": lambda machine, _: machine.push(machine.since_mark()),
@@ -206,14 +180,11 @@ _INSTRUCTIONS: Mapping[str, Callable[[_Machine, Any], object]] = {
     "BUILD": lambda machine, _: machine.build(),
     "PERSID": lambda machine, text: machine.push(machine.resolve(text)),
     "BINPERSID": lambda machine, _: machine.push(machine.resolve(machine.stack.pop())),
-}
+}  # fmt: skip
 
 _BY_CODE = {
-    instruction.code.encode("latin-1"): (
-        instruction.arg.reader if instruction.arg else None,
-        _INSTRUCTIONS[instruction.name],
-    )
-    for instruction in pickletools.opcodes
-    if instruction.name in _INSTRUCTIONS
+    found.code.encode("latin-1"): (found.arg.reader if found.arg else None, _INSTRUCTIONS[found.name])
+    for found in pickletools.opcodes
+    if found.name in _INSTRUCTIONS
 }
 """How the argument of an instruction is read, if it has one, and what it does, by its byte in a pickle."""

@@ -1,11 +1,18 @@
-"""Names for files that are no base model of any family: by the tensors of a file, or by the configs of a folder."""
+"""What a file or folder is that is no base model of any family: by the tensors of a file, or the configs of a folder.
+
+Of adapters also their algorithm, and the kind of model that they are for.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from attrs import frozen
+
 from lorakit.api.model_family import DetectedFamily
+from lorakit.checkpoints.lora_names import own_name
 from lorakit.checkpoints.summary import CheckpointSummary, Shapes
 
 
@@ -84,7 +91,7 @@ _HYPERNETWORK_WIDTHS = ("320", "640", "768", "1024", "1280")
 
 def kind_of(summary: CheckpointSummary) -> DetectedFamily:
     """What a checkpoint is that no family recognises."""
-    return kind_of_config(summary.configs) if summary.kind == "folder" else kind_of_tensors(summary.tensors)
+    return _kind_of_config(summary.configs) if summary.kind == "folder" else _kind_of_tensors(summary.tensors)
 
 
 def describe(summary: CheckpointSummary) -> str:
@@ -97,7 +104,7 @@ def is_add_on(summary: CheckpointSummary) -> bool:
     return any(mark in name for _, marks in _ADD_ONS for name in summary.tensors for mark in marks)
 
 
-def kind_of_tensors(tensors: Shapes) -> DetectedFamily:
+def _kind_of_tensors(tensors: Shapes) -> DetectedFamily:
     """What a file with these tensors is."""
     if not tensors:
         return _kind("a file without tensors")
@@ -105,14 +112,15 @@ def kind_of_tensors(tensors: Shapes) -> DetectedFamily:
         if any(fragment in name for name in tensors for fragment in fragments):
             is_whole = kind is _UNET and any(name.startswith(_TEXT_ENCODERS) for name in tensors)
             return _kind("a base model") if is_whole else kind
-    if len(tensors) <= 4 and all(_is_embedding(shape) for shape in tensors.values()):
+    # Vectors as wide as a text encoder's tokens.
+    if len(tensors) <= 4 and all(len(shape) in {1, 2} and shape[-1] in _EMBEDDING_WIDTHS for shape in tensors.values()):
         return _EMBEDDING
     if all(name.partition(".")[0] in _HYPERNETWORK_WIDTHS for name in tensors):
         return _HYPERNETWORK
     return _kind("a file of an unknown kind of model")
 
 
-def kind_of_config(configs: Mapping[str, Mapping[str, Any]]) -> DetectedFamily:
+def _kind_of_config(configs: Mapping[str, Mapping[str, Any]]) -> DetectedFamily:
     """What a folder with these configs is."""
     pipeline = configs.get("model_index", {}).get("_class_name")
     if pipeline:
@@ -126,6 +134,78 @@ def kind_of_config(configs: Mapping[str, Mapping[str, Any]]) -> DetectedFamily:
     return _CLASSES.get(found, _kind(f"one part of a model, of the class {found:.80}"))
 
 
-def _is_embedding(shape: tuple[int, ...]) -> bool:
-    """Whether these are vectors as wide as a text encoder's tokens."""
-    return len(shape) in {1, 2} and shape[-1] in _EMBEDDING_WIDTHS
+_ALGORITHMS: Mapping[str, tuple[str, ...]] = {
+    "LoHa": ("hada_w1_a", "hada_w1_b"),
+    "LoKr": ("lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a"),
+    "OFT": ("oft_blocks", "oft_diag", "oft_r", "oft_R"),
+    "BOFT": ("boft_R", "boft_s"),
+    "IA3": ("on_input", "ia3_l"),
+    "GLoRA": ("a1", "b1"),
+    "VeRA": ("vera_lambda_b", "vera_lambda_d"),
+    "LoCon with Tucker decomposition": ("lora_mid",),
+    "full difference": ("diff", "diff_b", "set_weight"),
+    "LoRA with trained norms": ("w_norm", "b_norm"),
+    "LoRA with embeddings": ("string_to_param", "lora_embedding_A"),
+    "DoRA": ("dora_scale", "lora_magnitude_vector"),
+    "LoRA": ("lora_up", "lora_down", "lora_A", "lora_B", "lora", "lora_linear_layer"),
+}
+OF_LYCORIS = {"LoHa": "loha", "LoKr": "lokr", "OFT": "diag-oft", "BOFT": "boft", "IA3": "ia3", "GLoRA": "glora"}
+"""Algorithms of LyCORIS, and what its argument `algo` calls them."""
+
+_MODELS: Mapping[str, tuple[str, ...]] = {
+    "FLUX": ("double_blocks", "single_blocks", "single_transformer_blocks"),
+    "Stable Diffusion 3": ("joint_blocks",),
+    "FLUX or Stable Diffusion 3": ("transformer_transformer_blocks",),
+    "Stable Diffusion XL": ("lora_te2_", "text_encoder_2_", "_transformer_blocks_1_"),
+    "AnimateDiff": ("motion_modules_",),
+    "a ControlNet": ("lllite_", "control_model_"),
+}
+_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
+_WIDE_LAYER = re.compile(r"(?:attn2_to_k|layers_\d+_self_attn_q_proj)\.lora_down\.weight")
+_STABLE_DIFFUSION = re.compile(
+    r"(?:down|up|input|output)_blocks_\d|mid_block_|middle_block_|encoder_layers_\d+_(?:self_attn|mlp)"
+)
+
+
+@frozen
+class AdapterKind:
+    """What a file holds."""
+
+    algorithm: str
+    """`LoRA`, `DoRA`, `LoHa`, …; empty where it holds no adapters."""
+    model: str
+    """`Stable Diffusion XL`, `FLUX`, …; empty where the names do not show it."""
+    description: str
+    """In words that fit behind "is": `a LoHa for Stable Diffusion XL`, `a Stable Diffusion 1.x model`."""
+
+
+def adapter_kind(summary: CheckpointSummary) -> AdapterKind:
+    """What kind of adapters a file holds; `summary` has the tensors by their names in the file."""
+    tensors = summary.tensors
+    algorithm = _algorithm(tensors)
+    if not algorithm:
+        plain = ("." not in name and shape[-1:] and shape[-1] in _EMBEDDING_WIDTHS for name, shape in tensors.items())
+        return AdapterKind("", "", "a textual inversion" if tensors and all(plain) else describe(summary))
+    model = _model(tensors)
+    article = "an" if algorithm[0] in "OI" else "a"
+    return AdapterKind(algorithm, model, f"{article} {algorithm}" + (f" for {model}" if model else ""))
+
+
+def _algorithm(tensors: Shapes) -> str:
+    if any(re.fullmatch(r"(?:unet|text_encoder):\d+:(?:up|down)", name) for name in tensors):
+        return "LoRA in the layout of lora-diffusion"
+    if any(name.endswith(".dora_scale") and shape[:1] == (1,) != shape[1:2] for name, shape in tensors.items()):
+        return "DoRA with a magnitude for each input"
+    steps = {step for name in tensors for step in name.replace("_lora.", ".lora.").split(".")[1:]}
+    return next((algorithm for algorithm, marks in _ALGORITHMS.items() if steps & set(marks)), "")
+
+
+def _model(tensors: Shapes) -> str:
+    flat = [name.replace(".", "_") for name in tensors]
+    for model, marks in _MODELS.items():
+        if any(mark in name for name in flat for mark in marks):
+            return model
+    if not any(_STABLE_DIFFUSION.search(name) for name in flat):
+        return "another kind of model than Stable Diffusion"
+    widths = (shape[1] for name, shape in tensors.items() if len(shape) > 1 and _WIDE_LAYER.search(own_name(name)))
+    return next((_WIDTHS[width] for width in widths if width in _WIDTHS), "")

@@ -13,7 +13,7 @@ from typing import Any
 
 from attrs import frozen
 
-from lorakit.checkpoints.lora_names import ALPHA, DOWN, UP, layer_path, own_name, split_name
+from lorakit.checkpoints.lora_names import ALPHA, DOWN, UP, own_name, split_name
 from lorakit.checkpoints.summary import CheckpointSummary, Shapes, read_json
 from lorakit.errors import AdapterError, ModelError
 from lorakit.utils.wording import counted
@@ -84,7 +84,12 @@ def _alphas(summary: CheckpointSummary, in_file: Mapping[str, str]) -> Iterator[
         config = _peft_config(summary, lacking.values())
         for own, name in lacking.items() if config else ():
             prefix = next((prefix for start, prefix in _PARTS.items() if own.startswith(start)), "")
-            alpha = _alpha(_of_part(config, prefix), layer_path(name), summary.tensors[name][0])
+            # The settings of one part of a pipeline, where they have prefixes.
+            part = {
+                key.removeprefix(prefix): value for key, value in config.items() if prefix and key.startswith(prefix)
+            }
+            has_prefixes = any(key.startswith(tuple(_PARTS.values())) for key in config)
+            alpha = _alpha(part if has_prefixes else config, split_name(name)[0], summary.tensors[name][0])
             if alpha is not None:
                 yield own.removesuffix(f".{DOWN}"), alpha
     except (ValueError, RecursionError) as error:
@@ -101,13 +106,6 @@ def _peft_config(summary: CheckpointSummary, names: Iterable[str]) -> Mapping[st
         return config if isinstance(config, Mapping) else {}
     beside = summary.path.with_name("adapter_config.json")
     return read_json(beside) if any(name.startswith(_PEFT_PREFIX) for name in names) and beside.is_file() else {}
-
-
-def _of_part(config: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
-    """The settings of one part of a pipeline, where they have prefixes."""
-    own = {key.removeprefix(prefix): value for key, value in config.items() if prefix and key.startswith(prefix)}
-    is_whole = any(key.startswith(tuple(_PARTS.values())) for key in config)
-    return own if is_whole else config
 
 
 def _alpha(config: Mapping[str, Any], path: str, rank: int) -> float | None:

@@ -26,32 +26,28 @@ _OF_PROCESSORS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out"
 _SGM_BLOCK = re.compile(r"(input|output)_blocks_(\d{1,2})_(\d)_(.+)")
 _SGM_MIDDLE = re.compile(r"middle_block_([012])_(.+)")
 _SGM_RESNET = {
-    "in_layers_2": "conv1",
-    "emb_layers_1": "time_emb_proj",
-    "out_layers_3": "conv2",
+    "in_layers_2": "conv1", "emb_layers_1": "time_emb_proj", "out_layers_3": "conv2",
     "skip_connection": "conv_shortcut",
-}
+}  # fmt: skip
 _LAYERS_PER_LEVEL = 3
 
 
 def own_name(name: str) -> str:
     """What sd-scripts calls a tensor of a LoRA for Stable Diffusion 1.x or 2.x; the name itself where it is no such."""
     path, suffix = split_name(name)
-    key = own_key(path) if suffix else ""
+    key = _own_key(path) if suffix else ""
     return f"{key}.{suffix}" if key else name
 
 
-def layer_path(name: str) -> str:
-    """The path of a tensor's layer in its file, including prefixes."""
-    return split_name(name)[0]
-
-
-def own_key(path: str) -> str:
+def _own_key(path: str) -> str:
     """What sd-scripts calls a layer, by the path in any tool's file; empty for what is no layer of Stable Diffusion."""
     path = path.removeprefix("base_model.model.")
     for prefix in ("lora_unet_", "lora_te_", "lora_te1_", "lycoris_"):
         if path.startswith(prefix) and "." not in path:
-            return _flat_key(path.removeprefix(prefix), prefix)
+            path = path.removeprefix(prefix)
+            if prefix == "lora_unet_" or (prefix == "lycoris_" and path.startswith(_UNET_STEPS)):
+                return f"lora_unet_{_diffusers_path(path)}"
+            return f"lora_te_text_model_{path.removeprefix('text_model_')}"
     for prefix, part in _DOTTED.items():
         if path.startswith(prefix):
             return _dotted_key(path.removeprefix(prefix) if part else path, part)
@@ -67,12 +63,6 @@ def split_name(name: str) -> tuple[str, str]:
     if match := _PLAIN_END.search(name):
         return name[: match.start()], match[1]
     return name.partition(".")[0], name.partition(".")[2] if name.startswith(("lora_", "lycoris_")) else ""
-
-
-def _flat_key(path: str, prefix: str) -> str:
-    if prefix == "lora_unet_" or (prefix == "lycoris_" and path.startswith(_UNET_STEPS)):
-        return f"lora_unet_{_diffusers_path(path)}"
-    return f"lora_te_text_model_{path.removeprefix('text_model_')}"
 
 
 def _dotted_key(path: str, part: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,7 +125,13 @@ class _SmallReads(io.FileIO):
 def _archived(path: Path) -> object:
     with _SmallReads(path) as file, zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
-        _refuse_inflation(entries, path.stat().st_size)
+        # Archives that PyTorch did not write can be thousands of times larger in memory than on the disk.
+        if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
+            raise ValueError("its content is compressed, which PyTorch never does")
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError("its content is longer than the file")
+        if len({entry.filename for entry in entries}) < len(entries):
+            raise ValueError("it has two entries of one name")
         pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
         if len(pickles) != 1 or pickles[0].file_size > _LARGEST_PICKLE:
             raise ValueError("the archive has no data.pkl of a usual size")
@@ -142,19 +147,6 @@ def _archived(path: Path) -> object:
             return Record(numbers, item_bytes, entry.header_offset, is_archived=True)
 
         return read_inertly(io.BytesIO(archive.read(pickles[0])), rebuild, partial(resolve_storage, record_of))
-
-
-def _refuse_inflation(entries: Sequence[zipfile.ZipInfo], size: int) -> None:
-    """Raise ValueError for an archive that is not as PyTorch writes them: nothing in it packed, shared or named twice.
-
-    Other archives can be thousands of times larger in memory than on the disk.
-    """
-    if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
-        raise ValueError("its content is compressed, which PyTorch never does")
-    if sum(entry.file_size for entry in entries) > size:
-        raise ValueError("its content is longer than the file")
-    if len({entry.filename for entry in entries}) < len(entries):
-        raise ValueError("it has two entries of one name")
 
 
 def _legacy_content(path: Path) -> object:

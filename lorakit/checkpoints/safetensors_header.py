@@ -51,10 +51,14 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
                 f"in all; {_CURE}"
             )
         entries, metadata = _parsed(path, file.read(length))
-    available = size - 8 - length
+    available, end = size - 8 - length, 0
     try:
-        places = sorted(_checked_place(name, entry, available) for name, entry in entries.items())
-        end = _end_of_all(places)
+        for start, next_end, name in sorted(_checked_place(name, entry, available) for name, entry in entries.items()):
+            if start < end:
+                raise ValueError(f"tensor {_cut(name)} shares bytes with another")
+            if start > end:
+                raise ValueError(f"{start - end} bytes in front of tensor {_cut(name)} belong to no tensor")
+            end = next_end
     except ValueError as error:
         raise ModelError(f"{path} is cut short or damaged: {error}; {_CURE}") from None
     if end != available:
@@ -95,33 +99,12 @@ def _checked_place(name: str, entry: Any, available: int) -> tuple[int, int, str
         raise ValueError(f"the entry of tensor {_cut(name)} is invalid")
     if end > available:
         raise ValueError(f"tensor {_cut(name)} would end {end - available} bytes after the end of the file")
-    if (end - start) * 8 != _count(shape, available * 8) * bits:
+    count = int(0 not in shape)
+    for side in shape if count else ():
+        count = min(count * side, available * 8 + 1)  # bounds the computation
+    if (end - start) * 8 != count * bits:
         raise ValueError(f"tensor {_cut(name)} of shape {_cut(tuple(shape))} cannot have {end - start} bytes")
     return start, end, name
-
-
-def _end_of_all(places: Sequence[tuple[int, int, str]]) -> int:
-    """Where the last of the tensors ends; a `ValueError` unless each, in their order, starts where another ends."""
-    so_far = 0
-    for start, end, name in places:
-        if start < so_far:
-            raise ValueError(f"tensor {_cut(name)} shares bytes with another")
-        if start > so_far:
-            raise ValueError(f"{start - so_far} bytes in front of tensor {_cut(name)} belong to no tensor")
-        so_far = end
-    return so_far
-
-
-def _count(shape: Sequence[int], most: int) -> int:
-    """Number of elements of a tensor; any number above `most` if there are more, to bound the computation."""
-    if 0 in shape:
-        return 0
-    count = 1
-    for side in shape:
-        count *= side
-        if count > most:
-            break
-    return count
 
 
 def _cut(value: object) -> str:

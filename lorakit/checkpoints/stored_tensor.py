@@ -161,12 +161,10 @@ def _of_type(function: Any, kind: Any, arguments: Any, _attributes: object) -> o
     return Unreadable(code=kind.name)
 
 
-def _empty_dict(*content: object) -> object:
-    return Placeholder("collections.OrderedDict", is_object=True) if content else {}
-
-
 _KNOWN: Mapping[str, Callable[..., object]] = {
-    "collections.OrderedDict": _empty_dict,
+    "collections.OrderedDict": lambda *content: (
+        Placeholder("collections.OrderedDict", is_object=True) if content else {}
+    ),
     "collections.defaultdict": lambda *_: {},
     "torch.Size": lambda sides: sides,
     "torch._utils._rebuild_tensor": _tensor,

@@ -17,8 +17,10 @@ from lorakit.errors import ModelError
 from lorakit.utils.safe_paths import require_regular_file
 
 _LONGEST_JSON = 2**24
-_LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors",
-               "pytorch_lora_weights.bin")  # fmt: skip
+LORA_FILES = tuple(
+    name + suffix for name in ("adapter_model", "pytorch_lora_weights") for suffix in (".safetensors", ".bin")
+)
+"""What PEFT and diffusers call LoRA files."""
 _TELLING_CONFIGS = (
     "model_index.json", "unet/config.json", "transformer/config.json", "vae/config.json",
     "scheduler/scheduler_config.json",
@@ -89,12 +91,16 @@ def kind_of_file(path: Path) -> Literal["safetensors", "pickle"]:
 
 
 def _folder_summary(folder: Path) -> CheckpointSummary:
-    files = {file.parent.name: file for file in sorted(folder.glob("*/*config.json")) if _is_config(file)}
+    files = {
+        file.parent.name: file
+        for file in sorted(folder.glob("*/*config.json"))
+        if file.name == ("scheduler_config.json" if file.parent.name == "scheduler" else "config.json")
+    }
     if (folder / "model_index.json").is_file():
         files["model_index"] = folder / "model_index.json"
     if not {"model_index", *_DENOISERS} & files.keys() and (folder / "config.json").is_file():
         files["config"] = folder / "config.json"
-    lora = next((name for name in _LORA_FILES if (folder / name).is_file()), None)
+    lora = next((name for name in LORA_FILES if (folder / name).is_file()), None)
     if lora and not files:
         raise ModelError(f"{folder} contains a LoRA, {lora}, and no base model; network.weights takes that file")
     if not {"model_index", "config", *_DENOISERS} & files.keys():
@@ -103,10 +109,6 @@ def _folder_summary(folder: Path) -> CheckpointSummary:
             "give the folder that has subfolders such as unet, vae and text_encoder, or the path of a file"
         )
     return CheckpointSummary(folder, "folder", configs={part: read_json(file) for part, file in files.items()})
-
-
-def _is_config(file: Path) -> bool:
-    return file.name == ("scheduler_config.json" if file.parent.name == "scheduler" else "config.json")
 
 
 def read_json(file: Path) -> Mapping[str, Any]:

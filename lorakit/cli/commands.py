@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from lorakit.errors import OutputError
+from lorakit.errors import ConfigError, LorakitError, OutputError
 
 if TYPE_CHECKING:
     from lorakit.errors import Problem
@@ -61,19 +61,16 @@ class _ConfigCommand(_Command):
         try:
             return super().parse_args(ctx, args)
         except click.UsageError as error:
-            cure = self._cure(error, given)
+            from lorakit.cli.usage import cure_of_arguments, cure_of_options
+            from lorakit.config.load import known_keys
+
+            cure = cure_of_arguments(given) if "extra argument" in error.message else ""
+            if isinstance(error, click.NoSuchOption):
+                own = [name for parameter in self.params for name in (*parameter.opts, "-h", "--help")]
+                cure = cure_of_options(given, own, [*known_keys(_catalog())])
             if not cure:
                 raise
             raise click.UsageError(f"{error.message.rstrip('.')}: {cure}", ctx) from error
-
-    def _cure(self, error: click.UsageError, given: list[str]) -> str:
-        from lorakit.cli.usage import cure_of_arguments, cure_of_options
-        from lorakit.config.load import known_keys
-
-        if isinstance(error, click.NoSuchOption):
-            own = [name for parameter in self.params for name in (*parameter.opts, "-h", "--help")]
-            return cure_of_options(given, own, known_keys(_catalog()))
-        return cure_of_arguments(given) if "extra argument" in error.message else ""
 
 
 class _Group(click.Group):
@@ -133,7 +130,7 @@ def _complete_key(_: click.Context, __: click.Parameter, incomplete: str) -> lis
     """The keys that begin as what is typed, for shells that complete it."""
     from lorakit.config.load import known_keys
 
-    return [f"{key}=" for key in dict.fromkeys(known_keys(_catalog())) if key.startswith(incomplete)]
+    return [f"{key}=" for key in known_keys(_catalog()) if key.startswith(incomplete)]
 
 
 @cli.command(short_help="Write a commented config file to start from.")
@@ -148,12 +145,9 @@ def _complete_key(_: click.Context, __: click.Parameter, incomplete: str) -> lis
 )  # fmt: skip
 @click.option("--model", metavar="MODEL", help="The base model: a file, a folder, or a Hub id.")
 @click.option(
-    "--optimizer",
-    default="adamw",
-    show_default=True,
-    metavar="NAME",
+    "--optimizer", default="adamw", show_default=True, metavar="NAME",
     help="The optimizer; selects a typical learning rate for it.",
-)
+)  # fmt: skip
 @click.argument("path", type=click.Path(path_type=Path), default=DEFAULT_CONFIG)
 def init(path: Path, full: bool, **chosen: Any) -> None:
     """Write a commented config file to start from (PATH, or config.toml).
@@ -189,7 +183,7 @@ def check(config: Path, overrides: tuple[str, ...]) -> None:
 
     Images, captions and the type of the base model are checked too.
     """
-    prepared, warnings = _prepared_and_warned(config, overrides, _catalog())
+    prepared, warnings = _prepared(config, overrides, _catalog())
     _print_summary(prepared, config)
     from lorakit.training.summary import length_in_words
     from lorakit.utils.wording import counted
@@ -223,7 +217,7 @@ def plan(config: Path, overrides: tuple[str, ...], memory: int | None, measure: 
     Memory is estimated without loading weights, for the current config and for each preset
     of settings that save memory.
     """
-    prepared = _prepared(config, overrides, _catalog())
+    prepared, _ = _prepared(config, overrides, _catalog())
     from lorakit.planning.plan import make_plan
     from lorakit.planning.report import data_report, report
 
@@ -239,7 +233,7 @@ def plan(config: Path, overrides: tuple[str, ...], memory: int | None, measure: 
 def cache(config: Path, overrides: tuple[str, ...]) -> None:
     """Encode images and captions into the cache, and stop."""
     catalog = _catalog()
-    prepared = _prepared(config, overrides, catalog, resuming=True)  # it replaces no finished LoRA either
+    prepared, _ = _prepared(config, overrides, catalog, resuming=True)  # it replaces no finished LoRA either
     from lorakit.training.setup import fill_cache
 
     filled = fill_cache(prepared)
@@ -265,7 +259,7 @@ def train(config: Path, overrides: tuple[str, ...], resume: Path | None) -> None
     if resume and resume.suffix in (".toml", ".json") and resume.is_file():
         raise click.UsageError(f"--resume takes the folder of a state: write lorakit train {resume} --resume")
     catalog = _catalog()
-    prepared = _prepared(config, overrides, catalog, resuming=resume is not None)
+    prepared, _ = _prepared(config, overrides, catalog, resuming=resume is not None)
     _print_summary(prepared, config)
     from lorakit.training.setup import run_training
     from lorakit.training.summary import RunAccount
@@ -295,9 +289,11 @@ def from_kohya(output: Path | None, arguments: tuple[str, ...]) -> None:
     or without options behind them: the .json or .toml that the GUI kohya_ss saves, the .toml files of
     lora-scripts and of Colab. Options that have no counterpart are listed on standard error and in the file.
     """
+    from lorakit.config.load import config_from_tables
     from lorakit.kohya.command_line import read_arguments
     from lorakit.kohya.conversion import convert
-    from lorakit.kohya.writing import to_text
+    from lorakit.kohya.draft import to_text
+    from lorakit.training.prepare import prepare
     from lorakit.utils.atomic_io import write_atomically
 
     if output is None and arguments[-2:-1] == ("-o",):
@@ -311,27 +307,16 @@ def from_kohya(output: Path | None, arguments: tuple[str, ...]) -> None:
     else:
         click.echo(to_text(draft), nl=False)
     _print_warnings(draft.remarks)
-    problems = _problems(draft.tables(), target, catalog)
+    problems: tuple[object, ...] = ()
+    try:
+        prepare(config_from_tables(draft.tables(), target, catalog))
+    except LorakitError as error:
+        problems = error.problems if isinstance(error, ConfigError) else (error,)
     for problem in problems:
         click.secho(f"to fix: {problem}", fg="red", err=True)
     if output:
         cure = f"Fix the problems above, then: lorakit check {output}"
         click.echo(f"Wrote {output}. {cure if problems else f'Next: lorakit train {output}'}")
-
-
-def _problems(tables: Mapping[str, Any], folder: Path, catalog: Catalog) -> tuple[Problem, ...]:
-    """What `lorakit check` would say is wrong with a config in a folder."""
-    from lorakit.config.load import config_from_tables
-    from lorakit.errors import ConfigError, LorakitError, Problem
-    from lorakit.training.prepare import prepare
-
-    try:
-        prepare(config_from_tables(tables, folder, catalog))
-    except ConfigError as error:
-        return error.problems
-    except LorakitError as error:
-        return (Problem("", str(error)),)
-    return ()
 
 
 @cli.command(short_help="List all components, or the keys of one.")
@@ -358,12 +343,7 @@ def _catalog() -> Catalog:
     return Catalog.discover()
 
 
-def _prepared(path: Path, overrides: tuple[str, ...], catalog: Catalog, *, resuming: bool = False) -> PreparedRun:
-    """The run of a config file, ready to start; prints each warning once."""
-    return _prepared_and_warned(path, overrides, catalog, resuming=resuming)[0]
-
-
-def _prepared_and_warned(
+def _prepared(
     path: Path, overrides: tuple[str, ...], catalog: Catalog, *, resuming: bool = False
 ) -> tuple[PreparedRun, int]:
     """The run of a config file, ready to start, and how many warnings were printed, each once."""

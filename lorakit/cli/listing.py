@@ -19,8 +19,7 @@ from lorakit.errors import PluginError
 from lorakit.plugins.catalog import Catalog, Registration, missing_packages
 from lorakit.plugins.discovery import REGISTRATION_HOOKS
 from lorakit.plugins.other_names import meaning_of
-
-WIDTH = 80
+from lorakit.utils.wording import WIDTH
 
 _KEYS: Mapping[str, str] = {
     base.kind: f'[{section}] with {base.name_key} = "…"' for section, (base, _) in COMPONENT_SECTIONS.items()

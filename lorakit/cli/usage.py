@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from lorakit.config.sd_scripts import OTHER_KEYS
 
@@ -44,7 +44,13 @@ def cure_of_options(arguments: Sequence[str], own: Collection[str], keys: Sequen
     `keys` are all keys that a config can have. Empty where none of them is like a key.
     """
     settings, words = [], []
-    for option, value in _foreign(arguments, own):
+    for argument, following in zip(arguments, (*arguments[1:], ""), strict=True):
+        name, separator, value = argument.partition("=")
+        if not re.match(r"--?[A-Za-z]", name) or name in own:
+            continue
+        if not separator and not re.match(r"--?[A-Za-z]", following) and not following.endswith((".toml", ".json")):
+            value = following
+        option = name.lstrip("-").replace("-", "_")
         target = _target(option, keys)
         key, _, fixed = target.partition(" = ")
         if target and re.fullmatch(r"[\w.]+", key):
@@ -65,17 +71,6 @@ def cure_of_arguments(arguments: Sequence[str]) -> str:
         if before and re.fullmatch(r"[a-z_]+\.[\w.\[\]]+", before) and not before.endswith((".toml", ".json")):
             return f"write --set {before}={argument.lstrip('=')}, without spaces"
     return ""
-
-
-def _foreign(arguments: Sequence[str], own: Collection[str]) -> Iterator[tuple[str, str]]:
-    """The options that a command does not have, without dashes, each with the value behind it."""
-    for argument, following in zip(arguments, (*arguments[1:], ""), strict=True):
-        name, separator, value = argument.partition("=")
-        if not re.match(r"--?[A-Za-z]", name) or name in own:
-            continue
-        is_value = not separator and following and not re.match(r"--?[A-Za-z]", following)
-        is_value = is_value and not following.endswith((".toml", ".json"))
-        yield name.lstrip("-").replace("-", "_"), following if is_value else value
 
 
 def _target(option: str, keys: Sequence[str]) -> str:

@@ -7,13 +7,13 @@ same wherever it is used from.
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from lorakit.api.dataset_source import DatasetSourceConfig
-from lorakit.config.data_paths import near_names, why_no_folder
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.table_reader import TableReader, field_names
 from lorakit.config.toml_files import read_toml
@@ -28,16 +28,10 @@ OWN_KEYS = ("image_dir", "metadata_file", "source", "is_reg", "conditioning_data
 """What belongs to one subset; the rest can be shared."""
 SHARED_KEYS = [key for key in (*DATASET_KEYS, *SUBSET_KEYS) if key not in OWN_KEYS]
 
-UNSUPPORTED_DEFAULTS: Mapping[str, object] = {
-    "custom_attributes": {},
-}
+UNSUPPORTED_DEFAULTS: Mapping[str, object] = {"custom_attributes": {}}
 """Options of sd-scripts' dataset files that lorakit does not have, with the value that changes nothing."""
 
-EMPTY_VALUES: Mapping[str, object] = {
-    "conditioning_data_dir": "",
-    "face_crop_aug_range": [],
-    "resize_interpolation": "",
-}
+EMPTY_VALUES = {"conditioning_data_dir": "", "face_crop_aug_range": [], "resize_interpolation": ""}
 """Keys that may be there with a value that says no more than if they were absent."""
 
 _NOTHING = object()
@@ -127,24 +121,25 @@ def _dataset(
     """One dataset; `subsets` are its tables and their places, `shared` the values and full keys that they inherit."""
     made = []
     for table, subset_place in subsets:
-        elsewhere = {key: shared[key] for key in SUBSET_KEYS if key in shared and key not in table}
-        own = {**_folder_of_metadata(table), **{key: value for key, value in table.items() if key in SUBSET_KEYS}}
-        said = {
-            key: value
-            for key, value in {**own, **_values(elsewhere)}.items()
-            if value != EMPTY_VALUES.get(key, _NOTHING)
-        }
+        inherited = {key: shared[key] for key in SUBSET_KEYS if key in shared and key not in table}
+        own = {key: value for key, value in table.items() if key in SUBSET_KEYS}
+        own |= {key: value for key, (value, _) in inherited.items()}
+        file = table.get("metadata_file")
+        if isinstance(file, str) and file:
+            own.setdefault("image_dir", str(Path(file).parent))
+        own = {key: value for key, value in own.items() if value != EMPTY_VALUES.get(key, _NOTHING)}
         options = {key: value for key, value in table.items() if key not in SUBSET_KEYS}
-        made.append(_subset(reader, said, options, subset_place, _keys(elsewhere)))
-    found = {key: shared[key] for key in DATASET_KEYS if key in shared}
-    if "resolution" in found:
-        resolution, key = found["resolution"]
-        found["resolution"] = (_both_sides(resolution), key)
-    values = reader.values(DatasetConfig, _values(found), place, _keys(found), given=["subsets"])
+        keys = {key: full_key for key, (_, full_key) in inherited.items()}
+        made.append(_subset(reader, own, options, subset_place, keys))
+    found = {key: shared[key][0] for key in DATASET_KEYS if key in shared}
+    keys = {key: shared[key][1] for key in found}
+    if not isinstance(found.get("resolution", ()), list | tuple):  # one number for both sides
+        found["resolution"] = (found["resolution"], found["resolution"])
+    values = reader.values(DatasetConfig, found, place, keys, given=["subsets"])
     complete = tuple(subset for subset in made if subset)
     if values is None or not complete:
         return None
-    dataset = reader.instance(DatasetConfig, {**values, "subsets": complete}, place, _keys(found))
+    dataset = reader.instance(DatasetConfig, {**values, "subsets": complete}, place, keys)
     return dataset if len(complete) == len(made) else None
 
 
@@ -181,35 +176,32 @@ def _refuse_missing(reader: TableReader, subset: SubsetConfig, place: str) -> No
     """Note each folder and file that the subset names and that is not there, if it is not switched off."""
     if subset.num_repeats == 0:
         return
-    where = f"relative paths are relative to the folder of {reader.file or 'the config file'}"
     for key in ("image_dir", "conditioning_data_dir"):
-        folder = getattr(subset, key)
-        if folder and not os.path.isdir(folder):  # noqa: PTH112 - `Path.is_dir` raises for overlong names
-            message, hint = why_no_folder(folder)
-            hint = hint if "file" in message else f"{hint} {where}".strip()
-            reader.report(f"{place}.{key}", f"{folder} {message}", hint)
-    if subset.metadata_file and not os.path.isfile(subset.metadata_file):  # noqa: PTH113 - likewise
-        hint = near_names(subset.metadata_file)
-        reader.report(f"{place}.metadata_file", f"{subset.metadata_file} is not a file", hint)
+        path = getattr(subset, key)
+        if path and os.path.isfile(path):  # noqa: PTH113 - `Path.is_file` raises for overlong names
+            hint = f'give a folder, "{path.parent.as_posix()}" perhaps'
+            if path.suffix.lower() in (".json", ".jsonl", ".csv"):
+                hint = f'to read captions from it: metadata_file = "{path.as_posix()}"'
+            elif path.suffix.lower() == ".toml":
+                hint = f'to read a dataset file: [data] with config = "{path.as_posix()}" alone'
+            reader.report(f"{place}.{key}", f"{path} is a file, not a folder", hint)
+        elif path and not os.path.isdir(path):  # noqa: PTH112 - likewise
+            where = f"relative paths are relative to the folder of {reader.file or 'the config file'}"
+            reader.report(f"{place}.{key}", f"{path} is not a folder", f"{_near_names(path)} {where}".strip())
+    file = subset.metadata_file
+    if file and not os.path.isfile(file):  # noqa: PTH113 - likewise
+        reader.report(f"{place}.metadata_file", f"{file} is not a file", _near_names(file))
 
 
-def _folder_of_metadata(table: Mapping[str, Any]) -> dict[str, Any]:
-    """`image_dir` for a subset that names a metadata file only."""
-    file = table.get("metadata_file")
-    return {"image_dir": str(Path(file).parent)} if isinstance(file, str) and file else {}
-
-
-def _both_sides(resolution: Any) -> Any:
-    """Width and height, also if given as one number."""
-    return resolution if isinstance(resolution, list | tuple) else (resolution, resolution)
-
-
-def _values(found: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
-    return {key: value for key, (value, _) in found.items()}
-
-
-def _keys(found: Mapping[str, tuple[Any, str]]) -> dict[str, str]:
-    return {key: full_key for key, (_, full_key) in found.items()}
+def _near_names(path: Path) -> str:
+    """A hint with the names beside a path that are nearly the same; empty if there are none."""
+    try:
+        names = os.listdir(path.parent)  # noqa: PTH208 - names are what is compared
+    except (OSError, ValueError):
+        return ""
+    by_lower = {name.lower(): name for name in sorted(names)}
+    near = difflib.get_close_matches(path.name.lower(), by_lower, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(by_lower[name] for name in near)}?" if near else ""
 
 
 def _refuse_unknown(reader: TableReader, table: Mapping[str, Any], known: Collection[str], place: str) -> None:

@@ -17,42 +17,31 @@ from typing import Any, Literal, Union, get_args, get_origin
 from lorakit.api.dataset_source import DatasetSourceConfig
 from lorakit.checkpoints import ModelPath
 
+COMPARISONS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
+
 
 @cache
 def field_docs(cls: type) -> dict[str, str]:
     """The help text of each field of a config class, its bases included; fields without one are left out."""
     docs: dict[str, str] = {}
     for ancestor in reversed(cls.__mro__):
-        if "__attrs_attrs__" in vars(ancestor):
-            docs.update(_own_field_docs(ancestor))
-    return docs
-
-
-def _own_field_docs(cls: type) -> dict[str, str]:
-    try:
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    except (OSError, TypeError, SyntaxError, ValueError):  # a class without a source file, such as one of a zip
-        return {}
-    body = definition.body if isinstance(definition, ast.ClassDef) else []
-    docs = {}
-    for statement, following in pairwise(body):
-        if (
-            isinstance(statement, ast.AnnAssign)
-            and isinstance(statement.target, ast.Name)
-            and isinstance(following, ast.Expr)
-            and isinstance(following.value, ast.Constant)
-            and isinstance(following.value.value, str)
-        ):
-            docs[statement.target.id] = " ".join(following.value.value.split())
+        try:
+            source = inspect.getsource(ancestor) if "__attrs_attrs__" in vars(ancestor) else ""
+            statements = [statement for top in ast.parse(textwrap.dedent(source)).body for statement in top.body]  # type: ignore[attr-defined]
+        except (OSError, TypeError, SyntaxError, ValueError):  # a class without a source file, such as one of a zip
+            continue
+        for pair in pairwise(statements):
+            match pair:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    docs[name] = " ".join(text.split())
     return docs
 
 
 def type_in_words(type_: Any, validator: object = None) -> str:
     """A field's type, with the limits that its validator sets: `number, at least 0`."""
-    words = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
     # Validators describe themselves as `<Validator for x >= 0>`.
     limits = re.findall(r"x ([<>]=?) ([^>]+)>", repr(validator))
-    return _type(type_) + "".join(f", {words[comparison]} {bound}" for comparison, bound in limits)
+    return _type(type_) + "".join(f", {COMPARISONS[comparison]} {bound}" for comparison, bound in limits)
 
 
 def _type(type_: Any) -> str:

@@ -1,13 +1,15 @@
-"""Reading a config file: every problem at once, before anything heavy is imported."""
+"""Reading a config file and its `--set` overrides: every problem at once, before anything heavy is imported."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import tomllib
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from attrs import frozen
+import attrs
 
 from lorakit.api.components import (
     AttentionConfig,
@@ -21,14 +23,14 @@ from lorakit.api.components import (
 from lorakit.api.loss import LossConfig
 from lorakit.api.model_family import DetectedFamily, ModelFamilyConfig
 from lorakit.api.sampling import TimestepSamplerConfig
-from lorakit.checkpoints import Location, locate, summarize
+from lorakit.checkpoints import LORA_FILES, locate, summarize
 from lorakit.config.dataset_tables import DATASET_KEYS, SECTION_KEYS, SUBSET_KEYS, read_data_section
+from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.metadata import MetadataSection
-from lorakit.config.overrides import apply_overrides
-from lorakit.config.table_reader import TableReader, field_names
+from lorakit.config.table_reader import TableReader, field_names, hint_for
 from lorakit.config.toml_files import read_toml
 from lorakit.config.train_config import OutputSection, TrainConfig, TrainingSection
-from lorakit.config.values import lost_backslash, toml_repr
+from lorakit.config.values import TypedInteger, TypedNumber, lost_backslash, toml_repr
 from lorakit.errors import ConfigError, LorakitError, Problem
 from lorakit.plugins.catalog import Catalog
 from lorakit.utils.atomic_io import unwritable_reason
@@ -45,12 +47,15 @@ COMPONENT_SECTIONS: Mapping[str, tuple[type[Component], str]] = {
 """Sections that pick a component by name, with its kind and its name when absent; models may have another timestep
 sampler."""
 
-PLAIN_SECTIONS: Mapping[str, type] = {
-    "training": TrainingSection,
-    "output": OutputSection,
-    "metadata": MetadataSection,
-}
+PLAIN_SECTIONS: Mapping[str, type] = {"training": TrainingSection, "output": OutputSection, "metadata": MetadataSection}
 """Sections that are the same whatever is installed."""
+
+KINDS: Mapping[str, type[Component]] = {
+    "model": ModelFamilyConfig,
+    "observers": ObserverConfig,
+    **{section: base for section, (base, _) in COMPONENT_SECTIONS.items()},
+}
+"""The kind of component in each section that has one."""
 
 SECTIONS = ("model", "data", *COMPONENT_SECTIONS, *PLAIN_SECTIONS, "observers")
 
@@ -68,7 +73,7 @@ def read_config(path: Path, overrides: Sequence[str] = (), catalog: Catalog | No
         raise ConfigError([Problem(str(path), str(error))]) from error
     _refuse_other_configs(path, tables)
     catalog = catalog or Catalog.discover()
-    tables = apply_overrides(tables, overrides, known_keys(catalog)) if overrides else tables
+    tables = _apply_overrides(tables, overrides, known_keys(catalog)) if overrides else tables
     try:
         return config_from_tables(tables, path.absolute().parent, catalog)
     except ConfigError as error:
@@ -100,17 +105,6 @@ def config_from_tables(tables: Mapping[str, Any], base: Path, catalog: Catalog |
         # A value that several subsets inherit is wrong once.
         raise ConfigError(dict.fromkeys(reader.problems))
     return config
-
-
-@frozen
-class _Found:
-    """A base model that exists, and what plugins recognise it as."""
-
-    location: Location
-    detected: DetectedFamily
-
-    def __str__(self) -> str:
-        return f"{self.location} is {self.detected.title}"
 
 
 class _ConfigLoader:
@@ -147,42 +141,38 @@ class _ConfigLoader:
         return self.reader.structure(component, table, section) if component else None
 
     def _model(self, table: dict[str, Any]) -> ModelFamilyConfig | None:
-        asked = table.pop("family", None)
+        report = self.reader.report
+        asked, path = table.pop("family", None), table.get("path")
         if asked is not None and not isinstance(asked, str):
-            self.reader.report("model.family", f"must be a text in quotes, not {toml_repr(asked)}")
+            report("model.family", f"must be a text in quotes, not {toml_repr(asked)}")
             asked = None
-        found = self._base_model(table.get("path"))
-        family = asked or (found.detected.name if found else None)
+        detected, title = None, ""
+        if not isinstance(path, str) or not path:
+            problem = "is missing" if path is None else f"must be a text in quotes, not {toml_repr(path)}"
+            report("model.path", problem, "the base model: a file, a folder, or a Hub id")
+        else:
+            try:
+                location = locate(path, self.reader.base)
+                detected = self.catalog.detect_model_family(summarize(location))
+                title = f"{location} is {detected.title}"
+            # RuntimeError: `~name` of an unknown user; OSError: a name that is too long, or a folder that is not ours.
+            except (LorakitError, OSError, RuntimeError) as error:
+                report("model.path", lost_backslash(path) or str(error))
+        family = asked or (detected.name if detected else None)
         component = self.reader.component(ModelFamilyConfig, family, "model.family") if family else None
         if component is None:
             self.reader.report_unknown_keys(table, _keys_of_kind(self.catalog, ModelFamilyConfig), "model")
-            if found and not family:
+            if detected and not family:
                 broken = "some plugins are broken; see `lorakit plugins`" if self.catalog.broken else ""
-                hint = found.detected.advice or broken
-                self.reader.report("model.path", f"{found}; no installed plugin trains it", hint)
+                report("model.path", f"{title}; no installed plugin trains it", detected.advice or broken)
             return None
-        if found is None:
+        if detected is None:
             self.reader.report_unknown_keys(table, field_names(component), "model")
             self.reader.values(component, table, "model", given=["path"])
             return None
-        if found.detected.name not in (None, component.name):
-            self.reader.report("model.family", f"must be {found.detected.name!r}, not {asked!r}: {found}")
-        return self.reader.structure(component, {**table, "path": str(found.location)}, "model")
-
-    def _base_model(self, path: object) -> _Found | None:
-        """The base model, or None if there is none to train on (which is reported)."""
-        if not isinstance(path, str) or not path:
-            problem = "is missing" if path is None else f"must be a text in quotes, not {toml_repr(path)}"
-            self.reader.report("model.path", problem, "the base model: a file, a folder, or a Hub id")
-            return None
-        try:
-            location = locate(path, self.reader.base)
-            summary = summarize(location)
-        # RuntimeError: `~name` of an unknown user; OSError: a name that is too long, or a folder that is not ours.
-        except (LorakitError, OSError, RuntimeError) as error:
-            self.reader.report("model.path", lost_backslash(path) or str(error))
-            return None
-        return _Found(location, self.catalog.detect_model_family(summary))
+        if detected.name not in (None, component.name):
+            report("model.family", f"must be {detected.name!r}, not {asked!r}: {title}")
+        return self.reader.structure(component, {**table, "path": str(location)}, "model")
 
     def _observers(self, tables: Any) -> tuple[ObserverConfig, ...]:
         if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables):
@@ -195,18 +185,13 @@ class _ConfigLoader:
         return tuple(observer for observer in found if observer)
 
 
-_ADAPTERS_IN_FOLDERS = tuple(
-    name + suffix for name in ("adapter_model", "pytorch_lora_weights") for suffix in (".safetensors", ".bin")
-)
-"""What PEFT and diffusers call LoRA files, of which people know the folder."""
-
-
 def _problems_on_disk(sections: Mapping[str, Any]) -> Iterable[Problem]:
     """Files that should be there and are not, and folders that cannot be written to."""
     network, output, data = sections["network"], sections["output"], sections["data"]
     if network and network.weights and not os.path.isfile(network.weights):  # noqa: PTH113 - raises nothing
-        inside = [file for file in _ADAPTERS_IN_FOLDERS if os.path.isfile(network.weights / file)]  # noqa: PTH113
-        hint = f"give the file in it, {network.weights / inside[0]}" if inside else "the LoRA file to start from"
+        # What PEFT and diffusers call LoRA files, of which people know the folder.
+        inside = [network.weights / file for file in LORA_FILES if os.path.isfile(network.weights / file)]  # noqa: PTH113
+        hint = f"give the file in it, {inside[0]}" if inside else "the LoRA file to start from"
         yield Problem("network.weights", f"{network.weights} is not a file", hint)
     folders = {"output.dir": output and output.dir, "data.cache_dir": data and data.cache_dir}
     for key, folder in folders.items():
@@ -224,16 +209,20 @@ def _keys_of_kind(catalog: Catalog, base: type[Component]) -> dict[str, list[str
     return owners
 
 
-def known_keys(catalog: Catalog) -> list[str]:
-    """All keys that a config can have, by their paths: `network.rank`, `data.config`, `observers.name`."""
-    keys = [f"data.{key}" for key in (*SECTION_KEYS, *DATASET_KEYS, *SUBSET_KEYS, "config", "datasets", "general")]
-    for section, cls in PLAIN_SECTIONS.items():
-        keys += [f"{section}.{key}" for key in field_names(cls)]
-    kinds: dict[str, type[Component]] = {"model": ModelFamilyConfig, "observers": ObserverConfig}
-    kinds |= {section: base for section, (base, _) in COMPONENT_SECTIONS.items()}
-    for section, base in kinds.items():
-        own = _keys_of_kind(catalog, base)
-        keys += [f"{section}.{key}" for key in (base.name_key, *own)]
+def known_keys(catalog: Catalog) -> dict[str, object]:
+    """All keys that a config can have, by their paths (`network.rank`, `data.config`), with their defaults."""
+    classes: dict[str, Sequence[type]] = {"data": (DataSection, DatasetConfig, SubsetConfig)}
+    classes |= {section: (cls,) for section, cls in PLAIN_SECTIONS.items()}
+    for section, base in KINDS.items():
+        classes[section] = [found.component for named in catalog.of_kind(base).values() for found in named]
+    keys: dict[str, object] = {"data.config": attrs.NOTHING, "data.general": attrs.NOTHING}
+    for section, found in classes.items():
+        if section in KINDS:
+            default = COMPONENT_SECTIONS[section][1] if section in COMPONENT_SECTIONS else attrs.NOTHING
+            keys[f"{section}.{KINDS[section].name_key}"] = default
+        fields = (field for cls in found for field in attrs.fields(cls) if field.init)
+        keys |= {f"{section}.{field.name}": field.default for field in fields}
+    del keys["data.subsets"]
     return keys
 
 
@@ -243,12 +232,90 @@ def _key_locations(catalog: Catalog) -> dict[str, str]:
     for section, cls in PLAIN_SECTIONS.items():
         for key in field_names(cls):
             places.setdefault(key, f"{section}.{key}")
-    kinds: dict[str, type[Component]] = {"model": ModelFamilyConfig}
-    kinds |= {section: base for section, (base, _) in COMPONENT_SECTIONS.items()}
-    for section, base in kinds.items():
-        for key, owners in _keys_of_kind(catalog, base).items():
+    for section, base in KINDS.items():
+        for key, owners in _keys_of_kind(catalog, base).items() if base is not ObserverConfig else ():
             is_shared = len(owners) == len(catalog.of_kind(base))
             few = owners if len(owners) < 4 else [f"{owners[0]}, {owners[1]}", f"{len(owners) - 2} others"]
             places.setdefault(key, f"{section}.{key}" + ("" if is_shared else f" of {' or '.join(few)}"))
     del places["name"]  # too general to say what was meant
     return places
+
+
+PRECEDENCE: Mapping[str, tuple[str, ...]] = {
+    "max_steps": ("max_epochs",),
+    "save_every_n_epochs": ("save_n_epoch_ratio",),
+    "every_n_steps": ("every_n_epochs",),
+    "rank": ("rank_from_weights",),
+    "alpha": ("rank_from_weights",),
+    "conv_rank": ("rank_from_weights",),
+    "conv_alpha": ("rank_from_weights",),
+}
+"""Keys that have no effect beside another of the same table, with those others. Where one of the first is typed, the
+others of the file do not count."""
+
+
+def _apply_overrides(tables: dict[str, Any], overrides: Sequence[str], keys: Collection[str]) -> dict[str, Any]:
+    """The tables with each `a.b[0].c=value` set; a value that is not TOML is taken as text, and `none` unsets a key.
+
+    `keys` are all that a config can have. Raises ConfigError with everything that is wrong with the overrides.
+    """
+    problems: list[Problem] = []
+    typed = [re.sub(r"\[(\d+)\]", r".\1", text.partition("=")[0].strip()).split(".") for text in overrides]
+    for override, names in zip(overrides, typed, strict=True):
+        key, separator, text = (part.strip() for part in override.partition("="))
+        if not separator or not all(names):
+            hint = "--set optimizer.lr=1e-4, without spaces around ="
+            problems.append(Problem("--set", f"must be KEY=VALUE, not {override!r}", hint))
+            continue
+        try:
+            table: Any = tables
+            for name in names[:-1]:
+                table = table[int(name)] if isinstance(table, list) else table.setdefault(name, {})
+            last: Any = int(names[-1]) if isinstance(table, list) else names[-1]
+            if text.lower() in ("none", "null"):
+                problems += _unset(table, last, key, keys)
+                continue
+            for other in PRECEDENCE.get(names[-1], ()) if isinstance(table, dict) else ():
+                if [*names[:-1], other] not in typed:
+                    table.pop(other, None)
+            table[last] = _value(text)
+        # A number that counts too far, a word where a list wants a number, a key inside what is no table.
+        except (IndexError, ValueError, TypeError, AttributeError):
+            problems.append(Problem("--set", f"{key} is not the path of a key", "list entries are counted from 0"))
+    if problems:
+        raise ConfigError(problems)
+    return tables
+
+
+def _unset(table: Any, last: Any, key: str, keys: Collection[str]) -> list[Problem]:
+    """Remove a key; a problem if no config could have it, as it may be misspelt."""
+    if isinstance(table, list) or last in table:
+        del table[last]
+        return []
+    bare = re.sub(r"\[\d+\]", "", key)
+    section, _, name = bare.rpartition(".")
+    known = [own.removeprefix(f"{section}.") for own in keys if own.startswith(f"{section}.")]
+    sections = {own.partition(".")[0] for own in keys}
+    # Deeper than a section, as in data.datasets[0], or below a table of any keys.
+    if bare in keys or bare in sections or bare.count(".") > 1:
+        return []
+    hint = hint_for(section, name, known or sorted(sections), {})
+    return [Problem(key, "is not a known key", hint)]
+
+
+def _value(text: str) -> Any:
+    """The TOML value of a text; the text itself if it is not TOML, or a date, which no key takes."""
+    try:
+        found = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        # Shells take the quotation marks out of ["unet", "text_encoder"].
+        words = re.fullmatch(r"\[\s*([\w./-]+(?:\s*,\s*[\w./-]+)*)\s*,?\s*\]", text)
+        return [_value(word.strip()) for word in words[1].split(",")] if words else text
+    value = found["value"]
+    if found.keys() != {"value"}:
+        return text
+    if type(value) in (int, float):
+        typed: TypedInteger | TypedNumber = TypedInteger(value) if isinstance(value, int) else TypedNumber(value)
+        typed.text = text
+        return typed
+    return value if isinstance(value, str | bool | list | dict) else text

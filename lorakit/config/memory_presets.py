@@ -15,7 +15,6 @@ SAVING_KEYS = ("gradient_checkpointing", *QUANTIZATION_KEYS, "stream_base")
 
 _BITS = {"fp8_base": 8, "int8_base": 8, "nf4_base": 4}
 
-
 _PRESETS: tuple[tuple[bool, str | None, bool], ...] = (
     (False, None, False),
     (True, None, False),

@@ -1,6 +1,6 @@
 """The options of sd-scripts' `train_network.py` and what corresponds to them in lorakit.
 
-A row that names a key works as soon as lorakit has that key; see `lorakit.kohya.option_status`.
+A row that names a key works as soon as lorakit has that key; see `lorakit.kohya.draft`.
 """
 
 from __future__ import annotations
@@ -129,11 +129,7 @@ NETWORK = (
     Option("network_alpha", "float", 1.0, key="network.alpha"),
     Option("network_dropout", "float", 0.0, key="network.dropout"),
     Option(
-        "network_args",
-        "texts",
-        (),
-        key="network.conv_rank",
-        special=True,
+        "network_args", "texts", (), key="network.conv_rank", special=True,
         hint="the keys of [network], such as network.conv_rank",
     ),
     Option("network_weights", "path", key="network.weights"),
@@ -144,16 +140,12 @@ NETWORK = (
     Option("base_weights_multiplier", "floats", (), key="model.base_weights_multipliers", special=True),
     Option("scale_weight_norms", "float", key="network.scale_weight_norms"),
     Option("training_comment", "text", key="output.training_comment"),
-)
+)  # fmt: skip
 
 OPTIMIZER = (
     Option("optimizer_type", "text", "", key="optimizer.name", special=True),
     Option(
-        "optimizer_args",
-        "texts",
-        (),
-        key="optimizer.name",
-        special=True,
+        "optimizer_args", "texts", (), key="optimizer.name", special=True,
         hint="the keys of [optimizer], such as optimizer.betas",
     ),
     Option("learning_rate", "float", 2e-6, key="optimizer.lr", special=True),
@@ -172,14 +164,10 @@ OPTIMIZER = (
     Option("lr_scheduler_min_lr_ratio", "float", key="lr_scheduler.min_lr_ratio", special=True),
     Option("lr_scheduler_type", "text", "", key="lr_scheduler.name", special=True),
     Option(
-        "lr_scheduler_args",
-        "texts",
-        (),
-        key="lr_scheduler.name",
-        special=True,
+        "lr_scheduler_args", "texts", (), key="lr_scheduler.name", special=True,
         hint="the keys of [lr_scheduler], such as lr_scheduler.power",
     ),
-)
+)  # fmt: skip
 
 TRAINING = (
     Option("max_train_steps", "int", 1600, key="training.max_steps", special=True),
@@ -238,7 +226,9 @@ LOSS = (
 OUTPUT = (
     Option("output_dir", "path", key="output.dir"),
     Option("output_name", "text", "last", key="output.name"),
-    Option("save_model_as", "text", "safetensors", key="saver.name", choices=("ckpt", "pt", "safetensors")),
+    Option(
+        "save_model_as", "text", "safetensors", key="saver.name", choices=("ckpt", "pt", "safetensors"), special=True
+    ),
     Option("save_precision", "text", "float", key="saver.precision", choices=("float", "fp16", "bf16"), special=True),
     Option("save_every_n_epochs", "int", key="output.save_every_n_epochs", special=True),
     Option("save_every_n_steps", "int", key="output.save_every_n_steps"),
@@ -256,11 +246,8 @@ OUTPUT = (
 LOGGING = (
     Option("logging_dir", "path", key="observers.dir", special=True),
     Option(
-        "log_with",
-        "text",
-        key="observers.name",
-        choices=("tensorboard", "wandb", "all"),
-        special=True,
+        "log_with", "text", key="observers.name",
+        choices=("tensorboard", "wandb", "all"), special=True,
         hint="[[observers]] with name",
     ),
     Option("log_prefix", "text", key="observers.prefix", special=True),
@@ -270,15 +257,12 @@ LOGGING = (
     Option("wandb_api_key", "text", unneeded="use `wandb login` or WANDB_API_KEY, so that it is in no file"),
     Option("log_config", "flag", False, unneeded="the config is always logged"),
     Option(
-        "console_log_level",
-        "text",
-        "INFO",
-        unneeded="there are few messages; `--debug` shows more",
+        "console_log_level", "text", "INFO", unneeded="there are few messages; `--debug` shows more",
         choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
     ),
     Option("console_log_file", "path", unneeded="messages go to standard error; redirect it to a file"),
     Option("console_log_simple", "flag", False, unneeded="messages are plain text"),
-)
+)  # fmt: skip
 
 SAMPLES = (
     Option("sample_every_n_steps", "int", key="observers.every_n_steps", special=True),

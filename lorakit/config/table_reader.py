@@ -11,8 +11,8 @@ from typing import Any, TypeVar, get_origin, get_type_hints
 import attrs
 
 from lorakit.api.components import Component
-from lorakit.config.field_docs import field_docs
-from lorakit.config.suggestions import hint_for
+from lorakit.config.field_docs import COMPARISONS, field_docs
+from lorakit.config.sd_scripts import OTHER_KEYS
 from lorakit.config.values import toml_repr, value_converter
 from lorakit.errors import PluginError, Problem
 from lorakit.plugins.catalog import Catalog
@@ -21,7 +21,28 @@ from lorakit.plugins.failures import collect_problems
 ConfigT = TypeVar("ConfigT")
 ComponentT = TypeVar("ComponentT", bound=Component)
 
-_COMPARISONS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
+
+def hint_for(section: str, name: str, known: Collection[str], places: Mapping[str, str]) -> str:
+    """A hint for an unknown key of a section: a similar key, or the equivalent of a name in sd-scripts.
+
+    `known` are the keys of the section; `places` gives the full keys of options elsewhere by their bare names.
+    Of a key that other components of the section have, such as `betas`, the nearest key here may be meant: `beta1`.
+    """
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    # As other tools write it: --max-epochs, maxEpochs, MAX_EPOCHS.
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.lstrip("-")).replace("-", "_").lower()
+    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    prefix = f"{section}." if section else ""
+    if name in known:
+        return f"did you mean {prefix}{name}?"
+    if name in OTHER_KEYS:
+        return f"did you mean {OTHER_KEYS[name]}?"
+    if close and places.get(name, "").startswith(f"{section}.{name} of "):
+        return f"did you mean {section}.{close[0]}? {name} is a key{places[name].removeprefix(f'{section}.{name}')}"
+    if name in places or near:
+        return f"did you mean {places.get(name) or prefix + near[0]}?"
+    return f"known here: {', '.join(known)}" if known else ""
 
 
 def field_names(cls: type) -> list[str]:
@@ -95,7 +116,9 @@ class TableReader:
 
         `paths` gives the full key of a field that was written elsewhere than in this section.
         """
-        self.report_unknown_keys(table, field_names(cls), section, _free_table(cls))
+        types = get_type_hints(cls)
+        free = next((name for name in field_names(cls) if get_origin(types[name]) is Mapping), "")
+        self.report_unknown_keys(table, field_names(cls), section, free)
         values = self.values(cls, table, section, paths)
         return None if values is None else self.instance(cls, values, section, paths)
 
@@ -139,13 +162,15 @@ class TableReader:
             self.report(section, f"cannot be used: {error}")
             return None
         try:
-            problems = _told(config)
+            if isinstance(config, Component):
+                problems = collect_problems(config, "problems")
+            else:
+                problems = list(getattr(config, "problems", list)())
         except PluginError as error:
             self.report(section, str(error))
             return None
         for problem in problems:
-            key = (paths or {}).get(problem.key) or _join(section, problem.key)
-            self.report(key, problem.message, problem.hint)
+            self.report((paths or {}).get(problem.key) or _join(section, problem.key), problem.message, problem.hint)
         return config
 
     def _value(self, field: attrs.Attribute[Any], type_: Any, value: Any) -> Any:
@@ -159,19 +184,6 @@ class TableReader:
         return structured
 
 
-def _told(config: object) -> list[Problem]:
-    """What a config says is wrong with its fields taken together, where it can tell."""
-    if not isinstance(config, Component):
-        return list(getattr(config, "problems", lambda: ())())
-    return collect_problems(config, "problems")
-
-
-def _free_table(cls: type) -> str:
-    """The field of a config class that is a table of any keys; empty where it has none."""
-    types = get_type_hints(cls)
-    return next((field.name for field in attrs.fields(cls) if get_origin(types[field.name]) is Mapping), "")
-
-
 def _join(section: str, name: str) -> str:
     key = name if re.fullmatch(r"[\w\[\].-]+", name) else repr(name)
     return f"{section}.{key}" if section else key
@@ -182,5 +194,5 @@ def _in_words(error: Exception, value: object) -> str:
     text = re.sub(r"^'[^']*' ", "", str(error.args[0]) if error.args else str(error))
     comparison = re.match(r"must be ([<>]=?) ([^:]*)", text)
     if comparison:
-        return f"must be {_COMPARISONS[comparison[1]]} {comparison[2]}, not {toml_repr(value)}"
+        return f"must be {COMPARISONS[comparison[1]]} {comparison[2]}, not {toml_repr(value)}"
     return "must not be empty" if text.startswith("Length of") else text

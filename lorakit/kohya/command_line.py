@@ -16,15 +16,45 @@ from lorakit.config.sd_scripts import OPTIONS, Option
 from lorakit.config.toml_files import read_toml
 from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.gui_files import is_gui_file, read_gui_file, what_it_trains
-from lorakit.kohya.options_files import (
-    WORDS,
-    Given,
-    not_a_choice,
-    read_options_file,
-    unknown_option,
-    whole_or_share,
+from lorakit.kohya.options_files import WORDS, Given, not_a_choice, read_options_file, unknown_option, whole_or_share
+
+SCRIPT = "train_network.py"
+"""The script whose options are known here."""
+
+OTHER_MODELS: Mapping[str, str] = {
+    "sdxl": "SDXL",
+    "sd3": "Stable Diffusion 3",
+    "flux": "FLUX",
+    "lumina": "Lumina",
+    "hunyuan": "HunyuanImage",
+    "anima": "Anima",
+}
+"""Models with scripts and network modules named after them."""
+
+_WHOLE = "trains the whole model"
+_OTHER_SCRIPTS: Mapping[str, str] = {
+    "fine_tune.py": f"{_WHOLE} (fine-tuning)",
+    "train_db.py": f"{_WHOLE} (DreamBooth)",
+    "sdxl_train.py": f"{_WHOLE}, SDXL",
+    "sd3_train.py": f"{_WHOLE}, Stable Diffusion 3",
+    "flux_train.py": f"{_WHOLE}, FLUX",
+    "lumina_train.py": f"{_WHOLE}, Lumina",
+    "anima_train.py": f"{_WHOLE}, Anima",
+    "train_leco.py": "trains a LoRA from prompts without images (LECO)",
+    "sdxl_train_leco.py": "trains a LoRA for SDXL from prompts without images (LECO)",
+}
+"""What other scripts do, where their names do not say it."""
+
+_KINDS: tuple[tuple[str, str], ...] = (
+    (r"textual_inversion", "trains an embedding (textual inversion)"),
+    (r"control_?net", "trains a ControlNet"),
+    (r"train_network|network_xl", "trains a LoRA"),
+    (r"(merge|resize|extract)\w*lora|lora\w*(merge|resize|extract)|svd_merge", "changes LoRA files"),
+    (r"^gen_img|inference", "generates images"),
 )
-from lorakit.kohya.scripts import SCRIPT, refuse_other
+"""What a part of a script's name says that it does."""
+
+LORA_OF_SD = "lorakit trains LoRA for Stable Diffusion 1.x and 2.x"
 
 _ENDS = re.compile(r"[ \t]*[\\^`][ \t]*(?:\r?\n|\Z)")
 _COMMENTS = re.compile(r"^[ \t]*#.*$", re.M)
@@ -84,12 +114,7 @@ def _read_file(name: str, folder: Path, typed: Mapping[str, Any]) -> Given:
         does = what_it_trains(tables)
         message = "is not a kohya_ss file for LoRA training" + (f": it is for {does}" if does else "")
         raise _refusal(name, message, "supported are files saved by its LoRA tab, and sd-scripts' .toml files")
-    return read_gui_file(name, tables, typed, _parsed_addition)
-
-
-def _parsed_addition(text: str) -> dict[str, Any]:
-    """The options in the GUI's field for further ones."""
-    return parse(split([f"{text} "]))
+    return read_gui_file(name, tables, typed, lambda text: parse(split([f"{text} "])))
 
 
 def split(arguments: Sequence[str]) -> list[str]:
@@ -120,7 +145,7 @@ def script_arguments(words: Sequence[str]) -> list[str]:
         name = re.split(r"[/\\]", word)[-1]
         if name in (SCRIPT, "train_network_wrapper.py"):  # the second is Colab's, which calls the first
             return list(words[number + 1 :])
-        refuse_other(name)
+        _refuse_other(name)
     if not words or not words[0].startswith("--"):
         raise _refusal(
             "the command line", f"neither names {SCRIPT} nor starts with one of its options",
@@ -129,11 +154,27 @@ def script_arguments(words: Sequence[str]) -> list[str]:
     return list(words)
 
 
+def _refuse_other(name: str) -> None:
+    """Raises ConfigError for the name of another script of sd-scripts, which says what that one does."""
+    does = _OTHER_SCRIPTS.get(name) or next((does for part, does in _KINDS if re.search(part, name)), "")
+    if not re.fullmatch(r"\w+\.py", name) or not (does or "train" in name):
+        return
+    model = next((model for part, model in OTHER_MODELS.items() if name.startswith(part)), "")
+    model = "SDXL" if "_xl_" in name else model
+    if model and does and name not in _OTHER_SCRIPTS:
+        does += f" for {model}"
+    hint = LORA_OF_SD
+    if does.startswith(_WHOLE) and "," not in does:
+        hint += f": give the options to {SCRIPT}, with --network_module=networks.lora"
+    raise ConfigError([Problem(name, f"is not {SCRIPT}" + (f": it {does}" if does else ""), hint)])
+
+
 def parse(words: Sequence[str]) -> dict[str, Any]:
     """The options in words, by name; unambiguous abbreviations count, as with sd-scripts."""
     known, unknown = _parser().parse_known_args(list(words))
     if unknown:
-        raise ConfigError([unknown_option(word) for word in unknown if word.startswith("-")] or [_stray(unknown[0])])
+        stray = Problem(repr(unknown[0]), "does not belong to any option", "a value with spaces must be quoted")
+        raise ConfigError([unknown_option(word) for word in unknown if word.startswith("-")] or [stray])
     return vars(known)
 
 
@@ -176,10 +217,6 @@ def _from_text(option: Option) -> Callable[[str], Any]:
 _CONVERSIONS: Mapping[str, Callable[[str], Any]] = {
     "int": int, "float": float, "text": str, "path": str, "texts": str, "floats": float, "int or share": whole_or_share,
 }  # fmt: skip
-
-
-def _stray(word: str) -> Problem:
-    return Problem(repr(word), "does not belong to any option", "a value with spaces must be quoted")
 
 
 def _refusal(key: str, message: str, hint: str = "") -> ConfigError:

@@ -9,8 +9,7 @@ from lorakit.api.components import Component, LRSchedulerConfig, OptimizerConfig
 from lorakit.config.sd_scripts import OPTIONS
 from lorakit.config.table_reader import field_names
 from lorakit.errors import ConfigError, PluginError, Problem
-from lorakit.kohya.draft import Command, Draft, Setting
-from lorakit.kohya.option_status import OptionStatus
+from lorakit.kohya.draft import Command, Draft, OptionStatus, Setting
 from lorakit.plugins.catalog import Catalog
 from lorakit.plugins.other_names import PLUGINS
 
@@ -101,7 +100,9 @@ def write_lr_scheduler(command: Command, draft: Draft, catalog: Catalog) -> None
             if command.is_typed(other) and command.get(other) != OPTIONS[other].default:
                 draft.note(other, f"has no effect: {source}")
         return
-    option, name = _schedule_name(command)
+    option, name = "lr_scheduler", command.get("lr_scheduler")
+    if path := command.get("lr_scheduler_type"):
+        option, name = "lr_scheduler_type", path if "." in path else f"{TORCH_SCHEDULERS}.{path}"
     draft.set("lr_scheduler", "name", command.setting(option, name))
     component = _component(catalog, LRSchedulerConfig, name)
     if component is None:
@@ -127,14 +128,6 @@ def _why_no_schedule(draft: Draft) -> str:
     if str(draft.sections["optimizer"]["name"].value).lower().endswith("schedulefree"):
         return "sd-scripts has no schedule with a schedule-free optimizer"
     return ""
-
-
-def _schedule_name(command: Command) -> tuple[str, str]:
-    """The option that names the schedule, and lorakit's name of it, or the path of its class."""
-    path = command.get("lr_scheduler_type")
-    if not path:
-        return "lr_scheduler", command.get("lr_scheduler")
-    return "lr_scheduler_type", path if "." in path else f"{TORCH_SCHEDULERS}.{path}"
 
 
 def _refuse_schedule(command: Command, option: str, name: str) -> None:

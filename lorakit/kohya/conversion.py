@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import os
+from collections.abc import Mapping
+from pathlib import Path, PureWindowsPath
 
 import attrs
 
-from lorakit.config.load import config_from_tables
 from lorakit.config.sd_scripts import OPTIONS, Option
 from lorakit.config.train_config import TrainingSection
 from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.components import write_lr_scheduler, write_optimizer
 from lorakit.kohya.datasets import FOLDER_OPTIONS, write_data
-from lorakit.kohya.draft import Command, Draft, Setting
+from lorakit.kohya.draft import Command, Draft, OptionStatus, Setting, keys_and_choices, target_of
 from lorakit.kohya.networks import write_network
-from lorakit.kohya.observers import write_observers
-from lorakit.kohya.option_status import OptionStatus, known_keys, target_of
+from lorakit.kohya.observers import write_observers, write_previews
 from lorakit.kohya.options_files import Given
-from lorakit.kohya.previews import write_previews
-from lorakit.kohya.saving import write_saving
 from lorakit.plugins.catalog import Catalog
 
 _NOTHING_AT_ZERO = frozenset({"vae_batch_size", "lr_scheduler_num_cycles"})
@@ -27,14 +24,25 @@ _NOTHING_AT_ZERO = frozenset({"vae_batch_size", "lr_scheduler_num_cycles"})
 
 _MULTIRES = ("multires_noise_iterations", "multires_noise_discount")
 
+_PRECISIONS: Mapping[str, str] = {"float": "fp32", "fp16": "fp16", "bf16": "bf16"}
+"""lorakit's names of the number formats of --save_precision."""
+
+_WEIGHTS_OF_A_STATE = ("model.safetensors", "pytorch_model.bin")
+"""The files in a state of sd-scripts that the network's weights are in, with the keys of a LoRA file; old ones last."""
+
+_WEIGHT_FILES = (".safetensors", ".ckpt", ".pt", ".bin")
+
 
 def convert(given: Given, folder: Path, target: Path, catalog: Catalog) -> Draft:
     """The config that trains what the options `given` train when sd-scripts is called in `folder`.
 
     The config is for a file in `target`. Raises ConfigError for what sd-scripts itself cannot train.
     """
-    command = Command(given.options, known_keys(catalog), folder.absolute(), target.absolute(), given.sources)
-    _refuse_missing(command)
+    command = Command(given.options, keys_and_choices(catalog), folder.absolute(), target.absolute(), given.sources)
+    needed = ("pretrained_model_name_or_path", "output_dir")
+    missing = [Problem(f"--{name}", "is missing") for name in needed if not command.get(name)]
+    if missing:
+        raise ConfigError(missing)
     draft = Draft(remarks=[*given.remarks])
     for option in OPTIONS.values():
         _write_plainly(option, command, draft)
@@ -46,29 +54,15 @@ def convert(given: Given, folder: Path, target: Path, catalog: Catalog) -> Draft
     write_optimizer(command, draft, catalog)
     write_lr_scheduler(command, draft, catalog)
     _base_weights(command, draft)
-    _attention(command, draft)
+    attention = next((f"--{name}" for name in ("mem_eff_attn", "xformers", "sdpa") if command.get(name)), "")
+    draft.set("attention", "name", Setting("sdpa", attention or "not set in sd-scripts; the result is the same"))
     _training(command, draft)
     _compiling(command, draft)
-    write_saving(command, draft)
+    _saving(command, draft)
+    _resume(command, draft)
     write_observers(command, draft, catalog)
     write_previews(command, draft)
     return draft
-
-
-def check(draft: Draft, target: Path, catalog: Catalog) -> tuple[Problem, ...]:
-    """What `lorakit check` would say is wrong with the config, such as files that are not there yet."""
-    try:
-        config_from_tables(draft.tables(), target, catalog)
-    except ConfigError as error:
-        return error.problems
-    return ()
-
-
-def _refuse_missing(command: Command) -> None:
-    needed = ("pretrained_model_name_or_path", "output_dir")
-    missing = [Problem(f"--{name}", "is missing") for name in needed if not command.get(name)]
-    if missing:
-        raise ConfigError(missing)
 
 
 def _write_plainly(option: Option, command: Command, draft: Draft) -> None:
@@ -94,13 +88,9 @@ def _write_plainly(option: Option, command: Command, draft: Draft) -> None:
         is_zero = any(name in command.given and not command.get(name) for name in _MULTIRES)
         is_off = is_zero or not (command.is_typed(option.name) or all(map(command.get, _MULTIRES)))
     if not is_off and (command.is_typed(option.name) or value != default):
-        draft.set(section, key, command.setting(option.name, _copied(option, value, command)))
-
-
-def _copied(option: Option, value: Any, command: Command) -> Any:
-    if option.name == "vae":
-        return command.model_path(value)
-    return command.path(value) if option.kind == "path" else value
+        if option.kind == "path":
+            value = command.model_path(value) if option.name == "vae" else command.path(value)
+        draft.set(section, key, command.setting(option.name, value))
 
 
 def _model(command: Command, draft: Draft) -> None:
@@ -125,12 +115,6 @@ def _base_weights(command: Command, draft: Draft) -> None:
     if left:
         numbers = " ".join(f"{number:g}" for number in left)
         draft.note("base_weights_multiplier", f"{numbers} has no effect, as there are no more files in --base_weights")
-
-
-def _attention(command: Command, draft: Draft) -> None:
-    named = [name for name in ("mem_eff_attn", "xformers", "sdpa") if command.get(name)]
-    source = f"--{named[0]}" if named else "not set in sd-scripts; the result is the same"
-    draft.set("attention", "name", Setting("sdpa", source))
 
 
 def _training(command: Command, draft: Draft) -> None:
@@ -160,3 +144,70 @@ def _compiling(command: Command, draft: Draft) -> None:
         draft.set("training", "compile", command.setting("torch_compile"))
         if "dynamo_backend" in command.given:
             draft.set("training", "compile_backend", command.setting("dynamo_backend"))
+
+
+def _saving(command: Command, draft: Draft) -> None:
+    """[saver], and those keys of [output] and [metadata] that several options, or other values, become."""
+    precision = _PRECISIONS[command.get("save_precision")]
+    draft.set("saver", "name", command.setting("save_model_as"))
+    draft.set("saver", "precision", command.setting("save_precision", precision))
+    if command.get("save_every_n_epochs") and not command.get("save_n_epoch_ratio"):
+        draft.set("output", "save_every_n_epochs", command.setting("save_every_n_epochs"))
+    _keep_last(command, draft, "keep_last", "")
+    _keep_last(command, draft, "keep_last_states", "_state")
+    is_negative = command.get("metadata_is_negative_embedding")
+    if is_negative:
+        value = is_negative.strip().lower() in ("true", "1", "yes")
+        draft.set("metadata", "is_negative_embedding", command.setting("metadata_is_negative_embedding", value))
+
+
+def _keep_last(command: Command, draft: Draft, key: str, ending: str) -> None:
+    """How many saves stay; --save_last_n_steps counts steps, and keeps the save that many steps ago as well."""
+    every_n_epochs = command.get("save_n_epoch_ratio") or command.get("save_every_n_epochs")
+    of_epochs, of_steps = f"save_last_n_epochs{ending}", f"save_last_n_steps{ending}"
+    epochs, steps, every = (command.get(name) for name in (of_epochs, of_steps, "save_every_n_steps"))
+    kept = {}
+    if epochs and every_n_epochs:
+        kept[of_epochs] = epochs
+    if steps and every:
+        kept[of_steps] = steps // every + 1
+    for name, value in ((of_epochs, epochs), (of_steps, steps)):
+        if value and name not in kept:
+            draft.note(name, "has no effect, as there are no intermediate saves")
+    if kept:
+        name, count = max(kept.items(), key=lambda item: item[1])
+        draft.set("output", key, command.setting(name, count))
+        if len(kept) > 1:
+            draft.note(
+                min(kept, key=lambda item: kept[item]), f"is combined with --{name} in lorakit: {count} saves are kept"
+            )
+
+
+def _resume(command: Command, draft: Draft) -> None:
+    """The weights of a state, which win over --network_weights as they do with sd-scripts.
+
+    Raises ConfigError for a file in place of the folder of a state, and for states that are not sd-scripts'.
+    """
+    state = command.get("resume")
+    if not state:
+        return
+    if command.get("resume_from_huggingface"):
+        draft.mark_unsupported(
+            "resume", state, "the state is on the Hub: download it with `hf download`, and give its folder"
+        )
+        return
+    folder = command.on_disk(state)
+    if PureWindowsPath(state).suffix.lower() in _WEIGHT_FILES or folder.is_file():
+        is_of_state = PureWindowsPath(state).name in _WEIGHTS_OF_A_STATE
+        parent = os.path.dirname(state) or "."  # noqa: PTH120 - keeps the path as it was typed
+        hint = f"--resume={parent}" if is_of_state else f"to start from a LoRA file: --network_weights={state}"
+        raise ConfigError([Problem("--resume", f"must be the folder of a state, not a file: {state}", hint)])
+    if (folder / "state.json").is_file() or any(folder.glob("step*/state.json")):
+        hint = f"lorakit train CONFIG --resume={state}"
+        raise ConfigError([Problem("--resume", f"{state} is a state of lorakit, not of sd-scripts", hint)])
+    names = [name for name in _WEIGHTS_OF_A_STATE if (folder / name).is_file()]
+    file = f"{state.rstrip('/')}/{(names or _WEIGHTS_OF_A_STATE)[0]}"
+    draft.set("network", "weights", command.setting("resume", command.path(file)))
+    draft.note("resume", "loads only the weights: optimizer and schedule start over at the first step")
+    if command.get("network_weights"):
+        draft.note("network_weights", "has no effect with --resume")

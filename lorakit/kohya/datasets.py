@@ -10,8 +10,7 @@ from typing import Any
 from lorakit.config.dataset_tables import SECTION_KEYS
 from lorakit.config.toml_files import read_toml
 from lorakit.errors import ConfigError, Problem
-from lorakit.kohya.draft import Command, Draft, Setting, Table
-from lorakit.kohya.option_status import OptionStatus
+from lorakit.kohya.draft import Command, Draft, OptionStatus, Setting, Table
 from lorakit.kohya.options_files import UNSAID
 
 FOLDER_OPTIONS = ("train_data_dir", "reg_data_dir", "in_json")
@@ -32,7 +31,11 @@ def write_data(command: Command, draft: Draft) -> None:
     if "max_data_loader_n_workers" in command.given and workers > 0:
         draft.set("data", "workers", command.setting("max_data_loader_n_workers"))
     shared = {key: setting for key, setting in own.items() if key not in SECTION_KEYS}
-    shared |= _resolution(command) | _face_crop(command, draft) | _bucket_steps(command, draft)
+    shared |= _resolution(command) | _face_crop(command, draft)
+    steps, least = command.get("bucket_reso_steps"), 8
+    if 0 < steps < least:  # an image of 515 pixels gives the same latents as one of 512
+        draft.note("bucket_reso_steps", f"{steps} is {least} here, as latents have integer sizes in sd-scripts, too")
+        shared["bucket_reso_steps"] = command.setting("bucket_reso_steps", least)
     if command.get("dataset_config"):
         _from_file(command, draft, shared)
     elif command.get("train_data_dir"):
@@ -53,15 +56,6 @@ def _resolution(command: Command) -> Table:
     if len(sides) not in (1, 2):
         raise ConfigError([Problem("--resolution", f"must be SIDE or WIDTH,HEIGHT in pixels, not {text!r}")])
     return {"resolution": command.setting("resolution", sides if len(sides) == 2 else sides[0])}
-
-
-def _bucket_steps(command: Command, draft: Draft) -> Table:
-    """The least steps that make a difference: an image of 515 pixels gives the same latents as one of 512."""
-    steps, least = command.get("bucket_reso_steps"), 8
-    if not 0 < steps < least:
-        return {}
-    draft.note("bucket_reso_steps", f"{steps} is {least} here, as latents have integer sizes in sd-scripts, too")
-    return {"bucket_reso_steps": command.setting("bucket_reso_steps", least)}
 
 
 def _face_crop(command: Command, draft: Draft) -> Table:

@@ -1,22 +1,64 @@
-"""A config on its way from sd-scripts' options: what it is made from, and what has been written so far."""
+"""A config on its way from sd-scripts' options: what it is made from, what has been written so far, and its file."""
 
 from __future__ import annotations
 
 import ast
 import os
 import re
-from collections.abc import Mapping
+import textwrap
+import tomllib
+from collections.abc import Collection, Mapping
+from enum import Enum
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+import attrs
 from attrs import Factory, define, frozen
 
-from lorakit.config.sd_scripts import OPTIONS
+from lorakit.config.load import KINDS, known_keys
+from lorakit.config.sd_scripts import OPTIONS, Option
 from lorakit.errors import ConfigError, Problem
-from lorakit.kohya.option_status import OptionStatus, option_status
+from lorakit.plugins.catalog import Catalog
+from lorakit.utils.plain import toml_key, toml_value
 
 _MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+class OptionStatus(Enum):
+    """Whether an option can be used."""
+
+    WORKS = "works"
+    """A key does the same."""
+    NOT_NEEDED = "not needed"
+    """Nothing has to be done for it."""
+    UNSUPPORTED = "later"
+    """Nothing does the same."""
+
+
+def keys_and_choices(catalog: Catalog) -> dict[str, object]:
+    """All keys of a config file with their defaults, and one per component: `network.name = "lierla"`."""
+    choices = (
+        f'{section}.{base.name_key} = "{name}"' for section, base in KINDS.items() for name in catalog.of_kind(base)
+    )
+    return {**known_keys(catalog), **dict.fromkeys(choices, attrs.NOTHING)}
+
+
+def option_status(option: Option, keys: Collection[str]) -> OptionStatus:
+    """The status of an option given these keys; keys of plugins count as available."""
+    key, _, value = option.key.partition(" = ")
+    if option.plugin:
+        return OptionStatus.WORKS
+    if key and key in keys and (not value or not key.endswith((".name", ".family")) or option.key in keys):
+        return OptionStatus.WORKS
+    return OptionStatus.NOT_NEEDED if option.unneeded else OptionStatus.UNSUPPORTED
+
+
+def target_of(option: Option) -> tuple[str, str, object]:
+    """Section, key, and the value that a flag gives it; True where the table names none."""
+    key, _, value = option.key.partition(" = ")
+    section, _, name = key.partition(".")
+    return section, name, tomllib.loads(f"value = {value}")["value"] if value else True
 
 
 @frozen
@@ -70,7 +112,8 @@ class Command:
 
     def path(self, path: str) -> str:
         """A path as the config has to say it; `~` stays."""
-        if self.folder == self.target or path.startswith("~") or _is_absolute(path):
+        is_absolute = Path(path).is_absolute() or PureWindowsPath(path).is_absolute()
+        if self.folder == self.target or path.startswith("~") or is_absolute:
             return path
         try:
             return os.path.relpath(self.folder / path, self.target)
@@ -133,7 +176,8 @@ class Draft:
 
     def mark_unsupported(self, name: str, value: object, reason: str = "") -> None:
         """Note that an option is not part of the config."""
-        text = f"--{name}" if value is True else f"--{name}={_as_typed(name, value)}"
+        shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        text = f"--{name}" if value is True else f"--{name}={'…' if name in SECRETS else shown}"
         self.remarks.append(Problem(text, "has no counterpart", reason))
 
     def note(self, name: str, message: str) -> None:
@@ -153,15 +197,49 @@ class Draft:
         return tables | ({"observers": [_values(table) for table in self.observers]} if self.observers else {})
 
 
-def _is_absolute(path: str) -> bool:
-    return Path(path).is_absolute() or PureWindowsPath(path).is_absolute()
-
-
 def _values(table: Table) -> dict[str, Any]:
     return {key: setting.value for key, setting in table.items()}
 
 
-def _as_typed(name: str, value: object) -> str:
-    if name in SECRETS:
-        return "…"
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+_SECTIONS = (
+    "model", "data", "network", "optimizer", "lr_scheduler", "attention", "training", "loss", "output", "metadata",
+    "saver",
+)  # fmt: skip
+_COLUMN = 40
+_WIDTH = 116
+_PREAMBLE = """\
+# A training run of lorakit, from options of sd-scripts' train_network.py. Behind each key is the option, or the
+# field of another program's file, that it comes from. Relative paths are relative to this file."""
+
+
+def to_text(draft: Draft) -> str:
+    """The config file: each key with the option it comes from, and what differs from sd-scripts as comments."""
+    parts = [_PREAMBLE]
+    if draft.remarks:
+        remarks = (" ".join(_one_line(str(remark)).split()) for remark in draft.remarks)
+        comment = textwrap.TextWrapper(_WIDTH, "#   ", "#     ", break_long_words=False)
+        parts.append("\n".join(["# Not as with sd-scripts:", *map(comment.fill, remarks)]))
+    for section in _SECTIONS:
+        if table := draft.sections.get(section, {}):
+            parts.append(_table(f"[{section}]", table))
+        if section == "data":
+            parts += [_table("[data.general]", draft.general)] if draft.general else []
+            for own, subsets in draft.datasets:
+                parts.append(_table("[[data.datasets]]", own))
+                parts += [_table("[[data.datasets.subsets]]", subset) for subset in subsets]
+    parts += [_table("[[observers]]", observer) for observer in draft.observers]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(heading: str, table: Table) -> str:
+    # The name of a component says what the other keys are.
+    names = sorted(table, key=lambda key: key != "name" or "dir" in table)
+    lines = [f"{toml_key(name)} = {toml_value(table[name].value)}" for name in names]
+    described = (
+        f"{line:<{_COLUMN - 2}}  # {_one_line(table[name].source)}" for line, name in zip(lines, names, strict=True)
+    )
+    return "\n".join([heading, *described])
+
+
+def _one_line(text: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in text)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterator, Mapping
-
-from attrs import frozen
 
 from lorakit.api.block_layout import curve
 from lorakit.api.components import NetworkConfig
@@ -13,8 +12,8 @@ from lorakit.api.network_metadata import LORA_MODULE
 from lorakit.config.sd_scripts import NETWORK_ARG_KEYS
 from lorakit.config.table_reader import field_names
 from lorakit.errors import ConfigError, PluginError, Problem
+from lorakit.kohya.command_line import LORA_OF_SD, OTHER_MODELS
 from lorakit.kohya.draft import Command, Draft, Setting
-from lorakit.kohya.scripts import refuse_other_model
 from lorakit.models.families.sd.state_dict_keys import LAYOUT
 from lorakit.plugins.catalog import Catalog
 from lorakit.plugins.import_path import check_import_path
@@ -42,38 +41,30 @@ def _numbers_or_curve(text: str) -> str | list[float]:
     return text
 
 
-@frozen
-class Argument:
-    """One of the arguments of networks.lora."""
-
-    convert: Callable[[str], Value]
-    """Parses its text; raises ValueError."""
-    expected: str = "a number"
-    """What the text must be, for messages."""
-
-
 _WHOLE = "comma-separated integers"
 _LIST = "comma-separated numbers"
 _WEIGHTS = "comma-separated numbers, or the name of a preset such as sine+0.25"
 
-NETWORK_ARGS: Mapping[str, Argument] = {
-    "conv_dim": Argument(int, "a whole number"),
-    "conv_alpha": Argument(float),
-    "rank_dropout": Argument(float),
-    "module_dropout": Argument(float),
-    "block_dims": Argument(_whole_numbers, _WHOLE),
-    "block_alphas": Argument(_numbers, _LIST),
-    "conv_block_dims": Argument(_whole_numbers, _WHOLE),
-    "conv_block_alphas": Argument(_numbers, _LIST),
-    "down_lr_weight": Argument(_numbers_or_curve, _WEIGHTS),
-    "mid_lr_weight": Argument(_numbers_or_zero, _LIST),
-    "up_lr_weight": Argument(_numbers_or_curve, _WEIGHTS),
-    "block_lr_zero_threshold": Argument(float),
-    "loraplus_lr_ratio": Argument(float),
-    "loraplus_unet_lr_ratio": Argument(float),
-    "loraplus_text_encoder_lr_ratio": Argument(float),
+_NUMBER: tuple[Callable[[str], Value], str] = (float, "a number")
+
+NETWORK_ARGS: Mapping[str, tuple[Callable[[str], Value], str]] = {
+    "conv_dim": (int, "a whole number"),
+    "conv_alpha": _NUMBER,
+    "rank_dropout": _NUMBER,
+    "module_dropout": _NUMBER,
+    "block_dims": (_whole_numbers, _WHOLE),
+    "block_alphas": (_numbers, _LIST),
+    "conv_block_dims": (_whole_numbers, _WHOLE),
+    "conv_block_alphas": (_numbers, _LIST),
+    "down_lr_weight": (_numbers_or_curve, _WEIGHTS),
+    "mid_lr_weight": (_numbers_or_zero, _LIST),
+    "up_lr_weight": (_numbers_or_curve, _WEIGHTS),
+    "block_lr_zero_threshold": _NUMBER,
+    "loraplus_lr_ratio": _NUMBER,
+    "loraplus_unet_lr_ratio": _NUMBER,
+    "loraplus_text_encoder_lr_ratio": _NUMBER,
 }
-"""What networks.lora takes in --network_args."""
+"""What networks.lora takes in --network_args: what parses its text, or raises ValueError, and what it must be."""
 
 _SIDES: Mapping[str, str] = {"down_lr_weight": "down", "mid_lr_weight": "mid", "up_lr_weight": "up"}
 _BY_BLOCK = ("block_alphas", "conv_block_dims", "conv_block_alphas")
@@ -87,12 +78,15 @@ def write_network(command: Command, draft: Draft, catalog: Catalog) -> None:
     module = command.get("network_module")
     if not module:
         raise ConfigError([Problem("--network_module", "is missing", "networks.lora is the usual one")])
-    refuse_other_model(module)
+    model = next((model for part, model in OTHER_MODELS.items() if part in re.split(r"[._]", module)), "")
+    if module.startswith("networks.") and model:
+        raise ConfigError([Problem("--network_module", f"{module} is for {model}", LORA_OF_SD)])
     if command.get("network_train_unet_only") and command.get("network_train_text_encoder_only"):
         message = "cannot be combined with --network_train_text_encoder_only, as nothing would be trained"
         raise ConfigError([Problem("--network_train_unet_only", message)])
     args = command.pairs("network_args")
-    _alpha_of_zero(command, draft)
+    if not command.get("network_alpha"):  # which means the rank in sd-scripts
+        draft.set("network", "alpha", command.setting("network_alpha", float(command.get("network_dim"))))
     if module != LORA_MODULE:
         _write_other(module, args, command, draft, catalog)
         return
@@ -100,16 +94,12 @@ def write_network(command: Command, draft: Draft, catalog: Catalog) -> None:
     for key, reason in _without_effect(values, command.get("dim_from_weights")):
         del values[key]
         draft.note("network_args", f"{key}={args[key]} has no effect {reason}")
-    _drop_sizes(command, draft)
+    for name, key in _OPTIONS_NOT_FROM_WEIGHTS.items() if command.get("dim_from_weights") else ():
+        if draft.sections.get("network", {}).pop(key, None) is not None and name in command.given:
+            draft.note(name, "has no effect with --dim_from_weights")
     source = next((f"--network_args {key}" for key in ("conv_dim", "conv_block_dims") if key in values), "")
     draft.set("network", "name", Setting("c3lier" if source else "lierla", source or "--network_module"))
     _write_values(values, command, draft, catalog)
-
-
-def _alpha_of_zero(command: Command, draft: Draft) -> None:
-    """In sd-scripts an alpha of 0 means the rank."""
-    if not command.get("network_alpha"):
-        draft.set("network", "alpha", command.setting("network_alpha", float(command.get("network_dim"))))
 
 
 def _write_other(module: str, args: Mapping[str, str], command: Command, draft: Draft, catalog: Catalog) -> None:
@@ -138,11 +128,11 @@ def _value(key: str, text: str) -> Value:
         near = difflib.get_close_matches(key, NETWORK_ARGS, n=1)
         hint = f"did you mean {near[0]}?" if near else ""
         raise ConfigError([Problem(f"--network_args {key}", "is not an argument of networks.lora", hint)])
-    argument = NETWORK_ARGS[key]
+    convert, expected = NETWORK_ARGS[key]
     try:
-        return argument.convert(text)
+        return convert(text)
     except ValueError as error:
-        message = f"must be {argument.expected}, not {text!r}"
+        message = f"must be {expected}, not {text!r}"
         raise ConfigError([Problem(f"--network_args {key}", message)]) from error
 
 
@@ -159,14 +149,6 @@ def _without_effect(values: Mapping[str, Value], from_weights: bool) -> Iterator
             yield key, "without conv_block_dims"
         elif (key == "conv_alpha" and not has_convolutions) or (key == "conv_dim" and not values[key]):
             yield key, "without a conv_dim above 0"
-
-
-def _drop_sizes(command: Command, draft: Draft) -> None:
-    """With --dim_from_weights, take what sd-scripts passes over out again."""
-    if command.get("dim_from_weights"):
-        for name, key in _OPTIONS_NOT_FROM_WEIGHTS.items():
-            if draft.sections.get("network", {}).pop(key, None) is not None and name in command.given:
-                draft.note(name, "has no effect with --dim_from_weights")
 
 
 def _write_values(values: Mapping[str, Value], command: Command, draft: Draft, catalog: Catalog) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 
 from lorakit.checkpoints import CheckpointSummary, Shapes, summarize
+from lorakit.checkpoints.kinds import OF_LYCORIS, AdapterKind, adapter_kind
 from lorakit.checkpoints.lora_files import lora_names, missing_factors, own_shapes
-from lorakit.checkpoints.lora_kinds import OF_LYCORIS, AdapterKind, adapter_kind
 from lorakit.checkpoints.lora_names import DOWN
 from lorakit.errors import Problem
 

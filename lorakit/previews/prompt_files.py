@@ -14,8 +14,7 @@ from typing import Any
 import attrs
 from attrs import frozen
 
-from lorakit.config.suggestions import hint_for
-from lorakit.config.table_reader import TableReader, field_names
+from lorakit.config.table_reader import TableReader, field_names, hint_for
 from lorakit.config.toml_files import parse_toml
 from lorakit.config.values import toml_repr
 from lorakit.errors import ConfigError, PluginError, Problem

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lorakit.config.load import config_from_tables
+from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.command_line import read_arguments
 from lorakit.kohya.conversion import convert
 from lorakit.kohya.draft import Draft
@@ -71,3 +73,12 @@ def converted(folder: Path, catalog: Catalog) -> Convert:
         return convert(read_arguments([*least, *words], folder), folder, target, with_catalog)
 
     return make
+
+
+def check(draft: Draft, target: Path, catalog: Catalog) -> tuple[Problem, ...]:
+    """What `lorakit check` would say is wrong with the config, such as files that are not there yet."""
+    try:
+        config_from_tables(draft.tables(), target, catalog)
+    except ConfigError as error:
+        return error.problems
+    return ()

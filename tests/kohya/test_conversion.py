@@ -12,10 +12,9 @@ import pytest
 
 from lorakit.config.load import config_from_tables
 from lorakit.errors import ConfigError
-from lorakit.kohya.conversion import check
-from lorakit.kohya.writing import to_text
+from lorakit.kohya.draft import to_text
 from lorakit.plugins.catalog import Catalog
-from tests.kohya.conftest import LEAST, Convert
+from tests.kohya.conftest import LEAST, Convert, check
 
 DIMS = ",".join(map(str, range(25)))
 FOLDERS = (*LEAST[:3], "--train_data_dir=train", "--resolution=64")

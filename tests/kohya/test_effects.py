@@ -21,7 +21,7 @@ from lorakit.config.train_config import TrainConfig
 from lorakit.data.images.buckets import assign_bucket
 from lorakit.kohya.command_line import read_arguments
 from lorakit.kohya.conversion import convert
-from lorakit.kohya.option_status import OptionStatus
+from lorakit.kohya.draft import OptionStatus
 from lorakit.models.vae import VaeEncoder
 from lorakit.plugins.catalog import Catalog
 from lorakit.testing.models import make_tiny_sd2

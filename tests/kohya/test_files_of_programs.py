@@ -21,8 +21,7 @@ from lorakit.config.train_config import TrainConfig
 from lorakit.errors import ConfigError
 from lorakit.kohya.command_line import read_arguments
 from lorakit.kohya.conversion import convert
-from lorakit.kohya.draft import Draft
-from lorakit.kohya.writing import to_text
+from lorakit.kohya.draft import Draft, to_text
 from lorakit.plugins.catalog import Catalog
 from tests.kohya.test_conversion import remarks
 from tests.test_cli import run

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lorakit.config.sd_scripts import GROUPS, OPTIONS, OTHER_KEYS, Option
-from lorakit.kohya.option_status import OptionStatus, known_keys, option_status
+from lorakit.kohya.draft import OptionStatus, keys_and_choices, option_status
 from lorakit.plugins.catalog import Catalog
 from tests.docs.pages import ROOT
 from tests.docs.test_pages import known_keys as keys_of_the_reference
@@ -84,7 +84,7 @@ def words(option: Option) -> list[str]:
 
 def by_state(state: OptionStatus) -> list[str]:
     """The names of all options in a state."""
-    keys = known_keys(Catalog.discover())
+    keys = keys_and_choices(Catalog.discover())
     return [name for name, option in OPTIONS.items() if option_status(option, keys) is state]
 
 
@@ -109,7 +109,7 @@ def test_keys_exist() -> None:
 def test_a_new_key_makes_options_work() -> None:
     """An option works from the moment when its key, or the component that the key names, is there."""
     flag, number = Option("v2", "flag", False, key='model.family = "sd9"'), Option("x", "float", key="loss.x")
-    keys = known_keys(Catalog.discover())
+    keys = keys_and_choices(Catalog.discover())
     assert [option_status(option, keys) for option in (flag, number)] == [OptionStatus.UNSUPPORTED] * 2
     keys |= {'model.family = "sd9"': None, "loss.x": None}
     assert [option_status(option, keys) for option in (flag, number)] == [OptionStatus.WORKS] * 2

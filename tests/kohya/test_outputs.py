@@ -16,11 +16,10 @@ from lorakit.config.load import config_from_tables
 from lorakit.config.sd_scripts import OPTIONS
 from lorakit.errors import ConfigError
 from lorakit.kohya.command_line import read_arguments
-from lorakit.kohya.conversion import check, convert
-from lorakit.kohya.option_status import known_keys
-from lorakit.kohya.writing import to_text
+from lorakit.kohya.conversion import convert
+from lorakit.kohya.draft import keys_and_choices, to_text
 from lorakit.plugins.catalog import Catalog
-from tests.kohya.conftest import LEAST, Convert
+from tests.kohya.conftest import LEAST, Convert, check
 from tests.kohya.test_conversion import remarks
 
 WANDB = {"name": "wandb", "project": "network_train"}
@@ -64,7 +63,7 @@ def test_without_the_plugin(converted: Convert, catalog: Catalog) -> None:
     """Where the plugin for Weights & Biases is not installed, it is named, and the table is written all the same."""
     own = tuple(found for found in catalog.registrations if found.provider.is_of("lorakit"))
     assert "wandb" not in Catalog(own).of_kind(ObserverConfig)
-    assert "observers.run_name" not in known_keys(Catalog(own))
+    assert "observers.run_name" not in keys_and_choices(Catalog(own))
     draft = converted("--log_with=wandb", "--wandb_run_name=one", with_catalog=Catalog(own))
     assert draft.tables()["observers"] == [{**WANDB, "run_name": "one"}]
     assert remarks(draft) == ["--log_with: wandb needs the plugin lorakit-wandb: pip install lorakit-wandb"]

@@ -11,10 +11,9 @@ import lorakit
 from lorakit.config.load import config_from_tables
 from lorakit.config.sd_scripts import OPTIONS
 from lorakit.errors import ConfigError
-from lorakit.kohya.conversion import check
 from lorakit.plugins.catalog import Catalog
 from lorakit.previews.prompts import find_sampler
-from tests.kohya.conftest import Convert
+from tests.kohya.conftest import Convert, check
 
 
 @pytest.mark.parametrize(

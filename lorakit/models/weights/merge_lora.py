@@ -16,8 +16,8 @@ from attrs import evolve, field, frozen
 from torch import Tensor
 
 from lorakit.checkpoints import CheckpointSummary, Shapes, summarize
+from lorakit.checkpoints.kinds import adapter_kind
 from lorakit.checkpoints.lora_files import LoRANames, lora_names, own_shapes
-from lorakit.checkpoints.lora_kinds import adapter_kind
 from lorakit.checkpoints.lora_names import ALPHA, DOWN, MAGNITUDE, UP
 from lorakit.errors import AdapterError
 from lorakit.models.interfaces import Memo

@@ -23,8 +23,8 @@ from lorakit.checkpoints import (
     stated_prediction,
     summarize,
 )
+from lorakit.checkpoints.kinds import adapter_kind
 from lorakit.checkpoints.lora_files import lora_names, missing_factors, own_shapes
-from lorakit.checkpoints.lora_kinds import adapter_kind
 from lorakit.errors import AdapterError, ModelError, Problem
 from lorakit.models.families.sd.checkpoint import SDCheckpoint
 from lorakit.models.families.sd.detect import recognise
