@@ -128,7 +128,7 @@ def test_imagined_tensors_take_what_real_ones_take(make_config, sections: Any) -
     real, found = training_memory(prepared, batch, NO_IMAGES, MemoryTracker), estimate(prepared)
     assert evolve(real, saved_activations=found.saved_activations, transient=found.transient) == found
     assert real.transient == pytest.approx(found.transient, rel=0.01)
-    table = 3 * 4 * load_model(prepared.config, CPU).noise.num_timesteps
+    table = 3 * 4 * load_model(prepared.config, CPU).noise.spec.num_timesteps
     assert (
         0
         <= real.saved_activations - found.saved_activations
