@@ -201,7 +201,7 @@ def test_a_guest_takes_no_name_of_a_built_in(discover: Discover) -> None:
     catalog = discover(bold_guest=[optimizer_source("adamw")])
     with pytest.raises(PluginError, match=r"provided by .*bold-guest 1\.0.*lorakit|lorakit .*bold-guest 1\.0"):
         catalog.find(OptimizerConfig, "adamw")
-    assert catalog.find(OptimizerConfig, "lorakit:adamw").__module__ == "lorakit.builtin.optimizers.adamw"
+    assert catalog.find(OptimizerConfig, "lorakit:adamw").__module__ == "lorakit.builtin.optimizers.standard"
     assert catalog.find(OptimizerConfig, "bold-guest:adamw").__module__.startswith("guest_")
 
 

@@ -36,98 +36,39 @@ class DiffusersSampler(SamplerConfig):
         return DiffusersLoop(self.scheduler, self.settings, self.is_stochastic, noise_process)
 
 
-@frozen(kw_only=True)
-class DDIMConfig(DiffusersSampler):
-    """DDIM (Song et al., 2021, arXiv:2010.02502)."""
-
-    name, title = "ddim", "DDIM"
-    scheduler = "scheduling_ddim.DDIMScheduler"
-    settings: ClassVar[Mapping[str, object]] = {**_AS_PUBLISHED, "clip_sample": False}
+def _sampler(name: str, title: str, scheduler: str, doc: str, **more: object) -> type[DiffusersSampler]:
+    """The sampler that uses a scheduler of diffusers."""
+    values = {"name": name, "title": title, "scheduler": scheduler, "__doc__": doc, "__module__": __name__, **more}
+    made: type[DiffusersSampler] = frozen(kw_only=True)(type(f"{name}Config", (DiffusersSampler,), values))
+    return made
 
 
-@frozen(kw_only=True)
-class PNDMConfig(DiffusersSampler):
-    """PNDM, also called PLMS (Liu et al., 2022, arXiv:2202.09778)."""
-
-    name, title = "pndm", "PLMS"
-    scheduler = "scheduling_pndm.PNDMScheduler"
-    settings: ClassVar[Mapping[str, object]] = {**_AS_PUBLISHED, "skip_prk_steps": True}
-
-
-@frozen(kw_only=True)
-class LMSConfig(DiffusersSampler):
-    """Linear multistep (Karras et al., 2022, arXiv:2206.00364)."""
-
-    name, title = "lms", "LMS"
-    requires = ("scipy",)
-    scheduler = "scheduling_lms_discrete.LMSDiscreteScheduler"
-
-
-@frozen(kw_only=True)
-class EulerConfig(DiffusersSampler):
-    """Euler's method (Karras et al., 2022, arXiv:2206.00364)."""
-
-    name, title = "euler", "Euler"
-    scheduler = "scheduling_euler_discrete.EulerDiscreteScheduler"
-
-
-@frozen(kw_only=True)
-class EulerAncestralConfig(DiffusersSampler):
-    """Euler's method with noise added at each step."""
-
-    name, title, is_stochastic = "euler_a", "Euler a", True
-    scheduler = "scheduling_euler_ancestral_discrete.EulerAncestralDiscreteScheduler"
-
-
-@frozen(kw_only=True)
-class HeunConfig(DiffusersSampler):
-    """Heun's method: two predictions a step (Karras et al., 2022, arXiv:2206.00364)."""
-
-    name, title = "heun", "Heun"
-    scheduler = "scheduling_heun_discrete.HeunDiscreteScheduler"
-
-
-@frozen(kw_only=True)
-class DPM2Config(DiffusersSampler):
-    """DPM2: two predictions a step (Karras et al., 2022, arXiv:2206.00364)."""
-
-    name, title = "dpm_2", "DPM2"
-    scheduler = "scheduling_k_dpm_2_discrete.KDPM2DiscreteScheduler"
-
-
-@frozen(kw_only=True)
-class DPM2AncestralConfig(DiffusersSampler):
-    """DPM2 with noise added at each step."""
-
-    name, title, is_stochastic = "dpm_2_a", "DPM2 a", True
-    scheduler = "scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteScheduler"
-
-
-@frozen(kw_only=True)
-class DPMSolverConfig(DiffusersSampler):
-    """DPM-Solver (Lu et al., 2022, arXiv:2206.00927)."""
-
-    name, title = "dpmsolver", "DPM-Solver"
-    scheduler = "scheduling_dpmsolver_multistep.DPMSolverMultistepScheduler"
-    settings: ClassVar[Mapping[str, object]] = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
-
-
-@frozen(kw_only=True)
-class DPMSolverPPConfig(DiffusersSampler):
-    """DPM-Solver++ 2M (Lu et al., 2022, arXiv:2211.01095)."""
-
-    name, title = "dpmsolver++", "DPM++ 2M"
-    scheduler = "scheduling_dpmsolver_multistep.DPMSolverMultistepScheduler"
-    settings: ClassVar[Mapping[str, object]] = {"algorithm_type": "dpmsolver++"}
-
-
-@frozen(kw_only=True)
-class DPMSingleConfig(DiffusersSampler):
-    """DPM-Solver++ 2S (Lu et al., 2022, arXiv:2211.01095)."""
-
-    name, title = "dpmsingle", "DPM++ 2S"
-    scheduler = "scheduling_dpmsolver_singlestep.DPMSolverSinglestepScheduler"
-    settings: ClassVar[Mapping[str, object]] = {"lower_order_final": True}
+_KARRAS = "(Karras et al., 2022, arXiv:2206.00364)"
+DIFFUSERS_SAMPLERS = [
+    _sampler("ddim", "DDIM", "scheduling_ddim.DDIMScheduler", "DDIM (Song et al., 2021, arXiv:2010.02502).",
+             settings={**_AS_PUBLISHED, "clip_sample": False}),
+    _sampler("pndm", "PLMS", "scheduling_pndm.PNDMScheduler",
+             "PNDM, also called PLMS (Liu et al., 2022, arXiv:2202.09778).",
+             settings={**_AS_PUBLISHED, "skip_prk_steps": True}),
+    _sampler("lms", "LMS", "scheduling_lms_discrete.LMSDiscreteScheduler", f"Linear multistep {_KARRAS}.",
+             requires=("scipy",)),
+    _sampler("euler", "Euler", "scheduling_euler_discrete.EulerDiscreteScheduler", f"Euler's method {_KARRAS}."),
+    _sampler("euler_a", "Euler a", "scheduling_euler_ancestral_discrete.EulerAncestralDiscreteScheduler",
+             "Euler's method with noise added at each step.", is_stochastic=True),
+    _sampler("heun", "Heun", "scheduling_heun_discrete.HeunDiscreteScheduler",
+             f"Heun's method: two predictions a step {_KARRAS}."),
+    _sampler("dpm_2", "DPM2", "scheduling_k_dpm_2_discrete.KDPM2DiscreteScheduler",
+             f"DPM2: two predictions a step {_KARRAS}."),
+    _sampler("dpm_2_a", "DPM2 a", "scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteScheduler",
+             "DPM2 with noise added at each step.", is_stochastic=True),
+    _sampler("dpmsolver", "DPM-Solver", "scheduling_dpmsolver_multistep.DPMSolverMultistepScheduler",
+             "DPM-Solver (Lu et al., 2022, arXiv:2206.00927).",
+             settings={"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+    _sampler("dpmsolver++", "DPM++ 2M", "scheduling_dpmsolver_multistep.DPMSolverMultistepScheduler",
+             "DPM-Solver++ 2M (Lu et al., 2022, arXiv:2211.01095).", settings={"algorithm_type": "dpmsolver++"}),
+    _sampler("dpmsingle", "DPM++ 2S", "scheduling_dpmsolver_singlestep.DPMSolverSinglestepScheduler",
+             "DPM-Solver++ 2S (Lu et al., 2022, arXiv:2211.01095).", settings={"lower_order_final": True}),
+]  # fmt: skip
 
 
 @frozen(kw_only=True)
@@ -147,7 +88,4 @@ class FlowEulerConfig(SamplerConfig):
 @hookimpl
 def register_samplers() -> list[type[SamplerConfig]]:
     """All of them."""
-    return [
-        DDIMConfig, PNDMConfig, LMSConfig, EulerConfig, EulerAncestralConfig, HeunConfig, DPM2Config,
-        DPM2AncestralConfig, DPMSolverConfig, DPMSolverPPConfig, DPMSingleConfig, FlowEulerConfig,
-    ]  # fmt: skip
+    return [*DIFFUSERS_SAMPLERS, FlowEulerConfig]

@@ -21,7 +21,7 @@ from lorakit.api.components import (
     SaverConfig,
 )
 from lorakit.api.loss import LossConfig
-from lorakit.api.model_family import DetectedFamily, ModelFamilyConfig
+from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.api.sampling import TimestepSamplerConfig
 from lorakit.checkpoints import LORA_FILES, locate, summarize
 from lorakit.config.dataset_tables import DATASET_KEYS, SECTION_KEYS, SUBSET_KEYS, read_data_section

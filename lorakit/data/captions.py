@@ -103,7 +103,8 @@ def apply_caption_options(caption: str, subset: SubsetConfig, use: CaptionContex
     In this order: left out as a whole or not; one line of it; prefix and suffix; wildcards; tags grown
     into, shuffled and left out; the second separator.
     """
-    if _is_dropped(subset, use.epoch, generator):
+    every, rate = subset.caption_dropout_every_n_epochs, subset.caption_dropout_rate
+    if (every and use.epoch % every == 0) or (rate > 0 and generator("caption_dropout").random() < rate):
         return ""
     lines = _lines(caption) if subset.enable_wildcard else [caption]
     line = lines[generator("caption_line").integers(len(lines))] if len(lines) > 1 else lines[0]
@@ -130,12 +131,8 @@ def longest_captions(caption: str, subset: SubsetConfig) -> list[str]:
     """What `apply_caption_options` makes of each line of a caption at most: all tags, longest wildcards."""
     lines = [_framed(line, subset) for line in (_lines(caption) if subset.enable_wildcard else [caption])]
     if subset.enable_wildcard:
-        lines = [_WILDCARD.sub(_longest_part, line) for line in lines]
+        lines = [_WILDCARD.sub(lambda own: max((own[1] or own[0][0]).split("|"), key=len), line) for line in lines]
     return [_arranged(line, subset, None, keyed_generator) for line in lines]
-
-
-def _longest_part(match: re.Match[str]) -> str:
-    return max(match[1].split("|"), key=len) if match[1] else match[0][0]
 
 
 def fill_wildcards(text: str, generator: np.random.Generator) -> str:
@@ -194,14 +191,6 @@ def _filled_in(line: str, subset: SubsetConfig, generator: RngFactory) -> str:
     return fill_wildcards(text, generator("wildcard")) if subset.enable_wildcard else text
 
 
-def _is_dropped(subset: SubsetConfig, epoch: int, generator: RngFactory) -> bool:
-    every = subset.caption_dropout_every_n_epochs
-    if every and epoch % every == 0:
-        return True
-    rate = subset.caption_dropout_rate
-    return rate > 0 and bool(generator("caption_dropout").random() < rate)
-
-
 def _vary(loose: Sequence[str], subset: SubsetConfig) -> bool:
     """Whether loose tags may be used in another order or number than they are written in."""
     return (
@@ -215,18 +204,14 @@ def _arranged(text: str, subset: SubsetConfig, use: CaptionContext | None, gener
     """The text with its tags as this use has them, or all of them; unchanged where nothing is to be done to them."""
     parts = split_parts(text, subset)
     if _vary(parts.loose, subset) or (subset.keep_tokens_separator and subset.keep_tokens_separator in text):
-        loose = _chosen(parts.loose, subset, use, generator) if use else parts.loose
+        loose = list(parts.loose)
+        if use:
+            loose = loose[: tags_after(use.step, len(loose), subset, use.total_steps)]
+            if subset.shuffle_caption:
+                loose = [loose[position] for position in generator("caption").permutation(len(loose))]
+            if subset.caption_tag_dropout_rate:
+                kept = generator("tag_dropout").random(len(loose)) >= subset.caption_tag_dropout_rate
+                loose = list(compress(loose, kept))
         tags = [*parts.first, *loose, *parts.last]
         text = (subset.caption_separator.rstrip() + " ").join(tags)
     return text.replace(subset.secondary_separator, subset.caption_separator) if subset.secondary_separator else text
-
-
-def _chosen(loose: Sequence[str], subset: SubsetConfig, use: CaptionContext, generator: RngFactory) -> list[str]:
-    """The loose tags that this use has, in its order."""
-    tags = list(loose[: tags_after(use.step, len(loose), subset, use.total_steps)])
-    if subset.shuffle_caption:
-        tags = [tags[position] for position in generator("caption").permutation(len(tags))]
-    if subset.caption_tag_dropout_rate:
-        kept = generator("tag_dropout").random(len(tags)) >= subset.caption_tag_dropout_rate
-        tags = list(compress(tags, kept))
-    return tags

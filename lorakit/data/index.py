@@ -1,4 +1,4 @@
-"""Examples: the images of a dataset with their captions and their places in buckets.
+"""Examples: the images of a dataset with their captions and buckets, which of them train, and how often.
 
 Imports no torch and decodes no image.
 """
@@ -20,10 +20,9 @@ from lorakit.data.captions import caption_variants, read_caption
 from lorakit.data.images.buckets import ResizeCrop, Size, assign_bucket
 from lorakit.data.images.decode import ImageFacts, inspect_image
 from lorakit.data.images.face_crop import Face, face_named
-from lorakit.data.images.masks import check_size
 from lorakit.data.sources.find import FoundImage, find_images
-from lorakit.data.validation_split import split_off
-from lorakit.errors import DataError, data_error
+from lorakit.errors import DataError, Problem, data_error
+from lorakit.utils.rng import derived_seed
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +110,7 @@ def index_datasets(
     if problems:
         raise data_error(problems)
     examples = [[outcome for outcome in outcomes if isinstance(outcome, Example)] for outcomes in read]
-    parts = zip(datasets, *split_off(datasets, examples, seed), strict=True)
+    parts = zip(datasets, *_split_off(datasets, examples, seed), strict=True)
     return tuple(IndexedDataset(dataset, _balanced(own), tuple(held_out)) for dataset, own, held_out in parts)
 
 
@@ -124,6 +123,74 @@ def has_dynamic_captions(datasets: Sequence[IndexedDataset]) -> bool:
 def has_augmentation(datasets: Sequence[IndexedDataset]) -> bool:
     """Whether the pixels of any image change from epoch to epoch, so that it cannot be encoded once for all."""
     return any(example.is_augmented for dataset in datasets for example in dataset.examples)
+
+
+_Examples = list[list[Example]]
+"""Examples by the numbers of their datasets."""
+
+
+def _split_off(datasets: Sequence[DatasetConfig], examples: _Examples, seed: int) -> tuple[_Examples, _Examples]:
+    """The examples to train on, and those that are held out, as they are validated; by dataset.
+
+    Which ones depends on the seed, the share and the names of the files alone, so it is the same on every machine and
+    in every process, and changes little when images are added. An image file that is held out in one subset is not
+    trained on in any other, and validated in all of them but regularisation subsets. `seed` is for datasets that have
+    none of their own. Raises DataError where a dataset has no image left to train on.
+    """
+    held_out: set[Path] = set()
+    for dataset, own in zip(datasets, examples, strict=True):
+        if dataset.validation_split:
+            held_out |= _chosen(dataset, own, seed)
+    if not held_out:
+        return examples, [[] for _ in examples]
+    pairs = [[(example, example.image.resolve() in held_out) for example in own] for own in examples]
+    training = [[example for example, out in own if not out] for own in pairs]
+    empty = [
+        f"{', '.join(subset.place for subset in dataset.subsets)}: all images are held out for validation"
+        " in other subsets, so none is left to train on; lower validation_split"
+        for dataset, own in zip(datasets, training, strict=True)
+        if dataset.active_subsets and all(example.subset.is_reg for example in own)
+    ]
+    if empty:
+        raise data_error(empty)
+    return training, [[_validated(own) for own, out in each if out and not own.subset.is_reg] for each in pairs]
+
+
+def _chosen(dataset: DatasetConfig, examples: Sequence[Example], seed: int) -> set[Path]:
+    """The files that a dataset holds out: of each subset the round(n · share) with the smallest keyed numbers.
+
+    At least one image of a subset stays. The numbers do not depend on the subset, so that a folder in several
+    is split alike in all.
+    """
+    own_seed = dataset.seed_of_validation(seed)
+    subsets: dict[str, list[tuple[int, Path]]] = {}
+    for example in examples:
+        _, subset, name = example.sample_id.split("/", 2)
+        if not example.subset.is_reg:
+            subsets.setdefault(subset, []).append((derived_seed(own_seed, "validation", name), example.image))
+    return {
+        image.resolve()
+        for files in subsets.values()
+        for _, image in sorted(files)[: min(round(len(files) * dataset.validation_split), len(files) - 1)]
+    }
+
+
+def _validated(example: Example) -> Example:
+    """The example with nothing left that varies it from epoch to epoch."""
+    still = evolve(
+        example.subset,
+        num_repeats=1,
+        shuffle_caption=False,
+        caption_dropout_rate=0.0,
+        caption_dropout_every_n_epochs=0,
+        caption_tag_dropout_rate=0.0,
+        token_warmup_step=0.0,
+        flip_aug=False,
+        color_aug=False,
+        random_crop=False,
+        face_crop_aug_range=None,
+    )
+    return evolve(example, subset=still, repeats=1, face=None)
 
 
 def _balanced(examples: Sequence[Example]) -> tuple[Example, ...]:
@@ -163,7 +230,10 @@ def _read(file: FoundImage, memo: FileStatCache | None) -> Example | str:
     try:
         facts = facts_of(file.image)
         if file.mask:
-            check_size(file.mask, facts_of(file.mask).size, file.image, facts.size)
+            (width, height), size = facts_of(file.mask).size, facts.size
+            if (width, height) != size:
+                message = f"has {width}x{height} pixels, its image {file.image} {size[0]}x{size[1]}"
+                raise DataError(str(Problem(str(file.mask), message, "a mask has the size of its image")))
         face = face_named(file.image, facts.size) if file.subset.face_crop_aug_range else None
         written = lines_of(file.caption) if isinstance(file.caption, Path) else file.caption
     except DataError as error:

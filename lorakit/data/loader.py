@@ -25,12 +25,12 @@ from lorakit.data.cache.vae import OnlineEncoder
 from lorakit.data.captions import CaptionContext, apply_caption_options
 from lorakit.data.images.augmentation import Picture, augmented_picture, crop_of, is_mirrored
 from lorakit.data.index import Example, IndexedDataset
-from lorakit.data.prompts import Prompts
 from lorakit.diffusion.noise import normal, perturbation, target_noise
 from lorakit.diffusion.process import TimestepSampler
+from lorakit.errors import DataError, Problem
 from lorakit.models.conditioning import ImageSizes
 from lorakit.models.interfaces import Conditioning, Tokens
-from lorakit.utils.rng import RngFactory, derived_seed, keyed_generator
+from lorakit.utils.rng import derived_seed, keyed_generator
 
 
 @frozen(eq=False)
@@ -110,6 +110,48 @@ class Batch:
 
 
 @frozen
+class CachedPrompts:
+    """Captions that were encoded before training."""
+
+    cache: Cache
+    """Where they are."""
+    keys: Mapping[str, str]
+    """The key of each caption in the cache."""
+    collate: Callable[[Sequence[Conditioning]], Conditioning]
+    """Puts captions together as one batch."""
+
+    def load(self, texts: Sequence[str]) -> tuple[Conditioning, None]:
+        """The conditioning of captions, [B, …]. Raises DataError where one is not in the cache, or was damaged."""
+        missing = [text for text in texts if text not in self.keys]
+        if missing:
+            message = "was not encoded before training, so no batch can have it"
+            raise DataError(str(Problem(f"caption {missing[0]!r}", message, "this is a bug in lorakit; report it")))
+        keys = [self.keys[text] for text in texts]
+        entries = [self.cache.load(key) for key in keys]
+        try:
+            return self.collate(entries), None
+        except (KeyError, RuntimeError) as error:
+            files = ", ".join(str(self.cache.path(key)) for key in dict.fromkeys(keys))
+            raise DataError(str(Problem(files, f"do not fit together: {error}", "remove these files"))) from error
+
+
+@frozen
+class LivePrompts:
+    """Captions that are encoded in each step."""
+
+    tokenize: Callable[[Sequence[str]], Tokens]
+    """The text encoder's `tokenize`."""
+
+    def load(self, texts: Sequence[str]) -> tuple[None, Tokens]:
+        """The tokens of captions, [B, …]."""
+        return None, self.tokenize(texts)
+
+
+Prompts = CachedPrompts | LivePrompts
+"""Captions as batches hold them."""
+
+
+@frozen
 class Sample:
     """One appearance of an image; every draw for it is keyed by seed, purpose, epoch, image and repeat."""
 
@@ -168,86 +210,69 @@ class BatchLoader:
 
     def load(self, share: RankMicroBatch) -> Batch:
         """The batch of a share. Raises DataError where an image or the cache was damaged since it was checked."""
-        samples = self._samples(share)
-        return self._batch(share, samples, _pictures(samples))
+        return self._batch(*self._prepared(share))
 
     def batches(self, shares: Iterable[RankMicroBatch]) -> Iterator[Batch]:
         """The batches of shares, in order; images that change are decoded by threads, some shares ahead."""
         if self.live is None:
             yield from map(self.load, shares)
             return
-
-        def prepare(share: RankMicroBatch) -> tuple[RankMicroBatch, list[Sample], list[Picture]]:
-            samples = self._samples(share)
-            return share, samples, _pictures(samples)
-
         with ThreadPoolExecutor(self.live.workers) as pool:
-            for share, samples, pictures in map_prefetch(pool, prepare, shares, self.live.workers + 1):
-                yield self._batch(share, samples, pictures)
+            for prepared in map_prefetch(pool, self._prepared, shares, self.live.workers + 1):
+                yield self._batch(*prepared)
 
     def _batch(self, share: RankMicroBatch, samples: Sequence[Sample], pictures: Sequence[Picture]) -> Batch:
         """The batch of a share; `pictures` has those of its images that change from epoch to epoch."""
         encoded = iter(self.live.entries(pictures) if self.live else ())
-        entries = [next(encoded) if sample.example.is_augmented else self._cached(sample) for sample in samples]
-        latents = [_drawn(entry, sample.draw) for entry, sample in zip(entries, samples, strict=True)]
-        noise, perturbations, timesteps = [], [], []
-        for image, sample in zip(latents, samples, strict=True):
+        entries = [self._entry(sample, encoded) for sample in samples]
+        latents, noise, perturbations, timesteps, texts = [], [], [], [], []
+        context = CaptionContext(share.epoch, share.step, self.total_steps)
+        for entry, sample in zip(entries, samples, strict=True):
+            # A draw from the distribution of the image's latents, [C, h, w].
+            mean, std = entry["mean"].float(), entry["std"].float()
+            image = mean + std * normal(sample.draw("posterior"), mean.shape)
+            latents.append(image)
             noise.append(target_noise(image, self.loss, sample.draw))
             timesteps.append(self.timestep_sampler(sample.draw("timestep"), image.shape))
             if self.loss.ip_noise_gamma is not None:
                 perturbations.append(perturbation(image.shape, self.loss, sample.draw("perturbation")))
-        context = CaptionContext(share.epoch, share.step, self.total_steps)
-        texts = [
-            apply_caption_options(sample.example.caption, sample.example.subset, context, sample.draw)
-            for sample in samples
-        ]
+            example = sample.example
+            texts.append(apply_caption_options(example.caption, example.subset, context, sample.draw))
         conditioning, tokens = self.captions.load(texts)
-        by_sizes = self.image_conditioning and self.image_conditioning([sample.sizes for sample in samples])
+        weights = [self.prior_loss_weight if sample.example.subset.is_reg else 1.0 for sample in samples]
+        # Where only some images have a mask, the others' loss counts everywhere.
+        has_masks = any("mask" in entry for entry in entries)
+        masks = [entry.get("mask", torch.ones_like(entry["mean"][:1])) for entry in entries] if has_masks else []
         return Batch(
             latents=torch.stack(latents),
             noise=torch.stack(noise),
             timesteps=torch.tensor(timesteps),
-            weights=torch.tensor(
-                [self.prior_loss_weight if sample.example.subset.is_reg else 1.0 for sample in samples]
-            ),
+            weights=torch.tensor(weights),
             sample_seeds=torch.tensor([derived_seed(*sample.key("dropout")) for sample in samples]),
             conditioning=conditioning,
             tokens=tokens,
             images=tuple(sample.example.image.name for sample in samples),
             share=share.fraction,
             perturbation=torch.stack(perturbations) if perturbations else None,
-            loss_mask=_loss_mask(entries),
-            image_conditioning=by_sizes,
+            loss_mask=torch.stack(masks) if has_masks else None,
+            image_conditioning=self.image_conditioning and self.image_conditioning([own.sizes for own in samples]),
         )
 
-    def _samples(self, share: RankMicroBatch) -> list[Sample]:
-        return [
+    def _prepared(self, share: RankMicroBatch) -> tuple[RankMicroBatch, list[Sample], list[Picture]]:
+        """A share with its images, and those of them that change from epoch to epoch, decoded."""
+        samples = [
             Sample(self.datasets[item.dataset].examples[item.example], self.seed, share.epoch, item.repeat)
             for item in share.items
         ]
+        changing = (sample for sample in samples if sample.example.is_augmented)
+        return share, samples, [augmented_picture(sample.example, sample.draw) for sample in changing]
 
-    def _cached(self, sample: Sample) -> Mapping[str, Tensor]:
-        """The cache's entry of an image, or of its mirror image if that is to be used."""
+    def _entry(self, sample: Sample, encoded: Iterator[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """The latents of an image: the next one encoded, or the cache's entry of the image or its mirror image."""
+        if sample.example.is_augmented:
+            return next(encoded)
         key = self.latent_keys[sample.example.sample_id, is_mirrored(sample.example, sample.draw)]
         return self.cache.load(key, names=("mean", "std"))
-
-
-def _pictures(samples: Iterable[Sample]) -> list[Picture]:
-    """Those images that change from epoch to epoch, as they are this once."""
-    return [augmented_picture(sample.example, sample.draw) for sample in samples if sample.example.is_augmented]
-
-
-def _drawn(entry: Mapping[str, Tensor], draw: RngFactory) -> Tensor:
-    """A draw from the distribution of an image's latents, [C, h, w]."""
-    mean, std = entry["mean"].float(), entry["std"].float()
-    return mean + std * normal(draw("posterior"), mean.shape)
-
-
-def _loss_mask(entries: Sequence[Mapping[str, Tensor]]) -> Tensor | None:
-    """The masks of a batch; where only some images have one, the others' loss counts everywhere."""
-    if not any("mask" in entry for entry in entries):
-        return None
-    return torch.stack([entry.get("mask", torch.ones_like(entry["mean"][:1])) for entry in entries])
 
 
 def prefetch(batches: Iterable[Batch], depth: int, device: torch.device | None = None) -> Generator[Batch]:
@@ -267,7 +292,13 @@ def prefetch(batches: Iterable[Batch], depth: int, device: torch.device | None =
         while (batch := make()) is not None:
             yield batch
         return
-    with ThreadPoolExecutor(1, "prefetch", _use_device, (device,)) as pool:
+
+    def use_device() -> None:
+        # Pinning memory uses the thread's current CUDA device, which would be a second one.
+        if device is not None and device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+
+    with ThreadPoolExecutor(1, "prefetch", use_device) as pool:
         waiting: deque[Future[Batch | None]] = deque(pool.submit(make) for _ in range(depth))
         try:
             while (batch := waiting.popleft().result()) is not None:
@@ -275,9 +306,3 @@ def prefetch(batches: Iterable[Batch], depth: int, device: torch.device | None =
                 yield batch
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _use_device(device: torch.device | None) -> None:
-    """Keep a thread from opening a second CUDA device: pinning memory uses the thread's current one."""
-    if device is not None and device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)

@@ -76,7 +76,8 @@ def make_batch(shape: BatchShape, texts: Texts, model: DiffusionModel) -> Batch:
         weights=torch.ones(shape.images),
         sample_seeds=torch.arange(shape.images),
         conditioning=texts.conditioning and collate(model, [texts.conditioning] * shape.images),
-        tokens=_repeated(texts.tokens, shape.images),
+        tokens=texts.tokens
+        and {name: tensor.repeat(shape.images, *[1] * (tensor.ndim - 1)) for name, tensor in texts.tokens.items()},
         images=("noise",) * shape.images,
         share=1.0,
         image_conditioning=image_conditioning(model, [ImageSizes.whole(*shape.size)] * shape.images) or None,
@@ -92,9 +93,3 @@ def _made_up(tensors: Conditioning | Tokens) -> dict[str, Tensor]:
         else torch.zeros(tensor.shape, dtype=tensor.dtype)
         for name, tensor in tensors.items()
     }
-
-
-def _repeated(tensors: Tokens | None, count: int) -> dict[str, Tensor] | None:
-    if tensors is None:
-        return None
-    return {name: tensor.repeat(count, *[1] * (tensor.ndim - 1)) for name, tensor in tensors.items()}

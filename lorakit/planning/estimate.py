@@ -5,13 +5,17 @@ B images in a micro-batch or encoded together, H and W image sides in pixels.
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from attrs import evolve, frozen
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from lorakit.api.components import DENOISER_LR, TEXT_ENCODER_LR, OptimizerConfig
 from lorakit.config.memory_presets import memory_presets, saving_keys, to_toml
 from lorakit.config.train_config import AUTOTUNE_KEYS, TrainConfig, TrainingSection
 from lorakit.data.cache.encode import CAPTIONS_AT_ONCE
@@ -19,13 +23,13 @@ from lorakit.data.cache.vae import encode_pixels
 from lorakit.data.loader import Batch
 from lorakit.models.interfaces import DiffusionModel
 from lorakit.models.memory.block_swap import streamed_bytes
-from lorakit.networks.network import Network
+from lorakit.networks.network import Network, ParameterGroup
 from lorakit.planning.dummy_batches import CPU
 from lorakit.planning.memory_tracker import MemoryTracker, fake_tensors
-from lorakit.planning.optimizer_state import state_bytes
 from lorakit.training.encode import conditioning_of
 from lorakit.training.prepare import PreparedRun
 from lorakit.training.setup import attach_network, load_model
+from lorakit.training.step.eval_weights import begin_training
 from lorakit.training.step.gradients import FlatGradients
 from lorakit.training.step.loss import Criterion, denoising_loss
 
@@ -126,14 +130,18 @@ def training_memory(
     config = prepared.config
     model = load_model(config, CPU)
     with tensors() as meter:
-        _needed(model, prepared)
+        # What is in memory while the network trains; the parts are loaded when they are first asked for.
+        loaded: list[object] = [model.denoiser]
+        loaded += [model.text_encoder] if prepared.encodes_captions else []
+        loaded += [model.vae_encoder] if prepared.encodes_images else []
         frozen_weights = _settled(meter)
         offloaded = _offloaded(model, prepared.parts_in_memory, config)
         network, groups = attach_network(model, config)
         adapters = _settled(meter) - frozen_weights
         FlatGradients(groups)
         standing = _settled(meter)
-        for _ in range(_steps_to_settle(config)):
+        # With selective checkpointing, the blocks are chosen in the first step, so memory is steady in the second.
+        for _ in range(1 if isinstance(config.training.gradient_checkpointing, bool) else 2):
             saved = _step(model, network, batch, config, meter)
         transient = meter.peak - standing - saved
     return TrainingMemory(
@@ -145,12 +153,6 @@ def training_memory(
         transient=transient,
         encoding=encoding.transient if prepared.encodes_images else 0,
     )
-
-
-def _needed(model: DiffusionModel, prepared: PreparedRun) -> list[object]:
-    """The parts that are in memory while the network trains; loads them."""
-    encoders: list[object] = [model.text_encoder] if prepared.encodes_captions else []
-    return [model.denoiser, *encoders, *([model.vae_encoder] if prepared.encodes_images else [])]
 
 
 def _offloaded(model: DiffusionModel, parts: Sequence[str], config: TrainConfig) -> int:
@@ -165,9 +167,29 @@ def _settled(meter: MemoryTracker) -> int:
     return meter.held
 
 
-def _steps_to_settle(config: TrainConfig) -> int:
-    """Steps until memory is steady: with selective checkpointing, the blocks are chosen in the first step."""
-    return 1 if isinstance(config.training.gradient_checkpointing, bool) else 2
+def state_bytes(config: OptimizerConfig, shapes: Sequence[tuple[int, ...]]) -> int:
+    """Bytes of the state that an optimizer keeps of parameters of these shapes.
+
+    It takes a step with one parameter of each shape, on the CPU.
+    """
+    counts = Counter(shapes)
+    samples = {shape: nn.Parameter(torch.zeros(shape)) for shape in counts}
+    for parameter in samples.values():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    rate = max(max(config.lrs_from(key)) for key in (DENOISER_LR, TEXT_ENCODER_LR))
+    optimizer = config.build([ParameterGroup("sample", "sample", tuple(samples.values()), rate)])
+    begin_training(optimizer)
+    optimizer.step()
+    sizes: dict[int, int] = {}
+    owners: defaultdict[int, list[tuple[int, ...]]] = defaultdict(list)
+    for shape, parameter in samples.items():
+        for tensor in tree_leaves(dict(optimizer.state[parameter])):
+            if isinstance(tensor, Tensor):
+                key = tensor.untyped_storage()._cdata
+                sizes[key] = tensor.untyped_storage().nbytes()
+                owners[key].append(shape)
+    # What several have in common is there once.
+    return sum(sizes[key] * (counts[own[0]] if len(own) == 1 else 1) for key, own in owners.items())
 
 
 def _step(model: DiffusionModel, network: Network, batch: Batch, config: TrainConfig, meter: MemoryTracker) -> int:

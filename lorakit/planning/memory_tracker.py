@@ -1,7 +1,7 @@
 """Counting memory: of real tensors, or of fake ones.
 
-Imagined tensors have shapes and number formats but no memory, so what a model would need can be counted without
-reading its weights, by the code that computes with them.
+Fake tensors have shapes and dtypes but no memory, so what a model would need can be counted without reading its
+weights, by the code that computes with them.
 """
 
 from __future__ import annotations
@@ -36,10 +36,6 @@ Run = Callable[[Callable[..., Any], Sequence[Any], Mapping[str, Any]], Any]
 """Gives what an operation gives for its arguments."""
 
 
-def _real(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    return func(*args, **kwargs)
-
-
 def _fake(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What an operation gives on tensors without memory, of PyTorch's device `meta`, whatever device is asked for.
 
@@ -52,7 +48,9 @@ def _fake(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return False if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1
     if func is _NEW_CONSTANT:
         return func(*args)
-    if func is _COPY and args[0].is_meta and _moves_only(args[0], kwargs):
+    is_moved = kwargs.get("device") is not None
+    if func is _COPY and args[0].is_meta and is_moved and kwargs.get("dtype") in (None, args[0].dtype):
+        # It only asks for a device, and what is there already is not copied.
         return torch.ops.aten.alias(args[0])
     args, kwargs = [_without_memory(value) for value in args], {key: _without_memory(kwargs[key]) for key in kwargs}
     if _takes_device(func):
@@ -61,17 +59,12 @@ def _fake(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return args[0] if _changes_numbers_only(func) else func(*args, **kwargs)
     key = (func, *map(_signature, args), *kwargs, *map(_signature, kwargs.values()))
     if key not in _OUTLINES:
-        _OUTLINES[key] = _outline(func, func(*args, **kwargs), args)
+        outline = tree_map_only(Tensor, _Outline.of, func(*args, **kwargs))
+        if func in _NORMS:
+            # `meta` gives means and deviations in float32; kernels of CPUs give them in the input's dtype.
+            outline = outline[0], *(evolve(statistic, dtype=args[0].dtype) for statistic in outline[1:])
+        _OUTLINES[key] = outline
     return _tensors(_OUTLINES[key])
-
-
-def _outline(func: Any, result: Any, args: Sequence[Any]) -> Any:
-    """The result of an operation with an outline in the place of each tensor."""
-    outline = tree_map_only(Tensor, _Outline.of, result)
-    if func in _NORMS:
-        # `meta` gives means and deviations in float32; kernels of CPUs give them in the input's dtype.
-        return outline[0], *(evolve(statistic, dtype=args[0].dtype) for statistic in outline[1:])
-    return outline
 
 
 @frozen
@@ -106,11 +99,6 @@ def _signature(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value), *map(_signature, value)
     return type(value), value
-
-
-def _moves_only(tensor: Tensor, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a copy is to be on a device, and otherwise as the tensor is: one that is there already is not copied."""
-    return kwargs.get("device") is not None and kwargs.get("dtype") in (None, tensor.dtype)
 
 
 def _without_memory(value: Any) -> Any:
@@ -167,7 +155,7 @@ class MemoryTracker(TorchDispatchMode):
     What a kernel takes and gives back while it runs is not seen.
     """
 
-    def __init__(self, run: Run = _real) -> None:
+    def __init__(self, run: Run | None = None) -> None:
         """A meter of real tensors, unless `run` makes others."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.held = 0
@@ -181,7 +169,7 @@ class MemoryTracker(TorchDispatchMode):
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """What the operation gives; its tensors are counted, unless they are views of others."""
-        result = self._run(func, args, kwargs or {})
+        result = self._run(func, args, kwargs or {}) if self._run else func(*args, **(kwargs or {}))
         if func is _COPY and result.is_meta and not args[0].is_meta:
             return result  # of a tensor that has memory, which was there before
         for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):

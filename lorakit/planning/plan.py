@@ -1,14 +1,19 @@
-"""What is known of a run before it starts."""
+"""What is known of a run before it starts: steps, memory, and times if they are measured."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from attrs import frozen
 
-from lorakit.planning.dummy_batches import BatchShape, Texts, largest_shape, make_batch
+from lorakit.data.batch_sampler import buckets
+from lorakit.data.loader import Batch, CachedPrompts
+from lorakit.models.conditioning import collate
+from lorakit.planning.dummy_batches import CPU, BatchShape, Texts, largest_shape, make_batch
 from lorakit.planning.estimate import (
     EncodingMemory,
     MemoryPreset,
@@ -17,14 +22,35 @@ from lorakit.planning.estimate import (
     estimate_presets,
     image_encoding_memory,
 )
-from lorakit.planning.timing import Timing, measure
+from lorakit.training.encode import Encoded
 from lorakit.training.prepare import PreparedRun
+from lorakit.training.run import Run
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.runtime.out_of_memory import half_precision
 from lorakit.training.schedule import Schedule
-from lorakit.training.setup import build_model
+from lorakit.training.setup import build_model, build_run_from, init_distributed
+from lorakit.training.step.autotune import compile_step
+from lorakit.training.step.cuda_graphs import ForwardBackward
+from lorakit.training.step.numerics import tf32_allowed
 
 log = logging.getLogger(__name__)
+
+_STEPS = 3
+"""Steps that are taken for each shape, of which the first does not count: it makes what the others find."""
+
+
+@frozen
+class Timing:
+    """What was measured."""
+
+    device: str
+    """Where steps were taken."""
+    seconds: Mapping[BatchShape, float]
+    """Of a step, by the shape of its micro-batch."""
+    run: float
+    """Seconds that all steps of the run will take."""
+    peak: int | None
+    """The most bytes that were in use on the device; None where it does not say."""
 
 
 @frozen(kw_only=True)
@@ -62,7 +88,7 @@ class Plan:
 
 def schedule_of(prepared: PreparedRun) -> Schedule:
     """The steps of a run on one device."""
-    return Schedule(prepared.datasets, prepared.config.training, Distributed(torch.device("cpu")))
+    return Schedule(prepared.datasets, prepared.config.training, Distributed(CPU))
 
 
 def make_plan(prepared: PreparedRun, *, measured: bool = False) -> Plan:
@@ -72,16 +98,14 @@ def make_plan(prepared: PreparedRun, *, measured: bool = False) -> Plan:
     """
     cpu_run = as_cpu_run(prepared)
     log.info("estimating memory")
-    model, texts, largest = (
-        build_model(cpu_run.config, torch.device("cpu")),
-        Texts.of(cpu_run),
-        largest_shape(prepared),
-    )
+    model, texts, largest = build_model(cpu_run.config, CPU), Texts.of(cpu_run), largest_shape(prepared)
     images = image_encoding_memory(cpu_run)
     captions = None if prepared.encodes_captions else caption_encoding_memory(cpu_run)
     presets = tuple(estimate_presets(prepared, make_batch(largest, texts, model), images))
+    timing = None
     if measured:
         log.info("measuring steps")
+        timing = measure(prepared, texts)
     return Plan(
         prepared=prepared,
         schedule=schedule_of(prepared),
@@ -89,5 +113,43 @@ def make_plan(prepared: PreparedRun, *, measured: bool = False) -> Plan:
         images=images,
         captions=captions,
         presets=presets,
-        timing=measure(prepared, texts) if measured else None,
+        timing=timing,
     )
+
+
+def measure(prepared: PreparedRun, texts: Texts) -> Timing:
+    """Read the model and take some steps with micro-batches of each shape that the run has."""
+    training = prepared.config.training
+    processes = init_distributed(training)
+    model = build_model(prepared.config, processes.device)
+    # Nothing is encoded; the encoders that steps need are read when they are used.
+    encoded = Encoded({}, CachedPrompts(prepared.cache, {}, partial(collate, model)), None)
+    run = build_run_from(prepared, model, encoded, processes, time.time())
+    found = buckets(prepared.datasets)
+    if processes.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(processes.device)
+    # The largest first: what fits once it did fits again.
+    shapes = sorted({BatchShape.of(bucket) for bucket in found}, key=lambda shape: -shape.pixels)
+    with tf32_allowed(training.tf32, processes.device):
+        compute = compile_step(run)
+        seconds = {
+            shape: min(_steps(run, compute, make_batch(shape, texts, run.model).to(processes.device)))
+            for shape in shapes
+        }
+    peak = torch.cuda.max_memory_allocated(processes.device) if processes.device.type == "cuda" else None
+    # Short micro-batches count as complete ones.
+    epoch = sum(bucket.micro_batches * seconds[BatchShape.of(bucket)] for bucket in found)
+    total = epoch * run.schedule.total_steps / run.schedule.steps_per_epoch
+    return Timing(processes.device.type, seconds, total, peak)
+
+
+def _steps(run: Run, compute: ForwardBackward, batch: Batch) -> Iterator[float]:
+    """Seconds of each step with one micro-batch, but for the first."""
+    for number in range(_STEPS):
+        started = time.perf_counter()
+        step = next(run.schedule.steps_from(0, iter(())))
+        compute(batch)
+        run.update(step)
+        run.processes.synchronize()
+        if number:
+            yield time.perf_counter() - started

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from lorakit.config.memory_presets import preset_diff, to_toml
 from lorakit.config.values import toml_repr
 from lorakit.data.batch_sampler import buckets
-from lorakit.planning.dummy_batches import BatchShape
 from lorakit.planning.estimate import RESERVE
 from lorakit.planning.plan import Plan, schedule_of
 from lorakit.training.prepare import PreparedRun
@@ -16,14 +15,26 @@ from lorakit.utils.bytes import in_gib
 from lorakit.utils.text_table import columns
 from lorakit.utils.wording import counted
 
-_HERE = "<- the current config"
-
 
 def report(plan: Plan, memory: int | None = None) -> Iterator[str]:
     """The lines of a plan but for the data; with `memory`, in bytes, also what to set so that training fits into it."""
-    yield from _phases(plan)
-    yield ""
-    yield from _presets(plan)
+    training = plan.current.memory
+    rows = [("encoding images", in_gib(plan.images.peak))]
+    if plan.captions is not None:
+        rows.append(("encoding captions", in_gib(plan.captions.peak)))
+    rows += [
+        (f"training, batches of {plan.largest.images} at {_size(plan.largest.size)}", in_gib(training.peak)),
+        ("  frozen weights", in_gib(training.weights)),
+        ("  adapters, gradients, optimizer state", in_gib(training.trained)),
+        ("  activations", in_gib(training.activations)),
+    ]
+    yield from columns(("phase", "memory in GiB, estimated"), rows)
+    yield from ("", "TRAINING IN GIB, ESTIMATED, WITH THESE KEYS OF [TRAINING]")
+    for preset in plan.presets:
+        here = "  <- the current config" if preset.is_config else ""
+        yield from _wrapped(f"{in_gib(preset.memory.peak):>6}  {preset}{here}", indent=8)
+        if preset.is_config and plan.could_be_half:
+            yield f"{'~' + in_gib(_in_half_precision(plan)):>6}  {_half_precision(plan)}  (also faster on a GPU)"
     yield ""
     if memory is not None:
         yield from _advice(plan, memory)
@@ -45,29 +56,6 @@ def data_report(prepared: PreparedRun) -> Iterator[str]:
         f"{counted(schedule.steps_per_epoch, 'step')} per epoch; {counted(schedule.total_steps, 'step')} in all, "
         f"{counted(schedule.total_epochs, 'epoch')}"
     )
-
-
-def _phases(plan: Plan) -> Iterator[str]:
-    training = plan.current.memory
-    rows = [("encoding images", in_gib(plan.images.peak))]
-    if plan.captions is not None:
-        rows.append(("encoding captions", in_gib(plan.captions.peak)))
-    rows += [
-        (f"training, batches of {plan.largest.images} at {_size(plan.largest.size)}", in_gib(training.peak)),
-        ("  frozen weights", in_gib(training.weights)),
-        ("  adapters, gradients, optimizer state", in_gib(training.trained)),
-        ("  activations", in_gib(training.activations)),
-    ]
-    yield from columns(("phase", "memory in GiB, estimated"), rows)
-
-
-def _presets(plan: Plan) -> Iterator[str]:
-    yield "TRAINING IN GIB, ESTIMATED, WITH THESE KEYS OF [TRAINING]"
-    for preset in plan.presets:
-        here = f"  {_HERE}" if preset.is_config else ""
-        yield from _wrapped(f"{in_gib(preset.memory.peak):>6}  {preset}{here}", indent=8)
-        if preset.is_config and plan.could_be_half:
-            yield f"{'~' + in_gib(_in_half_precision(plan)):>6}  {_half_precision(plan)}  (also faster on a GPU)"
 
 
 def _advice(plan: Plan, memory: int) -> Iterator[str]:
@@ -134,12 +122,13 @@ def _times(plan: Plan) -> Iterator[str]:
     if timing is None:
         yield "No times are estimated: add --measure to load the model and time a few steps."
         return
-    rows = [(_shape(shape), f"{seconds:.3g}") for shape, seconds in timing.seconds.items()]
+    rows = [(f"{shape.images} of {_size(shape.size)}", f"{seconds:.3g}") for shape, seconds in timing.seconds.items()]
     yield from columns(("batch", f"seconds per step on {timing.device}, measured"), rows)
     yield ""
-    yield from _wrapped(
-        f"All {plan.schedule.total_steps} steps: about {_duration(timing.run)}, without encoding, saves and previews"
-    )
+    minutes, hours = timing.run / 60, timing.run / 3600
+    took = f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
+    took = took if minutes >= 2 else f"{max(timing.run, 1):.0f} s"
+    yield from _wrapped(f"All {plan.schedule.total_steps} steps: about {took}, without encoding, saves and previews")
     if timing.peak is not None:
         estimated = in_gib(plan.current.memory.peak)
         found = f"{in_gib(timing.peak)} GiB measured, {estimated} GiB estimated"
@@ -148,15 +137,3 @@ def _times(plan: Plan) -> Iterator[str]:
 
 def _size(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
-
-
-def _shape(shape: BatchShape) -> str:
-    return f"{shape.images} of {_size(shape.size)}"
-
-
-def _duration(seconds: float) -> str:
-    """Seconds in the two units that suit them."""
-    minutes, hours = seconds / 60, seconds / 3600
-    if minutes < 2:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"

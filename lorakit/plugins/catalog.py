@@ -19,13 +19,7 @@ from lorakit.api.components import Component, with_import_path
 from lorakit.api.model_family import DetectedFamily
 from lorakit.checkpoints import CheckpointSummary, kind_of
 from lorakit.errors import PluginError
-from lorakit.plugins.discovery import (
-    Installed,
-    PluginSource,
-    installed_plugins,
-    load_hooks,
-    registered_components,
-)
+from lorakit.plugins.discovery import Installed, PluginSource, installed_plugins, load_hooks, registered_components
 from lorakit.plugins.failures import format_error
 from lorakit.plugins.other_names import meaning_of
 
@@ -159,12 +153,11 @@ class Catalog:
         known = self.of_kind(base)
         short_name = name.rpartition(":")[2]
         near = difflib.get_close_matches(short_name.lower(), known, n=1, cutoff=0.6)
-        hint = f"there are {', '.join(known)}" if known else "there is none"
-        if near:
-            hint = f"did you mean {near[0]!r}?"
-        hint = meaning_of(base.kind, short_name, known) or hint
         if short_name in known:
             hint = f"{short_name!r} is provided by {_listed(known[short_name])}"
+        elif not (hint := meaning_of(base.kind, short_name, known)):
+            there_are = f"there are {', '.join(known)}" if known else "there is none"
+            hint = f"did you mean {near[0]!r}?" if near else there_are
         text = f"no {base.kind} is called {name!r} ({hint})"
         for plugin in self.broken:
             text += (

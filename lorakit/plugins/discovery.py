@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from importlib import metadata
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any, get_type_hints
 
 import pluggy
@@ -60,17 +60,11 @@ def installed_plugins() -> Iterator[Installed]:
     found: dict[str, list[Installed]] = {}
     for distribution in metadata.distributions():
         if f"[{GROUP}]" in (distribution.read_text("entry_points.txt") or ""):
-            name, version = (_metadata_field(distribution, key) for key in ("Name", "Version"))
+            name, version = ((distribution.metadata.get_all(key) or ["unknown"])[0] for key in ("Name", "Version"))
             # The first on the path is the one that Python imports.
             found.setdefault(_normalised(name), _entry_points(distribution, name, version))
-    plugins = [plugin for distribution_plugins in found.values() for plugin in distribution_plugins]
     # Sorted, so that the order of installation changes nothing.
-    yield from sorted(plugins, key=lambda plugin: (plugin[0].entry_point, plugin[0]))
-
-
-def _metadata_field(distribution: metadata.Distribution, key: str) -> str:
-    found: list[str] = distribution.metadata.get_all(key) or ["unknown"]
-    return found[0]
+    yield from sorted(chain(*found.values()), key=lambda plugin: (plugin[0].entry_point, plugin[0]))
 
 
 def _entry_points(distribution: metadata.Distribution, name: str, version: str) -> list[Installed]:

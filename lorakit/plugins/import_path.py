@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,38 +27,25 @@ def check_import_path(path: str) -> Iterator[Problem]:
     if not inner or not all(part.isidentifier() for part in (package, *inner)):
         yield Problem("name", f"{path!r} is not the import path of a class", 'write, for example, "torch.optim.RAdam"')
         return
-    place, spec = package, _spec_of(package)
+    try:
+        spec = find_spec(package)
+    except (ImportError, ValueError):  # such as `__main__`
+        spec = None
     if spec is None:
         yield Problem("name", f"the package {package!r} is not installed", "pip install the package that has the class")
+    place = package
     for part in inner:
         if spec is None:
             return
         module = PathFinder.find_spec(f"{place}.{part}", spec.submodule_search_locations or [])
-        if module is None:
-            yield from _problems_of_name(place, part, _source(spec))
+        if module is None and spec.origin is not None and spec.origin.endswith(".py"):
+            # Not a module, so a class, which the source must define, unless that cannot be seen in it.
+            source = Path(spec.origin).read_text(encoding="utf-8", errors="replace")
+            words = set(re.findall(r"\w+", source))
+            if words and part not in words and "__getattr__" not in words and "import *" not in source:
+                near = difflib.get_close_matches(part, words, n=1, cutoff=0.6)
+                yield Problem("name", f"{place} has no {part!r}", f"did you mean {place}.{near[0]}?" if near else "")
         place, spec = f"{place}.{part}", module
-
-
-def _spec_of(package: str) -> ModuleSpec | None:
-    try:
-        return find_spec(package)
-    except (ImportError, ValueError):  # such as `__main__`
-        return None
-
-
-def _source(spec: ModuleSpec) -> str:
-    """The source of a module; empty if it is not written in Python."""
-    if spec.origin is None or not spec.origin.endswith(".py"):
-        return ""
-    return Path(spec.origin).read_text(encoding="utf-8", errors="replace")
-
-
-def _problems_of_name(place: str, name: str, source: str) -> Iterator[Problem]:
-    """A problem if the source of a module shows that it does not define a name."""
-    words = set(re.findall(r"\w+", source))
-    if words and name not in words and "__getattr__" not in words and "import *" not in source:
-        near = difflib.get_close_matches(name, words, n=1, cutoff=0.6)
-        yield Problem("name", f"{place} has no {name!r}", f"did you mean {place}.{near[0]}?" if near else "")
 
 
 def import_class(path: str, base: type[ClassT], section: str) -> type[ClassT]:
@@ -92,7 +79,10 @@ def instantiate(cls: type[ClassT], first: object, arguments: Mapping[str, Any], 
         raise ConfigError(
             [Problem(f"{section}.args.{name}", f"{cls.__name__} has no such argument", hint) for name in unknown]
         )
-    converted = {name: _as_expected(value, parameters.get(name)) for name, value in arguments.items()}
+    tuples = {name for name, parameter in parameters.items() if isinstance(parameter.default, tuple)}
+    converted = {
+        name: tuple(value) if name in tuples and isinstance(value, list) else value for name, value in arguments.items()
+    }
     accepted = {name: value for name, value in given.items() if name in parameters}
     try:
         return cls(first, **accepted, **converted)  # type: ignore[call-arg]
@@ -106,8 +96,3 @@ def _parameters(function: Any) -> list[inspect.Parameter]:
         return list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # not written in Python
         return []
-
-
-def _as_expected(value: Any, parameter: inspect.Parameter | None) -> Any:
-    expects_tuple = parameter is not None and isinstance(parameter.default, tuple)
-    return tuple(value) if expects_tuple and isinstance(value, list) else value

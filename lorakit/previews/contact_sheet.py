@@ -62,17 +62,13 @@ def write_contact_sheet(path: Path, previews: Iterable[Preview]) -> None:
     Of many times, the first and the last are shown, and others evenly between. Images that are gone are left out.
     """
     places = {(preview.prompt, preview.step): preview.path for preview in sorted(previews) if preview.path.is_file()}
-    steps = _spread(sorted({step for _, step in places}), MAX_COLUMNS)
+    steps = sorted({step for _, step in places})
+    if len(steps) > MAX_COLUMNS:
+        steps = [steps[index * (len(steps) - 1) // (MAX_COLUMNS - 1)] for index in range(MAX_COLUMNS)]
     prompts = sorted({prompt for prompt, _ in places})[:MAX_ROWS]
     content = io.BytesIO()
     _sheet(places, prompts, steps).save(content, "PNG")
     write_atomically(path, content.getvalue())
-
-
-def _spread(steps: list[int], count: int) -> list[int]:
-    if len(steps) <= count:
-        return steps
-    return [steps[index * (len(steps) - 1) // (count - 1)] for index in range(count)]
 
 
 def _sheet(places: Mapping[tuple[int, int], Path], prompts: list[int], steps: list[int]) -> Image:

@@ -1,21 +1,24 @@
-"""Previews: images of the prompts in a file, sampled during training."""
+"""Previews: images of the prompts in a file, sampled during training; their PNG files say how they were sampled."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 
 from lorakit.api.model_family import ModelFamilyConfig
-from lorakit.previews.png import PreviewJob, description, preview_jobs, write_png
 from lorakit.previews.prompt_files import read_prompts
-from lorakit.previews.prompts import PromptSettings
+from lorakit.previews.prompts import PreviewJob, PromptSettings, preview_jobs
 from lorakit.previews.sampling import Texts, decode, encode_texts, sample_latents
+from lorakit.utils.atomic_io import write_atomically
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from lorakit.models.interfaces import Conditioning, DiffusionModel
 
 
@@ -85,3 +88,43 @@ class Previewer:
             if self.frees_text_encoder:
                 model.free("text_encoder")
         return self._texts
+
+
+def write_png(path: Path, pixels: np.ndarray[Any, np.dtype[np.uint8]], texts: dict[str, str]) -> None:
+    """Write pixels [H, W, 3] and texts to a PNG file, atomically. Raises OutputError."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for name, text in texts.items():
+        info.add_text(name, text)
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG", pnginfo=info)
+    write_atomically(path, content.getvalue())
+
+
+def description(job: PreviewJob, step: int) -> dict[str, str]:
+    """How an image was sampled after training step `step`, by name.
+
+    `parameters` has all of it in the format of AUTOMATIC1111's web UI.
+    """
+    prompt, sampler = job.prompt, job.sampler
+    lines = [prompt.prompt]
+    if prompt.negative_prompt:
+        lines.append(f"Negative prompt: {prompt.negative_prompt}")
+    lines.append(
+        f"Steps: {prompt.steps}, Sampler: {sampler.title or sampler.name}, CFG scale: {prompt.scale:g}, "
+        f"Seed: {job.seed}, Size: {job.width}x{job.height}, Training step: {step}"
+    )
+    settings = {
+        "prompt": prompt.prompt,
+        "negative_prompt": prompt.negative_prompt,
+        "width": job.width,
+        "height": job.height,
+        "steps": prompt.steps,
+        "scale": prompt.scale,
+        "seed": job.seed,
+        "sampler": prompt.sampler or sampler.name,
+        "training_step": step,
+    }
+    return {"parameters": "\n".join(lines), **{name: str(value) for name, value in settings.items()}}

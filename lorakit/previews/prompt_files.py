@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +83,23 @@ def read_prompts(source: Path | Sequence[str], settings: PromptSettings) -> Prom
     warnings: list[Problem] = []
     name = str(source) if isinstance(source, Path) else ""
     base = source.parent if isinstance(source, Path) else Path()
-    refusals: dict[str, str] = {}
+
+    @cache
+    def refusal(sampler: str) -> str:
+        """Why a sampler cannot be used; empty if it can."""
+        try:
+            find_sampler(sampler, Catalog.discover())
+        except PluginError as error:
+            return str(error)
+        return ""
+
     for entry in _entries(source):
         place = f"{name}, line {entry.line}" if name else f"prompt {entry.line}"
         reader = TableReader(base, file=place if entry.line else name)
         prompts.append(_prompt(reader, entry, defaults))
-        _check_sampler(reader, entry, refusals)
+        for key, value in entry.table.items():
+            if entry.names.get(key) == "sampler" and isinstance(value, str) and refusal(value):
+                reader.report(entry.paths[key], refusal(value))
         problems += reader.problems
         foreign = [entry.paths[name] for name in entry.table if entry.names.get(name) in OF_OTHER_MODELS]
         warnings += [Problem(f"{reader.file}: {name}", "is for other models and has no effect") for name in foreign]
@@ -111,37 +123,26 @@ def _prompt(reader: TableReader, entry: _Entry, defaults: Mapping[str, Any]) -> 
     return None if values is None else Prompt(**{**defaults, **values})
 
 
-def _check_sampler(reader: TableReader, entry: _Entry, refusals: dict[str, str]) -> None:
-    """Note a sampler that cannot be used; `refusals` has what is wrong with those that were looked up, or nothing."""
-    for key, name in entry.table.items():
-        if entry.names.get(key) == "sampler" and isinstance(name, str):
-            if name not in refusals:
-                try:
-                    find_sampler(name, Catalog.discover())
-                    refusals[name] = ""
-                except PluginError as error:
-                    refusals[name] = str(error)
-            if refusals[name]:
-                reader.report(entry.paths[key], refusals[name])
-
-
 def _entries(source: Path | Sequence[str]) -> list[_Entry]:
     if not isinstance(source, Path):
         lines = [" ".join(line.split()) for line in source]
         return list(_lines("\n".join(lines), TableReader(Path())))
-    path = source
-    form = _FORMS.get(path.suffix.lower())
+
+    def refusal(message: str, hint: str = "") -> ConfigError:
+        return ConfigError([Problem(str(source), message, hint)])
+
+    form = _FORMS.get(source.suffix.lower())
     if form is None:
-        raise _refusal(path, "is of no known form", f"its name must end in {', '.join(_FORMS)}")
-    reader = TableReader(path.parent, file=str(path))
+        raise refusal("is of no known form", f"its name must end in {', '.join(_FORMS)}")
+    reader = TableReader(source.parent, file=str(source))
     try:
-        entries = list(form(path.read_text(encoding="utf-8-sig"), reader))
+        entries = list(form(source.read_text(encoding="utf-8-sig"), reader))
     except OSError as error:
-        raise _refusal(path, f"cannot be read: {error.strerror or error}") from error
+        raise refusal(f"cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise _refusal(path, "is not UTF-8 text", "save it as UTF-8") from error
+        raise refusal("is not UTF-8 text", "save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise _refusal(path, f"is not valid {path.suffix[1:].upper()}: {error}") from error
+        raise refusal(f"is not valid {source.suffix[1:].upper()}: {error}") from error
     if reader.problems:
         raise ConfigError(reader.problems)
     return entries
@@ -209,7 +210,3 @@ _FORMS: Mapping[str, Callable[[str, TableReader], Iterator[_Entry]]] = {
     ".toml": _from_toml,
     ".json": _from_json,
 }
-
-
-def _refusal(path: Path, message: str, hint: str = "") -> ConfigError:
-    return ConfigError([Problem(str(path), message, hint)])

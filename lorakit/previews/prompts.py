@@ -1,22 +1,26 @@
-"""Prompts: what to draw, and how. Importing this imports no torch."""
+"""Prompts: which images to sample, and how. Imports no torch."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from attrs import field, frozen
 from attrs import validators as v
 from attrs.converters import optional
 
+from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.api.sampling import SamplerConfig
 from lorakit.plugins.catalog import Catalog
+from lorakit.utils.rng import derived_seed
 
 LARGEST_SIDE = 4096
 """Most pixels of a preview's side: larger ones are typing errors, and would take hours."""
 MOST_STEPS = 999
 """Most steps of a picture: samplers have a thousand timesteps to choose from, and leave one of them out."""
-
-
 SMALLEST_SIDE = 64
 """Fewest pixels of a preview's side."""
+SEEDS = 2**32
+"""Seeds are below this, as web UIs take them."""
 
 
 def find_sampler(name: str, catalog: Catalog) -> type[SamplerConfig]:
@@ -57,3 +61,38 @@ class Prompt(PromptSettings):
 
     prompt: str = field(validator=v.min_len(1))
     """What is to be seen."""
+
+
+@frozen(kw_only=True)
+class PreviewJob:
+    """An image to sample, with all settings resolved."""
+
+    prompt: Prompt
+    """The prompt."""
+    seed: int
+    """Seed of the noise: the prompt's, or one made for it."""
+    width: int
+    """Width in pixels."""
+    height: int
+    """Height in pixels."""
+    sampler: SamplerConfig
+    """The sampler."""
+
+
+def preview_jobs(prompts: Iterable[Prompt], seed: int, model: ModelFamilyConfig) -> list[PreviewJob]:
+    """The images of prompts, with the model's defaults; missing seeds are derived from the run's seed and the index.
+
+    Raises PluginError if there is no such sampler.
+    """
+    jobs, catalog, multiple = [], Catalog.discover(), model.size_multiple
+    for index, prompt in enumerate(prompts):
+        made = derived_seed(seed, "preview", index) % SEEDS
+        job = PreviewJob(
+            prompt=prompt,
+            seed=made if prompt.seed is None else prompt.seed,
+            width=round_side(prompt.width or model.preview_size, multiple),
+            height=round_side(prompt.height or model.preview_size, multiple),
+            sampler=find_sampler(prompt.sampler or model.noise_process.sampler, catalog)(),
+        )
+        jobs.append(job)
+    return jobs

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorakit.models.conditioning import ImageSizes, collate, image_conditioning, split
 from lorakit.plugins.build import build_component
-from lorakit.previews.png import PreviewJob
+from lorakit.previews.prompts import PreviewJob
 
 if TYPE_CHECKING:
     from lorakit.models.interfaces import Conditioning, DiffusionModel
@@ -40,8 +40,7 @@ def sample_latents(model: DiffusionModel, jobs: Sequence[PreviewJob], texts: Tex
     """
     groups: dict[tuple[object, ...], list[int]] = {}
     for index, job in enumerate(jobs):
-        prompt = job.prompt
-        key = (job.width, job.height, prompt.steps, job.sampler, prompt.scale)
+        key = (job.width, job.height, job.prompt.steps, job.sampler, job.prompt.scale)
         groups.setdefault(key, []).append(index)
     sampled: dict[int, Tensor] = {}
     for group in groups.values():
@@ -52,45 +51,41 @@ def sample_latents(model: DiffusionModel, jobs: Sequence[PreviewJob], texts: Tex
 
 
 def _sample(model: DiffusionModel, jobs: Sequence[PreviewJob], texts: Texts) -> Tensor:
-    """The latents [B, C, h, w] of images that differ only in their texts and seeds."""
+    """The latents [B, C, h, w] of images that differ only in their texts and seeds.
+
+    With guidance the conditioning is [2B, …], the negative prompts first.
+    """
     settings, sampler = jobs[0].prompt, build_component(jobs[0].sampler, model.noise)
     generators = [torch.Generator().manual_seed(job.seed) for job in jobs]
     shape = model.latent_shape(jobs[0].width, jobs[0].height)
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    conditioning = _conditioning(model, jobs, texts)
+    device = next(model.denoiser.parameters()).device
+    wanted = [job.prompt.prompt for job in jobs]
+    if settings.scale > 1:
+        wanted = [job.prompt.negative_prompt for job in jobs] + wanted
+    conditioning = dict(collate(model, [texts[text] for text in wanted]))
+    text_device = next(iter(conditioning.values())).device
+    sizes = [ImageSizes.whole(jobs[0].width, jobs[0].height)] * len(wanted)
+    conditioning |= {name: tensor.to(text_device) for name, tensor in image_conditioning(model, sizes).items()}
 
     def predict(noisy_latents: Tensor, timestep: Tensor) -> Tensor:
         return classifier_free_guidance(model, noisy_latents, timestep, conditioning, settings.scale)
 
-    latents: Tensor = sampler(predict, noise.to(next(model.denoiser.parameters()).device), settings.steps, generators)
+    latents: Tensor = sampler(predict, noise.to(device), settings.steps, generators)
     return latents
-
-
-def _conditioning(model: DiffusionModel, jobs: Sequence[PreviewJob], texts: Texts) -> Conditioning:
-    """The conditioning, [B, …]; with guidance [2B, …], the negative prompts first."""
-    wanted = [job.prompt.prompt for job in jobs]
-    if jobs[0].prompt.scale > 1:
-        wanted = [job.prompt.negative_prompt for job in jobs] + wanted
-    sizes = [ImageSizes.whole(jobs[0].width, jobs[0].height)] * len(wanted)
-    captions = collate(model, [texts[text] for text in wanted])
-    by_sizes = image_conditioning(model, sizes).items()
-    return {**captions, **{name: tensor.to(next(iter(captions.values())).device) for name, tensor in by_sizes}}
 
 
 def classifier_free_guidance(
     model: DiffusionModel, noisy_latents: Tensor, timestep: Tensor, conditioning: Conditioning, scale: float
 ) -> Tensor:
     """The denoiser's output, float32 [B, C, h, w]; with a scale above 1 guided away from the negative prompts."""
+    inputs = torch.cat([noisy_latents, noisy_latents]) if scale > 1 else noisy_latents
+    timesteps = timestep.to(inputs.device).expand(len(inputs))
+    prediction = model.predict(inputs, timesteps, conditioning).float()
     if scale <= 1:
-        return _predicted(model, noisy_latents, timestep, conditioning)
-    doubled = torch.cat([noisy_latents, noisy_latents])
-    away, towards = _predicted(model, doubled, timestep, conditioning).chunk(2)
+        return prediction
+    away, towards = prediction.chunk(2)
     return away + scale * (towards - away)
-
-
-def _predicted(model: DiffusionModel, noisy_latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-    timesteps = timestep.to(noisy_latents.device).expand(len(noisy_latents))
-    return model.predict(noisy_latents, timesteps, conditioning).float()
 
 
 def decode(model: DiffusionModel, latents: Iterable[Tensor]) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:

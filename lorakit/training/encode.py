@@ -13,8 +13,7 @@ from attrs import evolve, field, frozen
 from lorakit.data.cache.encode import EncodeOptions, LatentKeys, encode_captions, encode_latents
 from lorakit.data.cache.vae import OnlineEncoder
 from lorakit.data.index import default_workers
-from lorakit.data.loader import Batch
-from lorakit.data.prompts import CachedPrompts, LivePrompts, Prompts
+from lorakit.data.loader import Batch, CachedPrompts, LivePrompts, Prompts
 from lorakit.models.conditioning import collate
 from lorakit.models.interfaces import Conditioning, DiffusionModel
 from lorakit.training.prepare import PreparedRun

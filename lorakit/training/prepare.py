@@ -15,8 +15,7 @@ from lorakit.config.train_config import TrainConfig
 from lorakit.data.batch_sampler import RunLength, steps_per_epoch
 from lorakit.data.cache.store import Cache
 from lorakit.data.index import IndexedDataset, has_augmentation, has_dynamic_captions, index_datasets
-from lorakit.data.review.captions import longest_by_image
-from lorakit.data.review.images import review
+from lorakit.data.review import longest_by_image, review
 from lorakit.errors import OutputError, Problem
 from lorakit.training.runtime.hardware import hardware_warnings
 from lorakit.utils.atomic_io import unwritable_reason

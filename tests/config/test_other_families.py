@@ -107,8 +107,7 @@ def test_what_does_not_suit(wide: Any, tables: Tables, more: Tables, key: str, m
 
 def test_previews_have_the_family_s_sizes_and_sampler(wide: Any, tables: Tables) -> None:
     """Sides are rounded to what the latents can have, and the sampler is the process's own."""
-    from lorakit.previews.png import preview_jobs
-    from lorakit.previews.prompts import Prompt
+    from lorakit.previews.prompts import Prompt, preview_jobs
 
     model = wide(tables).model
     jobs = preview_jobs([Prompt(prompt="a"), Prompt(prompt="b", width=72, height=100)], 0, model)

@@ -22,12 +22,11 @@ from lorakit.builtin.timesteps import UniformConfig
 from lorakit.config.datasets import DatasetConfig
 from lorakit.data.batch_sampler import RankMicroBatch, SampleRef, plan_epoch
 from lorakit.data.cache.encode import EncodeOptions, encode_captions, encode_latents
-from lorakit.data.cache.store import Cache, content_key
+from lorakit.data.cache.store import Cache, content_key, to_storable
 from lorakit.data.cache.vae import OnlineEncoder, on_device
 from lorakit.data.images.augmentation import crop_of, is_mirrored
 from lorakit.data.index import index_datasets
-from lorakit.data.loader import Batch, BatchLoader, prefetch
-from lorakit.data.prompts import CachedPrompts, LivePrompts
+from lorakit.data.loader import Batch, BatchLoader, CachedPrompts, LivePrompts, prefetch
 from lorakit.diffusion.noise_schedule import DDPMSchedule
 from lorakit.errors import DataError
 from lorakit.models.conditioning import ImageSizes, collate
@@ -400,8 +399,8 @@ def test_entries_that_do_not_fit_together(cache: Cache):
     """Captions of different shapes, for a model with one length, are refused by their files' names."""
     keys = {"short": content_key(1), "long": content_key(2), "other": content_key(3)}
     for name, length in {"short": 2, "long": 3}.items():
-        cache.store(keys[name], {"states": torch.zeros(length, 4)})
-    cache.store(keys["other"], {"pooled": torch.zeros(4)})
+        cache.write(keys[name], to_storable({"states": torch.zeros(length, 4)}))
+    cache.write(keys["other"], to_storable({"pooled": torch.zeros(4)}))
     prompts = CachedPrompts(cache, keys, partial(collate, TinyModel()))
     assert prompts.load(["long", "long"])[0]["states"].shape == (2, 3, 4)
     for texts in (["short", "long"], ["short", "other"]):
@@ -461,7 +460,7 @@ def test_conditioning_by_sizes(cache: Cache, with_subset: WithSubset, random_cro
             with Image.open(example.image) as image:
                 assert original == [image.height, image.width]
             assert target == [64, 64]
-            (sample,) = loader._samples(share_of(number, epoch=epoch))
+            _, (sample,), _ = loader._prepared(share_of(number, epoch=epoch))
             left, top = crop_of(example, sample.draw).crop_xy
             room = example.placement.resized[0] - 64
             assert crop == [top, room - left if is_mirrored(example, sample.draw) else left]

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lorakit.data.cache.file_cache import FileStatCache, content_digest
-from lorakit.data.cache.store import Cache, NotFiniteError, content_key
+from lorakit.data.cache.store import Cache, NotFiniteError, content_key, to_storable
 from lorakit.errors import DataError, OutputError
 
 KEY = content_key("test", 1)
@@ -28,7 +28,7 @@ def test_entry_comes_back_as_it_was(cache: Cache):
     whole = torch.randn(4, 3, 5)
     tensors = {"row": whole[1], "transposed": whole[2].T, "half": whole[0].half(), "bf16": whole[0].bfloat16()}
     assert not cache.has(KEY)
-    cache.store(KEY, tensors)
+    cache.write(KEY, to_storable(tensors))
     assert cache.has(KEY)
     loaded = cache.load(KEY)
     assert loaded.keys() == tensors.keys()
@@ -39,7 +39,7 @@ def test_entry_comes_back_as_it_was(cache: Cache):
 
 def test_entry_is_a_safetensors_file_in_a_folder_of_two_digits(cache: Cache):
     """An entry lies in a sub-folder, can be read by anyone, and nothing else is left beside it."""
-    cache.store(KEY, {"a": torch.ones(2)})
+    cache.write(KEY, to_storable({"a": torch.ones(2)}))
     assert entry_file(cache) == cache.folder / KEY[:2] / f"{KEY}.safetensors"
     assert torch.equal(load_file(entry_file(cache))["a"], torch.ones(2))
     assert [path for path in cache.folder.rglob("*") if path.is_file()] == [entry_file(cache)]
@@ -48,12 +48,12 @@ def test_entry_is_a_safetensors_file_in_a_folder_of_two_digits(cache: Cache):
 @pytest.mark.parametrize("keep", [0, 5, 40, -1])
 def test_truncated_entry_counts_as_absent(cache: Cache, keep: int):
     """A file cut at any place is no entry, and can be stored anew."""
-    cache.store(KEY, {"a": torch.ones(20)})
+    cache.write(KEY, to_storable({"a": torch.ones(20)}))
     entry_file(cache).write_bytes(entry_file(cache).read_bytes()[:keep])
     assert not cache.has(KEY)
     with pytest.raises(DataError, match=rf"{KEY}\.safetensors: was removed or damaged .*start again"):
         cache.load(KEY)
-    cache.store(KEY, {"a": torch.ones(20)})
+    cache.write(KEY, to_storable({"a": torch.ones(20)}))
     assert cache.has(KEY)
 
 
@@ -64,7 +64,7 @@ def test_numbers_that_are_not_finite_are_never_stored(cache: Cache, value: float
     tensor = torch.zeros(9, dtype=dtype)
     tensor[4] = value
     with pytest.raises(NotFiniteError, match="its std holds NaN or infinity"):
-        cache.store(KEY, {"mean": torch.zeros(9), "std": tensor})
+        cache.write(KEY, to_storable({"mean": torch.zeros(9), "std": tensor}))
     assert not cache.has(KEY)
 
 
@@ -72,7 +72,7 @@ def test_folder_that_cannot_be_written(tmp_path: Path):
     """A file in the place of the cache folder is an error that names it."""
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=str(tmp_path / "file")):
-        Cache(tmp_path / "file").store(KEY, {"a": torch.ones(1)})
+        Cache(tmp_path / "file").write(KEY, to_storable({"a": torch.ones(1)}))
 
 
 def test_keys_tell_their_parts_apart():
@@ -152,8 +152,8 @@ def test_memo_of_a_missing_file(tmp_path: Path):
 def test_entries_of_another_kind(cache: Cache):
     """An entry without the tensors that are asked for is refused by its file's name."""
     other = content_key("test", 2)
-    cache.store(KEY, {"mean": torch.zeros(4, 8, 8), "std": torch.ones(4, 8, 8)})
-    cache.store(other, {"mean": torch.zeros(4, 8, 9)})
+    cache.write(KEY, to_storable({"mean": torch.zeros(4, 8, 8), "std": torch.ones(4, 8, 8)}))
+    cache.write(other, to_storable({"mean": torch.zeros(4, 8, 9)}))
     assert set(cache.load(KEY, names=("mean", "std"))) == {"mean", "std"}
     with pytest.raises(DataError, match=rf"{other}.safetensors: does not hold mean and std"):
         cache.load(other, names=("mean", "std"))

@@ -7,7 +7,7 @@ import colorsys
 import numpy as np
 import pytest
 
-from lorakit.data.images.color_jitter import color_jitter, with_gamma, with_hue_shifted
+from lorakit.data.images.augmentation import color_jitter, with_gamma, with_hue_shifted
 from lorakit.utils.rng import keyed_generator
 
 

@@ -23,8 +23,7 @@ from lorakit.data.images.augmentation import augmented_picture, load_picture
 from lorakit.data.images.buckets import ResizeCrop
 from lorakit.data.images.decode import load_pixels
 from lorakit.data.index import Example, index_datasets
-from lorakit.data.loader import BatchLoader, prefetch
-from lorakit.data.prompts import CachedPrompts
+from lorakit.data.loader import BatchLoader, CachedPrompts, prefetch
 from lorakit.diffusion.noise_schedule import DDPMSchedule
 from lorakit.errors import DataError
 from lorakit.models.conditioning import collate
@@ -258,7 +257,7 @@ def test_live_is_as_cached(
     live = loader_of([with_subset(color_aug=True, **options)], cache, batch_size=batch_size)
     cached = loader_of([with_subset(**options)], cache)
     assert not live.latent_keys
-    monkeypatch.setattr("lorakit.data.images.color_jitter.P_APPLY", 0.0)
+    monkeypatch.setattr("lorakit.data.images.augmentation.P_APPLY", 0.0)
     for epoch in range(6):
         share = share_of(1, 2, 3, epoch=epoch)
         now, before = live.load(share), cached.load(share)

@@ -15,8 +15,7 @@ from PIL import Image
 from lorakit.config.datasets import DatasetConfig, SubsetConfig
 from lorakit.data.cache.file_cache import FileStatCache
 from lorakit.data.index import index_datasets
-from lorakit.data.review.captions import longest_by_image
-from lorakit.data.review.images import review
+from lorakit.data.review import longest_by_image, review
 from lorakit.utils.wording import shown_path
 
 WithSubset = Callable[..., DatasetConfig]

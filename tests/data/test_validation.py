@@ -15,7 +15,7 @@ from lorakit.config.datasets import DatasetConfig, SubsetConfig
 from lorakit.config.table_reader import field_names
 from lorakit.data.captions import caption_variants
 from lorakit.data.index import Example, index_datasets
-from lorakit.data.review.images import review
+from lorakit.data.review import review
 from lorakit.errors import DataError
 
 MakeFolder = Callable[..., Path]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorakit.api.components import ModelPart
 from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.builtin.networks import LierlaConfig
-from lorakit.builtin.optimizers.adamw import AdamWConfig
+from lorakit.builtin.optimizers.standard import AdamWConfig
 from lorakit.checkpoints import Location
 from lorakit.diffusion.noise_schedule import DDPMSchedule
 from lorakit.models.base import NOTHING_MERGED, BaseModel, PartModule

@@ -17,9 +17,8 @@ from lorakit.api.components import ModelPart, OptimizerConfig
 from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.builtin.model_families.sd1 import SD1Config
 from lorakit.builtin.networks import C3LierConfig, LierlaConfig
-from lorakit.builtin.optimizers.adafactor import AdafactorConfig
-from lorakit.builtin.optimizers.adamw import AdamWConfig
 from lorakit.builtin.optimizers.dadaptation import DAdaptationConfig
+from lorakit.builtin.optimizers.standard import AdafactorConfig, AdamWConfig
 from lorakit.models.families.sd.state_dict_keys import LAYOUT
 from lorakit.models.families.sd.targets import text_encoder_targets, unet_targets
 from lorakit.models.interfaces import AdaptationTarget

@@ -17,8 +17,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import Adafactor
 
 from lorakit.api.components import OptimizerConfig
-from lorakit.builtin.optimizers.adafactor import AdafactorConfig
-from lorakit.builtin.optimizers.adamw import AdamWConfig
 from lorakit.builtin.optimizers.bitsandbytes import (
     AdamW8bitConfig,
     Lion8bitConfig,
@@ -37,8 +35,7 @@ from lorakit.builtin.optimizers.dadaptation import (
     DAdaptLionConfig,
     DAdaptSGDConfig,
 )
-from lorakit.builtin.optimizers.lion import LionConfig
-from lorakit.builtin.optimizers.sgdnesterov import SGDNesterovConfig
+from lorakit.builtin.optimizers.standard import AdafactorConfig, AdamWConfig, LionConfig, SGDNesterovConfig
 from lorakit.config.load import config_from_tables
 from lorakit.networks.network import ParameterGroup
 

@@ -21,10 +21,10 @@ from lorakit.planning.estimate import (
     TrainingMemory,
     caption_encoding_memory,
     image_encoding_memory,
+    state_bytes,
     training_memory,
 )
 from lorakit.planning.memory_tracker import MemoryTracker, fake_tensors
-from lorakit.planning.optimizer_state import state_bytes
 from lorakit.training.encode import conditioning_of
 from lorakit.training.prepare import PreparedRun, prepare
 from lorakit.training.runtime.distributed import Distributed

@@ -8,7 +8,7 @@ import pytest
 
 from lorakit.planning.dummy_batches import Texts
 from lorakit.planning.estimate import as_cpu_run
-from lorakit.planning.timing import measure
+from lorakit.planning.plan import measure
 from lorakit.training.prepare import prepare
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from lorakit.previews import contact_sheet as contact_sheets
 from lorakit.previews.contact_sheet import MAX_COLUMNS, MAX_ROWS, find_previews, write_contact_sheet
-from lorakit.previews.png import write_png
+from lorakit.previews.previews import write_png
 
 Colour = tuple[int, int, int]
 

@@ -12,9 +12,8 @@ from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.api.sampling import SamplerConfig
 from lorakit.errors import ConfigError
 from lorakit.plugins.catalog import Catalog
-from lorakit.previews.png import preview_jobs
 from lorakit.previews.prompt_files import PromptFile, read_prompts
-from lorakit.previews.prompts import Prompt, PromptSettings
+from lorakit.previews.prompts import Prompt, PromptSettings, preview_jobs
 
 DEFAULTS = PromptSettings(negative_prompt="blurry", width=256, steps=20, sampler="euler")
 
@@ -194,5 +193,5 @@ def test_seeds_that_are_made() -> None:
 
 def test_checking_imports_no_torch() -> None:
     """Prompt files are read before anything heavy is imported."""
-    code = "import sys, lorakit.previews.prompt_files, lorakit.previews.png; print('torch' in sys.modules)"
+    code = "import sys, lorakit.previews.prompt_files, lorakit.previews.prompts; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"

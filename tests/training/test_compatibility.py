@@ -224,9 +224,7 @@ def test_a_run_that_is_shorter_than_a_state(make_config: MakeConfig) -> None:
     """It is refused, with the key that says how long it is."""
     state = saved_state(make_config(), 5)
     run = build_run(prepare(make_config(training={"max_steps": 4})), Distributed(torch.device("cpu")))
-    with pytest.raises(
-        ConfigError, match=r"training\.max_steps: gives 4 steps, .* has reached step 5"
-    ):
+    with pytest.raises(ConfigError, match=r"training\.max_steps: gives 4 steps, .* has reached step 5"):
         RunHandle(run).load_state(state)
 
 

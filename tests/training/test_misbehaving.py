@@ -31,7 +31,7 @@ GUEST = '''
 from attrs import frozen
 from lorakit.api import *
 from lorakit.networks.adapter_file import SafetensorsSaver
-from lorakit.builtin.optimizers.adamw import AdamWConfig
+from lorakit.builtin.optimizers.standard import AdamWConfig
 
 
 class FailingSaver(SafetensorsSaver):

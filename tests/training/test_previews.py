@@ -18,8 +18,7 @@ import lorakit
 from lorakit.api.observer import Observer, StepMetrics
 from lorakit.errors import ConfigError
 from lorakit.plugins.catalog import Catalog
-from lorakit.previews.png import preview_jobs
-from lorakit.previews.prompts import Prompt
+from lorakit.previews.prompts import Prompt, preview_jobs
 from lorakit.previews.sampling import decode, encode_texts, sample_latents
 from lorakit.training.loop import train
 from lorakit.training.prepare import prepare

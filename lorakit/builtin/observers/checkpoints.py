@@ -61,17 +61,15 @@ class Checkpoints(Observer):
         saves: list[Callable[[Path | None], Path]] = [partial(self._run.save_adapter, self._output.name)]
         if self._output.save_state or self._output.save_state_at_end:
             saves.append(self._run.save_state)
-        refusals = " ".join(filter(None, map(self._refusal_at_end, saves)))
+        refusals = []
+        for save in saves:
+            try:
+                saved = save_with_fallback(save, self._output.name)
+                refusals += [f"{saved.refusal} Until then it is in {saved.path}."] if saved.refusal else []
+            except NotSaved as error:
+                refusals.append(f"{error} No other place takes it either, so it is lost; earlier saves are kept.")
         if refusals:
-            raise NotSaved(f"All steps are done, but {refusals}")
-
-    def _refusal_at_end(self, save: Callable[[Path | None], Path]) -> str:
-        """Save something; why it is not in its place and where it is instead, empty if all is well."""
-        try:
-            saved = save_with_fallback(save, self._output.name)
-        except NotSaved as error:
-            return f"{error} No other place takes it either, so it is lost; earlier saves are kept."
-        return f"{saved.refusal} Until then it is in {saved.path}." if saved.refusal else ""
+            raise NotSaved(f"All steps are done, but {' '.join(refusals)}")
 
     def _save(self, stem: str) -> None:
         path = _tried(partial(self._run.save_adapter, stem))
@@ -90,9 +88,13 @@ class Checkpoints(Observer):
     def _earlier_saves(self) -> list[Path]:
         """The saves that are there of the steps before a resumed run's first one, oldest first."""
         done, per_epoch = self._run.first_step, self._run.steps_per_epoch
-        stems = {self._stem_of_step(step): step for step in _multiples(self._every.steps, done)}
-        epochs = _multiples(self._every.epochs, done // per_epoch)
-        stems |= {self._stem_of_epoch(epoch): epoch * per_epoch for epoch in epochs}
+        by_steps, by_epochs = self._every.steps, self._every.epochs
+        stems: dict[str, int] = {}
+        if by_steps:
+            stems |= {self._stem_of_step(step): step for step in range(by_steps, done + 1, by_steps)}
+        if by_epochs:
+            epochs = range(by_epochs, done // per_epoch + 1, by_epochs)
+            stems |= {self._stem_of_epoch(epoch): epoch * per_epoch for epoch in epochs}
         suffix = self._run.config.saver.build().suffix
         paths = [self._output.dir / f"{stem}{suffix}" for stem in sorted(stems, key=stems.__getitem__)]
         return [path for path in paths if path.exists()]
@@ -111,11 +113,6 @@ def _tried(save: Callable[[], Path]) -> Path | None:
     except OutputError as error:
         log.warning("%s Training goes on, and the next save tries again.", error)
         return None
-
-
-def _multiples(every: int | None, last: int) -> range:
-    """The multiples of a number up to the last one that counts."""
-    return range(every, last + 1, every) if every else range(0)
 
 
 @hookimpl

@@ -136,7 +136,12 @@ class Hub(Observer):
         try:
             work()
         except Exception as error:
-            log.warning("%s to %s: %s", failure, self._config.repo_id, _reason(error))
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            reason = " ".join(dict.fromkeys((lines[0], lines[-1])))
+            if status in (401, 403):
+                reason += "; log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+            log.warning("%s to %s: %s", failure, self._config.repo_id, reason)
 
 
 def _link(source: str | Path, target: str | Path) -> str:
@@ -146,14 +151,6 @@ def _link(source: str | Path, target: str | Path) -> str:
     except OSError:
         shutil.copy2(source, target)
     return str(target)
-
-
-def _reason(error: Exception) -> str:
-    """The cause in a line, and the cure where it is known."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    cure = "; log in with `hf auth login`, or set HF_TOKEN to a token that may write" if status in (401, 403) else ""
-    return f"{' '.join(dict.fromkeys((lines[0], lines[-1])))}{cure}"
 
 
 @hookimpl

@@ -115,7 +115,11 @@ class Samples(Observer):
         self._drawn_step = run.first_step or None
         self._every = Every(config.every_n_epochs, None if config.every_n_epochs else config.every_n_steps)
         self._folder = run.config.output.dir / "sample"
-        self._drawn = self._drawn_before()
+        self._drawn: list[Preview] = []
+        if run.first_step and config.contact_sheet:  # what a run that is resumed has drawn already
+            start = f"{run.config.output.name}_"
+            earlier = (path for path in self._folder.glob("*.png") if path.name.startswith(start))
+            self._drawn = find_previews(earlier, run.first_step)
         with self._warning(), run.evaluating() as model:
             previewer.prepare(model)
 
@@ -152,14 +156,6 @@ class Samples(Observer):
             if self._config.contact_sheet:
                 self._drawn += find_previews(paths, self._step)
                 write_contact_sheet(self._folder / f"{name}_contact_sheet.png", self._drawn)
-
-    def _drawn_before(self) -> list[Preview]:
-        """What a run that is resumed had drawn already."""
-        if not (self._run.first_step and self._config.contact_sheet):
-            return []
-        name = self._run.config.output.name
-        own = (path for path in self._folder.glob("*.png") if path.name.startswith(f"{name}_"))
-        return find_previews(own, self._run.first_step)
 
     @contextmanager
     def _warning(self) -> Iterator[None]:

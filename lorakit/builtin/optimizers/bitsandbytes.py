@@ -12,6 +12,7 @@ from attrs import field, frozen
 from attrs import validators as v
 
 from lorakit.api import OptimizerConfig, hookimpl
+from lorakit.builtin.optimizers.standard import AdamWOptions, LionOptions, SGDOptions
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -47,21 +48,7 @@ class _In8BitsConfig(BitsandbytesConfig):
 
 
 @frozen(kw_only=True)
-class _AdamWConfig(BitsandbytesConfig):
-    """The options of all kinds of AdamW."""
-
-    usual_lr = 1e-4
-
-    betas: tuple[float, float] = field(default=(0.9, 0.999), validator=v.deep_iterable([v.ge(0), v.lt(1)]))
-    """Decay of the running averages of the gradient and of its square."""
-    eps: float = field(default=1e-8, validator=v.gt(0))
-    """Added to the denominator of the update for numerical stability."""
-    weight_decay: float = field(default=0.01, validator=v.ge(0))
-    """Decoupled weight decay: each step subtracts this share of the weight, times the learning rate."""
-
-
-@frozen(kw_only=True)
-class PagedAdamWConfig(_AdamWConfig):
+class PagedAdamWConfig(BitsandbytesConfig, AdamWOptions):
     """AdamW with a 32-bit state that is paged to CPU RAM when GPU memory is full.
 
     Only tensors of 100,000 elements or more are paged, so it is of little use for LoRA.
@@ -80,7 +67,7 @@ class PagedAdamW32bitConfig(PagedAdamWConfig):
 
 
 @frozen(kw_only=True)
-class AdamW8bitConfig(_In8BitsConfig, _AdamWConfig):
+class AdamW8bitConfig(_In8BitsConfig, AdamWOptions):
     """AdamW with an 8-bit state, a quarter of the memory (Dettmers et al., 2021, arXiv:2110.02861)."""
 
     name = "adamw8bit"
@@ -96,20 +83,14 @@ class PagedAdamW8bitConfig(AdamW8bitConfig):
 
 
 @frozen(kw_only=True)
-class Lion8bitConfig(_In8BitsConfig):
+class Lion8bitConfig(LionOptions, _In8BitsConfig):
     """Lion (Chen et al., 2023, arXiv:2302.06675) with an 8-bit state, a quarter of the memory.
 
     Needs a learning rate three to ten times lower than AdamW's.
     """
 
     name = "lion8bit"
-    usual_lr = 3e-5
     class_name = "Lion8bit"
-
-    betas: tuple[float, float] = field(default=(0.9, 0.99), validator=v.deep_iterable([v.ge(0), v.lt(1)]))
-    """Decay of the update direction and of the momentum."""
-    weight_decay: float = field(default=0.0, validator=v.ge(0))
-    """Decoupled weight decay: each step subtracts this share of the weight, times the learning rate."""
 
 
 @frozen(kw_only=True)
@@ -121,20 +102,14 @@ class PagedLion8bitConfig(Lion8bitConfig):
 
 
 @frozen(kw_only=True)
-class SGDNesterov8bitConfig(_In8BitsConfig):
+class SGDNesterov8bitConfig(SGDOptions, _In8BitsConfig):
     """Stochastic gradient descent with 8-bit momentum.
 
     bitsandbytes uses plain momentum, without the look-ahead of `sgdnesterov`.
     """
 
     name = "sgdnesterov8bit"
-    usual_lr = 1.0
     class_name = "SGD8bit"
-
-    momentum: float = field(default=0.9, validator=[v.gt(0), v.lt(1)])
-    """Momentum factor."""
-    weight_decay: float = field(default=0.0, validator=v.ge(0))
-    """L2 penalty: this share of the weight is added to its gradient."""
 
 
 @hookimpl

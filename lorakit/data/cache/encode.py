@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from functools import partial
 from typing import TypeVar
 
 import torch
@@ -19,7 +18,6 @@ from lorakit.data.cache.store import Cache, NotFiniteError, content_key, to_stor
 from lorakit.data.cache.vae import encode_pixels, latent_masks, not_encodable, on_device
 from lorakit.data.captions import caption_variants
 from lorakit.data.images.augmentation import Picture, load_picture
-from lorakit.data.images.buckets import ResizeCrop
 from lorakit.data.images.decode import RESAMPLING
 from lorakit.data.index import Example, IndexedDataset, default_workers
 from lorakit.errors import DataError, data_error
@@ -63,17 +61,6 @@ class EncodeOptions:
 
 
 @frozen
-class _Content:
-    """What there is to be seen in an image, as far as it can be told without decoding it."""
-
-    digest: str
-    """Key of the file's content."""
-    placement: ResizeCrop
-    more: tuple[str, ...]
-    """What is not as usual: resampling, and where the mask comes from."""
-
-
-@frozen
 class _Job:
     """An image to decode once, and the keys of the entries to make of it, by whether they are mirrored."""
 
@@ -93,20 +80,6 @@ class _Encoded:
     """What only some of the entries have, already on the CPU."""
 
 
-def _latent_key(content: _Content, mirrored: bool, fingerprint: str) -> str:
-    """Key of all that an image's latents depend on: its content, size, crop, mirroring and image encoder."""
-    placement, more = content.placement, content.more
-    return content_key(
-        "latents", _LATENT_FORMAT, content.digest, placement.resized, placement.bucket, mirrored, fingerprint, *more
-    )
-
-
-def caption_key(caption: str, fingerprint: str, weighted: bool = False) -> str:
-    """Key of all that a caption's conditioning depends on: its text, what brackets in it mean, and the text encoder."""
-    kind = "weighted caption" if weighted else "caption"
-    return content_key(kind, _CAPTION_FORMAT, caption, fingerprint)
-
-
 def encode_latents(
     datasets: Sequence[IndexedDataset], model: DiffusionModel, cache: Cache, encoding: EncodeOptions
 ) -> LatentKeys:
@@ -120,10 +93,12 @@ def encode_latents(
     """
     workers = encoding.workers or default_workers()
     with ThreadPoolExecutor(workers) as pool:
-        damaged = _damaged(_own(_augmented(datasets), encoding), cache, pool)
+        damaged = _damaged(datasets, cache, encoding, pool)
         keys, jobs = _latent_jobs(datasets, model.fingerprint("vae_encoder"), cache, pool)
-        missing = [_Job(job.example, _without_cached(job.keys, cache)) for job in _own(jobs, encoding)]
-        missing = [job for job in missing if job.keys]
+        missing = []
+        for job in _own(jobs, encoding):
+            absent = {mirrored: key for mirrored, key in job.keys.items() if not cache.has(key)}
+            missing += [_Job(job.example, absent)] if absent else []
         if missing:
             decoded = map_prefetch(pool, _decode, missing, 2 * max(encoding.batch_size, workers))
             batches = _same_size(decoded, encoding.batch_size, damaged)
@@ -147,13 +122,20 @@ def encode_captions(
     captions = dict.fromkeys(
         text for example in examples for text in caption_variants(example.caption, example.subset) or ()
     )
-    weighted = encoding.weighted_captions
-    keys = {caption: caption_key(caption, fingerprint, weighted) for caption in captions}
+    kind = "weighted caption" if encoding.weighted_captions else "caption"
+    keys = {caption: content_key(kind, _CAPTION_FORMAT, caption, fingerprint) for caption in captions}
     missing = [caption for caption in _own(list(keys), encoding) if not cache.has(keys[caption])]
+
+    @torch.no_grad()
+    def encode(chunk: Sequence[str]) -> _Encoded:
+        tokens = model.text_encoder.tokenize(chunk, encoding.weighted_captions)
+        conditioning = model.text_encoder.encode({name: tensor.to(encoding.device) for name, tensor in tokens.items()})
+        names = [f"caption {text!r}" for text in chunk]
+        return _Encoded([keys[caption] for caption in chunk], names, split(model, conditioning))
+
     if missing:
         chunks = (missing[start : start + CAPTIONS_AT_ONCE] for start in range(0, len(missing), CAPTIONS_AT_ONCE))
-        encoded = (_encode_texts(chunk, keys, model, encoding) for chunk in chunks)
-        _store_all(encoded, cache, len(missing), encoding)
+        _store_all(map(encode, chunks), cache, len(missing), encoding)
     return keys
 
 
@@ -162,13 +144,25 @@ def _latent_jobs(
 ) -> tuple[LatentKeys, list[_Job]]:
     """The keys of all latents, and one job for each distinct image and placement, bucket by bucket."""
     examples = [example for dataset in datasets for example in dataset.examples if not example.is_augmented]
-    contents = map_chunked(pool, lambda example: _content(example, cache), examples)
+
+    def content(example: Example) -> tuple[object, ...]:
+        """What its latents depend on, beside the encoder; reads its files only where they have changed."""
+        interpolation, placement = example.subset.resize_interpolation, example.placement
+        more = [] if interpolation == "lanczos" else [RESAMPLING[interpolation].name]
+        if example.mask is not None:
+            more.append(cache.memo.digest(example.mask))
+        elif example.subset.alpha_mask:
+            more.append("alpha")
+        return cache.memo.digest(example.image), placement, *more
+
     keys: dict[tuple[str, bool], str] = {}
-    jobs: dict[_Content, _Job] = {}
-    for example, content in zip(examples, contents, strict=True):
-        job = jobs.setdefault(content, _Job(example))
+    jobs: dict[tuple[object, ...], _Job] = {}
+    for example, seen in zip(examples, map_chunked(pool, content, examples), strict=True):
+        job = jobs.setdefault(seen, _Job(example))
+        digest, _, *more = seen
+        size, bucket = example.placement.resized, example.placement.bucket
         for mirrored in (False, True) if example.subset.flip_aug else (False,):
-            key = _latent_key(content, mirrored, fingerprint)
+            key = content_key("latents", _LATENT_FORMAT, digest, size, bucket, mirrored, fingerprint, *more)
             keys[example.sample_id, mirrored] = job.keys[mirrored] = key
     cache.memo.save()
     return keys, sorted(jobs.values(), key=lambda job: job.example.placement.bucket)
@@ -179,43 +173,25 @@ def _own(work: Sequence[T], encoding: EncodeOptions) -> Sequence[T]:
     return work[encoding.rank :: encoding.world_size]
 
 
-def _without_cached(keys: Mapping[bool, str], cache: Cache) -> dict[bool, str]:
-    return {mirrored: key for mirrored, key in keys.items() if not cache.has(key)}
-
-
-def _augmented(datasets: Sequence[IndexedDataset]) -> list[Example]:
-    """One example of each image that is encoded later, each time it is used."""
-    examples = (example for dataset in datasets for example in dataset.examples if example.is_augmented)
-    return list({(example.image, example.mask): example for example in examples}.values())
-
-
-def _damaged(examples: Sequence[Example], cache: Cache, pool: Executor) -> list[str]:
-    """What is wrong with examples that cannot be decoded; files that were decoded once are not read again."""
+def _damaged(datasets: Sequence[IndexedDataset], cache: Cache, encoding: EncodeOptions, pool: Executor) -> list[str]:
+    """What is wrong with images that are encoded later; files that were decoded once are not read again."""
+    augmented = (example for dataset in datasets for example in dataset.examples if example.is_augmented)
+    examples = list({(example.image, example.mask): example for example in augmented}.values())
 
     def problem(example: Example) -> str | None:
-        def decode() -> str:
-            load_picture(example, example.placement)
-            return mask
-
         try:
             mask = cache.memo.digest(example.mask) if example.mask else "none"
+
+            def decode() -> str:
+                load_picture(example, example.placement)
+                return mask
+
             cache.memo.get_or_compute(example.image, f"decodes with mask {mask}", decode)
         except DataError as error:
             return str(error)
         return None
 
-    return [text for text in map_chunked(pool, problem, examples) if text]
-
-
-def _content(example: Example, cache: Cache) -> _Content:
-    """What an example shows; reads its files only where they have changed."""
-    interpolation = example.subset.resize_interpolation
-    more = [] if interpolation == "lanczos" else [RESAMPLING[interpolation].name]
-    if example.mask is not None:
-        more.append(cache.memo.digest(example.mask))
-    elif example.subset.alpha_mask:
-        more.append("alpha")
-    return _Content(cache.memo.digest(example.image), example.placement, tuple(more))
+    return [text for text in map_chunked(pool, problem, _own(examples, encoding)) if text]
 
 
 def _decode(job: _Job) -> tuple[_Job, Picture | DataError]:
@@ -259,38 +235,27 @@ def _encode_images(
             yield _Encoded([job.keys[mirrored] for job in jobs], [own.name for own in pictures], entries, masks)
 
 
-def _encode_texts(
-    captions: Sequence[str], keys: CaptionKeys, model: DiffusionModel, encoding: EncodeOptions
-) -> _Encoded:
-    with torch.no_grad():
-        tokens = model.text_encoder.tokenize(captions, encoding.weighted_captions)
-        conditioning = model.text_encoder.encode({name: tensor.to(encoding.device) for name, tensor in tokens.items()})
-    names = [f"caption {text!r}" for text in captions]
-    return _Encoded([keys[caption] for caption in captions], names, split(model, conditioning))
-
-
 def _store_all(encoded: Iterable[_Encoded], cache: Cache, total: int, encoding: EncodeOptions) -> None:
     """Write entries in a thread of their own, so that the encoder does not wait for the disk.
 
     On a GPU that thread also waits for what is encoded. On a CPU it computes nothing: that would slow the encoder down.
     """
+
+    def write(entries: Mapping[str, Mapping[str, Tensor]]) -> int:
+        for key, entry in entries.items():
+            cache.write(key, entry, keep_unwritten=encoding.keep_unwritten)
+        return len(entries)
+
     done = 0
     with ThreadPoolExecutor(1) as writer:
         if encoding.device.type == "cpu":
-            batches = map_prefetch(writer, partial(_write, cache, encoding), map(_entries, encoded), ahead=4)
+            batches = map_prefetch(writer, write, map(_entries, encoded), ahead=4)
         else:
-            batches = map_prefetch(writer, lambda own: _write(cache, encoding, _entries(own)), encoded, ahead=4)
+            batches = map_prefetch(writer, lambda own: write(_entries(own)), encoded, ahead=4)
         for stored in batches:
             done += stored
             if encoding.progress:
                 encoding.progress(done, total)
-
-
-def _write(cache: Cache, encoding: EncodeOptions, entries: Mapping[str, Mapping[str, Tensor]]) -> int:
-    """Write entries, by key, and count them."""
-    for key, entry in entries.items():
-        cache.write(key, entry, keep_unwritten=encoding.keep_unwritten)
-    return len(entries)
 
 
 def _entries(encoded: _Encoded) -> dict[str, dict[str, Tensor]]:

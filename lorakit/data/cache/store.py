@@ -85,10 +85,6 @@ class Cache:
             raise DataError(str(Problem(str(path), f"does not hold {' and '.join(names)}", "remove this file")))
         return entry
 
-    def store(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write an entry. Raises NotFiniteError, or OutputError where it cannot be written."""
-        self.write(key, to_storable(tensors))
-
     def write(self, key: str, entry: Mapping[str, Tensor], *, keep_unwritten: bool = False) -> None:
         """Write an entry made by `to_storable`, which computes nothing.
 

@@ -82,27 +82,22 @@ def _cover(size: Size, bucket: Size) -> ResizeCrop:
 
 def _shrink_only(size: Size, area: int, step: int) -> ResizeCrop:
     """The image's own size, or what it shrinks to if it has more than `area` pixels, rounded down to steps."""
-    resized = _shrunk(size, area, step)
-    bucket = (resized[0] // step * step, resized[1] // step * step)
+    width, height = size
+    if width * height > area:
+        aspect = width / height
+        ideal_width = sqrt(area * aspect)
+        by_width, by_height = _stepped(ideal_width, step), _stepped(area / ideal_width, step)
+        error_by_width = _aspect_error((by_width, _stepped(by_width / aspect, step)), aspect)
+        error_by_height = _aspect_error((_stepped(by_height * aspect, step), by_height), aspect)
+        if error_by_width < error_by_height:
+            width, height = by_width, int(by_width / aspect + 0.5)
+        else:
+            width, height = int(by_height * aspect + 0.5), by_height
+    bucket = (width // step * step, height // step * step)
     if not all(bucket):
         message = f"{size[0]}x{size[1]} pixels leave no bucket with sides of at least {step} pixels"
         raise DataError(str(Problem("", message, "remove the image, or set bucket_no_upscale to false")))
-    return ResizeCrop(resized, bucket)
-
-
-def _shrunk(size: Size, area: int, step: int) -> Size:
-    width, height = size
-    if width * height <= area:
-        return size
-    aspect = width / height
-    ideal_width = sqrt(area * aspect)
-    by_width = _stepped(ideal_width, step)
-    by_height = _stepped(area / ideal_width, step)
-    error_by_width = _aspect_error((by_width, _stepped(by_width / aspect, step)), aspect)
-    error_by_height = _aspect_error((_stepped(by_height * aspect, step), by_height), aspect)
-    if error_by_width < error_by_height:
-        return by_width, int(by_width / aspect + 0.5)
-    return int(by_height * aspect + 0.5), by_height
+    return ResizeCrop((width, height), bucket)
 
 
 def _stepped(side: float, step: int) -> int:

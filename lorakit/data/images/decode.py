@@ -47,7 +47,6 @@ _TO_UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-
 _WITH_FRAMES = ("PNG", "WEBP", "AVIF", "TIFF", "GIF")
 """Formats whose files may be animated, or have pages. Further images in JPEG files are depth or brightness maps."""
 

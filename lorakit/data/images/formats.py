@@ -85,36 +85,24 @@ def has_its_end(path: Path, image: Image.Image, ends: Ends) -> bool:
     Finds files that were cut off, which is the common damage.
     """
     if image.format == "TIFF":
-        return _has_its_strips(image, ends.length)
+        tags: Mapping[int, tuple[int, ...]] = getattr(image, "tag_v2", {})
+        pairs = (zip(tags.get(begins, ()), tags.get(counts, ()), strict=False) for begins, counts in _STRIPS)
+        strips = [begin + count for found in pairs for begin, count in found]
+        return bool(strips) and max(strips) <= ends.length
     if image.format == "AVIF":
         return _has_its_boxes(path, ends.length)
     check = _ENDS.get(image.format or "")
     return check is not None and check(ends)
 
 
-def _ends_jpeg(ends: Ends) -> bool:
-    return ends.tail.rstrip(b"\0\r\n").endswith(b"\xff\xd9")
-
-
 _ENDS: Mapping[str, Callable[[Ends], bool]] = {
-    "JPEG": _ends_jpeg,
-    "MPO": _ends_jpeg,
+    **dict.fromkeys(("JPEG", "MPO"), lambda ends: ends.tail.rstrip(b"\0\r\n").endswith(b"\xff\xd9")),
     "PNG": lambda ends: ends.tail[-8:-4] == b"IEND",
     "GIF": lambda ends: ends.tail.endswith(b";"),
     "WEBP": lambda ends: int.from_bytes(ends.head[4:8], "little") + 8 <= ends.length,
     "BMP": lambda ends: int.from_bytes(ends.head[2:6], "little") == ends.length,
 }
 """Whether a file ends as its format asks for."""
-
-
-def _has_its_strips(image: Image.Image, length: int) -> bool:
-    tags: Mapping[int, tuple[int, ...]] = getattr(image, "tag_v2", {})
-    strips = [
-        (begin, count)
-        for begins, counts in _STRIPS
-        for begin, count in zip(tags.get(begins, ()), tags.get(counts, ()), strict=False)
-    ]
-    return bool(strips) and all(begin + count <= length for begin, count in strips)
 
 
 def _has_its_boxes(path: Path, length: int) -> bool:

@@ -1,20 +1,25 @@
-"""The image files of a dataset, as the sources of its subsets list them; imports no torch."""
+"""The image files of a dataset, as the sources of its subsets list them, and their masks.
+
+Imports no torch and opens none of the files.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from attrs import frozen
 
 from lorakit.api.dataset_source import SourceImage
 from lorakit.config.datasets import DatasetConfig, SubsetConfig
-from lorakit.data.images.masks import find_masks
+from lorakit.data.images.formats import EXTENSIONS
 from lorakit.data.sources.folders import FolderSource
 from lorakit.data.sources.metadata_files import MetadataFileSource
-from lorakit.errors import DataError
+from lorakit.errors import DataError, Problem
 from lorakit.plugins.build import build_component
 from lorakit.plugins.failures import plugin_errors
+from lorakit.utils.safe_paths import list_files
 
 
 @frozen
@@ -50,7 +55,7 @@ def find_images(number: int, dataset: DatasetConfig, problems: list[str]) -> lis
             problems.append(str(error))
             continue
         folder = subset.conditioning_data_dir
-        masks = find_masks(folder, [item.image for item in listed], problems) if folder else {}
+        masks = _find_masks(folder, [item.image for item in listed], problems) if folder else {}
         for item in listed:
             # File names need not be valid text, but keys of random draws must be.
             text = item.name.encode("utf-8", "backslashreplace").decode()
@@ -76,3 +81,30 @@ def _listed(subset: SubsetConfig, problems: list[str]) -> list[SourceImage]:
     if not listed and not problems:
         raise DataError(f"{subset.place}: lists no images")
     return sorted(listed, key=lambda item: item.name)
+
+
+def _find_masks(folder: Path, images: Collection[Path], problems: list[str]) -> Mapping[str, Path]:
+    """The masks of images by their names without extension.
+
+    That an image has none or several, or a mask no image, is added to the problems.
+    """
+    try:
+        names = sorted(list_files(folder))
+    except OSError as error:
+        problems.append(str(Problem(str(folder), f"cannot be listed: {error.strerror}", "check conditioning_data_dir")))
+        return {}
+    found: dict[str, list[Path]] = defaultdict(list)
+    for mask in (folder / name for name in names):
+        if mask.suffix.lower() in EXTENSIONS:
+            found[mask.stem].append(mask)
+    wanted = {image.stem for image in images}
+    hint = "each mask must have the name of an image, whatever its extension"
+    without = [image for image in images if image.stem not in found]
+    problems += [str(Problem(str(image), f"has no mask in {folder}", hint)) for image in without]
+    for stem, masks in found.items():
+        if stem not in wanted:
+            problems += [str(Problem(str(mask), "is a mask without an image", hint)) for mask in masks]
+        elif len(masks) > 1:
+            listed = ", ".join(mask.name for mask in masks)
+            problems.append(str(Problem(str(folder), f"has several masks of one name: {listed}", "keep one of them")))
+    return {stem: masks[0] for stem, masks in found.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from attrs import frozen
@@ -33,7 +33,13 @@ class FolderSource:
     def list_images(self, problems: list[str]) -> Iterator[SourceImage]:  # noqa: ARG002
         """The images. Raises DataError where there are none."""
         folder = self.subset.image_dir
-        names = _names_in(folder)
+        try:
+            names = sorted(list_files(folder))
+        except OSError as error:
+            hint = "check image_dir; relative paths are relative to the config file"
+            raise DataError(str(Problem(str(folder), f"cannot be listed: {error.strerror}", hint))) from error
+        if not any(is_image(name) for name in names):
+            raise DataError(str(_why_no_images(folder, names)))
         files = by_lower_extension(names)
         for image in (folder / name for name in names if is_image(name)):
             yield SourceImage(image, find_caption(image, self.subset, files))
@@ -55,18 +61,6 @@ def unread_images(names: Sequence[str]) -> list[str]:
     return sorted(name for name in names if extension_of(name) in UNREAD)
 
 
-def _names_in(folder: Path) -> list[str]:
-    """The names of the files directly in a folder, sorted, some of them images; hidden ones do not count."""
-    try:
-        names = sorted(list_files(folder))
-    except OSError as error:
-        hint = "check image_dir; relative paths are relative to the config file"
-        raise DataError(str(Problem(str(folder), f"cannot be listed: {error.strerror}", hint))) from error
-    if not any(is_image(name) for name in names):
-        raise DataError(str(_why_no_images(folder, names)))
-    return names
-
-
 def _why_no_images(folder: Path, names: Sequence[str]) -> Problem:
     """That there are none, and where they may be instead."""
     metadata = next((name for name in METADATA_FILES if name in names), None)
@@ -75,26 +69,19 @@ def _why_no_images(folder: Path, names: Sequence[str]) -> Problem:
         hint = f'to read the images that {metadata} lists, set metadata_file = "{(folder / metadata).as_posix()}"'
         return Problem(str(folder), "contains no images", hint)
     if inner:
-        places = some(
-            [f'{count} {"is" if count == 1 else "are"} in "{path.as_posix()}"' for path, count in inner.items()]
-        )
-        return Problem(str(folder), f"contains no images; {places}", _how_to_use(inner))
+        counts = [f'{count} {"is" if count == 1 else "are"} in "{path.as_posix()}"' for path, count in inner.items()]
+        path = next(iter(inner))
+        hint = f'image_dir = "{path.as_posix()}"'
+        if name := re.fullmatch(r"(\d+)(?:_(.*))?", path.name):
+            class_tokens = f', class_tokens = "{name[2]}"' if name[2] else ""
+            hint = f"as kohya_ss has it: {hint}, num_repeats = {name[1]}{class_tokens}"
+        hint = hint if len(inner) == 1 else f"each in a [[data.datasets.subsets]]; {hint}"
+        return Problem(str(folder), f"contains no images; {some(counts)}", hint)
     if unread:
         message = f"contains no supported images, but {kinds_of(unread)}: {some(unread)}"
         return Problem(str(folder), message, "convert them to JPEG or PNG")
     hint = f"image_dir is searched for {NAMES} files, not in folders inside it"
     return Problem(str(folder), "contains no images", hint)
-
-
-def _how_to_use(folders: Mapping[Path, int]) -> str:
-    """What to write in the config for folders of images, whose names may be those of kohya_ss."""
-    path = next(iter(folders))
-    name = re.fullmatch(r"(\d+)(?:_(.*))?", path.name)
-    keys = f'image_dir = "{path.as_posix()}"'
-    if name:
-        keys = f"as kohya_ss has it: {keys}, num_repeats = {name[1]}"
-        keys += f', class_tokens = "{name[2]}"' if name[2] else ""
-    return keys if len(folders) == 1 else f"each in a [[data.datasets.subsets]]; {keys}"
 
 
 def _images_inside(folder: Path) -> dict[Path, int]:

@@ -44,37 +44,34 @@ class MetadataFileSource:
 
         Raises DataError where the file cannot be read.
         """
-        assert self.subset.metadata_file is not None  # noqa: S101 - as the config was checked
-        return _listed(self.subset.metadata_file, self.subset, problems)
-
-
-def _listed(file: Path, subset: SubsetConfig, problems: list[str]) -> list[SourceImage]:
-    listed: dict[str, SourceImage] = {}
-    for path, entry in _entries(file):
-        texts = [_first(entry, names) for names in (_CAPTIONS, ("tags",))] if isinstance(entry, Mapping) else []
-        inside = _inside(subset.image_dir, path) if isinstance(path, str) and path else None
-        image = _image(subset.image_dir, inside) if inside else None
-        if not isinstance(path, str) or not path:
-            hint = "expected in one of the keys " + ", ".join(_PATHS)
-            problems.append(str(Problem(f"{file}: {toml_repr(entry)}", "has no image path", hint)))
-        elif not texts or not all(is_text(text) for text in texts):
-            problems.append(str(Problem(f"{file}: {path}", "must have caption and tags, each a text in UTF-8")))
-        elif path in listed:
-            problems.append(str(Problem(f"{file}: {path}", "is listed twice", "remove one of the two")))
-        elif inside is None:
-            hint = f"give an image_dir that holds all images of the file, instead of {subset.image_dir}"
-            problems.append(str(Problem(f"{file}: {path}", "is outside image_dir", hint)))
-        elif image is None:
-            problems.append(str(_why_no_image(f"{file}: {path}", subset.image_dir)))
-        else:
-            listed[path] = SourceImage(image, _caption(subset, *texts) or None, name=path)
-    return sorted(listed.values(), key=lambda item: item.name)
-
-
-def _why_no_image(key: str, folder: Path) -> Problem:
-    if Path(key).suffix.lower() in UNREAD:
-        return Problem(key, "has an unsupported format", "convert it to JPEG or PNG")
-    return Problem(key, "is not an image file", f"paths are relative to image_dir, {folder}")
+        file, subset = self.subset.metadata_file, self.subset
+        assert file is not None  # noqa: S101 - as the config was checked
+        listed: dict[str, SourceImage] = {}
+        for path, entry in _entries(file):
+            key = f"{file}: {path}"
+            texts = [_first(entry, names) for names in (_CAPTIONS, ("tags",))] if isinstance(entry, Mapping) else []
+            inside = _inside(subset.image_dir, path) if isinstance(path, str) and path else None
+            image = _image(subset.image_dir, inside) if inside else None
+            if not isinstance(path, str) or not path:
+                hint = "expected in one of the keys " + ", ".join(_PATHS)
+                problem = Problem(f"{file}: {toml_repr(entry)}", "has no image path", hint)
+            elif not texts or not all(is_text(text) for text in texts):
+                problem = Problem(key, "must have caption and tags, each a text in UTF-8")
+            elif path in listed:
+                problem = Problem(key, "is listed twice", "remove one of the two")
+            elif inside is None:
+                hint = f"give an image_dir that holds all images of the file, instead of {subset.image_dir}"
+                problem = Problem(key, "is outside image_dir", hint)
+            elif image is None and Path(key).suffix.lower() in UNREAD:
+                problem = Problem(key, "has an unsupported format", "convert it to JPEG or PNG")
+            elif image is None:
+                hint = f"paths are relative to image_dir, {subset.image_dir}"
+                problem = Problem(key, "is not an image file", hint)
+            else:
+                listed[path] = SourceImage(image, _caption(subset, *texts) or None, name=path)
+                continue
+            problems.append(str(problem))
+        return sorted(listed.values(), key=lambda item: item.name)
 
 
 def _first(entry: Mapping[str, Any], names: Sequence[str]) -> Any:

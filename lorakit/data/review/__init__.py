@@ -1,1 +1,0 @@
-"""Warnings about images and captions that are probably a mistake."""
