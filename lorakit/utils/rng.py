@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from hashlib import blake2b
+from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
-RngFactory = Callable[[str], np.random.Generator]
+RngFactory: TypeAlias = "Callable[[str], np.random.Generator]"
 """Gives the fresh generator for each purpose; the rest of its key is settled."""
 
 
@@ -26,4 +28,7 @@ def keyed_generator(*key: int | str) -> np.random.Generator:
 
     Philox is counter-based (Salmon et al., 2011), so making one costs microseconds.
     """
+    # Only here, as prompts of previews are read without NumPy.
+    import numpy as np
+
     return np.random.Generator(np.random.Philox(derived_seed(*key)))
