@@ -57,4 +57,4 @@ class DatasetSourceConfig(Component):
 
     def build(self, subset: SubsetConfig) -> DatasetSource:
         """The source of the images of a subset."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+        raise NotImplementedError(f"{type(self).__name__} has no method build")

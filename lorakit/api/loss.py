@@ -102,4 +102,4 @@ class LossConfig(Component):
         It is called with both, float32 [B, C, h, w], and timesteps [B], and returns the loss of each number,
         [B, C, h, w].
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+        raise NotImplementedError(f"{type(self).__name__} has no method build")

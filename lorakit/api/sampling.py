@@ -66,7 +66,7 @@ class TimestepSamplerConfig(Component):
         It is called with a `numpy.random.Generator` and the shape [C, h, w] of the latents, and returns an integer
         where the process counts steps.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+        raise NotImplementedError(f"{type(self).__name__} has no method build")
 
 
 @frozen(kw_only=True)
@@ -90,4 +90,4 @@ class SamplerConfig(Component):
         returns the latents, [B, C, h, w]. `predict` takes noisy latents and a timestep, a scalar tensor, and returns
         what the denoiser predicts, guided.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+        raise NotImplementedError(f"{type(self).__name__} has no method build")

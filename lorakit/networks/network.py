@@ -7,7 +7,6 @@ Another algorithm than LoRA is a subclass of `AdapterModule` with `initialize`, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 from typing import Any, ClassVar, Self
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import AdapterError
 from lorakit.models.interfaces import AdaptationTarget
+from lorakit.utils.wording import some
 
 
 @frozen
@@ -247,7 +247,4 @@ def _copies(by_adapter: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]
 
 def _some(what: str, names: Sequence[str]) -> str:
     """A sentence that lists at most three of the names; empty if there are none."""
-    if not names:
-        return ""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f" {what}: {'; '.join(islice(names, 3))}{more}."
+    return f" {what}: {some(names, more=' and {} more', separator='; ')}." if names else ""

@@ -22,9 +22,9 @@ def counted_in(count: int, noun: str, place: str, verb: str = "are") -> str:
     return f"{counted(count, noun)} in {place} {singular if count == 1 else verb}"
 
 
-def some(texts: Sequence[str], most: int = 3, more: str = ", …") -> str:
+def some(texts: Sequence[str], most: int = 3, more: str = ", …", separator: str = ", ") -> str:
     """The first of several texts; `more`, which may contain `{}` for their number, if there are others."""
-    return ", ".join(texts[:most]) + (more.format(len(texts) - most) if len(texts) > most else "")
+    return separator.join(texts[:most]) + (more.format(len(texts) - most) if len(texts) > most else "")
 
 
 def some_names(files: Sequence[Path], most: int = 3) -> str:

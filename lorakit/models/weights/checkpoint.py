@@ -18,6 +18,7 @@ from attrs import evolve, field, frozen
 from lorakit.checkpoints import CheckpointSummary, HubModel, Location, Shapes, describe, read_json, summarize
 from lorakit.errors import ModelError
 from lorakit.models.weights.folders import TensorRef, find_weights, part_folder
+from lorakit.utils.wording import some
 
 _REPEATED = (
     "num_hidden_layers", "num_layers", "num_single_layers", "layers_per_block", "transformer_layers_per_block",
@@ -67,7 +68,9 @@ class CheckpointPart:
         """Place in the file of each tensor of a module; a `ModelError` if some are missing or have another shape."""
         missing = [bare for name in wanted if (bare := self.rename(name)) not in self.shapes]
         if missing:
-            raise ModelError(f"{self} lacks {_some(missing)}; the file is incomplete or another kind of model")
+            raise ModelError(
+                f"{self} lacks {some(missing, more=' and {} more')}; the file is incomplete or another kind of model"
+            )
         for name, shape in wanted.items():
             stored = self.shape_of(name)
             # A 1×1 convolution and a linear layer stand for each other.
@@ -91,7 +94,9 @@ class CheckpointPart:
         """A `ModelError` if the file has tensors of this part that the module, with all its tensors, has no use for."""
         left = sorted(self.shapes.keys() - {self.rename(name) for name in wanted})
         if left:
-            raise ModelError(f"{self} has tensors that none of {self.format.family} has: {_some(left)}")
+            raise ModelError(
+                f"{self} has tensors that none of {self.format.family} has: {some(left, more=' and {} more')}"
+            )
 
     def __str__(self) -> str:
         return f"the {self.format.title} in {self.file}"
@@ -236,7 +241,3 @@ def _layers(settings: Settings) -> int:
         counts = [count for count in (value if isinstance(value, list) else [value]) if isinstance(count, int)]
         repeated.append(max([1, *counts]))
     return math.prod(repeated)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -23,6 +23,7 @@ from lorakit.errors import AdapterError
 from lorakit.models.interfaces import Memo
 from lorakit.models.weights.hashing import hash_of_file, hash_of_weights
 from lorakit.models.weights.load import EditTensor, ReadTensor, open_tensors
+from lorakit.utils.wording import some
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -94,8 +95,7 @@ class Merging:
         for file in self._files:
             mismatches = list(file.mismatches(layers))
             if mismatches or not file.shapes:
-                more = f" and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
-                reasons = f"{'; '.join(mismatches[:3])}{more}" if mismatches else "it is empty"
+                reasons = some(mismatches, more=" and {} more", separator="; ") or "it is empty"
                 kind = adapter_kind(file.summary).description
                 raise AdapterError(
                     f"{file.path} cannot be merged into the base model: {reasons}."
