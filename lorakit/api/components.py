@@ -81,7 +81,8 @@ class Component:
     def is_product(cls, made: object) -> bool:
         """Whether an object that `build` returned can be used; if not, the run ends with a PluginError."""
         # Of the class, because asking a model itself for a part would load that part.
-        return all(callable(getattr(type(made), name, None)) for name in cls.product_methods)
+        methods = {name for base in type(made).__mro__ for name, method in vars(base).items() if callable(method)}
+        return methods >= {*cls.product_methods}
 
     def warnings_of_length(self, total_steps: int) -> Iterator[Problem]:  # noqa: ARG002
         """Fields that may be a mistake in a run of `total_steps` optimizer steps; keys are field names.

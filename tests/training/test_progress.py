@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import tomlkit
-from attrs import evolve
+from attrs import evolve, frozen
 
 from lorakit.api.observer import Observer
 from lorakit.builtin.observers.progress import Progress
@@ -163,19 +163,17 @@ class Slow(Observer):
         self.wait(40.0 if step % 2 == 0 else 0.0)
 
 
-@pytest.fixture
-def info(make_config):
-    """A run before its first step."""
-    import torch
+@frozen
+class Known:
+    """What the progress observer asks of a run."""
 
-    from lorakit.training.prepare import prepare
-    from lorakit.training.runtime.distributed import Distributed
-    from lorakit.training.setup import build_run
-
-    return build_run(prepare(make_config()), Distributed(torch.device("cpu"))).info
+    total_steps: int = 30
+    first_step: int = 0
+    steps_per_epoch: int = 10
+    training_seconds: Callable[[], float] = float
 
 
-def test_time_left_does_not_count_what_is_not_a_step(info) -> None:
+def test_time_left_does_not_count_what_is_not_a_step() -> None:
     """Previews of 75 and 40 seconds beside steps of one second leave the time that is left as it is; resumed too."""
     seconds = [0.0]
 
@@ -183,7 +181,7 @@ def test_time_left_does_not_count_what_is_not_a_step(info) -> None:
         seconds[0] += time
 
     observers = Observers((), clock=lambda: seconds[0])
-    run = evolve(info, total_steps=30, first_step=10, training_seconds=observers.training_seconds)
+    run = Known(first_step=10, training_seconds=observers.training_seconds)
     shown = Shown()
     observers.add("progress", Progress(0.0, run, shown))
     observers.add("slow", Slow(wait))
@@ -196,11 +194,12 @@ def test_time_left_does_not_count_what_is_not_a_step(info) -> None:
     assert observers.training_seconds() == pytest.approx(10.0)
 
 
-def test_validation_in_words(info) -> None:
+def test_validation_in_words() -> None:
     """Each validation says how it compares with the lowest before it and with training."""
     shown = Shown()
-    progress = Progress(0.0, evolve(info, steps_per_epoch=4), shown)
-    progress.run_started(info)
+    run = Known(steps_per_epoch=4)
+    progress = Progress(0.0, run, shown)
+    progress.run_started(run)
     for step, average, divergence in ((4, 0.05, 0.01), (8, 0.0312, 0.0082), (10, 0.04, -1e-6), (12, 0.031, 0.0)):
         progress.validated(step, {"average": average, "divergence": divergence})
     assert shown.said == [

@@ -145,7 +145,9 @@ def test_every_loss_option_at_once(make_config, catalog: Catalog) -> None:
     """A run with all options of the loss that go together ends, and again, resumed half-way, with the same weights."""
     sections = {"model": {"prediction": "v_prediction"}, "loss": EVERY_LOSS_OPTION, "data": {"batch_size": 2}}
     whole, plain = make_config(**sections), make_config(model=sections["model"], data=sections["data"])
-    assert {key for key in EVERY_LOSS_OPTION if getattr(whole.loss, key) == getattr(plain.loss, key)} == set()
+    assert whole.loss.name == "huber"
+    for key in EVERY_LOSS_OPTION.keys() - {"type"}:
+        assert getattr(whole.loss, key) != getattr(plain.loss, key)
     final = weights_of(run_training(prepare(whole), catalog))
     assert all(tensor.isfinite().all() for tensor in final.values())
     assert not same(final, weights_of(run_training(prepare(plain), catalog)))
@@ -336,7 +338,7 @@ def test_signal_saves_a_state(tables: dict[str, Any], tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "test.safetensors").exists()
     resumed = run_lorakit("train", path, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on from step" in resumed.stderr
+    assert "resuming from step" in resumed.stderr
     out = tmp_path / "out"
     assert same(weights_of(out / "whole.safetensors"), weights_of(out / "test.safetensors"))
 

@@ -113,18 +113,18 @@ def init(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 @pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
-def test_other_ways_to_train(name: str, launched: pytest.MonkeyPatch) -> None:
+def test_other_ways_to_train(name: str, init: pytest.MonkeyPatch) -> None:
     """What accelerate was once set up for, and lorakit does not use, is refused with what to type."""
-    launched.setenv(f"ACCELERATE_USE_{name}", "true")
+    init.setenv(f"ACCELERATE_USE_{name}", "true")
     with pytest.raises(ConfigError, match=rf"^accelerate is set up for {name}, .*--multi_gpu"):
         Distributed.init("auto")
 
 
-def test_processes_and_gpus(launched: pytest.MonkeyPatch) -> None:
+def test_processes_and_gpus(init: pytest.MonkeyPatch) -> None:
     """More processes than GPUs, GPUs without NCCL, and one device for several processes are told all at once."""
-    launched.setattr(torch.cuda, "is_available", lambda: True)
-    launched.setattr(torch.cuda, "device_count", lambda: 1)
-    launched.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    init.setattr(torch.cuda, "is_available", lambda: True)
+    init.setattr(torch.cuda, "device_count", lambda: 1)
+    init.setattr(torch.distributed, "is_nccl_available", lambda: False)
     with pytest.raises(ConfigError) as caught:
         Distributed.init("cuda:0")
     device, count, nccl = map(str, caught.value.problems)
@@ -134,7 +134,7 @@ def test_processes_and_gpus(launched: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="accelerate would start the devices of others")
-def test_processes_that_find_no_other(launched: pytest.MonkeyPatch) -> None:
+def test_processes_that_find_no_other(init: pytest.MonkeyPatch) -> None:
     """Processes that were told how many they are, and not which, do not train each for itself."""
     program = "from lorakit.training.runtime.distributed import Distributed; Distributed.init('auto')"
     environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}

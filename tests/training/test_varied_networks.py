@@ -154,7 +154,7 @@ def test_text_encoder_with_rate_zero_is_left_out(make_config) -> None:
 
 def test_as_many_learning_rates_as_text_encoders(make_config) -> None:
     """A list of another length is refused, and says how many text encoders there are."""
-    with pytest.raises(ConfigError, match="must have one number for each text encoder of sd1, that is 1, not 2"):
+    with pytest.raises(ConfigError, match="must have one number per text encoder of sd1, which has 1, not 2"):
         make_config(optimizer={"text_encoder_lr": [1e-4, 1e-5]})
     for wrong in ([], [-1.0], -1.0, "fast"):
         with pytest.raises(ConfigError, match=r"optimizer\.text_encoder_lr: must"):

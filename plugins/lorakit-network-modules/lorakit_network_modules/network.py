@@ -111,4 +111,4 @@ def _target(created: Created, layer: AdaptationTarget | None, sibling: Adaptatio
     """The target of an adapter: a target of the model, or another layer of the same part as a sibling."""
     if layer is not None:
         return evolve(layer, key=created.key)
-    return evolve(sibling, key=created.key, path=created.path, place="")
+    return AdaptationTarget(created.key, sibling.part, sibling.root, created.path, encoder_index=sibling.encoder_index)
