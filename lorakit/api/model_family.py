@@ -52,6 +52,14 @@ class ModelFamilyConfig(Component):
     """What the sides of images are multiples of, in pixels."""
     preview_size: ClassVar[int] = 512
     """Default width and height of previews, in pixels."""
+    preview_steps: ClassVar[int] = 30
+    """Default number of sampling steps of previews."""
+    preview_scale: ClassVar[float] = 7.5
+    """Default guidance scale of previews."""
+    preview_sampler: ClassVar[str] = ""
+    """Default sampler of previews; that of the noise process when empty."""
+    dataset_defaults: ClassVar[Mapping[str, object]] = {}
+    """Defaults of keys of datasets that differ from those of other families: `{"max_bucket_reso": 2048}`."""
     adapter_title: ClassVar[str] = ""
     """What `lorakit.checkpoints.kinds` calls the models that LoRA files are for, where that is this family; when
     empty, that is not checked."""
@@ -73,6 +81,10 @@ class ModelFamilyConfig(Component):
     def text_encoders(self) -> int:
         """Number of text encoders."""
         return sum(len(part.encoders) for part in self.parts)
+
+    def lora_name(self, name: str) -> str:
+        """What sd-scripts calls a tensor of a LoRA file of any tool; the name itself where it is not known."""
+        return name
 
     def warnings_of_captions(self, captions: Mapping[str, str], weighted: bool) -> Iterator[Problem]:  # noqa: ARG002
         """Warnings about captions, given by image name; keys are field names. Imports no torch.

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from attrs import frozen
 
-from lorakit.checkpoints.lora_names import ALPHA, DOWN, UP, own_name, split_name
+from lorakit.checkpoints.lora_names import ALPHA, DOWN, UP, own_name, plain_path, split_name
 from lorakit.checkpoints.summary import CheckpointSummary, Shapes, read_json
 from lorakit.errors import AdapterError, ModelError
 from lorakit.utils.wording import counted
@@ -22,7 +22,9 @@ PEFT_MAGNITUDE = "lora_magnitude_vector"
 """Part of the names that PEFT has for magnitudes, which are [out], or [1, out, 1, 1] for convolutions."""
 
 _PEFT_PREFIX = "base_model.model."
-_PARTS = {"lora_unet_": "unet.", "lora_te_": "text_encoder."}
+_PARTS = {
+    "lora_unet_": "unet.", "lora_te_": "text_encoder.", "lora_te1_": "text_encoder.", "lora_te2_": "text_encoder_2.",
+}  # fmt: skip
 
 
 @frozen
@@ -35,10 +37,14 @@ class LoRANames:
     """Alphas that are no tensors of the file, by the key of the layer."""
 
 
-def lora_names(summary: CheckpointSummary, keys: Mapping[str, str] = MappingProxyType({})) -> LoRANames:
+def lora_names(
+    summary: CheckpointSummary,
+    keys: Mapping[str, str] = MappingProxyType({}),
+    rename: Callable[[str], str] = own_name,
+) -> LoRANames:
     """How the tensors of a file are called here; `keys` has the keys of layers by all names that files have for them.
 
-    Layers that are not in `keys` have the names of Stable Diffusion. Raises `AdapterError` where the file has a tensor
+    Tensors of layers that are not in `keys` are renamed by `rename`. Raises `AdapterError` where the file has a tensor
     twice, or invalid alphas.
     """
     in_file: dict[str, str] = {}
@@ -47,10 +53,10 @@ def lora_names(summary: CheckpointSummary, keys: Mapping[str, str] = MappingProx
         path, suffix = split_name(name)
         if first in keys:
             own = f"{keys[first]}.{rest}"
-        elif suffix and (key := keys.get(path.removeprefix("base_model.model."))):
+        elif suffix and (key := keys.get(plain_path(path))):
             own = f"{key}.{suffix}"
         else:
-            own = own_name(name)
+            own = rename(name)
         if own in in_file:
             raise AdapterError(f"{summary.path} holds two adapters for one layer: {in_file[own]} and {name}.")
         in_file[own] = name

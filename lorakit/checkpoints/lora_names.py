@@ -1,7 +1,8 @@
 """How LoRA files name their tensors: what diffusers, PEFT and others write, put in the words of sd-scripts.
 
 sd-scripts calls a tensor `lora_unet_<the layer's path with underscores>.lora_down.weight`, `lora_te_text_model_…` in
-the text encoder. Layers of the U-Net have the names of diffusers.
+the text encoder; SDXL's are `lora_te1_…` and `lora_te2_…`. Layers of the U-Net have the names of diffusers, in SDXL
+those of the original code.
 """
 
 from __future__ import annotations
@@ -32,11 +33,63 @@ _SGM_RESNET = {
 _LAYERS_PER_LEVEL = 3
 
 
+_DIFFUSERS_BLOCK = re.compile(r"(down|up)_blocks_(\d)_(resnets|attentions|downsamplers|upsamplers)_(\d)_(.+)")
+_DIFFUSERS_MIDDLE = re.compile(r"mid_block_(resnets|attentions)_(\d)_(.+)")
+_TO_SGM_RESNET = {leaf: original for original, leaf in _SGM_RESNET.items()}
+_XL_TEXT = {
+    "lora_te2_": "lora_te2_", "text_encoder_2.": "lora_te2_",
+    "lora_te1_": "lora_te1_", "lora_te_": "lora_te1_", "text_encoder.": "lora_te1_",
+}  # fmt: skip
+
+
 def own_name(name: str) -> str:
     """What sd-scripts calls a tensor of a LoRA for Stable Diffusion 1.x or 2.x; the name itself where it is no such."""
     path, suffix = split_name(name)
     key = _own_key(path) if suffix else ""
     return f"{key}.{suffix}" if key else name
+
+
+def own_name_xl(name: str) -> str:
+    """What sd-scripts calls a tensor of a LoRA for Stable Diffusion XL; the name itself where it is no such."""
+    path, suffix = split_name(name)
+    path = path.removeprefix("base_model.model.")
+    for start, prefix in _XL_TEXT.items() if suffix else ():
+        if path.startswith(start):
+            inner = path.removeprefix(start).replace("text_model_", "text_model.", 1).removeprefix("text_model.")
+            key = _dotted_key(inner, "text") if "." in inner else f"lora_te_text_model_{inner}"
+            return f"{prefix}{key.removeprefix('lora_te_')}.{suffix}"
+    key = _own_key(path) if suffix else ""
+    if key.startswith("lora_unet_"):
+        return f"lora_unet_{_sgm_path(key.removeprefix('lora_unet_'))}.{suffix}"
+    return f"{key}.{suffix}" if key else name
+
+
+def plain_path(path: str) -> str:
+    """The path of a layer without what attention processors of older versions of diffusers put into it."""
+    path = path.removeprefix("base_model.model.").replace(".processor.", ".")
+    return f"{path}.0" if path.endswith(".to_out") else path
+
+
+def _sgm_path(path: str) -> str:
+    """The path in the original code, with underscores, of a layer that has its name of diffusers."""
+    if match := _DIFFUSERS_MIDDLE.fullmatch(path):
+        kind, index, leaf = match.groups()
+        return f"middle_block_{2 * int(index) if kind == 'resnets' else 1}_{_TO_SGM_RESNET.get(leaf, leaf)}"
+    match = _DIFFUSERS_BLOCK.fullmatch(path)
+    if match is None:
+        return path
+    side, level, kind, index, leaf = match.groups()
+    number = _LAYERS_PER_LEVEL * int(level) + int(index) + (side == "down")
+    match kind:
+        case "resnets":
+            slot, leaf = 0, _TO_SGM_RESNET.get(leaf, leaf)
+        case "attentions":
+            slot = 1
+        case "downsamplers":
+            number, slot, leaf = number + 2, 0, "op"
+        case _:
+            number, slot = number + 2, 2
+    return f"{'input' if side == 'down' else 'output'}_blocks_{number}_{slot}_{leaf}"
 
 
 def _own_key(path: str) -> str:

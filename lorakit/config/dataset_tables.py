@@ -11,6 +11,7 @@ import difflib
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lorakit.api.dataset_source import DatasetSourceConfig
@@ -40,23 +41,30 @@ IGNORED_KEYS = frozenset({"cache_info", "network_multiplier"})
 """Options of sd-scripts' dataset files that change nothing in what is trained."""
 
 
-def read_data_section(reader: TableReader, table: Mapping[str, Any]) -> DataSection | None:
-    """The [data] section, with its dataset file read if it names one."""
+Shared = Mapping[str, tuple[Any, str]]
+"""Values that datasets and subsets inherit, each with its full key."""
+
+
+def read_data_section(
+    reader: TableReader, table: Mapping[str, Any], defaults: Mapping[str, object] = MappingProxyType({})
+) -> DataSection | None:
+    """The [data] section, with its dataset file read if it names one; `defaults` are the model family's."""
+    absent = {key: (value, f"data.{key}") for key, value in defaults.items()}
     own = {key: value for key, value in table.items() if key in SECTION_KEYS}
     rest = {key: value for key, value in table.items() if key not in SECTION_KEYS}
     if "config" in rest:
-        datasets = _from_file(reader, rest)
+        datasets = _from_file(reader, rest, absent)
     elif "datasets" in rest or "general" in rest:
-        datasets = _from_tables(reader, rest, "data")
+        datasets = _from_tables(reader, rest, "data", absent)
     else:
-        datasets = _short_form(reader, rest)
+        datasets = _short_form(reader, rest, absent)
     values = reader.values(DataSection, own, "data", given=["datasets"])
     if values is None or datasets is None:
         return None
     return reader.instance(DataSection, {**values, "datasets": datasets}, "data")
 
 
-def _from_file(reader: TableReader, table: Mapping[str, Any]) -> tuple[DatasetConfig, ...] | None:
+def _from_file(reader: TableReader, table: Mapping[str, Any], absent: Shared) -> tuple[DatasetConfig, ...] | None:
     for key in table:
         if key in (*SHARED_KEYS, *OWN_KEYS, "general", "datasets"):
             reader.report(f"data.{key}", "cannot be combined with data.config", "write it in the dataset file")
@@ -71,12 +79,12 @@ def _from_file(reader: TableReader, table: Mapping[str, Any]) -> tuple[DatasetCo
         reader.report("data.config", f"{path} {error}")
         return None
     inner = TableReader(path.parent, path.name, reader.places, reader.catalog)
-    datasets = _from_tables(inner, tables, "")
+    datasets = _from_tables(inner, tables, "", absent)
     reader.problems += inner.problems
     return datasets
 
 
-def _short_form(reader: TableReader, table: Mapping[str, Any]) -> tuple[DatasetConfig, ...] | None:
+def _short_form(reader: TableReader, table: Mapping[str, Any], absent: Shared) -> tuple[DatasetConfig, ...] | None:
     if not {"image_dir", "metadata_file", "source"} & table.keys():
         reader.report("data", "names no images", "give image_dir, or config with a dataset file, or [[data.datasets]]")
         known = [*SHARED_KEYS, *OWN_KEYS, "config", "datasets", "general", *SECTION_KEYS]
@@ -84,13 +92,16 @@ def _short_form(reader: TableReader, table: Mapping[str, Any]) -> tuple[DatasetC
         return None
     options = _source_options(reader, table)
     _refuse_unknown(reader, table, [*SHARED_KEYS, *OWN_KEYS, *SECTION_KEYS, *options], "data")
-    shared = {key: (value, f"data.{key}") for key, value in table.items() if key in SHARED_KEYS}
+    given = {key: (value, f"data.{key}") for key, value in table.items() if key in SHARED_KEYS}
+    shared = {**absent, **given}
     own = {key: table[key] for key in (*OWN_KEYS, *options) if key in table}
     dataset = _dataset(reader, [(own, "data")], shared, "data")
     return (dataset,) if dataset else None
 
 
-def _from_tables(reader: TableReader, tables: Mapping[str, Any], section: str) -> tuple[DatasetConfig, ...] | None:
+def _from_tables(
+    reader: TableReader, tables: Mapping[str, Any], section: str, absent: Shared
+) -> tuple[DatasetConfig, ...] | None:
     prefix = f"{section}." if section else ""
     _refuse_unknown(reader, tables, ["general", "datasets"], section)
     general = tables.get("general", {})
@@ -98,7 +109,7 @@ def _from_tables(reader: TableReader, tables: Mapping[str, Any], section: str) -
         reader.report(f"{prefix}general", f"must be a table, not {toml_repr(general)}")
         general = {}
     _refuse_unknown(reader, general, SHARED_KEYS, f"{prefix}general")
-    shared = {key: (value, f"{prefix}general.{key}") for key, value in general.items()}
+    shared = {**absent, **{key: (value, f"{prefix}general.{key}") for key, value in general.items()}}
     datasets = []
     for index, table in enumerate(_list_of_tables(reader, tables, f"{prefix}datasets")):
         place = f"{prefix}datasets[{index}]"
@@ -116,7 +127,7 @@ def _from_tables(reader: TableReader, tables: Mapping[str, Any], section: str) -
 
 
 def _dataset(
-    reader: TableReader, subsets: list[tuple[Mapping[str, Any], str]], shared: Mapping[str, tuple[Any, str]], place: str
+    reader: TableReader, subsets: list[tuple[Mapping[str, Any], str]], shared: Shared, place: str
 ) -> DatasetConfig | None:
     """One dataset; `subsets` are its tables and their places, `shared` the values and full keys that they inherit."""
     made = []

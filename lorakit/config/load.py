@@ -118,7 +118,8 @@ class _ConfigLoader:
         reader = self.reader
         reader.report_unknown_keys(tables, SECTIONS, "")
         sections: dict[str, Any] = {"model": self._model(reader.table(tables, "model"))}
-        sections["data"] = read_data_section(reader, reader.table(tables, "data"))
+        defaults = sections["model"].dataset_defaults if sections["model"] else {}
+        sections["data"] = read_data_section(reader, reader.table(tables, "data"), defaults)
         for section, (base, default) in COMPONENT_SECTIONS.items():
             is_model_s = section == "timesteps" and sections["model"]
             absent = sections["model"].noise_process.timestep_sampler if is_model_s else default

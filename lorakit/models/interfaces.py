@@ -52,14 +52,16 @@ class AdaptationTarget:
     """Its path in a pipeline of diffusers, `unet.down_blocks.0.attentions.0.proj_in`; empty if it has none."""
     original_path: str = ""
     """Its dotted path in the original code, where LoRA files of some tools use it; empty if none does."""
+    other_keys: tuple[str, ...] = ()
+    """Other keys that it has in LoRA files of some tools."""
     fused_in: TensorSlice | None = None
     """Where some LoRA files have it as rows of a larger layer, such as queries, keys and values in one: that layer's
     key and the rows."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All that LoRA files may call the layer: the key and the dotted paths."""
-        return tuple(name for name in (self.key, self.diffusers_path, self.original_path) if name)
+        """All that LoRA files may call the layer: its keys and the dotted paths."""
+        return tuple(name for name in (self.key, self.diffusers_path, self.original_path, *self.other_keys) if name)
 
     @property
     def parent(self) -> nn.Module:

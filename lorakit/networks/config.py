@@ -168,7 +168,7 @@ class LoRAConfig(NetworkConfig):
             from lorakit.networks.starting import problems_of_kind, starting_file
 
             try:
-                file = starting_file(self.weights)
+                file = starting_file(self.weights, config.model)
             except (ModelError, AdapterError) as error:
                 yield Problem("weights", str(error).removesuffix("."))
             else:

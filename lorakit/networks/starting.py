@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,9 +17,12 @@ from lorakit.errors import Problem
 
 if TYPE_CHECKING:
     from lorakit.api.components import ModelPart
+    from lorakit.api.model_family import ModelFamilyConfig
     from lorakit.config.train_config import TrainConfig
 
 _ONES = ((), (1, 1))
+_RESNETS = re.compile(r"_resnets_|samplers_0_conv|_(?:in|out|emb)_layers_|_skip_connection|_0_op\b|_2_conv\b")
+"""Matches the names of layers in ResNet and sampling blocks of a U-Net, in diffusers and in the original code."""
 
 
 @frozen
@@ -42,7 +46,7 @@ class StartingFile:
     @property
     def has_resnets(self) -> bool:
         """Whether it has adapters for ResNet or sampling blocks of the U-Net, as LoRA-C3Lier has."""
-        return any(step in name for name in self.shapes for step in ("_resnets_", "samplers_0_conv"))
+        return any(_RESNETS.search(name) for name in self.shapes)
 
     def ranks(self, parts: Sequence[ModelPart], *, wide: bool) -> list[int]:
         """All ranks of adapters of these parts: of 3×3 convolutions (`wide`), or of the other layers."""
@@ -64,10 +68,11 @@ class StartingFile:
         return [end for end in part.lora_layers if not any(key.endswith(f"_{end}") for key in keys)]
 
 
-def starting_file(path: Path) -> StartingFile:
-    """What a LoRA file holds. Raises ModelError or AdapterError where it cannot be read."""
+def starting_file(path: Path, model: ModelFamilyConfig) -> StartingFile:
+    """What a LoRA file holds for a model. Raises ModelError or AdapterError where it cannot be read."""
     summary: CheckpointSummary = summarize(path)
-    return StartingFile(path, adapter_kind(summary), own_shapes(summary, lora_names(summary)))
+    names = lora_names(summary, rename=model.lora_name)
+    return StartingFile(path, adapter_kind(summary), own_shapes(summary, names))
 
 
 def problems_of_kind(file: StartingFile, config: TrainConfig) -> Iterator[Problem]:

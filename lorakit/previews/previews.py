@@ -113,7 +113,7 @@ def description(job: PreviewJob, step: int) -> dict[str, str]:
     if prompt.negative_prompt:
         lines.append(f"Negative prompt: {prompt.negative_prompt}")
     lines.append(
-        f"Steps: {prompt.steps}, Sampler: {sampler.title or sampler.name}, CFG scale: {prompt.scale:g}, "
+        f"Steps: {job.steps}, Sampler: {sampler.title or sampler.name}, CFG scale: {job.scale:g}, "
         f"Seed: {job.seed}, Size: {job.width}x{job.height}, Training step: {step}"
     )
     settings = {
@@ -121,8 +121,8 @@ def description(job: PreviewJob, step: int) -> dict[str, str]:
         "negative_prompt": prompt.negative_prompt,
         "width": job.width,
         "height": job.height,
-        "steps": prompt.steps,
-        "scale": prompt.scale,
+        "steps": job.steps,
+        "scale": job.scale,
         "seed": job.seed,
         "sampler": prompt.sampler or sampler.name,
         "training_step": step,

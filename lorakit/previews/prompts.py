@@ -44,15 +44,16 @@ class PromptSettings:
     default, 512 for Stable Diffusion 1.x."""
     height: int | None = field(default=None, converter=optional(round_side), validator=v.optional(v.le(LARGEST_SIDE)))
     """Height in pixels, likewise."""
-    steps: int = field(default=30, validator=[v.ge(1), v.le(MOST_STEPS)])
-    """Number of sampling steps."""
-    scale: float = field(default=7.5, validator=v.ge(0))
+    steps: int | None = field(default=None, validator=v.optional([v.ge(1), v.le(MOST_STEPS)]))
+    """Number of sampling steps; if absent, the model's default, 30 for Stable Diffusion 1.x."""
+    scale: float | None = field(default=None, validator=v.optional(v.ge(0)))
     """Classifier-free guidance scale (Ho & Salimans, 2022, arXiv:2207.12598); at most 1 disables guidance and the
-    negative prompt."""
+    negative prompt. If absent, the model's default, 7.5 for Stable Diffusion 1.x."""
     seed: int | None = field(default=None, validator=v.optional(v.ge(0)))
     """Seed of the noise; if absent, derived from `training.seed` for each prompt, the same for every preview."""
     sampler: str | None = None
-    """Sampler; `lorakit plugins sampler` lists them. If absent, `ddim`, or `flow_euler` for flow matching."""
+    """Sampler; `lorakit plugins sampler` lists them. If absent, the model's default: `ddim` for Stable Diffusion 1.x,
+    `flow_euler` for flow matching."""
 
 
 @frozen(kw_only=True)
@@ -75,6 +76,10 @@ class PreviewJob:
     """Width in pixels."""
     height: int
     """Height in pixels."""
+    steps: int
+    """Number of sampling steps."""
+    scale: float
+    """Classifier-free guidance scale."""
     sampler: SamplerConfig
     """The sampler."""
 
@@ -92,7 +97,9 @@ def preview_jobs(prompts: Iterable[Prompt], seed: int, model: ModelFamilyConfig)
             seed=made if prompt.seed is None else prompt.seed,
             width=round_side(prompt.width or model.preview_size, multiple),
             height=round_side(prompt.height or model.preview_size, multiple),
-            sampler=find_sampler(prompt.sampler or model.noise_process.sampler, catalog)(),
+            steps=prompt.steps or model.preview_steps,
+            scale=model.preview_scale if prompt.scale is None else prompt.scale,
+            sampler=find_sampler(prompt.sampler or model.preview_sampler or model.noise_process.sampler, catalog)(),
         )
         jobs.append(job)
     return jobs

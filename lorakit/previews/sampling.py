@@ -40,7 +40,7 @@ def sample_latents(model: DiffusionModel, jobs: Sequence[PreviewJob], texts: Tex
     """
     groups: dict[tuple[object, ...], list[int]] = {}
     for index, job in enumerate(jobs):
-        key = (job.width, job.height, job.prompt.steps, job.sampler, job.prompt.scale)
+        key = (job.width, job.height, job.steps, job.sampler, job.scale)
         groups.setdefault(key, []).append(index)
     sampled: dict[int, Tensor] = {}
     for group in groups.values():
@@ -55,13 +55,13 @@ def _sample(model: DiffusionModel, jobs: Sequence[PreviewJob], texts: Texts) -> 
 
     With guidance the conditioning is [2B, …], the negative prompts first.
     """
-    settings, sampler = jobs[0].prompt, build_component(jobs[0].sampler, model.noise)
+    scale, sampler = jobs[0].scale, build_component(jobs[0].sampler, model.noise)
     generators = [torch.Generator().manual_seed(job.seed) for job in jobs]
     shape = model.latent_shape(jobs[0].width, jobs[0].height)
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     device = next(model.denoiser.parameters()).device
     wanted = [job.prompt.prompt for job in jobs]
-    if settings.scale > 1:
+    if scale > 1:
         wanted = [job.prompt.negative_prompt for job in jobs] + wanted
     conditioning = dict(collate(model, [texts[text] for text in wanted]))
     text_device = next(iter(conditioning.values())).device
@@ -69,9 +69,9 @@ def _sample(model: DiffusionModel, jobs: Sequence[PreviewJob], texts: Texts) -> 
     conditioning |= {name: tensor.to(text_device) for name, tensor in image_conditioning(model, sizes).items()}
 
     def predict(noisy_latents: Tensor, timestep: Tensor) -> Tensor:
-        return classifier_free_guidance(model, noisy_latents, timestep, conditioning, settings.scale)
+        return classifier_free_guidance(model, noisy_latents, timestep, conditioning, scale)
 
-    latents: Tensor = sampler(predict, noise.to(device), settings.steps, generators)
+    latents: Tensor = sampler(predict, noise.to(device), jobs[0].steps, generators)
     return latents
 
 

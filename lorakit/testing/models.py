@@ -91,6 +91,53 @@ FULL_SD2 = _as_sd2(
 )
 """Stable Diffusion 2.1 base in full size."""
 
+
+def _as_sdxl(channels: Sequence[int], vae: dict[str, Any], first: dict[str, Any], second: dict[str, Any]) -> Settings:
+    """Settings of an SDXL of any width, with the depth of the real one, which alone has all of its layers' names."""
+    width = second["hidden_size"]
+    return {
+        "unet": {
+            "sample_size": vae["sample_size"] // 8,
+            "block_out_channels": list(channels),
+            "layers_per_block": 2,
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "transformer_layers_per_block": [1, 2, 10],
+            "attention_head_dim": [max(own // 64, 1) for own in channels],
+            "use_linear_projection": True,
+            "cross_attention_dim": first["hidden_size"] + width,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": width + 6 * 256,
+        },
+        "vae": {**vae, "scaling_factor": 0.13025, "force_upcast": True},
+        "text_encoder": first,
+        "text_encoder_2": {**second, "hidden_act": "gelu", "pad_token_id": 0, "projection_dim": width},
+    }
+
+
+TINY_SDXL = _as_sdxl(
+    (32, 64, 128),
+    TINY_SD1["vae"],
+    {**TINY_SD1["text_encoder"], "num_hidden_layers": 12},
+    {**TINY_SD1["text_encoder"], "num_hidden_layers": 32},
+)
+"""Stable Diffusion XL made narrow: all blocks and layers of the real one, a tenth or less of its width."""
+
+FULL_SDXL = _as_sdxl(
+    (320, 640, 1280),
+    {**FULL_SD1["vae"], "sample_size": 1024},
+    FULL_SD1["text_encoder"],
+    {
+        **FULL_SD1["text_encoder"],
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+    },
+)
+"""Stable Diffusion XL in full size."""
+
 _SCHEDULER = {
     "_class_name": "DDPMScheduler",
     "beta_start": 0.00085,
@@ -105,11 +152,13 @@ _WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
+    "text_encoder_2": "model.safetensors",
 }
 _MODULES = {
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
     "text_encoder": ("transformers", "CLIPTextModel"),
+    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
 }
 
 
@@ -121,6 +170,11 @@ def make_tiny_sd1(folder: Path, seed: int = 0) -> Path:
 def make_tiny_sd2(folder: Path, seed: int = 0, prediction: str = "epsilon") -> Path:
     """A diffusers folder with a tiny Stable Diffusion 2.x, base (`epsilon`) or 768-v (`v_prediction`)."""
     return make_folder(folder, TINY_SD2, seed, prediction=prediction)
+
+
+def make_tiny_sdxl(folder: Path, seed: int = 0, prediction: str = "epsilon") -> Path:
+    """A diffusers folder with a tiny Stable Diffusion XL of random weights."""
+    return make_folder(folder, TINY_SDXL, seed, prediction=prediction)
 
 
 def make_folder(
@@ -139,13 +193,20 @@ def make_folder(
         _write_json(folder / part / "config.json", config)
         weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in random_weights(shapes, seed)}
         save_file(weights, folder / part / _WEIGHTS[part], metadata={"format": "pt"})
-    _write_tokenizer(folder / "tokenizer", settings["text_encoder"]["pad_token_id"])
+    tokenizers = {part.replace("text_encoder", "tokenizer"): part for part in settings if part.startswith("text_")}
+    for name, part in tokenizers.items():
+        _write_tokenizer(folder / name, settings[part]["pad_token_id"])
     (folder / "scheduler").mkdir(exist_ok=True)
     _write_json(folder / "scheduler" / "scheduler_config.json", {**_SCHEDULER, "prediction_type": prediction})
-    index: dict[str, Any] = {part: list(module) for part, module in _MODULES.items()}
-    index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "scheduler": ["diffusers", "DDPMScheduler"]}
-    index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-    _write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline", **index})
+    index: dict[str, Any] = {part: list(_MODULES[part]) for part in settings}
+    index |= {name: ["transformers", "CLIPTokenizer"] for name in tokenizers}
+    index["scheduler"] = ["diffusers", "DDPMScheduler"]
+    if "text_encoder_2" in settings:
+        index |= {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+    else:
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+        index["_class_name"] = "StableDiffusionPipeline"
+    _write_json(folder / "model_index.json", index)
     return folder
 
 
@@ -177,10 +238,17 @@ def to_single_file(folder: Path, path: Path) -> Path:
     from lorakit.models.families.sd import state_dict_keys as layout
 
     tensors: dict[str, Tensor] = {}
-    for part, file in _WEIGHTS.items():
+    parts = [part for part in _WEIGHTS if (folder / part).is_dir()]
+    is_xl = "text_encoder_2" in parts
+    for part, file in ((part, _WEIGHTS[part]) for part in parts):
         settings, stored = json.loads((folder / part / "config.json").read_text()), load_file(folder / part / file)
+        if part == "text_encoder_2":
+            tensors |= _big_g(stored)
+            continue
         if part == "text_encoder":
-            tensors |= _open_clip(stored, settings) if settings["hidden_act"] == "gelu" else _clip(stored)
+            prefix = "conditioner.embedders.0.transformer." if is_xl else layout.TEXT_PREFIX
+            is_clip = settings["hidden_act"] != "gelu"
+            tensors |= _clip(stored, prefix) if is_clip else _open_clip(stored, settings)
             continue
         for name, tensor in stored.items():
             if part == "unet":
@@ -196,14 +264,12 @@ def to_single_file(folder: Path, path: Path) -> Path:
     return path
 
 
-def _clip(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """CLIP's text encoder as single files of Stable Diffusion 1.x have it."""
+def _clip(stored: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """CLIP's text encoder as single files of Stable Diffusion 1.x and XL have it."""
     import torch
 
-    from lorakit.models.families.sd.state_dict_keys import TEXT_PREFIX
-
-    tensors = {TEXT_PREFIX + name: tensor for name, tensor in stored.items()}
-    tensors[f"{TEXT_PREFIX}text_model.embeddings.position_ids"] = torch.arange(77).unsqueeze(0)
+    tensors = {prefix + name: tensor for name, tensor in stored.items()}
+    tensors[f"{prefix}text_model.embeddings.position_ids"] = torch.arange(77).unsqueeze(0)
     return tensors
 
 
@@ -214,32 +280,52 @@ def _open_clip(stored: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dic
     """
     import torch
 
-    from lorakit.models.families.sd.state_dict_keys import OPEN_CLIP_PREFIX, open_clip_name
+    from lorakit.models.families.sd.state_dict_keys import OPEN_CLIP_PREFIX
 
     layers, width = settings["num_hidden_layers"], settings["hidden_size"]
-    named = {open_clip_name(name.removeprefix("text_model.")): tensor for name, tensor in stored.items()}
+    tensors = _in_open_clip(stored)
     last, unread = (f"transformer.resblocks.{index}." for index in (layers - 1, layers))
-    named |= {name.replace(last, unread): -tensor for name, tensor in named.items() if name.startswith(last)}
-    fused = [name.removesuffix("[0]") for name in named if name.endswith("[0]")]
-    tensors = {name: tensor for name, tensor in named.items() if not name.endswith("]")}
-    tensors |= {name: torch.cat([named[f"{name}[{third}]"] for third in range(3)]) for name in fused}
+    tensors |= {name.replace(last, unread): -tensor for name, tensor in tensors.items() if name.startswith(last)}
     tensors |= {"text_projection": torch.eye(width), "logit_scale": torch.tensor(4.6)}
     tensors["attn_mask"] = torch.full((77, 77), -torch.inf).triu(1)
     return {OPEN_CLIP_PREFIX + name: tensor for name, tensor in tensors.items()}
+
+
+def _big_g(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """OpenCLIP's text encoder as single files of Stable Diffusion XL have it, whole, its projection transposed."""
+    import torch
+
+    tensors = {**_in_open_clip(stored), "logit_scale": torch.tensor(4.6)}
+    tensors["text_projection"] = tensors.pop("text_projection.weight").T.contiguous()
+    return {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _in_open_clip(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A text encoder's tensors by the names of OpenCLIP, queries, keys and values in one."""
+    import torch
+
+    from lorakit.models.families.sd.state_dict_keys import open_clip_name
+
+    named = {open_clip_name(name.removeprefix("text_model.")): tensor for name, tensor in stored.items()}
+    fused = [name.removesuffix("[0]") for name in named if name.endswith("[0]")]
+    tensors = {name: tensor for name, tensor in named.items() if not name.endswith("]")}
+    return tensors | {name: torch.cat([named[f"{name}[{third}]"] for third in range(3)]) for name in fused}
 
 
 def _config_and_shapes(part: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     """What a part's config file says, and the shapes of its tensors under the names of its weights file."""
     from lorakit.models.weights.load import shapes_of, without_weights
 
-    if part == "text_encoder":
+    if part.startswith("text_encoder"):
         from transformers.models.clip.configuration_clip import CLIPTextConfig
         from transformers.models.clip.modeling_clip import CLIPTextModel
 
         config = CLIPTextConfig(**settings)
         shapes = shapes_of(without_weights(lambda: CLIPTextModel(config)))
         named = {f"text_model.{name}": shape for name, shape in shapes.items()}
-        return {**config.to_dict(), "architectures": ["CLIPTextModel"]}, named
+        if part == "text_encoder_2":
+            named["text_projection.weight"] = (settings["projection_dim"], settings["hidden_size"])
+        return {**config.to_dict(), "architectures": [_MODULES[part][1]]}, named
     if part == "unet":
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel as Module
     else:

@@ -23,7 +23,6 @@ class SD1Config(StableDiffusionConfig):
     """Stable Diffusion 1.x (Rombach et al., 2022, arXiv:2112.10752)."""
 
     name = "sd1"
-    version = "1.x"
     title = adapter_title = "Stable Diffusion 1.x"
 
     clip_skip: int = field(default=1, validator=[v.ge(1), v.le(12)])

@@ -26,7 +26,6 @@ class SD2Config(StableDiffusionConfig):
     """Stable Diffusion 2.x, base and 768-v, with OpenCLIP's text encoder (Cherti et al., 2022, arXiv:2212.07143)."""
 
     name = "sd2"
-    version = "2.x"
     title = adapter_title = "Stable Diffusion 2.x"
 
     prediction: Literal["epsilon", "v_prediction"] | None = None

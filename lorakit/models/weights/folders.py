@@ -28,8 +28,16 @@ class TensorSlice:
     """The row after the last."""
 
 
-TensorRef = str | TensorSlice
-"""All of the stored tensor of that name, or some of its rows."""
+@frozen
+class TransposedTensor:
+    """A stored matrix with rows and columns exchanged."""
+
+    name: str
+    """Name of the stored matrix."""
+
+
+TensorRef = str | TensorSlice | TransposedTensor
+"""All of the stored tensor of that name, some of its rows, or its transpose."""
 
 
 @frozen

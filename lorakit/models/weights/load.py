@@ -15,7 +15,7 @@ from torch.utils._mode_utils import no_dispatch
 from lorakit.checkpoints import StoredTensor, kind_of_file, pickled_tensors, summarize
 from lorakit.checkpoints.stored_tensor import ITEM_BYTES
 from lorakit.errors import ModelError
-from lorakit.models.weights.folders import TensorRef
+from lorakit.models.weights.folders import TensorRef, TensorSlice
 
 ReadTensor = Callable[[TensorRef], Tensor]
 """The tensor at that place, on the CPU, in the file's dtype; its bytes are read when they are used."""
@@ -41,7 +41,10 @@ def open_tensors(file: Path | Sequence[Path]) -> ReadTensor:
     def read(place: TensorRef) -> Tensor:
         # What is in a file is there even where all other tensors are only imagined.
         with no_dispatch():
-            return whole(place) if isinstance(place, str) else whole(place.name)[place.start : place.stop]
+            if isinstance(place, str):
+                return whole(place)
+            stored = whole(place.name)
+            return stored[place.start : place.stop] if isinstance(place, TensorSlice) else stored.T
 
     return read
 

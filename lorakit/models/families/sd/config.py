@@ -1,4 +1,4 @@
-"""What the families Stable Diffusion 1.x and 2.x have in common in the config file."""
+"""What the families of Stable Diffusion have in common in the config file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from attrs import evolve, field, frozen
-from attrs import validators as v
 
 from lorakit.api.block_layout import BlockLayout
 from lorakit.api.components import ModelPart
@@ -25,6 +24,7 @@ from lorakit.checkpoints import (
 )
 from lorakit.checkpoints.kinds import adapter_kind
 from lorakit.checkpoints.lora_files import lora_names, missing_factors, own_shapes
+from lorakit.checkpoints.lora_names import own_name
 from lorakit.errors import AdapterError, ModelError, Problem
 from lorakit.models.families.sd.checkpoint import SDCheckpoint
 from lorakit.models.families.sd.detect import recognise
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from lorakit.config.train_config import TrainConfig
     from lorakit.diffusion.noise_schedule import Prediction
-    from lorakit.models.families.sd.model import Variant
+    from lorakit.models.families.sd.model import StableDiffusion, Variant
     from lorakit.models.interfaces import DiffusionModel
 
 
@@ -43,29 +43,25 @@ def _text(path: str | Path | None) -> ModelPath | None:
     return None if path is None else ModelPath(str(path))
 
 
-_USUAL_VAE = "stabilityai/sd-vae-ft-mse"
-"""A VAE for Stable Diffusion 1.x and 2.x on the Hub."""
-
-
 @frozen(kw_only=True)
 class StableDiffusionConfig(ModelFamilyConfig):
-    """Stable Diffusion with one text encoder; a family says its version and its variant."""
+    """A U-Net with CLIP's text encoders; a family says its parts, its checkpoints and its variant."""
 
-    version: ClassVar[Literal["1.x", "2.x"]]
-    """The version of Stable Diffusion."""
     parts: ClassVar[tuple[ModelPart, ...]] = (UNET, TEXT_ENCODER)
     layout: ClassVar[BlockLayout | None] = LAYOUT
+    checkpoint_type: ClassVar[type[SDCheckpoint]] = SDCheckpoint
+    """Finds the model's parts."""
+    usual_vae: ClassVar[str] = "stabilityai/sd-vae-ft-mse"
+    """A VAE for the family on the Hub."""
 
     prediction: Literal["epsilon", "v_prediction"] | None = None
     """What the U-Net predicts: noise (`epsilon`) or velocity; detected from the model's files if absent, else noise."""
     vae: ModelPath | None = field(default=None, converter=_text)
-    """VAE to use instead of the model's: a file, a diffusers folder, or a Hub id, for Stable Diffusion 1.x or 2.x.
-    SDXL's VAE has the same tensors; it is detected, with a warning, only by a folder's `scaling_factor`, a file's
-    header, or as part of an SDXL model."""
+    """VAE to use instead of the model's: a file, a diffusers folder, or a Hub id. The VAEs of Stable Diffusion 1.x and
+    2.x and that of SDXL have the same tensors; the wrong one is detected, with a warning, only by a folder's
+    `scaling_factor`, a file's header, or as part of a whole model."""
     no_half_vae: bool = False
     """Run the VAE in float32 regardless of `training.mixed_precision`, for VAEs that overflow in half precision."""
-    clip_skip: int = field(default=1, validator=v.ge(1))
-    """Text encoder layer to use, counted from the last, which is 1."""
     max_token_length: Literal[75, 150, 225] = 75
     """Maximum caption length in tokens; longer captions are truncated."""
     base_weights: tuple[Path, ...] = ()
@@ -94,7 +90,7 @@ class StableDiffusionConfig(ModelFamilyConfig):
             return
         try:
             if self.vae is None and stored.lacks("vae"):
-                hint = f'give a file, a folder or a Hub id, such as "{_USUAL_VAE}"'
+                hint = f'give a file, a folder or a Hub id, such as "{self.usual_vae}"'
                 yield Problem("vae", f"is missing, and {stored.location} has no VAE", hint)
             else:
                 self.stored().check_vae()
@@ -116,12 +112,11 @@ class StableDiffusionConfig(ModelFamilyConfig):
             yield Problem("prediction", message, "leave it out to go by the model")
         if strange:
             key = "path" if self.vae is None else "vae"
-            message = f"{getattr(self, key)} has a VAE that is not for Stable Diffusion {self.version}: {strange}"
-            yield Problem(key, message, f'give a VAE for this model, such as model.vae = "{_USUAL_VAE}"')
+            message = f"{getattr(self, key)} has a VAE that is not for {self.title}: {strange}"
+            yield Problem(key, message, f'give a VAE for this model, such as model.vae = "{self.usual_vae}"')
 
     def build(self, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
         """The model; each part's weights are loaded on first use."""
-        from lorakit.models.families.sd.model import StableDiffusion
         from lorakit.models.weights.merge_lora import MergedFile, Merging
 
         stored = self.stored()
@@ -129,7 +124,7 @@ class StableDiffusionConfig(ModelFamilyConfig):
         multipliers = chain(self.base_weights_multipliers, repeat(1.0))
         merging = Merging([MergedFile(path, next(multipliers)) for path in self.base_weights])
         variant = evolve(self.variant(prediction), no_half_vae=self.no_half_vae)
-        return StableDiffusion(stored, variant, device, dtype, merging=merging)
+        return self.model_type()(stored, variant, device, dtype, merging=merging)
 
     def warnings_with(self, config: TrainConfig) -> Iterator[Problem]:
         """A VAE in full precision in a run that has no other, and another noise schedule than the model's."""
@@ -165,18 +160,28 @@ class StableDiffusionConfig(ModelFamilyConfig):
         hint = f"set it to {larger}, or write shorter captions" if larger else "write shorter captions"
         yield Problem("max_token_length", f"{message}; the longest, of {name}, has {tokens} tokens", hint)
 
+    def model_type(self) -> type[StableDiffusion]:
+        """The class of the model."""
+        from lorakit.models.families.sd.model import StableDiffusion
+
+        return StableDiffusion
+
+    def lora_name(self, name: str) -> str:
+        """What sd-scripts calls a tensor of a LoRA file of any tool."""
+        return own_name(name)
+
     def variant(self, prediction: Prediction) -> Variant:
         """How this family's models are run, and what LoRA files call them."""
         raise NotImplementedError(f"{type(self).__name__} does not say its variant")
 
     def stored(self) -> SDCheckpoint:
         """Where the model's parts are; a `ModelError` if a path leads nowhere."""
-        return self._base if self.vae is None else SDCheckpoint(self._base.location, locate(self.vae, Path()))
+        return self._base if self.vae is None else evolve(self._base, vae=locate(self.vae, Path()))
 
     @cached_property
     def _base(self) -> SDCheckpoint:
         """The model with its own VAE, whose header is read once; a `ModelError` if the path leads nowhere."""
-        return SDCheckpoint(locate(self.path, Path()))
+        return self.checkpoint_type(locate(self.path, Path()))
 
     def stated(self) -> StatedPrediction:
         """What the model says of its prediction; a `ModelError` if it cannot be read."""
@@ -186,11 +191,11 @@ class StableDiffusionConfig(ModelFamilyConfig):
         for index, path in enumerate(self.base_weights):
             try:
                 summary = summarize(path)
-                lacking = missing_factors(own_shapes(summary, lora_names(summary)))
+                lacking = missing_factors(own_shapes(summary, lora_names(summary, rename=self.lora_name)))
             except (ModelError, AdapterError) as error:
                 yield Problem(f"base_weights[{index}]", str(error).removesuffix("."))
                 continue
-            kind, ours = adapter_kind(summary), f"Stable Diffusion {self.version}"
+            kind, ours = adapter_kind(summary), self.adapter_title
             if kind.algorithm not in {"LoRA", "DoRA"}:
                 found = f"{path} is {kind.description}, which cannot be merged"
                 yield Problem(f"base_weights[{index}]", found, "give LoRA files")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from attrs import frozen
@@ -16,6 +16,11 @@ _UNET = "model.diffusion_model."
 _TEXT_ENCODER = re.compile(r"(?:cond_stage_model|conditioner\.embedders\.([^.]*))\.(transformer|model)\.")
 _MORE_INPUTS = ("label_emb.0.0.weight", "label_emb.weight", "time_embed.cond_proj.weight")
 _REFINER_CONTEXT = 1280
+_PLAYGROUND = "a Playground 2.5 model, which has another noise process (EDM) than Stable Diffusion XL"
+_COSXL = "a CosXL model, which has another noise process (EDM) than Stable Diffusion XL"
+_KOALA = "a KOALA model, which lacks blocks of Stable Diffusion XL"
+_PRUNED = "a model that lacks blocks of Stable Diffusion XL"
+_OF_XL = "train on Stable Diffusion XL itself, or a model of its structure"
 _PLAIN = "train on the plain model that it was made from; the LoRA works with the {} model, too"
 _UNUSUAL_UNET = ("addition_embed_type", "class_embed_type", "encoder_hid_dim", "time_cond_proj_dim", "num_class_embeds")
 
@@ -37,7 +42,8 @@ class Traits:
     is_xl: bool = False
     """Whether the text encoders have the places, or the U-Net the input, that only SDXL has."""
     variety: str = ""
-    """What the U-Net takes besides noise, timestep, text and size: `unCLIP`, `LCM` or nothing known."""
+    """What sets it apart: `unCLIP` or `LCM` for what the U-Net takes besides noise, timestep, text and size; of SDXL
+    what it is, in words, where blocks are left out or the noise process is another; empty for the usual."""
 
     @property
     def version(self) -> Literal["1.x", "2.x", "XL"]:
@@ -65,6 +71,7 @@ def _file_traits(tensors: Shapes) -> Traits | None:
     sees_images = f"{_UNET}label_emb.0.0.weight" in tensors and not is_xl
     sees_images = sees_images or any(name.startswith("embedder.model.visual.") for name in tensors)
     is_lcm = f"{_UNET}time_embed.cond_proj.weight" in tensors
+    variety = "LCM" if is_lcm else "unCLIP" if sees_images else _xl_variety(tensors) if is_xl else ""
     return Traits(
         text_encoders=tuple(kind for _, kind in sorted(encoders)),
         in_channels=entry[1],
@@ -72,8 +79,31 @@ def _file_traits(tensors: Shapes) -> Traits | None:
         linear_projection=len(projection) == 2,
         conditioned=any(f"{_UNET}{name}" in tensors for name in _MORE_INPUTS),
         is_xl=is_xl,
-        variety="LCM" if is_lcm else "unCLIP" if sees_images else "",
+        variety=variety,
     )
+
+
+def _xl_variety(tensors: Shapes) -> str:
+    """What a file with SDXL's text encoders is, where it is not SDXL itself; else nothing."""
+    if "edm_mean" in tensors and "edm_std" in tensors:
+        return _PLAYGROUND
+    if any(name.startswith("edm_vpred.") for name in tensors):
+        return _COSXL
+
+    def blocks(template: str) -> int:
+        return sum(f"{_UNET}{template.format(index)}.norm1.weight" in tensors for index in range(11))
+
+    if f"{_UNET}input_blocks.3.0.op.weight" not in tensors:
+        return _KOALA
+    depths = [blocks(f"input_blocks.{index}.1.transformer_blocks.{{}}") for index in (4, 7)]
+    return _pruned(depths, bool(blocks("middle_block.1.transformer_blocks.{}")))
+
+
+def _pruned(depths: Sequence[int], has_middle: bool) -> str:
+    """What a U-Net is called whose first transformers at the lower two levels have so many blocks."""
+    if depths == [2, 10] and has_middle:
+        return ""
+    return "an SSD-1B model" if depths == [2, 4] else "a Segmind-Vega model" if depths == [1, 2] else _PRUNED
 
 
 def _folder_traits(configs: Mapping[str, Mapping[str, Any]]) -> Traits | None:
@@ -86,15 +116,31 @@ def _folder_traits(configs: Mapping[str, Mapping[str, Any]]) -> Traits | None:
     parts = configs.keys() | {
         part for part, implementation in index.items() if implementation not in (None, [None, None])
     }
+    is_xl = unet.get("addition_embed_type") == "text_time"
+    variety = "LCM" if unet.get("time_cond_proj_dim") else "unCLIP" if unet.get("class_embed_type") else ""
     return Traits(
         text_encoders=("clip",) * sum(part.startswith("text_encoder") for part in parts),
         in_channels=in_channels,
         context_dim=context_dim,
         linear_projection=bool(unet.get("use_linear_projection")),
         conditioned=any(unet.get(option) is not None for option in _UNUSUAL_UNET),
-        is_xl=unet.get("addition_embed_type") == "text_time",
-        variety="LCM" if unet.get("time_cond_proj_dim") else "unCLIP" if unet.get("class_embed_type") else "",
+        is_xl=is_xl,
+        variety=variety or (_xl_folder_variety(unet, configs.get("scheduler", {})) if is_xl else ""),
     )
+
+
+def _xl_folder_variety(unet: Mapping[str, Any], scheduler: Mapping[str, Any]) -> str:
+    """What a folder with SDXL's U-Net is, where it is not SDXL itself; else nothing."""
+    if str(scheduler.get("_class_name")).startswith("EDM"):
+        return _COSXL if scheduler.get("prediction_type") == "v_prediction" else _PLAYGROUND
+    if unet.get("layers_per_block") == 1:
+        return _KOALA
+    depths = unet.get("transformer_layers_per_block")
+    if not isinstance(depths, list) or len(depths) != 3:
+        return _PRUNED
+    # Those of the first transformer where each at a level has another depth.
+    first = [depth[0] if isinstance(depth, list) and depth else depth for depth in depths]
+    return _pruned(first[1:], unet.get("mid_block_type", "UNetMidBlock2DCrossAttn") == "UNetMidBlock2DCrossAttn")
 
 
 def detect(summary: CheckpointSummary) -> DetectedFamily | None:
@@ -115,10 +161,19 @@ def detect(summary: CheckpointSummary) -> DetectedFamily | None:
     if purpose:
         cure = "" if purpose in {"upscaling", "special"} else _PLAIN.format(purpose)
         return DetectedFamily(None, f"a Stable Diffusion {traits.version} {purpose} model", cure)
+    if traits.version == "XL":
+        return _xl(traits)
     library = "open_clip" if traits.version == "2.x" and summary.kind != "folder" else "clip"
     is_known = traits.text_encoders == (library,) and traits.linear_projection == (traits.version == "2.x")
-    name = {"1.x": "sd1", "2.x": "sd2"}.get(traits.version) if is_known else None
+    name = {"1.x": "sd1", "2.x": "sd2"}[traits.version] if is_known else None
     return DetectedFamily(name, f"a Stable Diffusion {traits.version} model")
+
+
+def _xl(traits: Traits) -> DetectedFamily:
+    """Stable Diffusion XL, or what was made from it by leaving blocks out or with another noise process."""
+    if traits.variety:
+        return DetectedFamily(None, traits.variety, _OF_XL)
+    return DetectedFamily("sdxl" if len(traits.text_encoders) == 2 else None, "a Stable Diffusion XL model")
 
 
 def recognise(summary: CheckpointSummary) -> DetectedFamily:

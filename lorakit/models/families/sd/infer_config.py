@@ -46,6 +46,10 @@ def unet_settings(shapes: Shapes) -> dict[str, Any]:
     attentive = [any(name.startswith(f"{level}1.") for name in shapes) for level in levels]
     transformer = f"{levels[attentive.index(True)] if any(attentive) else levels[0]}1."
     linear = len(shapes[f"{transformer}proj_in.weight"]) == 2
+    depths = [max(_length(shapes, f"{level}1.transformer_blocks.{{}}."), 1) for level in levels]
+    sizes = {}
+    if added := shapes.get("label_emb.0.0.weight"):
+        sizes = {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": added[1]}
     return {
         "in_channels": shapes["input_blocks.0.0.weight"][1],
         "out_channels": shapes["out.2.weight"][0],
@@ -53,10 +57,12 @@ def unet_settings(shapes: Shapes) -> dict[str, Any]:
         "layers_per_block": stride - 1,
         "down_block_types": ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in attentive],
         "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(attentive)],
+        "transformer_layers_per_block": depths if len({*depths}) > 1 else depths[0],
         "cross_attention_dim": shapes[f"{transformer}transformer_blocks.0.attn2.to_k.weight"][1],
         "attention_head_dim": [max(channel // 64, 1) for channel in channels] if linear else 8,
         "use_linear_projection": linear,
         "norm_num_groups": math.gcd(32, *channels),
+        **sizes,
     }
 
 
@@ -96,19 +102,25 @@ def clip_settings(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def open_clip_settings(shapes: Shapes) -> dict[str, Any]:
+def sd2_text_settings(shapes: Shapes) -> dict[str, Any]:
     """Arguments of `CLIPTextConfig` for the tensors of OpenCLIP's text encoder, less its last layer.
 
     Stable Diffusion 2.x reads the last but one. Files of some converters come without the last, so of 23
     layers all are there to be read.
     """
+    settings = open_clip_settings(shapes)
+    layers = settings["num_hidden_layers"]
+    return {**settings, "num_hidden_layers": layers if layers == SD2_TEXT_LAYERS else layers - 1}
+
+
+def open_clip_settings(shapes: Shapes) -> dict[str, Any]:
+    """Arguments of `CLIPTextConfig` for the tensors of OpenCLIP's text encoder."""
     vocabulary, hidden = shapes["token_embedding.weight"]
-    layers = _length(shapes, "transformer.resblocks.{}.")
     return {
         "vocab_size": vocabulary,
         "hidden_size": hidden,
         "intermediate_size": shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
-        "num_hidden_layers": layers if layers == SD2_TEXT_LAYERS else layers - 1,
+        "num_hidden_layers": _length(shapes, "transformer.resblocks.{}."),
         "num_attention_heads": _clip_heads(hidden),
         "max_position_embeddings": shapes["positional_embedding"][0],
         "hidden_act": "gelu",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import ClassVar
 
 import torch
 from attrs import frozen
@@ -64,7 +65,7 @@ def unet_module(part: CheckpointPart) -> UNet:
 class StableDiffusion(BaseModel):
     """A U-Net, the two halves of a VAE and a CLIP text encoder, each read when it is first asked for."""
 
-    modules = (
+    modules: ClassVar[tuple[PartModule, ...]] = (
         PartModule(
             part=TEXT_ENCODER,
             build=clip_module,

@@ -57,12 +57,21 @@ def clip_shapes(settings: Mapping[str, Any]) -> Shapes:
     return dict(_clip({**_CLIP_DEFAULTS, **settings}))
 
 
+def projected_clip_shapes(settings: Mapping[str, Any]) -> Shapes:
+    """The tensors of a text encoder with these settings that has a projection of its pooled output."""
+    all_of = {**_CLIP_DEFAULTS, **settings}
+    return {**dict(_clip(all_of)), "text_projection.weight": (all_of.get("projection_dim", 512), all_of["hidden_size"])}
+
+
 def _unet(settings: UNetConfig) -> Tensors:
     levels, time = settings.levels, settings.time_channels
     top, bottom = levels[0], levels[-1]
     yield from _conv("conv_in", settings.in_channels, top.channels, 3)
     yield from _linear("time_embedding.linear_1", top.channels, time)
     yield from _linear("time_embedding.linear_2", time, time)
+    if settings.added_channels:
+        yield from _linear("add_embedding.linear_1", settings.added_channels, time)
+        yield from _linear("add_embedding.linear_2", time, time)
     for index, level in enumerate(levels):
         widths = [level.above, *[level.channels] * (level.layers - 1)]
         block = f"down_blocks.{index}"

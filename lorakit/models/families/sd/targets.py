@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
+from lorakit.api.components import ModelPart
 from lorakit.models.families.sd.state_dict_keys import LAYOUT, TEXT_ENCODER, UNET
 from lorakit.models.interfaces import AdaptationTarget
 
@@ -31,40 +32,50 @@ def unet_targets(unet: nn.Module) -> Iterator[AdaptationTarget]:
 
     Layers outside of those blocks are left alone: `conv_in`, `conv_out` and the time embedding.
     """
-    for path, layer in _adaptable(unet):
-        if _BLOCKS.keys() & {*path.split(".")}:
-            side, level, kind, number = path.split(".")[:4]  # `down_blocks.0.resnets.1.conv1`
-            block = LAYOUT.groups["mid"].start
-            if side != "mid_block":
-                first = LAYOUT.groups["up"].start if side == "up_blocks" else 1
-                block = first + 3 * int(level) + (2 if _BLOCKS[kind] == "sampler" else int(number))
-            yield AdaptationTarget(
-                key=unet_key(path),
-                part=UNET.name,
-                root=unet,
-                path=path,
-                tags=_tags(path, layer),
-                block_index=block,
-                layout=LAYOUT,
-                diffusers_path=f"unet.{path}",
-            )
-
-
-def text_encoder_targets(encoder: nn.Module) -> Iterator[AdaptationTarget]:
-    """Projections and MLPs of every layer of a CLIP text encoder, those above the layer that is read included."""
-    for path, layer in _adaptable(encoder):
+    for path, layer in block_layers(unet):
+        side, level, kind, number = path.split(".")[:4]  # `down_blocks.0.resnets.1.conv1`
+        block = LAYOUT.groups["mid"].start
+        if side != "mid_block":
+            first = LAYOUT.groups["up"].start if side == "up_blocks" else 1
+            block = first + 3 * int(level) + (2 if _BLOCKS[kind] == "sampler" else int(number))
         yield AdaptationTarget(
-            key=text_encoder_key(path),
-            part=TEXT_ENCODER.name,
-            root=encoder,
+            key=unet_key(path),
+            part=UNET.name,
+            root=unet,
             path=path,
-            tags=_tags(path, layer) | {"text_encoder"},
-            encoder_index=0,
-            diffusers_path=f"text_encoder.text_model.{path}",
+            tags=tags_of(path, layer),
+            block_index=block,
+            layout=LAYOUT,
+            diffusers_path=f"unet.{path}",
         )
 
 
-def _tags(path: str, layer: nn.Module) -> frozenset[str]:
+def text_encoder_targets(encoder: nn.Module) -> Iterator[AdaptationTarget]:
+    """Projections and MLPs of every layer of the text encoder."""
+    return clip_targets(encoder, TEXT_ENCODER, text_encoder_key)
+
+
+def clip_targets(encoder: nn.Module, part: ModelPart, key: Callable[[str], str]) -> Iterator[AdaptationTarget]:
+    """Projections and MLPs of every layer of a CLIP text encoder, those above the layer that is read included."""
+    for path, layer in _adaptable(encoder):
+        if path.startswith("encoder.layers."):
+            yield AdaptationTarget(
+                key=key(path),
+                part=part.name,
+                root=encoder,
+                path=path,
+                tags=tags_of(path, layer) | {"text_encoder"},
+                encoder_index=part.encoders[0],
+                diffusers_path=f"{part.name}.text_model.{path}",
+            )
+
+
+def block_layers(unet: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Linear layers and convolutions in the blocks of a U-Net, by path."""
+    return ((path, layer) for path, layer in _adaptable(unet) if _BLOCKS.keys() & {*path.split(".")})
+
+
+def tags_of(path: str, layer: nn.Module) -> frozenset[str]:
     """What a layer is, from its path and its kernel."""
     tags = {kind for step in path.split(".") for kind in (_BLOCKS.get(step), _LAYERS.get(step)) if kind}
     return frozenset(tags | ({"conv3x3"} if getattr(layer, "kernel_size", None) == (3, 3) else set()))

@@ -41,21 +41,24 @@ class ClipTextEncoder:
         return {"ids": ids, "weights": weights}
 
     def encode(self, tokens: Tokens) -> Conditioning:
-        """Hidden states [B, 75n+2, D] of token ids [B, n, 77], each chunk encoded alone, times the weights.
-
-        Of several chunks, only the first keeps its start token and only the last its end token.
-        """
+        """Hidden states [B, 75n+2, D] of token ids [B, n, 77], each chunk encoded alone, times the weights."""
         ids = tokens["ids"]
         device = next(self.module.parameters()).device
         output = self.module(ids.flatten(0, 1).to(device), output_hidden_states=self.clip_skip > 1)
         states: Tensor = output.last_hidden_state
         if self.clip_skip > 1:  # normalised as the last layer's output is
             states = self.module.get_submodule("final_layer_norm")(output.hidden_states[-self.clip_skip])
-        chunks = states.view(*ids.shape, states.shape[-1])
-        if "weights" in tokens:
-            chunks = (chunks * tokens["weights"].to(device).unsqueeze(-1)).to(states.dtype)
-        inner = chunks[:, :, 1:-1].flatten(1, 2)
-        return {"hidden_states": torch.cat([chunks[:, 0, :1], inner, chunks[:, -1, -1:]], dim=1)}
+        return {"hidden_states": join_chunks(states.view(*ids.shape, states.shape[-1]), tokens.get("weights"))}
+
+
+def join_chunks(states: Tensor, weights: Tensor | None = None) -> Tensor:
+    """One sequence of hidden states [B, 75n+2, D] from those of chunks [B, n, 77, D], times weights [B, n, 77].
+
+    Of several chunks, only the first keeps its start token and only the last its end token.
+    """
+    if weights is not None:
+        states = (states * weights.to(states.device).unsqueeze(-1)).to(states.dtype)
+    return torch.cat([states[:, 0, :1], states[:, :, 1:-1].flatten(1, 2), states[:, -1, -1:]], dim=1)
 
 
 def clip_module(part: CheckpointPart) -> nn.Module:

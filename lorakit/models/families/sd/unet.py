@@ -1,10 +1,10 @@
-"""The U-Net of Stable Diffusion 1.x and 2.x (Rombach et al., 2022, arXiv:2112.10752), in plain PyTorch.
+"""The U-Net of Stable Diffusion (Rombach et al., 2022, arXiv:2112.10752), SDXL included, in plain PyTorch.
 
 Its tensors and layers have the names that they have in diffusers, and so have its classes: LoRA files are written by
 the ones, and modules for other trainers find the layers that they adapt by the others.
 
 B images, C latent channels, h and w the sides of latents or of the image at a level, c its channels there and n = h·w
-its tokens, T channels of the time embedding, m tokens of c' channels of the caption.
+its tokens, T channels of the time embedding, m tokens of c' channels of the caption, p channels of the pooled one.
 """
 
 from __future__ import annotations
@@ -34,19 +34,37 @@ class UNet(nn.Module):
         top, bottom = levels[0], levels[-1]
         self.conv_in = nn.Conv2d(settings.in_channels, top.channels, 3, padding=1)
         self.time_embedding = TimestepEmbedding(top.channels, settings.time_channels)
+        added = settings.added_channels
+        self.add_embedding = TimestepEmbedding(added, settings.time_channels) if added else None
         self.down_blocks = nn.ModuleList(DownBlock(settings, level) for level in levels)
         self.up_blocks = nn.ModuleList(UpBlock(settings, level) for level in reversed(levels))
         self.mid_block = MidBlock(settings, bottom) if settings.mid_block_type else None
         self.conv_norm_out = nn.GroupNorm(settings.norm_num_groups, top.channels, settings.norm_eps)
         self.conv_out = nn.Conv2d(top.channels, settings.out_channels, 3, padding=1)
 
-    def forward(self, latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        """[B, C, h, w] of noisy latents of that shape, timesteps [B] and captions [B, m, c']."""
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        """[B, C, h, w] of noisy latents of that shape, timesteps [B] and captions [B, m, c'].
+
+        SDXL takes the pooled captions [B, p] and, in full precision, sizes [B, 6], too.
+        """
         settings = self.settings
         waves = timestep_embedding(
             timesteps, settings.block_out_channels[0], settings.flip_sin_to_cos, settings.freq_shift
         )
-        temb = F.silu(self.time_embedding(waves.to(latents.dtype)))  # [B, T], which all ResNet blocks begin with
+        temb = self.time_embedding(waves.to(latents.dtype))
+        if self.add_embedding is not None and text_embeds is not None and time_ids is not None:
+            sizes = timestep_embedding(time_ids.flatten(), settings.addition_time_embed_dim or 256).view(
+                len(time_ids), -1
+            )
+            temb = temb + self.add_embedding(torch.cat([text_embeds, sizes.to(latents.dtype)], dim=1))
+        temb = F.silu(temb)  # [B, T], which all ResNet blocks begin with
         skips = [self.conv_in(latents)]
         for block in self.down_blocks:
             skips += block(skips[-1], temb, encoder_hidden_states)

@@ -9,12 +9,12 @@ from attrs import field, fields, frozen
 
 _MUST_BE_OFF = (
     "center_input_sample", "only_cross_attention", "reverse_transformer_layers_per_block", "encoder_hid_dim",
-    "encoder_hid_dim_type", "num_attention_heads", "dual_cross_attention", "class_embed_type", "addition_embed_type",
-    "num_class_embeds", "time_embedding_dim", "time_embedding_act_fn", "timestep_post_act", "time_cond_proj_dim",
-    "class_embeddings_concat",
+    "encoder_hid_dim_type", "num_attention_heads", "dual_cross_attention", "class_embed_type", "num_class_embeds",
+    "time_embedding_dim", "time_embedding_act_fn", "timestep_post_act", "time_cond_proj_dim", "class_embeddings_concat",
 )  # fmt: skip
 _MUST_BE: Mapping[str, tuple[object, ...]] = {
     "act_fn": ("silu", "swish"),
+    "addition_embed_type": ("text_time", None),
     "attention_type": ("default",),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
@@ -75,23 +75,37 @@ class UNetConfig:
     norm_eps: float = 1e-5
     flip_sin_to_cos: bool = field(default=True, converter=bool)
     freq_shift: float = 0
+    addition_embed_type: str | None = None
+    """`text_time` in SDXL, whose time embedding also has the pooled caption and the image's sizes."""
+    addition_time_embed_dim: int | None = None
+    """Channels of the embedding of each size; 256 in all models."""
+    projection_class_embeddings_input_dim: int | None = None
+    """Channels of the pooled caption and the sizes' embeddings together."""
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> UNetConfig:
-        """Those among some settings that make a difference for Stable Diffusion 1.x and 2.x.
+        """Those among some settings that make a difference for Stable Diffusion.
 
         Raises ValueError for one that would make a difference and that none of these models has.
         """
         for name, value in settings.items():
             if (name in _MUST_BE_OFF and value) or value not in _MUST_BE.get(name, (value,)):
-                raise ValueError(f"{name} is {value!r}, which it is in no Stable Diffusion 1.x or 2.x")
+                raise ValueError(f"{name} is {value!r}, which it is in no Stable Diffusion")
         names = {own.name for own in fields(cls)}
-        return cls(**{name: value for name, value in settings.items() if name in names})
+        found = cls(**{name: value for name, value in settings.items() if name in names})
+        if found.addition_embed_type and not found.added_channels:
+            raise ValueError("projection_class_embeddings_input_dim is missing")
+        return found
 
     @property
     def time_channels(self) -> int:
         """Channels of the time embedding."""
         return 4 * self.block_out_channels[0]
+
+    @property
+    def added_channels(self) -> int:
+        """Channels of the pooled caption and the embeddings of sizes together; 0 where the U-Net takes none."""
+        return (self.projection_class_embeddings_input_dim or 0) if self.addition_embed_type else 0
 
     @property
     def levels(self) -> list[Level]:
@@ -131,5 +145,5 @@ class UNetConfig:
 def _attends(kinds: Mapping[str, bool], kind: str) -> bool:
     """Whether a kind of block has transformers."""
     if kind not in kinds:
-        raise ValueError(f"there are blocks {kind!r}, which no Stable Diffusion 1.x or 2.x has")
+        raise ValueError(f"there are blocks {kind!r}, which no Stable Diffusion has")
     return kinds[kind]

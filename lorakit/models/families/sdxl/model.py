@@ -1,0 +1,108 @@
+"""Stable Diffusion XL as the trainer sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.errors import ModelError
+from lorakit.models.base import PartModule
+from lorakit.models.conditioning import ImageSizes
+from lorakit.models.families.sd.checkpoint import TOKENIZER_FILES
+from lorakit.models.families.sd.model import StableDiffusion, unet_module
+from lorakit.models.families.sd.targets import BLOCK_PATH
+from lorakit.models.families.sd.text_encoder import checkpoint_layers, clip_module, set_positions
+from lorakit.models.families.sd.tokenizer import CaptionTokenizer
+from lorakit.models.families.sd.unet import BasicTransformerBlock, ResnetBlock2D
+from lorakit.models.families.sdxl import parts, targets
+from lorakit.models.families.sdxl.text_encoder import SDXLTextEncoder, projected_clip_module
+from lorakit.models.interfaces import Conditioning
+from lorakit.models.weights.hashing import hash_of_file
+
+_TOKENIZERS = ("tokenizer", "tokenizer_2")
+_PADS = (None, 0)
+"""What fills captions up: the end token for CLIP, token 0 for OpenCLIP."""
+
+
+class StableDiffusionXL(StableDiffusion):
+    """A U-Net that is told of image sizes, the two halves of a VAE and two text encoders."""
+
+    modules = (
+        PartModule(
+            part=parts.TEXT_ENCODER_1,
+            build=clip_module,
+            targets=targets.text_encoder_1_targets,
+            key=parts.text_encoder_1_key,
+            finish=set_positions,
+            checkpoint=checkpoint_layers,
+            block_path=BLOCK_PATH,
+        ),
+        PartModule(
+            part=parts.TEXT_ENCODER_2,
+            build=projected_clip_module,
+            targets=targets.text_encoder_2_targets,
+            key=parts.text_encoder_2_key,
+            finish=set_positions,
+            checkpoint=checkpoint_layers,
+            block_path=BLOCK_PATH,
+        ),
+        PartModule(
+            part=parts.UNET,
+            build=unet_module,
+            targets=targets.unet_targets,
+            key=parts.unet_key,
+            compiled=(ResnetBlock2D, BasicTransformerBlock),
+            block_path=BLOCK_PATH,
+        ),
+    )
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The U-Net's output, [B, 4, h, w], for noisy latents of that shape, timesteps [B], captions and sizes."""
+        context, pooled = (conditioning[name].to(self.dtype) for name in ("hidden_states", "text_embeds"))
+        latents = noisy_latents.to(self.dtype)
+        prediction: Tensor = self.denoiser(latents, timesteps, context, pooled, conditioning["time_ids"])
+        return prediction
+
+    def image_conditioning(self, sizes: Sequence[ImageSizes]) -> Conditioning:
+        """`time_ids`, float32 [B, 6]: original size, crop and target size, height and top first.
+
+        They stay in full precision up to their sinusoids: bfloat16 would make 1368 of 1365.
+        """
+        rows = [(*own.original[::-1], *own.crop[::-1], *own.target[::-1]) for own in sizes]
+        return {"time_ids": torch.tensor(rows, dtype=torch.float32)}
+
+    def make_text_encoder(self, modules: Mapping[str, nn.Module]) -> SDXLTextEncoder:  # type: ignore[override]
+        """Both text encoders with their tokenizers; a `ModelError` if they do not fit."""
+        tokenizers = []
+        for own, name, pad in zip(self.modules, _TOKENIZERS, _PADS, strict=False):
+            part = self.checkpoint.part(own.part.name)
+            tokenizer = CaptionTokenizer(self.checkpoint.tokenizer_folder(name), self.variant.max_token_length, pad)
+            vocabulary = part.shape_of("embeddings.token_embedding.weight")[0]
+            if tokenizer.vocabulary_size > vocabulary:
+                raise ModelError(f"{part} knows {vocabulary} tokens, but its tokenizer has {tokenizer.vocabulary_size}")
+            tokenizers.append(tokenizer)
+        return SDXLTextEncoder([modules[own.part.name] for own in self.modules[:2]], tokenizers)
+
+    def text_options(self) -> list[object]:
+        """What captions are encoded with, and hashes of the model's own tokenizers; empty where it uses CLIP's."""
+        folders = [self.checkpoint.tokenizer_folder(name) for name in _TOKENIZERS]
+        files = [folder / name for folder in folders if folder for name in TOKENIZER_FILES if (folder / name).is_file()]
+        hashes = (self.memo.get_or_compute(file, "sha256", partial(hash_of_file, file)) for file in files)
+        return [self.variant.max_token_length, " ".join(hashes)]
+
+    def metadata_entries(self) -> Mapping[str, str]:
+        """The version and how captions are read, in the keys of sd-scripts and of the metadata standard."""
+        velocity = self.variant.prediction == "v_prediction"
+        return {
+            # Web UIs tell the family by its beginning, so it is the same for models that predict velocity.
+            "ss_base_model_version": self.variant.version,
+            "ss_v2": "False",
+            "ss_clip_skip": "None",
+            "ss_max_token_length": str(self.variant.max_token_length),
+            "modelspec.architecture": self.variant.architecture,
+            "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+            "modelspec.prediction_type": "v" if velocity else "epsilon",
+        }
