@@ -13,6 +13,7 @@ from lorakit.models.families.sd import checkpoint as sd
 from lorakit.models.families.sd import state_dict_keys as layout
 from lorakit.models.families.sd.infer_config import clip_settings, open_clip_settings
 from lorakit.models.families.sd.structure import projected_clip_shapes
+from lorakit.models.families.sd.unet_config import UNetConfig
 from lorakit.models.families.sdxl.parts import STRUCTURE, TEXT_ENCODER_1, TEXT_ENCODER_2
 from lorakit.models.weights.checkpoint import CheckpointPart
 
@@ -64,14 +65,15 @@ class SDXLCheckpoint(sd.SDCheckpoint):
 
     def check(self) -> None:
         """A `ModelError` unless U-Net and text encoders are there, whole, of SDXL's structure, and fit together."""
-        if not isinstance(self.location, HubModel):
-            unet = self.part("unet")
-            for key, value in STRUCTURE.items():
-                if unet.settings.get(key, value) != value:
-                    raise ModelError(
-                        f"{unet} has {key} = {unet.settings[key]}, and SDXL {value}; it is of another kind"
-                    )
         super().check()
+        if isinstance(self.location, HubModel):
+            return
+        unet = self.part("unet")
+        settings = UNetConfig.of(unet.settings)
+        for key, value in STRUCTURE.items():
+            found = getattr(settings, key)
+            if (list(found) if isinstance(found, tuple) else found) != value:
+                raise ModelError(f"{unet} has {key} = {found}, and SDXL has {value}; it is of another kind")
 
     def part(self, name: str) -> CheckpointPart:
         """Where a part is; the VAE's latents have SDXL's scale, whatever its config says."""
