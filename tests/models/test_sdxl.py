@@ -12,7 +12,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from lorakit.builtin.model_families.sdxl import SDXLConfig
-from lorakit.models.conditioning import ImageSizes
+from lorakit.models.conditioning import ImageSizes, encode_frozen
 from lorakit.models.families.sd.tokenizer import CaptionTokenizer
 from lorakit.models.families.sd.unet import UNet, timestep_embedding
 from lorakit.models.families.sd.unet_config import UNetConfig
@@ -225,3 +225,25 @@ def test_the_vaes_scale_is_the_familys(folder: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(own, other)
     (warning,) = SDXLConfig(path=str(folder), vae=str(vae)).warnings()
     assert "0.18215, which is that of Stable Diffusion 1.x and 2.x, not 0.13025" in str(warning)
+
+
+def test_one_text_encoder_in_memory_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captions for the cache are encoded as all others, by one text encoder after the other, which is then freed."""
+    model = built(folder)
+    read, there = [], model.module
+
+    def module(name: str) -> torch.nn.Module:
+        read.append((name, sorted(model._read)))
+        return there(name)
+
+    monkeypatch.setattr(model, "module", module)
+    batches = [CAPTIONS[:3], CAPTIONS[3:]]
+    found = list(encode_frozen(model, batches))
+    assert read == [("text_encoder", []), ("text_encoder_2", [])]
+    assert model._read == {}
+    encoder = built(folder).text_encoder
+    for captions, own in zip(batches, found, strict=True):
+        with torch.no_grad():
+            expected = encoder.encode(encoder.tokenize(captions))
+        assert own.keys() == expected.keys()
+        assert all(torch.equal(own[name], expected[name]) for name in own)
