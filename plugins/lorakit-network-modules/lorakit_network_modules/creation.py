@@ -6,6 +6,7 @@ adapter is returned with the layer's path and its key, so that lorakit can attac
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,8 @@ from lorakit.api import AdaptationTarget, AdapterError, derived_seed
 if TYPE_CHECKING:
     from lorakit_network_modules.component import NetworkModuleConfig
 
-PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
-"""The prefix of the keys of each part's adapters."""
+_PREFIX = re.compile(r"lora_te\d?_")
+"""Matches the prefix of the keys of text encoders' adapters."""
 
 
 @frozen
@@ -44,13 +45,15 @@ def create(config: NetworkModuleConfig, targets: Sequence[AdaptationTarget], see
     """
     first = targets[0]
     shown = _under(first.root, _levels(first))
-    is_unet = first.part == "unet"
+    is_unet = first.encoder_index is None
     encoder, unet = ([], shown) if is_unet else (shown, nn.Module())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, "network_module", first.part))
         network = _create_network(config, encoder, unet)
         network.apply_to(encoder, unet, not is_unet, is_unet)
-    created = _detach_adapters(network, first.root, _lr_factors(network))
+    # The module knows the part alone, and so no second text encoder, nor other names than those of the layers' paths.
+    keys = {target.path: target.key for target in targets}
+    created = _detach_adapters(network, first.root, keys, _lr_factors(network))
     emptied = next(
         (one.key for one in created.values() if not hasattr(first.root.get_submodule(one.path), "weight")), ""
     )
@@ -85,24 +88,30 @@ def _lr_factors(network: Any) -> dict[int, float]:
     return {id(parameter): float(group.get("lr", 1.0)) for group in groups for parameter in group["params"]}
 
 
-def _detach_adapters(network: nn.Module, root: nn.Module, lr_factors: Mapping[int, float]) -> dict[str, Created]:
-    """The adapters whose `forward` replaces that of a layer of the root; the layers get their `forward` back."""
+def _detach_adapters(
+    network: nn.Module, root: nn.Module, keys: Mapping[str, str], lr_factors: Mapping[int, float]
+) -> dict[str, Created]:
+    """The adapters whose `forward` replaces that of a layer of the root; the layers get their `forward` back.
+
+    `keys` has the keys of layers by path; others have the key that the module gives them.
+    """
     names = {id(module): name for name, module in network.named_modules()}
     created = {}
     for path, layer in root.named_modules():
         changed = layer.__dict__.pop("forward", None)
         if changed is not None:
             module = changed.__self__
-            key = names[id(module)]
+            key = keys.get(path, names[id(module)])
             factors = {name: lr_factors[id(p)] for name, p in module.named_parameters() if id(p) in lr_factors}
             created[key] = Created(key, path, module, factors)
     return created
 
 
 def _levels(target: AdaptationTarget) -> str:
-    """The part of the target's key between the prefix and the layer's path: `text_model`, or empty."""
-    inner = target.key.removesuffix(target.path.replace(".", "_"))
-    return inner.removeprefix(PREFIXES[target.part]).strip("_")
+    """What a text encoder's key has between the prefix and the layer's path: `text_model`; empty for other parts."""
+    if target.encoder_index is None:
+        return ""
+    return _PREFIX.sub("", target.key, count=1).removesuffix(target.path.replace(".", "_")).strip("_")
 
 
 def _under(root: nn.Module, level: str) -> nn.Module:

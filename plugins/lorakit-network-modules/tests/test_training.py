@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import lorakit
 from lorakit.api import AdapterError, ConfigError, with_import_path
 from lorakit.testing.contracts.tiny_batch import make_batch, predict, read_model
+from lorakit.testing.models import make_tiny_sdxl
 from lorakit.testing.runs import train_config
 
 PRESET = Path(__file__).with_name("transformers.toml")
@@ -157,3 +158,17 @@ def test_layers_get_their_forward_back(tiny_sd1: Path) -> None:
     network.detach()
     layers: list[nn.Module] = [*model.denoiser.modules(), *model.text_encoder.module.modules()]
     assert not any("forward" in layer.__dict__ for layer in layers)
+
+
+def test_sdxl(train_tables: dict[str, Any], tmp_path: Path) -> None:
+    """SDXL's layers have the keys that all tools know them by, in both text encoders, too."""
+    train_tables["model"] = {"path": str(make_tiny_sdxl(tmp_path / "xl"))}
+    tensors = load_file(trained(train_tables, tmp_path, args={"algo": "lokr"}))
+    layers = {key.partition(".")[0] for key in tensors}
+    assert {
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k",
+        "lora_te1_text_model_encoder_layers_11_mlp_fc1",
+        "lora_te2_text_model_encoder_layers_31_mlp_fc1",
+    } <= layers
+    assert all(key.startswith(("lora_unet_", "lora_te1_", "lora_te2_")) for key in layers)
+    assert not any("down_blocks" in key or "mid_block" in key for key in layers)
