@@ -57,22 +57,25 @@ class Denoiser(nn.Module):
 
 
 def train_denoiser(
-    model: Denoiser, material: tuple[Tensor, Tensor], budget: Budget, seed: int, batch: int = 64, peak: float = 1e-3
+    model: Denoiser, material: tuple[Tensor, ...], budget: Budget, seed: int, batch: int = 64, peak: float = 1e-3
 ) -> None:
-    """Train on latents and tokens until the square error is small; leaves the mean of the weights."""
+    """Train on latents and tokens until the square error is small; leaves the mean of the weights.
+
+    What else `material` has of each picture is given to the model, too.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average, kept = Average(model), alphas(material[0].device)
     empty = CaptionTokenizer()([""])[0].to(material[1].device)
     losses: list[Tensor] = []
     while budget.progress() < 1:
-        latents, timesteps, noise, tokens = _batch(material, empty, derived_seed(seed, "denoising", budget.done), batch)
+        latents, timesteps, noise, *told = _batch(material, empty, derived_seed(seed, "denoising", budget.done), batch)
         amount = kept[timesteps].view(-1, 1, 1, 1)
         noisy = amount.sqrt() * latents + (1 - amount).sqrt() * noise
         set_rate(optimizer, peak, budget)
         # On processors bfloat16 takes longer than float32 for tensors as small as these.
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=latents.device.type != "cpu"):
-            found = model(noisy, timesteps, tokens)
+            found = model(noisy, timesteps, *told)
         loss = (found.float() - model.target(latents, noise, amount)).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -87,9 +90,9 @@ def train_denoiser(
     average.apply()
 
 
-def _batch(material: tuple[Tensor, Tensor], empty: Tensor, seed: int, size: int) -> tuple[Tensor, ...]:
-    """Latents, timesteps, noise and token ids of one step, a function of its seed."""
-    latents, told = material
+def _batch(material: tuple[Tensor, ...], empty: Tensor, seed: int, size: int) -> tuple[Tensor, ...]:
+    """Latents, timesteps, noise, token ids and what else there is of one step's pictures, a function of its seed."""
+    latents, told, *others = material
     device, draw = latents.device, keyed_generator(seed, "choices")
     rows = torch.from_numpy(draw.integers(len(latents), size=size))
     telling = torch.from_numpy(draw.integers(TELLINGS, size=size))
@@ -97,4 +100,4 @@ def _batch(material: tuple[Tensor, Tensor], empty: Tensor, seed: int, size: int)
     unconditional = torch.from_numpy(draw.random(size) < _UNCONDITIONAL).to(device)
     noise = torch.randn((size, *latents.shape[1:]), generator=torch.Generator().manual_seed(seed)).to(device)
     tokens = torch.where(unconditional[:, None], empty, told[rows.to(device), telling.to(device)])
-    return latents[rows.to(device)], timesteps, noise, tokens
+    return latents[rows.to(device)], timesteps, noise, tokens, *(other[rows.to(device)] for other in others)

@@ -76,9 +76,9 @@ class Score:
 
 def load_pipeline(folder: Path, lora: Path | None = None, device: str = "cpu") -> Any:
     """The model in diffusers' pipeline, in float32, with a LoRA loaded by diffusers if one is given."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import DDIMScheduler, DiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     if lora:
@@ -87,9 +87,17 @@ def load_pipeline(folder: Path, lora: Path | None = None, device: str = "cpu") -
 
 
 def paint(
-    pipeline: Any, prompts: Sequence[str], seed: int = 0, steps: int = STEPS, guidance: float = GUIDANCE
+    pipeline: Any,
+    prompts: Sequence[str],
+    seed: int = 0,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    **options: Any,
 ) -> list[NDArray[np.uint8]]:
-    """A picture, RGB [64, 64, 3], of each prompt; each depends on its own number and the seed."""
+    """A picture, RGB [64, 64, 3], of each prompt; each depends on its own number and the seed.
+
+    `options` go to the pipeline.
+    """
     pictures: list[NDArray[np.uint8]] = []
     for first in range(0, len(prompts), _AT_ONCE):
         part = list(prompts[first : first + _AT_ONCE])
@@ -102,6 +110,7 @@ def paint(
             guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(own) for own in seeds],
             output_type="np",
+            **options,
         ).images
         pictures += list(np.rint(painted * 255).astype(np.uint8))
     return pictures
