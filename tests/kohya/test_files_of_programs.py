@@ -263,8 +263,8 @@ def test_types_of_lora(type_: str, module: str, args: dict[str, str] | None, rea
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"sdxl": True}, "changed.json: sdxl: is set, so the file is for SDXL (lorakit trains LoRA for Stable"),
-        ({"flux1_checkbox": True}, "flux1_checkbox: is set, so the file is for FLUX"),
+        ({"sd3_checkbox": True}, "is set, so the file is for Stable Diffusion 3 (lorakit trains LoRA for Stable"),
+        ({"flux1_checkbox": True}, "changed.json: flux1_checkbox: is set, so the file is for FLUX"),
         ({"LoRA_type": "Flux1"}, "LoRA_type: 'Flux1' is for another model, or unknown"),
         ({"network_dim": "big"}, "changed.json: network_dim: must be a whole number, not 'big'"),
         ({"additional_parameters": "--netwrok_dim=4"}, "additional_parameters: --netwrok_dim: is not an option"),
