@@ -59,7 +59,8 @@ class LossConfig(Component):
     ip_noise_gamma_random_strength: bool = False
     """Draw each image's strength uniformly between 0 and `ip_noise_gamma`."""
     zero_terminal_snr: bool = False
-    """Rescale the noise schedule to zero terminal SNR (arXiv:2305.08891); for v-prediction models."""
+    """Rescale the noise schedule to zero terminal SNR (arXiv:2305.08891); for v-prediction models. Where absent, the
+    model's files decide."""
     min_timestep: int | None = field(default=None, validator=v.optional(v.ge(0)))
     """Smallest timestep that is drawn; 0 when absent. The same as `timesteps.min`."""
     max_timestep: int | None = field(default=None, validator=v.optional(v.ge(1)))

@@ -74,6 +74,11 @@ class ModelFamilyConfig(Component):
         """The kind of its noise process, as far as that is known before the model's files are read."""
         return DDPMSpec()
 
+    @property
+    def loss_defaults(self) -> Mapping[str, object]:
+        """Defaults of keys of `[loss]` that the model's files ask for: `{"zero_terminal_snr": True}`."""
+        return {}
+
     def parts_named(self, names: Sequence[str] | None) -> tuple[ModelPart, ...]:
         """The parts with these names, in their order; unknown names are skipped. With None, the default ones."""
         known = {part.name: part for part in self.parts}

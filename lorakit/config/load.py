@@ -123,7 +123,10 @@ class _ConfigLoader:
         for section, (base, default) in COMPONENT_SECTIONS.items():
             is_model_s = section == "timesteps" and sections["model"]
             absent = sections["model"].noise_process.timestep_sampler if is_model_s else default
-            sections[section] = self._component(base, reader.table(tables, section), section, absent)
+            table = reader.table(tables, section)
+            if section == "loss" and sections["model"]:
+                table = {**sections["model"].loss_defaults, **table}
+            sections[section] = self._component(base, table, section, absent)
         for section, cls in PLAIN_SECTIONS.items():
             sections[section] = reader.structure(cls, reader.table(tables, section), section)
         sections["observers"] = self._observers(tables.get("observers", []))

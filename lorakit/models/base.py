@@ -223,7 +223,11 @@ class BaseModel:
         setattr(self, f"_{part}", None)
         for own in self.modules if part == "text_encoder" else ():
             if own.part.encoders:
-                self._read.pop(own.part.name, None)
+                self.free_part(own.part.name)
+
+    def free_part(self, name: str) -> None:
+        """Forget the weights of a part that adapters can be for."""
+        self._read.pop(name, None)
 
     def targets(self, parts: Sequence[str]) -> list[AdaptationTarget]:
         """The layers of these parts that can be adapted, text encoders first, whatever the order of `parts`."""

@@ -6,7 +6,7 @@ length, and images tell nothing. B images in a micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -50,6 +50,31 @@ class ImageConditioned(Protocol):
 
     def image_conditioning(self, sizes: Sequence[ImageSizes]) -> Conditioning:
         """What the denoiser gets beside the captions' conditioning, by other names, [B, …], on the CPU."""
+
+
+@runtime_checkable
+class EncodesOneByOne(Protocol):
+    """A model with several text encoders, of which one at a time is in memory while captions are cached."""
+
+    def encode_one_by_one(self, batches: Sequence[Sequence[str]], weighted: bool) -> Sequence[Conditioning]:
+        """The conditioning of batches of captions; with `weighted`, brackets weight words.
+
+        Each text encoder is read, encodes all of them, and is freed before the next is read.
+        """
+
+
+def encode_frozen(
+    model: DiffusionModel, batches: Sequence[Sequence[str]], weighted: bool = False
+) -> Iterator[Conditioning]:
+    """The conditioning of batches of captions by frozen text encoders; with `weighted`, brackets weight words."""
+    if isinstance(model, EncodesOneByOne):
+        yield from model.encode_one_by_one(batches, weighted)
+        return
+    encoder = model.text_encoder
+    for captions in batches:
+        with torch.no_grad():
+            conditioning = encoder.encode(encoder.tokenize(captions, weighted))
+        yield conditioning
 
 
 def split(model: DiffusionModel, conditioning: Conditioning) -> Sequence[Conditioning]:

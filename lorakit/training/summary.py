@@ -61,6 +61,8 @@ def _model(config: TrainConfig) -> str:
     words = [shown_path(path) if path.is_absolute() else model.path, model.title or model.name]
     if getattr(model.noise_process, "prediction", None) == "v_prediction":
         words.append("v-prediction")
+    if config.loss.zero_terminal_snr:
+        words.append("zero terminal SNR")
     vae = getattr(model, "vae", None)
     return ", ".join(words) + (f", with the VAE {vae}" if vae else "")
 

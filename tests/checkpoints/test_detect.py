@@ -39,6 +39,19 @@ def single_file(context: int, *others: str, channels: int = 4, linear: bool = Fa
     return CheckpointSummary(Path("x.safetensors"), "safetensors", tensors)
 
 
+def xl_file(*names: list[str], channels: int = 4) -> CheckpointSummary:
+    """A summary of a single file with SDXL's text encoders and these tensors."""
+    encoders = [f"conditioner.embedders.0.transformer.{CLIP}", f"conditioner.embedders.1.model.{OPEN_CLIP}"]
+    others = [*encoders, f"{UNET}label_emb.0.0.weight", *(name for own in names for name in own)]
+    return single_file(2048, *others, channels=channels, linear=True)
+
+
+def transformers(block: int, depth: int) -> list[str]:
+    """A tensor of each transformer block behind a ResNet block on the way down."""
+    place = f"{UNET}input_blocks.{block}.1.transformer_blocks"
+    return [f"{place}.{index}.norm1.weight" for index in range(depth)]
+
+
 def tensors(*names: str) -> CheckpointSummary:
     """A summary of a file with tensors of these names."""
     return CheckpointSummary(Path("x.safetensors"), "safetensors", dict.fromkeys(names, (1, 1)))
@@ -76,6 +89,30 @@ TWO_ENCODERS = {**ONE_ENCODER, "text_encoder_2": ["transformers", "CLIPTextModel
         (folder(ONE_ENCODER, unet=SD1_UNET), "a Stable Diffusion 1.x model"),
         (folder(ONE_ENCODER, unet=SD2_UNET), "a Stable Diffusion 2.x model"),
         (folder(TWO_ENCODERS, unet=SDXL_UNET), "a Stable Diffusion XL model"),
+        (xl_file(transformers(4, 2), transformers(7, 10)), "a Stable Diffusion XL model"),
+        (xl_file(transformers(4, 2), transformers(7, 4)), "an SSD-1B model"),
+        (xl_file(transformers(4, 1), transformers(7, 2)), "a Segmind-Vega model"),
+        (xl_file([f"{UNET}input_blocks.2.0.op.weight"]), "a KOALA model, which lacks blocks of Stable Diffusion XL"),
+        (xl_file(["edm_mean", "edm_std"]), "a Playground 2.5 model, which has another noise process (EDM) than "
+         "Stable Diffusion XL"),
+        (xl_file(["edm_vpred.sigma_max", "edm_vpred.sigma_min"]), "a CosXL model, which has another noise process "
+         "(EDM) than Stable Diffusion XL"),
+        (xl_file([], channels=9), "a Stable Diffusion XL inpainting model"),
+        (xl_file([], channels=8), "a Stable Diffusion XL image-editing model"),
+        (folder(TWO_ENCODERS, unet={**SDXL_UNET, "transformer_layers_per_block": [1, 2, 10]}),
+         "a Stable Diffusion XL model"),
+        (folder(TWO_ENCODERS, unet={**SDXL_UNET, "transformer_layers_per_block": [0, [2, 2], [4, 4]]}),
+         "an SSD-1B model"),
+        (folder(TWO_ENCODERS, unet={**SDXL_UNET, "layers_per_block": 1}),
+         "a KOALA model, which lacks blocks of Stable Diffusion XL"),
+        (folder(TWO_ENCODERS, unet=SDXL_UNET, scheduler={"_class_name": "EDMDPMSolverMultistepScheduler"}),
+         "a Playground 2.5 model, which has another noise process (EDM) than Stable Diffusion XL"),
+        (folder(TWO_ENCODERS, unet=SDXL_UNET, scheduler={"_class_name": "EDMEulerScheduler",
+                                                        "prediction_type": "v_prediction"}),
+         "a CosXL model, which has another noise process (EDM) than Stable Diffusion XL"),
+        (folder(TWO_ENCODERS, unet={**SDXL_UNET, "in_channels": 9}), "a Stable Diffusion XL inpainting model"),
+        (folder({"text_encoder_2": ["transformers", "x"]}, unet={**SDXL_UNET, "cross_attention_dim": 1280}),
+         "the refiner of Stable Diffusion XL"),
         (single_file(768, TEXT + CLIP, channels=8), "a Stable Diffusion 1.x image-editing model"),
         (single_file(1024, f"cond_stage_model.model.{OPEN_CLIP}", linear=True, channels=5),
          "a Stable Diffusion 2.x depth-to-image model"),

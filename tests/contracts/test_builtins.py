@@ -11,13 +11,14 @@ from lorakit.api.components import Component, LRSchedulerConfig, OptimizerConfig
 from lorakit.plugins.catalog import Catalog
 from lorakit.plugins.discovery import REGISTRATION_HOOKS
 from lorakit.testing import contracts
-from lorakit.testing.models import make_tiny_sd1, make_tiny_sd2, to_single_file
+from lorakit.testing.models import make_tiny_sd1, make_tiny_sd2, make_tiny_sdxl, to_single_file
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "sd1": {"path": "tiny"},
     "sd2": {"path": "tiny", "prediction": "v_prediction"},
+    "sdxl": {"path": "tiny", "prediction": "v_prediction"},
     "lierla": {"rank": 4, "alpha": 2.0, "dropout": 0.1},
     "c3lier": {"rank": 4, "alpha": 2.0, "conv_rank": 2, "rank_dropout": 0.1},
     "adamw": {"lr": 1e-2},
@@ -63,6 +64,10 @@ ATTRIBUTES: Mapping[str, Mapping[str, Any]] = {
     "sd2": {
         "make_model": lambda _, folder: to_single_file(make_tiny_sd2(folder), folder.with_suffix(".safetensors")),
         "text_settings": {"clip_skip": 2},
+    },
+    "sdxl": {
+        "make_model": lambda _, folder: to_single_file(make_tiny_sdxl(folder), folder.with_suffix(".safetensors")),
+        "text_settings": {"max_token_length": 150},
     },
     "checkpoints": {
         "run_settings": {

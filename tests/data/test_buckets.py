@@ -102,3 +102,36 @@ def test_resized_image_covers_its_bucket(width: int, height: int, no_upscale: bo
         return
     assert all(whole >= part > 0 for whole, part in zip(placement.resized, placement.bucket, strict=True))
     assert all(side % step == 0 for side in placement.bucket)
+
+
+@pytest.mark.parametrize(
+    ("shortest", "longest", "step", "count"),
+    [(256, 1024, 64, 25), (256, 1024, 32, 49), (256, 1536, 64, 29), (512, 1536, 32, 43), (512, 2048, 64, 33),
+     (256, 2048, 64, 41), (512, 2048, 32, 65), (256, 2048, 32, 81)],
+)  # fmt: skip
+def test_bucket_counts_at_1024(shortest: int, longest: int, step: int, count: int):
+    """How many buckets of about 1024² pixels there are."""
+    sizes = bucket_resolutions((1024, 1024), shortest, longest, step)
+    assert len(sizes) == count
+    assert {size[::-1] for size in sizes} == {*sizes}
+
+
+@pytest.mark.parametrize(
+    ("size", "step", "bucket", "resized", "corner"),
+    [
+        ((1920, 1080), 64, (1344, 768), (1365, 768), (10, 0)),
+        ((1080, 1920), 64, (768, 1344), (768, 1365), (0, 10)),
+        ((1000, 1500), 64, (832, 1216), (832, 1248), (0, 16)),
+        ((640, 480), 64, (1152, 896), (1195, 896), (21, 0)),
+        ((513, 511), 64, (1024, 1024), (1028, 1024), (2, 0)),
+        ((1000, 1500), 32, (832, 1248), (832, 1248), (0, 0)),
+        ((640, 480), 32, (1184, 864), (1184, 888), (0, 12)),
+        ((3000, 800), 32, (1952, 512), (1952, 521), (0, 4)),
+    ],
+)
+def test_placement_at_1024(
+    size: tuple[int, int], step: int, bucket: tuple[int, int], resized: tuple[int, int], corner: tuple[int, int]
+):
+    """The bucket, the resized image and the corner of the crop for images of usual sizes."""
+    dataset = make_dataset((1024, 1024), bucket_reso_steps=step, max_bucket_reso=2048)
+    assert assign_bucket(size, dataset) == ResizeCrop(resized, bucket, corner)

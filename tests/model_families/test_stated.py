@@ -16,6 +16,8 @@ from lorakit.builtin.model_families.sd1 import SD1Config
 from lorakit.builtin.model_families.sd2 import SD2Config
 from lorakit.config.load import config_from_tables
 from lorakit.testing.models import make_tiny_sd2, to_single_file
+from lorakit.training.prepare import prepare
+from lorakit.training.summary import summarize_run
 
 V_HEADER = {"modelspec.prediction_type": "v"}
 KEYS = {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}
@@ -70,10 +72,10 @@ def test_a_config_that_contradicts_is_told(tiny_sd1: Path, tiny_sd1_file: Path, 
 
 
 @pytest.mark.parametrize("form", ["file", "folder"])
-def test_zero_terminal_snr_is_told(
+def test_zero_terminal_snr_is_the_models(
     tiny_sd1: Path, tiny_sd1_file: Path, tmp_path: Path, photographs: Path, form: str
 ) -> None:
-    """Of a model trained with zero terminal SNR, the key that says so is named, unless it is set."""
+    """A model trained with zero terminal SNR is trained on so; a config that says otherwise gets a warning."""
     if form == "file":
         path = copy_of(tiny_sd1_file, tmp_path, KEYS)
     else:
@@ -85,9 +87,13 @@ def test_zero_terminal_snr_is_told(
         "data": {"image_dir": str(photographs), "resolution": 64},
         "output": {"dir": str(tmp_path / "out")},
     }
-    (warning,) = map(str, config_from_tables(tables, tmp_path).warnings())
+    config = config_from_tables(tables, tmp_path)
+    assert config.loss.zero_terminal_snr
+    assert list(config.warnings()) == []
+    assert "v-prediction, zero terminal SNR" in " ".join(" ".join(summarize_run(prepare(config))).split())
+    tables["loss"] = {"zero_terminal_snr": False}
+    config = config_from_tables(tables, tmp_path)
+    assert not config.loss.zero_terminal_snr
+    (warning,) = map(str, config.warnings())
     assert warning.startswith("model.path: ")
     assert "was trained with zero terminal SNR" in warning
-    assert "set loss.zero_terminal_snr = true" in warning
-    tables["loss"] = {"zero_terminal_snr": True}
-    assert list(config_from_tables(tables, tmp_path).warnings()) == []

@@ -11,9 +11,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lorakit.builtin.model_families.sd1 import SD1Config
+from lorakit.builtin.model_families.sdxl import SDXLConfig
 from lorakit.config.load import config_from_tables
 from lorakit.errors import ConfigError
-from lorakit.testing.models import TINY_SD1, make_folder
+from lorakit.testing.models import TINY_SD1, make_folder, make_tiny_sdxl, to_single_file
 
 
 def told(path: Path, **fields: Any) -> tuple[list[str], list[str]]:
@@ -71,12 +72,13 @@ def test_an_sdxl_vae_is_noticed_in_a_file(
 
 def test_a_whole_sdxl_model_is_noticed(tiny_sd1: Path, tiny_sd1_file: Path, tmp_path: Path) -> None:
     """So does what else is in the file."""
-    tensors = load_file(tiny_sd1_file)
-    xl = {name.replace("cond_stage_model.", "conditioner.embedders.0."): tensor for name, tensor in tensors.items()}
-    save_file(xl, tmp_path / "xl.safetensors")
-    problems, (warning,) = told(tiny_sd1, vae=tmp_path / "xl.safetensors")
+    xl = to_single_file(make_tiny_sdxl(tmp_path / "xl"), tmp_path / "xl.safetensors")
+    problems, (warning,) = told(tiny_sd1, vae=xl)
     assert problems == []
     assert "it is that of a Stable Diffusion XL model" in warning
+    assert not list(SDXLConfig(path=str(xl), vae=str(xl)).warnings())
+    (other,) = SDXLConfig(path=str(xl), vae=str(tiny_sd1_file)).warnings()
+    assert "not for Stable Diffusion XL: it is that of a Stable Diffusion 1.x model" in str(other)
 
 
 @pytest.mark.parametrize(

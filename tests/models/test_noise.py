@@ -6,6 +6,8 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
+from lorakit.builtin.losses import L2Config
+from lorakit.diffusion.loss import timestep_weights
 from lorakit.diffusion.noise_schedule import DDPMSchedule
 
 REFERENCE = {
@@ -111,3 +113,39 @@ def test_zero_terminal_schedule_is_that_of_diffusers() -> None:
     assert signal[-1] == 0
     assert noise.prediction == "v_prediction"
     assert torch.equal(noise.target(one, torch.zeros_like(one), steps)[-1], torch.tensor([-1.0]))
+
+
+@pytest.mark.parametrize(
+    ("timestep", "min_snr", "debiased"),
+    [
+        (1, (0.008520, 0.008833), (0.001704, 0.001767)),
+        (10, (0.047843, 0.051031), None),
+        (100, (0.528883, 0.566194), (0.105777, 0.113239)),
+        (250, (0.673793, 0.652457), (0.326207, 0.347543)),
+        (500, (0.276333, 0.241019), None),
+        (999, (0.004660, 0.0), (0.995340, 1.0)),
+    ],
+)
+def test_weights_of_velocity(timestep: int, min_snr: tuple[float, float], debiased: tuple[float, float] | None) -> None:
+    """Weights follow the schedule that is used: the plain one, and the one without signal at its end."""
+    plain, steps = DDPMSchedule("v_prediction"), torch.tensor([timestep])
+    for noise, by_snr, by_bias in zip(
+        (plain, plain.with_zero_terminal_snr()), min_snr, debiased or (None, None), strict=True
+    ):
+        found = timestep_weights(L2Config(min_snr_gamma=5.0), noise, steps)
+        assert found.item() == pytest.approx(by_snr, abs=2e-6)
+        if by_bias is not None:
+            found = timestep_weights(L2Config(debiased_estimation=True), noise, steps)
+            assert found.item() == pytest.approx(by_bias, abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("timestep", "plain", "zero"),
+    [(100, -1.3446589, -1.3453548), (500, -1.0824351, -1.0492684), (999, -0.5841648, -0.5)],
+)
+def test_velocity_of_known_numbers(timestep: int, plain: float, zero: float) -> None:
+    """V of x = 0.5 and ε = −1.25."""
+    noise, steps = DDPMSchedule("v_prediction"), torch.tensor([timestep])
+    clean, drawn = torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), -1.25)
+    assert noise.target(clean, drawn, steps).item() == pytest.approx(plain, abs=1e-6)
+    assert noise.with_zero_terminal_snr().target(clean, drawn, steps).item() == pytest.approx(zero, abs=1e-6)

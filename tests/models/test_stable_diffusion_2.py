@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lorakit.errors import ModelError
-from lorakit.models.families.sd.infer_config import open_clip_settings, unet_settings
+from lorakit.models.families.sd.infer_config import sd2_text_settings, unet_settings
 from lorakit.models.families.sd.model import StableDiffusion
 from lorakit.models.families.sd.state_dict_keys import open_clip_name, original_unet_name
 from lorakit.models.weights.load import shapes_of, without_weights
@@ -84,7 +84,7 @@ def open_clip_shapes(layers: int) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("layers", [23, 24])
 def test_text_settings_of_sd21_are_the_published_ones(layers: int) -> None:
     """From shapes alone, the published config results, whether the file has the layer that is not read or not."""
-    config = CLIPTextConfig(**open_clip_settings(open_clip_shapes(layers))).to_dict()
+    config = CLIPTextConfig(**sd2_text_settings(open_clip_shapes(layers))).to_dict()
     assert {key: config[key] for key in SD21_TEXT} == SD21_TEXT
 
 

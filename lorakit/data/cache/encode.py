@@ -21,7 +21,7 @@ from lorakit.data.images.augmentation import Picture, load_picture
 from lorakit.data.images.decode import RESAMPLING
 from lorakit.data.index import Example, IndexedDataset, default_workers
 from lorakit.errors import DataError, data_error
-from lorakit.models.conditioning import split
+from lorakit.models.conditioning import encode_frozen, split
 from lorakit.models.interfaces import DiffusionModel
 
 T = TypeVar("T")
@@ -36,6 +36,8 @@ _LATENT_FORMAT = 1
 _CAPTION_FORMAT = 1
 CAPTIONS_AT_ONCE = 16
 """Captions that are encoded together."""
+_BATCHES_PER_READ = 16
+"""Batches of captions that one text encoder encodes before the next is read, where only one is in memory."""
 
 
 @frozen(kw_only=True)
@@ -126,16 +128,15 @@ def encode_captions(
     keys = {caption: content_key(kind, _CAPTION_FORMAT, caption, fingerprint) for caption in captions}
     missing = [caption for caption in _own(list(keys), encoding) if not cache.has(keys[caption])]
 
-    @torch.no_grad()
-    def encode(chunk: Sequence[str]) -> _Encoded:
-        tokens = model.text_encoder.tokenize(chunk, encoding.weighted_captions)
-        conditioning = model.text_encoder.encode({name: tensor.to(encoding.device) for name, tensor in tokens.items()})
-        names = [f"caption {text!r}" for text in chunk]
-        return _Encoded([keys[caption] for caption in chunk], names, split(model, conditioning))
+    def encoded() -> Iterator[_Encoded]:
+        for group in _chunks(_chunks(missing, CAPTIONS_AT_ONCE), _BATCHES_PER_READ):
+            conditionings = encode_frozen(model, group, encoding.weighted_captions)
+            for chunk, conditioning in zip(group, conditionings, strict=True):
+                names = [f"caption {text!r}" for text in chunk]
+                yield _Encoded([keys[caption] for caption in chunk], names, split(model, conditioning))
 
     if missing:
-        chunks = (missing[start : start + CAPTIONS_AT_ONCE] for start in range(0, len(missing), CAPTIONS_AT_ONCE))
-        _store_all(map(encode, chunks), cache, len(missing), encoding)
+        _store_all(encoded(), cache, len(missing), encoding)
     return keys
 
 
@@ -166,6 +167,11 @@ def _latent_jobs(
             keys[example.sample_id, mirrored] = job.keys[mirrored] = key
     cache.memo.save()
     return keys, sorted(jobs.values(), key=lambda job: job.example.placement.bucket)
+
+
+def _chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """The items in order, `size` at a time."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _own(work: Sequence[T], encoding: EncodeOptions) -> Sequence[T]:

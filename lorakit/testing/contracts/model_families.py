@@ -151,11 +151,10 @@ class ModelFamilyContract(ComponentContract):
             return list(encoder.encode(encoder.tokenize(captions, weighted=weighted)).values())
 
         plain = encoded("a red hat", "a red hat", weighted=False)
-        for words, same, other in zip(
-            plain, encoded("a red hat", "a (red:1) hat"), encoded("a (red) hat", "[a] red hat"), strict=True
-        ):
-            torch.testing.assert_close(same, words)
-            assert not torch.allclose(other, words)
+        same, other = encoded("a red hat", "a (red:1) hat"), encoded("a (red) hat", "[a] red hat")
+        torch.testing.assert_close(same, plain)
+        # Pooled captions may have no weights.
+        assert not all(torch.allclose(*pair) for pair in zip(other, plain, strict=True))
         assert not torch.equal(encoded("a (red) hat", weighted=False)[0], encoded("a (red) hat")[0])
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

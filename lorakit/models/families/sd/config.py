@@ -71,8 +71,18 @@ class StableDiffusionConfig(ModelFamilyConfig):
 
     @property
     def noise_process(self) -> NoiseSpec:
-        """DDPM, with what the U-Net predicts where the config says it."""
-        return DDPMSpec(prediction=self.prediction)
+        """DDPM, with what the U-Net predicts where the config or the model says it."""
+        return DDPMSpec(prediction=self._prediction)
+
+    @property
+    def loss_defaults(self) -> Mapping[str, object]:
+        """Zero terminal SNR, where the files say so and the model predicts velocity."""
+        if self._prediction != "v_prediction":
+            return {}
+        try:
+            return {"zero_terminal_snr": True} if self.stated().snr_source else {}
+        except ModelError:
+            return {}
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the files, as far as it shows without reading weights; keys are field names."""
@@ -120,7 +130,7 @@ class StableDiffusionConfig(ModelFamilyConfig):
         from lorakit.models.weights.merge_lora import MergedFile, Merging
 
         stored = self.stored()
-        prediction = self.prediction or stated_prediction(stored.summary).prediction or "epsilon"
+        prediction = self._prediction or "epsilon"
         multipliers = chain(self.base_weights_multipliers, repeat(1.0))
         merging = Merging([MergedFile(path, next(multipliers)) for path in self.base_weights])
         variant = evolve(self.variant(prediction), no_half_vae=self.no_half_vae)
@@ -134,10 +144,9 @@ class StableDiffusionConfig(ModelFamilyConfig):
             stated = self.stated()
         except ModelError:
             return
-        velocity = (self.prediction or stated.prediction) == "v_prediction"
-        if stated.snr_source and velocity and not config.loss.zero_terminal_snr:
+        if self.loss_defaults and not config.loss.zero_terminal_snr:
             message = f"{self.path} was trained with zero terminal SNR, as {stated.snr_source} says"
-            yield Problem("path", message, "set loss.zero_terminal_snr = true")
+            yield Problem("path", message, "leave loss.zero_terminal_snr out to go by the model")
 
     def warnings_of_captions(self, captions: Mapping[str, str], weighted: bool) -> Iterator[Problem]:
         """Captions that have more tokens than are read."""
@@ -186,6 +195,14 @@ class StableDiffusionConfig(ModelFamilyConfig):
     def stated(self) -> StatedPrediction:
         """What the model says of its prediction; a `ModelError` if it cannot be read."""
         return stated_prediction(self._base.summary)
+
+    @property
+    def _prediction(self) -> Literal["epsilon", "v_prediction"] | None:
+        """What the U-Net predicts; None where neither the config nor the model says it."""
+        try:
+            return self.prediction or self.stated().prediction
+        except ModelError:
+            return None
 
     def _problems_of_base_weights(self) -> Iterator[Problem]:
         for index, path in enumerate(self.base_weights):

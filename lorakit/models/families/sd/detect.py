@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from attrs import frozen
@@ -19,7 +19,6 @@ _REFINER_CONTEXT = 1280
 _PLAYGROUND = "a Playground 2.5 model, which has another noise process (EDM) than Stable Diffusion XL"
 _COSXL = "a CosXL model, which has another noise process (EDM) than Stable Diffusion XL"
 _KOALA = "a KOALA model, which lacks blocks of Stable Diffusion XL"
-_PRUNED = "a model that lacks blocks of Stable Diffusion XL"
 _OF_XL = "train on Stable Diffusion XL itself, or a model of its structure"
 _PLAIN = "train on the plain model that it was made from; the LoRA works with the {} model, too"
 _UNUSUAL_UNET = ("addition_embed_type", "class_embed_type", "encoder_hid_dim", "time_cond_proj_dim", "num_class_embeds")
@@ -90,20 +89,19 @@ def _xl_variety(tensors: Shapes) -> str:
     if any(name.startswith("edm_vpred.") for name in tensors):
         return _COSXL
 
-    def blocks(template: str) -> int:
-        return sum(f"{_UNET}{template.format(index)}.norm1.weight" in tensors for index in range(11))
-
-    if f"{_UNET}input_blocks.3.0.op.weight" not in tensors:
+    if f"{_UNET}input_blocks.2.0.op.weight" in tensors:
         return _KOALA
-    depths = [blocks(f"input_blocks.{index}.1.transformer_blocks.{{}}") for index in (4, 7)]
-    return _pruned(depths, bool(blocks("middle_block.1.transformer_blocks.{}")))
+
+    def depth(place: str) -> int:
+        names = (f"{_UNET}{place}.1.transformer_blocks.{index}.norm1.weight" for index in range(10))
+        return sum(name in tensors for name in names)
+
+    return _pruned(depth("input_blocks.4"), depth("input_blocks.7"))
 
 
-def _pruned(depths: Sequence[int], has_middle: bool) -> str:
+def _pruned(upper: int, lower: int) -> str:
     """What a U-Net is called whose first transformers at the lower two levels have so many blocks."""
-    if depths == [2, 10] and has_middle:
-        return ""
-    return "an SSD-1B model" if depths == [2, 4] else "a Segmind-Vega model" if depths == [1, 2] else _PRUNED
+    return {(2, 4): "an SSD-1B model", (1, 2): "a Segmind-Vega model"}.get((upper, lower), "")
 
 
 def _folder_traits(configs: Mapping[str, Mapping[str, Any]]) -> Traits | None:
@@ -136,11 +134,9 @@ def _xl_folder_variety(unet: Mapping[str, Any], scheduler: Mapping[str, Any]) ->
     if unet.get("layers_per_block") == 1:
         return _KOALA
     depths = unet.get("transformer_layers_per_block")
-    if not isinstance(depths, list) or len(depths) != 3:
-        return _PRUNED
     # Those of the first transformer where each at a level has another depth.
-    first = [depth[0] if isinstance(depth, list) and depth else depth for depth in depths]
-    return _pruned(first[1:], unet.get("mid_block_type", "UNetMidBlock2DCrossAttn") == "UNetMidBlock2DCrossAttn")
+    first = [own[0] if isinstance(own, list) and own else own for own in depths] if isinstance(depths, list) else []
+    return _pruned(*first[1:]) if len(first) == 3 else ""
 
 
 def detect(summary: CheckpointSummary) -> DetectedFamily | None:
@@ -157,15 +153,15 @@ def detect(summary: CheckpointSummary) -> DetectedFamily | None:
         traits.in_channels, "special"
     )
     # SDXL is conditioned on the image's size, all others on something special.
-    purpose = purpose or traits.variety or ("special" if traits.conditioned and traits.version != "XL" else "")
+    if not purpose and traits.version == "XL" and traits.variety not in ("LCM", "unCLIP"):
+        return _xl(traits)
+    purpose = purpose or traits.variety or ("special" if traits.conditioned else "")
     if purpose:
         cure = "" if purpose in {"upscaling", "special"} else _PLAIN.format(purpose)
         return DetectedFamily(None, f"a Stable Diffusion {traits.version} {purpose} model", cure)
-    if traits.version == "XL":
-        return _xl(traits)
     library = "open_clip" if traits.version == "2.x" and summary.kind != "folder" else "clip"
     is_known = traits.text_encoders == (library,) and traits.linear_projection == (traits.version == "2.x")
-    name = {"1.x": "sd1", "2.x": "sd2"}[traits.version] if is_known else None
+    name = {"1.x": "sd1", "2.x": "sd2"}.get(traits.version) if is_known else None
     return DetectedFamily(name, f"a Stable Diffusion {traits.version} model")
 
 

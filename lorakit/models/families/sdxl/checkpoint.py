@@ -7,12 +7,14 @@ from pathlib import Path
 
 from attrs import evolve, frozen
 
-from lorakit.checkpoints import Shapes
+from lorakit.checkpoints import HubModel, Shapes
+from lorakit.errors import ModelError
 from lorakit.models.families.sd import checkpoint as sd
 from lorakit.models.families.sd import state_dict_keys as layout
 from lorakit.models.families.sd.infer_config import clip_settings, open_clip_settings
 from lorakit.models.families.sd.structure import projected_clip_shapes
-from lorakit.models.families.sdxl.parts import TEXT_ENCODER_1, TEXT_ENCODER_2
+from lorakit.models.families.sd.unet_config import UNetConfig
+from lorakit.models.families.sdxl.parts import STRUCTURE, TEXT_ENCODER_1, TEXT_ENCODER_2
 from lorakit.models.weights.checkpoint import CheckpointPart
 
 _OPEN_CLIP_PREFIX = "conditioner.embedders.1.model."
@@ -60,6 +62,18 @@ class SDXLCheckpoint(sd.SDCheckpoint):
     text_encoders = (TEXT_ENCODER_1.name, TEXT_ENCODER_2.name)
     scaling_factor = 0.13025
     foreign_titles = re.compile(r"sd[-_ ]?v?[12]|diffusion[-_ ]v?[12]", re.IGNORECASE)
+
+    def check(self) -> None:
+        """A `ModelError` unless U-Net and text encoders are there, whole, of SDXL's structure, and fit together."""
+        super().check()
+        if isinstance(self.location, HubModel):
+            return
+        unet = self.part("unet")
+        settings = UNetConfig.of(unet.settings)
+        for key, value in STRUCTURE.items():
+            found = getattr(settings, key)
+            if (list(found) if isinstance(found, tuple) else found) != value:
+                raise ModelError(f"{unet} has {key} = {found}, and SDXL has {value}; it is of another kind")
 
     def part(self, name: str) -> CheckpointPart:
         """Where a part is; the VAE's latents have SDXL's scale, whatever its config says."""

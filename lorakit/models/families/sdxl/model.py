@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,14 @@ from lorakit.models.families.sd.text_encoder import checkpoint_layers, clip_modu
 from lorakit.models.families.sd.tokenizer import CaptionTokenizer
 from lorakit.models.families.sd.unet import BasicTransformerBlock, ResnetBlock2D
 from lorakit.models.families.sdxl import parts, targets
-from lorakit.models.families.sdxl.text_encoder import SDXLTextEncoder, projected_clip_module
+from lorakit.models.families.sdxl.text_encoder import (
+    SDXLTextEncoder,
+    SDXLTokenizer,
+    encode_first,
+    encode_second,
+    join,
+    projected_clip_module,
+)
 from lorakit.models.interfaces import Conditioning
 from lorakit.models.weights.hashing import hash_of_file
 
@@ -76,15 +83,38 @@ class StableDiffusionXL(StableDiffusion):
 
     def make_text_encoder(self, modules: Mapping[str, nn.Module]) -> SDXLTextEncoder:  # type: ignore[override]
         """Both text encoders with their tokenizers; a `ModelError` if they do not fit."""
+        first, second = (modules[own.part.name] for own in self.modules[:2])
+        return SDXLTextEncoder(first, second, self.tokenizer)
+
+    @torch.no_grad()
+    def encode_one_by_one(self, batches: Sequence[Sequence[str]], weighted: bool) -> Sequence[Conditioning]:
+        """The conditioning of batches of captions, on the CPU, with one text encoder in memory at a time."""
+        tokens = [self.tokenizer(captions, weighted) for captions in batches]
+        first, second = (own.part.name for own in self.modules[:2])
+        module, end = self.module(first), self.tokenizer.second.end
+        states = [encode_first(module, own).cpu() for own in tokens]
+        del module
+        self.free_part(first)
+        module = self.module(second)
+        encoded = []
+        for first_states, own in zip(states, tokens, strict=True):
+            second_states, pooled = encode_second(module, own, end)
+            encoded.append(join(first_states, second_states.cpu(), pooled.cpu(), own))
+        self.free_part(second)
+        return encoded
+
+    @cached_property
+    def tokenizer(self) -> SDXLTokenizer:
+        """The tokenizers; a `ModelError` if they do not fit the text encoders."""
         tokenizers = []
         for own, name, pad in zip(self.modules, _TOKENIZERS, _PADS, strict=False):
-            part = self.checkpoint.part(own.part.name)
-            tokenizer = CaptionTokenizer(self.checkpoint.tokenizer_folder(name), self.variant.max_token_length, pad)
+            part, folder = self.checkpoint.part(own.part.name), self.checkpoint.tokenizer_folder(name)
+            tokenizer = CaptionTokenizer(folder, self.variant.max_token_length, pad)
             vocabulary = part.shape_of("embeddings.token_embedding.weight")[0]
             if tokenizer.vocabulary_size > vocabulary:
                 raise ModelError(f"{part} knows {vocabulary} tokens, but its tokenizer has {tokenizer.vocabulary_size}")
             tokenizers.append(tokenizer)
-        return SDXLTextEncoder([modules[own.part.name] for own in self.modules[:2]], tokenizers)
+        return SDXLTokenizer(*tokenizers)
 
     def text_options(self) -> list[object]:
         """What captions are encoded with, and hashes of the model's own tokenizers; empty where it uses CLIP's."""

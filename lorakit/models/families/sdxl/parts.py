@@ -27,6 +27,7 @@ STRUCTURE: Mapping[str, Any] = {
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
     "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "addition_embed_type": "text_time",
 }
 """What the U-Nets of all SDXL models have in common, in the words of diffusers' configs."""
 

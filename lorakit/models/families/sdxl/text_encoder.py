@@ -16,49 +16,69 @@ from lorakit.models.interfaces import Conditioning, Tokens
 from lorakit.models.weights.checkpoint import CheckpointPart
 
 
-class SDXLTextEncoder:
-    """CLIP ViT-L and OpenCLIP ViT-bigG, each with its tokenizer (Podell et al., 2023, arXiv:2307.01952)."""
+class SDXLTokenizer:
+    """The tokenizers of both text encoders."""
 
-    def __init__(self, modules: Sequence[nn.Module], tokenizers: Sequence[CaptionTokenizer]) -> None:
-        """Both text encoders, and both tokenizers, in the order of their numbers."""
-        self.modules = modules
-        self.tokenizers = tokenizers
+    def __init__(self, first: CaptionTokenizer, second: CaptionTokenizer) -> None:
+        self.first = first
+        self.second = second
 
-    def tokenize(self, captions: Sequence[str], weighted: bool = False) -> Tokens:
+    def __call__(self, captions: Sequence[str], weighted: bool = False) -> Tokens:
         """`ids_1` and `ids_2`, int64 [B, n, 77], on the CPU; captions are cut off at the longest length.
 
         With `weighted` also `weights`, float32 of the same shape: what brackets in the captions say.
         """
-        first, second = self.tokenizers
         if not weighted:
-            return {"ids_1": first(captions), "ids_2": second(captions)}
-        ids, weights = first.weighted(captions)
-        return {"ids_1": ids, "ids_2": second.weighted(captions)[0], "weights": weights}
+            return {"ids_1": self.first(captions), "ids_2": self.second(captions)}
+        ids, weights = self.first.weighted(captions)
+        return {"ids_1": ids, "ids_2": self.second.weighted(captions)[0], "weights": weights}
+
+
+class SDXLTextEncoder:
+    """CLIP ViT-L and OpenCLIP ViT-bigG with their tokenizers (Podell et al., 2023, arXiv:2307.01952)."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, tokenizer: SDXLTokenizer) -> None:
+        self.first = first
+        self.second = second
+        self.tokenize = tokenizer
 
     def encode(self, tokens: Tokens) -> Conditioning:
         """`hidden_states` [B, 75n+2, D₁+D₂] and `text_embeds` [B, D₂].
 
         The hidden states are those of the last layer but one of each text encoder, without the final normalisation,
-        each chunk encoded alone, times the weights. Pooled is what the second makes of the first end token of the
-        first chunk, whatever its weight.
+        each chunk encoded alone, times the weights.
         """
-        first, second = self.modules
-        states_1, _ = _encode(first, tokens["ids_1"])
-        states_2, last = _encode(second, tokens["ids_2"])
-        states = join_chunks(torch.cat([states_1, states_2], dim=-1), tokens.get("weights"))
-        opening = tokens["ids_2"][:, 0].to(last.device)
-        ends = (opening == self.tokenizers[1].end).int().argmax(dim=1)
-        pooled = last[torch.arange(len(ends), device=last.device), 0, ends]
-        return {"hidden_states": states, "text_embeds": second.get_submodule("text_projection")(pooled)}
+        states_1 = encode_first(self.first, tokens)
+        return join(states_1, *encode_second(self.second, tokens, self.tokenize.second.end), tokens)
 
 
-def _encode(module: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+def encode_first(module: nn.Module, tokens: Tokens) -> Tensor:
+    """The states [B, n, 77, D₁] of the last layer but one of the first text encoder."""
+    return _states(module, tokens["ids_1"])[0]
+
+
+def encode_second(module: nn.Module, tokens: Tokens, end: int) -> tuple[Tensor, Tensor]:
+    """The states [B, n, 77, D₂] of the last layer but one of the second text encoder, and the pooled captions [B, D₂].
+
+    Pooled is the projection of the last layer's state at the first end token, by its id, of the first chunk.
+    """
+    states, last = _states(module, tokens["ids_2"])
+    ends = (tokens["ids_2"][:, 0].to(last.device) == end).int().argmax(dim=1)
+    pooled = last[torch.arange(len(ends), device=last.device), 0, ends]
+    return states, module.get_submodule("text_projection")(pooled)
+
+
+def join(states_1: Tensor, states_2: Tensor, pooled: Tensor, tokens: Tokens) -> Conditioning:
+    """The conditioning of captions from what both text encoders make of their tokens."""
+    states = join_chunks(torch.cat([states_1, states_2], dim=-1), tokens.get("weights"))
+    return {"hidden_states": states, "text_embeds": pooled}
+
+
+def _states(module: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
     """The states of the last layer but one, and of the last, normalised: [B, n, 77, D] of token ids [B, n, 77]."""
-    device = next(module.parameters()).device
-    output = module(ids.flatten(0, 1).to(device), output_hidden_states=True)
-    found: list[Tensor] = [output.hidden_states[-2], output.last_hidden_state]
-    second_last, last = (states.view(*ids.shape, states.shape[-1]) for states in found)
-    return second_last, last
+    output = module(ids.flatten(0, 1).to(next(module.parameters()).device), output_hidden_states=True)
+    shape = (*ids.shape, output.last_hidden_state.shape[-1])
+    return output.hidden_states[-2].view(shape), output.last_hidden_state.view(shape)
 
 
 def projected_clip_module(part: CheckpointPart) -> nn.Module:
