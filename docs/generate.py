@@ -198,8 +198,9 @@ Some things are done otherwise on purpose. Files trained with either are used al
   too. sd-scripts tells that of an image with bars at its sides.
 - With `--zero_terminal_snr`, `--min_snr_gamma` and other weights go by the rescaled noise schedule, in sd-scripts by
   the one before.
-- Without `--v_parameterization`, the config says `prediction = "epsilon"`. Where the model's file says otherwise,
-  `lorakit check` warns.
+- `--v_parameterization` and `--zero_terminal_snr` alone say what is trained, present or absent, and the config writes
+  down what they say. Where the model's file says otherwise, `lorakit check` warns; without `prediction` and
+  `zero_terminal_snr`, lorakit goes by the file.
 - Images for which the VAE overflows in half precision are encoded again in float32.
 
 Below are all options, by what they are about. “later” means that the option is left out with a warning."""

@@ -131,7 +131,7 @@ def _read_file(name: str, folder: Path, typed: Mapping[str, Any]) -> Given:
         does = what_it_trains(tables)
         message = "is not a kohya_ss file for LoRA training" + (f": it is for {does}" if does else "")
         raise _refusal(name, message, "supported are files saved by its LoRA tab, and sd-scripts' .toml files")
-    return read_gui_file(name, tables, typed, lambda text, script: parse(split([f"{text} "]), script))
+    return read_gui_file(name, tables, typed, lambda text, script: parse(split_line(text), script))
 
 
 def split(arguments: Sequence[str]) -> list[str]:
@@ -139,11 +139,16 @@ def split(arguments: Sequence[str]) -> list[str]:
     words = list(arguments)
     if len(words) != 1 or not re.search(r"\s", words[0].strip()):
         return [_with_dashes(word) for word in words if word.strip() not in ("", "\\", "^", "`")]
-    text = _ENDS.sub(" ", _COMMENTS.sub("", words[0].translate(_TYPESET)))
+    return split_line(words[0])
+
+
+def split_line(line: str) -> list[str]:
+    """The words of a command line, or of several, as a shell splits them; raises ConfigError."""
+    text = _ENDS.sub(" ", _COMMENTS.sub("", line.translate(_TYPESET)))
     lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
     lexer.whitespace_split = True
     lexer.commenters = ""
-    if _WINDOWS.search(words[0]):
+    if _WINDOWS.search(line):
         lexer.escape = ""
     try:
         return [_with_dashes(word) for word in lexer]

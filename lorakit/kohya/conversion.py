@@ -157,6 +157,8 @@ def _model(command: Command, draft: Draft) -> None:
         is_velocity = command.get("v_parameterization")
         source = "--v_parameterization" + ("" if is_velocity else " is absent")
         draft.set("model", "prediction", Setting("v_prediction" if is_velocity else "epsilon", source))
+        if is_velocity:  # for which the model's files would decide in lorakit
+            draft.set("loss", "zero_terminal_snr", command.setting("zero_terminal_snr"))
 
 
 def _base_weights(command: Command, draft: Draft) -> None:

@@ -277,6 +277,12 @@ def test_files_of_the_gui_that_are_refused(changed: dict[str, Any], message: str
     assert message in str(raised.value)
 
 
+@pytest.mark.parametrize("text", ["--seed=7", " --seed=7 ", '--seed="7"', "--seed 7\n"])
+def test_parameters_of_the_gui(text: str, read: Read, folder: Path) -> None:
+    """The field for further options is a line, also where one option without blanks is all of it."""
+    assert read(gui(folder, additional_parameters=text)).tables()["training"]["seed"] == 7
+
+
 @pytest.mark.parametrize("seed", [{"low": 1}, [1, 2]])
 def test_seed_of_the_gui_that_is_no_number(seed: Any, read: Read, folder: Path) -> None:
     """It is ignored with a remark."""

@@ -16,6 +16,7 @@ from lorakit.kohya.command_line import parse, read_arguments
 from lorakit.kohya.draft import to_text
 from lorakit.plugins.catalog import Catalog
 from lorakit.testing.models import make_tiny_sdxl
+from tests.config.conftest import SDXL_SHAPES, write_safetensors
 from tests.kohya.conftest import LEAST, Convert, check
 from tests.kohya.test_conversion import remarks
 from tests.kohya.test_files_of_programs import Read, gui, read
@@ -235,6 +236,17 @@ def test_previews(converted: Convert, xl_least: Least, folder: Path, catalog: Ca
     assert check(draft, folder, catalog) == ()
     (observer,) = converted(*words, "--sample_sampler=euler_a", least=xl_least).tables()["observers"]
     assert (observer["sampler"], observer["steps"]) == ("euler_a", 30)
+
+
+@pytest.mark.parametrize("words", [(), ("--v_parameterization",), ("--v_parameterization", "--zero_terminal_snr")])
+def test_options_alone_say_what_is_predicted(words: Least, converted: Convert, xl_least: Least, folder: Path) -> None:
+    """sd-scripts goes by its options and never by the model's file, and so does the config; `check` warns."""
+    write_safetensors(folder / "xl.safetensors", {**SDXL_SHAPES, "v_pred": (0,), "ztsnr": (0,)})
+    config = config_from_tables(converted(*words, least=xl_least).tables(), folder)
+    assert config.model.prediction == ("v_prediction" if words else "epsilon")  # type: ignore[attr-defined]
+    assert config.loss.zero_terminal_snr is (len(words) == 2)
+    warned = [problem.key for problem in config.warnings()]
+    assert warned == ([["model.prediction"], ["model.path"], []][len(words)])
 
 
 def test_file_of_the_gui(read: Read, folder: Path, xl_least: Least, catalog: Catalog) -> None:
