@@ -182,12 +182,13 @@ files, the base model says it.
 - `text_encoder` in the tables below stands for both text encoders, `["text_encoder", "text_encoder_2"]`.
 - sd-scripts has one learning rate for both: the first number of `--text_encoder_lr`. In lorakit,
   `optimizer.text_encoder_lr` takes a list, and `[1e-5, 0]` trains the first alone.
-- The config says `max_bucket_reso = 1024` where the options do not, as sd-scripts does. With it, all images but square
-  ones are made smaller than the base model is for; without that line it is 2048.
-- Previews are 512×512 with `ddim` in sd-scripts, which looks broken with SDXL. The config says so in five keys; without
-  them, previews are as SDXL is made for.
-- `--cache_text_encoder_outputs` needs no key: what is frozen is always cached, also where captions change with each
-  step, which sd-scripts refuses.
+- Without `--max_bucket_reso`, the config says `max_bucket_reso = 1024`, which is sd-scripts' default. With it, images
+  that are not square are made smaller than SDXL is trained on; take the line away for 2048.
+- In sd-scripts, previews are 512×512 with `ddim` where nothing else is said, which looks broken with SDXL. The config
+  says the same in five keys; take them away for 1024×1024 with `euler_a`.
+- `--cache_text_encoder_outputs` needs no key: captions are encoded once where the text encoders are not trained. With
+  `--shuffle_caption` and other options that change captions, sd-scripts refuses it; lorakit then encodes in each step
+  what has too many forms to encode all.
 - `--clip_skip` has no effect, as with sd-scripts.
 
 Some things are done otherwise on purpose. Files trained with either are used alike.

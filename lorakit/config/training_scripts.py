@@ -16,11 +16,12 @@ class Script:
     also: tuple[str, ...] = ()
     """File names of scripts of other programs that call it with the options that they are given."""
     bucket_multiple: int = 1
-    """What it demands `--bucket_reso_steps` to be a multiple of, in pixels."""
+    """What `--bucket_reso_steps` must be a multiple of, in pixels, for it to start."""
 
 
 TRAIN_NETWORK = Script("train_network.py", ("sd1", "sd2"), ("train_network_wrapper.py",))
-"""The script for Stable Diffusion 1.x and 2.x. Its demand on `--bucket_reso_steps` is newer than many files."""
+"""The script for Stable Diffusion 1.x and 2.x. Newer versions start only with steps that are multiples of 64, which is
+not asked of older files here."""
 SDXL_TRAIN_NETWORK = Script("sdxl_train_network.py", ("sdxl",), ("train_network_xl_wrapper.py",), bucket_multiple=32)
 """The script for SDXL, which has the same options and a few more."""
 

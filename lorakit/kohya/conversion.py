@@ -116,8 +116,8 @@ def _refuse_combinations(command: Command, draft: Draft) -> None:
         raise ConfigError([Problem(f"--{caches[0]}", "cannot be used without --network_train_unet_only", hint)])
     varying = [f"--{name}" for name in _VARYING_CAPTIONS if command.get(name)] if caches else []
     if varying:
-        message = f"does not go with {', '.join(varying)}, where {script.name} stops; lorakit encodes these captions in"
-        draft.note(caches[0], f"{message} each step")
+        message = f"is refused by {script.name} with {', '.join(varying)}; lorakit trains, and encodes captions of many"
+        draft.note(caches[0], f"{message} forms in each step")
 
 
 def _write_plainly(option: Option, command: Command, draft: Draft) -> None:

@@ -218,8 +218,8 @@ def test_captions_that_change_are_not_cached(converted: Convert, xl_least: Least
     draft = converted(*words, "--caption_dropout_rate=0.1", least=xl_least)
     assert draft.tables()["data"]["general"]["shuffle_caption"] is True
     assert remarks(draft) == [
-        "--cache_text_encoder_outputs: does not go with --shuffle_caption, --caption_dropout_rate, where"
-        " sdxl_train_network.py stops; lorakit encodes these captions in each step"
+        "--cache_text_encoder_outputs: is refused by sdxl_train_network.py with --shuffle_caption,"
+        " --caption_dropout_rate; lorakit trains, and encodes captions of many forms in each step"
     ]
     assert converted(*words[:2], least=xl_least).remarks == []
 
