@@ -130,8 +130,8 @@ with * import torch: import them inside `build`, in modules that `build` imports
 KOHYA_INTRO = """\
 # Come from sd-scripts
 
-`lorakit from-kohya` turns a command line of sd-scripts' `train_network.py` into a config that trains the same. Put it
-in front of the line:
+`lorakit from-kohya` turns a command line of sd-scripts' `train_network.py`, or of `sdxl_train_network.py`, into a
+config that trains the same. Put it in front of the line:
 
 ```console
 $ lorakit from-kohya -o config.toml accelerate launch train_network.py --pretrained_model_name_or_path=model …
@@ -173,6 +173,36 @@ $ lorakit from-kohya -o config.toml training_config.toml dataset_config.toml
 - The options of `accelerate launch` itself are passed over; to train on several processes, see
   [Train on several processes](several-processes.md).
 - Noise and the order of images are drawn in lorakit's own way, so no weight is equal bit for bit.
+
+## SDXL
+
+The script's name says that SDXL is trained; so does `sdxl` in a file of the GUI. For options alone, and for other
+files, the base model says it.
+
+- `text_encoder` in the tables below stands for both text encoders, `["text_encoder", "text_encoder_2"]`.
+- sd-scripts has one learning rate for both: the first number of `--text_encoder_lr`. In lorakit,
+  `optimizer.text_encoder_lr` takes a list, and `[1e-5, 0]` trains the first alone.
+- Without `--max_bucket_reso`, the config says `max_bucket_reso = 1024`, which is sd-scripts' default. With it, images
+  that are not square are made smaller than SDXL is trained on; take the line away for 2048.
+- In sd-scripts, previews are 512×512 with `ddim` where nothing else is said, which looks broken with SDXL. The config
+  says the same in five keys; take them away for 1024×1024 with `euler_a`.
+- `--cache_text_encoder_outputs` needs no key: captions are encoded once where the text encoders are not trained. With
+  `--shuffle_caption` and other options that change captions, sd-scripts refuses it; lorakit then encodes in each step
+  what has too many forms to encode all.
+- `--clip_skip` has no effect, as with sd-scripts.
+
+Some things are done otherwise on purpose. Files trained with either are used alike.
+
+- A single file holds the projection of the second text encoder transposed. sd-scripts takes it as it is, so that the
+  pooled vector in training is another than that in all programs that draw; lorakit transposes it.
+- The crop that the U-Net is told is the true one, in pixels of the resized image, for random crops and mirrored images,
+  too. sd-scripts tells that of an image with bars at its sides.
+- With `--zero_terminal_snr`, `--min_snr_gamma` and other weights go by the rescaled noise schedule, in sd-scripts by
+  the one before.
+- `--v_parameterization` and `--zero_terminal_snr` alone say what is trained, present or absent, and the config writes
+  down what they say. Where the model's file says otherwise, `lorakit check` warns; without `prediction` and
+  `zero_terminal_snr`, lorakit goes by the file.
+- Images for which the VAE overflows in half precision are encoded again in float32.
 
 Below are all options, by what they are about. “later” means that the option is left out with a warning."""
 
@@ -235,7 +265,8 @@ def kohya_page() -> str:
             reasons = {
                 OptionStatus.WORKS: f"`{option.key}`"
                 + (f", with the plugin `{option.plugin}`" if option.plugin else ""),
-                OptionStatus.NOT_NEEDED: option.unneeded,
+                OptionStatus.NOT_NEEDED: option.unneeded
+                + (f"; only `{option.script.name}` has it" if option.script else ""),
                 OptionStatus.UNSUPPORTED: option.later or "no key does the same yet",
             }
             rows.append(f"| `--{option.name}` | {state.value} | {_cell(reasons[state])} |")

@@ -11,12 +11,24 @@ import pytest
 from PIL import Image
 
 from lorakit.api.components import OptimizerConfig
-from lorakit.cli.init import PURPOSES, Start, look_at_images, look_at_model, prompts_beside, short_config
+from lorakit.api.model_family import ModelFamilyConfig
+from lorakit.cli.init import (
+    PURPOSES,
+    Start,
+    full_config,
+    look_at_images,
+    look_at_model,
+    plan_start,
+    prompts_beside,
+    short_config,
+)
+from lorakit.config.dump import starter
 from lorakit.config.load import config_from_tables
 from lorakit.config.train_config import TrainConfig
 from lorakit.errors import ConfigError
 from lorakit.plugins.catalog import Catalog
-from tests.config.conftest import SD1_SHAPES, write_safetensors
+from lorakit.previews.prompts import Prompt, preview_jobs
+from tests.config.conftest import SD1_SHAPES, SDXL_SHAPES, write_safetensors
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +152,44 @@ def test_captions(folder: Path, catalog: Catalog) -> None:
 
 def test_the_resolution_is_the_models(folder: Path, catalog: Catalog) -> None:
     """A model of 1.x is for 512 pixels, one of 2.x mostly for 768, and so are the previews."""
-    assert look_at_model("model.safetensors", catalog) == "sd1"
-    assert start(catalog, family="sd1").resolution == 512
-    tables = tomllib.loads(short_config(start(catalog, family="sd2"), folder / "config.toml"))
-    assert (tables["data"]["resolution"], tables["observers"][0]["width"]) == (768, 768)
+    assert look_at_model("model.safetensors", catalog) is catalog.find(ModelFamilyConfig, "sd1")
+    assert look_at_model("a-model/on-the-hub", catalog) is None
+    for name, side, drawn in (("sd1", 512, None), ("sd2", 768, 768)):
+        begun = start(catalog, family=catalog.find(ModelFamilyConfig, name))
+        tables = tomllib.loads(short_config(begun, folder / "config.toml"))
+        assert (tables["data"]["resolution"], tables["observers"][0].get("width")) == (side, drawn)
+
+
+def test_it_suits_sdxl(folder: Path, catalog: Catalog) -> None:
+    """For an SDXL the short config has its size, buckets, previews and memory, and nothing is warned of."""
+    write_safetensors(folder / "xl.safetensors", SDXL_SHAPES)
+    begun = plan_start(catalog, "subject", Path("photos"), "xl.safetensors", "adamw")
+    config = read(begun, folder, catalog)
+    assert not list(config.warnings())
+    assert config.model.name == "sdxl"
+    (dataset,) = config.data.datasets
+    assert (dataset.resolution, dataset.enable_bucket, dataset.max_bucket_reso) == ((1024, 1024), True, 2048)
+    assert config.training.gradient_checkpointing is True
+    (drawn, *_) = preview_jobs([Prompt(prompt="a cat")], 1, config.model)
+    assert (drawn.width, drawn.height, drawn.steps, drawn.scale, drawn.sampler.name) == (1024, 1024, 28, 7, "euler_a")
+    text = short_config(begun, folder / "config.toml")
+    assert "0 trains none, [1e-5, 0] the first alone" in text
+    assert "clip_skip" not in text
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_every_key_of_a_family(folder: Path, catalog: Catalog) -> None:
+    """With a model, the config with every key has those of its family alone, and no problem; without, those of 1.x."""
+    write_safetensors(folder / "xl.safetensors", SDXL_SHAPES)
+    text = full_config(catalog, folder / "full.toml", Path("photos"), "xl.safetensors")
+    config = config_from_tables(tomllib.loads(text), folder, catalog)
+    assert (config.model.name, config.data.datasets[0].max_bucket_reso) == ("sdxl", 2048)
+    assert "# prediction =" in text
+    assert "clip_skip" not in text
+    assert 'path = "a/b" ' in full_config(catalog, folder / "full.toml", None, "a/b")
+    without = full_config(catalog, folder / "full.toml", None, None)
+    assert without == starter(catalog)
+    assert "# clip_skip = 1" in without
 
 
 def test_what_cannot_be_started_with(folder: Path, catalog: Catalog) -> None:

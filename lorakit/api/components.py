@@ -139,8 +139,8 @@ class NetworkConfig(Component):
     product_methods = ("initialize", "parameter_groups", "load_adapter_state", "begin_batch")
 
     parts: tuple[str, ...] | None = field(default=None, validator=v.optional(v.min_len(1)))
-    """Parts of the base model that get adapters: for Stable Diffusion `unet`, `text_encoder` or both, which is the
-    default."""
+    """Parts of the base model that get adapters: for Stable Diffusion `unet` and `text_encoder`, for SDXL also
+    `text_encoder_2`. All of them when absent."""
     weights: Path | None = None
     """A LoRA file to start from, saved by lorakit, sd-scripts, diffusers or PEFT."""
 

@@ -50,6 +50,8 @@ class ModelFamilyConfig(Component):
     """Whether its text encoders can weight words of captions, as `data.weighted_captions` asks for."""
     size_multiple: ClassVar[int] = 8
     """What the sides of images are multiples of, in pixels."""
+    usual_resolution: ClassVar[int] = 512
+    """Side of the images that its models are for, in pixels; `lorakit init` writes it."""
     preview_size: ClassVar[int] = 512
     """Default width and height of previews, in pixels."""
     preview_steps: ClassVar[int] = 30

@@ -154,24 +154,22 @@ def init(path: Path, full: bool, **chosen: Any) -> None:
 
     It has the keys that a first LoRA needs, and prompts for previews beside it. With --full it has every key.
     """
+    from lorakit.cli.init import full_config, plan_start, prompts_beside, short_config
     from lorakit.utils.atomic_io import write_atomically
 
     if path.exists():
         raise OutputError(f"{path} exists already; give another name, or remove it first")
+    written, prompts = [path], prompts_beside(path)
     if full:
-        from lorakit.config.dump import starter
-
-        write_atomically(path, starter(_catalog()).encode())
-        click.echo(f"Wrote {path}. Set model.path and data.image_dir in it, then: lorakit check {path}")
-        return
-    from lorakit.cli.init import plan_start, prompts_beside, short_config
-
-    start, prompts = plan_start(_catalog(), **chosen), prompts_beside(path)
-    written = [path] if prompts.exists() else [path, prompts]
-    write_atomically(path, short_config(start, path).encode())
-    if not prompts.exists():
-        write_atomically(prompts, start.prompts().encode())
-    missing = [key for key, given in (("model.path", start.model), ("data.image_dir", start.images)) if not given]
+        write_atomically(path, full_config(_catalog(), path, chosen["images"], chosen["model"]).encode())
+    else:
+        start = plan_start(_catalog(), **chosen)
+        write_atomically(path, short_config(start, path).encode())
+        if not prompts.exists():
+            write_atomically(prompts, start.prompts().encode())
+            written.append(prompts)
+    needed = {"model.path": "model", "data.image_dir": "images"}
+    missing = [key for key, option in needed.items() if not chosen[option]]
     todo = f"Set {' and '.join(missing)} in it, then" if missing else "Then"
     click.echo(f"Wrote {' and '.join(map(str, written))}. {todo}: lorakit check {path}")
 
@@ -282,12 +280,13 @@ def train(config: Path, overrides: tuple[str, ...], resume: Path | None) -> None
 )  # fmt: skip
 @click.argument("arguments", metavar="ARGS...", nargs=-1, required=True, type=click.UNPROCESSED)
 def from_kohya(output: Path | None, arguments: tuple[str, ...]) -> None:
-    """Convert a command line of sd-scripts' train_network.py to an equivalent config file.
+    """Convert a command line of sd-scripts to an equivalent config file.
 
-    ARGS is the whole line, `accelerate launch … train_network.py …`, or its options alone; in quotation
-    marks it may be pasted with its line breaks. `--config_file X.toml` is read too. Or ARGS are files, with
-    or without options behind them: the .json or .toml that the GUI kohya_ss saves, the .toml files of
-    lora-scripts and of Colab. Options that have no counterpart are listed on standard error and in the file.
+    ARGS is the whole line, `accelerate launch … train_network.py …`, or sdxl_train_network.py for SDXL, or its
+    options alone; in quotation marks it may be pasted with its line breaks. `--config_file X.toml` is read too.
+    Or ARGS are files, with or without options behind them: the .json or .toml that the GUI kohya_ss saves, the
+    .toml files of lora-scripts and of Colab. Options that have no counterpart are listed on standard error and
+    in the file.
     """
     from lorakit.config.load import config_from_tables
     from lorakit.kohya.command_line import read_arguments

@@ -1,4 +1,4 @@
-"""A short config to start from: the keys that a beginner needs, filled in for a purpose, images and a model."""
+"""A config to start from, filled in for images and a model: the keys that a beginner needs, or every key."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ import tomlkit
 from attrs import frozen
 
 from lorakit.api.components import OptimizerConfig
+from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.checkpoints import HubModel, locate, summarize
+from lorakit.config.dump import STARTER_VALUES, starter
 from lorakit.errors import ConfigError, LorakitError, Problem
 from lorakit.plugins.catalog import Catalog
 
 _EPOCHS = 10
 _COMMENT_COLUMN = 40
+_SMALL = 768
+"""Side of images, in pixels, up to which a step without checkpoints fits on most GPUs."""
 
 
 @frozen
@@ -68,8 +72,8 @@ class Start:
     images: Images | None = None
     model: str | None = None
     """Path or Hub id of the base model."""
-    family: str | None = None
-    """Its family, where it is known."""
+    family: type[ModelFamilyConfig] = ModelFamilyConfig
+    """Its family; the base of all where it is not known."""
     optimizer: type[OptimizerConfig]
 
     @property
@@ -84,11 +88,6 @@ class Start:
         """The words for the subject in captions."""
         return (self.images.word if self.images else None) or self.purpose.word
 
-    @property
-    def resolution(self) -> int:
-        """Side of the images that the base model is for, in pixels."""
-        return 768 if self.family == "sd2" else 512
-
     def prompts(self) -> str:
         """A file of prompts for previews."""
         lines = [prompt.format(self.word) for prompt in self.purpose.prompts]
@@ -102,7 +101,7 @@ def plan_start(catalog: Catalog, purpose: str, images: Path | None, model: str |
         purpose=PURPOSES[purpose],
         images=look_at_images(images) if images else None,
         model=model,
-        family=look_at_model(model, catalog) if model else None,
+        family=(look_at_model(model, catalog) if model else None) or ModelFamilyConfig,
         optimizer=catalog.find(OptimizerConfig, optimizer),
     )
 
@@ -131,7 +130,7 @@ def _images_in(folder: Path, extensions: frozenset[str]) -> list[Path]:
     return [path for path in found if path.suffix.lower() in extensions and not path.name.startswith(".")]
 
 
-def look_at_model(model: str, catalog: Catalog) -> str | None:
+def look_at_model(model: str, catalog: Catalog) -> type[ModelFamilyConfig] | None:
     """The family of a base model; None for one on the Hub. Raises ConfigError for what cannot be trained on."""
     try:
         location = locate(model, Path.cwd())
@@ -144,7 +143,7 @@ def look_at_model(model: str, catalog: Catalog) -> str | None:
     if found.name is None:
         message = f"{model} is {found.title}; no installed plugin trains it"
         raise ConfigError([Problem("--model", message, found.advice)])
-    return found.name
+    return catalog.find(ModelFamilyConfig, found.name)
 
 
 def short_config(start: Start, path: Path) -> str:
@@ -168,9 +167,7 @@ def _preamble(start: Start, path: Path) -> str:
 
 def _model(start: Start, path: Path) -> Iterator[str]:
     yield "[model]"
-    model = start.model or "v1-5-pruned.safetensors"
-    if start.model and not isinstance(locate(start.model, Path.cwd()), HubModel):
-        model = _relative(Path(start.model).expanduser(), path)
+    model = _model_path(start.model, path) if start.model else "v1-5-pruned.safetensors"
     yield _line("path", model, 'or a Hub id: "stable-diffusion-v1-5/stable-diffusion-v1-5"')
 
 
@@ -181,8 +178,9 @@ def _data(start: Start, path: Path) -> Iterator[str]:
     yield _line("image_dir", folder, "captions beside the images: 001.jpg, 001.txt")
     named = images and (images.word or not images.with_caption)
     yield _line("class_tokens", start.word, "caption of images without a .txt file", is_off=not named)
-    size = "768 for 768-v models, 512 for base ones" if start.resolution == 768 else "what the base model is for"
-    yield _line("resolution", start.resolution, size)
+    side = start.family.usual_resolution
+    size = "768 for 768-v models, 512 for base ones" if side == 768 else "what the base model is for"
+    yield _line("resolution", side, size)
     yield _line("enable_bucket", True, "keep aspect ratios")
     yield _line("num_repeats", start.repeats_and_epochs[0], "repeats of each image per epoch")
     yield _line("batch_size", 1, "images per step; more need more memory")
@@ -206,7 +204,9 @@ def _optimizer(start: Start, _: Path) -> Iterator[str]:
     yield _line("lr", lr, "for other optimizers: lion 3e-5, dadaptation and prodigy 1")
     if own.supports_group_lrs:
         share = start.purpose.text_encoder_share
-        yield _line("text_encoder_lr", float(f"{lr * share:.2g}"), "lower than lr; 0 does not train the text encoder")
+        several = sum(bool(part.encoders) for part in start.family.parts) > 1
+        off = "0 trains none, [1e-5, 0] the first alone" if several else "0 does not train the text encoder"
+        yield _line("text_encoder_lr", float(f"{lr * share:.2g}"), f"lower than lr; {off}")
 
 
 def _rate(optimizer: type[OptimizerConfig]) -> float:
@@ -228,7 +228,8 @@ def _training(start: Start, _: Path) -> Iterator[str]:
     yield "[training]"
     yield _line("max_epochs", start.repeats_and_epochs[1], "")
     yield _line("mixed_precision", "no", '"bf16" on RTX 30 and newer, "fp16" on older GPUs')
-    yield _line("gradient_checkpointing", True, "less memory, a third more time", is_off=True)
+    is_large = start.family.usual_resolution > _SMALL
+    yield _line("gradient_checkpointing", True, "less memory, a third more time", is_off=not is_large)
 
 
 def _output(start: Start, _: Path) -> Iterator[str]:
@@ -247,14 +248,37 @@ def _previews(start: Start, path: Path) -> Iterator[str]:
     yield _line("name", "samples", "preview images, in out/sample")
     yield _line("prompts", prompts_beside(path).name, "")
     yield _line("every_n_epochs", 1, "")
-    if start.resolution != 512:
-        yield _line("width", start.resolution, "")
-        yield _line("height", start.resolution, "")
+    side = start.family.usual_resolution
+    if side != start.family.preview_size:
+        yield _line("width", side, "")
+        yield _line("height", side, "")
 
 
 def prompts_beside(path: Path) -> Path:
     """The file of prompts for previews that a config at `path` names."""
     return path.parent / "prompts.txt"
+
+
+def full_config(catalog: Catalog, path: Path, images: Path | None, model: str | None) -> str:
+    """The text of a config with every key that is to be written to `path`, for a model's family.
+
+    Raises ConfigError for images or a model that cannot be used.
+    """
+    values = {section: {**settings} for section, settings in STARTER_VALUES.items()}
+    if images:
+        values["data"]["image_dir"] = _relative(look_at_images(images).folder, path)
+    if model:
+        values["model"] = {"path": _model_path(model, path)}
+        if family := look_at_model(model, catalog):
+            values["model"]["family"] = family.name
+            values["data"] |= {**family.dataset_defaults, "resolution": family.usual_resolution}
+    return starter(catalog, values)
+
+
+def _model_path(model: str, config: Path) -> str:
+    """A base model as the config is to name it; Hub ids stay."""
+    is_hub_id = isinstance(locate(model, Path.cwd()), HubModel)
+    return model if is_hub_id else _relative(Path(model).expanduser(), config)
 
 
 def _relative(path: Path, config: Path) -> str:

@@ -1,4 +1,4 @@
-"""The options of sd-scripts' `train_network.py` and what corresponds to them in lorakit.
+"""The options of sd-scripts' scripts for LoRA training, and what corresponds to them in lorakit.
 
 A row that names a key works as soon as lorakit has that key; see `lorakit.kohya.draft`.
 """
@@ -10,12 +10,14 @@ from typing import Literal
 
 from attrs import frozen
 
+from lorakit.config.training_scripts import SDXL_TRAIN_NETWORK, Script
+
 Kind = Literal["flag", "int", "float", "text", "path", "texts", "floats", "int or share"]
 
 
 @frozen
 class Option:
-    """An option of `train_network.py`."""
+    """An option of sd-scripts' scripts for LoRA training."""
 
     name: str
     """Its name, without leading dashes."""
@@ -35,6 +37,8 @@ class Option:
     """Further values accepted in a --config_file, where sd-scripts does not enforce `choices`."""
     special: bool = False
     """Whether converting it takes more than copying the value to `key`."""
+    script: Script | None = None
+    """The script that alone has it; None for an option of all scripts."""
     plugin: str = ""
     """The plugin distribution that provides the key, if it is not part of lorakit."""
     hint: str = ""
@@ -64,7 +68,11 @@ MODEL = (
     Option("tokenizer_cache_dir", "path", unneeded="lorakit includes the tokenizer's vocabulary"),
     Option("vae", "path", key="model.vae"),
     Option("no_half_vae", "flag", False, key="model.no_half_vae"),
-)
+    Option(
+        "disable_mmap_load_safetensors", "flag", False, script=SDXL_TRAIN_NETWORK,
+        unneeded="it changes how the file is read, not what is trained",
+    ),
+)  # fmt: skip
 
 DATA = (
     Option("dataset_config", "path", key="data.config", special=True),
@@ -105,6 +113,10 @@ DATA = (
     Option("cache_latents", "flag", False, unneeded=_ALWAYS, hint="data.cache_dir"),
     Option("cache_latents_to_disk", "flag", False, unneeded=_ALWAYS, hint="data.cache_dir"),
     Option("vae_batch_size", "int", 1, key="data.encode_batch_size"),
+    *(
+        Option(name, "flag", False, unneeded=_ALWAYS, hint="data.cache_dir", script=SDXL_TRAIN_NETWORK)
+        for name in ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")
+    ),
     Option("skip_cache_check", "flag", False, unneeded="the cache is keyed by content and always valid"),
     Option("cache_info", "flag", False, unneeded="image information is always cached"),
     Option("alpha_mask", "flag", False, key="data.alpha_mask"),

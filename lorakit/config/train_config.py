@@ -84,8 +84,8 @@ class TrainingSection:
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Dtype of the base model and of activations; the LoRA weights stay float32."""
     fp8_base: tuple[str, ...] = ()
-    """Parts of the base model to quantize to fp8 (8-bit floats): `unet`, `text_encoder`, or both. Takes half the memory
-    of bf16 and makes steps a little slower; the LoRA weights, activations and compute dtype are unaffected."""
+    """Parts of the base model to quantize to fp8 (8-bit floats), named as in `network.parts`. Takes half the memory of
+    bf16 and makes steps a little slower; the LoRA weights, activations and compute dtype are unaffected."""
     int8_base: tuple[str, ...] = ()
     """Parts to quantize to int8 (per-channel scales): as small as fp8, usually more accurate."""
     nf4_base: tuple[str, ...] = ()

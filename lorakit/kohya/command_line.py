@@ -1,4 +1,4 @@
-"""From a command line as it was typed or pasted to the options of `train_network.py` in it.
+"""From a command line as it was typed or pasted to the options of sd-scripts in it.
 
 Parsing is strict: an option that does not exist, or a value of the wrong type, is an error.
 """
@@ -14,22 +14,27 @@ from typing import Any, NoReturn
 
 from lorakit.config.sd_scripts import OPTIONS, Option
 from lorakit.config.toml_files import read_toml
+from lorakit.config.training_scripts import MODELS, SCRIPTS, SDXL_TRAIN_NETWORK, TRAIN_NETWORK, Script
 from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.gui_files import is_gui_file, read_gui_file, what_it_trains
-from lorakit.kohya.options_files import WORDS, Given, not_a_choice, read_options_file, unknown_option, whole_or_share
-
-SCRIPT = "train_network.py"
-"""The script whose options are known here."""
+from lorakit.kohya.options_files import (
+    WORDS,
+    Given,
+    not_a_choice,
+    options_of,
+    read_options_file,
+    unknown_option,
+    whole_or_share,
+)
 
 OTHER_MODELS: Mapping[str, str] = {
-    "sdxl": "SDXL",
     "sd3": "Stable Diffusion 3",
     "flux": "FLUX",
     "lumina": "Lumina",
     "hunyuan": "HunyuanImage",
     "anima": "Anima",
 }
-"""Models with scripts and network modules named after them."""
+"""Models that lorakit does not train, with scripts and network modules named after them."""
 
 _WHOLE = "trains the whole model"
 _OTHER_SCRIPTS: Mapping[str, str] = {
@@ -54,7 +59,17 @@ _KINDS: tuple[tuple[str, str], ...] = (
 )
 """What a part of a script's name says that it does."""
 
-LORA_OF_SD = "lorakit trains LoRA for Stable Diffusion 1.x and 2.x"
+_MODELS_OF_SCRIPTS: Mapping[str, str] = {**OTHER_MODELS, "sdxl": "SDXL"}
+"""Models by what the names of their scripts begin with."""
+
+_LORA_INSTEAD: Mapping[str, Script] = {
+    "fine_tune.py": TRAIN_NETWORK,
+    "train_db.py": TRAIN_NETWORK,
+    "sdxl_train.py": SDXL_TRAIN_NETWORK,
+}
+"""The script that trains a LoRA of the same model, by the name of one that trains the whole model."""
+
+_NAMES = tuple(script.name for script in SCRIPTS)
 
 _ENDS = re.compile(r"[ \t]*[\\^`][ \t]*(?:\r?\n|\Z)")
 _COMMENTS = re.compile(r"^[ \t]*#.*$", re.M)
@@ -74,7 +89,8 @@ def read_arguments(arguments: Sequence[str], folder: Path) -> Given:
     files = []
     while words and not words[0].startswith("-") and words[0].lower().endswith((".toml", ".json")):
         files.append(words.pop(0))
-    typed = parse(words) if files else parse(script_arguments(words))
+    script, words = (None, words) if files else script_and_arguments(words)
+    typed = parse(words, script)
     if "config_file" in typed:
         name = typed["config_file"]
         is_own = name.lower().endswith(".toml") or (name.lower().endswith(".json") and _exists(folder, name))
@@ -87,8 +103,9 @@ def read_arguments(arguments: Sequence[str], folder: Path) -> Given:
         found |= given.options
         sources |= given.sources
         remarks += given.remarks
+        script = script or given.script
     from_files = {name: source for name, source in sources.items() if name not in typed}
-    return Given({**found, **typed}, from_files, tuple(remarks))
+    return Given({**found, **typed}, from_files, tuple(remarks), script)
 
 
 def _exists(folder: Path, name: str) -> bool:
@@ -114,7 +131,7 @@ def _read_file(name: str, folder: Path, typed: Mapping[str, Any]) -> Given:
         does = what_it_trains(tables)
         message = "is not a kohya_ss file for LoRA training" + (f": it is for {does}" if does else "")
         raise _refusal(name, message, "supported are files saved by its LoRA tab, and sd-scripts' .toml files")
-    return read_gui_file(name, tables, typed, lambda text: parse(split([f"{text} "])))
+    return read_gui_file(name, tables, typed, lambda text, script: parse(split_line(text), script))
 
 
 def split(arguments: Sequence[str]) -> list[str]:
@@ -122,11 +139,16 @@ def split(arguments: Sequence[str]) -> list[str]:
     words = list(arguments)
     if len(words) != 1 or not re.search(r"\s", words[0].strip()):
         return [_with_dashes(word) for word in words if word.strip() not in ("", "\\", "^", "`")]
-    text = _ENDS.sub(" ", _COMMENTS.sub("", words[0].translate(_TYPESET)))
+    return split_line(words[0])
+
+
+def split_line(line: str) -> list[str]:
+    """The words of a command line, or of several, as a shell splits them; raises ConfigError."""
+    text = _ENDS.sub(" ", _COMMENTS.sub("", line.translate(_TYPESET)))
     lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
     lexer.whitespace_split = True
     lexer.commenters = ""
-    if _WINDOWS.search(words[0]):
+    if _WINDOWS.search(line):
         lexer.escape = ""
     try:
         return [_with_dashes(word) for word in lexer]
@@ -139,19 +161,20 @@ def _with_dashes(word: str) -> str:
     return re.sub(r"^[–—](?=[a-z])", "--", word)
 
 
-def script_arguments(words: Sequence[str]) -> list[str]:
-    """What stands behind `train_network.py`; everything where the first word is an option already."""
+def script_and_arguments(words: Sequence[str]) -> tuple[Script | None, list[str]]:
+    """The script in a command line and what stands behind it; all, without a script, where an option is first."""
+    scripts = {name: script for script in SCRIPTS for name in (script.name, *script.also)}
     for number, word in enumerate(words):
         name = re.split(r"[/\\]", word)[-1]
-        if name in (SCRIPT, "train_network_wrapper.py"):  # the second is Colab's, which calls the first
-            return list(words[number + 1 :])
+        if name in scripts:
+            return scripts[name], list(words[number + 1 :])
         _refuse_other(name)
     if not words or not words[0].startswith("--"):
         raise _refusal(
-            "the command line", f"neither names {SCRIPT} nor starts with one of its options",
+            "the command line", f"neither names {' or '.join(_NAMES)} nor starts with one of their options",
             "give the complete line, lorakit from-kohya accelerate launch train_network.py --…, or a file",
         )  # fmt: skip
-    return list(words)
+    return None, list(words)
 
 
 def _refuse_other(name: str) -> None:
@@ -159,22 +182,25 @@ def _refuse_other(name: str) -> None:
     does = _OTHER_SCRIPTS.get(name) or next((does for part, does in _KINDS if re.search(part, name)), "")
     if not re.fullmatch(r"\w+\.py", name) or not (does or "train" in name):
         return
-    model = next((model for part, model in OTHER_MODELS.items() if name.startswith(part)), "")
-    model = "SDXL" if "_xl_" in name else model
+    model = next((model for part, model in _MODELS_OF_SCRIPTS.items() if name.startswith(part)), "")
     if model and does and name not in _OTHER_SCRIPTS:
         does += f" for {model}"
-    hint = LORA_OF_SD
-    if does.startswith(_WHOLE) and "," not in does:
-        hint += f": give the options to {SCRIPT}, with --network_module=networks.lora"
-    raise ConfigError([Problem(name, f"is not {SCRIPT}" + (f": it {does}" if does else ""), hint)])
+    hint = MODELS
+    if name in _LORA_INSTEAD:
+        hint += f": give the options to {_LORA_INSTEAD[name].name}, with --network_module=networks.lora"
+    raise ConfigError([Problem(name, f"is not {' or '.join(_NAMES)}" + (f": it {does}" if does else ""), hint)])
 
 
-def parse(words: Sequence[str]) -> dict[str, Any]:
-    """The options in words, by name; unambiguous abbreviations count, as with sd-scripts."""
-    known, unknown = _parser().parse_known_args(list(words))
+def parse(words: Sequence[str], script: Script | None = None) -> dict[str, Any]:
+    """The options in words, by name; unambiguous abbreviations count, as with sd-scripts.
+
+    Only those of the script are known; those of all scripts without one.
+    """
+    known, unknown = _parser(script).parse_known_args(list(words))
     if unknown:
         stray = Problem(repr(unknown[0]), "does not belong to any option", "a value with spaces must be quoted")
-        raise ConfigError([unknown_option(word) for word in unknown if word.startswith("-")] or [stray])
+        options = [unknown_option(word, script=script) for word in unknown if word.startswith("-")]
+        raise ConfigError(options or [stray])
     return vars(known)
 
 
@@ -186,9 +212,9 @@ class _Parser(argparse.ArgumentParser):
         raise _refusal(about[1], about[2]) if about else _refusal("the command line", message)
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog=SCRIPT, add_help=False, argument_default=argparse.SUPPRESS)
-    for option in OPTIONS.values():
+def _parser(script: Script | None) -> _Parser:
+    parser = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    for option in map(OPTIONS.__getitem__, options_of(script)):
         settings: dict[str, Any] = {"action": "store_true", "default": argparse.SUPPRESS}
         if option.kind != "flag":
             settings = {"type": _from_text(option)}

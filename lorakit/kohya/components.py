@@ -88,7 +88,10 @@ def _learning_rates(command: Command, draft: Draft) -> None:
     if rates:
         draft.set("optimizer", "text_encoder_lr", command.setting("text_encoder_lr", rates[0]))
         if len(rates) > 1 and rates[1] != rates[0]:
-            draft.note("text_encoder_lr", f"{rates[1]:g} has no effect, as networks.lora takes only the first")
+            message = f"{rates[1]:g} has no effect, as networks.lora takes only the first"
+            if len(command.parts(["text_encoder"])) > 1:
+                message += f", {rates[0]:g}, for all text encoders; optimizer.text_encoder_lr takes a list"
+            draft.note("text_encoder_lr", message)
 
 
 def write_lr_scheduler(command: Command, draft: Draft, catalog: Catalog) -> None:

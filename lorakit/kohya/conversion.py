@@ -1,4 +1,4 @@
-"""From the options of `train_network.py` to the tables of a config that trains the same."""
+"""From the options of sd-scripts to the tables of a config that trains the same."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from pathlib import Path, PureWindowsPath
 
 import attrs
 
+from lorakit.api.model_family import ModelFamilyConfig
+from lorakit.checkpoints import locate, summarize
 from lorakit.config.sd_scripts import OPTIONS, Option
 from lorakit.config.train_config import TrainingSection
-from lorakit.errors import ConfigError, Problem
+from lorakit.config.training_scripts import SCRIPTS, Script
+from lorakit.errors import ConfigError, LorakitError, Problem
 from lorakit.kohya.components import write_lr_scheduler, write_optimizer
 from lorakit.kohya.datasets import FOLDER_OPTIONS, write_data
 from lorakit.kohya.draft import Command, Draft, OptionStatus, Setting, keys_and_choices, target_of
@@ -21,6 +24,13 @@ from lorakit.plugins.catalog import Catalog
 
 _NOTHING_AT_ZERO = frozenset({"vae_batch_size", "lr_scheduler_num_cycles"})
 """Options with a default for which 0 is no number of anything."""
+
+_MODEL = "pretrained_model_name_or_path"
+
+_CACHES_OF_TEXTS = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")
+
+_VARYING_CAPTIONS = ("shuffle_caption", "caption_dropout_rate", "caption_tag_dropout_rate", "token_warmup_step")
+"""Options by which a caption is not always the same, with which sd-scripts caches nothing of it."""
 
 _MULTIRES = ("multires_noise_iterations", "multires_noise_discount")
 
@@ -38,14 +48,20 @@ def convert(given: Given, folder: Path, target: Path, catalog: Catalog) -> Draft
 
     The config is for a file in `target`. Raises ConfigError for what sd-scripts itself cannot train.
     """
-    command = Command(given.options, keys_and_choices(catalog), folder.absolute(), target.absolute(), given.sources)
-    needed = ("pretrained_model_name_or_path", "output_dir")
-    missing = [Problem(f"--{name}", "is missing") for name in needed if not command.get(name)]
+    missing = [Problem(f"--{name}", "is missing") for name in (_MODEL, "output_dir") if not given.options.get(name)]
     if missing:
         raise ConfigError(missing)
     draft = Draft(remarks=[*given.remarks])
+    script = _script(given, folder, catalog, draft)
+    family = catalog.find(ModelFamilyConfig, script.families[0])
+    keys = keys_and_choices(catalog)
+    command = Command(given.options, keys, script, family, folder.absolute(), target.absolute(), given.sources)
+    _refuse_combinations(command, draft)
     for option in OPTIONS.values():
-        _write_plainly(option, command, draft)
+        if command.has_key(option.key.partition(" = ")[0]):
+            _write_plainly(option, command, draft)
+        elif command.get(option.name) not in (None, command.keys[option.key]):
+            draft.note(option.name, f"has no effect, as with {script.name}")
     _model(command, draft)
     if command.get("validation_seed") is not None:
         draft.set("data", "validation_seed", command.setting("validation_seed"))
@@ -65,6 +81,45 @@ def convert(given: Given, folder: Path, target: Path, catalog: Catalog) -> Draft
     return draft
 
 
+def _script(given: Given, folder: Path, catalog: Catalog, draft: Draft) -> Script:
+    """The script that the options are for: as they say, or the one that trains the base model.
+
+    Raises ConfigError where that is another than they say.
+    """
+    path = given.options[_MODEL]
+    try:
+        found = catalog.detect_model_family(summarize(locate(path, folder)))
+    except (LorakitError, OSError, RuntimeError):  # reported by `check`
+        found = None
+    by_option = (OPTIONS[name].script for name in given.options)
+    said = given.script or next(filter(None, by_option), None)
+    for script in SCRIPTS:
+        if found and found.name in script.families:
+            if said not in (None, script):
+                message = f"{path} is {found.title}, for which sd-scripts has {script.name}, not {said.name}"
+                raise ConfigError([Problem(f"--{_MODEL}", message)])
+            return script
+    if not (said or found):
+        message = f"{path} cannot be looked at, so the options are taken for those of {SCRIPTS[0].name}"
+        draft.note(_MODEL, f"{message}; for SDXL, write {SCRIPTS[1].name} before them")
+    return said or SCRIPTS[0]
+
+
+def _refuse_combinations(command: Command, draft: Draft) -> None:
+    """Raise ConfigError for what the script stops at, other than for numbers; note what lorakit does all the same."""
+    script = command.script
+    if command.get("v2") and "sd2" not in script.families:
+        raise ConfigError([Problem("--v2", f"cannot be used with {script.name}", "remove it")])
+    caches = [name for name in _CACHES_OF_TEXTS if command.get(name)]
+    if caches and not command.get("network_train_unet_only"):
+        hint = "add that; or remove this, to train the text encoders as well"
+        raise ConfigError([Problem(f"--{caches[0]}", "cannot be used without --network_train_unet_only", hint)])
+    varying = [f"--{name}" for name in _VARYING_CAPTIONS if command.get(name)] if caches else []
+    if varying:
+        message = f"is refused by {script.name} with {', '.join(varying)}; lorakit trains, and encodes captions of many"
+        draft.note(caches[0], f"{message} forms in each step")
+
+
 def _write_plainly(option: Option, command: Command, draft: Draft) -> None:
     """Copy an option that needs no more, or note that it has no counterpart."""
     value = command.get(option.name)
@@ -77,10 +132,11 @@ def _write_plainly(option: Option, command: Command, draft: Draft) -> None:
     if state is not OptionStatus.WORKS or option.special:
         return
     section, key, flag_value = target_of(option)
-    default = command.keys[option.key.partition(" = ")[0]]
+    default = command.default_of(f"{section}.{key}")
     if option.kind == "flag" and option.key.endswith(("]", '"', "true")):
         if value:
-            draft.set(section, key, command.setting(option.name, flag_value))
+            parts = command.parts(flag_value) if isinstance(flag_value, list) else flag_value
+            draft.set(section, key, command.setting(option.name, parts))
         return
     # Zero, and an empty text, are how sd-scripts is told not to use what lorakit is told by leaving a key out.
     is_off = not value and (value is None or default is None or option.name in _NOTHING_AT_ZERO)
@@ -94,12 +150,15 @@ def _write_plainly(option: Option, command: Command, draft: Draft) -> None:
 
 
 def _model(command: Command, draft: Draft) -> None:
-    name = "pretrained_model_name_or_path"
-    draft.set("model", "path", command.setting(name, command.model_path(command.get(name))))
+    draft.set("model", "path", command.setting(_MODEL, command.model_path(command.get(_MODEL))))
+    if len(command.script.families) == 1:
+        draft.set("model", "family", Setting(command.family.name, command.script.name))
     if command.state("v_parameterization") is OptionStatus.WORKS:
         is_velocity = command.get("v_parameterization")
         source = "--v_parameterization" + ("" if is_velocity else " is absent")
         draft.set("model", "prediction", Setting("v_prediction" if is_velocity else "epsilon", source))
+        if is_velocity:  # for which the model's files would decide in lorakit
+            draft.set("loss", "zero_terminal_snr", command.setting("zero_terminal_snr"))
 
 
 def _base_weights(command: Command, draft: Draft) -> None:

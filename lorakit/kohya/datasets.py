@@ -32,8 +32,9 @@ def write_data(command: Command, draft: Draft) -> None:
         draft.set("data", "workers", command.setting("max_data_loader_n_workers"))
     shared = {key: setting for key, setting in own.items() if key not in SECTION_KEYS}
     shared |= _resolution(command) | _face_crop(command, draft)
+    # An image of 515 pixels gives the same latents as one of 512.
     steps, least = command.get("bucket_reso_steps"), 8
-    if 0 < steps < least:  # an image of 515 pixels gives the same latents as one of 512
+    if 0 < steps < least and command.script.bucket_multiple < least:
         draft.note("bucket_reso_steps", f"{steps} is {least} here, as latents have integer sizes in sd-scripts, too")
         shared["bucket_reso_steps"] = command.setting("bucket_reso_steps", least)
     if command.get("dataset_config"):
@@ -43,6 +44,19 @@ def write_data(command: Command, draft: Draft) -> None:
     else:
         hint = "give --dataset_config or --train_data_dir"
         raise ConfigError([Problem("--dataset_config", "is missing", hint)])
+    _check_bucket_steps(command, draft)
+
+
+def _check_bucket_steps(command: Command, draft: Draft) -> None:
+    """Raise ConfigError for a step between buckets that the script refuses."""
+    multiple = command.script.bucket_multiple
+    for own, _ in draft.datasets:
+        table = {**draft.general, **own}
+        steps, is_on = table.get("bucket_reso_steps"), table.get("enable_bucket")
+        if is_on and is_on.value and steps and isinstance(steps.value, int) and steps.value % multiple:
+            message = f"must be a multiple of {multiple} with {command.script.name}, not {steps.value}"
+            key = steps.source if "bucket_reso_steps" in steps.source else f"{steps.source}: bucket_reso_steps"
+            raise ConfigError([Problem(key, message, "--bucket_reso_steps=64 is usual")])
 
 
 def _resolution(command: Command) -> Table:

@@ -15,8 +15,12 @@ from typing import Any
 import attrs
 from attrs import Factory, define, frozen
 
+from lorakit.api.components import ModelPart
+from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.config.load import KINDS, known_keys
 from lorakit.config.sd_scripts import OPTIONS, Option
+from lorakit.config.table_reader import field_names
+from lorakit.config.training_scripts import Script
 from lorakit.errors import ConfigError, Problem
 from lorakit.plugins.catalog import Catalog
 from lorakit.utils.plain import toml_key, toml_value
@@ -79,12 +83,16 @@ Table = dict[str, Setting]
 
 @frozen
 class Command:
-    """The options of one call of `train_network.py`."""
+    """The options of one call of a script of sd-scripts."""
 
     given: Mapping[str, Any]
     """Those that were given, by name."""
     keys: Mapping[str, object]
     """All keys of lorakit, with their defaults."""
+    script: Script
+    """The script."""
+    family: type[ModelFamilyConfig]
+    """The family of the base model."""
     folder: Path
     """What relative paths in the options are relative to."""
     target: Path
@@ -99,6 +107,23 @@ class Command:
     def state(self, name: str) -> OptionStatus:
         """What can be done with an option."""
         return option_status(OPTIONS[name], self.keys)
+
+    def default_of(self, key: str) -> object:
+        """What a key such as `data.resolution` is in lorakit when absent, with models of this family."""
+        return self.family.dataset_defaults.get(key.removeprefix("data."), self.keys[key])
+
+    def has_key(self, key: str) -> bool:
+        """Whether the family has a key of `[model]`; true for all other keys."""
+        section, _, name = key.partition(".")
+        return section != "model" or name in (ModelFamilyConfig.name_key, *field_names(self.family))
+
+    def parts(self, names: Collection[str]) -> list[str]:
+        """The parts of the family that sd-scripts means by `unet` and `text_encoder`, which is all text encoders."""
+
+        def kind(part: ModelPart) -> str:
+            return "text_encoder" if part.encoders else part.name
+
+        return [part.name for part in self.family.parts if kind(part) in names]
 
     def setting(self, name: str, value: Any = None) -> Setting:
         """The setting from an option: `value`, or else the option's value."""
@@ -208,8 +233,8 @@ _SECTIONS = (
 _COLUMN = 40
 _WIDTH = 116
 _PREAMBLE = """\
-# A training run of lorakit, from options of sd-scripts' train_network.py. Behind each key is the option, or the
-# field of another program's file, that it comes from. Relative paths are relative to this file."""
+# A training run of lorakit, from options of sd-scripts. Behind each key is the option, or the field of another
+# program's file, that it comes from. Relative paths are relative to this file."""
 
 
 def to_text(draft: Draft) -> str:

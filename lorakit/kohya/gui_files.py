@@ -1,4 +1,4 @@
-"""The `.json` files of the kohya_ss GUI, its presets and what it saves beside a LoRA, as options of `train_network.py`.
+"""The `.json` files of the kohya_ss GUI, its presets and what it saves beside a LoRA, as options of sd-scripts.
 
 The keys are the names of the GUI's fields, and the fields of all its models and of `accelerate` stand among them.
 Older files hold numbers as texts, and fields that are not filled in as empty ones.
@@ -10,21 +10,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lorakit.config.sd_scripts import OPTIONS
+from lorakit.config.training_scripts import MODELS, SDXL_TRAIN_NETWORK, TRAIN_NETWORK, Script
 from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.options_files import UNSAID, Given, take
 
-Parse = Callable[[str], dict[str, Any]]
-"""From a line of options to their values."""
+Parse = Callable[[str, Script], dict[str, Any]]
+"""From a line of options of a script to their values."""
 
 _MODELS: Mapping[str, str] = {
-    "sdxl": "SDXL",
     "flux1_checkbox": "FLUX",
     "sd3_checkbox": "Stable Diffusion 3",
     "hunyuan_image_checkbox": "HunyuanImage",
     "anima_checkbox": "Anima",
     "lumina_checkbox": "Lumina",
 }
-"""Fields that say that another model is trained."""
+"""Fields that say that a model is trained which lorakit does not train."""
 
 _RENAMED: Mapping[str, str] = {
     "optimizer": "optimizer_type",
@@ -34,10 +34,17 @@ _RENAMED: Mapping[str, str] = {
 """Fields that are called otherwise than the option."""
 
 _NOT_PASSED_ON = frozenset({
-    "additional_parameters", "cpu_offload_checkpointing", "dynamo_backend", "fp8_base_unet", "fused_backward_pass",
-    "lr_warmup_steps", "mem_eff_save", "no_half_vae", "sdpa", "seed", "text_encoder_lr", "unet_lr", "xformers",
+    "additional_parameters", "cpu_offload_checkpointing", "disable_mmap_load_safetensors", "dynamo_backend",
+    "fp8_base_unet", "fused_backward_pass", "lr_warmup_steps", "mem_eff_save", "no_half_vae", "sdpa", "seed",
+    "text_encoder_lr", "unet_lr", "xformers",
 })  # fmt: skip
 """Fields that are no options, or that the GUI passes on for other models alone or in another form."""
+
+_SDXL_FLAGS: Mapping[str, str] = {
+    "sdxl_cache_text_encoder_outputs": "cache_text_encoder_outputs",
+    "sdxl_no_half_vae": "no_half_vae",
+}
+"""Fields that count for SDXL alone, with the option that each sets."""
 
 _BY_NOISE_TYPE: Mapping[str, tuple[str, ...]] = {
     "Original": ("noise_offset", "noise_offset_random_strength", "adaptive_noise_scale"),
@@ -98,14 +105,14 @@ def what_it_trains(fields: Mapping[str, Any]) -> str:
 
 
 def read_gui_file(file: str, fields: Mapping[str, Any], typed: Mapping[str, Any], parse: Parse) -> Given:
-    """The options that the GUI calls `train_network.py` with; `typed` are those that stand after the file.
+    """The options that the GUI calls a script of sd-scripts with; `typed` are those that stand after the file.
 
-    Raises ConfigError for files of other models than Stable Diffusion 1.x and 2.x, and for values of the wrong type.
+    Raises ConfigError for files of other models than Stable Diffusion, and for values of the wrong type.
     """
     for field, model in _MODELS.items():
         if _number(fields, field):
-            hint = "lorakit trains LoRA for Stable Diffusion 1.x and 2.x"
-            raise ConfigError([Problem(f"{file}: {field}", f"is set, so the file is for {model}", hint)])
+            raise ConfigError([Problem(f"{file}: {field}", f"is set, so the file is for {model}", MODELS)])
+    script = SDXL_TRAIN_NETWORK if _number(fields, "sdxl") else TRAIN_NETWORK
     values = _values(fields)
     found: dict[str, Any] = {}
     problems: list[Problem] = []
@@ -117,7 +124,7 @@ def read_gui_file(file: str, fields: Mapping[str, Any], typed: Mapping[str, Any]
     text = fields.get("additional_parameters")
     if isinstance(text, str) and text.strip():
         try:
-            found |= parse(text)
+            found |= parse(text, script)
         except ConfigError as error:
             problems += [Problem(f"{file}: additional_parameters", str(problem)) for problem in error.problems]
     if problems:
@@ -131,7 +138,7 @@ def read_gui_file(file: str, fields: Mapping[str, Any], typed: Mapping[str, Any]
         cures = " ".join(f"--{name}=…" for name in missing)
         what = ", ".join(_NEEDED[name][1] for name in missing)
         remarks.append(Problem(file, f"does not set {what}", f"set it in the config, or add {cures} after the file"))
-    return Given(found, {name: sources.get(name, "additional_parameters") for name in found}, tuple(remarks))
+    return Given(found, {name: sources.get(name, "additional_parameters") for name in found}, tuple(remarks), script)
 
 
 def _values(fields: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
@@ -158,7 +165,13 @@ def _values(fields: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
         values["sdpa" if attention == "sdpa" else "xformers"] = ("xformers", True)
     if _number(fields, "seed"):
         values["seed"] = ("seed", fields["seed"])
-    return values | _length(fields) | _rates(fields) | _network(fields)
+    return values | _of_sdxl(fields) | _length(fields) | _rates(fields) | _network(fields)
+
+
+def _of_sdxl(fields: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    """The flags that the GUI sets for SDXL alone."""
+    is_xl = _number(fields, "sdxl")
+    return {name: (field, True) for field, name in _SDXL_FLAGS.items() if is_xl and _number(fields, field)}
 
 
 def _length(fields: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:

@@ -11,10 +11,10 @@ from lorakit.api.components import NetworkConfig
 from lorakit.api.network_metadata import LORA_MODULE
 from lorakit.config.sd_scripts import NETWORK_ARG_KEYS
 from lorakit.config.table_reader import field_names
+from lorakit.config.training_scripts import MODELS
 from lorakit.errors import ConfigError, PluginError, Problem
-from lorakit.kohya.command_line import LORA_OF_SD, OTHER_MODELS
+from lorakit.kohya.command_line import OTHER_MODELS
 from lorakit.kohya.draft import Command, Draft, Setting
-from lorakit.models.families.sd.state_dict_keys import LAYOUT
 from lorakit.plugins.catalog import Catalog
 from lorakit.plugins.import_path import check_import_path
 from lorakit.plugins.other_names import meaning_of
@@ -80,7 +80,7 @@ def write_network(command: Command, draft: Draft, catalog: Catalog) -> None:
         raise ConfigError([Problem("--network_module", "is missing", "networks.lora is the usual one")])
     model = next((model for part, model in OTHER_MODELS.items() if part in re.split(r"[._]", module)), "")
     if module.startswith("networks.") and model:
-        raise ConfigError([Problem("--network_module", f"{module} is for {model}", LORA_OF_SD)])
+        raise ConfigError([Problem("--network_module", f"{module} is for {model}", MODELS)])
     if command.get("network_train_unet_only") and command.get("network_train_text_encoder_only"):
         message = "cannot be combined with --network_train_text_encoder_only, as nothing would be trained"
         raise ConfigError([Problem("--network_train_unet_only", message)])
@@ -152,7 +152,7 @@ def _without_effect(values: Mapping[str, Value], from_weights: bool) -> Iterator
 
 
 def _write_values(values: Mapping[str, Value], command: Command, draft: Draft, catalog: Catalog) -> None:
-    """Write the arguments, lists as long as Stable Diffusion's U-Net has blocks."""
+    """Write the arguments, lists as long as the U-Net has blocks."""
     try:
         known = field_names(catalog.find(NetworkConfig, str(draft.sections["network"]["name"].value)))
     except PluginError:
@@ -162,7 +162,7 @@ def _write_values(values: Mapping[str, Value], command: Command, draft: Draft, c
     for key, given in values.items():
         value = given
         if key in _SIDES and isinstance(value, list):
-            value = _as_long_as_side(key, value, draft)
+            value = _as_long_as_side(key, value, command, draft)
         elif key == "conv_alpha":
             value = value or values.get("conv_dim", 1)
         elif key in ranks and isinstance(value, list):
@@ -174,9 +174,10 @@ def _write_values(values: Mapping[str, Value], command: Command, draft: Draft, c
             draft.mark_unsupported("network_args", f"{key}={given}")
 
 
-def _as_long_as_side(key: str, numbers: list[int] | list[float], draft: Draft) -> list[float]:
+def _as_long_as_side(key: str, numbers: list[int] | list[float], command: Command, draft: Draft) -> list[float]:
     """As sd-scripts does it: 1 for blocks that have no number, and numbers for blocks that there are not left out."""
-    length = len(LAYOUT.groups[_SIDES[key]])
+    layout = command.family.layout
+    length = len(layout.groups[_SIDES[key]]) if layout else len(numbers)
     if len(numbers) != length:
         done = "padded with 1" if len(numbers) < length else "cut off"
         draft.note("network_args", f"{key} has {len(numbers)} numbers, {done} to get {length}")

@@ -130,6 +130,16 @@ def _write_validation(command: Command, draft: Draft) -> None:
     draft.observers.append({"name": name, "every_n_epochs": epochs, **given})
 
 
+_PREVIEW_DEFAULTS: Mapping[str, tuple[str, object]] = {
+    "width": ("preview_size", 512),
+    "height": ("preview_size", 512),
+    "steps": ("preview_steps", 30),
+    "scale": ("preview_scale", 7.5),
+    "sampler": ("preview_sampler", "ddim"),
+}
+"""What sd-scripts draws with where a prompt does not say it, by key, with the attribute of a family's own default."""
+
+
 def write_previews(command: Command, draft: Draft) -> None:
     """Previews. Raises ConfigError where a line asks for them and says no prompts; sd-scripts stops the run there."""
     counts = [name for name in ("sample_every_n_epochs", "sample_every_n_steps") if (command.get(name) or 0) > 0]
@@ -158,7 +168,17 @@ def write_previews(command: Command, draft: Draft) -> None:
     observer |= {name.removeprefix("sample_"): command.setting(name) for name in asked}
     if "sample_sampler" in command.given:
         observer["sampler"] = command.setting("sample_sampler")
-    draft.observers.append(observer)
+    draft.observers.append({**_other_defaults(command), **observer})
+
+
+def _other_defaults(command: Command) -> Table:
+    """Settings of previews for which sd-scripts has another default than the family."""
+    own = {key: getattr(command.family, attribute) for key, (attribute, _) in _PREVIEW_DEFAULTS.items()}
+    return {
+        key: Setting(value, f"default of sd-scripts; without this line, {own[key]}")
+        for key, (_, value) in _PREVIEW_DEFAULTS.items()
+        if own[key] not in ("", value)
+    }
 
 
 def _prompts(command: Command) -> str | list[str]:

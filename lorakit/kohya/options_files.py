@@ -1,4 +1,4 @@
-"""Files that hold options of `train_network.py`: those for --config_file, written by hand or by another program.
+"""Files that hold options of sd-scripts: those for --config_file, written by hand or by another program.
 
 sd-scripts passes over a key that it does not know, and takes 1 for true. Programs write what is not set as an empty
 text, an empty list or zero.
@@ -16,6 +16,7 @@ from attrs import Factory, frozen
 
 from lorakit.config.sd_scripts import OPTIONS, Option
 from lorakit.config.toml_files import read_toml
+from lorakit.config.training_scripts import TRAIN_NETWORK, Script
 from lorakit.config.values import toml_repr
 from lorakit.errors import ConfigError, Problem
 
@@ -29,6 +30,8 @@ class Given:
     sources: Mapping[str, str] = Factory(dict)
     """For those of a file what they are called there: `--network_dim`, or the name of another program's key."""
     remarks: tuple[Problem, ...] = ()
+    script: Script | None = None
+    """The script that they are for, where that is said."""
 
 
 UNSAID = "not in the file: set it"
@@ -42,7 +45,7 @@ _OTHERS = frozenset({
     "t5xxl_max_token_length", "text_encoder", "text_encoder_batch_size", "text_encoder_cpu",
     "unsloth_offload_checkpointing", "vae_chunk_size",
 })  # fmt: skip
-"""Keys that programs write and train_network.py does not have, and that are no misspelt options."""
+"""Keys that programs write and sd-scripts does not have, and that are no misspelt options."""
 
 _UNFINISHED = frozenset({
     "conv_alpha", "conv_dim", "down_lr_weight", "dylora_unit", "lokr_factor", "lycoris_algo", "mid_lr_weight",
@@ -196,15 +199,21 @@ def not_a_choice(option: Option, value: object) -> str:
     return f"must be one of {', '.join(map(str, option.choices))}, not {value!r}"
 
 
-def nearest(name: str, cutoff: float = 0.6) -> str:
-    """The option with the nearest name; empty where none is near."""
-    near = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=cutoff)
+def options_of(script: Script | None) -> list[str]:
+    """The names of the options that a script has; all of them where it is not known."""
+    return [name for name, option in OPTIONS.items() if script is None or option.script in (None, script)]
+
+
+def nearest(name: str, script: Script | None = None, *, cutoff: float = 0.6) -> str:
+    """The option of a script with the nearest name; empty where none is near."""
+    near = difflib.get_close_matches(name, options_of(script), n=1, cutoff=cutoff)
     return near[0] if near else ""
 
 
-def unknown_option(word: str, place: str = "") -> Problem:
-    """The error for an option that sd-scripts does not have; `place` is the file that contains it."""
+def unknown_option(word: str, place: str = "", script: Script | None = None) -> Problem:
+    """The error for an option that a script does not have; `place` is the file that contains it."""
     name = word.lstrip("-").partition("=")[0]
-    near, dashes = nearest(name), "" if place else "--"
-    hint = f"did you mean {dashes}{near}?" if near else ""
-    return Problem(f"{place}{dashes}{name}", "is not an option of train_network.py", hint)
+    near, dashes = nearest(name, script), "" if place else "--"
+    other = OPTIONS[name].script if name in OPTIONS else None
+    hint = f"it is one of {other.name}" if other else f"did you mean {dashes}{near}?" if near else ""
+    return Problem(f"{place}{dashes}{name}", f"is not an option of {(script or TRAIN_NETWORK).name}", hint)

@@ -130,8 +130,11 @@ OTHER_NAMES: Mapping[str, Mapping[str, str]] = {
         **dict.fromkeys(("sd", "sd14", "sd15", "sdv1", "sdv15", "stablediffusion", "stablediffusionv1"), "it is 'sd1'"),
         **dict.fromkeys(("sd20", "sd21", "sdv2", "sdv21", "stablediffusionv2"), "it is 'sd2'"),
         **dict.fromkeys(
-            ("sdxl", "xl", "pony", "illustrious", "sd3", "sd35", "flux", "flux1", "zimage", "qwenimage", "chroma"),
-            "lorakit trains Stable Diffusion 1.x and 2.x",
+            ("xl", "sdxl10", "stablediffusionxl", "pony", "illustrious", "noobai", "animagine"), "it is 'sdxl'"
+        ),
+        **dict.fromkeys(
+            ("sd3", "sd35", "flux", "flux1", "zimage", "qwenimage", "chroma"),
+            "lorakit trains Stable Diffusion 1.x, 2.x and XL",
         ),
     },
 }  # fmt: skip

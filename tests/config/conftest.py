@@ -16,8 +16,9 @@ from lorakit.config.train_config import TrainConfig
 from lorakit.errors import ConfigError
 from lorakit.models.families.sd import state_dict_keys as layout
 from lorakit.models.families.sd.config import StableDiffusionConfig
-from lorakit.models.families.sd.structure import clip_shapes, unet_shapes, vae_shapes
+from lorakit.models.families.sd.structure import clip_shapes, projected_clip_shapes, unet_shapes, vae_shapes
 from lorakit.plugins.catalog import Catalog
+from lorakit.testing.models import TINY_SDXL
 
 Tables = dict[str, Any]
 
@@ -36,6 +37,36 @@ SD1_SHAPES = {
     **{f"{layout.TEXT_PREFIX}text_model.{name}": shape for name, shape in clip_shapes(CLIP).items()},
 }
 """The tensors of a very small single-file Stable Diffusion 1.x, in their original names."""
+
+UNET_XL = {
+    **TINY_SDXL["unet"], "block_out_channels": [8] * 3, "cross_attention_dim": 32,
+    "projection_class_embeddings_input_dim": 16 + 6 * 256,
+}  # fmt: skip
+CLIP_L, BIG_G = {**CLIP, "num_hidden_layers": 12}, {**CLIP, "num_hidden_layers": 32, "projection_dim": 16}
+
+
+def _open_clip_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors of SDXL's second text encoder in OpenCLIP's names; there, queries, keys and values are one."""
+    shapes = {}
+    for name, (first, *rest) in projected_clip_shapes(settings).items():
+        original = layout.open_clip_name(name.removeprefix("text_model.")).removesuffix("text_projection.weight")
+        if original.endswith("[0]"):
+            shapes[original.removesuffix("[0]")] = (3 * first, *rest)
+        elif not original.endswith("]"):
+            shapes[original or "text_projection"] = (first, *rest)
+    return shapes
+
+
+SDXL_SHAPES = {
+    **{
+        layout.UNET_PREFIX + layout.original_unet_name(name, UNET_XL): shape
+        for name, shape in unet_shapes(UNET_XL).items()
+    },
+    **{name: shape for name, shape in SD1_SHAPES.items() if name.startswith(layout.VAE_PREFIX)},
+    **{f"conditioner.embedders.0.transformer.text_model.{name}": own for name, own in clip_shapes(CLIP_L).items()},
+    **{f"conditioner.embedders.1.model.{name}": own for name, own in _open_clip_shapes(BIG_G).items()},
+}
+"""The tensors of a very narrow single-file SDXL, in their original names."""
 
 
 def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Path:

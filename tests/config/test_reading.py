@@ -141,7 +141,7 @@ def test_values_of_a_wrong_type_or_range(
         ("training", "learning_rate", "did you mean optimizer.lr?"),
         ("training", "lr", "did you mean optimizer.lr?"),
         ("training", "batch_size", "did you mean data.batch_size?"),
-        ("training", "clip_skip", "did you mean model.clip_skip?"),
+        ("training", "clip_skip", "did you mean model.clip_skip of sd1 or sd2?"),
         ("optimizer", "max_train_steps", "did you mean training.max_steps?"),
         ("loss", "zzz", "known here: huber_schedule, huber_c"),
         ("loss", "loss_type", "did you mean loss.type?"),

@@ -14,7 +14,7 @@ from lorakit.kohya.command_line import read_arguments
 from lorakit.kohya.conversion import convert
 from lorakit.kohya.draft import Draft
 from lorakit.plugins.catalog import Catalog
-from tests.config.conftest import SD1_SHAPES, write_safetensors
+from tests.config.conftest import SD1_SHAPES, SDXL_SHAPES, write_safetensors
 
 LEAST = (
     "--pretrained_model_name_or_path=model.safetensors", "--output_dir=out", "--network_module=networks.lora",
@@ -61,6 +61,13 @@ def folder(tmp_path: Path) -> Path:
         Image.new("RGB", (80, 70), "teal").save(tmp_path / name / "image.png")
         (tmp_path / name / "image.txt").write_text("an animal")
     return tmp_path
+
+
+@pytest.fixture
+def xl_least(folder: Path) -> tuple[str, ...]:
+    """The fewest words of a line for SDXL; the model's header is in the folder."""
+    write_safetensors(folder / "xl.safetensors", SDXL_SHAPES)
+    return ("sdxl_train_network.py", "--pretrained_model_name_or_path=xl.safetensors", *LEAST[1:])
 
 
 @pytest.fixture

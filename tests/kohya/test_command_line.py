@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.errors import ConfigError
-from lorakit.kohya.command_line import parse, read_arguments, script_arguments, split
+from lorakit.kohya.command_line import parse, read_arguments, script_and_arguments, split
 
 OPTIONS = ["--output_dir=my out", "--network_args", "conv_dim=4", "conv_alpha=1", "--sdpa", "--learning_rate", "1e-4"]
 VALUES = {"output_dir": "my out", "network_args": ["conv_dim=4", "conv_alpha=1"], "sdpa": True, "learning_rate": 1e-4}
@@ -97,14 +97,14 @@ def test_all_unknown_options_are_named() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["accelerate", "launch", "sdxl_train_network.py"], "sdxl_train_network.py: is not train_network.py"),
-        (["accelerate", "launch"], "neither names train_network.py nor starts with one of its options"),
+        (["accelerate", "launch", "flux_train_network.py"], "flux_train_network.py: is not train_network.py or sdxl_"),
+        (["accelerate", "launch"], "neither names train_network.py or sdxl_train_network.py nor starts with one of"),
     ],
 )
 def test_other_commands(words: list[str], message: str) -> None:
     """A line of another script, or of none, is refused."""
     with pytest.raises(ConfigError) as raised:
-        script_arguments(words)
+        script_and_arguments(words)
     assert message in str(raised.value)
 
 
@@ -176,18 +176,17 @@ def test_starters(start: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "words"),
     [
-        ("fine_tune.py", "it trains the whole model (fine-tuning) (lorakit trains LoRA for Stable Diffusion 1.x and"
-         " 2.x: give the options to train_network.py, with --network_module=networks.lora)"),
+        ("fine_tune.py", "it trains the whole model (fine-tuning) (lorakit trains LoRA for Stable Diffusion 1.x, 2.x"
+         " and XL: give the options to train_network.py, with --network_module=networks.lora)"),
         ("train_db.py", "it trains the whole model (DreamBooth)"),
-        ("sdxl_train.py", "it trains the whole model, SDXL (lorakit trains LoRA for Stable Diffusion 1.x and 2.x)"),
+        ("sdxl_train.py", "it trains the whole model, SDXL (lorakit trains LoRA for Stable Diffusion 1.x, 2.x and XL:"
+         " give the options to sdxl_train_network.py, with"),
         ("train_textual_inversion.py", "it trains an embedding (textual inversion) (lorakit"),
         ("train_textual_inversion_XTI.py", "it trains an embedding"),
         ("sdxl_train_textual_inversion.py", "it trains an embedding (textual inversion) for SDXL"),
         ("train_controlnet.py", "it trains a ControlNet (lorakit"),
         ("flux_train_control_net.py", "it trains a ControlNet for FLUX"),
         ("sdxl_train_control_net_lllite.py", "it trains a ControlNet for SDXL"),
-        ("sdxl_train_network.py", "it trains a LoRA for SDXL"),
-        ("train_network_xl_wrapper.py", "it trains a LoRA for SDXL"),
         ("flux_train_network.py", "it trains a LoRA for FLUX"),
         ("sd3_train_network.py", "it trains a LoRA for Stable Diffusion 3"),
         ("lumina_train_network.py", "it trains a LoRA for Lumina"),
@@ -196,13 +195,13 @@ def test_starters(start: str, tmp_path: Path) -> None:
         ("resize_lora.py", "it changes LoRA files"),
         ("svd_merge_lora.py", "it changes LoRA files"),
         ("gen_img.py", "it generates images"),
-        ("my_train.py", "is not train_network.py (lorakit"),
+        ("my_train.py", "is not train_network.py or sdxl_train_network.py (lorakit"),
     ],
 )  # fmt: skip
 def test_other_scripts(script: str, words: str) -> None:
     """Of another script it is said what it trains."""
     with pytest.raises(ConfigError) as raised:
-        script_arguments(["accelerate", "launch", rf"D:\sd-scripts\{script}", "--sdpa"])
+        script_and_arguments(["accelerate", "launch", rf"D:\sd-scripts\{script}", "--sdpa"])
     assert str(raised.value).startswith(f"{script}: is not train_network.py")
     assert words in str(raised.value)
 

@@ -263,8 +263,8 @@ def test_types_of_lora(type_: str, module: str, args: dict[str, str] | None, rea
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"sdxl": True}, "changed.json: sdxl: is set, so the file is for SDXL (lorakit trains LoRA for Stable"),
-        ({"flux1_checkbox": True}, "flux1_checkbox: is set, so the file is for FLUX"),
+        ({"sd3_checkbox": True}, "is set, so the file is for Stable Diffusion 3 (lorakit trains LoRA for Stable"),
+        ({"flux1_checkbox": True}, "changed.json: flux1_checkbox: is set, so the file is for FLUX"),
         ({"LoRA_type": "Flux1"}, "LoRA_type: 'Flux1' is for another model, or unknown"),
         ({"network_dim": "big"}, "changed.json: network_dim: must be a whole number, not 'big'"),
         ({"additional_parameters": "--netwrok_dim=4"}, "additional_parameters: --netwrok_dim: is not an option"),
@@ -275,6 +275,12 @@ def test_files_of_the_gui_that_are_refused(changed: dict[str, Any], message: str
     with pytest.raises(ConfigError) as raised:
         read(gui(folder, **changed))
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["--seed=7", " --seed=7 ", '--seed="7"', "--seed 7\n"])
+def test_parameters_of_the_gui(text: str, read: Read, folder: Path) -> None:
+    """The field for further options is a line, also where one option without blanks is all of it."""
+    assert read(gui(folder, additional_parameters=text)).tables()["training"]["seed"] == 7
 
 
 @pytest.mark.parametrize("seed", [{"low": 1}, [1, 2]])

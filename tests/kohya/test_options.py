@@ -88,9 +88,10 @@ def by_state(state: OptionStatus) -> list[str]:
     return [name for name, option in OPTIONS.items() if option_status(option, keys) is state]
 
 
-def test_there_are_193_options() -> None:
-    """All options of train_network.py are there, each once, with a default of its own kind."""
-    assert len(OPTIONS) == sum(map(len, GROUPS.values())) == 193
+def test_there_are_196_options() -> None:
+    """All options are there, three of them of SDXL alone, each once, with a default of its own kind."""
+    assert len(OPTIONS) == sum(map(len, GROUPS.values())) == 196
+    assert len([option for option in OPTIONS.values() if option.script]) == 3
     for option in OPTIONS.values():
         assert option.default is None or isinstance(option.default, TYPES[option.kind]), option
         assert option.default in (None, "", *option.choices) or not option.choices, option
@@ -184,7 +185,9 @@ def test_options_at_their_default_are_not_told(name: str, converted: Convert) ->
 
 
 @pytest.mark.parametrize("name", sorted(set(by_state(OptionStatus.NOT_NEEDED)) - {"config_file"}))
-def test_options_that_are_not_needed_change_nothing(name: str, converted: Convert) -> None:
+def test_options_that_are_not_needed_change_nothing(name: str, converted: Convert, xl_least: tuple[str, ...]) -> None:
     """An option that is not needed changes nothing and is not told."""
-    draft = converted(*words(OPTIONS[name]))
-    assert (draft.tables(), draft.remarks) == (converted().tables(), [])
+    least = (*(xl_least if OPTIONS[name].script else LEAST), "--network_train_unet_only")
+    draft, without = converted(*words(OPTIONS[name]), least=least), converted(least=least)
+    assert draft.tables() == without.tables()
+    assert draft.remarks == without.remarks

@@ -27,6 +27,7 @@ class SD2Config(StableDiffusionConfig):
 
     name = "sd2"
     title = adapter_title = "Stable Diffusion 2.x"
+    usual_resolution = 768
 
     prediction: Literal["epsilon", "v_prediction"] | None = None
     """What the U-Net predicts: noise (`epsilon`) in base models, velocity (`v_prediction`) in 768-pixel models. If

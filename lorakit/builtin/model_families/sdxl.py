@@ -34,7 +34,7 @@ class SDXLConfig(StableDiffusionConfig):
     layout = LAYOUT
     checkpoint_type = SDXLCheckpoint
     usual_vae = "madebyollin/sdxl-vae-fp16-fix"
-    preview_size = 1024
+    usual_resolution = preview_size = 1024
     preview_steps = 28
     preview_scale = 7.0
     preview_sampler = "euler_a"
