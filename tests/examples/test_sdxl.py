@@ -1,4 +1,4 @@
-"""The script that trains the small Stable Diffusion XL: its folder is a real one, and its sizes are those of pictures."""
+"""The script that trains the small Stable Diffusion XL: a real folder, and sizes that are those of pictures."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_rescaled_vae() -> None:
 
 @pytest.mark.usefixtures("lorakit_offline")
 def test_a_short_course(tmp_path: Path) -> None:
-    """After two steps there is an SDXL that lorakit knows, of which no tensor is missing, and that diffusers draws with."""
+    """After two steps there is a whole SDXL that lorakit knows and diffusers draws with."""
     train(tmp_path / "model", steps=2, pictures=8)
     found = detect(summarize(tmp_path / "model"))
     assert found is not None
