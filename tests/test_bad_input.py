@@ -81,7 +81,7 @@ def other_family(tables: Tables, folder: Path) -> None:
         {
             "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight": [10, 8],
             "conditioner.embedders.1.model.token_embedding.weight": [10, 8],
-            "model.diffusion_model.input_blocks.0.0.weight": [32, 4, 3, 3],
+            "model.diffusion_model.input_blocks.0.0.weight": [32, 9, 3, 3],
             "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": [64, 2048],
             "model.diffusion_model.input_blocks.4.1.proj_in.weight": [64, 64],
             "model.diffusion_model.label_emb.0.0.weight": [64, 2816],
@@ -145,7 +145,7 @@ CASES: list[tuple[Spoil, list[str]]] = [
     (hub_model, ["model.path", "nobody/nothing", "Hub"]),
     (broken_model, ["model.path", "model.safetensors"]),
     (evil_model, ["model.ckpt", "posix.system"]),
-    (other_family, ["model.path", "Stable Diffusion XL"]),
+    (other_family, ["model.path", "a Stable Diffusion XL inpainting model"]),
     (unknown_key, ["network.network_dim", "network.rank"]),
     (unknown_deep_key, ["data.datasets[0].subsets[0].num_repeat", "num_repeats"]),
     (wrong_type, ["training.gradient_accumulation_steps", "whole number", "1.5"]),
