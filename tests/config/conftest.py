@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from lorakit.config.train_config import TrainConfig
 from lorakit.errors import ConfigError
 from lorakit.models.families.sd import state_dict_keys as layout
 from lorakit.models.families.sd.config import StableDiffusionConfig
-from lorakit.models.families.sd.structure import clip_shapes, unet_shapes, vae_shapes
+from lorakit.models.families.sd.structure import clip_shapes, projected_clip_shapes, unet_shapes, vae_shapes
+from lorakit.models.families.sdxl.parts import STRUCTURE
 from lorakit.plugins.catalog import Catalog
 
 Tables = dict[str, Any]
@@ -36,6 +37,37 @@ SD1_SHAPES = {
     **{f"{layout.TEXT_PREFIX}text_model.{name}": shape for name, shape in clip_shapes(CLIP).items()},
 }
 """The tensors of a very small single-file Stable Diffusion 1.x, in their original names."""
+
+UNET_XL = {
+    **STRUCTURE, "block_out_channels": [8, 16, 32], "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [1, 1, 1], "use_linear_projection": True, "cross_attention_dim": 32,
+    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 16 + 6 * 256,
+}  # fmt: skip
+CLIP_XL = {**CLIP, "projection_dim": 16}
+
+
+def big_g_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The tensors of the second text encoder in the names of OpenCLIP, queries, keys and values in one."""
+    for name, shape in projected_clip_shapes(CLIP_XL).items():
+        original = f"conditioner.embedders.1.model.{layout.open_clip_name(name).removesuffix('[0]')}"
+        if not original.endswith("]"):
+            is_fused = ".in_proj_" in original
+            yield (
+                original.replace("text_projection.weight", "text_projection"),
+                ((3 * shape[0], *shape[1:]) if is_fused else shape),
+            )
+
+
+SDXL_SHAPES = {
+    **{
+        layout.UNET_PREFIX + layout.original_unet_name(name, UNET_XL): shape
+        for name, shape in unet_shapes(UNET_XL).items()
+    },
+    **{name: shape for name, shape in SD1_SHAPES.items() if name.startswith(layout.VAE_PREFIX)},
+    **{f"conditioner.embedders.0.transformer.text_model.{name}": shape for name, shape in clip_shapes(CLIP).items()},
+    **dict(big_g_shapes()),
+}
+"""The tensors of a very small single-file Stable Diffusion XL, in their original names."""
 
 
 def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Path:
