@@ -304,7 +304,8 @@ class TrainConfig:
         """Learning rates of parts without adapters, and schedules unsuitable for the optimizer."""
         adapted = self.model.parts_named(self.network.parts)
         for part in adapted:
-            if not any(self.optimizer.lrs_for(part)):
+            # A rate of 0 for a part that is not named says that it is to be left alone.
+            if self.network.parts and not any(self.optimizer.lrs_for(part)):
                 yield Problem("network.parts", f"{part.name!r} is not trained, because its learning rate is 0")
         for key in dict.fromkeys(part.lr_key for part in self.model.parts):
             names = [part.name for part in self.model.parts if part.lr_key == key]

@@ -342,6 +342,14 @@ def test_options_without_effect_are_warnings(read: Read, tables: Tables) -> None
     assert list(read(tables).warnings()) == []
 
 
+def test_a_learning_rate_of_zero_is_a_warning_only_for_parts_that_are_named(read: Read, tables: Tables) -> None:
+    """Without `network.parts`, 0 says which text encoder to leave alone; with it, the two contradict each other."""
+    tables["optimizer"] = {"text_encoder_lr": 0}
+    assert list(read(tables).warnings()) == []
+    tables["network"] = {"parts": ["unet", "text_encoder"]}
+    assert [warning.key for warning in read(tables).warnings()] == ["network.parts"]
+
+
 def test_the_family_of_the_model(problems: Problems, tables: Tables, base: Path, tmp_path: Path) -> None:
     """A family that is not the model's, not known or no text is a problem of `model.family`."""
     tables["model"]["family"] = "sd9"

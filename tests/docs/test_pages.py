@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from lorakit.checkpoints import Shapes
 from lorakit.config.load import COMPONENT_SECTIONS, config_from_tables, read_config
 from lorakit.errors import ConfigError
-from tests.config.conftest import SD1_SHAPES, write_lora, write_safetensors
+from tests.config.conftest import SD1_SHAPES, SDXL_SHAPES, write_lora, write_safetensors
 from tests.docs.pages import PAGES, ROOT, Block, anchors_of, blocks, blocks_of, links_of
 from tests.docs.test_reference import page_sections, rows
 
@@ -45,7 +46,7 @@ def image_folders(tables: Any) -> Iterator[str]:
                 yield from image_folders(table)
 
 
-def with_files(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
+def with_files(tables: dict[str, Any], folder: Path, shapes: Shapes = SD1_SHAPES) -> dict[str, Any]:
     """The tables with what every config needs added, and the files that they name made in a folder."""
     least = {
         "model": {"path": "model.safetensors"},
@@ -55,7 +56,7 @@ def with_files(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
     whole = {**least, **tables}
     model = folder / whole["model"]["path"]
     model.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(model, SD1_SHAPES)
+    write_safetensors(model, shapes)
     for name in image_folders(whole):
         (folder / name).mkdir(parents=True, exist_ok=True)
     if "metadata_file" in whole["data"]:
@@ -118,7 +119,8 @@ def test_there_are_config_blocks() -> None:
 @pytest.mark.parametrize("block", CONFIGS, ids=str)
 def test_config_blocks_are_valid(block: Block, tmp_path: Path) -> None:
     """A config example is read without a problem or a warning, once the files that it names are there."""
-    tables = with_files(tomllib.loads(block.text), tmp_path)
+    shapes = SDXL_SHAPES if block.page.stem == "sdxl" else SD1_SHAPES
+    tables = with_files(tomllib.loads(block.text), tmp_path, shapes)
     if "config" in tables["data"]:
         (dataset,) = [other for other in DATASETS if other.page == block.page]
         write_dataset(dataset, tmp_path)

@@ -103,6 +103,19 @@ def test_projection_of_a_single_file_is_transposed(file: Path, tmp_path: Path) -
     assert "lacks text_projection.weight" in problems[0]
 
 
+def test_single_file_with_the_names_of_transformers(folder: Path, file: Path, tmp_path: Path) -> None:
+    """Some tools leave the second text encoder's names as transformers has them."""
+    tensors = {name: own for name, own in load_file(file).items() if not name.startswith("conditioner.embedders.1.")}
+    second = load_file(folder / "text_encoder_2" / "model.safetensors")
+    tensors |= {f"conditioner.embedders.1.transformer.{name}": tensor for name, tensor in second.items()}
+    save_file(tensors, tmp_path / "tiny.safetensors")
+    assert not list(SDXLConfig(path=str(tmp_path / "tiny.safetensors")).problems())
+    encoders = [built(path).text_encoder for path in (file, tmp_path / "tiny.safetensors")]
+    with torch.no_grad():
+        first, second_found = (encoder.encode(encoder.tokenize(CAPTIONS)) for encoder in encoders)
+    assert all(torch.equal(first[name], second_found[name]) for name in first)
+
+
 @pytest.mark.parametrize("length", [75, 150, 225])
 def test_long_captions(folder: Path, length: int) -> None:
     """Chunks are encoded alone; the pooled vector is that of the first, whatever the weights of words."""

@@ -67,8 +67,9 @@ def tensors_of(modules: list[nn.Module]) -> list[Tensor]:
 
 def given_in(batch: Batch) -> list[Tensor]:
     """The tensors of a batch."""
-    texts = [*(batch.conditioning or {}).values(), *(batch.tokens or {}).values()]
-    return [batch.latents, batch.noise, batch.timesteps, batch.weights, batch.sample_seeds, *texts]
+    named = (batch.conditioning, batch.tokens, batch.image_conditioning)
+    conditions = [tensor for tensors in named for tensor in (tensors or {}).values()]
+    return [batch.latents, batch.noise, batch.timesteps, batch.weights, batch.sample_seeds, *conditions]
 
 
 def saved_by_autograd(prepared: PreparedRun) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from attrs import evolve, frozen
 
@@ -18,6 +19,12 @@ from lorakit.models.families.sdxl.parts import STRUCTURE, TEXT_ENCODER_1, TEXT_E
 from lorakit.models.weights.checkpoint import CheckpointPart
 
 _OPEN_CLIP_PREFIX = "conditioner.embedders.1.model."
+
+
+def _projected_settings(shapes: Shapes) -> dict[str, Any]:
+    """Settings of the second text encoder in the names of transformers."""
+    projection = shapes["text_projection.weight"][0]
+    return {**clip_settings(shapes), "hidden_act": "gelu", "projection_dim": projection}
 
 
 def _big_g(file: Path, tensors: Shapes) -> CheckpointPart | None:
@@ -42,7 +49,7 @@ _TEXT_2_FORMAT = evolve(
     title=TEXT_ENCODER_2.title,
     prefix="conditioner.embedders.1.transformer.",
     roots=(*_TEXT_1_FORMAT.roots, "text_projection."),
-    infer=clip_settings,
+    infer=_projected_settings,
     shapes=projected_clip_shapes,
     other_layout=_big_g,
 )

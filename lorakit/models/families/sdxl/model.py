@@ -62,7 +62,7 @@ class StableDiffusionXL(StableDiffusion):
             targets=targets.unet_targets,
             key=parts.unet_key,
             compiled=(ResnetBlock2D, BasicTransformerBlock),
-            block_path=BLOCK_PATH,
+            block_path=parts.SWAPPED_PATH,
         ),
     )
 

@@ -34,6 +34,12 @@ STRUCTURE: Mapping[str, Any] = {
 LAYOUT = BlockLayout(23, {"down": range(1, 10), "mid": range(10, 13), "up": range(13, 22)})
 """As sd-scripts has it: 1 + k for `input_blocks.k`, 10 + k for `middle_block.k`, 13 + k for `output_blocks.k`."""
 
+SWAPPED_PATH = re.compile(r".*?\b(?:transformer_blocks|resnets|downsamplers|upsamplers)\.\d+")
+"""Matches the path of a layer of the U-Net up to the block that is swapped as one.
+
+A transformer of ten blocks has a seventh of the U-Net's weights, each of its blocks a seventieth.
+"""
+
 _BLOCK = re.compile(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.")
 _FIRST = {"input_blocks": 1, "middle_block": 10, "output_blocks": 13}
 
