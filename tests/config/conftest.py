@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,6 @@ from lorakit.errors import ConfigError
 from lorakit.models.families.sd import state_dict_keys as layout
 from lorakit.models.families.sd.config import StableDiffusionConfig
 from lorakit.models.families.sd.structure import clip_shapes, projected_clip_shapes, unet_shapes, vae_shapes
-<<<<<<< HEAD
-=======
-from lorakit.models.families.sdxl.parts import STRUCTURE
->>>>>>> xdocs
 from lorakit.plugins.catalog import Catalog
 from lorakit.testing.models import TINY_SDXL
 
@@ -43,7 +39,6 @@ SD1_SHAPES = {
 """The tensors of a very small single-file Stable Diffusion 1.x, in their original names."""
 
 UNET_XL = {
-<<<<<<< HEAD
     **TINY_SDXL["unet"], "block_out_channels": [8] * 3, "cross_attention_dim": 32,
     "projection_class_embeddings_input_dim": 16 + 6 * 256,
 }  # fmt: skip
@@ -60,25 +55,6 @@ def _open_clip_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]
         elif not original.endswith("]"):
             shapes[original or "text_projection"] = (first, *rest)
     return shapes
-=======
-    **STRUCTURE, "block_out_channels": [8, 16, 32], "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [1, 1, 1], "use_linear_projection": True, "cross_attention_dim": 32,
-    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 16 + 6 * 256,
-}  # fmt: skip
-CLIP_XL = {**CLIP, "projection_dim": 16}
-
-
-def big_g_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The tensors of the second text encoder in the names of OpenCLIP, queries, keys and values in one."""
-    for name, shape in projected_clip_shapes(CLIP_XL).items():
-        original = f"conditioner.embedders.1.model.{layout.open_clip_name(name).removesuffix('[0]')}"
-        if not original.endswith("]"):
-            is_fused = ".in_proj_" in original
-            yield (
-                original.replace("text_projection.weight", "text_projection"),
-                ((3 * shape[0], *shape[1:]) if is_fused else shape),
-            )
->>>>>>> xdocs
 
 
 SDXL_SHAPES = {
@@ -87,17 +63,10 @@ SDXL_SHAPES = {
         for name, shape in unet_shapes(UNET_XL).items()
     },
     **{name: shape for name, shape in SD1_SHAPES.items() if name.startswith(layout.VAE_PREFIX)},
-<<<<<<< HEAD
     **{f"conditioner.embedders.0.transformer.text_model.{name}": own for name, own in clip_shapes(CLIP_L).items()},
     **{f"conditioner.embedders.1.model.{name}": own for name, own in _open_clip_shapes(BIG_G).items()},
 }
 """The tensors of a very narrow single-file SDXL, in their original names."""
-=======
-    **{f"conditioner.embedders.0.transformer.text_model.{name}": shape for name, shape in clip_shapes(CLIP).items()},
-    **dict(big_g_shapes()),
-}
-"""The tensors of a very small single-file Stable Diffusion XL, in their original names."""
->>>>>>> xdocs
 
 
 def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Path:
