@@ -95,7 +95,7 @@ def test_schedules_are_warned_of(configure: Configure, train_tables: dict[str, A
     train_tables["lr_scheduler"] = {"name": "cosine"}
     (warning,) = configure("adamw_schedulefree").warnings()
     assert warning.key == "lr_scheduler.name"
-    assert str(warning).endswith("which needs no schedule (A warm-up is optimizer.warmup_steps)")
+    assert str(warning).endswith("which needs no schedule (for a warm-up, set optimizer.warmup_steps)")
 
 
 CHANGES: list[tuple[OptimizerConfig, dict[str, Any]]] = [
