@@ -23,7 +23,7 @@ def main() -> None:
     """Run the command line; ends the process with the exit status of the contract."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("lorakit").setLevel(logging.INFO)
-    # It warns of an optional kernel of its own that lorakit never calls.
+    # It warns of an optional kernel that lorakit never calls.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # A schedule says so after a first step that was skipped, as with fp16 it often is.
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
@@ -55,21 +55,21 @@ def _told(error: BaseException, debug: bool) -> int:
         return ConfigError.exit_status
     # click turns Ctrl-C into Abort.
     interrupt = error.__cause__ if isinstance(error.__cause__, KeyboardInterrupt) else KeyboardInterrupt()
-    told = interrupt if isinstance(error, click.Abort) else error
+    shown = interrupt if isinstance(error, click.Abort) else error
     if debug:
         traceback.print_exception(error)
-    if is_main_process() or not isinstance(told, Interrupted):
-        is_error = not isinstance(told, KeyboardInterrupt | Interrupted)
-        click.secho(_message(told), fg="red" if is_error else None, err=True, color=_wants_color())
-    if isinstance(told, KeyboardInterrupt):
+    if is_main_process() or not isinstance(shown, Interrupted):
+        is_error = not isinstance(shown, KeyboardInterrupt | Interrupted)
+        click.secho(_message(shown), fg="red" if is_error else None, err=True, color=_wants_color())
+    if isinstance(shown, KeyboardInterrupt):
         with suppress(OSError):
             sys.stdout.flush()
         os._exit(Interrupted.exit_status)
-    return getattr(told, "exit_status", 1)
+    return getattr(shown, "exit_status", 1)
 
 
 def _tell_of_wrong_use(error: click.ClickException) -> None:
-    """What is wrong with a command line, and where more is said of it; the help where no command was given."""
+    """What is wrong with a command line, and where to read more; the help if no command was given."""
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         error.show()
         return
@@ -89,7 +89,7 @@ def _wants_color() -> bool | None:
 
 
 def _message(error: BaseException) -> str:
-    """What the user is told of an error."""
+    """The message of an error for the user."""
     if isinstance(error, KeyboardInterrupt):
         return str(error) or "Stopped."
     if isinstance(error, Interrupted):

@@ -24,7 +24,7 @@ class Problem:
     message: str
     """What is wrong, as the end of a sentence that starts with the key: `must be at least 1, not 0`."""
     hint: str = ""
-    """What to do about it, a sentence of its own; empty where the message says it all."""
+    """What to do about it, as a separate sentence; empty if the message is enough."""
 
     def __str__(self) -> str:
         text = f"{self.key}: {self.message}" if self.key else self.message
@@ -60,7 +60,7 @@ LISTED = 20
 
 
 def data_error(problems: Sequence[str]) -> DataError:
-    """One error for all problems, each on a line of its own; the first 20 are listed."""
+    """One error for all problems, each on its own line; the first 20 are listed."""
     if len(problems) == 1:
         return DataError(problems[0])
     lines = [f"{len(problems)} problems with the data:", *(f"  {problem}" for problem in problems[:LISTED])]

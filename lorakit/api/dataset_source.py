@@ -23,7 +23,7 @@ class SourceImage:
     """The image file."""
     caption: Path | str | None = None
     """Its caption, or the text file that contains it; None if it has none. With `enable_wildcard`, each line is a
-    caption of its own."""
+    separate caption."""
     mask: Path | None = None
     """An image of the same size whose white or red areas count in the loss; None if all of the image counts."""
     name: str = field(default=Factory(lambda self: self.image.name, takes_self=True))

@@ -3,7 +3,7 @@
 A plugin is a module named in the entry-point group `lorakit`. It implements any of these functions,
 each marked with `@lorakit.hookimpl`. The `register_*` hooks return config classes
 (`lorakit.api.components`), so that components can be listed, documented and checked before
-anything heavy is imported; what each class's `build` makes is said there.
+anything heavy is imported; each class documents what its `build` returns.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ class FlowSpec(NoiseSpec):
         return _shift(self.shift, latent_shape)
 
     def sampling_shift(self, latent_shape: Sequence[int], steps: int) -> float:  # noqa: ARG002
-        """How far the timesteps of a preview are shifted towards noise, for latents [C, h, w] and so many steps."""
+        """How far timesteps of a preview of N steps are shifted towards noise, for latents [C, h, w]."""
         return _shift(self.preview_shift, latent_shape)
 
     def loss_problems(self, loss: LossConfig) -> Iterator[Problem]:

@@ -76,7 +76,7 @@ def kind_of_file(path: Path) -> Literal["safetensors", "pickle"]:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
     if not start:
         raise ModelError(f"{path} is empty; download it again")
-    # First, as its length may begin like an archive or a pickle, neither of which goes on like a length.
+    # First, as its length may begin like an archive or a pickle, neither of which continues like a length.
     if start[4:9] == b"\0\0\0\0{":
         return "safetensors"
     if start[:2] == b"PK" or start[:1] == b"\x80":

@@ -52,7 +52,7 @@ def differences(config: TrainConfig, before: Mapping[str, Any]) -> Iterator[Diff
             continue
         if key.endswith("[]"):
             then, value = f"{then or 0} tables", f"{value or 0} tables"
-        # A single table may be written without one of its own, its keys in that above it.
+        # A single table may be left out, its keys written in the one above it.
         for path in sorted(tables, key=len, reverse=True):
             if tables[path] == 1 and key.startswith(f"{path}[0]"):
                 key = path.rpartition(".")[0] + key.removeprefix(f"{path}[0]")  # noqa: PLW2901

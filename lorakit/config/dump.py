@@ -155,7 +155,7 @@ def _choices(type_: Any) -> str:
 
 
 def _line(setting: str, text: str) -> list[str]:
-    """A setting, with its help text in a column of its own beside it."""
+    """A setting, with its help text in a second column."""
     wrapped = textwrap.wrap(text, _WIDTH - _COMMENT_COLUMN - 2) or [""]
     starts = [setting, *[""] * (len(wrapped) - 1)]
     return [f"{start:<{_COMMENT_COLUMN}}# {line}".rstrip() for start, line in zip(starts, wrapped, strict=True)]

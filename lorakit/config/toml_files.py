@@ -200,7 +200,7 @@ def _twice(lines: Sequence[str], number: int, message: str) -> str:
         name = re.match(r"([\w.\"'-]+)\s*=", text)
         if section:
             header, key = section[1], section[1]
-            if text.startswith("[["):  # each has keys of its own
+            if text.startswith("[["):  # each has its own keys
                 places = {known: place for known, place in places.items() if not known.startswith(f"{key}.")}
                 if count != number:
                     continue

@@ -99,7 +99,7 @@ class RunLength:
 
     @classmethod
     def of(cls, datasets: Sequence[IndexedDataset], training: TrainingSection, world_size: int = 1) -> RunLength:
-        """The length of a run on these datasets, on so many processes."""
+        """The length of a run on these datasets, on a number of processes."""
         per_epoch = steps_per_epoch(datasets, world_size, training.gradient_accumulation_steps)
         if training.max_epochs:
             return cls(per_epoch, training.max_epochs * per_epoch)

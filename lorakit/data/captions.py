@@ -21,7 +21,7 @@ from lorakit.utils.rng import RngFactory, keyed_generator
 from lorakit.utils.safe_paths import require_regular_file
 
 _WILDCARD = re.compile(r"\{\{|\}\}|\{((?:\{\{|\}\}|[^}])++)\}")
-"""A doubled brace, or a wildcard with what is in it as its group, which may hold doubled braces."""
+"""A doubled brace, or a wildcard with its content as group, which may hold doubled braces."""
 
 EXTENSIONS = (".txt", ".caption")
 """Extensions of caption files that are looked for when a subset names none."""

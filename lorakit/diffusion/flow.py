@@ -46,7 +46,7 @@ class FlowMatching:
 
 
 def shifted_sigmas(steps: int, shift: float, terminal: float | None = None) -> Tensor:
-    """The sigmas of so many steps without the last 0, float64 [steps]."""
+    """The sigmas of `steps` steps without the last 0, float64 [steps]."""
     sigmas = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
     sigmas = shifted(sigmas, shift)  # type: ignore[arg-type, assignment]
     if terminal is not None:

@@ -138,7 +138,7 @@ def _write_plainly(option: Option, command: Command, draft: Draft) -> None:
             parts = command.parts(flag_value) if isinstance(flag_value, list) else flag_value
             draft.set(section, key, command.setting(option.name, parts))
         return
-    # Zero, and an empty text, are how sd-scripts is told not to use what lorakit is told by leaving a key out.
+    # sd-scripts switches these off with zero or an empty text; lorakit by leaving the key out.
     is_off = not value and (value is None or default is None or option.name in _NOTHING_AT_ZERO)
     if option.name in _MULTIRES:  # with either at 0 the noise is ordinary noise
         is_zero = any(name in command.given and not command.get(name) for name in _MULTIRES)

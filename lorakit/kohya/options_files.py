@@ -31,7 +31,7 @@ class Given:
     """For those of a file what they are called there: `--network_dim`, or the name of another program's key."""
     remarks: tuple[Problem, ...] = ()
     script: Script | None = None
-    """The script that they are for, where that is said."""
+    """The script that they are for, if it is known."""
 
 
 UNSAID = "not in the file: set it"

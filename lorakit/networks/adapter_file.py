@@ -113,7 +113,7 @@ def read_adapter(path: Path) -> AdapterFile:
     except AdapterError:
         raise
     except Exception as error:  # the readers raise all kinds of exceptions for damaged files
-        raise AdapterError(f"{path} is broken: {error}. Get the file anew.") from error
+        raise AdapterError(f"{path} is broken: {error}. Download or save it again.") from error
 
 
 def load_initial_weights(path: Path, targets: Sequence[AdaptationTarget] = ()) -> dict[str, Tensor]:

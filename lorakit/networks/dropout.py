@@ -43,7 +43,7 @@ class DropoutRates:
 class AdapterDropout:
     """The dropout masks of one adapter, for one micro-batch after another.
 
-    It holds its own tensors rather than its number, for which torch.compile would compile each adapter anew.
+    It holds its own tensors rather than its number, for which torch.compile would compile each adapter separately.
     """
 
     def __init__(self, rate: float) -> None:
@@ -64,7 +64,7 @@ class AdapterDropout:
     def mask(self, hidden: Tensor) -> Tensor:
         """What to multiply the rank-r activations [n·B, L, r] by; an image's n rows follow one another."""
         if self._stream is None or self._gamma is None:
-            raise RuntimeError("Network.begin_batch must be told the samples' seeds before the forward pass")
+            raise RuntimeError("Network.begin_batch must get the samples' seeds before the forward pass")
         rows, _, rank = hidden.shape
         images = len(self._stream)
         if rows % images:
@@ -79,7 +79,7 @@ class AdapterDropout:
     def kept(self, rows: int) -> Tensor:
         """Which of n·B rows are of images that the adapter is not left out for, bool [n·B]."""
         if self._kept is None:
-            raise RuntimeError("Network.begin_batch must be told the samples' seeds before the forward pass")
+            raise RuntimeError("Network.begin_batch must get the samples' seeds before the forward pass")
         images = len(self._kept)
         return self._kept.repeat_interleave(rows // images) if rows > images else self._kept
 

@@ -21,6 +21,7 @@ from lorakit.config.train_config import AUTOTUNE_KEYS, TrainConfig, TrainingSect
 from lorakit.data.cache.encode import CAPTIONS_AT_ONCE
 from lorakit.data.cache.vae import encode_pixels
 from lorakit.data.loader import Batch
+from lorakit.models.conditioning import EncodesOneByOne, encode_frozen
 from lorakit.models.interfaces import DiffusionModel
 from lorakit.models.memory.block_swap import streamed_bytes
 from lorakit.networks.network import Network, ParameterGroup
@@ -106,15 +107,15 @@ def image_encoding_memory(prepared: PreparedRun) -> EncodingMemory:
         return EncodingMemory(weights=weights, transient=meter.peak - weights)
 
 
-def caption_encoding_memory(prepared: PreparedRun) -> EncodingMemory:
-    """Memory for encoding a batch of captions."""
-    model = load_model(prepared.config, CPU)
-    with fake_tensors() as meter, torch.no_grad():
-        encoder, weights = model.text_encoder, _settled(meter)
-        encoders = [part.name for part in prepared.config.model.parts if part.encoders]
-        offloaded = _offloaded(model, encoders, prepared.config)
-        encoder.encode(encoder.tokenize([""] * CAPTIONS_AT_ONCE, prepared.config.data.weighted_captions))
-        return EncodingMemory(weights=weights - offloaded, transient=meter.peak - weights)
+def caption_encoding_memory(prepared: PreparedRun) -> int:
+    """Bytes for encoding a batch of captions, the weights of the text encoders that are in memory together included."""
+    config, captions = prepared.config, [""] * CAPTIONS_AT_ONCE
+    model = load_model(config, CPU)
+    with fake_tensors() as meter:
+        for _ in encode_frozen(model, [captions], config.data.weighted_captions):
+            peak = meter.peak
+        offloaded = [_offloaded(model, [part.name], config) for part in config.model.parts if part.encoders]
+    return peak - (max(offloaded) if isinstance(model, EncodesOneByOne) else sum(offloaded))
 
 
 def training_memory(

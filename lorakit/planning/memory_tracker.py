@@ -119,7 +119,7 @@ def _changes_numbers_only(func: Any) -> bool:
 
 @cache
 def _makes_tensors(func: Any) -> bool:
-    """Whether an operation gives tensors of its own, no views of others, and changes none."""
+    """Whether an operation returns new tensors, no views of others, and changes none."""
     schema = func._schema
     return not schema.is_mutable and all(own.alias_info is None for own in (*schema.returns, *schema.arguments))
 

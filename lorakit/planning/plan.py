@@ -63,8 +63,8 @@ class Plan:
     """The shape of micro-batches that memory was estimated for."""
     images: EncodingMemory
     """What encoding images needs."""
-    captions: EncodingMemory | None
-    """What encoding captions needs; None where that is part of each step."""
+    captions: int | None
+    """Bytes that encoding captions needs; None where that is part of each step."""
     presets: Sequence[MemoryPreset]
     """Memory with each preset, and with the config's settings."""
     timing: Timing | None

@@ -21,7 +21,7 @@ def report(plan: Plan, memory: int | None = None) -> Iterator[str]:
     training = plan.current.memory
     rows = [("encoding images", in_gib(plan.images.peak))]
     if plan.captions is not None:
-        rows.append(("encoding captions", in_gib(plan.captions.peak)))
+        rows.append(("encoding captions", in_gib(plan.captions)))
     rows += [
         (f"training, batches of {plan.largest.images} at {_size(plan.largest.size)}", in_gib(training.peak)),
         ("  frozen weights", in_gib(training.weights)),

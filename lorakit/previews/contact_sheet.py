@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MAX_ROWS, MAX_COLUMNS = 16, 8
 """How many prompts and how many times of drawing a sheet shows at most."""
 _CELL = 160
-"""Pixels along the longer side of a picture on the sheet."""
+"""Pixels along the longer side of an image on the sheet."""
 _GAP, _LABEL, _HEAD = 8, 180, 32
 """Pixels between images, for the prompts on the left, and for the steps at the top."""
 _TEXT_SIZE = 14

@@ -16,7 +16,7 @@ from lorakit.utils.rng import derived_seed
 LARGEST_SIDE = 4096
 """Most pixels of a preview's side: larger ones are typing errors, and would take hours."""
 MOST_STEPS = 999
-"""Most steps of a picture: samplers have a thousand timesteps to choose from, and leave one of them out."""
+"""Most steps of an image: samplers have a thousand timesteps to choose from, and leave one of them out."""
 SMALLEST_SIDE = 64
 """Fewest pixels of a preview's side."""
 SEEDS = 2**32
@@ -35,7 +35,7 @@ def round_side(side: int, multiple: int = 8) -> int:
 
 @frozen(kw_only=True)
 class PromptSettings:
-    """How a picture is drawn."""
+    """How an image is sampled."""
 
     negative_prompt: str = ""
     """Negative prompt."""
@@ -58,7 +58,7 @@ class PromptSettings:
 
 @frozen(kw_only=True)
 class Prompt(PromptSettings):
-    """A picture to draw."""
+    """An image to sample."""
 
     prompt: str = field(validator=v.min_len(1))
     """What is to be seen."""

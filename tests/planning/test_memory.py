@@ -169,7 +169,8 @@ def test_encoding(make_config) -> None:
     model = load_model(prepared.config, CPU)
     images, captions = image_encoding_memory(prepared), caption_encoding_memory(prepared)
     assert images.weights == sum(tensor.nbytes for tensor in tensors_of([model.vae_encoder.module]))
-    assert captions.weights == sum(tensor.nbytes for tensor in tensors_of([model.text_encoder.module]))
+    text = sum(tensor.nbytes for tensor in tensors_of([model.text_encoder.module]))
+    assert text < captions < 2 * text
     four = image_encoding_memory(prepare(make_config(network=UNET, data={"encode_batch_size": 4})))
     assert four.weights == images.weights
     assert 3.9 < four.transient / images.transient < 4.1

@@ -85,7 +85,7 @@ def test_a_folder_that_takes_nothing_for_a_while(
     assert same(whole, weights_of(out / "test.safetensors"))
     told = [record.getMessage() for record in caplog.records if "cannot be written" in record.getMessage()]
     assert len(told) == 4  # two files and two states
-    assert all(text.endswith("Training goes on, and the next save tries again.") for text in told)
+    assert all(text.endswith("Training continues, and the next save tries again.") for text in told)
     assert not [path for path in out.rglob("*") if path.name.startswith(".")]
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: the adapters every so many epochs or steps, and at the end."""
+"""Checkpoints: the adapters every N epochs or steps, and at the end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class CheckpointsConfig(ObserverConfig):
 class Checkpoints(Observer):
     """Saves when it is time, and removes the oldest saves once a newer one is whole.
 
-    Where a save fails on the way, that is said, the older ones stay, and training goes on to the next.
+    If a save fails during training, that is logged, older ones stay, and training continues.
     """
 
     def __init__(self, run: RunInfo) -> None:
@@ -49,7 +49,7 @@ class Checkpoints(Observer):
             self._save(self._stem_of_step(step))
 
     def epoch_finished(self, epoch: int) -> None:
-        """Save every so many epochs; the last epoch is left to the end."""
+        """Save every N epochs; the last epoch is left to the end."""
         if self._every.is_due_after_epoch(epoch) and epoch < self._run.total_epochs:
             self._save(self._stem_of_epoch(epoch))
 
@@ -107,11 +107,11 @@ class Checkpoints(Observer):
 
 
 def _tried(save: Callable[[], Path]) -> Path | None:
-    """Where something was saved; None, once that is said, where it could not be."""
+    """Where something was saved; None, after a warning, if it could not be."""
     try:
         return save()
     except OutputError as error:
-        log.warning("%s Training goes on, and the next save tries again.", error)
+        log.warning("%s Training continues, and the next save tries again.", error)
         return None
 
 

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: saves are uploaded while training goes on."""
+"""The Hugging Face Hub: saves are uploaded during training."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class HubConfig(ObserverConfig):
 
 
 class Hub(Observer):
-    """Uploads in a thread of its own, one after another; what fails is told and stays where it is."""
+    """Uploads in a separate thread, one after another; failures are logged, and the files stay where they are."""
 
     def __init__(self, config: HubConfig, folder: Path, states: str) -> None:
         """Files are saved in `folder`; `states` is the name of the folder in it that states are in."""

@@ -54,7 +54,7 @@ class Progress(Observer):
         self._display.show(self._position)
 
     def busy(self, what: str) -> None:
-        """Say what goes on instead of the next step."""
+        """Show what happens instead of the next step."""
         if self._is_open:
             self._position = evolve(self._position, busy=what)
             self._display.show(self._position, now=True)
@@ -105,7 +105,7 @@ class Progress(Observer):
             self._display.close()
 
     def _at_steps_again(self) -> None:
-        """Show the steps again where it was said that something else goes on."""
+        """Show the steps again after something else was shown."""
         if self._position.busy:
             self._position = evolve(self._position, busy="")
             self._display.show(self._position)

@@ -1,4 +1,4 @@
-"""Samples: pictures drawn with the adapters while they are trained."""
+"""Samples: images sampled with the adapters while they are trained."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class SamplesConfig(ObserverConfig, PromptSettings):
 class Samples(Observer):
     """Draws when it is time, and keeps the contact sheet.
 
-    What is wrong with prompts or files by then is a warning, and the run goes on.
+    What is wrong with prompts or files by then is a warning, and the run continues.
     """
 
     def __init__(self, config: SamplesConfig, run: RunInfo, previewer: Previewer) -> None:

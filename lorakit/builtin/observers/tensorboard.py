@@ -33,7 +33,7 @@ class TensorBoardConfig(ObserverConfig):
 
 
 class TensorBoard(Observer):
-    """Writes scalars and pictures as they come."""
+    """Writes scalars and images as they come."""
 
     def __init__(self, folder: Path) -> None:
         """`folder` is made when the first number arrives."""

@@ -52,7 +52,7 @@ class FileStatCache:
             try:
                 write_atomically(self._file, content.encode())
             except OutputError as error:
-                log.warning("%s Until then each run looks at all images anew.", error)
+                log.warning("%s Until then each run reads all images again.", error)
             self._new = {}
 
     def get_or_compute(self, path: Path, name: str, compute: Callable[[], Any]) -> Any:

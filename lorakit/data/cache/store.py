@@ -79,7 +79,7 @@ class Cache:
             require_regular_file(path)
             entry = load(path.read_bytes())
         except (OSError, SafetensorError) as error:
-            hint = "start again: what is missing from the cache is encoded anew"
+            hint = "start again: entries missing from the cache are encoded again"
             raise DataError(str(Problem(str(path), "was removed or damaged while it was in use", hint))) from error
         if not entry.keys() >= set(names):
             raise DataError(str(Problem(str(path), f"does not hold {' and '.join(names)}", "remove this file")))

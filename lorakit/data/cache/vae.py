@@ -1,4 +1,4 @@
-"""Latents of pictures, for the cache and for images that are encoded anew in each epoch.
+"""Latents of images, for the cache and for images that are encoded again in each epoch.
 
 Shapes: B images, C latent channels, H and W image sides in pixels, h and w latent sides.
 """

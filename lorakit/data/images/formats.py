@@ -14,7 +14,7 @@ _READ = "png apng jpg jpeg jpe jif jfif jfi pjpeg pjp webp avif tif tiff bmp gif
 EXTENSIONS = frozenset(f".{end}" for end in _READ.split())
 """Extensions, in lower case, of the files that are taken for images."""
 
-# Files are often misnamed, so the format is told by the content; Pillow's other readers stay shut to untrusted files.
+# Files are often misnamed, so the content tells the format; Pillow's other readers stay shut to untrusted files.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
 """The formats that are read, by Pillow's names."""
 

@@ -97,7 +97,7 @@ class SelectiveCheckpointing:
         return not self.is_all and block not in self._kept
 
     def note(self, block: CheckpointedBlock, size: int) -> None:
-        """Take into account that a block would keep so many bytes."""
+        """Take into account that a block would keep this number of bytes."""
         self._kept[block] = size
         self._chosen = frozenset(sorted(self._kept, key=self._kept.__getitem__, reverse=True)[: self.number])
 

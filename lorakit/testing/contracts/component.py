@@ -56,7 +56,7 @@ SECTIONS: Mapping[type[Component], str] = {
 class ComponentContract:
     """What every component must do; the suite of its kind, such as `OptimizerContract`, includes these tests.
 
-    Each test runs in an empty folder of its own, which relative paths in `config` are relative to, and
+    Each test runs in its own empty folder, which relative paths in `config` are relative to, and
     torch computes on one thread, which is fastest for tiny models.
     """
 

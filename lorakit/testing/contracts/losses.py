@@ -45,7 +45,7 @@ class LossContract(ComponentContract):
         return process
 
     def test_compares_number_by_number(self, process: NoiseProcess) -> None:
-        """Each number has a loss of its own, float32, which depends on no other number and no other image."""
+        """Each number has its own loss, float32, which depends on no other number and no other image."""
         prediction, target = _numbers(1), _numbers(2)
         steps, compare = timesteps(process.spec), self.config.build(process)
         losses = compare(prediction, target, steps)

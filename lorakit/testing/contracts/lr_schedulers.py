@@ -65,7 +65,7 @@ class LRSchedulerContract(ComponentContract):
 
     @pytest.mark.parametrize("done", [1, STEPS // 2, STEPS - 1])
     def test_resumes_exactly(self, done: int) -> None:
-        """A new schedule with the saved state gives exactly the rates that the old one goes on to give."""
+        """A new schedule with the saved state gives exactly the rates that the old one gives next."""
         optimizer, schedule = self.built(STEPS)
         _rates(optimizer, schedule, done)
         resumed_optimizer, resumed = self.built(STEPS)

@@ -42,7 +42,7 @@ class OptimizerContract(ComponentContract):
     """Steps in which the optimizer should halve the loss of a simple problem."""
 
     def test_lowers_the_loss(self) -> None:
-        """A convex problem, a weighted distance to a target, comes to less than half of its first loss."""
+        """A convex problem, a weighted distance to a target, is reduced to less than half of its first loss."""
         problem = Problem.fresh(self.config)
         first = problem.loss().item()
         problem.solve(self.steps)
@@ -82,7 +82,7 @@ class OptimizerContract(ComponentContract):
             assert problem.differs_from(before) == moves
 
     def test_resumes_exactly(self) -> None:
-        """A new optimizer with the saved state goes on bit for bit as the old one does."""
+        """A new optimizer with the saved state continues bit for bit as the old one does."""
         original = Problem.fresh(self.config)
         original.solve(3)
         resumed = Problem.fresh(self.config)
@@ -169,7 +169,7 @@ class Problem:
         return torch.stack([(weight * (own - target).square()).sum() / 2 for weight, own, target in terms]).sum()
 
     def solve(self, steps: int) -> None:
-        """Take so many steps."""
+        """Take this number of steps."""
         for _ in range(steps):
             self.loss().backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()

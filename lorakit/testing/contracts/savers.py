@@ -35,7 +35,7 @@ class SaverContract(ComponentContract):
     """Whether the format holds metadata."""
 
     def test_suffix(self) -> None:
-        """Files of the format are told by a suffix with its dot, whatever the precision."""
+        """Files of the format have a suffix with its dot, whatever the precision."""
         suffixes = {attrs.evolve(self.config, precision=precision).build().suffix for precision in DTYPES}
         assert len(suffixes) == 1
         suffix = suffixes.pop()

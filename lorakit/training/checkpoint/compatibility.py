@@ -125,7 +125,7 @@ def fast_forward(lr_scheduler: LRScheduler, first_rates: Sequence[float], steps:
     for group, rate in zip(lr_scheduler.optimizer.param_groups, first_rates, strict=True):
         group["lr"] = rate
     with warnings.catch_warnings():
-        # It expects a step of the optimizer before each of its own.
+        # It expects an optimizer step before each scheduler step.
         warnings.simplefilter("ignore", UserWarning)
         for _ in range(steps):
             lr_scheduler.step()

@@ -100,7 +100,7 @@ def _xl_variety(tensors: Shapes) -> str:
 
 
 def _pruned(upper: int, lower: int) -> str:
-    """What a U-Net is called whose first transformers at the lower two levels have so many blocks."""
+    """The name of a U-Net by the depth of the first transformer at its lower two levels; empty for SDXL and others."""
     return {(2, 4): "an SSD-1B model", (1, 2): "a Segmind-Vega model"}.get((upper, lower), "")
 
 

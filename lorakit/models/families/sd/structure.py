@@ -92,7 +92,7 @@ def _unet(settings: UNetConfig) -> Tensors:
 
 
 def _unet_block(path: str, settings: UNetConfig, level: Level, widths: Iterable[int], transformers: int) -> Tensors:
-    """ResNet blocks that take images of these widths, and so many transformers."""
+    """ResNet blocks that take images of these widths, and this number of transformers."""
     for index, width in enumerate(widths):
         yield from _resnet(f"{path}.resnets.{index}", width, level.channels)
         yield from _linear(f"{path}.resnets.{index}.time_emb_proj", settings.time_channels, level.channels)

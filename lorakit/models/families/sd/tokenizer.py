@@ -57,7 +57,7 @@ class CaptionTokenizer:
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Token ids, int64 [B, n, 77], of captions of any length; what is too long is cut off.
 
-        A chunk ends with the end token if the caption goes on behind it, or else with padding. Raises ModelError where
+        A chunk ends with the end token if the caption continues after it, or else with padding. Raises ModelError where
         the folder's files turn out to be damaged.
         """
         return self._in_chunks(self._ids(captions))

@@ -179,7 +179,7 @@ class ResnetBlock2D(CheckpointedBlock):
     """Two convolutions beside a shortcut, the time added between them (He et al., 2016; Ho et al., 2020)."""
 
     def __init__(self, inputs: int, outputs: int, time_channels: int, groups: int = 32, eps: float = 1e-5) -> None:
-        """From `inputs` to `outputs` channels, normalised in so many groups."""
+        """From `inputs` to `outputs` channels, normalised in `groups` groups."""
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, inputs, eps)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
@@ -308,7 +308,7 @@ class Attention(nn.Module):
     """Projects queries, keys and values, and leaves the rest to an attention backend."""
 
     def __init__(self, channels: int, context_channels: int, heads: int, upcasts: bool = False) -> None:
-        """Of tokens with so many channels to others with `context_channels`.
+        """From tokens with `channels` channels to others with `context_channels`.
 
         With `upcasts` the backend computes in float32 whatever the number format. Raises ValueError where the heads
         do not share the channels evenly.

@@ -35,7 +35,7 @@ _PADS = (None, 0)
 
 
 class StableDiffusionXL(StableDiffusion):
-    """A U-Net that is told of image sizes, the two halves of a VAE and two text encoders."""
+    """A U-Net with image sizes among its inputs, the two halves of a VAE and two text encoders."""
 
     modules = (
         PartModule(
