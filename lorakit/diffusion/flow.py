@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lorakit.api.loss import LossConfig
 from lorakit.api.noise import FlowSpec, shifted
 
 
@@ -31,6 +32,10 @@ class FlowMatching:
     def signal_to_noise(self, timesteps: Tensor) -> Tensor:
         """((1 − t) / t)², float32 [B]; infinite at 0."""
         return ((1 - timesteps) / timesteps).square()
+
+    def for_loss(self, loss: LossConfig) -> FlowMatching:  # noqa: ARG002
+        """Itself: no option of the loss changes it."""
+        return self
 
     def model_timesteps(self, timesteps: Tensor) -> Tensor:
         """Timesteps as the denoiser takes them, 1000·t, float32: bfloat16 would move in steps of 4 above 512."""

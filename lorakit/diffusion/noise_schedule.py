@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lorakit.api.loss import LossConfig
 from lorakit.api.noise import DDPMSpec
 
 Prediction = Literal["epsilon", "v_prediction"]
@@ -57,6 +58,10 @@ class DDPMSchedule:
     def signal_to_noise(self, timesteps: Tensor) -> Tensor:
         """ᾱₜ / (1−ᾱₜ), float32 [B], of timesteps [B]."""
         return self._table(timesteps.device)[2][timesteps]
+
+    def for_loss(self, loss: LossConfig) -> DDPMSchedule:
+        """The schedule with zero terminal SNR if the loss asks for it, or else itself."""
+        return self.with_zero_terminal_snr() if loss.zero_terminal_snr else self
 
     def with_zero_terminal_snr(self) -> DDPMSchedule:
         """The same process with no signal left at the last timestep."""

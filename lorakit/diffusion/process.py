@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorakit.api.loss import LossConfig
 from lorakit.api.noise import NoiseSpec
 
 
@@ -36,6 +37,10 @@ class NoiseProcess(Protocol):
 
     def signal_to_noise(self, timesteps: Tensor) -> Tensor:
         """Ratio of the powers of signal and noise, float32 [B]."""
+        ...
+
+    def for_loss(self, loss: LossConfig) -> NoiseProcess:
+        """The process as `[loss]` asks for it, such as with zero terminal SNR; itself if it asks for nothing."""
         ...
 
 

@@ -23,7 +23,6 @@ from lorakit.api.observer import Observer
 from lorakit.config.train_config import TrainConfig, TrainingSection, with_section
 from lorakit.data.batch_sampler import RunLength
 from lorakit.data.loader import BatchLoader
-from lorakit.diffusion.noise_schedule import DDPMSchedule
 from lorakit.errors import ConfigError, Interrupted, PluginError, Problem
 from lorakit.models.conditioning import ImageConditioned
 from lorakit.models.interfaces import AdaptationTarget, DiffusionModel
@@ -227,8 +226,7 @@ def build_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
         raise ConfigError(problems)
     for warning in _new_warnings(config, model, device):
         log.warning("%s", warning)
-    if config.loss.zero_terminal_snr and isinstance(model.noise, DDPMSchedule):
-        model.noise = model.noise.with_zero_terminal_snr()
+    model.noise = model.noise.for_loss(config.loss)
     return model
 
 

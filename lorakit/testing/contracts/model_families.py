@@ -99,7 +99,7 @@ class ModelFamilyContract(ComponentContract):
         torch.testing.assert_close(encoder.encode(pictures(2)[1:])[0], mean[1:], rtol=1e-4, atol=1e-5)
 
     def test_vae_decoder(self) -> None:
-        """Latents of `latent_shape` become images of the size that was encoded, float32 in [-1, 1], each as if alone."""
+        """Latents of `latent_shape` become images of the encoded size, float32 in [-1, 1], each as if alone."""
         model = self.built()
         latents, _ = model.vae_encoder.encode(pictures(2))
         height, width = pictures().shape[2:]

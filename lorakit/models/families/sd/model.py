@@ -27,7 +27,7 @@ from lorakit.models.families.sd.text_encoder import ClipTextEncoder, checkpoint_
 from lorakit.models.families.sd.tokenizer import CaptionTokenizer
 from lorakit.models.families.sd.unet import BasicTransformerBlock, ResnetBlock2D, UNet, use_backend
 from lorakit.models.families.sd.unet_config import UNetConfig
-from lorakit.models.interfaces import AttentionBackend, Conditioning
+from lorakit.models.interfaces import AttentionBackend, Conditioning, TextEncoder
 from lorakit.models.vae import VaeDecoder, VaeEncoder, read_vae_decoder, read_vae_encoder
 from lorakit.models.weights.checkpoint import CheckpointPart
 from lorakit.models.weights.hashing import hash_of_file
@@ -128,7 +128,7 @@ class StableDiffusion(BaseModel):
         """The VAE's decoder with its weights."""
         return read_vae_decoder(part, self.device, self.vae_dtype)
 
-    def make_text_encoder(self, modules: Mapping[str, nn.Module]) -> ClipTextEncoder:
+    def make_text_encoder(self, modules: Mapping[str, nn.Module]) -> TextEncoder:
         """CLIP with its tokenizer; a `ModelError` if they do not fit, or there are fewer layers than are skipped."""
         part, variant = self.checkpoint.part(TEXT_ENCODER.name), self.variant
         folder = self.checkpoint.tokenizer_folder()

@@ -81,7 +81,7 @@ class StableDiffusionXL(StableDiffusion):
         rows = [(*own.original[::-1], *own.crop[::-1], *own.target[::-1]) for own in sizes]
         return {"time_ids": torch.tensor(rows, dtype=torch.float32)}
 
-    def make_text_encoder(self, modules: Mapping[str, nn.Module]) -> SDXLTextEncoder:  # type: ignore[override]
+    def make_text_encoder(self, modules: Mapping[str, nn.Module]) -> SDXLTextEncoder:
         """Both text encoders with their tokenizers; a `ModelError` if they do not fit."""
         first, second = (modules[own.part.name] for own in self.modules[:2])
         return SDXLTextEncoder(first, second, self.tokenizer)
