@@ -150,6 +150,6 @@ def test_prompt_files(base: Path, data: st.DataObject, suffix: str) -> None:
     def act() -> None:
         for prompt in read_prompts(path, PromptSettings()).prompts:
             assert all(side is None or side % 8 == 0 for side in (prompt.width, prompt.height))
-            assert math.isfinite(prompt.scale)
+            assert prompt.scale is None or math.isfinite(prompt.scale)
 
     ends_well("prompt files", act, ConfigError, path.name)

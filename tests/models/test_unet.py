@@ -172,7 +172,7 @@ def test_waves_of_timesteps(cosines_first: bool, shift: int) -> None:
         ("center_input_sample", True), ("only_cross_attention", True), ("only_cross_attention", [True] * 4),
         ("reverse_transformer_layers_per_block", [1] * 4), ("encoder_hid_dim", 8),
         ("encoder_hid_dim_type", "text_proj"), ("num_attention_heads", 4), ("dual_cross_attention", True),
-        ("class_embed_type", "timestep"), ("addition_embed_type", "text_time"), ("num_class_embeds", 10),
+        ("class_embed_type", "timestep"), ("addition_embed_type", "text"), ("num_class_embeds", 10),
         ("time_embedding_dim", 64),
         ("time_embedding_act_fn", "silu"), ("timestep_post_act", "silu"), ("time_cond_proj_dim", 8),
         ("class_embeddings_concat", True), ("act_fn", "gelu"), ("attention_type", "gated"), ("conv_in_kernel", 1),
@@ -197,8 +197,6 @@ def test_all_settings_of_diffusers_are_known_or_make_no_difference() -> None:
         "mid_block_only_cross_attention": True,
         "cross_attention_norm": "layer_norm",
         "addition_embed_type_num_heads": 3,
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 8,
     }
     defaults = dict(without_weights(lambda: UNet2DConditionModel(**SD1)).config)
     refused = set()

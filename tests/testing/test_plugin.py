@@ -55,6 +55,9 @@ def test_imports_nothing_heavy() -> None:
     assert imported & {"torch", "numpy", "PIL", "diffusers", "transformers"} == set()
     assert {name for name in run.stdout.split() if name.startswith("lorakit")} == {
         "lorakit",
+        "lorakit._version",
+        "lorakit.api",
+        "lorakit.api.hookspecs",
         "lorakit.testing",
         "lorakit.testing.plugin",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -192,9 +193,17 @@ def test_zero_terminal_snr_reaches_the_noise_process(make_config) -> None:
         assert model.noise.prediction == "v_prediction"
 
 
-def test_warnings_of_what_the_files_say(make_config, caplog: pytest.LogCaptureFixture) -> None:
-    """Where only the model's files say that it predicts noise, the run warns of a schedule without signal, once."""
-    for model in ({}, {"prediction": "epsilon"}, {"prediction": "v_prediction"}):
-        build_model(make_config(model=model, loss={"zero_terminal_snr": True}), torch.device("cpu"))
+def test_warnings_of_what_a_model_predicts(make_config, tiny_sd1_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A schedule without signal is a warning for models that predict noise, as the config, their files or nobody says.
+
+    The last is known when the run starts, and is a warning then.
+    """
+    loss, expected = {"zero_terminal_snr": True}, "loss.zero_terminal_snr: suits models that predict the velocity"
+    models = ({"prediction": "epsilon"}, {}, {"prediction": "v_prediction"}, {"path": str(tiny_sd1_file)})
+    configs = [make_config(model=model, loss=loss) for model in models]
+    warned = [any(str(warning).startswith(expected) for warning in config.warnings()) for config in configs]
+    assert warned == [True, True, False, False]
+    for config in configs:
+        build_model(config, torch.device("cpu"))
     (record,) = caplog.records
-    assert record.getMessage().startswith("loss.zero_terminal_snr: suits models that predict the velocity")
+    assert record.getMessage().startswith(expected)

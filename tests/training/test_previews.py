@@ -26,6 +26,7 @@ from lorakit.training.run import Run
 from lorakit.training.run_handle import RunHandle
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.setup import add_observers, build_run
+from lorakit.utils.wording import shown_path
 
 SMALL = "--w 64 --h 64 --s 2"
 
@@ -325,7 +326,7 @@ def test_logs_show_previews(
     assert [(image.step, image.width, image.height) for image in shown] == [(1, 64, 64), (2, 64, 64)]
     (first, _) = events.Tensors("previews/01/text_summary")
     assert first.tensor_proto.string_val[0].decode().startswith("a dog\nNegative prompt: blurry\nSteps: 2")
-    assert f"2 previews of step 2 in {config.output.dir / 'sample'}" in capsys.readouterr().err
+    assert f"2 previews of step 2 in {shown_path(config.output.dir / 'sample')}" in capsys.readouterr().err
 
 
 def test_problems_before_anything_is_read(make_config, prompts: Path) -> None:

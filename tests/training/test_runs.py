@@ -167,12 +167,14 @@ def test_metadata_of_the_loss(make_config, catalog: Catalog) -> None:
     assert metadata["ss_v_pred_like_loss"] == "None"
 
 
-def test_loss_that_does_not_suit_what_the_model_predicts(make_config) -> None:
-    """Where only the model's files say what it predicts, the run is refused before anything is encoded."""
-    config = make_config(loss={"scale_v_pred_loss_like_noise_pred": True})
-    with pytest.raises(
-        ConfigError, match=r"loss\.scale_v_pred_loss_like_noise_pred: is for models that predict the vel"
-    ):
+def test_loss_that_does_not_suit_what_the_model_predicts(make_config, tiny_sd1_file: Path) -> None:
+    """Where the model's files say what it predicts, the config is refused; where nothing does, the run is."""
+    loss = {"scale_v_pred_loss_like_noise_pred": True}
+    expected = r"loss\.scale_v_pred_loss_like_noise_pred: is for models that predict the vel"
+    with pytest.raises(ConfigError, match=expected):
+        make_config(loss=loss)
+    config = make_config(model={"path": str(tiny_sd1_file)}, loss=loss)
+    with pytest.raises(ConfigError, match=expected):
         build_run(prepare(config), Distributed(torch.device("cpu")))
 
 

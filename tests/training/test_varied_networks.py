@@ -148,7 +148,7 @@ def test_learning_rates_of_a_run(make_config) -> None:
 def test_text_encoder_with_rate_zero_is_left_out(make_config) -> None:
     """A list in which the only text encoder has the learning rate 0 gives it no adapters, as 0 does."""
     config = make_config(optimizer={"text_encoder_lr": [0.0]}, training={"max_steps": 1})
-    assert [warning.key for warning in config.warnings()] == ["network.parts"]
+    assert list(config.warnings()) == []
     assert not any(key.startswith("lora_te") for key in load_file(lorakit.train(config)))
 
 

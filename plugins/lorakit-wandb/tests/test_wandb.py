@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def test_log_of_a_run(train_tables: dict[str, Any], tmp_path: Path) -> None:
     """The log has the run's names, its config without folders, every step's numbers, and that it ended well."""
     observer = {"name": "wandb", "project": "cats", "run_name": "rank 4", "tags": ["a"], "dir": "logs", "notes": "n"}
     lorakit.train(train_config({**train_tables, "observers": [observer]}, tmp_path))
-    records = list(records_of(tmp_path / "logs"))
+    records = complete_log(tmp_path / "logs")
     (run,) = [record.run for record in records if record.HasField("run")]
     assert (run.project, run.display_name, list(run.tags), run.notes) == ("cats", "rank 4", ["a"], "n")
     config = {update.key: update.value_json for update in run.config.update}
@@ -55,6 +56,15 @@ def test_log_of_a_run(train_tables: dict[str, Any], tmp_path: Path) -> None:
     assert all(0 < step["loss"] < 10 and step["gradient_norm"] > 0 for step in steps)
     assert {"lr/unet", "lr/text_encoder"} <= steps[0].keys()
     assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0]
+
+
+def complete_log(folder: Path) -> list[Record]:
+    """The records of the one log in a folder, once the process of wandb has written the last one."""
+    deadline = time.monotonic() + 60
+    while not any(record.HasField("exit") for record in (records := list(records_of(folder)))):
+        assert time.monotonic() < deadline, "the log has no end"
+        time.sleep(0.1)
+    return records
 
 
 def records_of(folder: Path) -> Iterator[Record]:
@@ -71,6 +81,8 @@ def records_of(folder: Path) -> Iterator[Record]:
             position += left
             continue
         length, kind = struct.unpack_from("<HB", content, position + 4)
+        if position + 7 + length > len(content):  # still being written
+            return
         record += content[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):
