@@ -61,10 +61,12 @@ def test_log_of_a_run(train_tables: dict[str, Any], tmp_path: Path) -> None:
 def complete_log(folder: Path) -> list[Record]:
     """The records of the one log in a folder, once the process of wandb has written the last one."""
     deadline = time.monotonic() + 60
-    while not any(record.HasField("exit") for record in (records := list(records_of(folder)))):
+    while True:
+        records = list(records_of(folder))
+        if any(record.HasField("exit") for record in records):
+            return records
         assert time.monotonic() < deadline, "the log has no end"
         time.sleep(0.1)
-    return records
 
 
 def records_of(folder: Path) -> Iterator[Record]:
