@@ -131,22 +131,32 @@ class StableDiffusion(BaseModel):
     def make_text_encoder(self, modules: Mapping[str, nn.Module]) -> TextEncoder:
         """CLIP with its tokenizer; a `ModelError` if they do not fit, or there are fewer layers than are skipped."""
         part, variant = self.checkpoint.part(TEXT_ENCODER.name), self.variant
-        folder = self.checkpoint.tokenizer_folder()
-        tokenizer = CaptionTokenizer(folder, variant.max_token_length, variant.pad_token)
-        vocabulary, layers = part.shape_of("embeddings.token_embedding.weight")[0], part.settings["num_hidden_layers"]
-        if tokenizer.vocabulary_size > vocabulary:
-            raise ModelError(f"{part} knows {vocabulary} tokens, but its tokenizer has {tokenizer.vocabulary_size}")
+        tokenizer = self.read_tokenizer(TEXT_ENCODER.name, "tokenizer", variant.pad_token)
+        layers = part.settings["num_hidden_layers"]
         if variant.clip_skip > layers:
             raise ModelError(f"{part} has {layers} layers; clip_skip must be at most that, not {variant.clip_skip}")
         return ClipTextEncoder(modules[TEXT_ENCODER.name], tokenizer, variant.clip_skip)
 
     def text_options(self) -> list[object]:
         """What captions are encoded with, and a hash of the model's own tokenizer; empty where it uses CLIP's."""
-        folder, variant = self.checkpoint.tokenizer_folder(), self.variant
-        files = [] if folder is None else [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-        hashes = (self.memo.get_or_compute(file, "sha256", partial(hash_of_file, file)) for file in files)
-        options: list[object] = [variant.clip_skip, variant.max_token_length, variant.pad_token, " ".join(hashes)]
+        variant, hashes = self.variant, self.tokenizer_hashes("tokenizer")
+        options: list[object] = [variant.clip_skip, variant.max_token_length, variant.pad_token, hashes]
         return options + ([_PADS_WITH_A_WORD] if variant.pad_token is not None else [])
+
+    def read_tokenizer(self, encoder: str, folder: str, pad: int | None) -> CaptionTokenizer:
+        """The tokenizer of a text encoder, in the folder of that name or CLIP's; a `ModelError` if they do not fit."""
+        part = self.checkpoint.part(encoder)
+        tokenizer = CaptionTokenizer(self.checkpoint.tokenizer_folder(folder), self.variant.max_token_length, pad)
+        vocabulary = part.shape_of("embeddings.token_embedding.weight")[0]
+        if tokenizer.vocabulary_size > vocabulary:
+            raise ModelError(f"{part} knows {vocabulary} tokens, but its tokenizer has {tokenizer.vocabulary_size}")
+        return tokenizer
+
+    def tokenizer_hashes(self, *names: str) -> str:
+        """Hashes of the files in the tokenizers' folders of these names; empty if the model brings none."""
+        folders = [folder for name in names if (folder := self.checkpoint.tokenizer_folder(name))]
+        files = [folder / name for folder in folders for name in TOKENIZER_FILES if (folder / name).is_file()]
+        return " ".join(self.memo.get_or_compute(file, "sha256", partial(hash_of_file, file)) for file in files)
 
     def metadata_entries(self) -> Mapping[str, str]:
         """The version and how captions are read, in the keys of sd-scripts and of the metadata standard."""

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.errors import ModelError
+from lorakit.api.components import ModelPart
 from lorakit.models.base import PartModule
 from lorakit.models.conditioning import ImageSizes
-from lorakit.models.families.sd.checkpoint import TOKENIZER_FILES
 from lorakit.models.families.sd.model import StableDiffusion, unet_module
 from lorakit.models.families.sd.targets import BLOCK_PATH
 from lorakit.models.families.sd.text_encoder import checkpoint_layers, clip_module, set_positions
-from lorakit.models.families.sd.tokenizer import CaptionTokenizer
 from lorakit.models.families.sd.unet import BasicTransformerBlock, ResnetBlock2D
 from lorakit.models.families.sdxl import parts, targets
 from lorakit.models.families.sdxl.text_encoder import (
@@ -27,35 +25,32 @@ from lorakit.models.families.sdxl.text_encoder import (
     projected_clip_module,
 )
 from lorakit.models.interfaces import Conditioning
-from lorakit.models.weights.hashing import hash_of_file
+from lorakit.models.weights.checkpoint import CheckpointPart
 
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _PADS = (None, 0)
 """What fills captions up: the end token for CLIP, token 0 for OpenCLIP."""
 
 
+def _text_encoder(part: ModelPart, build: Callable[[CheckpointPart], nn.Module]) -> PartModule:
+    """How one of the text encoders is built and treated."""
+    return PartModule(
+        part=part,
+        build=build,
+        targets=partial(targets.text_encoder_targets, part),
+        key=partial(parts.text_encoder_key, part),
+        finish=set_positions,
+        checkpoint=checkpoint_layers,
+        block_path=BLOCK_PATH,
+    )
+
+
 class StableDiffusionXL(StableDiffusion):
     """A U-Net with image sizes among its inputs, the two halves of a VAE and two text encoders."""
 
     modules = (
-        PartModule(
-            part=parts.TEXT_ENCODER_1,
-            build=clip_module,
-            targets=targets.text_encoder_1_targets,
-            key=parts.text_encoder_1_key,
-            finish=set_positions,
-            checkpoint=checkpoint_layers,
-            block_path=BLOCK_PATH,
-        ),
-        PartModule(
-            part=parts.TEXT_ENCODER_2,
-            build=projected_clip_module,
-            targets=targets.text_encoder_2_targets,
-            key=parts.text_encoder_2_key,
-            finish=set_positions,
-            checkpoint=checkpoint_layers,
-            block_path=BLOCK_PATH,
-        ),
+        _text_encoder(parts.TEXT_ENCODER_1, clip_module),
+        _text_encoder(parts.TEXT_ENCODER_2, projected_clip_module),
         PartModule(
             part=parts.UNET,
             build=unet_module,
@@ -106,22 +101,12 @@ class StableDiffusionXL(StableDiffusion):
     @cached_property
     def tokenizer(self) -> SDXLTokenizer:
         """The tokenizers; a `ModelError` if they do not fit the text encoders."""
-        tokenizers = []
-        for own, name, pad in zip(self.modules, _TOKENIZERS, _PADS, strict=False):
-            part, folder = self.checkpoint.part(own.part.name), self.checkpoint.tokenizer_folder(name)
-            tokenizer = CaptionTokenizer(folder, self.variant.max_token_length, pad)
-            vocabulary = part.shape_of("embeddings.token_embedding.weight")[0]
-            if tokenizer.vocabulary_size > vocabulary:
-                raise ModelError(f"{part} knows {vocabulary} tokens, but its tokenizer has {tokenizer.vocabulary_size}")
-            tokenizers.append(tokenizer)
-        return SDXLTokenizer(*tokenizers)
+        encoders = zip(self.modules, _TOKENIZERS, _PADS, strict=False)
+        return SDXLTokenizer(*(self.read_tokenizer(own.part.name, folder, pad) for own, folder, pad in encoders))
 
     def text_options(self) -> list[object]:
         """What captions are encoded with, and hashes of the model's own tokenizers; empty where it uses CLIP's."""
-        folders = [self.checkpoint.tokenizer_folder(name) for name in _TOKENIZERS]
-        files = [folder / name for folder in folders if folder for name in TOKENIZER_FILES if (folder / name).is_file()]
-        hashes = (self.memo.get_or_compute(file, "sha256", partial(hash_of_file, file)) for file in files)
-        return [self.variant.max_token_length, " ".join(hashes)]
+        return [self.variant.max_token_length, self.tokenizer_hashes(*_TOKENIZERS)]
 
     def metadata_entries(self) -> Mapping[str, str]:
         """The version and how captions are read, in the keys of sd-scripts and of the metadata standard."""

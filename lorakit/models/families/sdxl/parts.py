@@ -9,6 +9,7 @@ from typing import Any
 from attrs import evolve
 
 from lorakit.api.block_layout import BlockLayout
+from lorakit.api.components import ModelPart
 from lorakit.models.families.sd import state_dict_keys as sd
 from lorakit.models.families.sd.state_dict_keys import original_unet_name
 
@@ -60,11 +61,6 @@ def unet_key(path: str) -> str:
     return f"{UNET.lora_prefix}{original_unet_path(path).replace('.', '_')}"
 
 
-def text_encoder_1_key(path: str) -> str:
-    """The name in LoRA files of a layer, by its path in the first text encoder."""
-    return f"{TEXT_ENCODER_1.lora_prefix}text_model_{path.replace('.', '_')}"
-
-
-def text_encoder_2_key(path: str) -> str:
-    """The name in LoRA files of a layer, by its path in the second text encoder."""
-    return f"{TEXT_ENCODER_2.lora_prefix}text_model_{path.replace('.', '_')}"
+def text_encoder_key(part: ModelPart, path: str) -> str:
+    """The name in LoRA files of a layer, by its path in one of the text encoders."""
+    return f"{part.lora_prefix}text_model_{path.replace('.', '_')}"

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from torch import nn
 
+from lorakit.api.components import ModelPart
 from lorakit.models.families.sd.targets import block_layers, clip_targets, tags_of
 from lorakit.models.families.sdxl.parts import (
     LAYOUT,
-    TEXT_ENCODER_1,
-    TEXT_ENCODER_2,
     UNET,
     block_index,
     original_unet_path,
-    text_encoder_1_key,
-    text_encoder_2_key,
+    text_encoder_key,
     unet_key,
 )
 from lorakit.models.interfaces import AdaptationTarget
@@ -39,11 +38,6 @@ def unet_targets(unet: nn.Module) -> Iterator[AdaptationTarget]:
         )
 
 
-def text_encoder_1_targets(encoder: nn.Module) -> Iterator[AdaptationTarget]:
-    """Projections and MLPs of every layer of the first text encoder; the last layer's output is not used."""
-    return clip_targets(encoder, TEXT_ENCODER_1, text_encoder_1_key)
-
-
-def text_encoder_2_targets(encoder: nn.Module) -> Iterator[AdaptationTarget]:
-    """Projections and MLPs of every layer of the second text encoder."""
-    return clip_targets(encoder, TEXT_ENCODER_2, text_encoder_2_key)
+def text_encoder_targets(part: ModelPart, encoder: nn.Module) -> Iterator[AdaptationTarget]:
+    """Projections and MLPs of every layer of a text encoder; the last layer's output of the first one is not used."""
+    return clip_targets(encoder, part, partial(text_encoder_key, part))
