@@ -71,7 +71,7 @@ def measure(name: str, read: Callable[[], list[nn.Module]]) -> None:
 
 
 def resident() -> dict[str, int]:
-    """Bytes of this process in memory: `RssAnon` of its own, `RssFile` of mapped files."""
+    """Resident memory of this process in bytes: `RssAnon`, anonymous, and `RssFile`, mapped files."""
     status = Path("/proc/self/status").read_text()
     return {kind: 1024 * int(size) for kind, size in re.findall(r"^(RssAnon|RssFile):\s+(\d+) kB$", status, re.M)}
 

@@ -179,29 +179,29 @@ $ lorakit from-kohya -o config.toml training_config.toml dataset_config.toml
 The script's name says that SDXL is trained; so does `sdxl` in a file of the GUI. For options alone, and for other
 files, the base model says it.
 
-- `text_encoder` in the tables below stands for both text encoders, `["text_encoder", "text_encoder_2"]`.
+- `text_encoder` in the tables below means both text encoders, `["text_encoder", "text_encoder_2"]`.
 - sd-scripts has one learning rate for both: the first number of `--text_encoder_lr`. In lorakit,
   `optimizer.text_encoder_lr` takes a list, and `[1e-5, 0]` trains the first alone.
 - Without `--max_bucket_reso`, the config says `max_bucket_reso = 1024`, which is sd-scripts' default. With it, images
   that are not square are made smaller than SDXL is trained on; take the line away for 2048.
-- In sd-scripts, previews are 512×512 with `ddim` where nothing else is said, which looks broken with SDXL. The config
-  says the same in five keys; take them away for 1024×1024 with `euler_a`.
+- sd-scripts draws previews at 512×512 with `ddim` by default, which looks broken with SDXL. The config sets the same in
+  five keys; remove them for 1024×1024 with `euler_a`.
 - `--cache_text_encoder_outputs` needs no key: captions are encoded once where the text encoders are not trained. With
   `--shuffle_caption` and other options that change captions, sd-scripts refuses it; lorakit then encodes in each step
   what has too many forms to encode all.
 - `--clip_skip` has no effect, as with sd-scripts.
 
-Some things are done otherwise on purpose. Files trained with either are used alike.
+Some differences are deliberate. LoRA files of both are used alike.
 
 - A single file holds the projection of the second text encoder transposed. sd-scripts takes it as it is, so that the
   pooled vector in training is another than that in all programs that draw; lorakit transposes it.
-- The crop that the U-Net is told is the true one, in pixels of the resized image, for random crops and mirrored images,
-  too. sd-scripts tells that of an image with bars at its sides.
+- Crop conditioning uses the actual crop, in pixels of the resized image, including random crops and mirrored images.
+  sd-scripts uses the offset of a letterboxed image.
 - With `--zero_terminal_snr`, `--min_snr_gamma` and other weights go by the rescaled noise schedule, in sd-scripts by
   the one before.
-- `--v_parameterization` and `--zero_terminal_snr` alone say what is trained, present or absent, and the config writes
-  down what they say. Where the model's file says otherwise, `lorakit check` warns; without `prediction` and
-  `zero_terminal_snr`, lorakit goes by the file.
+- In sd-scripts only `--v_parameterization` and `--zero_terminal_snr` decide what is trained, and the config sets both
+  keys accordingly. `lorakit check` warns if the model's file disagrees; without `prediction` and `zero_terminal_snr`,
+  lorakit uses what the file says.
 - Images for which the VAE overflows in half precision are encoded again in float32.
 
 Below are all options, by what they are about. “later” means that the option is left out with a warning."""
