@@ -93,6 +93,8 @@ if TYPE_CHECKING:
     from lorakit.networks.adapter_file import Saver as Saver
     from lorakit.networks.config import LoRAConfig as LoRAConfig
     from lorakit.networks.dropout import DropoutRates as DropoutRates
+    from lorakit.networks.flat_parameters import FlatParameters as FlatParameters
+    from lorakit.networks.flat_parameters import FlatView as FlatView
     from lorakit.networks.lora import LoRAModule as LoRAModule
     from lorakit.networks.lora import LoRANetwork as LoRANetwork
     from lorakit.networks.network import AdapterModule as AdapterModule

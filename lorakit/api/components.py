@@ -181,6 +181,9 @@ class OptimizerConfig(Component):
     """Whether it needs no LR schedule; any but a constant one is then a warning."""
     finds_learning_rate: ClassVar[bool] = False
     """Whether it estimates the learning rate and multiplies it by `lr`, which is then about 1."""
+    elementwise: ClassVar[bool] = False
+    """Whether it updates each number by itself, whatever parameter the number belongs to. It then gets each group's
+    parameters as a single one, which takes one kernel instead of hundreds."""
     usual_lr: ClassVar[float | None] = None
     """The usual learning rate: `lorakit init` writes it, and more than a hundred times as much is a warning."""
 

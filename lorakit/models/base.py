@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor, nn
 
 from lorakit.api.components import ModelPart
@@ -234,7 +234,16 @@ class BaseModel:
         wanted = [own for own in self.modules if own.part.name in parts]
         if any(own.part.encoders for own in wanted):
             _ = self.text_encoder  # refuses what its tokenizer does not fit
-        return [target for own in wanted for target in own.targets(self.module(own.part.name))]
+        found = [target for own in wanted for target in own.targets(self.module(own.part.name))]
+        if not self._checkpointed and not self._formats and not self._streamed:
+            return found
+        # Blocks that are computed again, or whose weights come and go, cannot compute what other blocks read.
+        return [
+            evolve(target, shared_input=f"{target.path.rpartition('.')[0]} {target.shared_input}".rstrip())
+            if target.shared_input
+            else target
+            for target in found
+        ]
 
     def use_attention(self, backend: AttentionBackend) -> None:
         """Compute the denoiser's attention with this backend."""

@@ -54,6 +54,9 @@ class AdaptationTarget:
     """Its dotted path in the original code, where LoRA files of some tools use it; empty if none does."""
     other_keys: tuple[str, ...] = ()
     """Other keys that it has in LoRA files of some tools."""
+    shared_input: str = ""
+    """Name of the tensor that it reads, the same for all layers of its part that read it and that one operation may
+    compute: those of queries, keys and values, for example. Empty if it has its input for itself."""
     fused_in: TensorSlice | None = None
     """Where some LoRA files have it as rows of a larger layer, such as queries, keys and values in one: that layer's
     key and the rows."""

@@ -56,7 +56,7 @@ class DoRAModule(LoRAModule):
             output: Tensor = self.base(x)
             return output
         draw_mask = self.draw_mask if self.training else None
-        out = low_rank_operation(x, self.lora_down, self.lora_up, self.base, self.scale, draw_mask)
+        out = low_rank_operation(x, self.lora_down, self.lora_up, self.base, self.scale, draw_mask, self.flat)
         bias = cast("Tensor | None", self.base.bias)
         gains = self.dora_scale.flatten() / self._norms()  # float32 [O]; [B, O] where it is left out for some images
         if self._draw_kept is not None and self.training:

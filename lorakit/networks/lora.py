@@ -9,15 +9,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from lorakit.errors import AdapterError
 from lorakit.models.interfaces import AdaptationTarget
 from lorakit.models.memory.quantization import is_adaptable
 from lorakit.networks.dropout import AdapterDropout, DropoutRates, NetworkDropout
-from lorakit.networks.lora_function import DropoutMask, low_rank_operation
-from lorakit.networks.network import AdapterModule, Network
+from lorakit.networks.flat_parameters import FlatParameters
+from lorakit.networks.lora_function import DropoutMask, FlatFactors, low_rank_operation
+from lorakit.networks.network import AdapterModule, Network, ParameterGroup
+from lorakit.networks.shared_input import SharedInput
 from lorakit.utils.rng import keyed_generator
 
 _ALPHA_TOLERANCE = 2.0**-8
@@ -46,6 +48,8 @@ class LoRAModule(AdapterModule):
         self.lora_down = nn.Parameter(torch.empty(rank, *inputs, dtype=torch.float32, device=device))
         self.lora_up = nn.Parameter(torch.empty(out, rank, *[1] * len(inputs[1:]), dtype=torch.float32, device=device))
         self.draw_mask: DropoutMask | None = None
+        self.flat: FlatFactors | None = None
+        self.shared: SharedInput | None = None
         LoRAModule.initialize(self, 0)
 
     @torch.no_grad()
@@ -62,12 +66,19 @@ class LoRAModule(AdapterModule):
         if scale == 0:
             output: Tensor = self.base(x)
             return output
+        if self.shared is not None and self.shared.takes(x):
+            return self.shared.output(self, x, scale)
         draw_mask = self.draw_mask if self.training else None
-        return low_rank_operation(x, self.lora_down, self.lora_up, self.base, scale, draw_mask)
+        return low_rank_operation(x, self.lora_down, self.lora_up, self.base, scale, draw_mask, self.flat)
 
     def use_dropout(self, dropout: AdapterDropout, rates: DropoutRates) -> None:  # noqa: ARG002
         """Drop at random while training, at these rates."""
         self.draw_mask = dropout.mask
+
+    def use_flat(self, flat: FlatParameters) -> None:
+        """Compute with the copies of both factors in flat buffers, and add their gradients there."""
+        down, up = flat.view(self.lora_down), flat.view(self.lora_up)
+        self.flat = (down, up) if down and up else None
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Both matrices and alpha."""
@@ -201,6 +212,36 @@ class LoRANetwork(Network):
         if up is not None and parameter_name == "lora_up":
             name, factor = f"{name} plus", factor * up
         return name, factor
+
+    def parameter_groups(self, lr_for: Callable[[AdaptationTarget], float]) -> list[ParameterGroup]:
+        """The trained parameters by learning rate; those of adapters that share their input follow one another."""
+        order: dict[nn.Parameter, int] = {}
+        for own in self._sharing():
+            for parameter in (*(adapter.lora_down for adapter in own), *(adapter.lora_up for adapter in own)):
+                order[parameter] = len(order)
+        return [
+            evolve(group, parameters=tuple(sorted(group.parameters, key=lambda one: order.get(one, len(order)))))
+            for group in super().parameter_groups(lr_for)
+        ]
+
+    def use_flat(self, flat: FlatParameters) -> None:
+        """Let adapters compute with flat buffers, those that share their input in one operation."""
+        super().use_flat(flat)
+        for own in self._sharing():
+            shared = SharedInput(own, flat)
+            for adapter in own:
+                adapter.shared = shared
+
+    def _sharing(self) -> list[list[LoRAModule]]:
+        """Adapters that can be computed in one operation, two or more in each list."""
+        found: dict[tuple[object, ...], list[LoRAModule]] = {}
+        for target, adapter in zip(self._targets, self.adapters, strict=True):
+            # Dropout masks are drawn for each adapter, and other kinds compute more than a sum.
+            if target.shared_input and type(adapter) is LoRAModule and isinstance(adapter.base, nn.Linear):
+                groups = (self.group_of(target, name) for name in ("lora_down", "lora_up"))
+                shapes = (adapter.lora_down.shape, adapter.lora_up.shape, adapter.scale, adapter.base.bias is None)
+                found.setdefault((target.part, target.shared_input, *shapes, *groups), []).append(adapter)
+        return [own for own in found.values() if len(own) > 1 and self._dropouts is None]
 
     def begin_batch(self, sample_seeds: Tensor) -> None:
         """Draw the micro-batch's dropouts from its images' seeds, int64 [B]."""

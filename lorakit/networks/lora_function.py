@@ -3,7 +3,8 @@
 Written by hand because it is the innermost loop: the update is added to the base layer's output in
 place, the activations are never copied to the factors' float32, and only the input and the rank-r
 activations are kept for the backward pass. The base layer's weight is asked for in both passes, as a
-layer may keep it in another form.
+layer may keep it in another form. Where the factors are views of flat buffers, the backward pass adds
+their gradients there by itself.
 
 Shapes: B images or texts, L positions in each, r rank. "Rows" are [B, L, channels], a view in either
 memory format.
@@ -20,21 +21,37 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lorakit.networks.flat_parameters import FlatView, add_product
+
 DropoutMask = Callable[[Tensor], Tensor]
 """Given the rank-r activations as rows [B, L, r], what to multiply them by, in their dtype, broadcastable to them."""
 
 Layer = nn.Linear | nn.Conv2d
 """What can be adapted."""
 
-LowRankOperation = Callable[[Tensor, Tensor, Tensor, nn.Module, float, DropoutMask | None], Tensor]
-"""Output of input, down and up factor, base layer, scale, and dropout; differentiable in the first three."""
+FlatFactors = tuple[FlatView, FlatView]
+"""Down and up factor in flat buffers."""
+
+LowRankOperation = Callable[[Tensor, Tensor, Tensor, nn.Module, float, DropoutMask | None, FlatFactors | None], Tensor]
+"""Output of input, down and up factor, base layer, scale, dropout, and the factors in flat buffers.
+
+Differentiable in the first three; gradients of factors in flat buffers are added there.
+"""
 
 
 class _LowRank(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, base: Layer, *options: Any) -> Tensor:
-        scale, draw_mask = options
-        x, down, up, weight, bias = _cast(x, down, up, base)
+        scale, draw_mask, flat = options
+        dtype = compute_dtype(x)
+        # Compilers cannot trace what a backward pass writes elsewhere.
+        if flat is not None and flat[0].weight.dtype == dtype and not torch.compiler.is_compiling():
+            down, up = (own.weight for own in flat)
+            ctx.sums = [own.gradient for own in flat]
+        else:
+            down, up = down.to(dtype), up.to(dtype)
+            ctx.sums = (None, None)
+        x, (weight, bias) = x.to(dtype), base_weights(base, dtype)
         is_conv = isinstance(base, nn.Conv2d)
         out = F.conv2d(x, weight, bias, *_geometry(base)) if is_conv else F.linear(x, weight, bias)
         # scale·D·x as rows [B, L, r]
@@ -63,18 +80,19 @@ class _LowRank(Function):
             _add_product(grad_hidden, grad, up.flatten(1), alpha=ctx.scale, beta=0)
             if mask is not None:
                 grad_hidden.mul_(mask)
-            grad_up = _contract(grad, hidden).view(up.shape)
+            grad_up = _contract(grad, hidden, up.shape, ctx.sums[1])
             gradients = _pointwise_gradients if is_pointwise(ctx.base) else _conv_gradients
-            grad_x, grad_down = gradients(ctx.base, x, down, grad_out, grad_hidden, ctx.needs_input_grad[0])
-        return grad_x, grad_down, grad_up, None, None, None
+            grad_x, grad_down = gradients(ctx, x, down, grad_out, grad_hidden)
+        return grad_x, grad_down, grad_up, None, None, None, None
 
 
 def _pointwise_gradients(
-    base: Layer, x: Tensor, down: Tensor, grad_out: Tensor, grad_hidden: Tensor, wants_x: bool
-) -> tuple[Tensor | None, Tensor]:
-    """Gradients of the input, if it is wanted, and of the down factor."""
-    grad_down = _contract(grad_hidden, _rows(base, x)).view(down.shape)
-    if not wants_x:
+    ctx: Any, x: Tensor, down: Tensor, grad_out: Tensor, grad_hidden: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the input and of the down factor, where they are wanted."""
+    base = ctx.base
+    grad_down = _contract(grad_hidden, _rows(base, x), down.shape, ctx.sums[0])
+    if not ctx.needs_input_grad[0]:
         return None, grad_down
     channels_last = isinstance(base, nn.Conv2d) and x.is_contiguous(memory_format=torch.channels_last)
     grad_x = torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -84,15 +102,19 @@ def _pointwise_gradients(
 
 
 def _conv_gradients(
-    base: Layer, x: Tensor, down: Tensor, grad_out: Tensor, grad_hidden: Tensor, wants_x: bool
-) -> tuple[Tensor | None, Tensor]:
-    """Gradients of the input, if it is wanted, and of the down factor."""
+    ctx: Any, x: Tensor, down: Tensor, grad_out: Tensor, grad_hidden: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the input and of the down factor, where they are wanted."""
+    base, wants_x, sums = ctx.base, ctx.needs_input_grad[0], ctx.sums[0]
     geometry = (*_geometry(base), False, (0, 0), 1)
     grad_images = grad_hidden.transpose(1, 2).view(len(x), -1, *grad_out.shape[2:])
     grad_x, grad_down, _ = _conv_backward(grad_images, x, down, None, *geometry, (wants_x, True, False))
     if wants_x:
         grad_x += _conv_backward(grad_out, x, base.weight.to(x.dtype), None, *geometry, (True, False, False))[0]
-    return grad_x, grad_down
+    if sums is None:
+        return grad_x, grad_down
+    sums.add_(grad_down)
+    return grad_x, None
 
 
 _conv_backward = torch.ops.aten.convolution_backward
@@ -113,15 +135,20 @@ def autocast_device(tensor: Tensor) -> str:
     return "cpu" if tensor.is_meta else tensor.device.type
 
 
-def _cast(x: Tensor, down: Tensor, up: Tensor, base: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Input, factors, base weight and bias in the dtype to compute in: autocast's if it is on, else the input's."""
-    dtype, device = x.dtype, autocast_device(x)
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype to compute in: autocast's if it is on, else the input's."""
+    device = autocast_device(x)
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def base_weights(base: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a base layer, which autocast casts; without it they must be of the input's dtype."""
     weight, bias = base.weight, base.bias
-    if weight.dtype != dtype and torch.is_autocast_enabled(device):
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    return x.to(dtype), down.to(dtype), up.to(dtype), weight, bias
+    if weight.dtype != dtype and torch.is_autocast_enabled(autocast_device(weight)):
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+    return weight, bias
 
 
 def _geometry(conv: Layer) -> tuple[Any, ...]:
@@ -151,8 +178,19 @@ def _add_product(out: Tensor, rows: Tensor, matrix: Tensor, alpha: float = 1.0, 
         out.transpose(1, 2).baddbmm_(matrices, transposed, alpha=alpha, beta=beta)
 
 
-def _contract(left: Tensor, right: Tensor) -> Tensor:
-    """Σ over images and positions of left·rightᵀ: [m, k] of [B, L, m] and [B, L, k]."""
-    if len(left) == 1 or (left.is_contiguous() and right.is_contiguous()):
-        return left.flatten(0, 1).t() @ right.flatten(0, 1)
-    return (left.transpose(1, 2) @ right).sum(0)
+def _contract(left: Tensor, right: Tensor, shape: torch.Size, sums: Tensor | None) -> Tensor | None:
+    """Σ over images and positions of left·rightᵀ, of [B, L, m] and [B, L, k], in a shape that holds [m, k].
+
+    None where there is a tensor of that shape to add it to.
+    """
+    if len(left) > 1 and not (left.is_contiguous() and right.is_contiguous()):
+        product = (left.transpose(1, 2) @ right).sum(0)
+        if sums is None:
+            return product.view(shape)
+        sums.view_as(product).add_(product)
+        return None
+    left, right = left.flatten(0, 1).t(), right.flatten(0, 1)
+    if sums is None:
+        return (left @ right).view(shape)
+    add_product(sums.view(len(left), -1), left, right)
+    return None

@@ -7,7 +7,7 @@ Another algorithm than LoRA is a subclass of `AdapterModule` with `initialize`, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from attrs import frozen
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from lorakit.errors import AdapterError
 from lorakit.models.interfaces import AdaptationTarget
 from lorakit.utils.wording import some
+
+if TYPE_CHECKING:
+    from lorakit.networks.flat_parameters import FlatParameters
 
 
 @frozen
@@ -59,6 +62,13 @@ class AdapterModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The base layer's output plus `multiplier` times the update; with 0 the base's output, bit for bit."""
         raise NotImplementedError
+
+    def use_flat(self, flat: FlatParameters) -> None:
+        """Called before training, when trained parameters have become views of flat buffers.
+
+        An adapter may compute with `flat.view(parameter).weight`, its parameter in the model's format, and add to
+        `flat.view(parameter).gradient` instead of leaving that to autograd. Here neither is done.
+        """
 
     def adapter_state(self) -> dict[str, Tensor]:
         """The exact state by suffix as in a file, `lora_down.weight`; trained parameters themselves, not copies."""
@@ -132,6 +142,11 @@ class Network(nn.Module):
         """Set the weights that training starts from, a function of the seed."""
         for adapter in self._by_key.values():
             adapter.initialize(seed)
+
+    def use_flat(self, flat: FlatParameters) -> None:
+        """Let adapters compute with flat buffers that hold all trained parameters."""
+        for adapter in self._by_key.values():
+            adapter.use_flat(flat)
 
     def begin_batch(self, sample_seeds: Tensor) -> None:
         """Called before a micro-batch of B images with their seeds, int64 [B], from which all randomness follows."""

@@ -5,6 +5,7 @@ B images in a micro-batch or encoded together, H and W image sides in pixels.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -31,7 +32,6 @@ from lorakit.training.encode import conditioning_of
 from lorakit.training.prepare import PreparedRun
 from lorakit.training.setup import attach_network, load_model
 from lorakit.training.step.eval_weights import begin_training
-from lorakit.training.step.gradients import FlatGradients
 from lorakit.training.step.loss import Criterion, denoising_loss
 
 RESERVE = 2**29
@@ -137,19 +137,18 @@ def training_memory(
         loaded += [model.vae_encoder] if prepared.encodes_images else []
         frozen_weights = _settled(meter)
         offloaded = _offloaded(model, prepared.parts_in_memory, config)
-        network, groups = attach_network(model, config)
-        adapters = _settled(meter) - frozen_weights
-        FlatGradients(groups)
+        network, flat = attach_network(model, config)
         standing = _settled(meter)
         # With selective checkpointing, the blocks are chosen in the first step, so memory is steady in the second.
         for _ in range(1 if isinstance(config.training.gradient_checkpointing, bool) else 2):
             saved = _step(model, network, batch, config, meter)
         transient = meter.peak - standing - saved
+    trained = [tuple(p.shape) for group in flat.groups_for(config.optimizer) for p in group.parameters]
     return TrainingMemory(
         weights=frozen_weights - offloaded,
-        adapters=adapters,
-        gradients=standing - frozen_weights - adapters,
-        optimizer=state_bytes(config.optimizer, [tuple(p.shape) for group in groups for p in group.parameters]),
+        adapters=standing - frozen_weights - flat.gradients.nbytes,
+        gradients=flat.gradients.nbytes,
+        optimizer=state_bytes(config.optimizer, trained),
         saved_activations=saved,
         transient=transient,
         encoding=encoding.transient if prepared.encodes_images else 0,
@@ -162,6 +161,10 @@ def _offloaded(model: DiffusionModel, parts: Sequence[str], config: TrainConfig)
     return streamed_bytes(target.module for target in model.targets(streamed))
 
 
+_LARGE = 2**20
+"""Numbers in a parameter that takes a while to update."""
+
+
 def _settled(meter: MemoryTracker) -> int:
     """Bytes currently held; resets the peak to them."""
     meter.peak = meter.held
@@ -171,8 +174,13 @@ def _settled(meter: MemoryTracker) -> int:
 def state_bytes(config: OptimizerConfig, shapes: Sequence[tuple[int, ...]]) -> int:
     """Bytes of the state that an optimizer keeps of parameters of these shapes.
 
-    It takes a step with one parameter of each shape, on the CPU.
+    It takes a step with one parameter of each shape, on the CPU. Where each number counts for itself, two small ones
+    say how many bytes a number takes.
     """
+    if config.elementwise and math.prod(max(shapes, key=math.prod)) > _LARGE:
+        half, whole = (state_bytes(config, [(size,)]) for size in (_LARGE // 2, _LARGE))
+        numbers = sum(map(math.prod, shapes))
+        return whole + (whole - half) * (numbers - _LARGE) // (_LARGE // 2)
     counts = Counter(shapes)
     samples = {shape: nn.Parameter(torch.zeros(shape)) for shape in counts}
     for parameter in samples.values():

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lorakit.config.train_config import TrainConfig
 from lorakit.data.loader import Batch, BatchLoader, prefetch
 from lorakit.models.interfaces import Conditioning, DiffusionModel
+from lorakit.networks.flat_parameters import FlatParameters
 from lorakit.networks.network import Network
 from lorakit.training.checkpoint.compatibility import RunFingerprint
 from lorakit.training.encode import conditioning_of
@@ -39,6 +40,8 @@ class Run:
     network: Network
     optimizer: Optimizer
     lr_scheduler: LRScheduler
+    flat: FlatParameters
+    """The trained parameters, and the copy that layers compute with."""
     gradients: FlatGradients
     scaler: torch.amp.GradScaler
     schedule: Schedule
@@ -78,6 +81,7 @@ class Run:
 
     def forward_backward(self, batch: Batch) -> None:
         """Add a micro-batch's part of the step's loss, and its gradients."""
+        self.flat.refresh()
         self.network.begin_batch(batch.sample_seeds)  # keys its dropout
         self.backward(denoising_loss(self.model, batch, self.encode(batch), self.criterion))
 
@@ -88,6 +92,7 @@ class Run:
     def backward(self, loss: Tensor) -> None:
         """Add a part of the step's loss, and its gradients."""
         torch.autograd.backward(self.scaler.scale(loss))
+        self.flat.collect()
         self.loss += loss.detach()
 
     def update(self, step: Step) -> None:
@@ -120,6 +125,7 @@ class Run:
         self.network.eval()
         try:
             with torch.no_grad(), self.weights.eval_weights():
+                self.flat.refresh()
                 yield self.model
         finally:
             self.network.train()

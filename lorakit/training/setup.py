@@ -28,6 +28,7 @@ from lorakit.models.conditioning import ImageConditioned
 from lorakit.models.interfaces import AdaptationTarget, DiffusionModel
 from lorakit.models.memory.compile import compile_unsupported_reason
 from lorakit.networks.adapter_file import load_initial_weights
+from lorakit.networks.flat_parameters import FlatParameters
 from lorakit.networks.network import Network, ParameterGroup
 from lorakit.plugins.build import build_component
 from lorakit.plugins.catalog import Catalog
@@ -185,8 +186,8 @@ def build_run_from(
         live=encoded.live,
         image_conditioning=model.image_conditioning if isinstance(model, ImageConditioned) else None,
     )
-    network, groups = attach_network(model, config)
-    optimizer = build_component(config.optimizer, groups)
+    network, flat = attach_network(model, config)
+    optimizer = build_component(config.optimizer, flat.groups_for(config.optimizer))
     metadata = run_metadata(prepared, schedule, processes, optimizer, started)
     return Run(
         config=config,
@@ -194,7 +195,8 @@ def build_run_from(
         network=network,
         optimizer=optimizer,
         lr_scheduler=build_component(config.lr_scheduler, optimizer, schedule.total_steps),
-        gradients=FlatGradients(groups),
+        flat=flat,
+        gradients=FlatGradients(flat),
         scaler=torch.amp.GradScaler(processes.device.type, enabled=config.training.mixed_precision == "fp16"),
         schedule=schedule,
         loader=loader,
@@ -253,10 +255,10 @@ def _new_warnings(config: TrainConfig, model: DiffusionModel, device: torch.devi
         yield from with_section(model.noise.spec.loss_warnings(config.loss), "loss")
 
 
-def attach_network(model: DiffusionModel, config: TrainConfig) -> tuple[Network, list[ParameterGroup]]:
+def attach_network(model: DiffusionModel, config: TrainConfig) -> tuple[Network, FlatParameters]:
     """Set up how the model computes and attach the network, from the seed or from the file that the config names.
 
-    Returns it with what is trained. Raises ConfigError where the optimizer does not support the learning rates.
+    Returns it with its trained parameters. Raises ConfigError where the optimizer does not support the learning rates.
     """
     training = config.training
     model.use_attention(build_component(config.attention))
@@ -277,7 +279,9 @@ def attach_network(model: DiffusionModel, config: TrainConfig) -> tuple[Network,
     problems = list(config.optimizer.check_lrs([group.lr for group in groups]))
     if problems:
         raise ConfigError(problems)
-    return network, groups
+    flat = FlatParameters(groups, DTYPES[training.mixed_precision])
+    network.use_flat(flat)
+    return network, flat
 
 
 def clean_up(config: TrainConfig, processes: Distributed) -> None:

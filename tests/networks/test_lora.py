@@ -132,7 +132,7 @@ def test_gradients_are_the_derivatives(layer: str, layout: str) -> None:
         for leaf in leaves:
             leaf.requires_grad_()
         assert torch.autograd.gradcheck(
-            lambda x, down, up: low_rank_operation(x, down, up, base, 0.7, draw_mask),  # noqa: B023
+            lambda x, down, up: low_rank_operation(x, down, up, base, 0.7, draw_mask, None),  # noqa: B023
             leaves,
             fast_mode=True,
         )

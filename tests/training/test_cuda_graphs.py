@@ -10,6 +10,7 @@ from attrs import evolve
 from torch import nn
 
 from lorakit.data.loader import Batch
+from lorakit.networks.flat_parameters import FlatParameters
 from lorakit.networks.network import ParameterGroup
 from lorakit.training.loop import train
 from lorakit.training.prepare import prepare
@@ -31,7 +32,7 @@ class Toy:
 
     def __init__(self, device: str = "cpu") -> None:
         self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 4, device=device))
-        self.gradients = FlatGradients([ParameterGroup("toy", "unet", (self.weight,), 1e-3)])
+        self.gradients = FlatGradients(FlatParameters([ParameterGroup("toy", "unet", (self.weight,), 1e-3)]))
         self.loss = torch.zeros((), device=device)
         self.calls: list[Batch] = []
 

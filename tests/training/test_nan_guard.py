@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from lorakit.api.observer import Observer, StepMetrics
 from lorakit.data.batch_sampler import StepPlan
 from lorakit.errors import TrainingDiverged
+from lorakit.networks.flat_parameters import FlatParameters
 from lorakit.networks.network import ParameterGroup
 from lorakit.training.loop import train
 from lorakit.training.observers import Observers
@@ -177,7 +178,7 @@ def test_overflow_is_the_scalers_business(make_config, caplog: pytest.LogCapture
 def test_overflow_without_end() -> None:
     """Gradients that overflow however low the loss is scaled stop the run in the end."""
     parameter = torch.nn.Parameter(torch.ones(3))
-    gradients = FlatGradients([ParameterGroup("unet", "unet", (parameter,), 1e-3)])
+    gradients = FlatGradients(FlatParameters([ParameterGroup("unet", "unet", (parameter,), 1e-3)]))
     assert parameter.grad is not None
     parameter.grad[1] = torch.inf
     norm = gradients.clip(1.0)

@@ -44,14 +44,14 @@ class _In8BitsConfig(BitsandbytesConfig):
     """The options of all with 8-bit states."""
 
     min_8bit_size: int = field(default=4096, validator=v.ge(0))
-    """Tensors with fewer elements than this keep a 32-bit state."""
+    """Parameter groups with fewer elements than this keep a 32-bit state."""
 
 
 @frozen(kw_only=True)
 class PagedAdamWConfig(BitsandbytesConfig, AdamWOptions):
     """AdamW with a 32-bit state that is paged to CPU RAM when GPU memory is full.
 
-    Only tensors of 100,000 elements or more are paged, so it is of little use for LoRA.
+    Only parameter groups of 100,000 elements or more are paged.
     """
 
     name = "pagedadamw"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 class AdamWOptions(OptimizerConfig):
     """The options of all kinds of AdamW."""
 
+    elementwise = True
     usual_lr = 1e-4
 
     betas: tuple[float, float] = field(default=(0.9, 0.999), validator=v.deep_iterable([v.ge(0), v.lt(1)]))
@@ -35,6 +36,7 @@ class AdamWOptions(OptimizerConfig):
 class LionOptions(OptimizerConfig):
     """The options of all kinds of Lion."""
 
+    elementwise = True
     usual_lr = 3e-5
 
     betas: tuple[float, float] = field(default=(0.9, 0.99), validator=v.deep_iterable([v.ge(0), v.lt(1)]))
@@ -47,6 +49,7 @@ class LionOptions(OptimizerConfig):
 class SGDOptions(OptimizerConfig):
     """The options of stochastic gradient descent with momentum."""
 
+    elementwise = True
     usual_lr = 1.0
 
     momentum: float = field(default=0.9, validator=[v.gt(0), v.lt(1)])

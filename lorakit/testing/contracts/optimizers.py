@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lorakit.api.components import OptimizerConfig
+from lorakit.networks.flat_parameters import FlatParameters
 from lorakit.networks.network import ParameterGroup
 from lorakit.testing.contracts.component import ComponentContract
 from lorakit.training.runtime.distributed import Distributed
@@ -54,7 +55,8 @@ class OptimizerContract(ComponentContract):
         built = {group["name"]: group["params"] for group in problem.optimizer.param_groups}
         assert list(built) == [group.name for group in problem.groups]
         for group in problem.groups:
-            assert [id(parameter) for parameter in built[group.name]] == [id(own) for own in group.parameters]
+            numbers = torch.cat([parameter.detach().flatten() for parameter in group.parameters])
+            assert torch.equal(torch.cat([own.detach().flatten() for own in built[group.name]]), numbers)
 
     def test_groups_keep_their_learning_rates(self) -> None:
         """Each group begins with the learning rate that the config gives its part of the model."""
@@ -137,6 +139,7 @@ class Problem:
     optimizer: Optimizer
     targets: list[Tensor] = field(init=False)
     weights: list[Tensor] = field(init=False)
+    flat: FlatParameters
     gradients: FlatGradients = field(init=False)
 
     @classmethod
@@ -148,7 +151,8 @@ class Problem:
             ParameterGroup(part, part, tuple(_parameter(shape, generator) for shape in shapes), rates[part])
             for part, shapes in SHAPES.items()
         ]
-        problem = cls(groups, config.build(groups))
+        flat = FlatParameters(groups)
+        problem = cls(groups, config.build(flat.groups_for(config)), flat)
         begin_training(problem.optimizer)
         return problem
 
@@ -156,7 +160,7 @@ class Problem:
         generator = torch.Generator().manual_seed(1)
         self.targets = [0.1 * torch.randn(own.shape, generator=generator) for own in self.parameters]
         self.weights = [0.1 + torch.rand(own.shape, generator=generator) for own in self.parameters]
-        self.gradients = FlatGradients(self.groups)
+        self.gradients = FlatGradients(self.flat)
 
     @property
     def parameters(self) -> list[nn.Parameter]:

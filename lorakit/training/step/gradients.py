@@ -6,34 +6,26 @@ the device for a number.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from lorakit.networks.network import ParameterGroup
+from lorakit.networks.flat_parameters import FlatParameters
 from lorakit.training.runtime.distributed import Distributed
 
 
 class FlatGradients:
-    """One float32 buffer that the parameters' gradients are views of."""
+    """The gradients of a step, from zero to clipped."""
 
-    def __init__(self, groups: Sequence[ParameterGroup]) -> None:
-        """Allocate the buffer on the parameters' device and make each gradient a view of its part of it."""
-        self.parameters = [parameter for group in groups for parameter in group.parameters]
+    def __init__(self, flat: FlatParameters) -> None:
+        self.parameters = flat.parameters
         """What is trained."""
-        self.buffer = torch.zeros(sum(p.numel() for p in self.parameters), device=self.parameters[0].device)
+        self.buffer = flat.gradients
         """The gradients, float32, one after the other."""
-        start = 0
-        for parameter in self.parameters:
-            part = self.buffer[start : start + parameter.numel()]
-            parameter.grad = part.view_as(parameter)
-            start += parameter.numel()
-        sizes = [sum(p.numel() for p in group.parameters) for group in groups]
+        sizes = [sum(p.numel() for p in group.parameters) for group in flat.groups]
         self._parts = torch.split(self.buffer, sizes)
-        self.groups = tuple(group.name for group in groups)
+        self.groups = tuple(group.name for group in flat.groups)
         """Names of the groups, in the order of `norms`."""
-        self.norms = self.buffer.new_zeros(len(groups))
+        self.norms = self.buffer.new_zeros(len(sizes))
         """L2 norm of each group's gradients as they were last clipped, [G]."""
 
     def zero(self) -> None:

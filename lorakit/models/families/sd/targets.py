@@ -47,6 +47,7 @@ def unet_targets(unet: nn.Module) -> Iterator[AdaptationTarget]:
             block_index=block,
             layout=LAYOUT,
             diffusers_path=f"unet.{path}",
+            shared_input=shared_input(path),
         )
 
 
@@ -67,12 +68,21 @@ def clip_targets(encoder: nn.Module, part: ModelPart, key: Callable[[str], str])
                 tags=tags_of(path, layer) | {"text_encoder"},
                 encoder_index=part.encoders[0],
                 diffusers_path=f"{part.name}.text_model.{path}",
+                shared_input=shared_input(path),
             )
 
 
 def block_layers(unet: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Linear layers and convolutions in the blocks of a U-Net, by path."""
     return ((path, layer) for path, layer in _adaptable(unet) if _BLOCKS.keys() & {*path.split(".")})
+
+
+def shared_input(path: str) -> str:
+    """The name of what a projection of queries, keys or values reads with others; empty for other layers."""
+    attention, _, layer = path.rpartition(".")
+    if attention.endswith("attn2"):
+        return "encoder_hidden_states" if layer in {"to_k", "to_v"} else ""
+    return attention if layer in {"to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj"} else ""
 
 
 def tags_of(path: str, layer: nn.Module) -> frozenset[str]:

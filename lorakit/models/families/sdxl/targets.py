@@ -8,7 +8,7 @@ from functools import partial
 from torch import nn
 
 from lorakit.api.components import ModelPart
-from lorakit.models.families.sd.targets import block_layers, clip_targets, tags_of
+from lorakit.models.families.sd.targets import block_layers, clip_targets, shared_input, tags_of
 from lorakit.models.families.sdxl.parts import (
     LAYOUT,
     UNET,
@@ -33,6 +33,7 @@ def unet_targets(unet: nn.Module) -> Iterator[AdaptationTarget]:
             block_index=block_index(original),
             layout=LAYOUT,
             diffusers_path=f"unet.{path}",
+            shared_input=shared_input(path),
             original_path=f"diffusion_model.{original}",
             other_keys=(f"{UNET.lora_prefix}{path.replace('.', '_')}",),
         )
