@@ -46,11 +46,11 @@ class _LowRank(Function):
         dtype = compute_dtype(x)
         # Compilers cannot trace what a backward pass writes elsewhere.
         if flat is not None and flat[0].weight.dtype == dtype and not torch.compiler.is_compiling():
-            down, up = (own.weight for own in flat)
+            down, up = ctx.factors = [own.weight for own in flat]
             ctx.sums = [own.gradient for own in flat]
         else:
             down, up = down.to(dtype), up.to(dtype)
-            ctx.sums = (None, None)
+            ctx.factors, ctx.sums = None, (None, None)
         x, (weight, bias) = x.to(dtype), base_weights(base, dtype)
         is_conv = isinstance(base, nn.Conv2d)
         out = F.conv2d(x, weight, bias, *_geometry(base)) if is_conv else F.linear(x, weight, bias)
@@ -66,14 +66,16 @@ class _LowRank(Function):
             mask = draw_mask(hidden)
             hidden.mul_(mask)
         _add_product(_rows(base, out), hidden, up.flatten(1).t())
-        ctx.save_for_backward(x, hidden, down, up, mask)
+        # What lies in flat buffers is there anyway.
+        ctx.save_for_backward(x, hidden, mask, *([] if ctx.factors else [down, up]))
         ctx.base, ctx.scale = base, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, down, up, mask = ctx.saved_tensors
+        x, hidden, mask, *saved = ctx.saved_tensors
+        down, up = ctx.factors or saved
         with torch.autocast(autocast_device(x), enabled=False):
             grad = _rows(ctx.base, grad_out)
             grad_hidden = torch.empty_like(hidden)

@@ -96,14 +96,15 @@ class _SharedInput(Function):
         hidden = x.new_empty(len(rows), count * rank)
         torch.addmm(hidden, rows, down.flatten(0, 1).t(), beta=0, alpha=scale, out=hidden)
         out.baddbmm_(_layers(hidden, count), up.mT)
-        ctx.save_for_backward(rows, hidden)
-        ctx.shared, ctx.scale, ctx.shape = shared, scale, x.shape
+        ctx.save_for_backward(x, hidden)
+        ctx.shared, ctx.scale = shared, scale
         return tuple(own.view(*x.shape[:-1], outputs) for own in out.unbind())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        rows, hidden = ctx.saved_tensors
+        x, hidden = ctx.saved_tensors
+        rows = x.reshape(-1, x.shape[-1])
         shared: SharedInput = ctx.shared
         down, up = shared.down, shared.up
         count, outputs, _ = up.weight.shape
@@ -123,7 +124,7 @@ class _SharedInput(Function):
         else:
             grad_x = grad @ shared.weights.flatten(0, 1)
         grad_x.addmm_(grad_hidden, down.weight.flatten(0, 1))
-        return grad_x.view(ctx.shape), None, None, None
+        return grad_x.view(x.shape), None, None, None
 
 
 def side_by_side(parameters: Sequence[nn.Parameter | None]) -> Tensor | None:

@@ -145,9 +145,11 @@ def test_weights_are_as_large_as_the_real_ones(make_config, precision: str, form
     found = estimate(prepared)
     model = load_model(prepared.config, CPU)
     assert found.weights == sum(tensor.nbytes for tensor in tensors_of(parts_of(model, prepared)))
-    _, groups = attach_network(model, prepared.config)
-    trained = sum(parameter.nbytes for group in groups for parameter in group.parameters)
-    assert found.adapters == found.gradients == trained
+    _, flat = attach_network(model, prepared.config)
+    trained = sum(parameter.nbytes for parameter in flat.parameters)
+    assert found.gradients == trained
+    # In a shorter format layers compute with a copy, and add their gradients up in it.
+    assert found.adapters == (2 * trained if prepared.config.training.mixed_precision == "bf16" else trained)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "lion", "adafactor", "dadaptation", "sgdnesterov"])
