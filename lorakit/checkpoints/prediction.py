@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from attrs import frozen
 
 from lorakit.checkpoints.summary import CheckpointSummary
 
-_LONGEST_YAML = 2**18
+if TYPE_CHECKING:
+    from yaml.nodes import Node
+
+_LONGEST_YAML = 2**16
 _WORDS: Mapping[str, Literal["epsilon", "v_prediction"]] = {
     "epsilon": "epsilon",
     "eps": "epsilon",
@@ -26,7 +28,6 @@ _ARCHITECTURES: Mapping[str, Literal["epsilon", "v_prediction"]] = {
     "stable-diffusion-v2-512": "epsilon",
     "stable-diffusion-v2-768-v": "v_prediction",
 }
-_LINE = re.compile(r"( *)([\w.-]+) *:(?: +(.*?))? *(?:#.*)?")
 
 
 @frozen
@@ -74,25 +75,28 @@ def _prediction(word: object) -> Literal["epsilon", "v_prediction"] | None:
 def _prediction_in_yaml(file: Path) -> Literal["epsilon", "v_prediction"] | None:
     """What a config of the original implementation says; None if it is absent or something else.
 
-    Only lines of the form `key: value` are read. Without `parameterization` such a model predicts the noise.
+    Without `parameterization` such a model predicts the noise.
     """
+    import yaml
+
     try:
         if not file.is_file() or file.stat().st_size > _LONGEST_YAML:
             return None
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError):
+        # Only the nodes of the text: nothing is made of them, whatever types and references they name.
+        model = _values(yaml.compose(file.read_bytes(), Loader=yaml.SafeLoader)).get("model")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
-    open_keys: list[tuple[int, str]] = []
-    values: dict[str, str] = {}
-    for line in lines:
-        found = _LINE.fullmatch(line)
-        if found is None:
-            continue
-        indent, key, value = len(found[1]), found[2], found[3]
-        while open_keys and open_keys[-1][0] >= indent:
-            open_keys.pop()
-        open_keys.append((indent, key))
-        if len(open_keys) <= 3:
-            values[".".join(name for _, name in open_keys)] = (value or "").strip("\"'")
-    is_original = values.get("model.target", "").startswith("ldm.")
-    return _prediction(values.get("model.params.parameterization", "eps" if is_original else None))
+    said = _text(_values(_values(model).get("params")).get("parameterization"))
+    is_original = _text(_values(model).get("target")).startswith("ldm.")
+    return _prediction(said or ("eps" if is_original else None))
+
+
+def _values(node: Node | None) -> Mapping[str, Node]:
+    """The values of a mapping in YAML by their keys; empty for anything else."""
+    pairs = node.value if node is not None and node.id == "mapping" else ()
+    return {_text(key): value for key, value in pairs}
+
+
+def _text(node: Node | None) -> str:
+    """A scalar in YAML as it is written, without its quotation marks; empty for anything else."""
+    return str(node.value) if node is not None and node.id == "scalar" else ""

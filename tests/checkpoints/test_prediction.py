@@ -83,6 +83,22 @@ def test_empty_tensors(tmp_path: Path) -> None:
         (CONFIG.replace('    parameterization: "v"  # the velocity\n', ""), "epsilon"),
         (CONFIG.replace('"v"  # the velocity', '"eps"'), "epsilon"),
         ('model:\n    params:\n        parameterization: "v"\n', "v_prediction"),
+        ('{model: {params: {parameterization: "v"}}}', "v_prediction"),
+        ("{model: {params: {parameterization: v}}}  # velocity", "v_prediction"),
+        ("{'model': {'params': {'parameterization': 'v'}}}", "v_prediction"),
+        ('{"model":{"params":{"parameterization":"v"}}}', "v_prediction"),
+        ("model:\n  params: {linear_start: 0.1, # where it starts\n    parameterization: v}\n", "v_prediction"),
+        ('# a model\n---\n"model":\n  "params":\n    "parameterization": "v"\n', "v_prediction"),
+        ("model:\n  params:\n    parameterization: >-\n      v\n", "v_prediction"),
+        ("model:\n  params: &p\n    parameterization: v\nother: *p\n", "v_prediction"),
+        ("{model: {target: ldm.models.diffusion.ddpm.LatentDiffusion, params: {linear_start: 0.1}}}", "epsilon"),
+        ("{model: {params: {unet_config: {params: {parameterization: v}}}}}", None),
+        ("{model: [{params: {parameterization: v}}]}", None),
+        ("{model: {params: {parameterization: [v]}}}", None),
+        ("{model: {params: {parameterization: v", None),
+        ("model:\n\tparams: x\n", None),
+        ("&a [*a, *a]", None),
+        ("a: &a {b: c}\nmodel: !!python/object/apply:os.system {params: {<<: [*a, *a]}}\n", None),
         ('other:\n  params:\n    parameterization: "v"\n', None),
         ('parameterization: "v"\n', None),
         ("trigger: cat\n", None),
@@ -100,7 +116,7 @@ def test_configs_beside_the_file(tmp_path: Path, yaml: str, expected: str | None
 
 def test_configs_that_cannot_be_read(tmp_path: Path) -> None:
     """What is no text, too long, or no file is passed over; `.yml` counts as well; the header comes first."""
-    assert stated(tmp_path, yaml=CONFIG + "#" * 2**18).prediction is None
+    assert stated(tmp_path, yaml=CONFIG + "#" * 2**16).prediction is None
     (tmp_path / "model.yaml").write_bytes(b"\xff\xfe\x00")
     assert stated(tmp_path).prediction is None
     (tmp_path / "model.yaml").unlink()
