@@ -5,7 +5,7 @@ Nothing here reads a weight or imports torch: a 4 GB file is summarised in milli
 
 from __future__ import annotations
 
-from lorakit.checkpoints.kinds import describe, is_add_on, kind_of
+from lorakit.checkpoints.kinds import describe, is_add_on, is_other_part, kind_of
 from lorakit.checkpoints.location import HubModel, Location, ModelPath, locate
 from lorakit.checkpoints.prediction import StatedPrediction, stated_prediction
 from lorakit.checkpoints.pytorch_file import pickled_tensors
@@ -23,6 +23,7 @@ __all__ = [
     "StoredTensor",
     "describe",
     "is_add_on",
+    "is_other_part",
     "kind_of",
     "kind_of_file",
     "locate",

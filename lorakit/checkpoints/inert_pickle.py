@@ -28,6 +28,10 @@ class Placeholder:
     """Whether it is a stand-in for an object."""
 
 
+class Parameters(dict[str, Any]):
+    """Stands for an object that is its named parameters, which are part of the state that it is given."""
+
+
 Call = Callable[[str, tuple[Any, ...]], object]
 """Returns the stand-in for calling the function or class of that name with these arguments."""
 Resolve = Callable[[object], object]
@@ -37,7 +41,8 @@ Resolve = Callable[[object], object]
 def read_inertly(stream: BinaryIO, call: Call, resolve: Resolve) -> object:
     """The object in the pickle at a stream's position, with calls and persistent ids left to `call` and `resolve`.
 
-    Dicts keep the items whose keys are text; sets are placeholders; the state that objects would be given is dropped.
+    Dicts keep the items whose keys are text or whole numbers; sets are placeholders; the state that objects would be
+    given is dropped, except for `Parameters`.
     For a damaged pickle it raises ValueError, IndexError, KeyError or another of Python's own exceptions.
     """
     machine = _Machine(call, resolve)
@@ -96,12 +101,12 @@ class _Machine:
     def set_items(self, items: list[Any]) -> None:
         """Put keys and values by turns into the last value if it is a dict.
 
-        Only texts are keys, as nothing else names a tensor. Others are not hashed, because that takes forever for a
-        tuple of twice a tuple of twice a tuple.
+        Only texts and numbers are keys, as nothing else names a tensor. Others are not hashed, because that takes
+        forever for a tuple of twice a tuple of twice a tuple.
         """
         if type(self.stack[-1]) is dict:
             pairs = zip(items[::2], items[1::2], strict=True)
-            self.stack[-1].update({key: value for key, value in pairs if type(key) is str})
+            self.stack[-1].update({key: value for key, value in pairs if type(key) is str or _is_short(key)})
 
     def new_dict(self, items: list[Any]) -> None:
         self.push({})
@@ -133,9 +138,16 @@ class _Machine:
 
     def build(self) -> None:
         """Drop the state that the last value would be given; what is no longer as it was made is a call's result."""
-        self.popped(1)
-        if not isinstance(self.stack[-1], Placeholder | dict):
+        (state,) = self.popped(1)
+        if isinstance(self.stack[-1], Parameters):
+            named = state.get("_parameters") if isinstance(state, dict) else None
+            self.stack[-1].update(named if isinstance(named, dict) else {})
+        elif not isinstance(self.stack[-1], Placeholder | dict):
             self.push(self.call("__setstate__", (self.stack.pop(),)))
+
+
+def _is_short(key: object) -> bool:
+    return type(key) is int and 0 <= key < 2**31
 
 
 _INSTRUCTIONS: Mapping[str, Callable[[_Machine, Any], object]] = {

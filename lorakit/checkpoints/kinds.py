@@ -24,8 +24,12 @@ _LORA = "model.path is the base model; network.weights takes a LoRA to continue 
 _OWN_KEY = "give it as model.vae, and in model.path the model that it belongs to"
 _WHOLE = "model.path takes a whole model: U-Net, text encoder and VAE"
 _CONTROL = "train on the plain model; the LoRA works together with it"
+_NO_BASE = ", not a base model"
+_WHOLE_MODEL = _kind("a base model")
+_UNKNOWN = _kind("a file of an unknown kind of model")
 _EMBEDDING = _kind("a textual-inversion embedding, not a base model", "model.path is the base model it was trained on")
 _VAE = _kind("a VAE alone", _OWN_KEY)
+_TINY_VAE = _kind("a tiny VAE for previews (TAESD)", "model.vae takes a full VAE, an AutoencoderKL")
 _TEXT_ENCODER = _kind("a text encoder alone", _WHOLE)
 _UNET = _kind("a U-Net without a text encoder", _WHOLE)
 _CONTROLNET = _kind("a ControlNet, not a base model", _CONTROL)
@@ -74,7 +78,7 @@ _TEXT_ENCODERS = ("cond_stage_model.", "conditioner.embedders.")
 _HYPERNETWORK = _kind("a hypernetwork, not a base model", "model.path is the base model it was trained on")
 _CLASSES: Mapping[str, DetectedFamily] = {
     "AutoencoderKL": _VAE,
-    "AutoencoderTiny": _kind("a tiny VAE (TAESD) alone"),
+    "AutoencoderTiny": _TINY_VAE,
     "UNet2DConditionModel": _UNET,
     "ControlNetModel": _CONTROLNET,
     "T2IAdapter": _ADAPTER,
@@ -85,6 +89,8 @@ _CLASSES: Mapping[str, DetectedFamily] = {
     "CLIPVisionModelWithProjection": _kind("an image encoder of CLIP"),
     "StableDiffusionSafetyChecker": _kind("a safety checker, not a base model"),
 }
+_TINY_VAE_BLOCK = re.compile(r"(?:.*coder\.)?(?:layers\.)?[1-5]\.conv\.0\.weight")
+"""Matches the first convolution of a block, in the layouts of diffusers, of TAESD's own files and of ComfyUI."""
 _EMBEDDING_WIDTHS = (768, 1024, 1280)
 _HYPERNETWORK_WIDTHS = ("320", "640", "768", "1024", "1280")
 
@@ -95,8 +101,14 @@ def kind_of(summary: CheckpointSummary) -> DetectedFamily:
 
 
 def describe(summary: CheckpointSummary) -> str:
-    """The same in words that fit behind "is": `a VAE alone`."""
-    return kind_of(summary).title
+    """The same in words that fit behind "is", where no base model is wanted: `a VAE alone`, `a LoRA file`."""
+    return kind_of(summary).title.removesuffix(_NO_BASE)
+
+
+def is_other_part(summary: CheckpointSummary, title: str) -> bool:
+    """Whether a file is known to be something else than a whole model or the part with this title: `VAE`."""
+    kind = kind_of(summary)
+    return kind not in (_WHOLE_MODEL, _UNKNOWN) and not kind.title.startswith(f"a {title} ")
 
 
 def is_add_on(summary: CheckpointSummary) -> bool:
@@ -111,13 +123,15 @@ def _kind_of_tensors(tensors: Shapes) -> DetectedFamily:
     for kind, fragments in (*_ADD_ONS, *_OTHERS):
         if any(fragment in name for name in tensors for fragment in fragments):
             is_whole = kind is _UNET and any(name.startswith(_TEXT_ENCODERS) for name in tensors)
-            return _kind("a base model") if is_whole else kind
+            return _WHOLE_MODEL if is_whole else kind
     # Vectors as wide as a text encoder's tokens.
     if len(tensors) <= 4 and all(len(shape) in {1, 2} and shape[-1] in _EMBEDDING_WIDTHS for shape in tensors.values()):
         return _EMBEDDING
+    if any(map(_TINY_VAE_BLOCK.fullmatch, tensors)):
+        return _TINY_VAE
     if all(name.partition(".")[0] in _HYPERNETWORK_WIDTHS for name in tensors):
         return _HYPERNETWORK
-    return _kind("a file of an unknown kind of model")
+    return _UNKNOWN
 
 
 def _kind_of_config(configs: Mapping[str, Mapping[str, Any]]) -> DetectedFamily:
@@ -184,8 +198,7 @@ def adapter_kind(summary: CheckpointSummary) -> AdapterKind:
     tensors = summary.tensors
     algorithm = _algorithm(tensors)
     if not algorithm:
-        plain = ("." not in name and shape[-1:] and shape[-1] in _EMBEDDING_WIDTHS for name, shape in tensors.items())
-        return AdapterKind("", "", "a textual inversion" if tensors and all(plain) else describe(summary))
+        return AdapterKind("", "", describe(summary))
     model = _model(tensors)
     article = "an" if algorithm[0] in "OI" else "a"
     return AdapterKind(algorithm, model, f"{article} {algorithm}" + (f" for {model}" if model else ""))

@@ -32,6 +32,8 @@ _LARGEST_PICKLE = 16 * 2**20
 _LONGEST_NAME = 500
 _MOST_REPETITION = 8
 """How many times the length of a file its tensors may have, as tensors can share numbers."""
+_MOST_LISTED = 16
+"""How many entries of a list are looked into."""
 _LEVELS = ("state_dict", "model", "model_state_dict", "module")
 """Under which keys tools put the tensors one level down, the usual one first."""
 
@@ -74,7 +76,8 @@ def _chosen(content: object) -> dict[str, StoredTensor]:
     """The tensors of a file by name; raises the first error in any of them."""
     if isinstance(content, Placeholder | Unreadable):
         content = {"": content}
-    level = _level_with_tensors(content) if isinstance(content, dict) else {}
+    content = _level_with_tensors(content) if isinstance(content, dict) else {}
+    level = {name: value for name, value in content.items() if isinstance(name, str)}
     found = {}
     for name, value in level.items():
         if isinstance(value, StoredTensor) and name.isprintable():
@@ -87,12 +90,12 @@ def _chosen(content: object) -> dict[str, StoredTensor]:
     return found
 
 
-def _level_with_tensors(content: dict[str, Any]) -> dict[str, Any]:
+def _level_with_tensors(content: dict[Any, Any]) -> dict[Any, Any]:
     """The `state_dict` if there is one, else the dict with the most tensors: one of a known key, or the file's own.
 
-    If none has any, it is what all dicts inside hold, by both keys: `string_to_param.*`.
+    If none has any, it is what all dicts inside hold, by all keys: `string_to_param.*`, `768.0.linear.0.weight`.
     """
-    inner: dict[str, dict[str, Any]] = {key: value for key, value in content.items() if isinstance(value, dict)}
+    inner: dict[Any, dict[Any, Any]] = {key: value for key, value in content.items() if isinstance(value, dict)}
     if state_dict := inner.get("state_dict"):
         return state_dict
     named = [inner[key] for key in (inner if len(content) == 1 else _LEVELS) if key in inner]
@@ -100,17 +103,20 @@ def _level_with_tensors(content: dict[str, Any]) -> dict[str, Any]:
     level = max((*named, own), key=_count_of_tensors)
     if _count_of_tensors(level):
         return level
+    listed = {key: value for key, value in content.items() if isinstance(value, list | tuple)}
+    of_lists = {f"{key}.{at}": item for key, items in listed.items() for at, item in enumerate(items[:_MOST_LISTED])}
+    inner |= {key: item for key, item in of_lists.items() if isinstance(item, dict)}
     once = {id(inside): (key, inside) for key, inside in inner.items()}
     return own | {
         f"{key}.{name}": value
         for key, inside in once.values()
         for name, value in inside.items()
-        if len(key) + len(name) <= _LONGEST_NAME
+        if len(str(key)) + len(str(name)) <= _LONGEST_NAME
     }
 
 
-def _count_of_tensors(level: dict[str, Any]) -> int:
-    return sum(isinstance(value, StoredTensor | Unreadable) for value in level.values())
+def _count_of_tensors(level: dict[Any, Any]) -> int:
+    return sum(isinstance(value, StoredTensor | Unreadable) for key, value in level.items() if isinstance(key, str))
 
 
 class _SmallReads(io.FileIO):

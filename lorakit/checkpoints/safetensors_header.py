@@ -26,6 +26,16 @@ _CURE = "download or convert it again"
 
 
 @frozen
+class TensorPlace:
+    """Where the numbers of a tensor are in a file."""
+
+    dtype: str
+    """Type of the numbers, as safetensors calls it: `F16`."""
+    start: int
+    end: int
+
+
+@frozen
 class SafetensorsHeader:
     """What the header of a safetensors file says."""
 
@@ -33,6 +43,8 @@ class SafetensorsHeader:
     """Shape of each tensor, by name."""
     metadata: Mapping[str, str]
     """Texts that describe the file, by key."""
+    places: Mapping[str, TensorPlace]
+    """Where the numbers of each tensor are, by name."""
 
 
 def safetensors_shapes(path: Path) -> Mapping[str, tuple[int, ...]]:
@@ -63,7 +75,12 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
         raise ModelError(f"{path} is cut short or damaged: {error}; {_CURE}") from None
     if end != available:
         raise ModelError(f"{path} is damaged: {available - end} bytes belong to no tensor; {_CURE}")
-    return SafetensorsHeader({name: tuple(entry["shape"]) for name, entry in entries.items()}, metadata)
+    body = 8 + length
+    places = {
+        name: TensorPlace(entry["dtype"], *(body + offset for offset in entry["data_offsets"]))
+        for name, entry in entries.items()
+    }
+    return SafetensorsHeader({name: tuple(entry["shape"]) for name, entry in entries.items()}, metadata, places)
 
 
 def _parsed(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, str]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from attrs import define, frozen
 
-from lorakit.checkpoints.inert_pickle import Placeholder
+from lorakit.checkpoints.inert_pickle import Parameters, Placeholder
 
 ITEM_BYTES: Mapping[str, int] = {
     "bool": 1, "uint8": 1, "int8": 1, "uint16": 2, "int16": 2, "uint32": 4, "int32": 4, "uint64": 8, "int64": 8,
@@ -166,6 +166,7 @@ _KNOWN: Mapping[str, Callable[..., object]] = {
         Placeholder("collections.OrderedDict", is_object=True) if content else {}
     ),
     "collections.defaultdict": lambda *_: {},
+    "torch.nn.modules.container.ParameterDict": lambda *_: Parameters(),
     "torch.Size": lambda sides: sides,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 
 from lorakit.checkpoints import CheckpointSummary, Shapes, summarize
+from lorakit.checkpoints.finite import NOT_FINITE_CURE, first_not_finite
 from lorakit.checkpoints.kinds import OF_LYCORIS, AdapterKind, adapter_kind
 from lorakit.checkpoints.lora_files import lora_names, missing_factors, own_shapes
 from lorakit.checkpoints.lora_names import DOWN
@@ -88,6 +89,8 @@ def problems_of_kind(file: StartingFile, config: TrainConfig) -> Iterator[Proble
         yield Problem("weights", f"{file.path} is {kind.description}", "set network.dora = true")
     elif lacking := missing_factors(file.shapes):
         yield Problem("weights", f"{file.path} lacks {lacking}, so it is incomplete", "download it again")
+    elif name := first_not_finite(file.path):
+        yield Problem("weights", f"{file.path} holds NaN or infinity in {name}", NOT_FINITE_CURE)
 
 
 def problems_of_parts(file: StartingFile, config: TrainConfig, any_layers: bool) -> Iterator[Problem]:

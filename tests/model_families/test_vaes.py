@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from lorakit.builtin.model_families.sd1 import SD1Config
@@ -107,6 +108,92 @@ def test_other_kinds_of_vae(tiny_sd1: Path, tmp_path: Path) -> None:
     (problem,) = told(tiny_sd1, vae=vae)[0]
     assert problem.startswith("vae: ")
     assert "is of the class AutoencoderTiny" in problem
+
+
+def hypernetwork(width: int) -> tuple[dict[str, torch.Tensor], ...]:
+    """The layers for keys and for values in a hypernetwork of A1111."""
+    return tuple(torch.nn.Sequential(torch.nn.Linear(width, 4), torch.nn.Linear(4, width)).state_dict() for _ in "kv")
+
+
+EMBEDDING = torch.ones(2, 768)
+OTHERS: dict[str, tuple[Any, str]] = {
+    "hypernetwork": ({768: hypernetwork(768), 320: hypernetwork(320), "step": 9, "name": "x"}, "a hypernetwork"),
+    "embedding": (
+        {"string_to_token": {"*": 265}, "string_to_param": {"*": EMBEDDING}},
+        "a textual-inversion embedding",
+    ),
+    "embedding of old": (
+        {
+            "string_to_token": {"*": torch.tensor(265)},
+            "string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(EMBEDDING)}),
+        },
+        "a textual-inversion embedding",
+    ),
+    "embedding of diffusers": ({"<cat>": EMBEDDING[0]}, "a textual-inversion embedding"),
+    "tiny VAE": (
+        {"0.weight": torch.ones(4, 3, 3, 3), "1.conv.0.weight": torch.ones(4, 4, 3, 3)},
+        "a tiny VAE for previews (TAESD)",
+    ),
+    "text encoder": ({"encoder.layers.0.self_attn.q_proj.weight": torch.ones(2, 2)}, "a text encoder"),
+    "T5": ({"encoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(2, 2)}, "a T5 text encoder"),
+    "LoRA": ({"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, "a LoRA file"),
+    "upscaler": ({"params_ema": {"body.0.rdb1.conv1.weight": torch.ones(2, 2)}}, "an image upscaler"),
+}
+"""What users give in the place of a VAE, a model or a LoRA, and what it is."""
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("is_archive", [True, False], ids=["zip", "legacy"])
+def test_other_files_are_called_what_they_are(tiny_sd1: Path, tmp_path: Path, kind: str, is_archive: bool) -> None:
+    """As VAE, model and LoRA alike, at the key that names the file."""
+    content, title = OTHERS[kind]
+    torch.save(content, tmp_path / "given.pt", _use_new_zipfile_serialization=is_archive)
+    given = str(tmp_path / "given.pt")
+    model = {"path": str(tiny_sd1)}
+    tables: dict[str, Any] = {
+        "data": {"image_dir": str(tiny_sd1), "resolution": 64},
+        "model": model,
+        "output": {"dir": "out"},
+    }
+    (problem,) = problems_of({**tables, "model": {**model, "vae": given}}, tmp_path)
+    assert problem.startswith(f"model.vae: {given} holds no VAE; it is {title}")
+    (problem,) = problems_of({**tables, "model": {"path": given}}, tmp_path)
+    assert problem.startswith(f"model.path: {given} is {title}")
+    if kind != "LoRA":
+        (problem,) = problems_of({**tables, "network": {"weights": given}}, tmp_path)
+        assert problem.startswith(f"network.weights: {given} is {title}")
+        assert "base model" not in problem
+        (problem,) = problems_of({**tables, "model": {**model, "base_weights": [given]}}, tmp_path)
+        assert problem.startswith(f"model.base_weights[0]: {given} is {title}")
+
+
+def problems_of(tables: dict[str, Any], folder: Path) -> list[str]:
+    """What is wrong with a config, as text."""
+    with pytest.raises(ConfigError) as caught:
+        config_from_tables(tables, folder)
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_tiny_vaes_of_diffusers(tiny_sd1: Path, tmp_path: Path) -> None:
+    """One that diffusers has saved is named, as a folder and as the file in it."""
+    from diffusers import AutoencoderTiny
+
+    sizes = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    AutoencoderTiny(**sizes).save_pretrained(tmp_path / "tiny")
+    (problem,) = told(tiny_sd1, vae=tmp_path / "tiny")[0]
+    assert "is of the class AutoencoderTiny" in problem
+    (problem,) = told(tiny_sd1, vae=tmp_path / "tiny" / "diffusion_pytorch_model.safetensors")[0]
+    assert problem.endswith("holds no VAE; it is a tiny VAE for previews (TAESD)")
+
+
+def test_damaged_vaes_are_not_called_something_else(tiny_sd1: Path, tmp_path: Path) -> None:
+    """A VAE that lacks tensors is one still."""
+    tensors = load_file(tiny_sd1 / "vae" / "diffusion_pytorch_model.safetensors")
+    del tensors["encoder.conv_in.weight"]
+    save_file(tensors, tmp_path / "vae.safetensors")
+    (problem,) = told(tiny_sd1, vae=tmp_path / "vae.safetensors")[0]
+    assert "the VAE in " in problem
+    assert "lacks encoder.conv_in.weight" in problem
 
 
 def test_what_stands_for_a_vae(tiny_sd1: Path, tmp_path: Path, photographs: Path) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lorakit.builtin.networks import C3LierConfig, LierlaConfig
+from lorakit.checkpoints.finite import first_not_finite
 from lorakit.errors import ConfigError
 from lorakit.networks.adapter_file import load_initial_weights
 from lorakit.networks.config import LoRAConfig
@@ -56,8 +57,8 @@ KINDS: dict[str, tuple[dict[str, Tensor], str, str]] = {
     "sd3": (factors("lora_unet_joint_blocks_0_x_block_attn_qkv"), "a LoRA for Stable Diffusion 3", "1.x"),
     "language model": (named("base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"), "another kind", ""),
     "loha for xl": (named(f"{TEXT.replace('te_', 'te2_')}.hada_w1_a"), "a LoHa for Stable Diffusion XL", "loha"),
-    "textual inversion": ({"emb_params": torch.ones(3, 768)}, "a textual inversion", "give a LoRA file"),
-    "textual inversion of diffusers": ({"<cat>": torch.ones(768)}, "a textual inversion", "give a LoRA file"),
+    "textual inversion": ({"emb_params": torch.ones(3, 768)}, "a textual-inversion embedding", "give a LoRA file"),
+    "textual inversion of diffusers": ({"<cat>": torch.ones(768)}, "a textual-inversion embedding", "give a LoRA file"),
 }
 
 
@@ -103,6 +104,46 @@ def test_files_that_lack_factors(make_config, tiny_sd1: Path, tmp_path: Path, cu
         assert key in {"network.weights", "model.base_weights[0]"}
         assert f"half.safetensors lacks {lacking[0].partition('_')[0]}_" in found
         assert f"{cut} and 8 more tensors, so it is incomplete (download it again)" in found
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_files_that_are_not_finite(make_config, tmp_path: Path, value: float, dtype: torch.dtype, suffix: str) -> None:
+    """NaN and infinity are found when the config is read, in whichever tensor, type and format, with its name."""
+    path, name = tmp_path / f"bad{suffix}", f"{UNET}.lora_up.weight"
+    tensors = {
+        key: torch.linspace(-6e4, 6e4, own.numel()).view(own.shape).to(dtype) for key, own in factors(UNET).items()
+    }
+    for bad in (False, True):
+        if bad:
+            tensors[name].view(-1)[-1] = value
+        if suffix == ".pt":
+            torch.save(tensors, path)
+        else:
+            save_file(tensors, path)
+        assert first_not_finite(path) == (name if bad else "")
+    message = f"{path} holds NaN or infinity in {name} (give an earlier save or another file"
+    for table in ({"network": {"weights": path.name}}, {"model": {"base_weights": [path.name]}}):
+        ((key, found),) = problems(lambda table=table: make_config(**table)).items()
+        assert key in {"network.weights", "model.base_weights[0]"}
+        assert message in found
+
+
+def test_what_is_looked_at_for_nan(tmp_path: Path) -> None:
+    """Whole numbers and numbers between those of a view are not taken for NaN; float8, scalars and long tensors are."""
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.full((3,), -1), "b": torch.ones(0), "c": torch.tensor(448.0).to(torch.float8_e4m3fn)}, path)
+    assert first_not_finite(path) == ""
+    for bad in (torch.tensor(torch.nan), torch.tensor(torch.nan).to(torch.float8_e4m3fn), torch.ones(2**22 + 3)):
+        bad.view(-1)[-1] = torch.nan
+        save_file({"a": torch.ones(2), "b": bad}, path)
+        assert first_not_finite(path) == "b"
+    rows = torch.tensor([[1.0, torch.nan], [2.0, torch.inf]])
+    for view, found in ((rows[:, 0], ""), (rows.T, "a"), (rows[0], "a")):
+        for is_archive in (True, False):
+            torch.save({"a": view}, tmp_path / "x.pt", _use_new_zipfile_serialization=is_archive)
+            assert first_not_finite(tmp_path / "x.pt") == found
 
 
 def test_a_base_model_is_no_start(make_config, tiny_sd1_file: Path) -> None:

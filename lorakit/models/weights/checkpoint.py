@@ -15,7 +15,16 @@ from typing import Any, ClassVar
 
 from attrs import evolve, field, frozen
 
-from lorakit.checkpoints import CheckpointSummary, HubModel, Location, Shapes, describe, read_json, summarize
+from lorakit.checkpoints import (
+    CheckpointSummary,
+    HubModel,
+    Location,
+    Shapes,
+    describe,
+    is_other_part,
+    read_json,
+    summarize,
+)
 from lorakit.errors import ModelError
 from lorakit.models.weights.folders import TensorRef, find_weights, part_folder
 from lorakit.utils.wording import some
@@ -169,7 +178,12 @@ class PartFormat:
         if isinstance(location, HubModel) or os.path.isdir(location):  # noqa: PTH112 - `Path.is_dir` may raise
             return self.in_folder(location, part_folder(location, self.name))
         summary = summarize(location)
-        part = self.in_file(location, summary.tensors) or self.in_tensors(location, summary.tensors, "")
+        try:
+            part = self.in_file(location, summary.tensors) or self.in_tensors(location, summary.tensors, "")
+        except ModelError:
+            if not is_other_part(summary, self.title):
+                raise
+            part = None  # other parts have tensors of the same names
         if part is None:
             raise ModelError(f"{location} holds no {self.title}; it is {describe(summary)}")
         return part

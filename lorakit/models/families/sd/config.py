@@ -22,6 +22,7 @@ from lorakit.checkpoints import (
     stated_prediction,
     summarize,
 )
+from lorakit.checkpoints.finite import NOT_FINITE_CURE, first_not_finite
 from lorakit.checkpoints.kinds import adapter_kind
 from lorakit.checkpoints.lora_files import lora_names, missing_factors, own_shapes
 from lorakit.checkpoints.lora_names import own_name
@@ -207,20 +208,25 @@ class StableDiffusionConfig(ModelFamilyConfig):
     def _problems_of_base_weights(self) -> Iterator[Problem]:
         for index, path in enumerate(self.base_weights):
             try:
-                summary = summarize(path)
-                lacking = missing_factors(own_shapes(summary, lora_names(summary, rename=self.lora_name)))
+                found, hint = self._fault_of_base_weights(path)
             except (ModelError, AdapterError) as error:
-                yield Problem(f"base_weights[{index}]", str(error).removesuffix("."))
-                continue
-            kind, ours = adapter_kind(summary), self.adapter_title
-            if kind.algorithm not in {"LoRA", "DoRA"}:
-                found = f"{path} is {kind.description}, which cannot be merged"
-                yield Problem(f"base_weights[{index}]", found, "give LoRA files")
-            elif kind.model not in {"", ours}:
-                found = f"{path} is {kind.description}, and the base model is {ours}"
-                yield Problem(f"base_weights[{index}]", found, "give LoRA files for the same kind of base model")
-            elif lacking:
-                found = f"{path} lacks {lacking}, so it is incomplete"
-                yield Problem(f"base_weights[{index}]", found, "download it again")
+                found, hint = str(error).removesuffix("."), ""
+            if found:
+                yield Problem(f"base_weights[{index}]", found, hint)
         if len(self.base_weights_multipliers) > len(self.base_weights):
             yield Problem("base_weights_multipliers", "has more numbers than base_weights has files")
+
+    def _fault_of_base_weights(self, path: Path) -> tuple[str, str]:
+        """Why a file cannot be merged, and what to do; empty texts if it can, as far as the file alone tells."""
+        summary = summarize(path)
+        lacking = missing_factors(own_shapes(summary, lora_names(summary, rename=self.lora_name)))
+        kind, ours = adapter_kind(summary), self.adapter_title
+        if kind.algorithm not in {"LoRA", "DoRA"}:
+            return f"{path} is {kind.description}, which cannot be merged", "give LoRA files"
+        if kind.model not in {"", ours}:
+            found = f"{path} is {kind.description}, and the base model is {ours}"
+            return found, "give LoRA files for the same kind of base model"
+        if lacking:
+            return f"{path} lacks {lacking}, so it is incomplete", "download it again"
+        name = first_not_finite(path)
+        return (f"{path} holds NaN or infinity in {name}", NOT_FINITE_CURE) if name else ("", "")
