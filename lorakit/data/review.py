@@ -153,9 +153,15 @@ def _captions(subset: SubsetConfig, examples: Sequence[Example], names: Sequence
 
 
 def longest_by_image(datasets: Sequence[IndexedDataset]) -> Mapping[str, str]:
-    """The captions that are trained on, each as long as it can be, by the names of their images."""
+    """The captions that are trained on, each as long as it can be, by their images as messages show them."""
     examples = [example for dataset in datasets for example in (*dataset.examples, *dataset.held_out)]
-    return {str(example.image): max(longest_captions(example.caption, example.subset), key=len) for example in examples}
+    folders = {folder: Path(shown_path(folder)) for folder in {example.image.parent for example in examples}}
+    return {
+        str(folders[example.image.parent] / example.image.name): max(
+            longest_captions(example.caption, example.subset), key=len
+        )
+        for example in examples
+    }
 
 
 def _missing(

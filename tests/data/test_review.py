@@ -213,4 +213,4 @@ def test_captions_at_their_longest(folder: Path, with_subset: WithSubset):
     (folder / "coffee.txt").write_text("a cup\na {small|very large} cup, {{red}}\n")
     settings = {"enable_wildcard": True, "shuffle_caption": True, "caption_tag_dropout_rate": 0.9}
     index = index_datasets([with_subset(caption_prefix="photo", token_warmup_step=5, **settings)])
-    assert longest_by_image(index)[str(folder / "coffee.png")] == "photo a very large cup, {red}"
+    assert longest_by_image(index)[shown_path(folder / "coffee.png")] == "photo a very large cup, {red}"

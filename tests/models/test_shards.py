@@ -39,10 +39,10 @@ def shard(folder: Path, part: str, suffix: str = "safetensors", variant: str = "
     return files
 
 
-def only_half(folder: Path, part: str) -> None:
-    """Give the file with a part's weights the name of one in half precision."""
+def only_variant(folder: Path, part: str, variant: str = "fp16") -> Path:
+    """Give the file with a part's weights the name of a variant, such as one in half precision."""
     file = folder / part / f"{PARTS[part]}.safetensors"
-    file.rename(file.with_suffix(".fp16.safetensors"))
+    return file.rename(file.with_suffix(f".{variant}.safetensors"))
 
 
 def build(path: Path | str) -> DiffusionModel:
@@ -69,6 +69,42 @@ def test_sharded_folders(tiny_sd1: Path, tmp_path: Path, suffix: str, variant: s
     assert torch.equal(sharded.vae_encoder.encode(image)[0], whole.vae_encoder.encode(image)[0])
     for part in ("vae_encoder", "text_encoder"):
         assert sharded.fingerprint(part) == whole.fingerprint(part)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("variant", ["non_ema", "ema", "fp16", "bf16", "fp32"])
+def test_folders_of_one_variant(tiny_sd1: Path, tmp_path: Path, variant: str) -> None:
+    """A folder with nothing but one variant of the weights, in some parts or in all, is the same model."""
+    folder = Path(shutil.copytree(tiny_sd1, tmp_path / "model"))
+    for part in ("unet",) if variant == "non_ema" else PARTS:
+        only_variant(folder, part, variant)
+    assert list(SD1Config(path=str(folder)).problems()) == []
+    assert torch.equal(prediction(build(folder)), prediction(build(tiny_sd1)))
+
+
+def test_the_usual_variant_is_taken(tiny_sd1: Path, tmp_path: Path) -> None:
+    """Beside the plain weights, and beside those in half precision, copies without EMA are left alone."""
+    folder = Path(shutil.copytree(tiny_sd1, tmp_path / "model"))
+    plain = folder / "unet" / f"{PARTS['unet']}.safetensors"
+    other = plain.with_suffix(".non_ema.safetensors")
+    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(plain).items()}, other)
+    expected = prediction(build(tiny_sd1))
+    assert torch.equal(prediction(build(folder)), expected)
+    half = only_variant(folder, "unet")
+    assert torch.equal(prediction(build(folder)), expected)
+    half.unlink()
+    assert torch.equal(prediction(build(folder)), torch.zeros_like(expected))
+
+
+def test_weights_of_unknown_names(tiny_sd1: Path, tmp_path: Path) -> None:
+    """What lies there in place of the weights is named."""
+    folder = Path(shutil.copytree(tiny_sd1, tmp_path / "model"))
+    only_variant(folder, "unet", "mine")
+    (folder / "unet" / "diffusion_flax_model.msgpack").touch()
+    (problem,) = map(str, SD1Config(path=str(folder)).problems())
+    assert (
+        "unet has no weights; there should be a file diffusion_pytorch_model.safetensors, and there is only " in problem
+    )
+    assert problem.endswith("only diffusion_flax_model.msgpack, diffusion_pytorch_model.mine.safetensors")
 
 
 def test_a_shard_that_changes_changes_the_key(tiny_sd1: Path, tmp_path: Path) -> None:
@@ -125,7 +161,7 @@ def test_hub_models_in_shards_and_halves(tiny_sd1: Path, tmp_path: Path) -> None
         (tmp_path / f"models--{name}" / "refs" / "main").write_text("0" * 40)
     folder = tmp_path / "models--some--model" / "snapshots" / ("0" * 40)
     shard(folder, "unet")
-    only_half(folder, "text_encoder")
+    only_variant(folder, "text_encoder")
     shutil.rmtree(folder / "vae")
     code = (
         "import torch; from lorakit.builtin.model_families.sd1 import SD1Config\n"

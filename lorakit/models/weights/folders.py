@@ -12,7 +12,13 @@ from attrs import field, frozen
 
 from lorakit.checkpoints import HubModel, Location, Shapes, read_json, summarize
 from lorakit.errors import ModelError
+from lorakit.utils.safe_paths import list_files
+from lorakit.utils.wording import some
 
+_VARIANTS = ("", ".fp16", ".fp32", ".bf16", ".non_ema", ".ema")
+"""What may be in the names of weights in front of their ending: nothing, or what `variant` of diffusers is; the most
+usual first. Weights that are no running average of those of training (`non_ema`) are a model as well."""
+_WEIGHTS = (".safetensors", ".bin", ".msgpack", ".onnx", ".h5", ".ckpt", ".pth", ".pt")
 _SHARD = re.compile(r"\w[\w.-]*")
 
 
@@ -80,15 +86,17 @@ def find_weights(location: Location, folder: str, names: Sequence[str], title: s
     config = fetched(location, [f"{folder}config.json"]) / folder / "config.json"
     if not config.is_file():
         raise ModelError(f"{config.parent} has no config.json, so there is no {title} in it")
-    # Each name in full precision, of one file or of an index; then the same in half precision.
-    variants = [(variant, *name.rpartition(".")) for variant in ("", ".fp16") for name in names]
+    # Each name, of one file or of an index; then the same of the next variant.
+    variants = [(variant, *name.rpartition(".")) for variant in _VARIANTS for name in names]
     files = ((f"{stem}{variant}.{end}", f"{stem}.{end}.index{variant}.json") for variant, stem, _, end in variants)
     for name in chain.from_iterable(files):
         file = fetched(location, [f"{folder}config.json", folder + name]) / folder / name
         if file.is_file():
             is_index = name.endswith(".json")
             return config, _sharded(location, folder, file) if is_index else Weights(file, summarize(file).tensors)
-    raise ModelError(f"{config.parent} has no weights; there should be a file {names[0]}")
+    others = [name for name in sorted(list_files(config.parent)) if name.endswith(_WEIGHTS)]
+    only = f", and there is only {some(others)}" if others else ""
+    raise ModelError(f"{config.parent} has no weights; there should be a file {names[0]}{only}")
 
 
 def _sharded(location: Location, folder: str, index: Path) -> Weights:
