@@ -82,6 +82,7 @@ def test_it_suits_every_optimizer(folder: Path, catalog: Catalog, optimizer: str
     assert not list(config.warnings())
     own = config.optimizer
     assert own.lr == own.usual_lr
+    assert {key: getattr(own, key) for key in own.usual_options} == own.usual_options
     assert own.lr_for(0) == own.lr if own.finds_learning_rate else own.lr_for(0) < own.lr
 
 

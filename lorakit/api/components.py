@@ -186,6 +186,8 @@ class OptimizerConfig(Component):
     parameters as a single one, which takes one kernel instead of hundreds."""
     usual_lr: ClassVar[float | None] = None
     """The usual learning rate: `lorakit init` writes it, and more than a hundred times as much is a warning."""
+    usual_options: ClassVar[Mapping[str, object]] = {}
+    """Values of other keys that go with it, which `lorakit init` writes, too."""
 
     lr: float = field(default=1e-4, validator=v.ge(0))
     """Learning rate of the adapters of all parts without a separate one."""

@@ -233,10 +233,11 @@ def cache(config: Path, overrides: tuple[str, ...]) -> None:
     catalog = _catalog()
     prepared, _ = _prepared(config, overrides, catalog, resuming=True)  # it replaces no finished LoRA either
     from lorakit.training.setup import fill_cache
+    from lorakit.utils.wording import shown_path
 
     filled = fill_cache(prepared)
     if is_main_process():
-        click.echo(f"Done: {prepared.config.cache_dir}")
+        click.echo(f"Done: {shown_path(prepared.config.cache_dir)}")
         for what in ("images", "captions"):
             done = f"{filled[what].new} encoded, {filled[what].there} there already" if what in filled else ""
             click.echo(f"  {what:<8} {done or 'are encoded in each step'}")

@@ -200,9 +200,11 @@ def _optimizer(start: Start, _: Path) -> Iterator[str]:
     yield _line("name", own.name, "others: docs/how-to/optimizers.md")
     if own.finds_learning_rate:
         yield _line("lr", lr, "leave it at 1: the optimizer finds the learning rate")
-        return
-    yield _line("lr", lr, "for other optimizers: lion 3e-5, dadaptation and prodigy 1")
-    if own.supports_group_lrs:
+    else:
+        yield _line("lr", lr, "for other optimizers: lion 3e-5, dadaptation and prodigy 1")
+    for key, value in own.usual_options.items():
+        yield _line(key, value, f"usual with {own.name}")
+    if own.supports_group_lrs and not own.finds_learning_rate:
         share = start.purpose.text_encoder_share
         several = sum(bool(part.encoders) for part in start.family.parts) > 1
         off = "0 trains none, [1e-5, 0] the first alone" if several else "0 does not train the text encoder"

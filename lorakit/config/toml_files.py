@@ -151,11 +151,19 @@ def _explain(text: str, message: str) -> str:
         number = _opening(lines, number)
     if bare.startswith(("Unterminated string", "Expected \"'", "Expected \"\\'")):
         number = _unclosed(lines, number)
-    stripped = re.sub(r"\s+#[^\"']*$", "", lines[number - 1].strip())
+    stripped = _without_comment(lines[number - 1].strip())
     key, _, value = stripped.partition("=")
     line = _Line(stripped, key.strip(), value.strip(), bare)
     cure = next((cure for rule in _RULES for cure in rule(line)), f"{bare[:1].lower()}{bare[1:]}")
     return f"line {number}: {_cut(line.text)}: {_printable(cure)}"
+
+
+def _without_comment(line: str) -> str:
+    """A line without the comment at its end, as far as quotation marks, which may be wrong, show where it begins."""
+    code = re.match(r"(?:[^\"'#]|\"[^\"]*\"|'[^']*')*", line)
+    if code and line[code.end() :].startswith("#") and line[: code.end()][-1:].isspace():
+        return code[0].rstrip()
+    return re.sub(r"\s+#[^\"']*$", "", line)
 
 
 def _cut(text: str) -> str:
@@ -211,7 +219,9 @@ def _twice(lines: Sequence[str], number: int, message: str) -> str:
         if key in places and (count == number or name):
             what = f"the section [{key}]" if section else name[1] if name else key
             cure = "put its keys there" if section else "remove one of them"
-            return f"line {count}: {_cut(text)}: {what} is there already, in line {places[key]}; {cure}"
+            return (
+                f"line {count}: {_cut(_without_comment(text))}: {what} is there already, in line {places[key]}; {cure}"
+            )
         places.setdefault(key, count)
     return f"line {number}: {_cut(lines[number - 1].strip())}: it is there already ({message})"
 

@@ -38,13 +38,11 @@ UNIFIED_MEMORY_DEVICES = ("cpu", "mps")
 
 
 def _plain_file_name(_: object, __: object, value: str) -> None:
-    if (
-        not value.strip(". ")
-        or value[-1] in ". "
-        or len(value) > 200
-        or not value.isprintable()
-        or set(value) & set("/\\")
-    ):
+    if value.strip(". ") and value[-1] in ". ":
+        raise ValueError(
+            f"must not end with a space or a dot, which Windows removes: {value.rstrip('. ')!r}, not {value!r}"
+        )
+    if not value.strip(". ") or len(value) > 200 or not value.isprintable() or set(value) & set("/\\"):
         raise ValueError(f"must be a plain file name, without folders, not {value!r}")
     impossible = sorted(set(value) & set('<>:"|?*'))
     if impossible:

@@ -21,6 +21,9 @@ MISTAKES = [
     ("path = /home/me/model.ckpt", 'text needs quotation marks: path = "/home/me/model.ckpt"'),
     ("name = lierla", 'name = lierla: text needs quotation marks: name = "lierla"'),
     ("name = lierla  # the network", 'name = lierla: text needs quotation marks: name = "lierla"'),
+    ('name = lierla  # "c3lier" adapts more', 'name = lierla: text needs quotation marks: name = "lierla"'),
+    ("name = lierla  # it's the network", 'name = lierla: text needs quotation marks: name = "lierla"'),
+    (r'path = "C:\my # models\x"  # "here"', r"write 'C:\my # models\x'"),
     ("parts = [unet, text_encoder]", 'text needs quotation marks: parts = ["unet", "text_encoder"]'),
     ("parts = [“unet”]", 'text needs quotation marks: parts = ["unet"]'),
     ("name = “lierla”", 'use straight ones: name = "lierla"'),
@@ -78,6 +81,7 @@ def test_a_mistake_is_shown_with_its_line_and_what_to_write(line: str, cure: str
     ("text", "message"),
     [
         ("[a]\nrank = 1\n[b]\nrank = 1\nrank = 2", "line 5: rank = 2: rank is there already, in line 4"),
+        ('[a]\nr = 1  # a "b"\nr = 2  # "c"', "line 3: r = 2: r is there already, in line 2"),
         ("[a]\nx = 1\n[b]\n[a]\ny = 2", "line 4: [a]: the section [a] is there already, in line 1"),
         ("[[o]]\nx = 1\n[[o]]\nx = 1\nx = 2", "line 5: x = 2: x is there already, in line 4"),
         ("[[o]]\nx = 1\n[o]\nx = 1", "line 3: [o]:"),

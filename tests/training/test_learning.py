@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import product
+import tomllib
+from itertools import product, repeat
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lorakit.api.components import NetworkConfig, OptimizerConfig
+from lorakit.cli.init import plan_start, short_config
 from lorakit.data.loader import Batch
 from lorakit.plugins.catalog import Catalog
 from lorakit.training.prepare import prepare
@@ -40,6 +42,12 @@ SETTINGS = {name: {"d0": 1e-3} for name in RELATIVES if name.startswith("dadapt"
 PATHS = {"package.Class": "torch.optim.NAdam"}
 # D-Adaptation starts from an estimate of 1e-6, and takes a while to find a larger one.
 UPDATES = {name: 40 for name in [*LEARNING_RATES, *RELATIVES] if name.startswith("dadapt")}
+OFFERED = [
+    name
+    for name, (found, *_) in Catalog.discover().of_kind(OptimizerConfig).items()
+    if not found.component.takes_import_path
+]
+"""The names that `lorakit init --optimizer` takes."""
 NETWORKS = {"lierla": {}, "c3lier": {"conv_rank": 2}}
 STEPS = 12
 
@@ -97,6 +105,26 @@ def test_loss_falls_on_a_repeated_batch(
     assert loss_on(run, batch).item() < 0.99 * before
     adapted = {key.split("_")[1] for key in run.network.adapter_state()}
     assert adapted == {{"unet": "unet", "text_encoder": "te"}[part] for part in parts}
+
+
+@pytest.mark.parametrize("optimizer", OFFERED)
+def test_what_init_writes_learns(make_config, catalog: Catalog, tmp_path: Path, optimizer: str) -> None:
+    """With the rates, options and schedule that `lorakit init` writes, the loss falls from the start."""
+    begun = plan_start(catalog, "subject", None, None, optimizer)
+    written = tomllib.loads(short_config(begun, tmp_path / "config.toml"))
+    sections = {name: written[name] for name in ("network", "optimizer", "lr_scheduler")}
+    config = make_config(**sections, training={"max_steps": 30}, data={"batch_size": 2})
+    run = build_run(prepare(config), Distributed(torch.device("cpu")))
+    batch, losses = first_batch(run), []
+    for step in run.schedule.steps_from(0, repeat(batch)):
+        loss = loss_on(run, batch)
+        losses.append(loss.item())
+        run.backward(loss)
+        run.update(step)
+        run.advance(step)
+    # Estimates of learning rates start at 1e-6, and take longer than this to grow.
+    assert losses[-1] < losses[0] * (1 - 1e-5)
+    assert max(losses) < losses[0] * 1.001
 
 
 def test_gradient_checkpointing_changes_nothing(make_config) -> None:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from lorakit.api import ParameterGroup
 
 
+_SLOW_GROWTH = {"growth_rate": 1.02}
+"""Without it the estimates of Adam and Adan can grow so large in the first steps that a LoRA never recovers."""
+
+
 @frozen(kw_only=True)
 class DAdaptConfig(OptimizerConfig):
     """An optimizer of dadaptation; a subclass gives the class's name and has its options as fields."""
@@ -75,6 +79,7 @@ class DAdaptationConfig(_GrowingConfig):
     name = "dadaptation"
     module = "dadaptation.experimental.dadapt_adam_preprint"
     class_name = "DAdaptAdamPreprint"
+    usual_options = _SLOW_GROWTH
 
     betas: tuple[float, float] = field(default=(0.9, 0.999), validator=v.deep_iterable([v.ge(0), v.lt(1)]))
     """Decay of the running averages of the gradient and of its square."""
@@ -102,6 +107,7 @@ class DAdaptAdanConfig(_GrowingConfig):
 
     name = "dadaptadan"
     class_name = "DAdaptAdan"
+    usual_options = _SLOW_GROWTH
 
     betas: tuple[float, float, float] = field(default=(0.98, 0.92, 0.99), validator=v.deep_iterable([v.ge(0), v.lt(1)]))
     """Decay of the running averages of the gradient, of its change, and of its square."""

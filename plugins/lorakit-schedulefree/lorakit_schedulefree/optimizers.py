@@ -83,6 +83,7 @@ class SGDScheduleFreeConfig(ScheduleFreeConfig):
     """Stochastic gradient descent without a schedule (arXiv:2405.15682)."""
 
     name = "sgd_schedulefree"
+    usual_lr = 1.0
     class_name = "SGDScheduleFree"
 
     momentum: float = field(default=0.9, validator=[v.gt(0), v.lt(1)])
