@@ -110,7 +110,7 @@ def test_loss_falls_on_a_repeated_batch(
 
 @pytest.mark.parametrize("optimizer", OFFERED)
 def test_what_init_writes_learns(make_config, catalog: Catalog, tmp_path: Path, optimizer: str) -> None:
-    """With the rates, options and schedule that `lorakit init` writes, the loss on a real model falls from the start."""
+    """With the rates, options and schedule that `lorakit init` writes, the loss falls from the start."""
     begun = plan_start(catalog, "subject", None, None, optimizer)
     written = tomllib.loads(short_config(begun, tmp_path / "config.toml"))
     sections = {name: written[name] for name in ("network", "optimizer", "lr_scheduler")}
