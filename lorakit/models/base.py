@@ -39,7 +39,8 @@ from lorakit.models.weights.hashing import ProcessMemo, hash_of_file, hash_of_we
 from lorakit.models.weights.load import EditTensor, load_weights, shapes_of, without_weights
 from lorakit.models.weights.merge_lora import Merging
 
-_PROCESS_MEMO = ProcessMemo()
+PROCESS_MEMO = ProcessMemo()
+"""Caches hashes of files until the process ends."""
 NOTHING_MERGED = Merging(())
 """No LoRA files to merge."""
 
@@ -105,8 +106,6 @@ class BaseModel:
         self.noise = noise
         self.device = device
         self.dtype = dtype
-        self.memo: Memo = _PROCESS_MEMO
-        """Remembers hashes of files; one that outlives the process makes the next start faster."""
         self._merging = merging
         self._read: dict[str, nn.Module] = {}
         self._text_encoder: TextEncoder | None = None
@@ -157,8 +156,11 @@ class BaseModel:
         """What LoRA files say about their base model besides file names, hashes and merged LoRA files."""
         raise NotImplementedError
 
-    def text_options(self) -> list[object]:
-        """What the text encoder's output depends on besides stored weights and settings; plain values."""
+    def text_options(self, memo: Memo) -> list[object]:  # noqa: ARG002
+        """What the text encoder's output depends on besides stored weights and settings; plain values.
+
+        Hashes of files are cached in `memo`.
+        """
         return []
 
     @property
@@ -283,7 +285,7 @@ class BaseModel:
         for own, module in self._modules_read(denoiser_only=share < 1):
             own.checkpoint(module, share)
 
-    def fingerprint(self, part: EncoderName) -> str:
+    def fingerprint(self, part: EncoderName, memo: Memo = PROCESS_MEMO) -> str:
         """A short key of all that an encoder's output depends on: weights, dtype, settings.
 
         The weights are read through once for as long as the memo remembers it.
@@ -293,29 +295,29 @@ class BaseModel:
         if part == "vae_encoder":
             stored = self.checkpoint.part("vae")
             names = {bare: at for bare, at in stored.file_names.items() if bare.startswith(self.vae_encoder_roots)}
-            described += self._described(part, stored, names, self.vae_dtype)
+            described += self._described(part, stored, names, self.vae_dtype, memo)
         else:
-            options += self.text_options()
+            options += self.text_options(memo)
             for own in self.modules:
                 if own.part.encoders:
                     name = own.part.name
                     stored = self.checkpoint.part(name)
-                    described += self._described(name, stored, stored.file_names, self.dtype)
-                    options += self._merging.fingerprint(own.part.lora_prefix, self.memo)
+                    described += self._described(name, stored, stored.file_names, self.dtype, memo)
+                    options += self._merging.fingerprint(own.part.lora_prefix, memo)
                     options += [self._formats[name]] if name in self._formats else []
         text = json.dumps([*described, options], sort_keys=True)
         return sha256(text.encode()).hexdigest()[:32]
 
-    def metadata(self) -> Mapping[str, str]:
+    def metadata(self, memo: Memo = PROCESS_MEMO) -> Mapping[str, str]:
         """What LoRA files say about their base model; hashes each file of it, which takes seconds once."""
         entries = dict(self.metadata_entries())
         for name, location in self.checkpoint.sources.items():
             entries[f"ss_{name}_name"] = str(location) if isinstance(location, HubModel) else location.name
             if isinstance(location, Path) and location.is_file():
                 # Both hashes by which web UIs find it.
-                sha = self.memo.get_or_compute(location, "sha256", partial(hash_of_file, location))
+                sha = memo.get_or_compute(location, "sha256", partial(hash_of_file, location))
                 entries |= {f"ss_{name}_hash": short_hash_of_file(location), f"ss_new_{name}_hash": sha}
-        return {**entries, **self._merging.metadata(self.memo)}
+        return {**entries, **self._merging.metadata(memo)}
 
     def _modules_read(self, *, denoiser_only: bool = False) -> Iterator[tuple[PartModule, nn.Module]]:
         """The modules that are read, those of text encoders only on request."""
@@ -324,12 +326,12 @@ class BaseModel:
                 yield own, self._read[own.part.name]
 
     def _described(
-        self, name: str, stored: CheckpointPart, names: Mapping[str, Any], dtype: torch.dtype
+        self, name: str, stored: CheckpointPart, names: Mapping[str, Any], dtype: torch.dtype, memo: Memo
     ) -> list[object]:
         """The hash of a part's named weights, its dtype and its settings."""
         others = "".join(f" {file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in stored.files[1:])
         hashed = partial(hash_of_weights, stored.files, names)
-        weights = self.memo.get_or_compute(stored.files[0], name + others, hashed)
+        weights = memo.get_or_compute(stored.files[0], name + others, hashed)
         return [weights, str(dtype), dict(stored.settings)]
 
     def _apply_memory_settings(self) -> None:

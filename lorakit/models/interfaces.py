@@ -126,11 +126,12 @@ class DiffusionModel(Protocol):
     """A base model whose parts are read on first use and can be freed one by one; `lorakit.models.base` has a base."""
 
     noise: NoiseProcess
-    memo: Memo
-    """Caches hashes of files; a persistent one makes the next start faster."""
 
-    def fingerprint(self, part: EncoderName) -> str:
-        """A short key of all that the encoder's output depends on, from weights to settings; cached in `memo`."""
+    def fingerprint(self, part: EncoderName, memo: Memo = ...) -> str:
+        """A short key of all that the encoder's output depends on, from weights to settings.
+
+        Hashes of files are cached in `memo`, or until the process ends.
+        """
 
     @property
     def vae_encoder(self) -> VaeEncoder:
@@ -184,8 +185,11 @@ class DiffusionModel(Protocol):
         With a share below 1, only in that share of the denoiser's blocks, those that keep the most.
         """
 
-    def metadata(self) -> Mapping[str, str]:
-        """Metadata of LoRA files about their base model, such as `modelspec.architecture`."""
+    def metadata(self, memo: Memo = ...) -> Mapping[str, str]:
+        """Metadata of LoRA files about their base model, such as `modelspec.architecture`.
+
+        Hashes of files are cached in `memo`, or until the process ends.
+        """
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's output for noisy latents [B, C, h, w] at timesteps [B]: [B, C, h, w]."""

@@ -56,7 +56,6 @@ def encode_data(
     """
     data, cache = prepared.config.data, prepared.cache
     datasets = (*prepared.datasets, *prepared.validation)
-    model.memo = cache.memo
     options = EncodeOptions(
         device=processes.device,
         batch_size=data.encode_batch_size,

@@ -201,7 +201,7 @@ def build_run_from(
         schedule=schedule,
         loader=loader,
         processes=processes,
-        writer=AdapterWriter(config, model, network, build_component(config.saver), metadata),
+        writer=AdapterWriter(config, model, network, build_component(config.saver), metadata, prepared.cache.memo),
         parts_in_memory=prepared.parts_in_memory,
         encodes_captions=prepared.encodes_captions,
         validation=ValidationSet.of(loader, prepared.validation, config),

@@ -59,7 +59,7 @@ class TinyModel:
         self.version = version
         self.touched: set[str] = set()
 
-    def fingerprint(self, part: Literal["vae_encoder", "text_encoder"]) -> str:
+    def fingerprint(self, part: Literal["vae_encoder", "text_encoder"], memo: object = None) -> str:  # noqa: ARG002
         """The part's name and the model's version."""
         return f"{part}-{self.version}"
 

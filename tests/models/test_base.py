@@ -20,7 +20,7 @@ from lorakit.builtin.optimizers.standard import AdamWConfig
 from lorakit.checkpoints import Location
 from lorakit.diffusion.noise_schedule import DDPMSchedule
 from lorakit.models.base import NOTHING_MERGED, BaseModel, PartModule
-from lorakit.models.interfaces import AdaptationTarget
+from lorakit.models.interfaces import AdaptationTarget, Memo
 from lorakit.models.memory.activation_checkpointing import CheckpointedBlock
 from lorakit.models.memory.block_swap import streamed_bytes
 from lorakit.models.memory.quantization import QuantizedLayer
@@ -177,7 +177,7 @@ class TinyFlow(BaseModel):
         both = torch.cat([self.text_encoder["text_encoder"](states), self.text_encoder["text_encoder_2"](states)], 1)
         return self.denoiser(noisy_latents, both) * timesteps.view(-1, 1, 1)
 
-    def text_options(self) -> list[object]:
+    def text_options(self, _memo: Memo) -> list[object]:
         """A word."""
         return ["tiny"]
 

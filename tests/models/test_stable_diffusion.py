@@ -133,11 +133,10 @@ def test_fingerprints_are_remembered_until_the_file_changes(tiny_file: Path, tmp
     path.write_bytes(tiny_file.read_bytes())
     for clip_skip in (1, 2):
         model = stable_diffusion(path, clip_skip=clip_skip)
-        model.memo = memo
-        assert model.fingerprint("text_encoder") == model.fingerprint("text_encoder")
+        assert model.fingerprint("text_encoder", memo) == model.fingerprint("text_encoder", memo)
     assert memo.computed == ["text_encoder"]
     os.utime(path, ns=(0, 0))
-    model.fingerprint("text_encoder")
+    model.fingerprint("text_encoder", memo)
     assert memo.computed == ["text_encoder", "text_encoder"]
 
 

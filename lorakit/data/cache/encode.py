@@ -96,7 +96,7 @@ def encode_latents(
     workers = encoding.workers or default_workers()
     with ThreadPoolExecutor(workers) as pool:
         damaged = _damaged(datasets, cache, encoding, pool)
-        keys, jobs = _latent_jobs(datasets, model.fingerprint("vae_encoder"), cache, pool)
+        keys, jobs = _latent_jobs(datasets, model.fingerprint("vae_encoder", cache.memo), cache, pool)
         missing = []
         for job in _own(jobs, encoding):
             absent = {mirrored: key for mirrored, key in job.keys.items() if not cache.has(key)}
@@ -119,7 +119,7 @@ def encode_captions(
     Captions that vary freely are left out. The text encoder is read only if something is missing.
     Raises DataError where it gives NaN.
     """
-    fingerprint = model.fingerprint("text_encoder")
+    fingerprint = model.fingerprint("text_encoder", cache.memo)
     examples = [example for dataset in datasets for example in dataset.examples]
     captions = dict.fromkeys(
         text for example in examples for text in caption_variants(example.caption, example.subset) or ()

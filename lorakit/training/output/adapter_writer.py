@@ -11,7 +11,7 @@ from attrs import frozen
 from lorakit.config.dump import to_toml
 from lorakit.config.train_config import TrainConfig
 from lorakit.errors import AdapterError, OutputError, TrainingDiverged
-from lorakit.models.interfaces import DiffusionModel
+from lorakit.models.interfaces import DiffusionModel, Memo
 from lorakit.networks.adapter_file import AdapterFile, Saver
 from lorakit.networks.network import Network
 from lorakit.plugins.catalog import Catalog
@@ -30,6 +30,8 @@ class AdapterWriter:
     saver: Saver
     metadata: Mapping[str, str]
     """What stays the same over the run, except for the model's part."""
+    memo: Memo
+    """Caches the hashes of the base model's files."""
 
     def write_config(self, catalog: Catalog) -> None:
         """Write the resolved config, which repeats the run; the catalog says which names need a distribution."""
@@ -57,7 +59,7 @@ class AdapterWriter:
         if broken:
             raise TrainingDiverged(f"step {step}: {broken} is not finite; nothing was saved, earlier saves remain")
         # Asked for here and not at the start: hashing a base model of some gigabytes takes seconds, once.
-        metadata = {**self.metadata, **self.model.metadata(), **save_metadata(step, epoch)}
+        metadata = {**self.metadata, **self.model.metadata(self.memo), **save_metadata(step, epoch)}
         if self.config.metadata.minimal:
             metadata = without_training(metadata)
         with staging_dir(path) as scratch:

@@ -27,7 +27,7 @@ from lorakit.models.families.sd.text_encoder import ClipTextEncoder, checkpoint_
 from lorakit.models.families.sd.tokenizer import CaptionTokenizer
 from lorakit.models.families.sd.unet import BasicTransformerBlock, ResnetBlock2D, UNet, use_backend
 from lorakit.models.families.sd.unet_config import UNetConfig
-from lorakit.models.interfaces import AttentionBackend, Conditioning, TextEncoder
+from lorakit.models.interfaces import AttentionBackend, Conditioning, Memo, TextEncoder
 from lorakit.models.vae import VaeDecoder, VaeEncoder, read_vae_decoder, read_vae_encoder
 from lorakit.models.weights.checkpoint import CheckpointPart
 from lorakit.models.weights.hashing import hash_of_file
@@ -137,9 +137,9 @@ class StableDiffusion(BaseModel):
             raise ModelError(f"{part} has {layers} layers; clip_skip must be at most that, not {variant.clip_skip}")
         return ClipTextEncoder(modules[TEXT_ENCODER.name], tokenizer, variant.clip_skip)
 
-    def text_options(self) -> list[object]:
+    def text_options(self, memo: Memo) -> list[object]:
         """What captions are encoded with, and a hash of the model's own tokenizer; empty where it uses CLIP's."""
-        variant, hashes = self.variant, self.tokenizer_hashes("tokenizer")
+        variant, hashes = self.variant, self.tokenizer_hashes(memo, "tokenizer")
         options: list[object] = [variant.clip_skip, variant.max_token_length, variant.pad_token, hashes]
         return options + ([_PADS_WITH_A_WORD] if variant.pad_token is not None else [])
 
@@ -152,11 +152,11 @@ class StableDiffusion(BaseModel):
             raise ModelError(f"{part} knows {vocabulary} tokens, but its tokenizer has {tokenizer.vocabulary_size}")
         return tokenizer
 
-    def tokenizer_hashes(self, *names: str) -> str:
+    def tokenizer_hashes(self, memo: Memo, *names: str) -> str:
         """Hashes of the files in the tokenizers' folders of these names; empty if the model brings none."""
         folders = [folder for name in names if (folder := self.checkpoint.tokenizer_folder(name))]
         files = [folder / name for folder in folders for name in TOKENIZER_FILES if (folder / name).is_file()]
-        return " ".join(self.memo.get_or_compute(file, "sha256", partial(hash_of_file, file)) for file in files)
+        return " ".join(memo.get_or_compute(file, "sha256", partial(hash_of_file, file)) for file in files)
 
     def metadata_entries(self) -> Mapping[str, str]:
         """The version and how captions are read, in the keys of sd-scripts and of the metadata standard."""

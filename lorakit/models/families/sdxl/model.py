@@ -24,7 +24,7 @@ from lorakit.models.families.sdxl.text_encoder import (
     join,
     projected_clip_module,
 )
-from lorakit.models.interfaces import Conditioning
+from lorakit.models.interfaces import Conditioning, Memo
 from lorakit.models.weights.checkpoint import CheckpointPart
 
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -104,9 +104,9 @@ class StableDiffusionXL(StableDiffusion):
         encoders = zip(self.modules, _TOKENIZERS, _PADS, strict=False)
         return SDXLTokenizer(*(self.read_tokenizer(own.part.name, folder, pad) for own, folder, pad in encoders))
 
-    def text_options(self) -> list[object]:
+    def text_options(self, memo: Memo) -> list[object]:
         """What captions are encoded with, and hashes of the model's own tokenizers; empty where it uses CLIP's."""
-        return [self.variant.max_token_length, self.tokenizer_hashes(*_TOKENIZERS)]
+        return [self.variant.max_token_length, self.tokenizer_hashes(memo, *_TOKENIZERS)]
 
     def metadata_entries(self) -> Mapping[str, str]:
         """The version and how captions are read, in the keys of sd-scripts and of the metadata standard."""
