@@ -37,27 +37,21 @@ _ADAPTER = _kind("a T2I-Adapter, not a base model", _CONTROL)
 _MOTION = _kind("a motion module of AnimateDiff, not a base model", _CONTROL)
 
 
-def _lora(name: str) -> DetectedFamily:
-    return _kind(f"{name} file, not a base model", _LORA)
+_Kinds = tuple[tuple[DetectedFamily, tuple[str, ...]], ...]
+"""Kinds of files, and fragments of the names of their tensors; what is further up may have marks of what follows."""
 
-
-_ADD_ONS: tuple[tuple[DetectedFamily, tuple[str, ...]], ...] = (
-    # Those further up may also have the marks of those further down.
+_WITH_ADAPTERS: _Kinds = (
     (_CONTROLNET, ("control_model.", "controlnet_cond_embedding.", "controlnet_down_blocks.", "input_hint_block.",
                    "lora_controlnet")),
     (_kind("an IP-Adapter, not a base model", _CONTROL), ("ip_adapter.", "image_proj.", ".to_k_ip.")),
-    (_lora("a LoHa"), (".hada_w1_a",)),
-    (_lora("a LoKr"), (".lokr_w1", ".lokr_w2")),
-    (_lora("an OFT"), (".oft_blocks", ".oft_diag", ".oft_R.")),
-    (_lora("a GLoRA"), (".a1.weight", ".b1.weight")),
-    (_lora("an (IA)³"), (".on_input", ".ia3_l")),
-    (_lora("a DoRA"), (".dora_scale", ".lora_magnitude_vector")),
-    (_lora("a LoRA"), (".lora_down.weight", ".lora_A.", ".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.",
-                     "lora_unet_", "lora_te_", "lora_te1_", "lycoris_")),
-    (_MOTION, ("motion_modules.", "temporal_transformer.")),
 )  # fmt: skip
-"""Files that are used together with a base model, and fragments of the names of their tensors."""
-_OTHERS: tuple[tuple[DetectedFamily, tuple[str, ...]], ...] = (
+"""Add-ons to a base model, some of which have adapters in them."""
+_ADD_ONS: _Kinds = (
+    (_kind("a LoRA of an unknown kind, not a base model", _LORA), ("lora_unet_", "lora_te_", "lora_te1_", "lycoris_")),
+    (_MOTION, ("motion_modules.", "temporal_transformer.")),
+)
+"""Other add-ons to a base model."""
+_OTHERS: _Kinds = (
     (_kind("a safety checker, not a base model"), ("concept_embeds", "special_care_embeds")),
     (_kind("an image upscaler, not a base model"), ("RDB1.conv1.", "rdb1.conv1.", ".residual_group.", "upsampler.0.",
                                                   "params_ema.")),
@@ -113,17 +107,30 @@ def is_other_part(summary: CheckpointSummary, title: str) -> bool:
 
 def is_add_on(summary: CheckpointSummary) -> bool:
     """Whether a file is a LoRA, a ControlNet or the like, which is used together with a base model."""
-    return any(mark in name for _, marks in _ADD_ONS for name in summary.tensors for mark in marks)
+    return _add_on(summary.tensors) is not None
+
+
+def _add_on(tensors: Shapes) -> DetectedFamily | None:
+    """Which add-on to a base model a file with these tensors is; None if it is none."""
+    if found := _first(_WITH_ADAPTERS, tensors):
+        return found
+    if algorithm := _algorithm(tensors):
+        return _kind(f"{_with_article(algorithm)}, not a base model", _LORA)
+    return _first(_ADD_ONS, tensors)
+
+
+def _first(kinds: _Kinds, tensors: Shapes) -> DetectedFamily | None:
+    """The first of these kinds that tensors have the names of."""
+    return next((kind for kind, marks in kinds if any(mark in name for name in tensors for mark in marks)), None)
 
 
 def _kind_of_tensors(tensors: Shapes) -> DetectedFamily:
     """What a file with these tensors is."""
     if not tensors:
         return _kind("a file without tensors")
-    for kind, fragments in (*_ADD_ONS, *_OTHERS):
-        if any(fragment in name for name in tensors for fragment in fragments):
-            is_whole = kind is _UNET and any(name.startswith(_TEXT_ENCODERS) for name in tensors)
-            return _WHOLE_MODEL if is_whole else kind
+    if found := _add_on(tensors) or _first(_OTHERS, tensors):
+        is_whole = found is _UNET and any(name.startswith(_TEXT_ENCODERS) for name in tensors)
+        return _WHOLE_MODEL if is_whole else found
     # Vectors as wide as a text encoder's tokens.
     if len(tensors) <= 4 and all(len(shape) in {1, 2} and shape[-1] in _EMBEDDING_WIDTHS for shape in tensors.values()):
         return _EMBEDDING
@@ -163,6 +170,7 @@ _ALGORITHMS: Mapping[str, tuple[str, ...]] = {
     "DoRA": ("dora_scale", "lora_magnitude_vector"),
     "LoRA": ("lora_up", "lora_down", "lora_A", "lora_B", "lora", "lora_linear_layer"),
 }
+"""Kinds of adapters, and the steps that the names of their tensors have behind a layer's name."""
 OF_LYCORIS = {"LoHa": "loha", "LoKr": "lokr", "OFT": "diag-oft", "BOFT": "boft", "IA3": "ia3", "GLoRA": "glora"}
 """Algorithms of LyCORIS, and what its argument `algo` calls them."""
 
@@ -200,8 +208,11 @@ def adapter_kind(summary: CheckpointSummary) -> AdapterKind:
     if not algorithm:
         return AdapterKind("", "", describe(summary))
     model = _model(tensors)
-    article = "an" if algorithm[0] in "OI" else "a"
-    return AdapterKind(algorithm, model, f"{article} {algorithm}" + (f" for {model}" if model else ""))
+    return AdapterKind(algorithm, model, _with_article(algorithm) + (f" for {model}" if model else ""))
+
+
+def _with_article(algorithm: str) -> str:
+    return f"{'an' if algorithm[0] in 'OI' else 'a'} {algorithm}"
 
 
 def _algorithm(tensors: Shapes) -> str:

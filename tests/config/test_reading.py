@@ -361,7 +361,7 @@ def test_the_family_of_the_model(problems: Problems, tables: Tables, base: Path,
     tables["model"] = {"path": str(lora)}
     found = problems(tables)
     assert list(found) == ["model.path"]
-    assert "is a LoRA file, not a base model; no installed plugin trains it" in found["model.path"]
+    assert "is a LoRA, not a base model; no installed plugin trains it" in found["model.path"]
 
 
 @pytest.mark.parametrize("path", ["~nobody_of_this_name/model", "a" * 5000, "a\0b", "a\udce9", "\n", "/", "photos"])
