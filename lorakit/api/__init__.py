@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     from lorakit.models.interfaces import AttentionBackend as AttentionBackend
     from lorakit.models.interfaces import Conditioning as Conditioning
     from lorakit.models.interfaces import DiffusionModel as DiffusionModel
+    from lorakit.models.interfaces import Memo as Memo
     from lorakit.models.interfaces import TextEncoder as TextEncoder
     from lorakit.models.interfaces import Tokens as Tokens
     from lorakit.models.vae import VaeDecoder as VaeDecoder
@@ -89,6 +90,9 @@ if TYPE_CHECKING:
     from lorakit.models.weights.checkpoint import CheckpointPart as CheckpointPart
     from lorakit.models.weights.checkpoint import ModelCheckpoint as ModelCheckpoint
     from lorakit.models.weights.checkpoint import PartFormat as PartFormat
+    from lorakit.models.weights.folders import TensorSlice as TensorSlice
+    from lorakit.models.weights.merge_lora import MergedFile as MergedFile
+    from lorakit.models.weights.merge_lora import Merging as Merging
     from lorakit.networks.adapter_file import AdapterFile as AdapterFile
     from lorakit.networks.adapter_file import Saver as Saver
     from lorakit.networks.config import LoRAConfig as LoRAConfig

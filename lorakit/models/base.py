@@ -123,7 +123,7 @@ class BaseModel:
                 for own in self.modules
                 for target in own.targets(empty_module(self.checkpoint.part(own.part.name), own.build))
             ]
-            self._merging = merging.for_layers({name: layer.key for layer in layers for name in layer.names})
+            self._merging = merging.for_layers(layers)
             self._merging.check({layer.key: tuple(layer.module.get_parameter("weight").shape) for layer in layers})
 
     # What a family gives.

@@ -15,12 +15,12 @@ from attrs import field, frozen
 from torch import Tensor
 
 from lorakit.checkpoints import pickled_tensors, summarize
-from lorakit.checkpoints.lora_files import PEFT_MAGNITUDE, lora_names
-from lorakit.checkpoints.lora_names import ALPHA, DOWN, MAGNITUDE, UP
+from lorakit.checkpoints.lora_names import DOWN
 from lorakit.checkpoints.safetensors_content import safetensors_content
 from lorakit.errors import AdapterError, ModelError
 from lorakit.models.interfaces import AdaptationTarget
 from lorakit.models.weights.load import open_tensors
+from lorakit.models.weights.lora_tensors import lora_tensors
 from lorakit.utils.atomic_io import atomic_write
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -124,25 +124,16 @@ def load_initial_weights(path: Path, targets: Sequence[AdaptationTarget] = ()) -
     those of scale 1. Raises `AdapterError` as `read_adapter` does.
     """
     found = read_adapter(path).tensors
-    keys = {name: target.key for target in targets for name in target.names}
-    fused = {target.fused_in.name for target in targets if target.fused_in is not None}
-    names = lora_names(summarize(path), keys | {name: name for name in fused})
-    tensors = {own: found[name] for own, name in names.in_file.items()}
-    tensors |= {own: tensors[own].flatten() for own, name in names.in_file.items() if PEFT_MAGNITUDE in name}
-    for key, down in list(tensors.items()):
+    names = lora_tensors(summarize(path), targets)
+    tensors = {own: names.read(own, found.__getitem__) for own in names.stored}
+    for own, down in list(tensors.items()):
         if down.is_complex() or not down.float().isfinite().all():
-            name = names.in_file[key]
+            name = names.name(own)
             raise AdapterError(f"{path} cannot be trained on: {name} holds NaN, infinity or complex numbers.")
-        if key.endswith(_DOWN) and down.ndim:
-            layer = key.removesuffix(_DOWN)
+        if own.endswith(_DOWN) and down.ndim:
+            layer = own.removesuffix(_DOWN)
             tensors.setdefault(f"{layer}.alpha", torch.tensor(names.alphas.get(layer, float(len(down)))))
-    for key, rows in ((target.key, target.fused_in) for target in targets if target.fused_in):
-        for suffix in (DOWN, UP, ALPHA, MAGNITUDE):
-            if (tensor := tensors.get(f"{rows.name}.{suffix}")) is not None:
-                # (U·D)[rows] is U[rows]·D, and each row of a weight has its own norm.
-                by_row = suffix in (UP, MAGNITUDE)
-                tensors[f"{key}.{suffix}"] = tensor[rows.start : rows.stop] if by_row else tensor
-    return {key: tensor for key, tensor in tensors.items() if key.partition(".")[0] not in fused}
+    return tensors
 
 
 def ranks_and_alphas(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, float]]:

@@ -26,6 +26,7 @@ from lorakit.api import (
     ModelCheckpoint,
     PartFormat,
     PartModule,
+    TensorSlice,
     VaeDecoder,
     VaeEncoder,
     read_vae_decoder,
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from lorakit.api import Tokens
 
 MAX_TOKENS = 64
+FUSED_ROWS = {"to_q": (0, 48), "to_k": (48, 72), "to_v": (72, 96)}
+"""The rows of queries, keys and values in the one layer that the original code has for them."""
 
 
 def transformer(part: CheckpointPart) -> nn.Module:
@@ -67,9 +70,12 @@ def transformer_targets(root: nn.Module) -> Iterator[AdaptationTarget]:
     for path, module in root.named_modules():
         if path.startswith("layers.") and isinstance(module, nn.Linear):
             tags = {"transformer", "attention" if ".attn." in path else "mlp"}
+            start, end = FUSED_ROWS.get(path.rpartition(".")[2], (0, 0))
+            fused = TensorSlice(transformer_key(f"layers.{path.split('.')[1]}.attention.qkv"), start, end)
             yield AdaptationTarget(
                 key=transformer_key(path), part=TRANSFORMER.name, root=root, path=path, tags=frozenset(tags),
                 block_index=int(path.split(".")[1]), layout=LAYOUT, diffusers_path=f"transformer.{path}",
+                fused_in=fused if end else None,
             )  # fmt: skip
 
 

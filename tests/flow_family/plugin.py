@@ -43,6 +43,9 @@ class LuminaConfig(ModelFamilyConfig):
     preview_size = 1024
     supports_weighted_captions = False
 
+    base_weights: tuple[Path, ...] = ()
+    """LoRA files to merge into the model."""
+
     @property
     def noise_process(self) -> NoiseSpec:
         """Flow matching."""
@@ -50,10 +53,11 @@ class LuminaConfig(ModelFamilyConfig):
 
     def build(self, device: torch.device, dtype: torch.dtype) -> Lumina:
         """The model; each part's weights are loaded on first use."""
-        from lorakit.api import FlowMatching
+        from lorakit.api import FlowMatching, MergedFile, Merging
         from tests.flow_family.model import Lumina, LuminaCheckpoint
 
-        return Lumina(LuminaCheckpoint(locate(self.path, Path())), FlowMatching(FLOW), device, dtype)
+        merging = Merging([MergedFile(path) for path in self.base_weights])
+        return Lumina(LuminaCheckpoint(locate(self.path, Path())), FlowMatching(FLOW), device, dtype, merging)
 
 
 @hookimpl

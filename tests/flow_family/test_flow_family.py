@@ -16,7 +16,7 @@ from lorakit.errors import ConfigError
 from lorakit.plugins.catalog import Catalog
 from lorakit.plugins.discovery import PluginSource, installed_plugins
 from lorakit.training.prepare import prepare
-from lorakit.training.setup import run_training
+from lorakit.training.setup import attach_network, build_model, run_training
 from tests.flow_family import plugin
 from tests.flow_family.checkpoint import make_lumina
 
@@ -98,3 +98,24 @@ def test_options_of_another_process_are_refused(tables: dict[str, Any], tmp_path
         config_from_tables(tables, tmp_path, catalog)
     keys = {problem.key for problem in caught.value.problems}
     assert keys == {"loss.min_snr_gamma", "data.bucket_reso_steps"}
+
+
+def test_files_of_fused_layers(tables: dict[str, Any], tmp_path: Path, catalog: Catalog) -> None:
+    """A file with one adapter for queries, keys and values is merged as it is trained on."""
+    generator, key, file = torch.Generator().manual_seed(0), "lora_unet_layers_1_attention_qkv", tmp_path / "fused.pt"
+    down, up = (torch.randn(shape, generator=generator) for shape in ((3, 48), (96, 3)))
+    torch.save({f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(1.5)}, file)
+    noisy = torch.randn(1, 16, 8, 8, generator=generator)
+    states = {"hidden_states": torch.randn(1, 5, 32, generator=generator), "mask": torch.ones(1, 5)}
+    found = []
+    for changes in (
+        {"model": {**tables["model"], "base_weights": [str(file)]}},
+        {"network": {"weights": str(file), "rank_from_weights": True}},
+        {},
+    ):
+        config = config_from_tables({**tables, **changes}, tmp_path, catalog)
+        model = build_model(config, torch.device("cpu"))
+        attach_network(model, config)[0].eval()
+        found.append(model.predict(noisy, torch.tensor([0.5]), states).detach())
+    torch.testing.assert_close(found[0], found[1])
+    assert (found[0] - found[2]).norm() > 0.1 * found[2].norm()

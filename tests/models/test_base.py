@@ -19,6 +19,7 @@ from lorakit.builtin.networks import LierlaConfig
 from lorakit.builtin.optimizers.standard import AdamWConfig
 from lorakit.checkpoints import Location
 from lorakit.diffusion.noise_schedule import DDPMSchedule
+from lorakit.errors import AdapterError
 from lorakit.models.base import NOTHING_MERGED, BaseModel, PartModule
 from lorakit.models.interfaces import AdaptationTarget, Memo
 from lorakit.models.memory.activation_checkpointing import CheckpointedBlock
@@ -32,6 +33,7 @@ from lorakit.networks.adapter_file import load_initial_weights
 from lorakit.networks.network import Network
 
 CPU = torch.device("cpu")
+Tensors = dict[str, Tensor]
 WIDTH = 8
 CLIP = ModelPart("text_encoder", title="CLIP", encoders=(0,), lora_prefix="lora_te1_")
 T5 = ModelPart("text_encoder_2", title="T5", encoders=(1,), lora_prefix="lora_te2_")
@@ -283,14 +285,13 @@ def test_fingerprints_and_metadata(files: tuple[Path, Path]) -> None:
     assert len(metadata["ss_new_text_encoder_2_hash"]) == 64
 
 
-def weights_of(network: Network) -> dict[str, Tensor]:
+def weights_of(network: Network) -> Tensors:
     """(alpha/rank)·U·D of each adapter, by key, in float64."""
     return {own.key: own.scale * own.lora_up.double() @ own.lora_down.double() for own in network.adapters}
 
 
-@pytest.mark.parametrize("form", ["key", "diffusers", "original", "fused"])
-def test_files_with_other_names(files: tuple[Path, Path], tmp_path: Path, form: str) -> None:
-    """Adapters are found by any name of their layer; those of a fused layer are split by its rows."""
+def adapters(form: str) -> tuple[Tensors, Tensors]:
+    """A file's tensors for queries, keys and values in block 1, with names of a form; and U·D, by layer."""
     generator = torch.Generator().manual_seed(2)
     down, up = (torch.randn(*shape, generator=generator) for shape in ((2, WIDTH), (3 * WIDTH, 2)))
     rows = {name: up[WIDTH * number :][:WIDTH] for number, name in enumerate(("to_q", "to_k", "to_v"))}
@@ -299,21 +300,68 @@ def test_files_with_other_names(files: tuple[Path, Path], tmp_path: Path, form: 
         "diffusers": ("transformer.blocks.1.{}.lora_A.weight", "transformer.blocks.1.{}.lora_B.weight"),
         "original": tuple(f"diffusion_model.layers.1.attn.{{}}.lora_{half}.weight" for half in "AB"),
     }
+    products = {f"lora_unet_blocks_1_{name}": own.double() @ down.double() for name, own in rows.items()}
     if form == "fused":
         key = "lora_unet_blocks_1_attn_qkv"
         tensors = {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(1.0)}
-    else:
-        tensors = {names[form][0].format(name): down.clone() for name in rows}
-        tensors |= {names[form][1].format(name): own.clone() for name, own in rows.items()}
+        return tensors, {key: product / 2 for key, product in products.items()}
+    tensors = {names[form][0].format(name): down.clone() for name in rows}
+    return tensors | {names[form][1].format(name): own.clone() for name, own in rows.items()}, products
+
+
+@pytest.mark.parametrize("form", ["key", "diffusers", "original", "fused"])
+def test_files_with_other_names(files: tuple[Path, Path], tmp_path: Path, form: str) -> None:
+    """Adapters are found by any name of their layer; those of a fused layer are split by its rows."""
+    tensors, updates = adapters(form)
     save_file(tensors, tmp_path / "lora.safetensors")
     targets = built(files).targets(["transformer"])
     network = LierlaConfig(weights=tmp_path / "lora.safetensors", rank_from_weights=True).build(targets)
     network.load_adapter_state(load_initial_weights(tmp_path / "lora.safetensors", targets))
     found = weights_of(network)
-    assert found.keys() == {f"lora_unet_blocks_1_{name}" for name in rows}
-    for name, own in rows.items():
-        expected = own.double() @ down.double() * (0.5 if form == "fused" else 1)
-        torch.testing.assert_close(found[f"lora_unet_blocks_1_{name}"], expected)
+    assert found.keys() == updates.keys()
+    for key, update in updates.items():
+        torch.testing.assert_close(found[key], update)
+
+
+@pytest.mark.parametrize("form", ["key", "diffusers", "original", "fused", "fused with magnitudes"])
+def test_merges_files_with_other_names(files: tuple[Path, Path], tmp_path: Path, form: str) -> None:
+    """Files are merged by any name of a layer; each layer gets its rows of a fused one, and of its magnitudes."""
+    tensors, updates = adapters(form.partition(" ")[0])
+    magnitudes = torch.rand(3 * WIDTH, generator=torch.Generator().manual_seed(3)) if "with" in form else None
+    if magnitudes is not None:
+        tensors["lora_unet_blocks_1_attn_qkv.dora_scale"] = magnitudes.view(-1, 1)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    merging = Merging([MergedFile(tmp_path / "lora.safetensors")])
+    weights = [
+        {target.key: target.module.weight.data.double() for target in model.targets(["transformer"])}
+        for model in (built(files, merging), built(files))
+    ]
+    for number, (key, update) in enumerate(updates.items()):
+        expected = weights[1][key] + update
+        if magnitudes is not None:
+            rows = magnitudes[WIDTH * number :][:WIDTH].double()
+            expected *= (rows / expected.norm(dim=1)).view(-1, 1)
+        torch.testing.assert_close(weights[0][key], expected, atol=1e-6, rtol=1e-5)
+    others = weights[0].keys() - updates.keys()
+    assert others
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in others)
+
+
+def test_fused_layers_that_do_not_fit(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """A fused layer of another size, and one beside its own rows, are refused in one sentence, merged or trained on."""
+    file, key = tmp_path / "lora.safetensors", "lora_unet_blocks_1_attn_qkv"
+    whole = adapters("fused")[0]
+    longer = {**whole, f"{key}.lora_up.weight": torch.ones(4 * WIDTH, 2)}
+    targets = built(files).targets(["transformer"])
+    for tensors, reason in (
+        (longer, rf"{key}\.lora_up\.weight is \[32, 2\], and the layer of the base model has 24 outputs"),
+        (whole | adapters("key")[0], "holds two adapters for one layer: lora_unet_blocks_1_to_q.* and .*qkv"),
+    ):
+        save_file(tensors, file)
+        with pytest.raises(AdapterError, match=reason):
+            built(files, Merging([MergedFile(file)]))
+        with pytest.raises(AdapterError, match=reason):
+            load_initial_weights(file, targets)
 
 
 def test_merges_lora_files(files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from lorakit.checkpoints import CheckpointSummary, Shapes, summarize
 from lorakit.checkpoints.kinds import adapter_kind
-from lorakit.checkpoints.lora_files import LoRANames, lora_names, own_shapes
 from lorakit.checkpoints.lora_names import ALPHA, DOWN, MAGNITUDE, UP
 from lorakit.errors import AdapterError
-from lorakit.models.interfaces import Memo
+from lorakit.models.interfaces import AdaptationTarget, Memo
 from lorakit.models.weights.hashing import hash_of_file, hash_of_weights
 from lorakit.models.weights.load import EditTensor, ReadTensor, open_tensors
+from lorakit.models.weights.lora_tensors import LoRATensors, lora_tensors
 from lorakit.utils.wording import some
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -34,8 +34,8 @@ class MergedFile:
 
     path: Path
     multiplier: float = 1.0
-    keys: Mapping[str, str] = field(factory=dict, repr=False)
-    """The keys of the model's layers, by all names that files have for them."""
+    targets: Sequence[AdaptationTarget] = field(default=(), repr=False)
+    """The model's layers."""
 
     @cached_property
     def summary(self) -> CheckpointSummary:
@@ -43,14 +43,14 @@ class MergedFile:
         return summarize(self.path)
 
     @cached_property
-    def names(self) -> LoRANames:
-        """What its tensors are called. Raises `AdapterError` where two have one name."""
-        return lora_names(self.summary, self.keys)
+    def names(self) -> LoRATensors:
+        """Where its tensors are. Raises `AdapterError` where two have one name, or a fused layer does not fit."""
+        return lora_tensors(self.summary, self.targets)
 
-    @cached_property
+    @property
     def shapes(self) -> Shapes:
         """Shape of each tensor, by its name as sd-scripts has it; a `ModelError` if the file cannot be read."""
-        return own_shapes(self.summary, self.names)
+        return self.names.shapes
 
     def mismatches(self, layers: Shapes) -> Iterator[str]:
         """What in the file is not for layers with weights of these shapes, by key."""
@@ -86,9 +86,9 @@ class Merging:
     def __bool__(self) -> bool:
         return bool(self._files)
 
-    def for_layers(self, keys: Mapping[str, str]) -> Merging:
-        """The same for a model whose layers have these keys, by all names that files have for them."""
-        return Merging([evolve(file, keys=keys) for file in self._files])
+    def for_layers(self, targets: Sequence[AdaptationTarget]) -> Merging:
+        """The same for a model with these layers."""
+        return Merging([evolve(file, targets=targets) for file in self._files])
 
     def check(self, layers: Shapes) -> None:
         """An `AdapterError` unless all that is in the files fits layers with weights of these shapes, by key."""
@@ -122,7 +122,7 @@ class Merging:
         """Hash and multiplier of each file that has keys with this prefix."""
         found: list[object] = []
         for file in self._files:
-            names = {own: name for own, name in file.names.in_file.items() if own.startswith(prefix)}
+            names = {own: name for own, name in file.names.stored.items() if own.startswith(prefix)}
             if names:
                 found.append(memo.get_or_compute(file.path, prefix, partial(hash_of_weights, file.path, names)))
                 found.append(file.multiplier)
@@ -146,9 +146,9 @@ def _merged(file: MergedFile, key: str, read: ReadTensor, weight: Tensor) -> Ten
     """A float32 weight with what a file has for it."""
 
     def tensor(suffix: str) -> Tensor:
-        own = read(file.names.in_file[f"{key}.{suffix}"])
+        own = file.names.read(f"{key}.{suffix}", read)
         if own.is_complex() or not own.float().isfinite().all():
-            found = f"{file.names.in_file[f'{key}.{suffix}']} holds NaN, infinity or complex numbers"
+            found = f"{file.names.name(f'{key}.{suffix}')} holds NaN, infinity or complex numbers"
             raise AdapterError(f"{file.path} cannot be merged into the base model: {found}. Give another file.")
         return own.to(weight.device).float()
 
