@@ -293,9 +293,11 @@ class AttentionConfig(Component):
     product_methods = ("__call__",)
 
     def build(self) -> AttentionBackend:
-        """The function that computes attention.
+        """The function that computes attention: of queries, keys and values [B, heads, tokens, d] and a mask or None.
 
-        Called once in a run, before the network is built.
+        The mask is bool, [B, 1, 1, tokens of the key], and false for keys that get no weight, such as the padding of
+        captions of different lengths. All are passed by position; the result is as large as the queries. Called once
+        in a run, before the network is built.
         """
         raise NotImplementedError(f"{type(self).__name__} has no method build")
 

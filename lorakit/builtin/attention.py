@@ -30,7 +30,7 @@ class SdpaConfig(AttentionConfig):
 
     kernels: tuple[Literal["cudnn", "flash", "efficient", "math"], ...] = ()
     """Kernels to use, in order of preference: `cudnn`, `flash`, `efficient`, `math`. The first that supports the shapes
-    is used; `math` supports all and is the fallback. When empty, PyTorch chooses."""
+    and masks is used; `math` supports all and is the fallback. When empty, PyTorch chooses."""
 
     def build(self) -> AttentionBackend:
         """`torch.nn.functional.scaled_dot_product_attention`, with these kernels."""
@@ -42,9 +42,9 @@ class SdpaConfig(AttentionConfig):
 
         order = [getattr(SDPBackend, _NAMES[name]) for name in dict.fromkeys((*self.kernels, "math"))]
 
-        def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, /) -> Tensor:
             with sdpa_kernel(order, set_priority=True):
-                return scaled_dot_product_attention(query, key, value)
+                return scaled_dot_product_attention(query, key, value, mask)
 
         return attention
 
@@ -60,10 +60,12 @@ class EagerConfig(AttentionConfig):
         return _attention
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, /) -> Tensor:
     """softmax(q·kᵀ/√d)·v of [B, heads, tokens, d]; q·kᵀ and the softmax in float32, where nothing overflows."""
     scale: float = query.shape[-1] ** -0.5
     scores = (query.float() * scale) @ key.float().transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -float("inf"))
     return scores.softmax(-1).to(value.dtype) @ value
 
 

@@ -84,8 +84,12 @@ class AdaptationTarget:
 class AttentionBackend(Protocol):
     """A way to compute attention."""
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """softmax(q·kᵀ/√d)·v; query, key, value and result are [B, heads, tokens, d]."""
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, /) -> Tensor:
+        """softmax(q·kᵀ/√d)·v; query, key, value and result are [B, heads, tokens, d].
+
+        `mask` is bool, [B, 1, 1, tokens of the key], and false for keys that get no weight, such as a caption's
+        padding; each image has at least one that does. It is None where all do.
+        """
 
 
 class VaeEncoder(Protocol):

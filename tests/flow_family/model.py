@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from attrs import frozen
 from diffusers import Lumina2Transformer2DModel
+from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_lumina2 import Lumina2RotaryPosEmbed
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
@@ -153,32 +154,28 @@ class GemmaEncoder:
 
 
 class Processor:
-    """diffusers' attention of Lumina 2, the products of those blocks that see no padding by lorakit's backend."""
+    """The attention of diffusers' Lumina 2, its products by one of lorakit's backends."""
 
-    def __init__(self, backend: AttentionBackend, usual: Any) -> None:
+    def __init__(self, backend: AttentionBackend) -> None:
         self.backend = backend
-        self.usual = usual
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None,
-        image_rotary_emb: Tensor | None = None, **options: Any,
+        image_rotary_emb: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """[B, n, D] to [B, n, D]."""
-        from diffusers.models.transformers import transformer_lumina2
-
-        functional, kept = transformer_lumina2.F, transformer_lumina2.F.scaled_dot_product_attention
-
-        def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
-            return self.backend(query, key, value) if attn_mask is None else kept(query, key, value, attn_mask, **_)
-
-        functional.scaled_dot_product_attention = attention
-        try:
-            found: Tensor = self.usual(
-                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **options
-            )
-        finally:
-            functional.scaled_dot_product_attention = kept
-        return found
+        """[B, n, D] to [B, n, D]; `attention_mask` [B, n] is false for padding."""
+        layers = ((attn.to_q, hidden_states), (attn.to_k, encoder_hidden_states), (attn.to_v, encoder_hidden_states))
+        width = attn.inner_dim // attn.heads
+        query, key, value = (layer(states).unflatten(2, (-1, width)) for layer, states in layers)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if image_rotary_emb is not None:
+            query, key = (apply_rotary_emb(own, image_rotary_emb, use_real=False) for own in (query, key))
+        # Several heads of queries share one of keys and values.
+        key, value = (own.repeat_interleave(attn.heads // own.shape[2], dim=2) for own in (key, value))
+        heads = (own.to(value.dtype).transpose(1, 2) for own in (query, key, value))
+        mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
+        out: Tensor = attn.to_out[0](self.backend(*heads, mask).transpose(1, 2).flatten(2))
+        return out
 
 
 class Lumina(BaseModel):
@@ -226,8 +223,7 @@ class Lumina(BaseModel):
         """Through diffusers' processors."""
         for module in denoiser.modules():
             if hasattr(module, "processor"):
-                usual = getattr(module.processor, "usual", module.processor)
-                module.processor = Processor(backend, usual)
+                module.processor = Processor(backend)
 
     def make_text_encoder(self, modules: Mapping[str, nn.Module]) -> GemmaEncoder:
         """Gemma with its tokenizer."""

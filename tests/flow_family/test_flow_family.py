@@ -10,7 +10,10 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
+from lorakit.api import AttentionConfig
+from lorakit.builtin.attention import EagerConfig, SdpaConfig
 from lorakit.config.load import config_from_tables
 from lorakit.errors import ConfigError
 from lorakit.plugins.catalog import Catalog
@@ -119,3 +122,32 @@ def test_files_of_fused_layers(tables: dict[str, Any], tmp_path: Path, catalog: 
         found.append(model.predict(noisy, torch.tensor([0.5]), states).detach())
     torch.testing.assert_close(found[0], found[1])
     assert (found[0] - found[2]).norm() > 0.1 * found[2].norm()
+
+
+BACKENDS = (SdpaConfig(), SdpaConfig(kernels=("flash", "efficient")), SdpaConfig(kernels=("math",)), EagerConfig())
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=["sdpa", "fused", "math", "eager"])
+def test_attention_backends_get_masks(
+    tables: dict[str, Any], tmp_path: Path, catalog: Catalog, backend: AttentionConfig
+) -> None:
+    """With captions of two lengths, all attention is by the backend, and predictions are those of diffusers."""
+    model = build_model(config_from_tables(tables, tmp_path, catalog), torch.device("cpu"))
+    conditioning = model.text_encoder.encode(model.text_encoder.tokenize(["a cat", "a much longer caption"]))
+    inputs = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 0.6])
+    masks: list[torch.Tensor | None] = []
+    attend = backend.build()
+
+    def noting(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, /) -> Tensor:
+        masks.append(mask)
+        return attend(query, key, value, mask)
+
+    with torch.no_grad():
+        expected = model.predict(*inputs, conditioning)
+        model.use_attention(noting)
+        found = model.predict(*inputs, conditioning)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    # In the refiner of captions, in that of 4 × 4 patches, and in two blocks with both.
+    lengths = conditioning["mask"].sum(1)
+    counts = [None if mask is None else mask.sum((1, 2, 3)).tolist() for mask in masks]
+    assert counts == [lengths.tolist(), None, *2 * [(16 + lengths).tolist()]]

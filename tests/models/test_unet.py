@@ -11,6 +11,7 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from lorakit.api.components import AttentionConfig
 from lorakit.builtin.attention import EagerConfig, SdpaConfig
@@ -132,6 +133,21 @@ def test_every_backend_gives_the_same(backend: type[AttentionConfig], upcast: bo
     expected, found = results(theirs, inputs), results(ours, inputs)
     for name, tensor in expected.items():
         assert (found[name] - tensor).norm() <= 1e-4 * tensor.norm() + 1e-8, name
+
+
+@SETTINGS
+def test_attention_needs_no_mask(settings: dict[str, Any]) -> None:
+    """Backends get queries, keys and values alone, so that PyTorch may use kernels that take no mask."""
+    calls = []
+
+    def noting(*tensors: Tensor) -> Tensor:
+        calls.append(len(tensors))
+        return scaled_dot_product_attention(*tensors)
+
+    _, unet = both(settings)
+    use_backend(unet, noting)
+    unet(*made_up(settings, torch.float32, 2, 8, 8))
+    assert set(calls) == {3}
 
 
 @SETTINGS

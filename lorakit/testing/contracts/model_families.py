@@ -341,9 +341,9 @@ class _Counting:
         self.calls = 0
         self._attend: AttentionBackend = reference
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, /) -> Tensor:
         self.calls += 1
-        return self._attend(query, key, value)
+        return self._attend(query, key, value, mask)
 
 
 def _encodings(model: DiffusionModel) -> list[Tensor]:

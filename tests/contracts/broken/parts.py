@@ -7,6 +7,7 @@ from __future__ import annotations
 import attrs
 import torch
 from safetensors.torch import save_file
+from torch.nn.functional import scaled_dot_product_attention
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -117,10 +118,14 @@ class TestErratic(LRSchedulerContract):
     )
 
 
-def unscaled_attention(query, key, value):
+def unscaled_attention(query, key, value, mask=None):
     query *= query.shape[-1] ** 0.5
     weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).exp()
     return weights @ value / weights.sum(-1, keepdim=True)
+
+
+def unmasked_attention(query, key, value, mask=None):
+    return scaled_dot_product_attention(query, key, value)
 
 
 @attrs.frozen(kw_only=True)
@@ -138,9 +143,25 @@ class TestUnscaled(AttentionContract):
     violates = (
         *(f"test_equals_the_formula[{shape}]" for shape in ("self", "cross", "wide", "long-caption")),
         *(f"test_has_the_formulas_gradients[{shape}]" for shape in ("self", "cross", "wide", "long-caption")),
+        *(f"test_honours_masks[{shape}]" for shape in ("self", "cross", "wide", "long-caption")),
         "test_bears_large_scores",
         "test_does_not_change_its_inputs",
     )
+
+
+@attrs.frozen(kw_only=True)
+class UnmaskedConfig(AttentionConfig):
+    """Ignores masks."""
+
+    name = "unmasked"
+
+    def build(self):
+        return unmasked_attention
+
+
+class TestUnmasked(AttentionContract):
+    config = UnmaskedConfig()
+    violates = tuple(f"test_honours_masks[{shape}]" for shape in ("self", "cross", "wide", "long-caption"))
 
 
 class CarelessSaver(SafetensorsSaver):
