@@ -15,7 +15,6 @@ from lorakit.errors import ConfigError
 from lorakit.kohya.command_line import parse, read_arguments
 from lorakit.kohya.draft import to_text
 from lorakit.plugins.catalog import Catalog
-from lorakit.testing.models import make_tiny_sdxl
 from tests.config.conftest import SDXL_SHAPES, write_safetensors
 from tests.kohya.conftest import LEAST, Convert, check
 from tests.kohya.test_conversion import remarks
@@ -284,12 +283,6 @@ def test_preset_of_the_gui(folder: Path, xl_least: Least) -> None:
     assert "bucket_reso_steps: must be a multiple of 32 with sdxl_train_network.py, not 1 (--bucket_reso" in done.stderr
     done = run(folder, "from-kohya", "-o", "a.toml", *line, "--bucket_reso_steps=64")
     assert (done.returncode, done.stdout) == (0, "Wrote a.toml. Next: lorakit train a.toml\n"), done.stderr
-
-
-@pytest.fixture(scope="module")
-def tiny_sdxl(lorakit_offline: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder with a tiny SDXL."""
-    return make_tiny_sdxl(tmp_path_factory.mktemp("models") / "tiny-sdxl")
 
 
 @pytest.mark.usefixtures("lorakit_one_thread")

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from lorakit.builtin.model_families.sd1 import SD1Config, detect_model_family, register_model_families
 from lorakit.checkpoints import CheckpointSummary, summarize
-from lorakit.testing.models import make_tiny_sd1, to_single_file
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder with a tiny Stable Diffusion 1.x."""
-    return make_tiny_sd1(tmp_path_factory.mktemp("sd1") / "model")
-
-
-@pytest.fixture(scope="module")
-def file(folder: Path) -> Path:
-    """The same model as one file."""
-    return to_single_file(folder, folder.parent / "model.safetensors")
 
 
 def test_the_family_is_registered() -> None:
@@ -39,10 +27,11 @@ def test_the_family_is_registered() -> None:
     assert SD1Config.name == "sd1"
 
 
-def test_sd1_is_recognised_in_every_form(folder: Path, file: Path) -> None:
+def test_sd1_is_recognised_in_every_form(tiny_sd1: Path, tiny_sd1_file: Path, tiny_sd1_ckpt: Path) -> None:
     """Folder, safetensors file and checkpoint are recognised."""
-    checkpoint = to_single_file(folder, folder.parent / "model.ckpt")
-    assert [detect_model_family(summarize(path)).name for path in (folder, file, checkpoint)] == ["sd1"] * 3
+    assert [detect_model_family(summarize(path)).name for path in (tiny_sd1, tiny_sd1_file, tiny_sd1_ckpt)] == [
+        "sd1"
+    ] * 3
 
 
 def without_projection(shapes: dict[str, tuple[int, ...]]) -> None:
@@ -72,12 +61,23 @@ def without_text(shapes: dict[str, tuple[int, ...]]) -> None:
         del shapes[name]
 
 
-@pytest.mark.parametrize("change", [without_projection, with_open_clip, with_nine_channels, with_label, without_text])
-def test_other_models_are_not_claimed(file: Path, change: Any) -> None:
-    """What differs from SD 1.x in one thing that matters is left to other families."""
+def changed_file(file: Path, change: Callable[[dict[str, tuple[int, ...]]], None]) -> CheckpointSummary:
+    """What a model's file would be with other tensors."""
     shapes = dict(summarize(file).tensors)
     change(shapes)
-    assert detect_model_family(CheckpointSummary(file, "safetensors", shapes)) is None
+    return CheckpointSummary(file, "safetensors", shapes)
+
+
+def changed_folder(folder: Path, change: dict[str, Any]) -> CheckpointSummary:
+    """What a model's folder would be with other settings of the U-Net."""
+    configs = summarize(folder).configs
+    return CheckpointSummary(folder, "folder", configs={**configs, "unet": {**configs["unet"], **change}})
+
+
+@pytest.mark.parametrize("change", [without_projection, with_open_clip, with_nine_channels, with_label, without_text])
+def test_other_models_are_not_claimed(tiny_sd1_file: Path, change: Any) -> None:
+    """What differs from SD 1.x in one thing that matters is left to other families."""
+    assert detect_model_family(changed_file(tiny_sd1_file, change)) is None
 
 
 @pytest.mark.parametrize(
@@ -90,11 +90,9 @@ def test_other_models_are_not_claimed(file: Path, change: Any) -> None:
         {"_class_name": "UNet3DConditionModel"},
     ],
 )
-def test_other_folders_are_not_claimed(folder: Path, change: dict[str, Any]) -> None:
+def test_other_folders_are_not_claimed(tiny_sd1: Path, change: dict[str, Any]) -> None:
     """The same for folders."""
-    summary = summarize(folder)
-    configs = {**summary.configs, "unet": {**summary.configs["unet"], **change}}
-    assert detect_model_family(CheckpointSummary(folder, "folder", configs=configs)) is None
+    assert detect_model_family(changed_folder(tiny_sd1, change)) is None
 
 
 def problems(**fields: Any) -> list[str]:
@@ -102,33 +100,33 @@ def problems(**fields: Any) -> list[str]:
     return [str(problem) for problem in SD1Config(**fields).problems()]
 
 
-def test_a_whole_model_has_no_problems(folder: Path, file: Path) -> None:
+def test_a_whole_model_has_no_problems(tiny_sd1: Path, tiny_sd1_file: Path) -> None:
     """Neither form of a whole model is complained about."""
-    assert problems(path=str(folder)) == problems(path=str(file)) == []
+    assert problems(path=str(tiny_sd1)) == problems(path=str(tiny_sd1_file)) == []
 
 
-def test_a_file_without_a_vae_needs_one(file: Path, folder: Path, tmp_path: Path) -> None:
+def test_a_file_without_a_vae_needs_one(tiny_sd1_file: Path, tiny_sd1: Path, tmp_path: Path) -> None:
     """A model without a VAE is a problem before training, unless the config names one."""
-    tensors = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("first_stage")}
+    tensors = {name: tensor for name, tensor in load_file(tiny_sd1_file).items() if not name.startswith("first_stage")}
     save_file(tensors, tmp_path / "x.safetensors")
     assert len(found := problems(path=str(tmp_path / "x.safetensors"))) == 1
     assert found[0].startswith("vae: is missing, and ")
     assert "x.safetensors has no VAE" in found[0]
-    assert problems(path=str(tmp_path / "x.safetensors"), vae=folder) == []
+    assert problems(path=str(tmp_path / "x.safetensors"), vae=tiny_sd1) == []
 
 
-def test_parts_that_do_not_fit_are_a_problem(folder: Path, tmp_path: Path) -> None:
+def test_parts_that_do_not_fit_are_a_problem(tiny_sd1: Path, tmp_path: Path) -> None:
     """A text encoder of another width than the U-Net takes is named before training."""
     copy = tmp_path / "model"
-    shutil.copytree(folder, copy)
+    shutil.copytree(tiny_sd1, copy)
     config = copy / "text_encoder" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_size": 48}))
     assert "the U-Net takes 32 channels of text, the text encoder gives 48" in problems(path=str(copy))[0]
 
 
-def test_a_missing_vae_is_a_problem(file: Path, tmp_path: Path) -> None:
+def test_a_missing_vae_is_a_problem(tiny_sd1_file: Path, tmp_path: Path) -> None:
     """A VAE that is not there is named before training."""
-    assert "gone.pt does not exist" in problems(path=str(file), vae=tmp_path / "gone.pt")[0]
+    assert "gone.pt does not exist" in problems(path=str(tiny_sd1_file), vae=tmp_path / "gone.pt")[0]
 
 
 @pytest.mark.parametrize(("fields", "text"), [({"clip_skip": 0}, "clip_skip"), ({"clip_skip": 13}, "clip_skip")])
@@ -148,20 +146,20 @@ def test_values_out_of_range_are_refused(fields: dict[str, Any], text: str) -> N
     ],
 )
 def test_prediction_is_asked_stated_or_epsilon(
-    folder: Path, tmp_path: Path, stated: str, asked: Any, expected: str
+    tiny_sd1: Path, tmp_path: Path, stated: str, asked: Any, expected: str
 ) -> None:
     """The config wins over the model's folder, and the folder over the default."""
     copy = tmp_path / "model"
-    shutil.copytree(folder, copy)
+    shutil.copytree(tiny_sd1, copy)
     (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps({"prediction_type": stated}))
     model = SD1Config(path=str(copy), prediction=asked).build(CPU, torch.float32)
     latents, noise, steps = torch.randn(1, 4, 2, 2), torch.randn(1, 4, 2, 2), torch.tensor([500])
     assert torch.equal(model.noise.target(latents, noise, steps), noise) == (expected == "epsilon")
 
 
-def test_options_reach_the_model(file: Path) -> None:
+def test_options_reach_the_model(tiny_sd1_file: Path) -> None:
     """Chunks, number format and device are those asked for."""
-    model = SD1Config(path=str(file), max_token_length=150).build(CPU, torch.bfloat16)
+    model = SD1Config(path=str(tiny_sd1_file), max_token_length=150).build(CPU, torch.bfloat16)
     tokens = model.text_encoder.tokenize(["a cat"])
     assert tokens["ids"].shape == (1, 2, 77)
     assert model.text_encoder.encode(tokens)["hidden_states"].dtype == torch.bfloat16
@@ -175,13 +173,13 @@ def run_python(code: str, **environment: str) -> str:
     return result.stdout
 
 
-def test_checking_a_model_imports_no_torch(folder: Path, file: Path) -> None:
+def test_checking_a_model_imports_no_torch(tiny_sd1: Path, tiny_sd1_file: Path) -> None:
     """Recognising and checking a model imports neither torch nor diffusers, transformers or the Hub's client."""
     code = (
         "import sys; from pathlib import Path\n"
         "from lorakit.builtin.model_families.sd1 import SD1Config, detect_model_family\n"
         "from lorakit.checkpoints import summarize\n"
-        f"for path in {[str(folder), str(file)]}:\n"
+        f"for path in {[str(tiny_sd1), str(tiny_sd1_file)]}:\n"
         "    assert detect_model_family(summarize(Path(path))).name == 'sd1'\n"
         "    assert not list(SD1Config(path=path).problems())\n"
         "print({'torch', 'diffusers', 'transformers', 'huggingface_hub', 'numpy'} & sys.modules.keys())"
@@ -189,10 +187,10 @@ def test_checking_a_model_imports_no_torch(folder: Path, file: Path) -> None:
     assert run_python(code).strip() == "set()"
 
 
-def test_a_hub_model_is_read_from_the_cache(folder: Path, tmp_path: Path) -> None:
+def test_a_hub_model_is_read_from_the_cache(tiny_sd1: Path, tmp_path: Path) -> None:
     """A model that was downloaded before trains offline under its Hub id, named by that id."""
     repo, commit = tmp_path / "models--some--model", "0" * 40
-    shutil.copytree(folder, repo / "snapshots" / commit)
+    shutil.copytree(tiny_sd1, repo / "snapshots" / commit)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
     code = (
@@ -204,19 +202,19 @@ def test_a_hub_model_is_read_from_the_cache(folder: Path, tmp_path: Path) -> Non
         "print(model.metadata()['ss_sd_model_name'], out.double().sum().item())"
     )
     name, total = run_python(code, HF_HUB_CACHE=str(tmp_path)).split()
-    model = SD1Config(path=str(folder)).build(CPU, torch.float32)
+    model = SD1Config(path=str(tiny_sd1)).build(CPU, torch.float32)
     hidden = model.text_encoder.encode(model.text_encoder.tokenize(["a cat"]))
     expected = model.predict(torch.ones(1, 4, 8, 8), torch.tensor([5]), hidden).double().sum().item()
     assert name == "some/model"
     assert float(total) == pytest.approx(expected, rel=1e-5)
 
 
-def test_captions_that_are_cut_off(folder: Path) -> None:
+def test_captions_that_are_cut_off(tiny_sd1: Path) -> None:
     """They are counted with the longest, in tokens, without brackets where those weigh words; torch stays out."""
     words = {"a.png": "cat " * 75, "b.png": "cat " * 76, "c.png": "(cat:1.2) " * 200, "d.png": "", "e.png": "é" * 90}
 
     def said(weighted: bool = False, **settings: Any) -> list[str]:
-        return [str(own) for own in SD1Config(path=str(folder), **settings).warnings_of_captions(words, weighted)]
+        return [str(own) for own in SD1Config(path=str(tiny_sd1), **settings).warnings_of_captions(words, weighted)]
 
     shorter = "or write shorter captions"
     assert said(weighted=True) == [
@@ -230,6 +228,6 @@ def test_captions_that_are_cut_off(folder: Path) -> None:
         "import sys; from lorakit.builtin.model_families.sd1 import SD1Config\n"
         "print(*SD1Config(path=sys.argv[1]).warnings_of_captions({'a': 'cat ' * 99}, True), 'torch' in sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", code, str(tiny_sd1)], capture_output=True, text=True, check=True)
     assert result.stdout.endswith("False\n")
     assert "99 tokens" in result.stdout

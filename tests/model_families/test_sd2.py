@@ -13,28 +13,16 @@ from lorakit.builtin.model_families.sd1 import detect_model_family as detect_sd1
 from lorakit.builtin.model_families.sd2 import SD2Config, detect_model_family, register_model_families
 from lorakit.checkpoints import CheckpointSummary, summarize
 from lorakit.config.load import config_from_tables
-from lorakit.testing.models import make_tiny_sd1, make_tiny_sd2, to_single_file
-from tests.model_families.test_sd1 import run_python, with_label, with_nine_channels, without_text
+from tests.model_families.test_sd1 import (
+    changed_file,
+    changed_folder,
+    run_python,
+    with_label,
+    with_nine_channels,
+    without_text,
+)
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder with a tiny Stable Diffusion 2.x that predicts velocity."""
-    return make_tiny_sd2(tmp_path_factory.mktemp("sd2") / "model", prediction="v_prediction")
-
-
-@pytest.fixture(scope="module")
-def file(folder: Path) -> Path:
-    """The same model as one file."""
-    return to_single_file(folder, folder.parent / "model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder with a tiny Stable Diffusion 1.x."""
-    return make_tiny_sd1(tmp_path_factory.mktemp("sd1") / "model")
 
 
 def test_the_family_is_registered() -> None:
@@ -43,9 +31,9 @@ def test_the_family_is_registered() -> None:
     assert SD2Config.name == "sd2"
 
 
-def test_sd2_is_recognised_in_every_form(folder: Path, file: Path) -> None:
+def test_sd2_is_recognised_in_every_form(tiny_sd2: Path, tiny_sd2_file: Path, tiny_sd2_ckpt: Path) -> None:
     """Folder, safetensors file and checkpoint are recognised, by this family alone."""
-    summaries = [summarize(path) for path in (folder, file, to_single_file(folder, folder.parent / "model.ckpt"))]
+    summaries = [summarize(path) for path in (tiny_sd2, tiny_sd2_file, tiny_sd2_ckpt)]
     assert [detect_model_family(summary).name for summary in summaries] == ["sd2"] * 3
     assert [detect_sd1(summary) for summary in summaries] == [None] * 3
 
@@ -71,11 +59,9 @@ def with_two_encoders(shapes: dict[str, tuple[int, ...]]) -> None:
 @pytest.mark.parametrize(
     "change", [with_convolution, with_clip, with_two_encoders, with_nine_channels, with_label, without_text]
 )
-def test_other_models_are_not_claimed(file: Path, change: Any) -> None:
+def test_other_models_are_not_claimed(tiny_sd2_file: Path, change: Any) -> None:
     """What differs from SD 2.x in one thing that matters is left to other families."""
-    shapes = dict(summarize(file).tensors)
-    change(shapes)
-    assert detect_model_family(CheckpointSummary(file, "safetensors", shapes)) is None
+    assert detect_model_family(changed_file(tiny_sd2_file, change)) is None
 
 
 @pytest.mark.parametrize(
@@ -90,27 +76,27 @@ def test_other_models_are_not_claimed(file: Path, change: Any) -> None:
         {"_class_name": "UNet3DConditionModel"},
     ],
 )
-def test_other_folders_are_not_claimed(folder: Path, change: dict[str, Any]) -> None:
+def test_other_folders_are_not_claimed(tiny_sd2: Path, change: dict[str, Any]) -> None:
     """The same for folders: SD 1.x, inpainting, depth, SDXL, unCLIP, upscaling, video."""
-    summary = summarize(folder)
-    configs = {**summary.configs, "unet": {**summary.configs["unet"], **change}}
-    assert detect_model_family(CheckpointSummary(folder, "folder", configs=configs)) is None
+    assert detect_model_family(changed_folder(tiny_sd2, change)) is None
 
 
-def test_a_folder_with_two_text_encoders_is_not_claimed(folder: Path) -> None:
+def test_a_folder_with_two_text_encoders_is_not_claimed(tiny_sd2: Path) -> None:
     """Nor is one with a second text encoder, as SDXL has it."""
-    summary = summarize(folder)
+    summary = summarize(tiny_sd2)
     configs = {**summary.configs, "text_encoder_2": summary.configs["text_encoder"]}
-    assert detect_model_family(CheckpointSummary(folder, "folder", configs=configs)) is None
+    assert detect_model_family(CheckpointSummary(tiny_sd2, "folder", configs=configs)) is None
 
 
-def test_models_of_the_other_version_are_a_problem(folder: Path, file: Path, sd1: Path) -> None:
+def test_models_of_the_other_version_are_a_problem(
+    tiny_sd2: Path, tiny_sd2_file: Path, tiny_sd1: Path, tiny_sd1_file: Path
+) -> None:
     """A family that is set and does not fit the model is named before training, with what the model is."""
-    for path in (folder, file):
+    for path in (tiny_sd2, tiny_sd2_file):
         (problem,) = SD1Config(path=str(path)).problems()
         assert f"{path} is a Stable Diffusion 2.x model, not a Stable Diffusion 1.x model" in str(problem)
         assert not list(SD2Config(path=str(path)).problems())
-    for path in (sd1, to_single_file(sd1, sd1.with_suffix(".safetensors"))):
+    for path in (tiny_sd1, tiny_sd1_file):
         (problem,) = SD2Config(path=str(path)).problems()
         assert f"{path} is a Stable Diffusion 1.x model, not a Stable Diffusion 2.x model" in str(problem)
 
@@ -132,10 +118,10 @@ def test_values_out_of_range_are_refused(clip_skip: int) -> None:
 @pytest.mark.parametrize(
     ("form", "asked", "expected"),
     [
-        ("folder", None, "v_prediction"),
-        ("folder", "epsilon", "epsilon"),
-        ("file", None, "epsilon"),
-        ("file", "v_prediction", "v_prediction"),
+        ("tiny_sd2", None, "v_prediction"),
+        ("tiny_sd2", "epsilon", "epsilon"),
+        ("tiny_sd2_file", None, "epsilon"),
+        ("tiny_sd2_file", "v_prediction", "v_prediction"),
     ],
 )
 def test_prediction_is_asked_stated_or_epsilon(
@@ -152,10 +138,10 @@ def test_prediction_is_asked_stated_or_epsilon(
 @pytest.mark.parametrize(
     ("form", "options", "count"),
     [
-        ("file", {}, 1),
-        ("file", {"prediction": "epsilon"}, 0),
-        ("file", {"prediction": "v_prediction"}, 0),
-        ("folder", {}, 0),
+        ("tiny_sd2_file", {}, 1),
+        ("tiny_sd2_file", {"prediction": "epsilon"}, 0),
+        ("tiny_sd2_file", {"prediction": "v_prediction"}, 0),
+        ("tiny_sd2", {}, 0),
     ],
 )
 def test_a_file_without_a_prediction_is_warned_of(
@@ -169,24 +155,24 @@ def test_a_file_without_a_prediction_is_warned_of(
     }
     warnings = [str(warning) for warning in config_from_tables(tables, tmp_path).warnings()]
     assert len(warnings) == count
-    assert all(text.startswith("model.prediction: is absent and model.safetensors") for text in warnings)
+    assert all(text.startswith("model.prediction: is absent and tiny-sd2.safetensors") for text in warnings)
 
 
-def test_options_reach_the_model(file: Path) -> None:
+def test_options_reach_the_model(tiny_sd2_file: Path) -> None:
     """Chunks, padding, number format and device are those asked for."""
-    model = SD2Config(path=str(file), max_token_length=150).build(CPU, torch.bfloat16)
+    model = SD2Config(path=str(tiny_sd2_file), max_token_length=150).build(CPU, torch.bfloat16)
     tokens = model.text_encoder.tokenize(["a cat"])
     assert tokens["ids"][0, :, -1].tolist() == [0, 0]
     assert model.text_encoder.encode(tokens)["hidden_states"].dtype == torch.bfloat16
 
 
-def test_checking_a_model_imports_no_torch(folder: Path, file: Path) -> None:
+def test_checking_a_model_imports_no_torch(tiny_sd2: Path, tiny_sd2_file: Path) -> None:
     """Recognising and checking a model imports neither torch nor diffusers, transformers or the Hub's client."""
     code = (
         "import sys; from pathlib import Path\n"
         "from lorakit.builtin.model_families.sd2 import SD2Config, detect_model_family\n"
         "from lorakit.checkpoints import summarize\n"
-        f"for path in {[str(folder), str(file)]}:\n"
+        f"for path in {[str(tiny_sd2), str(tiny_sd2_file)]}:\n"
         "    assert detect_model_family(summarize(Path(path))).name == 'sd2'\n"
         "    config = SD2Config(path=path); assert not list(config.problems()); list(config.warnings())\n"
         "print({'torch', 'diffusers', 'transformers', 'huggingface_hub', 'numpy'} & sys.modules.keys())"

@@ -15,19 +15,11 @@ from safetensors.torch import load_file, save_file
 from lorakit.builtin.model_families.sd1 import SD1Config
 from lorakit.builtin.model_families.sd2 import SD2Config
 from lorakit.config.load import config_from_tables
-from lorakit.testing.models import make_tiny_sd2, to_single_file
 from lorakit.training.prepare import prepare
 from lorakit.training.summary import summarize_run
 
 V_HEADER = {"modelspec.prediction_type": "v"}
 KEYS = {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}
-
-
-@pytest.fixture(scope="module")
-def sd2_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Stable Diffusion 2.x in one file that says nothing of its prediction."""
-    folder = make_tiny_sd2(tmp_path_factory.mktemp("sd2") / "model")
-    return to_single_file(folder, folder.parent / "model.safetensors")
 
 
 def copy_of(file: Path, folder: Path, keys: Mapping[str, torch.Tensor], header: dict[str, str] | None = None) -> str:
@@ -41,13 +33,13 @@ def warnings(config: SD1Config | SD2Config) -> list[str]:
     return [str(warning) for warning in config.warnings()]
 
 
-def test_files_go_by_their_own_word(sd2_file: Path, tmp_path: Path) -> None:
+def test_files_go_by_their_own_word(tiny_sd2_file: Path, tmp_path: Path) -> None:
     """A file that says that it predicts velocity is trained so, and of it nothing is asked."""
     for keys, header in ((KEYS, None), ({}, V_HEADER)):
-        config = SD2Config(path=copy_of(sd2_file, tmp_path, keys, header))
+        config = SD2Config(path=copy_of(tiny_sd2_file, tmp_path, keys, header))
         assert warnings(config) == list(config.problems()) == []
         assert config.build(torch.device("cpu"), torch.float32).noise.prediction == "v_prediction"
-    path = copy_of(sd2_file, tmp_path, {})
+    path = copy_of(tiny_sd2_file, tmp_path, {})
     assert "does not say it, so epsilon is assumed" in warnings(SD2Config(path=path))[0]
     (tmp_path / "stated.yaml").write_text('model:\n  params:\n    parameterization: "v"\n')
     assert warnings(SD2Config(path=path)) == []

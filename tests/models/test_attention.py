@@ -57,11 +57,11 @@ def test_upcast_attention_is_computed_in_float32(dtype: torch.dtype, upcast: tor
 
 
 @pytest.mark.parametrize("before_reading", [True, False])
-def test_backend_computes_all_attention_of_the_unet(tiny_file: Path, before_reading: bool) -> None:
+def test_backend_computes_all_attention_of_the_unet(tiny_sd1_file: Path, before_reading: bool) -> None:
     """Chosen before or after the U-Net is read, the backend computes every attention and changes no prediction."""
-    model, backend = stable_diffusion(tiny_file), Recorder()
+    model, backend = stable_diffusion(tiny_sd1_file), Recorder()
     inputs = (torch.randn(2, 4, 8, 8), torch.tensor([1, 500]), {"hidden_states": torch.randn(2, 77, 32)})
-    expected = stable_diffusion(tiny_file).predict(*inputs)
+    expected = stable_diffusion(tiny_sd1_file).predict(*inputs)
     if not before_reading:
         assert model.denoiser
     model.use_attention(backend)

@@ -118,9 +118,9 @@ def test_blocks_share_graphs() -> None:
 
 
 @pytest.mark.parametrize("is_read", [False, True])
-def test_blocks_of_a_unet(tiny_file: Path, is_read: bool) -> None:
+def test_blocks_of_a_unet(tiny_sd1_file: Path, is_read: bool) -> None:
     """All ResNet and transformer blocks are compiled, whether the U-Net is read before or after it is asked for."""
-    model = stable_diffusion(tiny_file)
+    model = stable_diffusion(tiny_sd1_file)
     before = model.denoiser if is_read else None
     model.compile("eager")
     assert before in (None, model.denoiser)

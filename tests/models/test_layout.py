@@ -94,7 +94,7 @@ def test_text_settings_of_sd15_are_the_published_ones() -> None:
     assert {key: config[key] for key in SD15_TEXT} == SD15_TEXT
 
 
-@pytest.fixture(scope="module", params=["tiny_file", "tiny_ckpt"])
+@pytest.fixture(scope="module", params=["tiny_sd1_file", "tiny_sd1_ckpt"])
 def single_file(request: pytest.FixtureRequest) -> Path:
     """The tiny model as one file, in both formats."""
     return request.getfixturevalue(request.param)
@@ -107,27 +107,25 @@ def assert_same_weights(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
         assert torch.equal(tensor, theirs[name]), name
 
 
-def test_single_files_are_read_as_diffusers_reads_them(single_file: Path, tiny_folder: Path) -> None:
+def test_single_files_are_read_as_diffusers_reads_them(single_file: Path, tiny_sd1: Path) -> None:
     """U-Net, text encoder and VAE encoder have bit for bit the weights that diffusers' own converter finds."""
     pipeline = StableDiffusionPipeline.from_single_file(
-        str(single_file), config=str(tiny_folder), local_files_only=True, safety_checker=None
+        str(single_file), config=str(tiny_sd1), local_files_only=True, safety_checker=None
     )
     model = stable_diffusion(single_file)
     assert_same_weights(model.denoiser.state_dict(), pipeline.unet.state_dict())
     assert_same_weights(model.vae_encoder.module.state_dict(), pipeline.vae.state_dict())
     assert_same_weights(model.text_encoder.module.state_dict(), pipeline.text_encoder.state_dict())
     assert model.denoiser.state_dict().keys() == pipeline.unet.state_dict().keys()
-    assert_same_weights(
-        load_file(tiny_folder / "vae" / "diffusion_pytorch_model.safetensors"), pipeline.vae.state_dict()
-    )
+    assert_same_weights(load_file(tiny_sd1 / "vae" / "diffusion_pytorch_model.safetensors"), pipeline.vae.state_dict())
 
 
-def test_every_form_of_a_model_predicts_the_same(tiny_folder: Path, tiny_file: Path, tiny_ckpt: Path) -> None:
+def test_every_form_of_a_model_predicts_the_same(tiny_sd1: Path, tiny_sd1_file: Path, tiny_sd1_ckpt: Path) -> None:
     """From a folder, a safetensors file and a checkpoint come the same latents and predictions, bit for bit."""
     torch.manual_seed(0)
     images, latents = torch.rand(1, 3, 64, 64) * 2 - 1, torch.randn(1, 4, 8, 8)
     outputs = []
-    for path in (tiny_folder, tiny_file, tiny_ckpt):
+    for path in (tiny_sd1, tiny_sd1_file, tiny_sd1_ckpt):
         model = stable_diffusion(path)
         conditioning = model.text_encoder.encode(model.text_encoder.tokenize(["a cat"]))
         prediction = model.predict(latents, torch.tensor([500]), conditioning)
@@ -139,10 +137,10 @@ def test_every_form_of_a_model_predicts_the_same(tiny_folder: Path, tiny_file: P
 
 @pytest.mark.parametrize("variant", ["", ".fp16"])
 @pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
-def test_folders_with_other_files(tiny_folder: Path, tmp_path: Path, suffix: str, variant: str) -> None:
+def test_folders_with_other_files(tiny_sd1: Path, tmp_path: Path, suffix: str, variant: str) -> None:
     """Folders with PyTorch's files, or with the half-precision variant only, are read alike."""
     copy = tmp_path / "model"
-    shutil.copytree(tiny_folder, copy)
+    shutil.copytree(tiny_sd1, copy)
     for file in copy.glob("*/*.safetensors"):
         tensors = load_file(file)
         file.unlink()
@@ -155,17 +153,17 @@ def test_folders_with_other_files(tiny_folder: Path, tmp_path: Path, suffix: str
         assert read(stable_diffusion(copy), part)
 
 
-def test_text_encoder_without_its_upper_level(tiny_file: Path, tmp_path: Path) -> None:
+def test_text_encoder_without_its_upper_level(tiny_sd1_file: Path, tmp_path: Path) -> None:
     """Files that leave `text_model` out of the text encoder's names are read alike."""
     short = tmp_path / "short.safetensors"
-    save_file({name.replace("text_model.", ""): tensor for name, tensor in load_file(tiny_file).items()}, short)
+    save_file({name.replace("text_model.", ""): tensor for name, tensor in load_file(tiny_sd1_file).items()}, short)
     ours = stable_diffusion(short).text_encoder.module.state_dict()
-    assert_same_weights(ours, stable_diffusion(tiny_file).text_encoder.module.state_dict())
+    assert_same_weights(ours, stable_diffusion(tiny_sd1_file).text_encoder.module.state_dict())
 
 
-def test_ema_weights_are_ignored(tiny_file: Path, tmp_path: Path) -> None:
+def test_ema_weights_are_ignored(tiny_sd1_file: Path, tmp_path: Path) -> None:
     """A file that also holds averaged weights gives the plain ones."""
-    tensors = load_file(tiny_file)
+    tensors = load_file(tiny_sd1_file)
     averaged = {
         f"model_ema.{name.removeprefix('model.').replace('.', '')}": torch.full_like(tensor, 9.0)
         for name, tensor in tensors.items()
@@ -173,7 +171,7 @@ def test_ema_weights_are_ignored(tiny_file: Path, tmp_path: Path) -> None:
     }
     save_file({**tensors, **averaged}, tmp_path / "ema.safetensors")
     ours = stable_diffusion(tmp_path / "ema.safetensors").denoiser.state_dict()
-    assert_same_weights(ours, stable_diffusion(tiny_file).denoiser.state_dict())
+    assert_same_weights(ours, stable_diffusion(tiny_sd1_file).denoiser.state_dict())
 
 
 def other_vae(folder: Path, form: str, target: Path) -> Path:
@@ -202,20 +200,20 @@ def other_vae(folder: Path, form: str, target: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", ["folder", "diffusers", "old diffusers", "original", "original with prefix"])
-def test_another_vae_replaces_the_models_own(tiny_file: Path, tiny_folder: Path, tmp_path: Path, form: str) -> None:
+def test_another_vae_replaces_the_models_own(tiny_sd1_file: Path, tiny_sd1: Path, tmp_path: Path, form: str) -> None:
     """A VAE is taken from a folder or file, in old and new names, with and without prefix; the rest stays."""
-    model = stable_diffusion(tiny_file, vae=other_vae(tiny_folder, form, tmp_path / "vae"))
-    own = stable_diffusion(tiny_file)
+    model = stable_diffusion(tiny_sd1_file, vae=other_vae(tiny_sd1, form, tmp_path / "vae"))
+    own = stable_diffusion(tiny_sd1_file)
     doubled = {name: tensor * 2 for name, tensor in own.vae_encoder.module.state_dict().items()}
     assert_same_weights(model.vae_encoder.module.state_dict(), doubled)
     assert_same_weights(model.denoiser.state_dict(), own.denoiser.state_dict())
 
 
-def test_a_file_without_a_vae_is_no_vae(tiny_file: Path, tmp_path: Path) -> None:
+def test_a_file_without_a_vae_is_no_vae(tiny_sd1_file: Path, tmp_path: Path) -> None:
     """A file that is something else is refused as a VAE, and called what it is."""
     save_file({"lora_unet_x.lora_down.weight": torch.zeros(4, 8)}, tmp_path / "lora.safetensors")
     with pytest.raises(ModelError, match=r"lora\.safetensors holds no VAE; it is a LoRA, "):
-        read(stable_diffusion(tiny_file, vae=tmp_path / "lora.safetensors"), "vae_encoder")
+        read(stable_diffusion(tiny_sd1_file, vae=tmp_path / "lora.safetensors"), "vae_encoder")
 
 
 def changed(file: Path, target: Path, change: Any) -> Path:
@@ -229,31 +227,31 @@ def changed(file: Path, target: Path, change: Any) -> Path:
 NORM = "model.diffusion_model.middle_block.0.in_layers.0.weight"
 
 
-def test_missing_tensors_are_named(tiny_file: Path, tmp_path: Path) -> None:
+def test_missing_tensors_are_named(tiny_sd1_file: Path, tmp_path: Path) -> None:
     """A U-Net that lacks a tensor is refused by the tensor's name in the file."""
-    path = changed(tiny_file, tmp_path / "x.safetensors", lambda tensors: tensors.pop(NORM))
+    path = changed(tiny_sd1_file, tmp_path / "x.safetensors", lambda tensors: tensors.pop(NORM))
     with pytest.raises(ModelError, match=r"U-Net in .*x\.safetensors lacks middle_block\.0\.in_layers\.0\.weight"):
         read(stable_diffusion(path), "denoiser")
 
 
-def test_tensors_too_many_are_named(tiny_file: Path, tmp_path: Path) -> None:
+def test_tensors_too_many_are_named(tiny_sd1_file: Path, tmp_path: Path) -> None:
     """A U-Net with a tensor that Stable Diffusion has not is refused by the tensor's name in the file."""
     extra = {"model.diffusion_model.extra.weight": torch.zeros(1)}
-    path = changed(tiny_file, tmp_path / "x.safetensors", lambda tensors: tensors.update(extra))
+    path = changed(tiny_sd1_file, tmp_path / "x.safetensors", lambda tensors: tensors.update(extra))
     with pytest.raises(ModelError, match=r"none of Stable Diffusion has: extra\.weight"):
         read(stable_diffusion(path), "denoiser")
 
 
-def test_wrong_shapes_are_named(tiny_file: Path, tmp_path: Path) -> None:
+def test_wrong_shapes_are_named(tiny_sd1_file: Path, tmp_path: Path) -> None:
     """A tensor of a shape that does not fit the others is refused with both shapes."""
-    path = changed(tiny_file, tmp_path / "x.safetensors", lambda tensors: tensors.update({NORM: torch.ones(7)}))
+    path = changed(tiny_sd1_file, tmp_path / "x.safetensors", lambda tensors: tensors.update({NORM: torch.ones(7)}))
     with pytest.raises(ModelError, match=r"in_layers\.0\.weight is \(7,\), not \(64,\)"):
         read(stable_diffusion(path), "denoiser")
 
 
-def test_only_the_part_asked_for_is_needed(tiny_file: Path, tmp_path: Path) -> None:
+def test_only_the_part_asked_for_is_needed(tiny_sd1_file: Path, tmp_path: Path) -> None:
     """The text encoder is read from a file whose U-Net is incomplete."""
-    path = changed(tiny_file, tmp_path / "x.safetensors", lambda tensors: tensors.pop(NORM))
+    path = changed(tiny_sd1_file, tmp_path / "x.safetensors", lambda tensors: tensors.pop(NORM))
     tokens = {"ids": torch.full((1, 1, 77), 49407)}
     assert stable_diffusion(path).text_encoder.encode(tokens)["hidden_states"].shape == (1, 77, 32)
 
@@ -270,11 +268,11 @@ def test_only_the_part_asked_for_is_needed(tiny_file: Path, tmp_path: Path) -> N
     ],
 )
 def test_settings_that_make_no_model_are_refused(
-    tiny_folder: Path, tmp_path: Path, part: str, settings: dict[str, Any]
+    tiny_sd1: Path, tmp_path: Path, part: str, settings: dict[str, Any]
 ) -> None:
     """A config that contradicts itself or the weights gives a message with the part and its file."""
     copy = tmp_path / "model"
-    shutil.copytree(tiny_folder, copy)
+    shutil.copytree(tiny_sd1, copy)
     config = copy / part / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **settings}))
     model = stable_diffusion(copy)

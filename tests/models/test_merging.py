@@ -68,14 +68,14 @@ def with_updates(weights: Tensors, tensors: Tensors, multiplier: float) -> Tenso
 
 
 @pytest.fixture(scope="module")
-def files(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def files(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """LoRA files for the model: `both` for both parts with 3×3 convolutions, `unet` as a pickle without alphas."""
     folder = tmp_path_factory.mktemp("loras")
-    both = tensors_of(tiny_folder, C3LierConfig(rank=4, alpha=2.0, conv_rank=3, conv_alpha=0.5))
+    both = tensors_of(tiny_sd1, C3LierConfig(rank=4, alpha=2.0, conv_rank=3, conv_alpha=0.5))
     save_file(both, folder / "both.safetensors")
-    unet = tensors_of(tiny_folder, LierlaConfig(rank=8, parts=("unet",)), seed=1)
+    unet = tensors_of(tiny_sd1, LierlaConfig(rank=8, parts=("unet",)), seed=1)
     torch.save({key: tensor for key, tensor in unet.items() if "alpha" not in key}, folder / "unet.pt")
-    text = tensors_of(tiny_folder, LierlaConfig(rank=2, parts=("text_encoder",)), seed=2)
+    text = tensors_of(tiny_sd1, LierlaConfig(rank=2, parts=("text_encoder",)), seed=2)
     save_file({key: tensor.half() for key, tensor in text.items()}, folder / "text.safetensors")
     return {file.stem: file for file in folder.iterdir()}
 
@@ -87,9 +87,9 @@ def content(file: Path) -> Tensors:
     return dict(read_adapter(file).tensors)
 
 
-def test_merged_before_weights_shrink(tiny_folder: Path, files: dict[str, Path]) -> None:
+def test_merged_before_weights_shrink(tiny_sd1: Path, files: dict[str, Path]) -> None:
     """Of a base model that is kept in fewer bits, what is kept is the merged weights, in each part's form."""
-    whole, small = (merged(tiny_folder, files["both"]) for _ in range(2))
+    whole, small = (merged(tiny_sd1, files["both"]) for _ in range(2))
     formats = {"unet": "nf4", "text_encoder": "int8"}
     small.quantize(formats)
     for one, other in zip(*(model.targets(tuple(formats)) for model in (whole, small)), strict=True):
@@ -97,11 +97,11 @@ def test_merged_before_weights_shrink(tiny_folder: Path, files: dict[str, Path])
         assert torch.equal(other.module.weight, form.unpack(form.pack(weight), weight.shape, weight.dtype))
 
 
-def test_equals_the_formula(tiny_folder: Path, files: dict[str, Path]) -> None:
+def test_equals_the_formula(tiny_sd1: Path, files: dict[str, Path]) -> None:
     """Every weight is W + Σ multiplier·(alpha/rank)·U·D in float64; an absent alpha counts as the rank; others stay."""
     order = [(files["both"], 0.5), (files["unet"], 1.0), (files["text"], -2.0)]
-    model = merged(tiny_folder, *(file for file, _ in order), multipliers=(0.5, 1.0, -2.0))
-    base = weights_of(merged(tiny_folder))
+    model = merged(tiny_sd1, *(file for file, _ in order), multipliers=(0.5, 1.0, -2.0))
+    base = weights_of(merged(tiny_sd1))
     expected = base
     for file, multiplier in order:
         expected = with_updates(expected, content(file), multiplier)
@@ -112,10 +112,10 @@ def test_equals_the_formula(tiny_folder: Path, files: dict[str, Path]) -> None:
     assert changed == len({key.split(".")[0] for file in files.values() for key in content(file)})
 
 
-def test_rounds_once(tiny_folder: Path, files: dict[str, Path]) -> None:
+def test_rounds_once(tiny_sd1: Path, files: dict[str, Path]) -> None:
     """In a bfloat16 model the sum is rounded, not its terms: the weights are those of the float32 model, rounded."""
-    exact = weights_of(merged(tiny_folder, files["both"]))
-    for key, weight in weights_of(merged(tiny_folder, files["both"], dtype=torch.bfloat16)).items():
+    exact = weights_of(merged(tiny_sd1, files["both"]))
+    for key, weight in weights_of(merged(tiny_sd1, files["both"], dtype=torch.bfloat16)).items():
         assert torch.equal(weight, exact[key].bfloat16()), key
 
 
@@ -125,44 +125,44 @@ def outputs(model: StableDiffusion, tokens: Tensor) -> Tensors:
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_does_what_the_adapters_do(tiny_folder: Path, tmp_path: Path, dora: bool) -> None:
+def test_does_what_the_adapters_do(tiny_sd1: Path, tmp_path: Path, dora: bool) -> None:
     """Hidden states and prediction are those of the model with the adapters beside its layers, at half strength too."""
     config = C3LierConfig(rank=4, alpha=2.0, dora=dora)
-    tensors = tensors_of(tiny_folder, config)
+    tensors = tensors_of(tiny_sd1, config)
     save_file(tensors, tmp_path / "lora.safetensors")
     for multiplier in (1.0, 0.5):
-        adapted = merged(tiny_folder)
+        adapted = merged(tiny_sd1)
         network = config.build(adapted.targets(("text_encoder", "unet")))
         network.load_adapter_state(tensors)
         network.multiplier = multiplier
-        model = merged(tiny_folder, tmp_path / "lora.safetensors", multipliers=(multiplier,))
+        model = merged(tiny_sd1, tmp_path / "lora.safetensors", multipliers=(multiplier,))
         tokens = model.text_encoder.tokenize(["a cat"])
         with torch.no_grad():
             for name in ("hidden_states", "prediction"):
-                theirs, ours, plain = (outputs(m, tokens)[name] for m in (adapted, model, merged(tiny_folder)))
+                theirs, ours, plain = (outputs(m, tokens)[name] for m in (adapted, model, merged(tiny_sd1)))
                 assert (ours - theirs).norm() < 1e-4 * (theirs - plain).norm()
 
 
-def test_a_part_that_is_read_again(tiny_folder: Path, files: dict[str, Path]) -> None:
+def test_a_part_that_is_read_again(tiny_sd1: Path, files: dict[str, Path]) -> None:
     """A text encoder that was freed is merged again when it is read again."""
-    model = merged(tiny_folder, files["text"])
+    model = merged(tiny_sd1, files["text"])
     first = [parameter.clone() for parameter in model.text_encoder.module.parameters()]
     model.free("text_encoder")
     again = list(model.text_encoder.module.parameters())
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
-def test_fingerprints(tiny_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
+def test_fingerprints(tiny_sd1: Path, files: dict[str, Path], tmp_path: Path) -> None:
     """The text encoder's fingerprint follows files for it, and how strongly they are merged; the VAE's follows none."""
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(files["text"].read_bytes())
     models = {
-        "plain": merged(tiny_folder),
-        "unet": merged(tiny_folder, files["unet"]),
-        "text": merged(tiny_folder, files["text"]),
-        "copy": merged(tiny_folder, copy),
-        "half": merged(tiny_folder, files["text"], multipliers=(0.5,)),
-        "both": merged(tiny_folder, files["both"]),
+        "plain": merged(tiny_sd1),
+        "unet": merged(tiny_sd1, files["unet"]),
+        "text": merged(tiny_sd1, files["text"]),
+        "copy": merged(tiny_sd1, copy),
+        "half": merged(tiny_sd1, files["text"], multipliers=(0.5,)),
+        "both": merged(tiny_sd1, files["both"]),
     }
     text = {name: model.fingerprint("text_encoder") for name, model in models.items()}
     assert text["plain"] == text["unet"]
@@ -171,17 +171,17 @@ def test_fingerprints(tiny_folder: Path, files: dict[str, Path], tmp_path: Path)
     assert len({model.fingerprint("vae_encoder") for model in models.values()}) == 1
 
 
-def test_metadata(tiny_folder: Path, files: dict[str, Path]) -> None:
+def test_metadata(tiny_sd1: Path, files: dict[str, Path]) -> None:
     """Files that are trained on it say what was merged, and say nothing where nothing was."""
-    metadata = merged(tiny_folder, files["both"], files["text"], multipliers=(0.5,)).metadata()
+    metadata = merged(tiny_sd1, files["both"], files["text"], multipliers=(0.5,)).metadata()
     assert json.loads(metadata["ss_base_weights"]) == [
         {"name": file.name, "multiplier": multiplier, "sha256": sha256(file.read_bytes()).hexdigest()}
         for file, multiplier in ((files["both"], 0.5), (files["text"], 1.0))
     ]
-    assert "ss_base_weights" not in merged(tiny_folder).metadata()
+    assert "ss_base_weights" not in merged(tiny_sd1).metadata()
 
 
-def test_files_that_do_not_fit(tiny_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
+def test_files_that_do_not_fit(tiny_sd1: Path, files: dict[str, Path], tmp_path: Path) -> None:
     """Unknown keys, wrong shapes, half pairs, and numbers that cannot be added are an error that names file and key."""
     good = content(files["text"])
     key = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
@@ -200,19 +200,19 @@ def test_files_that_do_not_fit(tiny_folder: Path, files: dict[str, Path], tmp_pa
         file = tmp_path / f"{number}.safetensors"
         save_file(tensors, file)
         with pytest.raises(AdapterError) as caught:
-            weights_of(SD1Config(path=str(tiny_folder), base_weights=(file,)).build(CPU, torch.float32))
+            weights_of(SD1Config(path=str(tiny_sd1), base_weights=(file,)).build(CPU, torch.float32))
         assert str(file) in str(caught.value)
         assert message in str(caught.value)
 
 
-def test_linear_layers_and_pointwise_convolutions(tiny_folder: Path, tmp_path: Path) -> None:
+def test_linear_layers_and_pointwise_convolutions(tiny_sd1: Path, tmp_path: Path) -> None:
     """Factors of a 1×1 convolution fit as matrices too."""
-    tensors = tensors_of(tiny_folder, LierlaConfig(rank=2, parts=("unet",)))
+    tensors = tensors_of(tiny_sd1, LierlaConfig(rank=2, parts=("unet",)))
     save_file(tensors, tmp_path / "plain.safetensors")
     flat = {name: tensor.flatten(1) if tensor.ndim == 4 else tensor for name, tensor in tensors.items()}
     assert any(flat[name].ndim != tensor.ndim for name, tensor in tensors.items())
     save_file(flat, tmp_path / "flat.safetensors")
-    one, other = (weights_of(merged(tiny_folder, tmp_path / f"{name}.safetensors")) for name in ("plain", "flat"))
+    one, other = (weights_of(merged(tiny_sd1, tmp_path / f"{name}.safetensors")) for name in ("plain", "flat"))
     assert all(torch.equal(weight, other[key]) for key, weight in one.items())
 
 

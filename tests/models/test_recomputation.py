@@ -130,13 +130,13 @@ def memory_of(run: Callable[[], Tensor]) -> int:
     return sum(kept.values())
 
 
-def test_a_unet_saves_most_where_it_keeps_most(tiny_file: Path) -> None:
+def test_a_unet_saves_most_where_it_keeps_most(tiny_sd1_file: Path) -> None:
     """A quarter of the U-Net's blocks saves more than a quarter of what all save, and all save more than half."""
     latents, times = torch.randn(1, 4, 16, 16, requires_grad=True), torch.tensor([5])
     texts = {"hidden_states": torch.randn(1, 77, 32)}
     kept = {}
     for share in (0.0, 0.25, 0.5, 1.0):
-        model = stable_diffusion(tiny_file)
+        model = stable_diffusion(tiny_sd1_file)
         if share:
             model.enable_gradient_checkpointing(share)
         for _ in range(2):
@@ -147,9 +147,9 @@ def test_a_unet_saves_most_where_it_keeps_most(tiny_file: Path) -> None:
     assert saved[1.0] > 0.5 * kept[0.0]
 
 
-def test_blocks_of_a_unet(tiny_file: Path) -> None:
+def test_blocks_of_a_unet(tiny_sd1_file: Path) -> None:
     """Blocks are the ResNet and transformer blocks of all levels and the middle, none inside another."""
-    unet = stable_diffusion(tiny_file).denoiser
+    unet = stable_diffusion(tiny_sd1_file).denoiser
     names = {module: path for path, module in unet.named_modules()}
     paths = [names[block] for block in checkpointed_blocks(unet)]
     assert len(paths) == len(set(paths)) == 4 + 3 + 3 + 8 + 6

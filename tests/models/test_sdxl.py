@@ -20,24 +20,12 @@ from lorakit.models.families.sdxl import targets
 from lorakit.models.families.sdxl.model import StableDiffusionXL
 from lorakit.models.families.sdxl.parts import LAYOUT
 from lorakit.models.weights.load import without_weights
-from lorakit.testing.models import FULL_SDXL, TINY_SDXL, make_tiny_sdxl, to_single_file
+from lorakit.testing.models import FULL_SDXL, TINY_SDXL
 from tests.models.test_targets import described, known_rows
 
 CPU = torch.device("cpu")
 CAPTIONS = ("a photo of a cat", "", "a dog (on a hill), sunny", " ".join(["word"] * 120))
 """None has an exclamation mark, which transformers' tokenizer takes for padding here."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder with a tiny SDXL."""
-    return make_tiny_sdxl(tmp_path_factory.mktemp("sdxl") / "model")
-
-
-@pytest.fixture(scope="module")
-def file(folder: Path) -> Path:
-    """The same model as a single file."""
-    return to_single_file(folder, folder.parent / "tiny.safetensors")
 
 
 def built(path: Path, dtype: torch.dtype = torch.float32, **settings: object) -> StableDiffusionXL:
@@ -70,12 +58,12 @@ def test_unet_equals_diffusers() -> None:
 
 
 @pytest.mark.parametrize("form", ["folder", "file"])
-def test_captions_are_encoded_as_by_diffusers(folder: Path, file: Path, form: str) -> None:
+def test_captions_are_encoded_as_by_diffusers(tiny_sdxl: Path, tiny_sdxl_file: Path, form: str) -> None:
     """The hidden states and the pooled vector are those of diffusers' pipeline, read by transformers itself."""
     from diffusers import StableDiffusionXLPipeline
 
-    pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
-    encoder = built(folder if form == "folder" else file).text_encoder
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl)
+    encoder = built(tiny_sdxl if form == "folder" else tiny_sdxl_file).text_encoder
     with torch.no_grad():
         ours = encoder.encode(encoder.tokenize(CAPTIONS[:3]))
         for row, caption in enumerate(CAPTIONS[:3]):
@@ -85,9 +73,9 @@ def test_captions_are_encoded_as_by_diffusers(folder: Path, file: Path, form: st
     assert not torch.allclose(ours["text_embeds"][0], ours["text_embeds"][1])
 
 
-def test_projection_of_a_single_file_is_transposed(file: Path, tmp_path: Path) -> None:
+def test_projection_of_a_single_file_is_transposed(tiny_sdxl_file: Path, tmp_path: Path) -> None:
     """OpenCLIP stores P and computes h·P; a linear layer has its transpose, as have files that spell it `.weight`."""
-    tensors, prefix = load_file(file), "conditioner.embedders.1.model."
+    tensors, prefix = load_file(tiny_sdxl_file), "conditioner.embedders.1.model."
     weight = torch.arange(1024, dtype=torch.float32).view(32, 32)
     tensors[f"{prefix}text_projection"] = weight
     save_file(tensors, tmp_path / "own.safetensors")
@@ -103,23 +91,24 @@ def test_projection_of_a_single_file_is_transposed(file: Path, tmp_path: Path) -
     assert "lacks text_projection.weight" in problems[0]
 
 
-def test_single_file_with_the_names_of_transformers(folder: Path, file: Path, tmp_path: Path) -> None:
+def test_single_file_with_the_names_of_transformers(tiny_sdxl: Path, tiny_sdxl_file: Path, tmp_path: Path) -> None:
     """Some tools leave the second text encoder's names as transformers has them."""
-    tensors = {name: own for name, own in load_file(file).items() if not name.startswith("conditioner.embedders.1.")}
-    second = load_file(folder / "text_encoder_2" / "model.safetensors")
+    whole, prefix = load_file(tiny_sdxl_file), "conditioner.embedders.1."
+    tensors = {name: own for name, own in whole.items() if not name.startswith(prefix)}
+    second = load_file(tiny_sdxl / "text_encoder_2" / "model.safetensors")
     tensors |= {f"conditioner.embedders.1.transformer.{name}": tensor for name, tensor in second.items()}
     save_file(tensors, tmp_path / "tiny.safetensors")
     assert not list(SDXLConfig(path=str(tmp_path / "tiny.safetensors")).problems())
-    encoders = [built(path).text_encoder for path in (file, tmp_path / "tiny.safetensors")]
+    encoders = [built(path).text_encoder for path in (tiny_sdxl_file, tmp_path / "tiny.safetensors")]
     with torch.no_grad():
         first, second_found = (encoder.encode(encoder.tokenize(CAPTIONS)) for encoder in encoders)
     assert all(torch.equal(first[name], second_found[name]) for name in first)
 
 
 @pytest.mark.parametrize("length", [75, 150, 225])
-def test_long_captions(folder: Path, length: int) -> None:
+def test_long_captions(tiny_sdxl: Path, length: int) -> None:
     """Chunks are encoded alone; the pooled vector is that of the first, whatever the weights of words."""
-    encoder = built(folder, max_token_length=length).text_encoder
+    encoder = built(tiny_sdxl, max_token_length=length).text_encoder
     with torch.no_grad():
         tokens = encoder.tokenize(CAPTIONS)
         whole = encoder.encode(tokens)
@@ -168,16 +157,16 @@ def test_sinusoids_of_sizes(value: int) -> None:
         (ImageSizes((1920, 1080), (18, 0), (1344, 768)), (1080, 1920, 0, 18, 768, 1344), 383.5254779),
     ],
 )
-def test_size_ids(folder: Path, sizes: ImageSizes, ids: tuple[int, ...], total: float) -> None:
+def test_size_ids(tiny_sdxl: Path, sizes: ImageSizes, ids: tuple[int, ...], total: float) -> None:
     """Original size, crop and target size, height and top first, as 1536 numbers."""
-    (found,) = built(folder).image_conditioning([sizes])["time_ids"]
+    (found,) = built(tiny_sdxl).image_conditioning([sizes])["time_ids"]
     assert tuple(found.tolist()) == ids
     assert float(timestep_embedding(found, 256).double().sum()) == pytest.approx(total, abs=0.02)
 
 
-def test_predictions_depend_on_each_size(folder: Path) -> None:
+def test_predictions_depend_on_each_size(tiny_sdxl: Path) -> None:
     """Each of the six numbers, in bfloat16 too, where 1364 and 1365 are the same number."""
-    model = built(folder, torch.bfloat16)
+    model = built(tiny_sdxl, torch.bfloat16)
     torch.manual_seed(0)
     latents, encoder = torch.randn(1, 4, 16, 16), model.text_encoder
     with torch.no_grad():
@@ -211,9 +200,9 @@ def test_full_size_targets_are_the_known_ones() -> None:
     ]  # fmt: skip
 
 
-def test_text_targets_are_the_known_ones(file: Path) -> None:
+def test_text_targets_are_the_known_ones(tiny_sdxl_file: Path) -> None:
     """All layers of both text encoders have the known keys."""
-    model = built(file)
+    model = built(tiny_sdxl_file)
     found = [target.key for target in model.targets(["text_encoder_2", "text_encoder"])]
     known = [row["lora_name"] for row in known_rows("lora_keys_sdxl.tsv") if "lora_te" in row["lora_name"]]
     assert sorted(found) == sorted(known)
@@ -228,21 +217,21 @@ def test_full_size() -> None:
     assert sum(parameter.numel() for parameter in unet.parameters()) == 2_567_463_684
 
 
-def test_the_vaes_scale_is_the_familys(folder: Path, tmp_path: Path) -> None:
+def test_the_vaes_scale_is_the_familys(tiny_sdxl: Path, tmp_path: Path) -> None:
     """Latents are scaled by 0.13025, whatever a VAE's config says."""
-    vae = shutil.copytree(folder / "vae", tmp_path / "vae")
+    vae = shutil.copytree(tiny_sdxl / "vae", tmp_path / "vae")
     config = json.loads((vae / "config.json").read_text())
     (vae / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.18215}))
     images = torch.rand(1, 3, 64, 64) * 2 - 1
-    own, other = (built(folder, **given).vae_encoder.encode(images)[0] for given in ({}, {"vae": str(vae)}))
+    own, other = (built(tiny_sdxl, **given).vae_encoder.encode(images)[0] for given in ({}, {"vae": str(vae)}))
     torch.testing.assert_close(own, other)
-    (warning,) = SDXLConfig(path=str(folder), vae=str(vae)).warnings()
+    (warning,) = SDXLConfig(path=str(tiny_sdxl), vae=str(vae)).warnings()
     assert "0.18215, which is that of Stable Diffusion 1.x and 2.x, not 0.13025" in str(warning)
 
 
-def test_one_text_encoder_in_memory_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_text_encoder_in_memory_at_a_time(tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Captions for the cache are encoded as all others, by one text encoder after the other, which is then freed."""
-    model = built(folder)
+    model = built(tiny_sdxl)
     read, there = [], model.module
 
     def module(name: str) -> torch.nn.Module:
@@ -254,7 +243,7 @@ def test_one_text_encoder_in_memory_at_a_time(folder: Path, monkeypatch: pytest.
     found = list(encode_frozen(model, batches))
     assert read == [("text_encoder", []), ("text_encoder_2", [])]
     assert model._read == {}
-    encoder = built(folder).text_encoder
+    encoder = built(tiny_sdxl).text_encoder
     for captions, own in zip(batches, found, strict=True):
         with torch.no_grad():
             expected = encoder.encode(encoder.tokenize(captions))

@@ -24,21 +24,8 @@ from lorakit.networks.adapter_file import AdapterFile, SafetensorsSaver, load_in
 from lorakit.networks.config import LoRAConfig
 from lorakit.previews.prompts import Prompt, preview_jobs
 from lorakit.testing.contracts.tiny_batch import loss_of, make_batch
-from lorakit.testing.models import make_tiny_sdxl, to_single_file
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder with a tiny SDXL."""
-    return make_tiny_sdxl(tmp_path_factory.mktemp("sdxl") / "model")
-
-
-@pytest.fixture(scope="module")
-def file(folder: Path) -> Path:
-    """The same model as a single file."""
-    return to_single_file(folder, folder.parent / "tiny.safetensors")
 
 
 def built(path: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> DiffusionModel:
@@ -78,9 +65,9 @@ def test_names_of_other_tools(key: str) -> None:
     assert own_name_xl("something.else") == "something.else"
 
 
-def test_names_of_all_layers(file: Path) -> None:
+def test_names_of_all_layers(tiny_sdxl_file: Path) -> None:
     """Every layer's names lead to its key, without the model and with it."""
-    for target in built(file).targets(PARTS):
+    for target in built(tiny_sdxl_file).targets(PARTS):
         for name in target.names:
             end = "lora_down.weight" if name.startswith("lora_") else "lora_A.weight"
             assert own_name_xl(f"{name}.{end}") == f"{target.key}.lora_down.weight"
@@ -100,20 +87,22 @@ def randomized(model: DiffusionModel, network: LoRAConfig) -> dict[str, torch.Te
 @pytest.mark.parametrize(
     "network", [LierlaConfig(rank=4), C3LierConfig(rank=4, alpha=2.0, conv_rank=2, conv_alpha=1.0)]
 )
-def test_diffusers_computes_the_same(file: Path, folder: Path, network: LoRAConfig, tmp_path: Path) -> None:
+def test_diffusers_computes_the_same(
+    tiny_sdxl_file: Path, tiny_sdxl: Path, network: LoRAConfig, tmp_path: Path
+) -> None:
     """A pipeline of diffusers that has loaded the file has W + alpha/rank·U·D in each layer of all three parts."""
     from diffusers import StableDiffusionXLPipeline
 
-    tensors = randomized(built(file), network)
+    tensors = randomized(built(tiny_sdxl_file), network)
     SafetensorsSaver("fp32").save(AdapterFile(tensors, {}), tmp_path / "lora.safetensors")
-    pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl)
     before = {name: dict(getattr(pipeline, name).state_dict()) for name in PARTS}
     before = {part: {name: tensor.clone() for name, tensor in own.items()} for part, own in before.items()}
     pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     pipeline.fuse_lora(components=list(PARTS))
     pipeline.unload_lora_weights()
     changed = 0
-    for target in built(file).targets(PARTS):
+    for target in built(tiny_sdxl_file).targets(PARTS):
         part, path = target.diffusers_path.split(".", 1)
         modules = dict(getattr(pipeline, part).named_modules())
         path = path if path in modules else path.removeprefix("text_model.")  # of no meaning to transformers 5
@@ -133,9 +122,9 @@ def test_diffusers_computes_the_same(file: Path, folder: Path, network: LoRAConf
     )
 
 
-def test_starts_from_files_of_diffusers(file: Path, tmp_path: Path) -> None:
+def test_starts_from_files_of_diffusers(tiny_sdxl_file: Path, tmp_path: Path) -> None:
     """A file in diffusers' names gives the same tensors as one in sd-scripts'."""
-    model = built(file)
+    model = built(tiny_sdxl_file)
     targets, tensors = model.targets(PARTS), randomized(model, LierlaConfig(rank=2, alpha=2.0))
     paths = {target.key: target.diffusers_path for target in targets}
     ends = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
@@ -154,14 +143,16 @@ def test_starts_from_files_of_diffusers(file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("network", ["lierla", "c3lier", "dora"])
 @pytest.mark.parametrize("parts", [PARTS, ("unet",), ("text_encoder",), ("text_encoder_2",)], ids="-".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_training_lowers_the_loss(file: Path, network: str, parts: tuple[str, ...], dtype: torch.dtype) -> None:
+def test_training_lowers_the_loss(
+    tiny_sdxl_file: Path, network: str, parts: tuple[str, ...], dtype: torch.dtype
+) -> None:
     """Steps on one batch lower its loss, whatever is trained, and each trained part moves."""
     config = {
         "lierla": LierlaConfig(rank=4), "c3lier": C3LierConfig(rank=4, conv_rank=2),
         "dora": LierlaConfig(rank=4, dora=True),
     }[network]  # fmt: skip
     torch.manual_seed(0)
-    model = built(file, dtype)
+    model = built(tiny_sdxl_file, dtype)
     adapters = config.build(model.targets(parts))
     adapters.initialize(0)
     parameters = [parameter for part in adapters.parts for parameter in adapters.parameters_of(part)]
@@ -193,10 +184,10 @@ def tables(path: Path, photographs: Path, out: Path, **sections: dict[str, Any])
     return {name: {**found.get(name, {}), **sections.get(name, {})} for name in found.keys() | sections.keys()}
 
 
-def test_a_rate_for_each_text_encoder(file: Path, photographs: Path, tmp_path: Path) -> None:
+def test_a_rate_for_each_text_encoder(tiny_sdxl_file: Path, photographs: Path, tmp_path: Path) -> None:
     """With 0 for the second one, only the first and the U-Net have adapters; metadata are those that readers act on."""
     rates = {"text_encoder_lr": [1e-3, 0.0], "unet_lr": 1e-3}
-    path = lorakit.train(tables(file, photographs, tmp_path / "out", optimizer=rates))
+    path = lorakit.train(tables(tiny_sdxl_file, photographs, tmp_path / "out", optimizer=rates))
     names = {name.split("_text_model")[0].split("_unet")[0] for name in load_file(path)}
     assert names == {"lora_te1", "lora"}
     with safe_open(path, "pt") as opened:
@@ -212,14 +203,16 @@ def test_a_rate_for_each_text_encoder(file: Path, photographs: Path, tmp_path: P
     assert "modelspec.encoder_layer" not in metadata
 
 
-def test_resumed_run_is_exact(file: Path, photographs: Path, tmp_path: Path) -> None:
+def test_resumed_run_is_exact(tiny_sdxl_file: Path, photographs: Path, tmp_path: Path) -> None:
     """Three steps and one more give the file of four, with both text encoders trained, flips and random crops."""
     data = {"flip_aug": True, "random_crop": True, "caption_dropout_rate": 0.3}
-    whole = lorakit.train(tables(file, photographs, tmp_path / "whole", data=data, training={"max_steps": 4}))
+    whole = lorakit.train(tables(tiny_sdxl_file, photographs, tmp_path / "whole", data=data, training={"max_steps": 4}))
     saving = {"save_every_n_steps": 3, "save_state": True}
-    lorakit.train(tables(file, photographs, tmp_path / "parts", data=data, training={"max_steps": 4}, output=saving))
+    lorakit.train(
+        tables(tiny_sdxl_file, photographs, tmp_path / "parts", data=data, training={"max_steps": 4}, output=saving)
+    )
     again = lorakit.train(
-        tables(file, photographs, tmp_path / "parts", data=data, training={"max_steps": 4}, output=saving),
+        tables(tiny_sdxl_file, photographs, tmp_path / "parts", data=data, training={"max_steps": 4}, output=saving),
         resume="latest",
     )
     first, second = load_file(whole), load_file(again)
@@ -227,9 +220,9 @@ def test_resumed_run_is_exact(file: Path, photographs: Path, tmp_path: Path) -> 
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_defaults_of_the_family(file: Path, photographs: Path, tmp_path: Path) -> None:
+def test_defaults_of_the_family(tiny_sdxl_file: Path, photographs: Path, tmp_path: Path) -> None:
     """Resolution, buckets and previews suit SDXL where the config does not say them; keys it lacks are refused."""
-    own = tables(file, photographs, tmp_path / "out")
+    own = tables(tiny_sdxl_file, photographs, tmp_path / "out")
     del own["data"]["resolution"]
     own["data"]["enable_bucket"] = True
     config = config_from_tables(own, tmp_path)

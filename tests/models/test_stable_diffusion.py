@@ -27,26 +27,26 @@ INPUTS = (
 )
 
 
-def test_prediction_is_that_of_diffusers(tiny_folder: Path) -> None:
+def test_prediction_is_that_of_diffusers(tiny_sd1: Path) -> None:
     """The U-Net's output is that of the model as diffusers loads it."""
-    unet = UNet2DConditionModel.from_pretrained(tiny_folder / "unet").eval()
+    unet = UNet2DConditionModel.from_pretrained(tiny_sd1 / "unet").eval()
     latents, timesteps, conditioning = INPUTS
     expected = unet(latents, timesteps, conditioning["hidden_states"]).sample
-    torch.testing.assert_close(stable_diffusion(tiny_folder).predict(*INPUTS), expected)
+    torch.testing.assert_close(stable_diffusion(tiny_sd1).predict(*INPUTS), expected)
 
 
-def test_prediction_is_in_the_models_number_format(tiny_folder: Path) -> None:
+def test_prediction_is_in_the_models_number_format(tiny_sd1: Path) -> None:
     """Latents and conditioning of another number format are converted, and the output is left as it is."""
-    prediction = stable_diffusion(tiny_folder, torch.bfloat16).predict(*INPUTS)
+    prediction = stable_diffusion(tiny_sd1, torch.bfloat16).predict(*INPUTS)
     assert prediction.dtype == torch.bfloat16
-    exact = stable_diffusion(tiny_folder).predict(*INPUTS)
+    exact = stable_diffusion(tiny_sd1).predict(*INPUTS)
     assert (prediction.float() - exact).abs().mean() < 0.05 * exact.abs().mean()
 
 
-def test_parts_are_read_once_and_on_first_use(tiny_file: Path, tmp_path: Path) -> None:
+def test_parts_are_read_once_and_on_first_use(tiny_sd1_file: Path, tmp_path: Path) -> None:
     """Building reads no weights, each part is read once, and a freed part is read again."""
     copy = tmp_path / "copy.safetensors"
-    copy.write_bytes(tiny_file.read_bytes())
+    copy.write_bytes(tiny_sd1_file.read_bytes())
     model = stable_diffusion(copy)
     assert "copy.safetensors" not in Path("/proc/self/maps").read_text()
     first = model.text_encoder
@@ -57,10 +57,10 @@ def test_parts_are_read_once_and_on_first_use(tiny_file: Path, tmp_path: Path) -
     assert model.text_encoder is not first
 
 
-def test_freed_weights_are_gone(tiny_file: Path, tmp_path: Path) -> None:
+def test_freed_weights_are_gone(tiny_sd1_file: Path, tmp_path: Path) -> None:
     """When all parts in use are freed, the file is not mapped any more."""
     copy = tmp_path / "freed.safetensors"
-    copy.write_bytes(tiny_file.read_bytes())
+    copy.write_bytes(tiny_sd1_file.read_bytes())
     model = stable_diffusion(copy)
     assert model.text_encoder.module
     assert model.vae_encoder.module
@@ -70,11 +70,11 @@ def test_freed_weights_are_gone(tiny_file: Path, tmp_path: Path) -> None:
     assert "freed.safetensors" not in Path("/proc/self/maps").read_text()
 
 
-def variations(tiny_folder: Path, tmp_path: Path) -> dict[str, StableDiffusion]:
+def variations(tiny_sd1: Path, tmp_path: Path) -> dict[str, StableDiffusion]:
     """Models that differ in one thing each that an encoder's output depends on."""
     other_text = tmp_path / "text.safetensors"
     other_vae = tmp_path / "vae.safetensors"
-    tensors = load_file(to_single_file(tiny_folder, tmp_path / "plain.safetensors"))
+    tensors = load_file(to_single_file(tiny_sd1, tmp_path / "plain.safetensors"))
     text_name = "cond_stage_model.transformer.text_model.final_layer_norm.bias"
     vae_name = "first_stage_model.encoder.conv_out.bias"
     save_file({**tensors, text_name: tensors[text_name] + 1}, other_text)
@@ -89,9 +89,9 @@ def variations(tiny_folder: Path, tmp_path: Path) -> dict[str, StableDiffusion]:
     }
 
 
-def test_fingerprints_follow_what_the_output_depends_on(tiny_folder: Path, tmp_path: Path) -> None:
+def test_fingerprints_follow_what_the_output_depends_on(tiny_sd1: Path, tmp_path: Path) -> None:
     """Each encoder's fingerprint changes with its own weights and settings, and with nothing else."""
-    models = variations(tiny_folder, tmp_path)
+    models = variations(tiny_sd1, tmp_path)
     text = {name: model.fingerprint("text_encoder") for name, model in models.items()}
     image = {name: model.fingerprint("vae_encoder") for name, model in models.items()}
     assert text["vae weights"] == text["plain"]
@@ -100,12 +100,13 @@ def test_fingerprints_follow_what_the_output_depends_on(tiny_folder: Path, tmp_p
     assert len(set(image.values())) == 3
 
 
-def test_fingerprint_is_that_of_the_content(tiny_file: Path, tiny_ckpt: Path, tmp_path: Path) -> None:
+def test_fingerprint_is_that_of_the_content(tiny_sd1_file: Path, tiny_sd1_ckpt: Path, tmp_path: Path) -> None:
     """A copy under another name, and the same weights in the other file format, have the same fingerprints."""
-    (tmp_path / "copy.safetensors").write_bytes(tiny_file.read_bytes())
+    (tmp_path / "copy.safetensors").write_bytes(tiny_sd1_file.read_bytes())
     for part in ("vae_encoder", "text_encoder"):
         prints = {
-            stable_diffusion(path).fingerprint(part) for path in (tiny_file, tiny_ckpt, tmp_path / "copy.safetensors")
+            stable_diffusion(path).fingerprint(part)
+            for path in (tiny_sd1_file, tiny_sd1_ckpt, tmp_path / "copy.safetensors")
         }
         assert len(prints) == 1
 
@@ -127,10 +128,10 @@ class CountingMemo(ProcessMemo):
         return super().get_or_compute(path, name, noting)
 
 
-def test_fingerprints_are_remembered_until_the_file_changes(tiny_file: Path, tmp_path: Path) -> None:
+def test_fingerprints_are_remembered_until_the_file_changes(tiny_sd1_file: Path, tmp_path: Path) -> None:
     """With a memo, weights are hashed once for all models and settings, and again when the file is another."""
     path, memo = tmp_path / "x.safetensors", CountingMemo()
-    path.write_bytes(tiny_file.read_bytes())
+    path.write_bytes(tiny_sd1_file.read_bytes())
     for clip_skip in (1, 2):
         model = stable_diffusion(path, clip_skip=clip_skip)
         assert model.fingerprint("text_encoder", memo) == model.fingerprint("text_encoder", memo)
@@ -140,26 +141,26 @@ def test_fingerprints_are_remembered_until_the_file_changes(tiny_file: Path, tmp
     assert memo.computed == ["text_encoder", "text_encoder"]
 
 
-def test_fingerprint_needs_only_the_parts_own_bytes(tiny_file: Path, tmp_path: Path) -> None:
+def test_fingerprint_needs_only_the_parts_own_bytes(tiny_sd1_file: Path, tmp_path: Path) -> None:
     """The image encoder's fingerprint does not depend on the U-Net, the text encoder or the VAE's decoder."""
-    tensors = load_file(tiny_file)
+    tensors = load_file(tiny_sd1_file)
     own = ("first_stage_model.encoder.", "first_stage_model.quant_conv.")
     others = {name: tensor + 1 for name, tensor in tensors.items() if not name.startswith(own)}
     save_file({**tensors, **others}, tmp_path / "x.safetensors")
-    prints = {stable_diffusion(path).fingerprint("vae_encoder") for path in (tiny_file, tmp_path / "x.safetensors")}
+    prints = {stable_diffusion(path).fingerprint("vae_encoder") for path in (tiny_sd1_file, tmp_path / "x.safetensors")}
     assert len(prints) == 1
 
 
-def test_metadata_names_and_hashes_the_model(tiny_file: Path) -> None:
+def test_metadata_names_and_hashes_the_model(tiny_sd1_file: Path) -> None:
     """A file is named and hashed the two ways in which web UIs look it up."""
-    content = tiny_file.read_bytes()
-    entries = stable_diffusion(tiny_file, clip_skip=2, prediction="v_prediction", max_token_length=225).metadata()
+    content = tiny_sd1_file.read_bytes()
+    entries = stable_diffusion(tiny_sd1_file, clip_skip=2, prediction="v_prediction", max_token_length=225).metadata()
     assert entries == {
         "ss_base_model_version": "sd_v1_v",
         "ss_v2": "False",
         "ss_clip_skip": "2",
         "ss_max_token_length": "225",
-        "ss_sd_model_name": "tiny.safetensors",
+        "ss_sd_model_name": "tiny-sd1.safetensors",
         "ss_sd_model_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
         "ss_new_sd_model_hash": hashlib.sha256(content).hexdigest(),
         "modelspec.architecture": "stable-diffusion-v1/lora",
@@ -169,13 +170,13 @@ def test_metadata_names_and_hashes_the_model(tiny_file: Path) -> None:
     }
 
 
-def test_metadata_of_a_folder_has_its_name(tiny_folder: Path, tiny_file: Path) -> None:
+def test_metadata_of_a_folder_has_its_name(tiny_sd1: Path, tiny_sd1_file: Path) -> None:
     """A folder has a name and no hash; a VAE of its own has both."""
-    entries = stable_diffusion(tiny_folder, vae=tiny_file).metadata()
-    assert (entries["ss_sd_model_name"], entries["ss_base_model_version"]) == ("model", "sd_v1")
+    entries = stable_diffusion(tiny_sd1, vae=tiny_sd1_file).metadata()
+    assert (entries["ss_sd_model_name"], entries["ss_base_model_version"]) == ("tiny-sd1", "sd_v1")
     assert entries["modelspec.prediction_type"] == "epsilon"
-    assert entries["ss_vae_name"] == "tiny.safetensors"
-    assert entries["ss_new_vae_hash"] == hashlib.sha256(tiny_file.read_bytes()).hexdigest()
+    assert entries["ss_vae_name"] == "tiny-sd1.safetensors"
+    assert entries["ss_new_vae_hash"] == hashlib.sha256(tiny_sd1_file.read_bytes()).hexdigest()
     assert "ss_sd_model_hash" not in entries
 
 
@@ -205,12 +206,12 @@ def adapted(target: AdaptationTarget) -> Adapter:
 
 @pytest.mark.parametrize("clip_skip", [1, 2])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_recomputing_changes_memory_but_not_gradients(tiny_file: Path, when: str, clip_skip: int) -> None:
+def test_recomputing_changes_memory_but_not_gradients(tiny_sd1_file: Path, when: str, clip_skip: int) -> None:
     """With checkpointing, enabled before or after reading, layers run twice and the gradients stay the same."""
     gradients, calls = [], []
     for recompute in (False, True):
         torch.manual_seed(0)
-        model = stable_diffusion(tiny_file, clip_skip=clip_skip)
+        model = stable_diffusion(tiny_sd1_file, clip_skip=clip_skip)
         if recompute and when == "before":
             model.enable_gradient_checkpointing()
         targets = {target.key: target for target in model.targets(["text_encoder", "unet"])}
@@ -229,9 +230,9 @@ def test_recomputing_changes_memory_but_not_gradients(tiny_file: Path, when: str
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-def test_gradients_reach_adapters_only(tiny_file: Path) -> None:
+def test_gradients_reach_adapters_only(tiny_sd1_file: Path) -> None:
     """A backward pass leaves no gradient on any weight of the base model."""
-    model = stable_diffusion(tiny_file)
+    model = stable_diffusion(tiny_sd1_file)
     target = model.targets(["unet"])[3]
     adapter = adapted(target)
     model.predict(*INPUTS).mean().backward()

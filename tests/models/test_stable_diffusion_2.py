@@ -90,31 +90,29 @@ def test_text_settings_of_sd21_are_the_published_ones(layers: int) -> None:
 
 @pytest.mark.parametrize("form", ["tiny_sd2_file", "tiny_sd2_ckpt"])
 def test_single_files_are_read_as_diffusers_reads_them(
-    request: pytest.FixtureRequest, tiny_sd2_folder: Path, form: str
+    request: pytest.FixtureRequest, tiny_sd2: Path, form: str
 ) -> None:
     """U-Net, text encoder and VAE encoder have bit for bit the weights that diffusers' own converter finds."""
     file = request.getfixturevalue(form)
     pipeline = StableDiffusionPipeline.from_single_file(
-        str(file), config=str(tiny_sd2_folder), local_files_only=True, safety_checker=None
+        str(file), config=str(tiny_sd2), local_files_only=True, safety_checker=None
     )
     model = sd2(file)
     assert_same_weights(model.denoiser.state_dict(), pipeline.unet.state_dict())
     assert_same_weights(model.vae_encoder.module.state_dict(), pipeline.vae.state_dict())
     assert_same_weights(model.text_encoder.module.state_dict(), pipeline.text_encoder.state_dict())
     assert model.text_encoder.module.state_dict().keys() == pipeline.text_encoder.state_dict().keys()
-    own = load_file(tiny_sd2_folder / "text_encoder" / "model.safetensors")
+    own = load_file(tiny_sd2 / "text_encoder" / "model.safetensors")
     plain = {name.removeprefix("text_model."): tensor for name, tensor in own.items()}
     assert_same_weights(model.text_encoder.module.state_dict(), plain)
 
 
-@pytest.mark.parametrize("form", ["tiny_sd2_folder", "tiny_sd2_file", "tiny_sd2_ckpt"])
-def test_every_form_predicts_as_diffusers_does(
-    request: pytest.FixtureRequest, tiny_sd2_folder: Path, form: str
-) -> None:
+@pytest.mark.parametrize("form", ["tiny_sd2", "tiny_sd2_file", "tiny_sd2_ckpt"])
+def test_every_form_predicts_as_diffusers_does(request: pytest.FixtureRequest, tiny_sd2: Path, form: str) -> None:
     """From a folder, a safetensors file and a checkpoint come the outputs of diffusers and transformers."""
     model = sd2(request.getfixturevalue(form))
-    unet = UNet2DConditionModel.from_pretrained(tiny_sd2_folder / "unet").eval()
-    text = CLIPTextModel.from_pretrained(tiny_sd2_folder / "text_encoder").eval()
+    unet = UNet2DConditionModel.from_pretrained(tiny_sd2 / "unet").eval()
+    text = CLIPTextModel.from_pretrained(tiny_sd2 / "text_encoder").eval()
     tokens = model.text_encoder.tokenize(["a cat", "two dogs"])
     latents, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([1, 900])
     hidden = text(tokens["ids"][:, 0]).last_hidden_state
@@ -127,23 +125,21 @@ def test_every_form_predicts_as_diffusers_does(
 
 
 @pytest.mark.parametrize("clip_skip", [1, 2, 3])
-def test_clip_skip_counts_from_the_last_layer_that_is_read(
-    tiny_sd2_file: Path, tiny_sd2_folder: Path, clip_skip: int
-) -> None:
+def test_clip_skip_counts_from_the_last_layer_that_is_read(tiny_sd2_file: Path, tiny_sd2: Path, clip_skip: int) -> None:
     """1 is the usual output, OpenCLIP's last layer but one; k is the k-th from there through the last normalisation."""
     encoder = sd2(tiny_sd2_file, clip_skip=clip_skip).text_encoder
-    text = CLIPTextModel.from_pretrained(tiny_sd2_folder / "text_encoder").eval()
+    text = CLIPTextModel.from_pretrained(tiny_sd2 / "text_encoder").eval()
     tokens = encoder.tokenize(["a cat"])
     layers = text(tokens["ids"][:, 0], output_hidden_states=True).hidden_states
     torch.testing.assert_close(encoder.encode(tokens)["hidden_states"], text.final_layer_norm(layers[-clip_skip]))
 
 
-def test_tokens_are_those_of_the_models_tokenizer(tiny_sd2_file: Path, tiny_sd2_folder: Path) -> None:
+def test_tokens_are_those_of_the_models_tokenizer(tiny_sd2_file: Path, tiny_sd2: Path) -> None:
     """Short captions are filled up with token 0, as transformers does with the padding that the folder states."""
-    reference = CLIPTokenizer.from_pretrained(tiny_sd2_folder / "tokenizer")
+    reference = CLIPTokenizer.from_pretrained(tiny_sd2 / "tokenizer")
     assert (reference.pad_token, reference.pad_token_id) == ("!", 0)
     padded = reference(CAPTIONS, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-    for path in (tiny_sd2_file, tiny_sd2_folder):
+    for path in (tiny_sd2_file, tiny_sd2):
         assert torch.equal(sd2(path).text_encoder.tokenize(CAPTIONS)["ids"][:, 0], padded)
 
 
@@ -155,9 +151,9 @@ def test_exclamation_marks_are_no_padding(tiny_sd2_file: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [0, 74, 75, 76, 149, 150])
-def test_long_captions_end_where_the_caption_does(tiny_sd2_file: Path, tiny_sd2_folder: Path, words: int) -> None:
+def test_long_captions_end_where_the_caption_does(tiny_sd2_file: Path, tiny_sd2: Path, words: int) -> None:
     """In chunks of the padded ids, a full one ends with the end token and an empty one starts with it."""
-    reference = CLIPTokenizer.from_pretrained(tiny_sd2_folder / "tokenizer")
+    reference = CLIPTokenizer.from_pretrained(tiny_sd2 / "tokenizer")
     caption = " ".join(["cat"] * words)
     ids = reference(caption, padding="max_length", max_length=152, truncation=True).input_ids
     for index, chunk in enumerate(
@@ -231,10 +227,10 @@ def test_damaged_text_encoders_are_named(
 
 
 @pytest.mark.parametrize("upcast", [True, False])
-def test_attention_is_upcast_where_the_folder_says_so(tiny_sd2_folder: Path, tmp_path: Path, upcast: bool) -> None:
+def test_attention_is_upcast_where_the_folder_says_so(tiny_sd2: Path, tmp_path: Path, upcast: bool) -> None:
     """`upcast_attention` in the U-Net's config makes all attention of a bfloat16 model float32."""
     copy = tmp_path / "model"
-    shutil.copytree(tiny_sd2_folder, copy)
+    shutil.copytree(tiny_sd2, copy)
     config = copy / "unet" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "upcast_attention": upcast}))
     seen: set[torch.dtype] = set()

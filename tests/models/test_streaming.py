@@ -149,9 +149,9 @@ def test_a_single_group_is_copied_once() -> None:
     assert swapper.copies == [(0, True)]
 
 
-def test_groups_of_stable_diffusion(tiny_file: Path) -> None:
+def test_groups_of_stable_diffusion(tiny_sd1_file: Path) -> None:
     """Each layer that can be adapted is in one group; groups are transformers, ResNet blocks, samplers, or layers."""
-    model = stable_diffusion(tiny_file)
+    model = stable_diffusion(tiny_sd1_file)
     unet, encoder = model.denoiser, model.text_encoder.module
     kinds = (Transformer2DModel, ResnetBlock2D, Downsample2D, Upsample2D)
     blocks = [module for module in unet.modules() if isinstance(module, kinds)]
@@ -178,9 +178,9 @@ def losses(model: StableDiffusion) -> list[Tensor]:
 
 @pytest.mark.parametrize("recomputed", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("form", ["", "int8"])
-def test_a_whole_unet(tiny_file: Path, form: str, recomputed: float) -> None:
+def test_a_whole_unet(tiny_sd1_file: Path, form: str, recomputed: float) -> None:
     """Predictions and gradients are the same bit for bit, with activations kept or recomputed, read before or after."""
-    plain, early, late = (stable_diffusion(tiny_file) for _ in range(3))
+    plain, early, late = (stable_diffusion(tiny_sd1_file) for _ in range(3))
     late.denoiser  # noqa: B018 - reads it
     for model in (plain, early, late):
         model.quantize({"unet": form} if form else {})

@@ -70,9 +70,9 @@ def test_blocks_are_told_apart(keys: str) -> None:
         assert ("attention" in target.tags) == ("attn" in target.key)
 
 
-def test_order_is_fixed(tiny_file: Path) -> None:
+def test_order_is_fixed(tiny_sd1_file: Path) -> None:
     """The text encoder comes first, whatever the order asked for; parts not asked for are left out."""
-    model = stable_diffusion(tiny_file)
+    model = stable_diffusion(tiny_sd1_file)
     keys = [target.key for target in model.targets(["unet", "text_encoder"])]
     assert keys == [target.key for target in model.targets(["text_encoder", "unet"])]
     assert [key.startswith("lora_te_text_model_encoder_layers_") for key in keys] == [True] * 18 + [False] * 177
@@ -80,9 +80,9 @@ def test_order_is_fixed(tiny_file: Path) -> None:
     assert len(set(keys)) == len(keys)
 
 
-def test_replaced_layers_are_used(tiny_file: Path) -> None:
+def test_replaced_layers_are_used(tiny_sd1_file: Path) -> None:
     """What is put in a layer's place takes part in the prediction, for each and every target of both parts."""
-    model = stable_diffusion(tiny_file)
+    model = stable_diffusion(tiny_sd1_file)
     used: set[str] = set()
 
     class Wrapper(nn.Module):

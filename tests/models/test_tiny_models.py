@@ -17,7 +17,7 @@ from lorakit.testing.models import FULL_SD1, FULL_SD2, TINY_SD1, Settings, make_
 from tests.models.building import stable_diffusion
 
 
-@pytest.mark.parametrize("folder", ["tiny_folder", "tiny_sd2_folder"])
+@pytest.mark.parametrize("folder", ["tiny_sd1", "tiny_sd2"])
 def test_diffusers_draws_with_the_tiny_model(request: pytest.FixtureRequest, folder: str) -> None:
     """The folder loads as a pipeline of diffusers, which makes a finite image of the right size."""
     pipeline = StableDiffusionPipeline.from_pretrained(request.getfixturevalue(folder), safety_checker=None)
@@ -43,9 +43,9 @@ def test_number_format_of_the_files(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
 
 
-def test_predictions_have_the_power_of_a_trained_models(tiny_folder: Path) -> None:
+def test_predictions_have_the_power_of_a_trained_models(tiny_sd1: Path) -> None:
     """Against noise, a random model's loss is near 1: its output is finite and small."""
-    model = stable_diffusion(tiny_folder)
+    model = stable_diffusion(tiny_sd1)
     noise = torch.randn(4, 4, 8, 8)
     states = model.text_encoder.encode(model.text_encoder.tokenize(["a cat"] * 4))
     loss = (model.predict(noise, torch.tensor([1, 300, 600, 999]), states) - noise).square().mean()

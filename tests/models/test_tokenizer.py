@@ -33,9 +33,9 @@ CAPTIONS = [
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_folder: Path) -> CLIPTokenizer:
+def reference(tiny_sd1: Path) -> CLIPTokenizer:
     """The tokenizer of transformers with CLIP's vocabulary."""
-    return CLIPTokenizer.from_pretrained(tiny_folder / "tokenizer")
+    return CLIPTokenizer.from_pretrained(tiny_sd1 / "tokenizer")
 
 
 @pytest.fixture(scope="module")
@@ -99,32 +99,32 @@ def test_chunks_with_other_padding_end_where_the_caption_does(words: int) -> Non
         assert chunk == [start, *body, last]
 
 
-def test_folders_own_tokenizer_is_used(tiny_folder: Path, reference: CLIPTokenizer, tmp_path: Path) -> None:
+def test_folders_own_tokenizer_is_used(tiny_sd1: Path, reference: CLIPTokenizer, tmp_path: Path) -> None:
     """A vocabulary in a folder, as `vocab.json` or `tokenizer.json`, is used instead of CLIP's own."""
     reference.save_pretrained(tmp_path)
     captions = ["a cat, it's 42 👍"]
     assert torch.equal(CaptionTokenizer(tmp_path)(captions)[:, 0], expected(reference, captions))
-    assert torch.equal(CaptionTokenizer(tiny_folder / "tokenizer")(captions)[:, 0], expected(reference, captions))
-    merges = (tiny_folder / "tokenizer" / "merges.txt").read_text().splitlines()
+    assert torch.equal(CaptionTokenizer(tiny_sd1 / "tokenizer")(captions)[:, 0], expected(reference, captions))
+    merges = (tiny_sd1 / "tokenizer" / "merges.txt").read_text().splitlines()
     (tmp_path / "tokenizer.json").unlink()
-    (tmp_path / "vocab.json").write_bytes((tiny_folder / "tokenizer" / "vocab.json").read_bytes())
+    (tmp_path / "vocab.json").write_bytes((tiny_sd1 / "tokenizer" / "vocab.json").read_bytes())
     (tmp_path / "merges.txt").write_text("\n".join(merges[:1000]))
     assert CaptionTokenizer(tmp_path)(["photograph"])[0, 0].tolist().index(49407) > 2
 
 
 @pytest.mark.parametrize("caption", ["wow!", "wow!!", "!", " ! ", "a!b !! c!?", "(cat!:1.2)", "<|endoftext|>!", "!★"])
-def test_what_pads_is_a_word_in_captions(tiny_sd2_folder: Path, tmp_path: Path, caption: str) -> None:
+def test_what_pads_is_a_word_in_captions(tiny_sd2: Path, tmp_path: Path, caption: str) -> None:
     """A tokenizer of Stable Diffusion 2.x that declares `!` special reads it as the text encoder was trained."""
-    CLIPTokenizer.from_pretrained(tiny_sd2_folder / "tokenizer").save_pretrained(tmp_path)
+    CLIPTokenizer.from_pretrained(tiny_sd2 / "tokenizer").save_pretrained(tmp_path)
     assert '"content": "!"' in (tmp_path / "tokenizer.json").read_text()
     declared, plain = CaptionTokenizer(tmp_path, pad=0), CaptionTokenizer(pad=0)
     assert torch.equal(declared([caption]), plain([caption]))
     assert all(torch.equal(*both) for both in zip(declared.weighted([caption]), plain.weighted([caption]), strict=True))
 
 
-def test_an_exclamation_mark_is_its_own_token(tiny_sd2_folder: Path, tmp_path: Path) -> None:
+def test_an_exclamation_mark_is_its_own_token(tiny_sd2: Path, tmp_path: Path) -> None:
     """`!` at the end of a word is token 256, and two of them 748."""
-    CLIPTokenizer.from_pretrained(tiny_sd2_folder / "tokenizer").save_pretrained(tmp_path)
+    CLIPTokenizer.from_pretrained(tiny_sd2 / "tokenizer").save_pretrained(tmp_path)
     assert CaptionTokenizer(tmp_path, pad=0)(["wow! wow!!"])[0, 0, :7].tolist() == [
         49406,
         2781,
@@ -147,9 +147,9 @@ def test_a_padding_token_among_words(at: int) -> None:
     assert torch.equal(tokenizer._in_chunks([[0 if index == at else 2368 for index in range(150)]])[0], expected)
 
 
-def test_models_bring_their_own_tokenizer(tiny_folder: Path, tiny_file: Path) -> None:
+def test_models_bring_their_own_tokenizer(tiny_sd1: Path, tiny_sd1_file: Path) -> None:
     """A model from a folder tokenizes as its single file does, which uses CLIP's vocabulary."""
-    own, packaged = (stable_diffusion(path).text_encoder for path in (tiny_folder, tiny_file))
+    own, packaged = (stable_diffusion(path).text_encoder for path in (tiny_sd1, tiny_sd1_file))
     assert torch.equal(own.tokenize(CAPTIONS)["ids"], packaged.tokenize(CAPTIONS)["ids"])
 
 

@@ -116,9 +116,9 @@ def test_weights_stand_where_their_tokens_do() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [75, 150])
-def test_hidden_states_are_multiplied(tiny_file: Path, dtype: torch.dtype, length: int) -> None:
+def test_hidden_states_are_multiplied(tiny_sd1_file: Path, dtype: torch.dtype, length: int) -> None:
     """Hidden states are those of the caption without brackets times the weights, rounded once; no mean is restored."""
-    encoder = stable_diffusion(tiny_file, dtype, max_token_length=length).text_encoder
+    encoder = stable_diffusion(tiny_sd1_file, dtype, max_token_length=length).text_encoder
     weighted = encoder.encode(encoder.tokenize(["a (cat:1.5), [dog]"], weighted=True))["hidden_states"]
     plain = encoder.encode(encoder.tokenize(["a cat, dog"]))["hidden_states"]
     factors = torch.ones(1, length + 2, 1, dtype=torch.float64)
@@ -127,9 +127,9 @@ def test_hidden_states_are_multiplied(tiny_file: Path, dtype: torch.dtype, lengt
     torch.testing.assert_close(weighted.double(), plain.double() * factors, rtol=torch.finfo(dtype).eps, atol=0)
 
 
-def test_captions_that_are_not_weighted_carry_no_weights(tiny_file: Path) -> None:
+def test_captions_that_are_not_weighted_carry_no_weights(tiny_sd1_file: Path) -> None:
     """Without the option there is one tensor, in which brackets are tokens."""
-    encoder = stable_diffusion(tiny_file).text_encoder
+    encoder = stable_diffusion(tiny_sd1_file).text_encoder
     tokens = encoder.tokenize(["a (cat)"])
     assert tokens.keys() == {"ids"}
     assert torch.equal(tokens["ids"], CaptionTokenizer()(["a (cat)"]))

@@ -22,7 +22,7 @@ def mapped_ranges(file: Path) -> list[tuple[int, int]]:
     return [(int(start, 16), int(end, 16)) for start, end in places]
 
 
-@pytest.mark.parametrize("form", ["tiny_file", "tiny_ckpt", "tiny_sd2_file", "tiny_sd2_ckpt"])
+@pytest.mark.parametrize("form", ["tiny_sd1_file", "tiny_sd1_ckpt", "tiny_sd2_file", "tiny_sd2_ckpt"])
 def test_parameters_are_views_of_the_file(request: pytest.FixtureRequest, form: str) -> None:
     """On the CPU, every parameter of every part lies in the mapped file: there is no second copy, even of thirds."""
     file = request.getfixturevalue(form)
@@ -34,12 +34,12 @@ def test_parameters_are_views_of_the_file(request: pytest.FixtureRequest, form: 
         assert any(start <= parameter.data_ptr() < end for start, end in ranges)
 
 
-def test_training_leaves_the_file_alone(tiny_file: Path) -> None:
+def test_training_leaves_the_file_alone(tiny_sd1_file: Path) -> None:
     """Writing to a mapped parameter changes the process's memory, never the file."""
-    before = tiny_file.read_bytes()
-    parameter = next(stable_diffusion(tiny_file).denoiser.parameters())
+    before = tiny_sd1_file.read_bytes()
+    parameter = next(stable_diffusion(tiny_sd1_file).denoiser.parameters())
     parameter.add_(1)
-    assert tiny_file.read_bytes() == before
+    assert tiny_sd1_file.read_bytes() == before
 
 
 GROWTH = """
@@ -78,14 +78,14 @@ def test_memory_grows_by_the_weights_in_the_new_format_only(tmp_path: Path, dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_number_format_is_the_one_asked_for(tiny_folder: Path, tiny_file: Path, dtype: torch.dtype) -> None:
+def test_number_format_is_the_one_asked_for(tiny_sd1: Path, tiny_sd1_file: Path, dtype: torch.dtype) -> None:
     """All parts are in the number format asked for, frozen, in evaluation mode, and rounded once."""
-    model = stable_diffusion(tiny_folder, dtype)
+    model = stable_diffusion(tiny_sd1, dtype)
     for module in (model.denoiser, model.text_encoder.module, model.vae_encoder.module):
         assert {parameter.dtype for parameter in module.parameters()} == {dtype}
         assert not any(parameter.requires_grad for parameter in module.parameters())
         assert not any(child.training for child in module.modules())
-    stored = load_file(tiny_file)["model.diffusion_model.time_embed.0.weight"]
+    stored = load_file(tiny_sd1_file)["model.diffusion_model.time_embed.0.weight"]
     assert torch.equal(model.denoiser.time_embedding.linear_1.weight, stored.to(dtype))
 
 

@@ -21,7 +21,7 @@ from lorakit.models.weights.load import without_weights
 from lorakit.planning.dummy_batches import BatchShape
 from lorakit.planning.estimate import caption_encoding_memory, training_memory
 from lorakit.planning.memory_tracker import MemoryTracker, fake_tensors
-from lorakit.testing.models import FULL_SDXL, make_tiny_sdxl, to_single_file
+from lorakit.testing.models import FULL_SDXL
 from lorakit.training.prepare import prepare
 from lorakit.training.setup import load_model
 from tests.planning.test_memory import CPU, NO_IMAGES, UNET, estimate, example, given_in, tensors_of
@@ -29,17 +29,10 @@ from tests.planning.test_memory import CPU, NO_IMAGES, UNET, estimate, example, 
 ENCODERS = ("text_encoder", "text_encoder_2")
 
 
-@pytest.fixture(scope="module")
-def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A single file with a tiny SDXL."""
-    folder = make_tiny_sdxl(tmp_path_factory.mktemp("sdxl") / "model")
-    return to_single_file(folder, folder.with_suffix(".safetensors"))
-
-
 @pytest.fixture
-def config(make_config, tiny_sdxl: Path) -> Callable[..., TrainConfig]:
+def config(make_config, tiny_sdxl_file: Path) -> Callable[..., TrainConfig]:
     """A function from sections to the config of a run on it."""
-    return lambda **sections: make_config(model={"path": str(tiny_sdxl)}, **sections)
+    return lambda **sections: make_config(model={"path": str(tiny_sdxl_file)}, **sections)
 
 
 REAL: Mapping[str, Mapping[str, Any]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 from torch.optim import SGD
@@ -11,6 +12,7 @@ from lorakit.api.observer import Observer
 from lorakit.training.checkpoint.state import read_state
 from lorakit.training.loop import train
 from lorakit.training.prepare import prepare
+from lorakit.training.run import Run
 from lorakit.training.run_handle import RunHandle
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.setup import build_run
@@ -79,12 +81,18 @@ def test_optimizers_are_told_when_training_begins(make_config) -> None:
     assert lorakit.train(config).is_file()
 
 
-def test_a_save_while_the_model_is_read(make_config) -> None:
-    """What is saved or measured inside the block leaves the model in it as it is to be read."""
+@pytest.fixture
+def run(make_config) -> Run:
+    """A run with such an optimizer, its weights where evaluation moves them."""
     config = make_config(optimizer={"name": f"{__name__}.Averaging"}, network={"dropout": 0.5})
     run = build_run(prepare(config), Distributed(torch.device("cpu")))
     for parameter in run.network.parameters_of("unet"):
         nn.init.ones_(parameter)
+    return run
+
+
+def test_a_save_while_the_model_is_read(run: Run) -> None:
+    """What is saved or measured inside the block leaves the model in it as it is to be read."""
     before = run.network.adapter_state()
     with run.evaluating():
         read = run.network.adapter_state()
@@ -95,12 +103,8 @@ def test_a_save_while_the_model_is_read(make_config) -> None:
     assert all(torch.equal(before[key], tensor) for key, tensor in run.network.adapter_state().items())
 
 
-def test_a_state_saved_while_the_model_is_read(make_config) -> None:
+def test_a_state_saved_while_the_model_is_read(run: Run) -> None:
     """A state has the weights as they are trained, and an optimizer that takes steps, wherever it is saved."""
-    config = make_config(optimizer={"name": f"{__name__}.Averaging"}, network={"dropout": 0.5})
-    run = build_run(prepare(config), Distributed(torch.device("cpu")))
-    for parameter in run.network.parameters_of("unet"):
-        nn.init.ones_(parameter)
     before = run.network.adapter_state()
     with run.evaluating():
         read = run.network.adapter_state()

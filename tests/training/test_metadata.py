@@ -66,10 +66,10 @@ def picture(photographs: Path) -> Path:
     return next(path for path in sorted(photographs.iterdir()) if path.suffix in (".png", ".jpg"))
 
 
-def whole_run(make_config: MakeConfig, tiny_file: Path, **sections: object) -> Mapping[str, str]:
+def whole_run(make_config: MakeConfig, tiny_sd1_file: Path, **sections: object) -> Mapping[str, str]:
     """The metadata of a run in which every key has something to say."""
     merged = {
-        "model": {"path": str(tiny_file), "vae": str(tiny_file), "clip_skip": 2},
+        "model": {"path": str(tiny_sd1_file), "vae": str(tiny_sd1_file), "clip_skip": 2},
         "network": {"name": "c3lier", "conv_rank": 2},
         "optimizer": {"weight_decay": 0.1},
         "data": {"batch_size": 2, "shuffle_caption": True},
@@ -79,17 +79,9 @@ def whole_run(make_config: MakeConfig, tiny_file: Path, **sections: object) -> M
     return metadata_of(lorakit.train(make_config(**merged)))
 
 
-@pytest.fixture(scope="module")
-def tiny_file(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model as one file."""
-    from lorakit.testing.models import to_single_file
-
-    return to_single_file(tiny_sd1, tmp_path_factory.mktemp("model") / "tiny.safetensors")
-
-
-def test_all_keys_of_sd_scripts(make_config: MakeConfig, tiny_file: Path) -> None:
+def test_all_keys_of_sd_scripts(make_config: MakeConfig, tiny_sd1_file: Path) -> None:
     """Each key is there in its form: text, the text of a Python value, or JSON; and the numbers are the run's."""
-    metadata = whole_run(make_config, tiny_file)
+    metadata = whole_run(make_config, tiny_sd1_file)
     missing = {key for key in KEYS if f"ss_{key}" not in metadata}
     assert WITHOUT_MEANING.keys() <= missing <= WITHOUT_MEANING.keys() | OF_OTHER_OPTIONS
     for key in set(KEYS) - missing:
@@ -180,9 +172,9 @@ def test_plain_run(make_config: MakeConfig) -> None:
     assert metadata["modelspec.title"] == "test"
 
 
-def test_minimal(make_config: MakeConfig, tiny_file: Path) -> None:
+def test_minimal(make_config: MakeConfig, tiny_sd1_file: Path) -> None:
     """With `minimal`, of how it was trained nothing is left but what tools need to use the file."""
-    metadata = whole_run(make_config, tiny_file, metadata={"minimal": True, "author": "A"})
+    metadata = whole_run(make_config, tiny_sd1_file, metadata={"minimal": True, "author": "A"})
     assert {key for key in metadata if key.startswith("ss_")} == set(MINIMAL_KEYS)
     assert metadata["modelspec.author"] == "A"
     assert len(metadata["sshs_model_hash"]) == 64
