@@ -266,7 +266,7 @@ def kohya_page() -> str:
                 OptionStatus.WORKS: f"`{option.key}`"
                 + (f", with the plugin `{option.plugin}`" if option.plugin else ""),
                 OptionStatus.NOT_NEEDED: option.unneeded
-                + (f"; only `{option.script.name}` has it" if option.script else ""),
+                + (f"; an option of `{option.script.name}` only" if option.script else ""),
                 OptionStatus.UNSUPPORTED: option.later or "no key does the same yet",
             }
             rows.append(f"| `--{option.name}` | {state.value} | {_cell(reasons[state])} |")

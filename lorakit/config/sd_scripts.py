@@ -70,7 +70,7 @@ MODEL = (
     Option("no_half_vae", "flag", False, key="model.no_half_vae"),
     Option(
         "disable_mmap_load_safetensors", "flag", False, script=SDXL_TRAIN_NETWORK,
-        unneeded="it changes how the file is read, not what is trained",
+        unneeded="lorakit always memory-maps model files, which affects only how fast they load",
     ),
 )  # fmt: skip
 
