@@ -195,6 +195,8 @@ def test_a_rate_for_each_text_encoder(tiny_sdxl_file: Path, photographs: Path, t
     expected = {
         "ss_base_model_version": "sdxl_base_v1-0",
         "ss_v2": "False",
+        "ss_clip_skip": "None",
+        "ss_max_token_length": "75",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.prediction_type": "epsilon",

@@ -13,11 +13,12 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lorakit.builtin.model_families.sd1 import SD1Config
 from lorakit.models.families.sd.model import StableDiffusion
 from lorakit.models.interfaces import AdaptationTarget
 from lorakit.models.weights.hashing import ProcessMemo
 from lorakit.testing.models import to_single_file
-from tests.models.building import stable_diffusion
+from tests.models.building import CPU, stable_diffusion
 
 SEEDED = torch.Generator().manual_seed(0)
 INPUTS = (
@@ -154,7 +155,8 @@ def test_fingerprint_needs_only_the_parts_own_bytes(tiny_sd1_file: Path, tmp_pat
 def test_metadata_names_and_hashes_the_model(tiny_sd1_file: Path) -> None:
     """A file is named and hashed the two ways in which web UIs look it up."""
     content = tiny_sd1_file.read_bytes()
-    entries = stable_diffusion(tiny_sd1_file, clip_skip=2, prediction="v_prediction", max_token_length=225).metadata()
+    config = SD1Config(path=str(tiny_sd1_file), clip_skip=2, prediction="v_prediction", max_token_length=225)
+    entries = config.build(CPU, torch.float32).metadata()
     assert entries == {
         "ss_base_model_version": "sd_v1_v",
         "ss_v2": "False",

@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from lorakit.builtin.model_families.sd2 import SD2Config
 from lorakit.errors import ModelError
 from lorakit.models.families.sd.infer_config import sd2_text_settings, unet_settings
 from lorakit.models.families.sd.model import StableDiffusion
 from lorakit.models.families.sd.state_dict_keys import open_clip_name, original_unet_name
 from lorakit.models.weights.load import shapes_of, without_weights
 from lorakit.testing.models import FULL_SD2
-from tests.models.building import read, stable_diffusion
+from tests.models.building import CPU, read, stable_diffusion
 from tests.models.test_layout import assert_same_weights, configured
 
 SD21_UNET = {
@@ -250,6 +251,7 @@ def test_attention_is_upcast_where_the_folder_says_so(tiny_sd2: Path, tmp_path: 
 )
 def test_metadata_names_the_version(tiny_sd2_file: Path, prediction: str, version: str, said: str) -> None:
     """LoRA files say that they are for 2.x, and what the U-Net predicts."""
-    entries = sd2(tiny_sd2_file, prediction=prediction).metadata()
+    config = SD2Config(path=str(tiny_sd2_file), prediction=prediction)
+    entries = config.build(CPU, torch.float32).metadata()
     assert (entries["ss_v2"], entries["ss_base_model_version"]) == ("True", version)
     assert entries["modelspec.prediction_type"] == said

@@ -33,7 +33,7 @@ class SD1Config(StableDiffusionConfig):
         from lorakit.models.families.sd.model import Variant
 
         return Variant(
-            version="sd_v1",
+            version="sd_v1_v" if prediction == "v_prediction" else "sd_v1",
             architecture="stable-diffusion-v1/lora",
             prediction=prediction,
             clip_skip=self.clip_skip,

@@ -53,10 +53,10 @@ class SD2Config(StableDiffusionConfig):
         """How models of 2.x are run: short captions are filled up with token 0."""
         from lorakit.models.families.sd.model import Variant
 
-        kind = "768-v" if prediction == "v_prediction" else "512"
+        velocity = prediction == "v_prediction"
         return Variant(
-            version="sd_v2",
-            architecture=f"stable-diffusion-v2-{kind}/lora",
+            version="sd_v2_v" if velocity else "sd_v2",
+            architecture=f"stable-diffusion-v2-{'768-v' if velocity else '512'}/lora",
             prediction=prediction,
             clip_skip=self.clip_skip,
             max_token_length=self.max_token_length,

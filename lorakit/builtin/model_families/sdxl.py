@@ -62,9 +62,12 @@ class SDXLConfig(StableDiffusionConfig):
         from lorakit.models.families.sd.model import Variant
 
         return Variant(
+            # Web UIs tell the family by its beginning, so it is the same for models that predict velocity.
             version="sdxl_base_v1-0",
             architecture="stable-diffusion-xl-v1-base/lora",
+            implementation="https://github.com/Stability-AI/generative-models",
             prediction=prediction,
+            clip_skip=None,
             max_token_length=self.max_token_length,
         )
 

@@ -42,13 +42,15 @@ class Variant:
     """What a version of Stable Diffusion is called in LoRA files, and how a user wants it run."""
 
     version: str
-    """`ss_base_model_version` without what tells the prediction: `sd_v1`."""
+    """`ss_base_model_version`: `sd_v1`."""
     architecture: str
     """`modelspec.architecture`: `stable-diffusion-v1/lora`."""
+    implementation: str = "diffusers"
+    """`modelspec.implementation`: the code that has the parameters' names."""
     prediction: Prediction = "epsilon"
     """What the U-Net predicts."""
-    clip_skip: int = 1
-    """Which of the text encoder's layers is read, counted from the last, which is 1."""
+    clip_skip: int | None = 1
+    """Which of the text encoder's layers is read, counted from the last, which is 1; None if users cannot choose."""
     max_token_length: int = 75
     """Longest caption in tokens, a multiple of 75."""
     pad_token: int | None = None
@@ -132,10 +134,10 @@ class StableDiffusion(BaseModel):
         """CLIP with its tokenizer; a `ModelError` if they do not fit, or there are fewer layers than are skipped."""
         part, variant = self.checkpoint.part(TEXT_ENCODER.name), self.variant
         tokenizer = self.read_tokenizer(TEXT_ENCODER.name, "tokenizer", variant.pad_token)
-        layers = part.settings["num_hidden_layers"]
-        if variant.clip_skip > layers:
-            raise ModelError(f"{part} has {layers} layers; clip_skip must be at most that, not {variant.clip_skip}")
-        return ClipTextEncoder(modules[TEXT_ENCODER.name], tokenizer, variant.clip_skip)
+        layers, clip_skip = part.settings["num_hidden_layers"], variant.clip_skip or 1
+        if clip_skip > layers:
+            raise ModelError(f"{part} has {layers} layers; clip_skip must be at most that, not {clip_skip}")
+        return ClipTextEncoder(modules[TEXT_ENCODER.name], tokenizer, clip_skip)
 
     def text_options(self, memo: Memo) -> list[object]:
         """What captions are encoded with, and a hash of the model's own tokenizer; empty where it uses CLIP's."""
@@ -160,14 +162,15 @@ class StableDiffusion(BaseModel):
 
     def metadata_entries(self) -> Mapping[str, str]:
         """The version and how captions are read, in the keys of sd-scripts and of the metadata standard."""
-        variant, velocity = self.variant, self.variant.prediction == "v_prediction"
+        variant = self.variant
         entries = {
-            "ss_base_model_version": variant.version + ("_v" if velocity else ""),
+            "ss_base_model_version": variant.version,
             "ss_v2": str(variant.version.startswith("sd_v2")),
             "ss_clip_skip": str(variant.clip_skip),
             "ss_max_token_length": str(variant.max_token_length),
             "modelspec.architecture": variant.architecture,
-            "modelspec.implementation": "diffusers",
-            "modelspec.prediction_type": "v" if velocity else "epsilon",
+            "modelspec.implementation": variant.implementation,
+            "modelspec.prediction_type": "v" if variant.prediction == "v_prediction" else "epsilon",
         }
-        return entries | ({"modelspec.encoder_layer": str(variant.clip_skip)} if variant.clip_skip > 1 else {})
+        skips = variant.clip_skip is not None and variant.clip_skip > 1
+        return entries | ({"modelspec.encoder_layer": str(variant.clip_skip)} if skips else {})

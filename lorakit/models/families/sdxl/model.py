@@ -107,17 +107,3 @@ class StableDiffusionXL(StableDiffusion):
     def text_options(self, memo: Memo) -> list[object]:
         """What captions are encoded with, and hashes of the model's own tokenizers; empty where it uses CLIP's."""
         return [self.variant.max_token_length, self.tokenizer_hashes(memo, *_TOKENIZERS)]
-
-    def metadata_entries(self) -> Mapping[str, str]:
-        """The version and how captions are read, in the keys of sd-scripts and of the metadata standard."""
-        velocity = self.variant.prediction == "v_prediction"
-        return {
-            # Web UIs tell the family by its beginning, so it is the same for models that predict velocity.
-            "ss_base_model_version": self.variant.version,
-            "ss_v2": "False",
-            "ss_clip_skip": "None",
-            "ss_max_token_length": str(self.variant.max_token_length),
-            "modelspec.architecture": self.variant.architecture,
-            "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-            "modelspec.prediction_type": "v" if velocity else "epsilon",
-        }
