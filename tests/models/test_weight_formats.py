@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import pairwise, product
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lorakit.models.memory import weight_formats
 from lorakit.models.memory.weight_formats import FORMATS, NF4_LEVELS
 
 SHAPES = [(16, 512), (16, 8, 3, 3), (5, 13), (1, 1)]
@@ -102,3 +106,90 @@ def test_nf4_is_that_of_bitsandbytes(shape: tuple[int, ...]) -> None:
     assert torch.equal(ours["scale"].flatten(), state.absmax)
     theirs = functional.dequantize_nf4(codes, state)
     torch.testing.assert_close(kept("nf4", weight).float(), theirs, rtol=0, atol=3e-7 * 0.1)
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations that read or write memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and "empty" not in func.__name__:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def operations_of(weight_format: str, dtype: torch.dtype, device: str) -> list[str]:
+    """What restores a weight of a dtype on a device."""
+    form = FORMATS[weight_format]
+    packed = {name: tensor.to(device) for name, tensor in form.pack(torch.randn(6, 64, dtype=dtype)).items()}
+    with Operations() as operations:
+        assert form.unpack(packed, (6, 64), dtype).dtype == dtype
+    return operations.names
+
+
+@pytest.fixture
+def nf4_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernel of bitsandbytes for CPUs, used as that for GPUs is."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(weight_formats, "_NF4_KERNEL_DEVICES", ("cpu",))
+    weight_formats._has_nf4_kernel.cache_clear()
+    yield
+    weight_formats._has_nf4_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_weights_are_restored_in_few_passes(device: str, dtype: torch.dtype) -> None:
+    """One for int8, but in float32 on CPUs, two for fp8, three for nf4 without a kernel; `meta` is as GPUs are."""
+    cast = ["_to_copy", "mul_"]
+    assert operations_of("int8", dtype, device) == (cast if (device, dtype) == ("cpu", torch.float32) else ["mul"])
+    assert operations_of("fp8", dtype, device) == cast
+    assert operations_of("nf4", dtype, device) == ["_to_copy", "index_select", "mul_"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("weight_format", ["int8", "fp8"])
+def test_the_product_is_rounded_once(weight_format: str, dtype: torch.dtype) -> None:
+    """In one pass or two, a weight is the product in float32, or in a longer dtype, rounded to the dtype."""
+    form = FORMATS[weight_format]
+    packed = form.pack(torch.randn(24, 512))
+    wide = torch.promote_types(dtype, torch.float32)
+    expected = (packed["stored"].to(wide) * packed["scale"].to(wide)).to(dtype)
+    assert torch.equal(form.unpack(packed, (24, 512), dtype), expected)
+
+
+@pytest.mark.usefixtures("nf4_kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(48, 64), (16, 8, 3, 3), (3, 10)])
+def test_nf4_is_restored_by_the_kernel(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """In one pass, and as without it but for the rounding of the levels."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype) * 0.02
+    packed = FORMATS["nf4"].pack(weight)
+    assert packed.keys() == {"stored", "scale"}
+    with Operations() as operations:
+        found = FORMATS["nf4"].unpack(packed, shape, dtype)
+    assert "dequantize_4bit" in operations.names
+    assert (found.dtype, found.shape) == (dtype, shape)
+    levels = torch.tensor(list(product(NF4_LEVELS, repeat=2)))
+    exact = FORMATS["nf4"].unpack({**packed, "levels": levels}, shape, torch.float64)
+    torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
+@pytest.mark.usefixtures("nf4_kernel")
+@pytest.mark.parametrize("trouble", [RuntimeError("no library for this device"), None])
+def test_a_kernel_that_does_not_do_it_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, trouble: RuntimeError | None
+) -> None:
+    """Where bitsandbytes' kernel fails, or gives other weights, they are restored without it."""
+
+    def broken(stored: Tensor, scale: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if trouble is not None:
+            raise trouble
+        return torch.zeros(shape, dtype=dtype)
+
+    monkeypatch.setattr(weight_formats, "_nf4_kernel", broken)
+    weight = torch.tensor(NF4_LEVELS).repeat(4).view(1, 64)
+    assert torch.equal(kept("nf4", weight).float(), weight)

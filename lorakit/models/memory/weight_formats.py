@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import pairwise, product
 from statistics import NormalDist
 from typing import Protocol
@@ -18,6 +19,8 @@ from torch import Tensor
 
 _TINY = torch.finfo(torch.float32).tiny
 _BLOCK = 64
+_NF4_KERNEL_DEVICES = ("cuda",)
+"""Where bitsandbytes is asked for its kernel; on CPUs it would save less than importing it takes."""
 
 
 class WeightFormat(Protocol):
@@ -54,30 +57,42 @@ class PerChannel:
         return {"stored": (scaled if self.dtype.is_floating_point else scaled.round_()).to(self.dtype), "scale": scale}
 
     def unpack(self, kept: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:  # noqa: ARG002
-        """The weight, rounded to `dtype` once."""
-        return kept["stored"].to(dtype).mul_(kept["scale"])
+        """The weight, rounded to `dtype` once; computed in float32, or on CPUs in a longer dtype."""
+        stored, scale = kept["stored"], kept["scale"]
+        # PyTorch multiplies no float8, and a CPU would cast int8 to float32 in memory of its own first.
+        if self.dtype.is_floating_point or (stored.device.type == "cpu" and dtype.itemsize > 2):
+            return stored.to(dtype).mul_(scale)
+        return torch.mul(stored, scale, out=torch.empty_like(stored, dtype=dtype))
 
 
 class NormalFloat4:
     """Half a byte for each weight, with a scale for each block: QLoRA's NF4 (Dettmers et al., 2023, arXiv:2305.14314).
 
     A weight is the nearest of 16 levels times the largest weight of its block, and wrong by at most half of the widest
-    gap between levels, which is 0.152 of that largest weight.
+    gap between levels, which is 0.152 of that largest weight. On GPUs it is restored by bitsandbytes' kernel if that is
+    installed: in one pass, rounded once.
     """
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        """`stored`, two levels in each byte, uint8 [blocks, 32]; `scale`, float32 [blocks, 1]; `levels` of bytes."""
+        """`stored`, two levels in each byte, uint8 [blocks, 32], and `scale`, float32 [blocks, 1].
+
+        Where no kernel restores the weight, also `levels`, those of each byte in the weight's dtype, [256, 2].
+        """
         values = weight.float().flatten()
         blocks = F.pad(values, (0, -len(values) % _BLOCK)).view(-1, _BLOCK)
         scale = blocks.abs().amax(dim=1, keepdim=True).clamp(min=_TINY)
         middles = torch.tensor([(low + high) / 2 for low, high in pairwise(NF4_LEVELS)], device=weight.device)
         codes = torch.bucketize(blocks / scale, middles, out_int32=True).to(torch.uint8)
-        # Two levels for each byte, [256, 2], so that a byte need not be taken apart.
-        levels = torch.tensor(list(product(NF4_LEVELS, repeat=2)), device=weight.device)
-        return {"stored": codes[:, ::2] << 4 | codes[:, 1::2], "scale": scale, "levels": levels}
+        packed = {"stored": codes[:, ::2] << 4 | codes[:, 1::2], "scale": scale}
+        if not _has_nf4_kernel(weight.device):
+            # Those of a whole byte, so that none need be taken apart.
+            packed["levels"] = torch.tensor(list(product(NF4_LEVELS, repeat=2)), device=weight.device).to(weight.dtype)
+        return packed
 
     def unpack(self, kept: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The weight, computed in `dtype`."""
+        """The weight, computed in `dtype`, or by the kernel in float32."""
+        if "levels" not in kept:
+            return _nf4_kernel(kept["stored"], kept["scale"], shape, dtype)
         levels = kept["levels"].to(dtype).index_select(0, kept["stored"].flatten().int())
         return levels.view(-1, _BLOCK).mul_(kept["scale"]).flatten()[: math.prod(shape)].view(*shape)
 
@@ -92,6 +107,29 @@ class Unquantized:
     def unpack(self, kept: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:  # noqa: ARG002
         """A copy, as the stored tensor may be overwritten at any time."""
         return kept["stored"].to(dtype, copy=True)
+
+
+def _nf4_kernel(stored: Tensor, scale: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The weight of this shape in float32 or a shorter dtype, by bitsandbytes' kernel."""
+    used = stored.flatten()[: -(-math.prod(shape) // 2)]
+    weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(used, scale.flatten(), _BLOCK, "nf4", shape, dtype)
+    return weight
+
+
+@cache
+def _has_nf4_kernel(device: torch.device) -> bool:
+    """Whether bitsandbytes restores NF4 on a device, as a try shows."""
+    if device.type not in _NF4_KERNEL_DEVICES:
+        return False
+    try:
+        import bitsandbytes  # noqa: F401  # registers its operations
+
+        every = torch.arange(256, dtype=torch.uint8, device=device)
+        found = _nf4_kernel(every, torch.ones(8, device=device), (8, _BLOCK), torch.float32)
+    except Exception:  # not installed, an older one, or one without a library for this device
+        return False
+    expected = torch.tensor(list(product(NF4_LEVELS, repeat=2)), device=device)
+    return torch.allclose(found.flatten(), expected.flatten(), rtol=0, atol=1e-6)
 
 
 def _normal_levels() -> tuple[float, ...]:
