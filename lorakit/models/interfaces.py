@@ -87,6 +87,7 @@ class AttentionBackend(Protocol):
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, /) -> Tensor:
         """softmax(q·kᵀ/√d)·v; query, key, value and result are [B, heads, tokens, d].
 
+        Scores q·kᵀ/√d must be computed in float32 where the number format is shorter: some models overflow float16.
         `mask` is bool, [B, 1, 1, tokens of the key], and false for keys that get no weight, such as a caption's
         padding; each image has at least one that does. It is None where all do.
         """

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention as DiffusersAttention
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from lorakit.builtin.attention import EagerConfig
+from lorakit.models.families.sd import unet
 from lorakit.models.families.sd.unet import Attention
 from tests.models.building import stable_diffusion
 
@@ -44,16 +46,51 @@ def test_attention_is_that_of_diffusers(context: int | None) -> None:
     assert backend.calls == [((2, 4, 10, 8), (2, 4, 10 if context is None else 7, 8), torch.float32)]
 
 
+def upcasting(dtype: torch.dtype, size: float = 1.0) -> tuple[DiffusersAttention, Attention]:
+    """Attention of diffusers and lorakit's, both with scores in float32, `size` times as large as usual ones."""
+    torch.manual_seed(0)
+    theirs = DiffusersAttention(query_dim=32, heads=4, dim_head=8, upcast_attention=True).eval()
+    with torch.no_grad():
+        for projection in (theirs.to_q, theirs.to_k):
+            projection.weight *= size**0.5
+    attention = Attention(32, 32, heads=4, upcasts=True)
+    attention.load_state_dict(theirs.state_dict())
+    return theirs.to(dtype), attention.to(dtype)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e6])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_upcast_attention_is_that_of_diffusers(dtype: torch.dtype, size: float) -> None:
+    """Fused, it is diffusers' fused attention bit for bit, with scores beyond float16, too; written out, it is near."""
+    theirs, attention = upcasting(dtype, size)
+    tokens = torch.randn(2, 10, 32).to(dtype)
+    queries, keys = (layer(tokens).float().unflatten(-1, (4, 8)) for layer in (theirs.to_q, theirs.to_k))
+    scores = torch.einsum("bqhd,bkhd->bhqk", queries, keys)
+    assert (scores.abs().max() > torch.finfo(torch.float16).max) == (size > 1)
+    theirs.set_processor(AttnProcessor2_0())
+    expected = theirs(tokens)
+    assert torch.equal(attention(tokens, tokens), expected)
+    attention.backend = EagerConfig().build()
+    theirs.set_processor(AttnProcessor())
+    for other in (expected, theirs(tokens)):
+        error = (attention(tokens, tokens).float() - other.float()).norm() / other.float().norm()
+        assert error < 4 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize(
     ("dtype", "upcast"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2]
 )
-def test_upcast_attention_is_computed_in_float32(dtype: torch.dtype, upcast: torch.dtype) -> None:
-    """Where the model asks for it, the backend gets float32 at least and the result has the model's number format."""
-    attention = Attention(32, 32, heads=4, upcasts=True).to(dtype)
+@pytest.mark.parametrize("devices", [(), ("cpu",)])
+def test_only_some_devices_need_longer_numbers(
+    monkeypatch: pytest.MonkeyPatch, devices: tuple[str, ...], dtype: torch.dtype, upcast: torch.dtype
+) -> None:
+    """Where kernels may not compute scores in float32, the backend gets float32 at least; the result is as always."""
+    monkeypatch.setattr(unet, "_UPCAST_DEVICES", devices)
+    _, attention = upcasting(dtype)
     attention.backend = backend = Recorder()
     tokens = torch.randn(1, 5, 32, dtype=dtype)
     assert attention(tokens, tokens).dtype == dtype
-    assert backend.calls[0][2] == upcast
+    assert backend.calls[0][2] == (upcast if devices else dtype)
 
 
 @pytest.mark.parametrize("before_reading", [True, False])

@@ -23,6 +23,10 @@ from lorakit.models.interfaces import AttentionBackend
 from lorakit.models.memory.activation_checkpointing import CheckpointedBlock
 from lorakit.models.memory.channels_last import memory_format_of
 
+_UPCAST_DEVICES = ("mps",)
+"""Where a model that wants its scores in float32 needs longer queries and keys for it: other devices' kernels compute
+scores in float32 by themselves, and so does attention that is written out."""
+
 
 class UNet(nn.Module):
     """Predicts from noisy latents, their timestep and a caption what the noise process asks for."""
@@ -310,8 +314,8 @@ class Attention(nn.Module):
     def __init__(self, channels: int, context_channels: int, heads: int, upcasts: bool = False) -> None:
         """From tokens with `channels` channels to others with `context_channels`.
 
-        With `upcasts` the backend computes in float32 whatever the number format. Raises ValueError where the heads
-        do not share the channels evenly.
+        With `upcasts` the scores, as of a model that overflows float16, must be computed in float32. Raises ValueError
+        where the heads do not share the channels evenly.
         """
         super().__init__()
         if channels % heads:
@@ -334,7 +338,9 @@ class Attention(nn.Module):
     def _split_heads(self, projected: Tensor) -> Tensor:
         """[B, heads, tokens, channels of a head] of [B, tokens, c], in the number format that the backend gets."""
         heads = projected.view(*projected.shape[:2], self.heads, -1).transpose(1, 2)
-        return heads.to(torch.promote_types(heads.dtype, torch.float32)) if self.upcasts else heads
+        if self.upcasts and heads.device.type in _UPCAST_DEVICES:
+            return heads.to(torch.promote_types(heads.dtype, torch.float32))
+        return heads
 
 
 def use_backend(unet: nn.Module, backend: AttentionBackend) -> None:
