@@ -78,6 +78,20 @@ def test_nothing_else_changes(share: float) -> None:
         assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_states_of_generators_are_kept_where_something_draws(monkeypatch: pytest.MonkeyPatch, dropout: float) -> None:
+    """From the second step on they are read and put back in blocks that draw, as a plugin's may, and in no others."""
+    blocks, x = made(), torch.randn(4, 8)
+    blocks[2].dropout = dropout
+    checkpoint_blocks(blocks)
+    step(blocks, x)
+    reads: list[object] = []
+    read = torch.get_rng_state
+    monkeypatch.setattr(torch, "get_rng_state", lambda: reads.append(0) or read())
+    step(blocks, x)
+    assert len(reads) == (2 if dropout else 0)  # before the block runs, and before it runs again
+
+
 def test_without_gradients_nothing_is_recomputed_or_chosen() -> None:
     """What is predicted for a preview runs once, and says nothing of what blocks keep."""
     blocks, x = made(), torch.randn(4, 8)

@@ -37,9 +37,15 @@ class CheckpointedBlock(nn.Module):
         # Imports the compiler, which takes longer than all else that a run imports.
         from torch.utils.checkpoint import checkpoint
 
-        # While a CUDA graph is captured, generators have no state that could be put back.
+        # While a CUDA graph is captured, generators have no state that could be read or put back.
         captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=not captured, **kwargs)
+        unknown = not captured and self not in selection.draws
+        before = _generator_states(args) if unknown else []
+        keeps_state = not captured and selection.draws.get(self, True)
+        out = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=keeps_state, **kwargs)
+        if unknown:
+            selection.draws[self] = before != _generator_states(args)
+        return out
 
 
 def checkpointed_blocks(module: nn.Module) -> list[CheckpointedBlock]:
@@ -56,6 +62,14 @@ def checkpoint_blocks(blocks: Sequence[CheckpointedBlock], share: float = 1.0) -
     selection = SelectiveCheckpointing(share, len(blocks))
     for block in blocks:
         block.selection = selection
+
+
+def _generator_states(args: Sequence[object]) -> list[bytes]:
+    """The states of PyTorch's own generators on the CPU and on the devices of these arguments."""
+    from torch.utils.checkpoint import get_device_states
+
+    # As bytes, since comparing tensors is an operation, which has no result where tensors are only imagined.
+    return [state.numpy().tobytes() for state in (torch.get_rng_state(), *get_device_states(*args)[1])]
 
 
 def bytes_kept(block: nn.Module, run: Callable[[], object], inputs: Sequence[object]) -> int:
@@ -88,6 +102,12 @@ class SelectiveCheckpointing:
     def __init__(self, share: float, blocks: int) -> None:
         self.number = math.ceil(share * blocks)
         self.is_all = self.number >= blocks
+        self.draws: dict[CheckpointedBlock, bool] = {}
+        """Whether blocks draw from PyTorch's own generators, for those that have recomputed once.
+
+        lorakit's own random numbers have keys instead of a state, but a network of a plugin may draw. To put states
+        back for each block takes longer than some blocks.
+        """
         self._kept: dict[CheckpointedBlock, int] = {}
         """Bytes that blocks would keep, for those that have run."""
         self._chosen: frozenset[CheckpointedBlock] = frozenset()
