@@ -14,9 +14,11 @@ from dadaptation.experimental.dadapt_adan_ip import DAdaptAdanIP
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils import _foreach_utils
 from transformers.optimization import Adafactor
 
 from lorakit.api.components import OptimizerConfig
+from lorakit.builtin.optimizers._fused_adamw import FusedAdamW
 from lorakit.builtin.optimizers.bitsandbytes import (
     AdamW8bitConfig,
     Lion8bitConfig,
@@ -341,3 +343,12 @@ def test_schedules_beside_schedule_free_optimizers(train_tables: dict[str, Any],
         assert not list(config.warnings())
         keys[name] = [warning.key for warning in attrs.evolve(config, optimizer=FreeConfig()).warnings()]
     assert keys == {"constant": [], "cosine": ["lr_scheduler.name"]}
+
+
+@pytest.mark.parametrize(("devices", "is_fused"), [(["cuda", "meta"], True), (["cuda", "cpu"], False)])
+def test_fused_where_pytorch_is(monkeypatch: pytest.MonkeyPatch, devices: list[str], is_fused: bool) -> None:
+    """AdamW and SGD are fused on every device for which PyTorch says that it has fused kernels."""
+    monkeypatch.setattr(_foreach_utils, "_get_fused_kernels_supported_devices", lambda: devices)
+    far = [ParameterGroup("unet", "unet", (nn.Parameter(torch.zeros(3, device="meta")),), 0.1)]
+    assert isinstance(AdamWConfig().build(far), FusedAdamW) == is_fused
+    assert SGDNesterovConfig().build(far).defaults["fused"] == is_fused

@@ -59,7 +59,10 @@ class SGDOptions(OptimizerConfig):
 
 
 def _has_fused_kernel(groups: Sequence[ParameterGroup]) -> bool:
-    return all(p.device.type in {"cpu", "cuda"} for group in groups for p in group.parameters)
+    from torch.utils import _foreach_utils
+
+    devices = _foreach_utils._get_fused_kernels_supported_devices()
+    return all(p.device.type in devices for group in groups for p in group.parameters)
 
 
 @frozen(kw_only=True)
