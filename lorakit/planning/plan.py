@@ -31,7 +31,7 @@ from lorakit.training.schedule import Schedule
 from lorakit.training.setup import build_model, build_run_from, init_distributed
 from lorakit.training.step.autotune import compile_step
 from lorakit.training.step.cuda_graphs import ForwardBackward
-from lorakit.training.step.numerics import tf32_allowed
+from lorakit.training.step.numerics import numerics_of
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def measure(prepared: PreparedRun, texts: Texts) -> Timing:
         torch.cuda.reset_peak_memory_stats(processes.device)
     # The largest first: what fits once it did fits again.
     shapes = sorted({BatchShape.of(bucket) for bucket in found}, key=lambda shape: -shape.pixels)
-    with tf32_allowed(training.tf32, processes.device):
+    with numerics_of(run):
         compute = compile_step(run)
         seconds = {
             shape: min(_steps(run, compute, make_batch(shape, texts, run.model).to(processes.device)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorakit.training.run_handle import RunHandle
 from lorakit.training.step.autotune import compile_step
-from lorakit.training.step.numerics import tf32_allowed
+from lorakit.training.step.numerics import numerics_of
 
 
 def train(handle: RunHandle) -> None:
@@ -14,7 +14,7 @@ def train(handle: RunHandle) -> None:
     stop, when a state has been saved.
     """
     run = handle.run
-    with tf32_allowed(run.config.training.tf32, run.processes.device), handle.session() as steps:
+    with numerics_of(run), handle.session() as steps:
         forward_backward = compile_step(run)
         for step in steps:  # epochs, order and resuming are in there
             for batch in step.batches:

@@ -26,6 +26,7 @@ from lorakit.training.step.gradients import FlatGradients
 from lorakit.training.step.loss import Criterion, denoising_loss
 from lorakit.training.step.metrics import effective_lr
 from lorakit.training.step.nan_guard import StepGuard
+from lorakit.training.step.numerics import cudnn_benchmark
 from lorakit.training.validation import ValidationSet
 
 PREFETCHED_BATCHES = 4
@@ -124,7 +125,12 @@ class Run:
             return
         self.network.eval()
         try:
-            with torch.no_grad(), self.weights.eval_weights():
+            with (
+                torch.no_grad(),
+                self.weights.eval_weights(),
+                # Previews have other shapes, each of which would take longer to prepare for than to compute.
+                cudnn_benchmark(False),
+            ):
                 self.flat.refresh()
                 yield self.model
         finally:

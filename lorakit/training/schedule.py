@@ -10,7 +10,7 @@ from attrs import define, field
 from torch import Tensor
 
 from lorakit.config.train_config import TrainingSection
-from lorakit.data.batch_sampler import RankMicroBatch, RunLength, StepPlan, micro_batches_per_epoch, plan_epoch
+from lorakit.data.batch_sampler import RankMicroBatch, RunLength, StepPlan, buckets, micro_batches_per_epoch, plan_epoch
 from lorakit.data.index import IndexedDataset
 from lorakit.data.loader import Batch, BatchLoader
 from lorakit.training.runtime.distributed import Distributed
@@ -69,6 +69,9 @@ class Schedule:
         self.steps_per_epoch = length.steps_per_epoch
         self.total_steps = length.total_steps
         self.total_epochs = length.total_epochs
+        shapes = {(bucket.size, bucket.batch_size) for bucket in buckets(datasets)}
+        self.micro_batches_per_shape = self.total_steps * accumulation / len(shapes)
+        """How many micro-batches the run has on average of each shape; short ones count as complete ones."""
 
     def plans_from(self, done: int) -> Iterator[StepPlan]:
         """The plans of the steps after the first `done` ones."""

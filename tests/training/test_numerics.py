@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,12 @@ from torch.utils import deterministic
 
 import lorakit
 from lorakit.errors import ConfigError
+from lorakit.training.prepare import prepare
 from lorakit.training.run import Run
-from lorakit.training.step.numerics import deterministic_mode, tf32_allowed
+from lorakit.training.runtime.distributed import Distributed
+from lorakit.training.setup import build_run
+from lorakit.training.step import numerics
+from lorakit.training.step.numerics import cudnn_benchmark, deterministic_mode, numerics_of, tf32_allowed
 from tests.training.conftest import MakeConfig
 from tests.training.test_runs import same, weights_of
 
@@ -62,6 +67,58 @@ def test_tf32_where_the_newer_settings_are_used() -> None:
         pytest.skip("needs a PyTorch with the newer settings")
     result = subprocess.run([sys.executable, "-c", NEWER], capture_output=True, text=True, timeout=120, check=False)
     assert result.stdout.split() == ["tf32", "tf32", "ieee", "ieee", "tf32", "ieee"], result.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "steps", "deterministic", "timed"),
+    [("cuda", 250, False, True), ("cuda", 249, False, False), ("cuda", 3000, True, False), ("cpu", 3000, False, False)],
+)
+def test_convolutions_are_timed(
+    make_config: MakeConfig, device: str, steps: int, deterministic: bool, timed: bool
+) -> None:
+    """On CUDA, cuDNN times its algorithms if the run is long enough for it, and may differ from another run."""
+    training = {"max_steps": steps, "gradient_accumulation_steps": 2, "deterministic": deterministic}
+    config = make_config(network={"parts": ["unet"]}, training=training)
+    run = build_run(prepare(config), Distributed(torch.device("cpu")))
+    assert run.schedule.micro_batches_per_shape == 2 * steps  # this dataset has one bucket
+    run.processes = Distributed(torch.device(device))
+    before = torch.backends.cudnn.benchmark
+    with numerics_of(run):
+        assert torch.backends.cudnn.benchmark == timed
+        with run.evaluating():
+            assert not torch.backends.cudnn.benchmark
+        assert torch.backends.cudnn.benchmark == timed
+    assert torch.backends.cudnn.benchmark == before
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_settings_are_those_before(found: bool) -> None:
+    """What a program has set for cuDNN is as it was after a run, also one that fails."""
+    torch.backends.cudnn.benchmark = found
+    try:
+        with suppress(KeyError), cudnn_benchmark(not found):
+            assert torch.backends.cudnn.benchmark != found
+            raise KeyError
+        assert torch.backends.cudnn.benchmark == found
+    finally:
+        torch.backends.cudnn.benchmark = False
+
+
+def test_steps_are_computed_so(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps see the setting, as on a device with cuDNN, and nothing after the run does."""
+    monkeypatch.setattr(numerics, "_has_cudnn", bool)
+    monkeypatch.setattr(numerics, "MIN_PER_SHAPE", 1)
+    seen: list[bool] = []
+    original = Run.forward_backward
+
+    def noting(*arguments: object) -> None:
+        seen.append(torch.backends.cudnn.benchmark)
+        original(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Run, "forward_backward", noting)
+    lorakit.train(make_config(network={"parts": ["unet"]}, training={"max_steps": 2}))
+    assert seen == [True, True]
+    assert not torch.backends.cudnn.benchmark
 
 
 def one_that_does_not_repeat() -> Tensor:

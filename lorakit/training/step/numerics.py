@@ -1,19 +1,52 @@
-"""How exactly a device computes: TF32 or not, and only operations that give the same bytes each time, or any."""
+"""How a device computes: TF32 or not, the same bytes each time or not, and the fastest convolutions."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import deterministic
 
 from lorakit.errors import ConfigError, Problem
 
+if TYPE_CHECKING:
+    from lorakit.training.run import Run
+
 _PRECISION = {True: "tf32", False: "ieee"}
 """How PyTorch's newer settings call what is allowed, or not."""
+
+MIN_PER_SHAPE = 500
+"""Micro-batches of each shape that a run must have for timing its convolutions to pay; it takes about a second."""
+
+
+@contextmanager
+def numerics_of(run: Run) -> Iterator[None]:
+    """Let the device compute as the config of a run says, and its convolutions as fast as they can."""
+    training, device = run.config.training, run.processes.device
+    repeats = run.schedule.micro_batches_per_shape >= MIN_PER_SHAPE
+    with (
+        tf32_allowed(training.tf32, device),
+        cudnn_benchmark(_has_cudnn(device) and repeats and not training.deterministic),
+    ):
+        yield
+
+
+def _has_cudnn(device: torch.device) -> bool:
+    # On AMD GPUs the same setting makes MIOpen search, which can take minutes.
+    return device.type == "cuda" and torch.version.hip is None
+
+
+@contextmanager
+def cudnn_benchmark(enabled: bool) -> Iterator[None]:
+    """Let cuDNN time its algorithms for each new shape and keep the fastest, or not; afterwards it is as it was."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, enabled
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @contextmanager
