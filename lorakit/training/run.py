@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lorakit.config.train_config import TrainConfig
 from lorakit.data.loader import Batch, BatchLoader, prefetch
 from lorakit.models.interfaces import Conditioning, DiffusionModel
+from lorakit.models.memory.compile import compilation_paused
 from lorakit.networks.flat_parameters import FlatParameters
 from lorakit.networks.network import Network
 from lorakit.training.checkpoint.compatibility import RunFingerprint
@@ -129,6 +130,7 @@ class Run:
                 torch.no_grad(),
                 self.weights.eval_weights(),
                 # Previews have other shapes, each of which would take longer to prepare for than to compute.
+                compilation_paused(bool(self.config.training.compile)),
                 cudnn_benchmark(False),
             ):
                 self.flat.refresh()

@@ -14,7 +14,7 @@ from lorakit.api.components import NetworkConfig
 from lorakit.models.families.sd.targets import unet_targets
 from lorakit.models.families.sd.unet import BasicTransformerBlock, ResnetBlock2D
 from lorakit.models.memory.activation_checkpointing import checkpoint_blocks, checkpointed_blocks
-from lorakit.models.memory.compile import compile_blocks, compile_unsupported_reason
+from lorakit.models.memory.compile import compilation_paused, compile_blocks, compile_unsupported_reason
 from lorakit.models.memory.quantization import quantize
 from lorakit.models.memory.weight_formats import FORMATS
 from lorakit.networks.network import Network
@@ -115,6 +115,20 @@ def test_blocks_share_graphs() -> None:
             torch.testing.assert_close(new, old)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs == [2, 4, 4]
+
+
+def test_nothing_is_compiled_while_it_is_paused() -> None:
+    """Meanwhile blocks run eagerly, with the same results; what was compiled is used again afterwards."""
+    blocks, network = adapted()
+    compile_blocks(blocks, KINDS, "eager")
+    step(blocks, network)
+    assert counters["stats"]["unique_graphs"] == 2
+    with compilation_paused(compiles=True):
+        for height in (4, 6, 8):
+            for new, old in zip(step(blocks, network, height), step(*adapted(), height), strict=True):
+                assert torch.equal(new, old)
+    step(blocks, network)
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.parametrize("is_read", [False, True])

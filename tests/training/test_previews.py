@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 import lorakit
 from lorakit.api.observer import Observer, StepMetrics
@@ -100,6 +101,21 @@ def published(cls: Any) -> Any:
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1,
     )  # fmt: skip
+
+
+def test_previews_compile_nothing(make_config, lorakit_one_thread: None) -> None:
+    """In a run with torch.compile, previews and validation run eagerly: their shapes need no graphs of their own."""
+    torch._dynamo.reset()
+    counters.clear()
+    training = {"compile": True, "compile_backend": "eager", "max_steps": 1}
+    run = build_run(prepare(make_config(training=training)), Distributed(torch.device("cpu")))
+    job = preview_jobs([Prompt(prompt="a cat", width=96, height=64, steps=1)], 0, run.config.model)
+    with run.evaluating() as model:
+        sample_latents(model, job, encode_texts(model, ["a cat", ""]), batch_size=1)
+    assert not counters["stats"]["unique_graphs"]
+    run.forward_backward(next(run.schedule.batches_from(0, run.loader)))
+    assert counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
 
 
 def test_previews_are_those_of_diffusers(make_config, tiny_sd1: Path) -> None:

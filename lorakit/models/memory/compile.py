@@ -7,7 +7,8 @@ takes a fraction of what the whole denoiser would take.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -30,6 +31,14 @@ def compile_blocks(module: nn.Module, kinds: Sequence[type[nn.Module]], backend:
     torch._dynamo.config.accumulated_recompile_limit = 4 * MAX_VARIANTS
     for block in blocks:
         block.compile(backend=backend)
+
+
+@contextmanager
+def compilation_paused(compiles: bool) -> Iterator[None]:
+    """Run what `compile_blocks` compiles eagerly for a while; `compiles` says whether there may be any of it."""
+    # Not where nothing is compiled, as it imports the compiler.
+    with torch.compiler.set_stance("force_eager") if compiles else nullcontext():
+        yield
 
 
 def compile_unsupported_reason(backend: str, device: torch.device) -> str:
