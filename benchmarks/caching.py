@@ -224,7 +224,7 @@ def encode(arguments: argparse.Namespace) -> Numbers:
 
     prepared, device = prepare(settings), Distributed.init(settings.training.device).device
     model = build_model(settings, device)
-    encoding = EncodeOptions(device=device, batch_size=settings.data.encode_batch_size)
+    encoding = EncodeOptions(device=device, batch_size=settings.data.encode_batch_size or 1)
     busy = Busy(warmed_up(model.vae_encoder.module.get_submodule("encoder")))
     model.fingerprint("vae_encoder")
     numbers = timed(lambda: encode_latents(prepared.datasets, model, prepared.cache, encoding))

@@ -179,8 +179,10 @@ class DataSection:
     """Folder for cached latents and text embeddings, which runs may share; defaults to `cache` in the output folder."""
     workers: int | None = field(default=None, validator=v.optional(v.ge(1)))
     """Image decoding threads; defaults to one per CPU core, at most 8."""
-    encode_batch_size: int = field(default=1, validator=v.ge(1))
-    """Batch size of the VAE encoder."""
+    encode_batch_size: int | None = field(default=None, validator=v.optional(v.ge(1)))
+    """Batch size of the VAE encoder. If absent, up to 8 images of one size on CUDA, as many as fit in half of the free
+    memory; 1 on other devices, with `training.deterministic`, and for images that are encoded in each step. Larger
+    batches may change the rounding of latents."""
     weighted_captions: bool = False
     """Interpret brackets in captions as weights: `(red:1.3)` is weighted by 1.3, `(red)` by 1.1, `[red]` by 1/1.1."""
     prior_loss_weight: float = field(default=1.0, validator=v.ge(0))

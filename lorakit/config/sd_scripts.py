@@ -112,7 +112,7 @@ DATA = (
     ),
     Option("cache_latents", "flag", False, unneeded=_ALWAYS, hint="data.cache_dir"),
     Option("cache_latents_to_disk", "flag", False, unneeded=_ALWAYS, hint="data.cache_dir"),
-    Option("vae_batch_size", "int", 1, key="data.encode_batch_size"),
+    Option("vae_batch_size", "int", key="data.encode_batch_size"),
     *(
         Option(name, "flag", False, unneeded=_ALWAYS, hint="data.cache_dir", script=SDXL_TRAIN_NETWORK)
         for name in ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")

@@ -29,8 +29,11 @@ class _Half:
         self._exact: nn.Module | None = None
 
     def _finite(self, compute: Callable[[nn.Module, Tensor], Tensor], given: Tensor) -> Tensor:
-        """What `compute` makes of the module and each entry given; in float32 where the number format overflows."""
+        """What `compute` makes of the module and each entry given; in float32 where float16 overflows."""
         computed = compute(self.module, given)
+        # Other formats have the range of float32, and to ask would let the host wait for the device.
+        if next(self.module.parameters()).dtype != torch.float16:
+            return computed
         overflowing = ~computed.flatten(1).isfinite().all(dim=1)
         if overflowing.any():
             self._exact = self._exact or copy.deepcopy(self.module).float()
@@ -45,7 +48,7 @@ class VaeEncoder(_Half):
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, scaled, float32 [B, C, h, w], of images [B, 3, H, W] in [-1, 1].
 
-        Images whose latents overflow the number format are encoded again in float32.
+        Images whose latents overflow float16 are encoded again in float32.
         """
         mean, log_variance = self._finite(_moments, images).chunk(2, dim=1)
         deviation = torch.exp(0.5 * log_variance.clamp(*_LOG_VARIANCE_RANGE))
@@ -60,7 +63,7 @@ class VaeDecoder(_Half):
     def decode(self, latents: Tensor) -> Tensor:
         """Images, float32 [B, 3, H, W] in [-1, 1], of scaled latents [B, C, h, w].
 
-        Those that overflow the number format are decoded again in float32.
+        Those that overflow float16 are decoded again in float32.
         """
         return self._finite(_decoded, latents / self.scaling_factor + self.shift_factor).clamp(-1, 1)
 

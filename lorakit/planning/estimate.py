@@ -103,7 +103,8 @@ def image_encoding_memory(prepared: PreparedRun) -> EncodingMemory:
     model = load_model(config, CPU)
     with fake_tensors() as meter:
         encoder, weights = model.vae_encoder, _settled(meter)
-        encode_pixels(torch.empty(config.data.encode_batch_size, height, width, 3, dtype=torch.uint8), encoder)
+        images = config.data.encode_batch_size or 1  # more only where there is room for them
+        encode_pixels(torch.empty(images, height, width, 3, dtype=torch.uint8), encoder)
         return EncodingMemory(weights=weights, transient=meter.peak - weights)
 
 

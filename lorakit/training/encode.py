@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,10 @@ from lorakit.training.runtime.distributed import Distributed
 
 _DELAY = 0.5
 """Seconds that encoding takes before anything is shown of it."""
+_BYTES_PER_PIXEL = 2600
+"""What encoding an image takes with Stable Diffusion's VAE in float32; other VAEs are of the same kind."""
+_MAX_AT_ONCE = 8
+"""Images that are encoded together at most; from then on a GPU is busy with each image."""
 
 
 @frozen
@@ -58,7 +63,7 @@ def encode_data(
     datasets = (*prepared.datasets, *prepared.validation)
     options = EncodeOptions(
         device=processes.device,
-        batch_size=data.encode_batch_size,
+        batch_size=_images_at_once(prepared, processes.device),
         workers=data.workers,
         rank=processes.rank,
         world_size=processes.world_size,
@@ -74,7 +79,7 @@ def encode_data(
     if prepared.encodes_images:
         workers = data.workers or default_workers()
         online = OnlineEncoder(
-            encoder=model.vae_encoder, device=processes.device, batch_size=data.encode_batch_size, workers=workers
+            encoder=model.vae_encoder, device=processes.device, batch_size=data.encode_batch_size or 1, workers=workers
         )
     else:
         model.free("vae_encoder")
@@ -90,6 +95,21 @@ def encode_data(
     cache.memo.save()
     processes.barrier()
     return Encoded(keys, captions, online, filled)
+
+
+def _images_at_once(prepared: PreparedRun, device: torch.device) -> int:
+    """Images of one size to encode at once for the cache, in float32 at most."""
+    config = prepared.config
+    if config.data.encode_batch_size is not None:
+        return config.data.encode_batch_size
+    # Batches depend on what is in the cache already, and rounding may depend on the batch: encoded one by one, images
+    # have the same latents after a run was killed. A CPU is no faster with more.
+    if device.type != "cuda" or config.training.deterministic:
+        return 1
+    examples = (example for dataset in (*prepared.datasets, *prepared.validation) for example in dataset.examples)
+    largest = max(math.prod(example.placement.bucket) for example in examples)
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(max(free // 2 // (_BYTES_PER_PIXEL * largest), 1), _MAX_AT_ONCE)
 
 
 def conditioning_of(batch: Batch, model: DiffusionModel, trains_text_encoders: bool) -> Conditioning:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextModel
 
 from lorakit.errors import ModelError
@@ -14,6 +16,18 @@ from lorakit.models.vae import VaeDecoder, VaeEncoder
 from tests.models.building import read, stable_diffusion
 
 CAPTION = "a photo of a cat"
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that are read from tensors, for which the host would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +144,17 @@ def test_overflow_in_half_precision_is_mended_per_image(tiny_sd1_file: Path) -> 
     # Half precision rounds differently in batches of other sizes.
     torch.testing.assert_close(mean[:1], alone, rtol=2e-3, atol=2e-3)
     assert encoder.module.encoder.conv_in.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize(("dtype", "waits"), [(torch.float32, False), (torch.bfloat16, False), (torch.float16, True)])
+def test_the_host_waits_for_the_device_in_float16_alone(tiny_sd1_file: Path, dtype: torch.dtype, waits: bool) -> None:
+    """No number is read from the device in encoding and decoding, but whether float16 has overflowed."""
+    model = stable_diffusion(tiny_sd1_file, dtype)
+    encoder, decoder = model.vae_encoder, model.vae_decoder
+    with Reads() as reads:
+        mean, _ = encoder.encode(torch.rand(2, 3, 64, 64))
+        decoder.decode(mean)
+    assert reads.number == (2 if waits else 0)
 
 
 def test_vae_in_float32(tiny_sd1_file: Path) -> None:

@@ -5,10 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from lorakit.cli.commands import cli
 from lorakit.config.dump import to_toml
+from lorakit.data.cache.encode import EncodeOptions, LatentKeys
+from lorakit.training import encode
+from lorakit.training.prepare import prepare
+from lorakit.training.runtime.distributed import Distributed
+from lorakit.training.setup import load_model
+
+CPU = torch.device("cpu")
+GIB = 2**30
+Sections = dict[str, dict[str, object]]
+
+
+class Seen(Exception):  # no error
+    """What was to be seen was."""
 
 
 @pytest.mark.parametrize(("rank", "said"), [("0", True), ("1", False)])
@@ -37,3 +51,33 @@ def test_a_finished_lora_is_not_said_to_be_replaced(make_config, tmp_path: Path)
     assert "will be replaced" in said["check"].stderr
     assert said["cache"].exit_code == 0
     assert "will be replaced" not in said["cache"].stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "sections", "expected"),
+    [
+        ("cuda", 140 * GIB, {}, 8),
+        ("cuda", 140 * GIB, {"data": {"encode_batch_size": 3}}, 3),
+        ("cuda", 140 * GIB, {"data": {"encode_batch_size": 3}, "training": {"deterministic": True}}, 3),
+        ("cuda", 140 * GIB, {"training": {"deterministic": True}}, 1),
+        ("cuda", 2 * 5 * 2600 * 64 * 64, {}, 5),
+        ("cuda", 2600, {}, 1),
+        ("cpu", 140 * GIB, {}, 1),
+    ],
+)
+def test_images_are_encoded_together_where_they_fit(
+    monkeypatch: pytest.MonkeyPatch, make_config, device: str, free: int, sections: Sections, expected: int
+) -> None:
+    """On CUDA in half of the free memory, unless the config says a number or asks for the same bytes each time."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 140 * GIB))
+    prepared = prepare(make_config(**sections))
+    seen: list[int] = []
+
+    def noting(_datasets: object, _model: object, _cache: object, options: EncodeOptions) -> LatentKeys:
+        seen.append(options.batch_size)
+        raise Seen
+
+    monkeypatch.setattr(encode, "encode_latents", noting)
+    with pytest.raises(Seen):
+        encode.encode_data(prepared, load_model(prepared.config, CPU), Distributed(torch.device(device)))
+    assert seen == [expected]

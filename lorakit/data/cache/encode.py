@@ -232,7 +232,8 @@ def _encode_images(
     for mirrored in (False, True):
         rows = [row for row, (job, _) in enumerate(batch) if mirrored in job.keys]
         if rows:
-            tensors = encode_pixels(pixels[rows].flip(2) if mirrored else pixels[rows], model.vae_encoder)
+            own = torch.stack([pixels[row] for row in rows])  # a list as index would be copied to the device first
+            tensors = encode_pixels(own.flip(2) if mirrored else own, model.vae_encoder)
             jobs, pictures = [batch[row][0] for row in rows], [batch[row][1] for row in rows]
             masks = latent_masks([picture.mask for picture in pictures], tensors["mean"])
             if mirrored:
