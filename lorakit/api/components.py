@@ -336,6 +336,9 @@ class ObserverConfig(Component):
 
     essential: ClassVar[bool] = False
     """Whether the run ends when this observer fails; others are disabled with a warning."""
+    everywhere: ClassVar[bool] = False
+    """Whether all processes run this observer, instead of the main one alone. On each of them it must then call the
+    same methods of the run that need all: `together` and `shared_validation_loss`."""
 
     @classmethod
     def is_product(cls, made: object) -> bool:
@@ -347,6 +350,6 @@ class ObserverConfig(Component):
     def build(self, run_info: RunInfo) -> Observer:
         """The observer of one run.
 
-        Called once, on the main process only, before the first step.
+        Called once before the first step, on the main process only unless it runs `everywhere`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no method build")

@@ -1,21 +1,23 @@
 """What an observer sees: the run, the numbers of each step, and the events.
 
-Observers run on the main process only. Numbers are plain floats, read from the device some steps late
-where reading at once would make the device wait.
+Observers run on the main process only, unless their config says `everywhere`. Numbers are plain floats, read from the
+device some steps late where reading at once would make the device wait.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from attrs import field, frozen
 
 if TYPE_CHECKING:
     from lorakit.config.train_config import TrainConfig
     from lorakit.models.interfaces import DiffusionModel
+
+T = TypeVar("T")
 
 
 class RunInfo(Protocol):
@@ -57,6 +59,20 @@ class RunInfo(Protocol):
     def paths(self) -> Mapping[str, str]:
         """The path in a diffusers pipeline of each adapted layer, `unet.mid_block.…`, by its key in LoRA files."""
 
+    @property
+    def rank(self) -> int:
+        """The number of this process among those that train together; 0 is the main process."""
+
+    @property
+    def world_size(self) -> int:
+        """How many processes train together."""
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """What `work` returns on each process, by rank; for observers that run `everywhere`, all of which must call it.
+
+        What raises on one process raises on all of them. Results are pickled.
+        """
+
     def save_adapter(self, stem: str, folder: Path | None = None) -> Path:
         """Save the adapters as they are now under a file name without extension, `save_adapter("lora-half")`.
 
@@ -80,6 +96,12 @@ class RunInfo(Protocol):
         """The mean loss on held-out images at these timesteps, with noise that is always the same.
 
         It is over `max_batches` batches, or all. Raises ValueError where no images are held out.
+        """
+
+    def shared_validation_loss(self, timesteps: Sequence[float], max_batches: int | None = None) -> float:
+        """The same, of which each process computes a part; for observers that run `everywhere`.
+
+        All processes must call it.
         """
 
     def tell(self, event: str, *values: object) -> None:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 
 from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.previews.prompt_files import read_prompts
-from lorakit.previews.prompts import PreviewJob, PromptSettings, preview_jobs
-from lorakit.previews.sampling import Texts, decode, encode_texts, sample_latents
+from lorakit.previews.prompts import PreviewJob, Prompt, PromptSettings, preview_jobs
+from lorakit.previews.sampling import Pixels, Texts, decode, encode_texts, preview_batches, sample_latents
 from lorakit.utils.atomic_io import write_atomically
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from lorakit.api.observer import RunInfo
     from lorakit.models.interfaces import Conditioning, DiffusionModel
 
 
@@ -45,37 +44,43 @@ class Previewer:
     _texts: dict[str, Conditioning] = field(factory=dict, init=False)
     """The encoded texts, if they are encoded once."""
 
-    def prepare(self, model: DiffusionModel) -> None:
+    def prepare(self, model: DiffusionModel, run: RunInfo) -> None:
         """Encode the prompts, if that is done once. Raises ConfigError if the file cannot be used."""
-        if not self.texts_change:
-            self._encoded(model, self._jobs())
+        if self.texts_change:
+            return
+        jobs = self.jobs(run)
 
-    def count(self) -> int:
-        """How many images `draw` draws now. Raises ConfigError if the file cannot be used."""
-        return len(read_prompts(self.prompts, self.settings).prompts)
+        def encode() -> None:
+            self._encoded(model, jobs)
 
-    def draw(self, model: DiffusionModel, folder: Path, stem: str, step: int) -> list[Path]:
-        """Draw all prompts after training step `step`; returns the files, whose names start with `stem`.
+        run.together(encode)
 
-        Raises ConfigError if the prompt file cannot be used, and OutputError if an image cannot be written.
+    def jobs(self, run: RunInfo) -> list[PreviewJob]:
+        """The images to draw, as the main process reads them. Raises ConfigError there if the file cannot be used."""
+        prompts = run.together(self._read if run.rank == 0 else list)[0]
+        return preview_jobs(prompts, self.seed, self.family)
+
+    def draw(self, model: DiffusionModel, jobs: Sequence[PreviewJob], run: RunInfo) -> list[Pixels]:
+        """The pixels of all images, of which each process draws a share; all must call this.
+
+        They are drawn in the same batches on any number of processes.
         """
-        jobs = self._jobs()
-        latents = sample_latents(model, jobs, self._encoded(model, jobs), self.batch_size)
-        time = datetime.now().astimezone().strftime("%Y%m%d%H%M%S")
-        paths = []
-        try:
-            for index, pixels in enumerate(decode(model, latents)):
-                seed = jobs[index].prompt.seed
-                ending = "" if seed is None else f"_{seed}"
-                path = folder / f"{stem}_{index:02d}_{time}{ending}.png"
-                write_png(path, pixels, description(jobs[index], step))
-                paths.append(path)
-        finally:
-            model.free("vae_decoder")
-        return paths
+        shares = preview_batches(jobs, self.batch_size)[run.rank :: run.world_size]
+        own = [index for share in shares for index in share]
 
-    def _jobs(self) -> list[PreviewJob]:
-        return preview_jobs(read_prompts(self.prompts, self.settings).prompts, self.seed, self.family)
+        def drawn() -> dict[int, Pixels]:
+            mine = [jobs[index] for index in own]
+            latents = sample_latents(model, mine, self._encoded(model, mine), self.batch_size)
+            try:
+                return dict(zip(own, decode(model, latents), strict=True))
+            finally:
+                model.free("vae_decoder")
+
+        found = {index: pixels for part in run.together(drawn) for index, pixels in part.items()}
+        return [found[index] for index in range(len(jobs))]
+
+    def _read(self) -> list[Prompt]:
+        return list(read_prompts(self.prompts, self.settings).prompts)
 
     def _encoded(self, model: DiffusionModel, jobs: Sequence[PreviewJob]) -> Texts:
         """The encoded texts of images; the text encoder is loaded only if one of them is new."""
@@ -90,7 +95,24 @@ class Previewer:
         return self._texts
 
 
-def write_png(path: Path, pixels: np.ndarray[Any, np.dtype[np.uint8]], texts: dict[str, str]) -> None:
+def write_previews(
+    jobs: Sequence[PreviewJob], pictures: Iterable[Pixels], folder: Path, stem: str, step: int
+) -> list[Path]:
+    """Write images that were drawn after training step `step`; returns the files, whose names start with `stem`.
+
+    Raises OutputError if one cannot be written.
+    """
+    time = datetime.now().astimezone().strftime("%Y%m%d%H%M%S")
+    paths = []
+    for index, (job, pixels) in enumerate(zip(jobs, pictures, strict=True)):
+        ending = "" if job.prompt.seed is None else f"_{job.prompt.seed}"
+        path = folder / f"{stem}_{index:02d}_{time}{ending}.png"
+        write_png(path, pixels, description(job, step))
+        paths.append(path)
+    return paths
+
+
+def write_png(path: Path, pixels: Pixels, texts: dict[str, str]) -> None:
     """Write pixels [H, W, 3] and texts to a PNG file, atomically. Raises OutputError."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo

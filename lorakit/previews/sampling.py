@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 Texts = Mapping[str, "Conditioning"]
 """The conditioning of each text, without the batch side."""
 
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+"""An image, [H, W, 3]."""
+
 
 def encode_texts(model: DiffusionModel, texts: Iterable[str], weighted: bool = False) -> dict[str, Conditioning]:
     """The conditioning of each text, without the batch side; truncated to the model's caption length.
@@ -38,16 +41,21 @@ def sample_latents(model: DiffusionModel, jobs: Sequence[PreviewJob], texts: Tex
 
     `texts` must hold each prompt and negative prompt.
     """
+    sampled: dict[int, Tensor] = {}
+    for chosen in preview_batches(jobs, batch_size):
+        sampled.update(zip(chosen, _sample(model, [jobs[index] for index in chosen], texts), strict=True))
+    return [sampled[index] for index in range(len(jobs))]
+
+
+def preview_batches(jobs: Sequence[PreviewJob], batch_size: int) -> list[list[int]]:
+    """The numbers of the images that are sampled together."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for index, job in enumerate(jobs):
         key = (job.width, job.height, job.steps, job.sampler, job.scale)
         groups.setdefault(key, []).append(index)
-    sampled: dict[int, Tensor] = {}
-    for group in groups.values():
-        for start in range(0, len(group), batch_size):
-            chosen = group[start : start + batch_size]
-            sampled.update(zip(chosen, _sample(model, [jobs[index] for index in chosen], texts), strict=True))
-    return [sampled[index] for index in range(len(jobs))]
+    return [
+        group[start : start + batch_size] for group in groups.values() for start in range(0, len(group), batch_size)
+    ]
 
 
 def _sample(model: DiffusionModel, jobs: Sequence[PreviewJob], texts: Texts) -> Tensor:
@@ -88,7 +96,7 @@ def classifier_free_guidance(
     return away + scale * (towards - away)
 
 
-def decode(model: DiffusionModel, latents: Iterable[Tensor]) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
+def decode(model: DiffusionModel, latents: Iterable[Tensor]) -> Iterator[Pixels]:
     """The pixels [H, W, 3] of each image's latents [C, h, w]; one at a time, because decoding takes much memory.
 
     NaN, as from adapters that diverged, becomes grey.

@@ -1,6 +1,6 @@
 """Notifies the observers of a run.
 
-Observers run on the main process only. One that fails is detached with a warning, unless the run needs it.
+Most observers run on the main process only. One that fails is detached with a warning, unless the run needs it.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from attrs import define, field
@@ -27,6 +28,8 @@ from lorakit.training.step.nan_guard import DivergenceMonitor
 from lorakit.training.validation import validation_loss
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @define(eq=False)
@@ -103,12 +106,33 @@ class RunHandle:
         """The model as a saved file would make it: no gradients, no dropout, the optimizer's evaluation weights."""
         return self.run.evaluating()
 
+    @property
+    def rank(self) -> int:
+        """The number of this process; 0 is the main process."""
+        return self.run.processes.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes train together."""
+        return self.run.processes.world_size
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """What `work` returns on each process, by rank; what raises on one raises on all. All must call this."""
+        return self.run.processes.together(work)
+
     def validation_loss(self, timesteps: Sequence[float], max_batches: int | None = None) -> float:
         """The mean loss on held-out images at these timesteps. Raises ValueError where none are held out."""
+        return self._validation_loss(timesteps, max_batches)
+
+    def shared_validation_loss(self, timesteps: Sequence[float], max_batches: int | None = None) -> float:
+        """The same, of which each process computes a part; all must call it."""
+        return self._validation_loss(timesteps, max_batches, shared=True)
+
+    def _validation_loss(self, timesteps: Sequence[float], max_batches: int | None, shared: bool = False) -> float:
         if self.run.validation is None:
             raise ValueError("no images are held out")
         self._read_metrics_alone()
-        return validation_loss(self.run, self.run.validation, timesteps, max_batches)
+        return validation_loss(self.run, self.run.validation, timesteps, max_batches, shared=shared)
 
     def save_adapter(self, stem: str, folder: Path | None = None) -> Path:
         """Save the adapters as they are now under a file name without extension; returns the path.

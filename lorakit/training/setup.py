@@ -42,7 +42,7 @@ from lorakit.training.output.metadata import run_metadata
 from lorakit.training.prepare import PreparedRun
 from lorakit.training.run import Run
 from lorakit.training.run_handle import RunHandle
-from lorakit.training.runtime.device import device_summary, device_warnings
+from lorakit.training.runtime.device import device_summary, device_warnings, rank_summary
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.runtime.hardware import fp16_on_cpu, hardware_warnings
 from lorakit.training.runtime.out_of_memory import MemoryPressureMonitor, cuda_pressure, memory_hint
@@ -110,12 +110,14 @@ def run_training(
 
 
 def init_distributed(training: TrainingSection) -> Distributed:
-    """The processes of a run; the main one logs the device, and what does not suit it."""
+    """The processes of a run; the main one logs the device, and what does not suit it, and each of several its own."""
     processes = Distributed.init(training.device, training.process_timeout)
     if processes.is_main:
         log_row("device", device_summary(processes.device, training.mixed_precision, processes.world_size))
         for warning in device_warnings(training, processes.device):
             log.warning("%s", warning)
+    if processes.world_size > 1:
+        log_row(f"rank {processes.rank}", rank_summary(processes.device, processes.world_size))
     return processes
 
 
@@ -134,10 +136,10 @@ def _begin(
         log.info("resuming from step %d of %d", run.step, run.schedule.total_steps)
     if processes.is_main:
         run.writer.write_config(catalog)
-        add_observers(handle, catalog)
-        if processes.device.type == "cuda":
-            monitor = MemoryPressureMonitor(cuda_pressure(processes.device), partial(memory_hint, run))
-            handle.observers.add("memory", monitor)
+    add_observers(handle, catalog)
+    if processes.is_main and processes.device.type == "cuda":
+        monitor = MemoryPressureMonitor(cuda_pressure(processes.device), partial(memory_hint, run))
+        handle.observers.add("memory", monitor)
     return handle
 
 
@@ -293,13 +295,15 @@ def clean_up(config: TrainConfig, processes: Distributed) -> None:
 
 
 def add_observers(handle: RunHandle, catalog: Catalog) -> None:
-    """Add the observers that every run has, and those that the config names.
+    """Add the observers that every run has, and those that the config names, if they run on this process.
 
     One that cannot be built is disabled with a warning, unless the run needs it.
     """
     named = {config.name for config in handle.config.observers}
     always = [catalog.find(ObserverConfig, name)() for name in DEFAULT_OBSERVERS if name not in named]
     for config in (*always, *handle.config.observers):
+        if not (config.everywhere or handle.rank == 0):
+            continue
         try:
             observer = build_component(config, handle)
         except PluginError as error:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from itertools import islice
+from itertools import product
+from math import fsum
 from typing import TYPE_CHECKING
 
 import torch
 from attrs import evolve, frozen
 
 from lorakit.config.train_config import TrainConfig
-from lorakit.data.batch_sampler import RankMicroBatch, plan_epoch
+from lorakit.data.batch_sampler import RankMicroBatch, SampleRef, plan_epoch
 from lorakit.data.index import IndexedDataset
 from lorakit.data.loader import Batch, BatchLoader
 from lorakit.training.step.loss import denoising_loss
@@ -38,34 +39,50 @@ class ValidationSet:
         seeds = [dataset.config.seed_of_validation(config.training.seed) for dataset in datasets]
         return cls([evolve(loader, datasets=datasets, seed=seed) for seed in seeds])
 
-    def batches(self, timesteps: Sequence[float], max_batches: int | None) -> Iterator[Batch]:
-        """Each batch at each timestep, in a fixed order in which buckets are mixed; `max_batches` or all of them.
+    def plan(self, timesteps: Sequence[float], max_batches: int | None) -> list[tuple[tuple[SampleRef, ...], float]]:
+        """The images of each batch at each timestep, in a fixed order in which buckets are mixed.
 
-        Posterior sample and noise of an image depend on the seed, the image and the timestep.
+        There are `max_batches` batches, or all of them.
         """
         planned = plan_epoch(self.loaders[0].datasets, self.loaders[0].seed, BEFORE_TRAINING)
-        for step in islice(planned, max_batches):
-            (items,) = step.micro_batches
-            loader = self.loaders[items[0].dataset]
-            for timestep in timesteps:
-                # Keyed by the timestep; by millionths of it where time is continuous.
-                key = timestep if isinstance(timestep, int) else round(timestep * 1e6)
-                refs = tuple(item._replace(repeat=key) for item in items)
-                batch = loader.load(RankMicroBatch(BEFORE_TRAINING, refs, len(refs)))
-                yield evolve(batch, timesteps=torch.full_like(batch.timesteps, timestep))
+        batches = [items for step in planned for items in step.micro_batches]
+        return list(product(batches[:max_batches], timesteps))
+
+    def load(self, planned: Iterable[tuple[tuple[SampleRef, ...], float]]) -> Iterator[Batch]:
+        """The batches; posterior sample and noise of an image depend on the seed, the image and the timestep."""
+        for items, timestep in planned:
+            # Keyed by the timestep; by millionths of it where time is continuous.
+            key = timestep if isinstance(timestep, int) else round(timestep * 1e6)
+            refs = tuple(item._replace(repeat=key) for item in items)
+            batch = self.loaders[items[0].dataset].load(RankMicroBatch(BEFORE_TRAINING, refs, len(refs)))
+            yield evolve(batch, timesteps=torch.full_like(batch.timesteps, timestep))
 
 
-def validation_loss(run: Run, images: ValidationSet, timesteps: Sequence[float], max_batches: int | None) -> float:
+def validation_loss(
+    run: Run, images: ValidationSet, timesteps: Sequence[float], max_batches: int | None, *, shared: bool = False
+) -> float:
     """The mean of the loss of training over images and timesteps, with the model as a saved file would make it.
 
+    With `shared` each process computes a share of the batches, with the same result on each as on one process.
     Synchronizes with the device once, at the end.
     """
-    total, count = torch.zeros((), device=run.processes.device), 0
-    with run.evaluating() as model, closing(run.prefetched(images.batches(timesteps, max_batches))) as batches:
+    planned = images.plan(timesteps, max_batches)
+    processes = run.processes
+    if shared:
+        own = planned[processes.rank :: processes.world_size]
+        losses = [loss for part in processes.together(lambda: _losses(run, images.load(own))) for loss in part]
+    else:
+        losses = _losses(run, images.load(planned))
+    # Exact, and so independent of the order.
+    return fsum(losses) / sum(len(items) for items, _ in planned)
+
+
+def _losses(run: Run, loaded: Iterator[Batch]) -> list[float]:
+    """The loss of each batch, summed over its images."""
+    losses = []
+    with run.evaluating() as model, closing(run.prefetched(loaded)) as batches:
         for batch in batches:
             moved = batch.to(run.processes.device)
-            size = len(moved.timesteps)
             run.network.begin_batch(moved.sample_seeds)
-            total += size * denoising_loss(model, moved, run.encode(moved), run.criterion)
-            count += size
-    return total.item() / count
+            losses.append(len(moved.timesteps) * denoising_loss(model, moved, run.encode(moved), run.criterion))
+        return torch.stack(losses).tolist() if losses else []

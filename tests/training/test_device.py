@@ -19,7 +19,13 @@ from lorakit.config.train_config import TrainingSection
 from lorakit.errors import ConfigError, OutOfMemory
 from lorakit.training.runtime import device as devices
 from lorakit.training.runtime import hardware
-from lorakit.training.runtime.device import check_device, device_summary, device_warnings, find_device
+from lorakit.training.runtime.device import (
+    check_device,
+    device_summary,
+    device_warnings,
+    find_device,
+    rank_summary,
+)
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.runtime.hardware import TorchBuild, torch_build
 
@@ -107,6 +113,14 @@ def test_summary_of_gpus(
     """Name, memory and number format; and how to use the GPUs that are not used."""
     has_cards(card, count)
     assert device_summary(CUDA, precision, world_size) == summary
+
+
+def test_summary_of_a_rank(has_cards: HasCards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of several processes has a device of a machine, and a share."""
+    monkeypatch.setattr("platform.node", lambda: "node3")
+    has_cards("Tesla T4", 2)
+    assert rank_summary(torch.device("cuda", 1), 2) == "cuda:1 (Tesla T4) of node3, 1/2 of each batch"
+    assert rank_summary(CPU, 4) == "CPU of node3, 1/4 of each batch"
 
 
 def test_summary_of_the_cpu(has_cards: HasCards, monkeypatch: pytest.MonkeyPatch) -> None:

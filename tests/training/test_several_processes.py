@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -10,8 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 
 import lorakit
 from lorakit.errors import ConfigError
@@ -69,6 +73,7 @@ def test_each_process_measures_for_itself(
     several = subprocess.run([*command, *modes], capture_output=True, text=True, timeout=240, check=False)
     assert several.returncode == 0, several.stderr
     assert several.stderr.count("a micro-batch takes") == 1
+    assert sorted(re.findall(r"rank (\d) +CPU of \S+, 1/2 of each batch", several.stderr)) == ["0", "1"]
     sections["data"]["batch_size"] = 2
     alone = weights_of(lorakit.train(make_config(**sections, output={"name": "alone"})))
     assert same(weights_of(tmp_path / "out" / "test.safetensors"), alone)
@@ -101,6 +106,104 @@ def test_processes_part_at_the_end(tables: dict[str, Any], tmp_path: Path) -> No
     assert {own.stem for own in (tmp_path / "out").glob("*.safetensors")} == {"one", "three"}
 
 
+SHARED = """
+import sys
+import lorakit
+from lorakit.api import Observer
+from lorakit.previews import previews
+from lorakit.training import validation
+
+class Noting(Observer):
+    def validated(self, step, losses):
+        print("loss", step, losses["average"])
+
+def noting(module, name, count):
+    original = getattr(module, name)
+    def noted(*args):
+        result = original(*args)
+        print(name, count(*args, result), file=sys.stderr)
+        return result
+    setattr(module, name, noted)
+
+noting(validation, "_losses", lambda run, loaded, losses: len(losses))
+noting(previews, "sample_latents", lambda model, jobs, *_: len(jobs))
+lorakit.train(sys.argv[1], observers=[Noting()], overrides=sys.argv[2:])
+"""
+
+
+def pictures_of(folder: Path) -> list[NDArray[np.uint8]]:
+    """The previews in a folder, in the order of steps and prompts."""
+    return [np.asarray(Image.open(path)) for path in sorted(folder.glob("sample/test_0*.png"))]
+
+
+def test_previews_and_validation_are_shared(tables: dict[str, Any], tmp_path: Path) -> None:
+    """Each process draws and validates a part; the main one tells and writes the whole, as one process would."""
+    prompts = ["a cat", "a dog --d 3", "sand --w 64 --h 96"]
+    samples = {"name": "samples", "prompts": prompts, "at_first": True, "steps": 2, "width": 64, "height": 64}
+    sections = {"data": {"validation_split": 0.5}, "training": {"max_steps": 1}}
+    path = write_config(tables, tmp_path, **sections, observers=[samples])  # type: ignore[arg-type]
+    program = tmp_path / "program.py"
+    program.write_text(SHARED)
+    command = [sys.executable, str(program), str(path), "data.batch_size=2", f"output.dir={tmp_path / 'one'}"]
+    alone = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert alone.returncode == 0, alone.stderr
+    main, other = together(program, path, "data.batch_size=1", f"output.dir={tmp_path / 'two'}")
+    for result in (main, other):
+        assert result.returncode == 0, result.stderr
+    counts = [re.findall(r"^(_losses|sample_latents) (\d+)$", run.stderr, re.MULTILINE) for run in (alone, main, other)]
+    assert counts == [
+        [("sample_latents", "3"), ("_losses", "4"), ("sample_latents", "3")],
+        [("sample_latents", "2"), ("_losses", "4"), ("sample_latents", "2")],
+        [("sample_latents", "1"), ("_losses", "4"), ("sample_latents", "1")],
+    ]
+    assert other.stdout == ""
+    (step, loss), (_, expected) = (re.fullmatch(r"loss (\d+) (\S+)\n", run.stdout).groups() for run in (main, alone))
+    assert step == "1"
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    ours, theirs = pictures_of(tmp_path / "two"), pictures_of(tmp_path / "one")
+    assert len(ours) == len(theirs) == 6
+    assert all(np.array_equal(*pair) for pair in zip(ours[:3], theirs[:3], strict=True))
+    assert all(np.abs(one - other.astype(int)).max() <= 2 for one, other in zip(ours, theirs, strict=True))
+    assert len(list((tmp_path / "two").glob("sample/*_contact_sheet.png"))) == 1
+
+
+FAILING = """
+from lorakit.errors import LorakitError, OutputError
+from lorakit.training.runtime.distributed import Distributed
+
+processes = Distributed.init("auto")
+for kind in (OutputError, ZeroDivisionError):
+    def work():
+        if processes.rank == 1:
+            raise kind("no room")
+        return processes.rank
+    try:
+        processes.together(work)
+    except Exception as error:
+        print(type(error).__name__, error, sep=": ")
+try:
+    processes.together(lambda: 10 if processes.rank else lambda: 10)
+except Exception as error:
+    print("another failed" if isinstance(error, RuntimeError) else "cannot be sent")
+print(processes.together(lambda: 10 * processes.rank))
+"""
+
+
+def test_processes_fail_together(tmp_path: Path) -> None:
+    """What raises on one process raises on the others, of the kind that matters to who catches it; then all go on."""
+    program = tmp_path / "program.py"
+    program.write_text(FAILING)
+    main, other = together(program)
+    assert main.stdout.splitlines() == [
+        "LorakitError: rank 1 failed: OutputError: no room",
+        "RuntimeError: rank 1 failed: ZeroDivisionError: no room",
+        "cannot be sent",
+        "[0, 10]",
+    ], main.stderr
+    alone = ["OutputError: no room", "ZeroDivisionError: no room", "another failed", "[0, 10]"]
+    assert other.stdout.splitlines() == alone
+
+
 @pytest.fixture
 def init(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The environment of one of two processes, to be changed."""
@@ -131,6 +234,28 @@ def test_processes_and_gpus(init: pytest.MonkeyPatch) -> None:
     assert device.startswith("training.device: 'cuda:0' is one device")
     assert count == "2 processes were started on a machine with 1 GPU (start one process)"
     assert "on Windows none has" in nccl
+
+
+def tasks_of(monkeypatch: pytest.MonkeyPatch, tasks: str, **others: str) -> None:
+    """The environment of a process that srun started, and others' variables."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"SLURM_STEP_NUM_TASKS": tasks, "SLURM_PROCID": "0", **others}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_tasks_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tasks of srun that know nothing of each other are refused with the cure."""
+    tasks_of(monkeypatch, "2")
+    with pytest.raises(ConfigError, match=r"^srun started 2 tasks, .*torchrun.*--ntasks=1"):
+        Distributed.init("cpu")
+
+
+@pytest.mark.parametrize(("tasks", "others"), [("1", {}), ("2", {"WORLD_SIZE": "1"}), ("", {})])
+def test_tasks_that_are_alone(monkeypatch: pytest.MonkeyPatch, tasks: str, others: dict[str, str]) -> None:
+    """One task, and what a launcher has started, train as usual."""
+    tasks_of(monkeypatch, tasks, **others)
+    assert Distributed.init("cpu").world_size == 1
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="accelerate would start the devices of others")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,8 @@ from lorakit.utils.wording import counted
 if TYPE_CHECKING:
     from lorakit.config.train_config import TrainConfig
     from lorakit.previews.previews import Previewer
+    from lorakit.previews.prompts import PreviewJob
+    from lorakit.previews.sampling import Pixels
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ class SamplesConfig(ObserverConfig, PromptSettings):
     """Preview images of the current LoRA, during training and at the end, in the folder `sample`."""
 
     name = "samples"
+    everywhere = True
 
     prompts: Path | tuple[str, ...]
     """File with prompts: a `.txt` with one prompt per line, a `.toml` or a `.json`; it may be edited during the run. Or
@@ -121,7 +124,7 @@ class Samples(Observer):
             earlier = (path for path in self._folder.glob("*.png") if path.name.startswith(start))
             self._drawn = find_previews(earlier, run.first_step)
         with self._warning(), run.evaluating() as model:
-            previewer.prepare(model)
+            previewer.prepare(model, run)
 
     def run_started(self, run: RunInfo) -> None:
         """Draw what the untrained adapters give, unless the run is resumed."""
@@ -147,22 +150,36 @@ class Samples(Observer):
             self._draw(f"e{epochs:06d}" if by_epochs else f"{self._step:06d}")
 
     def _draw(self, when: str) -> None:
-        name, self._drawn_step = self._run.config.output.name, self._step
+        run, self._drawn_step = self._run, self._step
         with self._warning():
-            self._run.tell("busy", f"drawing {counted(self._previewer.count(), 'preview')} of step {self._step}")
-            with self._run.evaluating() as model:
-                paths = self._previewer.draw(model, self._folder, f"{name}_{when}", self._step)
-            self._run.tell("previews_drawn", self._step, paths)
-            if self._config.contact_sheet:
-                self._drawn += find_previews(paths, self._step)
-                write_contact_sheet(self._folder / f"{name}_contact_sheet.png", self._drawn)
+            jobs = self._previewer.jobs(run)
+            run.tell("busy", f"drawing {counted(len(jobs), 'preview')} of step {self._step}")
+            with run.evaluating() as model:
+                pictures = self._previewer.draw(model, jobs, run)
+
+            def write() -> None:
+                if run.rank == 0:
+                    self._write(jobs, pictures, when)
+
+            run.together(write)
+
+    def _write(self, jobs: Sequence[PreviewJob], pictures: Sequence[Pixels], when: str) -> None:
+        from lorakit.previews.previews import write_previews
+
+        name = self._run.config.output.name
+        paths = write_previews(jobs, pictures, self._folder, f"{name}_{when}", self._step)
+        self._run.tell("previews_drawn", self._step, paths)
+        if self._config.contact_sheet:
+            self._drawn += find_previews(paths, self._step)
+            write_contact_sheet(self._folder / f"{name}_contact_sheet.png", self._drawn)
 
     @contextmanager
     def _warning(self) -> Iterator[None]:
         try:
             yield
         except LorakitError as error:
-            log.warning("there are no previews at step %d: %s", self._step, error)
+            if self._run.rank == 0:  # the others fail with it
+                log.warning("there are no previews at step %d: %s", self._step, error)
 
 
 @hookimpl

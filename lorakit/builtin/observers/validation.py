@@ -20,6 +20,7 @@ class ValidationConfig(ObserverConfig):
     """The validation loss, on images held out by `validation_split`; always active if there are any."""
 
     name = "validation"
+    everywhere = True
 
     every_n_epochs: int | None = field(default=None, validator=v.optional(v.ge(1)))
     """Validate every N epochs; 1 if neither this nor `every_n_steps` is set."""
@@ -86,7 +87,7 @@ class Validation(Observer):
             return
         self._validated = self._step
         self._run.tell("busy", "validating")
-        loss = self._run.validation_loss(self._timesteps, self._config.max_steps)
+        loss = self._run.shared_validation_loss(self._timesteps, self._config.max_steps)
         losses = {"average": loss}
         if self._recent:
             losses["divergence"] = loss - sum(self._recent) / len(self._recent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import sys
 import warnings
@@ -72,6 +73,12 @@ def device_summary(device: torch.device, mixed_precision: str, world_size: int =
     count = torch.accelerator.device_count()
     launch = f"accelerate launch --num_processes {count} -m lorakit train …"
     return ", ".join(parts) + (f". 1 of {count} GPUs is used; `{launch}` for all" if count > 1 else "")
+
+
+def rank_summary(device: torch.device, world_size: int) -> str:
+    """Where one of several processes computes, and its share: `cuda:1 (NVIDIA H200) of node3, 1/2 of each batch`."""
+    name = "CPU" if device.type == "cpu" else f"{device} ({_name(device)})"
+    return f"{name} of {platform.node()}, 1/{world_size} of each batch"
 
 
 def device_warnings(training: TrainingSection, device: torch.device) -> Iterator[Problem]:

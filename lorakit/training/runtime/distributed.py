@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
-from lorakit.errors import ConfigError, Problem
+from lorakit.errors import ConfigError, LorakitError, Problem
 from lorakit.training.runtime.cpu_launch import join_cpu_processes
 from lorakit.training.runtime.device import check_device, find_device
+
+T = TypeVar("T")
 
 
 @frozen
@@ -39,6 +42,7 @@ class Distributed:
         or cannot be used, or the processes were started in a way in which they cannot train.
         """
         join_cpu_processes()
+        _refuse_lone_tasks()
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         processes = _join(device, timeout) if several else cls(find_device(device))
         if processes.device.index is not None and processes.device.type != "cpu":
@@ -62,11 +66,46 @@ class Distributed:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """What `work` returns on each process, by rank; all must call this.
+
+        Raises on all processes what it raises on one: on others than that one as a LorakitError if it is one there.
+        """
+        if self.world_size == 1:
+            return [work()]
+        result, error = None, None
+        try:
+            own = work()
+            pickle.dumps(own)  # what cannot be sent shows here, where the others are told of it
+            result = own
+        except Exception as raised:  # of any kind, so that the others need not wait
+            error = raised
+        failure = None if error is None else (isinstance(error, LorakitError), f"{type(error).__name__}: {error}")
+        found: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(found, (result, failure))
+        if error is not None:
+            raise error
+        for rank, (_, other) in enumerate(found):
+            if other is not None:
+                is_known, text = other
+                raise (LorakitError if is_known else RuntimeError)(f"rank {rank} failed: {text}")
+        return [given for given, _ in found]
+
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """The tensor, summed in place over all processes."""
         if self.world_size > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
+
+
+def _refuse_lone_tasks() -> None:
+    """Raise ConfigError where Slurm has started several processes that know nothing of each other."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # set by srun alone, not in a batch script
+    if "WORLD_SIZE" in os.environ or not tasks.isdigit() or int(tasks) < 2:
+        return
+    message = f"srun started {tasks} tasks, each of which would train all by itself and write the same files"
+    hint = "give srun --ntasks-per-node=1 and let it start `torchrun` or `accelerate launch`, or --ntasks=1"
+    raise ConfigError([Problem("", message, hint)])
 
 
 def _join(device: str, timeout: float | None) -> Distributed:
