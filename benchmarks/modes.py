@@ -5,11 +5,12 @@
     python benchmarks/modes.py --model tiny --size 64 --device cpu    # a small model, on any machine
 
 Each row runs in a process of its own, after its imports, with the same factors, which have an effect, and the same
-images and noise. `floor` is the frozen U-Net, forward and input-gradient backward, nothing adapted. The gradients of
-the first micro-batch are compared with those of the row `float32`: how far all of them are off, and those of the factor
-that is off the most, as shares of their norms; factors with less than a ten-thousandth of the norm do not count. The
-share of the matrix rate is the floor's arithmetic, by the time of a
-row and the rate at which this machine multiplies large matrices in the row's number format.
+images and noise. `floor` is the frozen U-Net, forward and input-gradient backward, nothing adapted; rows with graphs
+are compared with the floor that is a CUDA graph. The gradients of the first micro-batch are compared with those of
+the row `float32`: how far all of them are off, and those of the factor that is off the most, as shares of their
+norms; factors with less than a ten-thousandth of the norm do not count. The share of the matrix rate is the floor's
+arithmetic, by the time of a row and the rate at which this machine multiplies large matrices in the row's number
+format.
 
 Rows are overrides of the config, as `lorakit train --set` takes them. Those that need CUDA are left out elsewhere.
 """
@@ -28,7 +29,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from step import prepare_files
+from step import captured, prepare_files
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,9 @@ ROWS: dict[str, tuple[str, ...]] = {
     "float32": (),
     "float32 tf32": ("training.tf32=true",),
     "float32 tf32 graphs": ("training.tf32=true", GRAPHS),
+    "floor float32 graphs": (GRAPHS,),
     "floor bf16": (BF16,),
+    "floor bf16 graphs": (BF16, GRAPHS),
     "bf16": (BF16,),
     "bf16 channels_last": (BF16, LAST),
     "bf16 graphs": (BF16, GRAPHS),
@@ -105,7 +108,7 @@ def write_config(arguments: argparse.Namespace) -> None:
 model = {{ path = "{"tiny" if arguments.model == "tiny" else "model.safetensors"}", no_half_vae = true }}
 network = {{ name = "lierla", rank = {arguments.rank}, alpha = {arguments.rank}.0, parts = ["unet"] }}
 optimizer = {{ name = "adamw", lr = 1e-4 }}
-training = {{ max_steps = 1000000, device = "{arguments.device}" }}
+training = {{ max_steps = 1000000, device = "{arguments.device}", mixed_precision = "no", cuda_graphs = false }}
 output = {{ dir = "out" }}
 [data]
 image_dir = "images"
@@ -216,6 +219,8 @@ def floor_step(config: TrainConfig, processes: Distributed, arguments: argparse.
 
     with FlopCounterMode(display=False) as counter:
         step()
+    if config.training.cuda_graphs:
+        step = captured(step, processes.device)
     return step, {"operations": counter.get_total_flops(), "rate": matrix_rate(model.dtype, processes)}
 
 
@@ -261,7 +266,9 @@ def print_table(rows: dict[str, Numbers], arguments: argparse.Namespace) -> None
         f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
     )
     for row, numbers in rows.items():
-        floor = rows.get(f"floor {row.split()[1 if row.startswith('floor') else 0]}")
+        words = row.removeprefix("floor ").split()
+        name = f"floor {words[0]}" + (" graphs" if "graphs" in words else "")
+        floor = rows.get(name)
         cells = [
             f"{1000 * numbers['step']:.1f}",
             ratio(numbers, floor, "step"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,11 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 # libgomp's 300 000, threads hold cores that those others need, and beside busy programs a run hardly moves.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+# PyTorch's allocator reads this before it first uses a GPU: memory freed by images of one size then serves those of
+# another, as its segments grow instead of staying as they were. Only Linux has it.
+if sys.platform == "linux" and not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & set(os.environ):
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 if TYPE_CHECKING:
     from lorakit.api.observer import Observer

@@ -221,7 +221,7 @@ def plan(config: Path, overrides: tuple[str, ...], memory: int | None, measure: 
 
     for line in (*data_report(prepared), "") if is_main_process() else ():
         click.echo(line)
-    made = make_plan(prepared, measured=measure)
+    made = make_plan(prepared, measured=measure, for_gpu=memory is not None)
     for line in report(made, memory) if is_main_process() else ():
         click.echo(line)
 

@@ -229,7 +229,8 @@ def _lr_scheduler(start: Start, _: Path) -> Iterator[str]:
 def _training(start: Start, _: Path) -> Iterator[str]:
     yield "[training]"
     yield _line("max_epochs", start.repeats_and_epochs[1], "")
-    yield _line("mixed_precision", "no", '"bf16" on RTX 30 and newer, "fp16" on older GPUs')
+    yield _line("mixed_precision", "auto", "bf16 on RTX 30 and newer, fp16 on older GPUs, float32 on CPUs")
+    yield _line("cuda_graphs", "auto", "on NVIDIA GPUs, if a measurement finds it faster")
     is_large = start.family.usual_resolution > _SMALL
     yield _line("gradient_checkpointing", True, "less memory, a third more time", is_off=not is_large)
 

@@ -65,7 +65,7 @@ STARTER_VALUES: Mapping[str, Mapping[str, Any]] = {
     "optimizer": {"name": "adamw", "lr": 1e-4},
     "lr_scheduler": {"name": "constant"},
     "attention": {"name": "sdpa"},
-    "training": {"max_epochs": 10, "mixed_precision": "no"},
+    "training": {"max_epochs": 10, "mixed_precision": "auto", "cuda_graphs": "auto"},
     "loss": {"type": "l2"},
     "timesteps": {"name": "uniform"},
     "output": {"dir": "out", "name": "my_lora", "save_every_n_epochs": 1},

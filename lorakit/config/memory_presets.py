@@ -31,7 +31,9 @@ Exact settings come first, then nearly exact ones; last those that wait for copi
 def memory_presets(training: TrainingSection, parts: Sequence[str]) -> Iterator[TrainingSection]:
     """The settings of each preset; `parts` of the base model are in memory while the network trains."""
     for checkpointing, quantization, is_offloaded in _PRESETS:
-        if is_offloaded and (training.compile or training.cuda_graphs or training.device in UNIFIED_MEMORY_DEVICES):
+        if is_offloaded and (
+            training.compile or training.cuda_graphs is True or training.device in UNIFIED_MEMORY_DEVICES
+        ):
             return
         quantized: dict[str, Any] = {key: tuple(parts) if key == quantization else () for key in QUANTIZATION_KEYS}
         offloaded = tuple(parts) if is_offloaded else ()

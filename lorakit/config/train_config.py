@@ -79,8 +79,9 @@ class TrainingSection:
     gradient_checkpointing: bool | float = field(default=False, validator=_share)
     """Recompute activations in the backward pass: saves memory, about a third slower. With a fraction such as 0.5, only
     in that fraction of the denoiser's blocks, those with the largest activations."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Dtype of the base model and of activations; the LoRA weights stay float32."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    """Dtype of the base model and of activations; the LoRA weights stay float32. `auto` is `bf16` on GPUs with units
+    for it (NVIDIA's from the RTX 30 series on), `fp16` on older ones, and `no`, float32, on CPUs, `mps` and `xpu`."""
     fp8_base: tuple[str, ...] = ()
     """Parts of the base model to quantize to fp8 (8-bit floats), named as in `network.parts`. Takes half the memory of
     bf16 and makes steps a little slower; the LoRA weights, activations and compute dtype are unaffected."""
@@ -91,9 +92,9 @@ class TrainingSection:
     stream_base: tuple[str, ...] = ()
     """Parts to keep in CPU RAM and swap to the GPU block by block ("block swap"). They take the GPU memory of two
     blocks; a step is slower where copying a block takes longer than computing it."""
-    cuda_graphs: bool | Literal["auto"] = False
+    cuda_graphs: bool | Literal["auto"] = "auto"
     """Capture a micro-batch of each image size as a CUDA graph and replay it. With `auto`, here and for the next two
-    keys, a short measurement at the start of the run decides."""
+    keys, a short measurement at the start of the run decides; graphs are off where there is no CUDA."""
     channels_last: bool | Literal["auto"] = False
     """Use channels-last (NHWC) memory format in the denoiser; faster on some GPUs."""
     compile: bool | Literal["auto"] = False
@@ -123,6 +124,17 @@ class TrainingSection:
         """The quantization of each quantized part of the base model: `{"unet": "nf4"}`."""
         return {part: key.removesuffix("_base") for key in QUANTIZATION_KEYS for part in getattr(self, key)}
 
+    @property
+    def excludes_graphs(self) -> str:
+        """Why `cuda_graphs = "auto"` leaves graphs off whatever the device; empty if it does not."""
+        if self.deterministic:
+            return "training.deterministic excludes what depends on timing"
+        if self.stream_base:
+            return "training.stream_base copies weights in each step"
+        if self.compile and self.compile_backend == "cudagraphs":
+            return "training.compile_backend captures them"
+        return ""
+
     def problems(self) -> Iterator[Problem]:
         """Keys that conflict; keys are field names."""
         keys: dict[str, str] = {}
@@ -133,15 +145,15 @@ class TrainingSection:
                         key, f"contains {part!r}, as does training.{keys[part]}", "remove it from one of them"
                     )
                 keys.setdefault(part, key)
-        if self.cuda_graphs and self.compile and self.compile_backend == "cudagraphs":
+        if self.cuda_graphs is True and self.compile and self.compile_backend == "cudagraphs":
             yield Problem("compile_backend", '"cudagraphs" duplicates training.cuda_graphs', "use only one of them")
-        for key in AUTOTUNE_KEYS:
+        for key in ("channels_last", "compile"):
             if self.deterministic and getattr(self, key) == "auto":
                 yield Problem(
                     key, "depends on timing, which conflicts with training.deterministic", "set true or false"
                 )
-        for key in ("compile", "cuda_graphs"):
-            if self.stream_base and getattr(self, key):
+        for key, is_on in {"compile": bool(self.compile), "cuda_graphs": self.cuda_graphs is True}.items():
+            if self.stream_base and is_on:
                 yield Problem("stream_base", f"cannot be used with training.{key}", "remove one of them")
 
     def warnings(self) -> Iterator[Problem]:
@@ -150,7 +162,7 @@ class TrainingSection:
             yield Problem("max_steps", "has no effect, because training.max_epochs is given")
         if self.compile_backend != "inductor" and not self.compile:
             yield Problem("compile_backend", "has no effect without training.compile")
-        if self.tf32 and self.mixed_precision != "no":
+        if self.tf32 and self.mixed_precision in ("fp16", "bf16"):
             hint = "it affects only float32 operations, such as DoRA's norms"
             yield Problem("tf32", f"has almost no effect with mixed_precision {self.mixed_precision!r}", hint)
         yield from self.ineffective_offload(self.device)

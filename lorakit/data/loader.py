@@ -91,6 +91,17 @@ class Batch:
         """A copy of the batch."""
         return self._mapped(Tensor.clone)
 
+    def resized(self, shape: Sequence[int]) -> Batch:
+        """A batch like this with latents of another shape, [B, C, h, w]; of zeros, and of this one's first image."""
+        images, _, height, width = shape
+        repeated = self._mapped(lambda tensor: tensor[:1].expand(images, *tensor.shape[1:]).contiguous())
+        sized = {
+            name: tensor.new_zeros(images, tensor.shape[1], height, width)
+            for name in ("latents", "noise", "perturbation", "loss_mask")
+            if (tensor := getattr(self, name)) is not None
+        }
+        return evolve(repeated, images=self.images[:1] * images, **sized)
+
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; the copy from pinned memory does not wait."""
         # From other memory it may not: that could be in other use before a device such as mps has read it.

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from lorakit.api.components import DENOISER_LR, TEXT_ENCODER_LR, OptimizerConfig
 from lorakit.config.memory_presets import memory_presets, saving_keys, to_toml
-from lorakit.config.train_config import AUTOTUNE_KEYS, TrainConfig, TrainingSection
+from lorakit.config.train_config import AUTOTUNE_KEYS, UNIFIED_MEMORY_DEVICES, TrainConfig, TrainingSection
+from lorakit.data.batch_sampler import buckets
 from lorakit.data.cache.encode import CAPTIONS_AT_ONCE
 from lorakit.data.cache.vae import encode_pixels
 from lorakit.data.loader import Batch
@@ -31,11 +32,17 @@ from lorakit.planning.memory_tracker import MemoryTracker, fake_tensors
 from lorakit.training.encode import conditioning_of
 from lorakit.training.prepare import PreparedRun
 from lorakit.training.setup import attach_network, load_model
+from lorakit.training.step.cuda_graphs import MAX_SHAPES
 from lorakit.training.step.eval_weights import begin_training
 from lorakit.training.step.loss import Criterion, denoising_loss
 
-RESERVE = 2**29
-"""Bytes to leave free for PyTorch, the device's driver and fragmentation."""
+RESERVE = 2**30
+"""Bytes to leave free for the device's driver, a desktop, and the libraries that kernels are from."""
+
+
+def with_reserve(peak: int) -> int:
+    """The bytes of a device on which `peak` bytes are found: a tenth more is lost to fragmentation."""
+    return peak + peak // 10 + RESERVE
 
 
 @frozen(kw_only=True)
@@ -71,6 +78,8 @@ class TrainingMemory:
     """Peak of temporary tensors; some saved activations may be freed by then."""
     encoding: int
     """Memory for encoding images during training."""
+    graphs: int = 0
+    """What CUDA graphs hold while other steps run."""
 
     @property
     def trained(self) -> int:
@@ -85,7 +94,7 @@ class TrainingMemory:
     @property
     def peak(self) -> int:
         """The sum."""
-        return self.weights + self.trained + self.activations
+        return self.weights + self.trained + self.activations + self.graphs
 
 
 def as_cpu_run(prepared: PreparedRun) -> PreparedRun:
@@ -230,7 +239,7 @@ class MemoryPreset:
 
     def fits(self, memory: int) -> bool:
         """Whether training is expected to fit into `memory` bytes."""
-        return self.memory.peak + RESERVE <= memory
+        return with_reserve(self.memory.peak) <= memory
 
     def __str__(self) -> str:
         return ", ".join(to_toml(self.keys)) or "none of them"
@@ -243,4 +252,23 @@ def estimate_presets(prepared: PreparedRun, batch: Batch, encoding: EncodingMemo
     for training in presets if current in presets else [current, *presets]:
         config = evolve(prepared.config, training=training)
         memory = training_memory(as_cpu_run(evolve(prepared, config=config)), batch, encoding)
+        if _has_steps_beside_graphs(prepared, training):
+            memory = evolve(memory, graphs=memory.saved_activations + memory.transient)
         yield MemoryPreset(training, memory, is_config=training == current)
+
+
+def _has_steps_beside_graphs(prepared: PreparedRun, training: TrainingSection) -> bool:
+    """Whether graphs hold the memory of their activations while steps of other shapes need that of theirs.
+
+    All graphs share one pool. What they are captured from is computed in that pool, the largest shape first, so graphs
+    need no more than the steps that they replace; but only so many shapes are captured.
+    """
+    is_on = training.cuda_graphs is True or (training.cuda_graphs == "auto" and not training.excludes_graphs)
+    if not is_on or training.device in UNIFIED_MEMORY_DEVICES:
+        return False
+    sizes = {
+        (images, bucket.size)
+        for bucket in buckets(prepared.datasets)
+        for images in {min(bucket.batch_size, bucket.appearances), bucket.appearances % bucket.batch_size} - {0}
+    }
+    return len(sizes) > MAX_SHAPES

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 
+from lorakit.config.train_config import TrainingSection
 from lorakit.data.batch_sampler import buckets
 from lorakit.data.loader import Batch, CachedPrompts
 from lorakit.models.conditioning import collate
@@ -26,7 +27,7 @@ from lorakit.training.encode import Encoded
 from lorakit.training.prepare import PreparedRun
 from lorakit.training.run import Run
 from lorakit.training.runtime.distributed import Distributed
-from lorakit.training.runtime.out_of_memory import half_precision
+from lorakit.training.runtime.precision import IMAGINED_GPU, Precision, half_precision, precision_of, with_precision
 from lorakit.training.schedule import Schedule
 from lorakit.training.setup import build_model, build_run_from, init_distributed
 from lorakit.training.step.autotune import compile_step
@@ -50,7 +51,7 @@ class Timing:
     run: float
     """Seconds that all steps of the run will take."""
     peak: int | None
-    """The most bytes that were in use on the device; None where it does not say."""
+    """The most bytes that PyTorch reserved on the device; None where it does not say."""
 
 
 @frozen(kw_only=True)
@@ -69,6 +70,8 @@ class Plan:
     """Memory with each preset, and with the config's settings."""
     timing: Timing | None
     """Measured times; None if nothing was measured."""
+    precision: Precision
+    """What `prepared` computes in, and why."""
 
     @property
     def current(self) -> MemoryPreset:
@@ -91,11 +94,14 @@ def schedule_of(prepared: PreparedRun) -> Schedule:
     return Schedule(prepared.datasets, prepared.config.training, Distributed(CPU))
 
 
-def make_plan(prepared: PreparedRun, *, measured: bool = False) -> Plan:
+def make_plan(prepared: PreparedRun, *, measured: bool = False, for_gpu: bool = False) -> Plan:
     """Plan a run; weights are read only if steps are to be measured.
 
-    Raises the errors that training would start with, as far as they show without weights.
+    `for_gpu`: the device "auto" is a GPU even where there is none, unless steps are measured. Raises the errors that
+    training would start with, as far as they show without weights.
     """
+    precision = planned_precision(prepared.config.training, for_gpu and not measured)
+    prepared = evolve(prepared, config=with_precision(prepared.config, precision))
     cpu_run = as_cpu_run(prepared)
     log.info("estimating memory")
     model, texts, largest = build_model(cpu_run.config, CPU), Texts.of(cpu_run), largest_shape(prepared)
@@ -114,13 +120,26 @@ def make_plan(prepared: PreparedRun, *, measured: bool = False) -> Plan:
         captions=captions,
         presets=presets,
         timing=timing,
+        precision=precision,
     )
+
+
+def planned_precision(training: TrainingSection, for_gpu: bool) -> Precision:
+    """The precision that a run will have, on a device that need not be there."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    kind = training.device.partition(":")[0]
+    if kind == "auto" and not (found is None and for_gpu):
+        kind = found.type if found else "cpu"
+    is_here = found is not None and found.type == kind
+    if training.mixed_precision == "auto" and kind in ("auto", "cuda") and not is_here:
+        return IMAGINED_GPU
+    return precision_of(training, torch.device("cuda" if kind == "auto" else kind))
 
 
 def measure(prepared: PreparedRun, texts: Texts) -> Timing:
     """Read the model and take some steps with micro-batches of each shape that the run has."""
+    prepared, processes = init_distributed(prepared)
     training = prepared.config.training
-    processes = init_distributed(training)
     model = build_model(prepared.config, processes.device)
     # Nothing is encoded; the encoders that steps need are read when they are used.
     encoded = Encoded({}, CachedPrompts(prepared.cache, {}, partial(collate, model)), None)
@@ -136,7 +155,8 @@ def measure(prepared: PreparedRun, texts: Texts) -> Timing:
             shape: min(_steps(run, compute, make_batch(shape, texts, run.model).to(processes.device)))
             for shape in shapes
         }
-    peak = torch.cuda.max_memory_allocated(processes.device) if processes.device.type == "cuda" else None
+    # What is reserved must fit: it is more than what is in use, as allocated blocks are not all filled.
+    peak = torch.cuda.max_memory_reserved(processes.device) if processes.device.type == "cuda" else None
     # Short micro-batches count as complete ones.
     epoch = sum(bucket.micro_batches * seconds[BatchShape.of(bucket)] for bucket in found)
     total = epoch * run.schedule.total_steps / run.schedule.steps_per_epoch

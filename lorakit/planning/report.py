@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from lorakit.config.memory_presets import preset_diff, to_toml
 from lorakit.config.values import toml_repr
 from lorakit.data.batch_sampler import buckets
-from lorakit.planning.estimate import RESERVE
+from lorakit.planning.estimate import with_reserve
 from lorakit.planning.plan import Plan, schedule_of
 from lorakit.training.prepare import PreparedRun
 from lorakit.utils.bytes import in_gib
@@ -28,7 +28,11 @@ def report(plan: Plan, memory: int | None = None) -> Iterator[str]:
         ("  adapters, gradients, optimizer state", in_gib(training.trained)),
         ("  activations", in_gib(training.activations)),
     ]
+    if training.graphs:
+        rows.append(("  CUDA graphs, held in the steps that are not captured", in_gib(training.graphs)))
     yield from columns(("phase", "memory in GiB, estimated"), rows)
+    if plan.precision.reason:
+        yield from _wrapped(f"Estimated for {plan.precision}")
     yield from ("", "TRAINING IN GIB, ESTIMATED, WITH THESE KEYS OF [TRAINING]")
     for preset in plan.presets:
         here = "  <- the current config" if preset.is_config else ""
@@ -60,28 +64,34 @@ def data_report(prepared: PreparedRun) -> Iterator[str]:
 
 def _advice(plan: Plan, memory: int) -> Iterator[str]:
     """The settings with which training fits into `memory` bytes."""
-    given, reserve = f"{in_gib(memory)} GiB", f"{in_gib(RESERVE)} GiB left for PyTorch and the device's driver"
-    if plan.current.fits(memory):
-        yield from _wrapped(f"The current config fits into {given}, with {reserve}.")
+    given = f"{in_gib(memory)} GiB"
     fitting = next((preset for preset in plan.presets if preset.fits(memory)), None)
-    if plan.could_be_half and not plan.current.fits(memory) and _in_half_precision(plan) + RESERVE <= memory:
-        yield from _wrapped(f"What should fit into {given}, with {reserve}, and is also faster on a GPU:")
+    if plan.current.fits(memory):
+        yield from _wrapped(f"The current config fits into {given}, with {_reserve(plan.current.memory.peak)}.")
+    half = _in_half_precision(plan)
+    if plan.could_be_half and not plan.current.fits(memory) and with_reserve(half) <= memory:
+        yield from _wrapped(f"What should fit into {given}, with {_reserve(half)}, and is also faster on a GPU:")
         yield from ("", "[training]", _half_precision(plan))
     elif fitting is None:
         least = min(plan.presets, key=lambda preset: preset.memory.peak)
         yield from _wrapped(
             f"No preset fits into {given}: the smallest, {least}, needs {in_gib(least.memory.peak)} GiB,"
-            f" with {reserve}. What else helps: {', '.join(_other_ways(plan))}."
+            f" with {_reserve(least.memory.peak)}. What else helps: {', '.join(_other_ways(plan))}."
         )
     elif not fitting.is_config:
         keys = preset_diff(fitting.training, plan.prepared.config.training)
-        yield from _wrapped(f"The fastest that fits into {given}, with {reserve}:")
+        yield from _wrapped(f"The fastest that fits into {given}, with {_reserve(fitting.memory.peak)}:")
         yield from ("", "[training]", *to_toml(keys))
         if plan.could_be_half:
             yield ""
             yield from _wrapped(
                 f"With {_half_precision(plan)}, which is also faster on a GPU, fewer of these may suffice."
             )
+
+
+def _reserve(peak: int) -> str:
+    """What is to be left free beside training that needs `peak` bytes."""
+    return f"{in_gib(with_reserve(peak) - peak)} GiB left for fragmentation and the device's driver"
 
 
 def _half_precision(plan: Plan) -> str:
@@ -131,7 +141,7 @@ def _times(plan: Plan) -> Iterator[str]:
     yield from _wrapped(f"All {plan.schedule.total_steps} steps: about {took}, without encoding, saves and previews")
     if timing.peak is not None:
         estimated = in_gib(plan.current.memory.peak)
-        found = f"{in_gib(timing.peak)} GiB measured, {estimated} GiB estimated"
+        found = f"{in_gib(timing.peak)} GiB reserved, {estimated} GiB estimated"
         yield from _wrapped(f"Peak memory on {timing.device}: {found}")
 
 

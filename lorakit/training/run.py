@@ -64,6 +64,8 @@ class Run:
     """Steps done before, in a resumed run."""
     state_is_consistent: bool = True
     """Whether all that a state holds is that of `step`; False while the update of the next one is under way."""
+    uses_cuda_graphs: bool = False
+    """Whether micro-batches are captured and replayed."""
     loss: Tensor = field(init=False)
     """This process's part of the step's mean loss so far, a scalar in a fixed place on the device."""
     criterion: Criterion = field(init=False)

@@ -20,7 +20,7 @@ from attrs import evolve
 
 from lorakit.api.components import ObserverConfig
 from lorakit.api.observer import Observer
-from lorakit.config.train_config import TrainConfig, TrainingSection, with_section
+from lorakit.config.train_config import TrainConfig, with_section
 from lorakit.data.batch_sampler import RunLength
 from lorakit.data.loader import BatchLoader
 from lorakit.errors import ConfigError, Interrupted, PluginError, Problem
@@ -46,6 +46,7 @@ from lorakit.training.runtime.device import device_summary, device_warnings, ran
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.runtime.hardware import fp16_on_cpu, hardware_warnings
 from lorakit.training.runtime.out_of_memory import MemoryPressureMonitor, cuda_pressure, memory_hint
+from lorakit.training.runtime.precision import DTYPES, common_precision, precision_of, with_precision
 from lorakit.training.runtime.signals import StopRequest
 from lorakit.training.schedule import Schedule
 from lorakit.training.step.autotune import requested, set_up_model
@@ -61,8 +62,6 @@ log = logging.getLogger(__name__)
 DEFAULT_OBSERVERS = ("checkpoints", "progress", "validation")
 """Observers that need not be named in the config; one that is replaces its default."""
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 def run_training(
     prepared: PreparedRun,
@@ -77,12 +76,12 @@ def run_training(
     config names; `stop` ends the run after a step. Raises OutputError while another run writes files of the same name
     to the same folder.
     """
-    config = prepared.config
     if stop is not None and stop.is_set():
         raise Interrupted("Stopped before the first step.")
     # Before anything is computed: cuBLAS reads its part of it at its first product.
-    with deterministic_mode(config.training.deterministic):
-        processes = init_distributed(config.training)
+    with deterministic_mode(prepared.config.training.deterministic):
+        prepared, processes = init_distributed(prepared)
+        config = prepared.config
         with run_lock(config.output) if processes.is_main else nullcontext():
             clean_up(config, processes)
             state = None
@@ -109,16 +108,27 @@ def run_training(
     return handle.run.writer.path(config.output.name)
 
 
-def init_distributed(training: TrainingSection) -> Distributed:
-    """The processes of a run; the main one logs the device, and what does not suit it, and each of several its own."""
-    processes = Distributed.init(training.device, training.process_timeout)
+def init_distributed(prepared: PreparedRun) -> tuple[PreparedRun, Distributed]:
+    """The run with the precision of its devices, and its processes.
+
+    The main one logs device, precision and warnings, and each of several its own device.
+    What is saved of the run has that precision too, so that it does not depend on where it is read.
+    """
+    before = prepared.config
+    processes = Distributed.init(before.training.device, before.training.process_timeout)
+    precision = common_precision(before.training, processes)
+    config = with_precision(before, precision)
     if processes.is_main:
-        log_row("device", device_summary(processes.device, training.mixed_precision, processes.world_size))
-        for warning in device_warnings(training, processes.device):
+        log_row("device", device_summary(processes.device, str(precision), processes.world_size))
+        warnings = list(device_warnings(config.training, processes.device))
+        if precision.value != "no":  # what the config would have been warned of, had it named the precision
+            known = set(before.warnings())
+            warnings += [warning for warning in config.warnings() if warning not in known]
+        for warning in warnings:
             log.warning("%s", warning)
     if processes.world_size > 1:
         log_row(f"rank {processes.rank}", rank_summary(processes.device, processes.world_size))
-    return processes
+    return evolve(prepared, config=config), processes
 
 
 def _begin(
@@ -145,16 +155,17 @@ def _begin(
 
 def fill_cache(prepared: PreparedRun) -> Mapping[str, Filled]:
     """Encode all images, and the captions where they stay the same over the run; returns how many were new."""
-    config = prepared.config
-    with deterministic_mode(config.training.deterministic):
-        processes = init_distributed(config.training)
-        clean_up(config, processes)
-        return encode_data(prepared, build_model(config, processes.device), processes).filled
+    with deterministic_mode(prepared.config.training.deterministic):
+        prepared, processes = init_distributed(prepared)
+        clean_up(prepared.config, processes)
+        return encode_data(prepared, build_model(prepared.config, processes.device), processes).filled
 
 
 def build_run(prepared: PreparedRun, processes: Distributed) -> Run:
     """A run at its first step: caches filled, encoders freed, denoiser loaded, network attached."""
-    config, started = prepared.config, time.time()
+    started = time.time()
+    config = with_precision(prepared.config, common_precision(prepared.config.training, processes))
+    prepared = evolve(prepared, config=config)
     model = build_model(config, processes.device)
     length = RunLength.of(prepared.datasets, config.training, processes.world_size)
     dry_run_optimizer(config, length.total_steps, processes.device)
@@ -236,7 +247,7 @@ def build_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
 
 def load_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
     """The base model in the dtypes of the run, its weights not loaded yet; nothing is checked."""
-    model: DiffusionModel = build_component(config.model, device, DTYPES[config.training.mixed_precision])
+    model: DiffusionModel = build_component(config.model, device, DTYPES[precision_of(config.training, device).value])
     if config.training.quantization:
         model.quantize(config.training.quantization)
     if config.training.stream_base:

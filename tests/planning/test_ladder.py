@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import tomlkit
+import torch
 from attrs import evolve
 
 from lorakit.config.memory_presets import preset_diff
+from lorakit.config.train_config import TrainingSection
 from lorakit.data.batch_sampler import buckets
-from lorakit.planning.estimate import RESERVE
-from lorakit.planning.plan import Plan, make_plan
+from lorakit.planning import estimate
+from lorakit.planning.estimate import RESERVE, with_reserve
+from lorakit.planning.plan import Plan, make_plan, planned_precision
 from lorakit.planning.report import report
 from lorakit.training.prepare import prepare
 
@@ -71,7 +74,7 @@ def test_first_preset_that_fits(plan) -> None:
     made = plan()
     for index in range(4):
         preset = made.presets[index]
-        memory = preset.memory.peak + RESERVE
+        memory = with_reserve(preset.memory.peak)
         assert next(preset for preset in made.presets if preset.fits(memory)) is preset
         fitting = next((preset for preset in made.presets if preset.fits(memory - 1)), None)
         assert fitting is not preset
@@ -87,7 +90,7 @@ def test_nothing_fits(plan) -> None:
     """Where even the smallest is too large, that is said, with what it needs and what else helps."""
     made = plan()
     least = min(preset.memory.peak for preset in made.presets)
-    text = " ".join(line.strip() for line in report(made, least + RESERVE - 1))
+    text = " ".join(line.strip() for line in report(made, with_reserve(least) - 1))
     assert "No preset fits" in text
     assert 'the smallest, gradient_checkpointing = true, nf4_base = ["unet"], needs 0.0' in text
     assert "a lower network.rank" in text
@@ -122,6 +125,59 @@ def test_streamed_weights_are_the_last_presets(plan) -> None:
     assert nf4.memory.weights < others[-1].memory.weights
     assert whole.memory.trained == exact.memory.trained
     assert whole.memory.saved_activations <= exact.memory.saved_activations
+
+
+def test_what_is_left_free() -> None:
+    """A GiB is left for the driver and libraries, and a tenth of what training takes for fragmentation."""
+    assert with_reserve(0) == RESERVE == 2**30
+    assert with_reserve(10 * 2**30) == 12 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("training", "captured", "twice"),
+    [
+        ({"device": "cuda", "cuda_graphs": True}, 1, True),
+        ({"device": "auto"}, 1, True),
+        ({"device": "cuda"}, 2, False),
+        ({"device": "cuda", "cuda_graphs": False}, 1, False),
+        ({"device": "cuda", "deterministic": True}, 1, False),
+        ({"device": "cpu"}, 1, False),
+    ],
+)
+def test_memory_of_graphs(
+    make_config, training: dict[str, Any], captured: int, twice: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs hold their activations while steps of shapes that are not captured need theirs; else they need no more."""
+    monkeypatch.setattr(estimate, "MAX_SHAPES", captured)
+    config = make_config(network=UNET, data={"batch_size": 3}, training=training)  # four images: two shapes
+    memory = make_plan(prepare(config)).current.memory
+    assert memory.graphs == twice * memory.activations
+    assert memory.peak == memory.weights + memory.trained + (1 + twice) * memory.activations
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without an accelerator")
+@pytest.mark.parametrize(
+    ("device", "for_gpu", "value"),
+    [
+        ("cuda", False, "bf16"), ("cuda:1", False, "bf16"), ("auto", True, "bf16"),
+        ("auto", False, "no"), ("cpu", True, "no"), ("mps", True, "no"), ("xpu", False, "no"),
+    ],
+)  # fmt: skip
+def test_precision_of_a_gpu_that_is_not_here(device: str, for_gpu: bool, value: str) -> None:
+    """A plan for a GPU assumes what a new one would compute in; what the config names is taken as it is."""
+    assert planned_precision(TrainingSection(device=device), for_gpu).value == value
+    assert planned_precision(TrainingSection(device=device, mixed_precision="fp16"), for_gpu).value == "fp16"
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without an accelerator")
+def test_plans_say_what_precision_they_assume(make_config) -> None:
+    """A plan has the precision that was chosen, and says which, if there was a choice."""
+    config = make_config(network=UNET, training={"device": "auto"})
+    made = make_plan(prepare(config), for_gpu=True)
+    assert made.prepared.config.training.mixed_precision == "bf16"
+    assert not made.could_be_half
+    assert "Estimated for bf16 (auto: as on NVIDIA GPUs from compute capability 8.0 on;" in "\n".join(report(made))
+    assert make_plan(prepare(config)).could_be_half
 
 
 def test_measured_times(make_config) -> None:

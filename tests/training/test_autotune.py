@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 
 import pytest
@@ -14,8 +15,10 @@ from lorakit.errors import ConfigError
 from lorakit.training.prepare import prepare
 from lorakit.training.run import Run
 from lorakit.training.runtime.distributed import Distributed
+from lorakit.training.schedule import Schedule
 from lorakit.training.setup import build_model, build_run
-from lorakit.training.step.autotune import Autotuner, compile_step, set_up_model
+from lorakit.training.step.autotune import TIMED, Autotuner, compile_step, largest_latents, set_up_model
+from lorakit.training.step.cuda_graphs import WARM_UPS
 from tests.training.test_runs import same, weights_of
 
 OPEN = {"cuda_graphs": "auto", "channels_last": "auto", "compile": "auto", "compile_backend": "eager"}
@@ -49,7 +52,7 @@ def test_short_runs_measure_little(make_config, caplog: pytest.LogCaptureFixture
     plain = weights_of(lorakit.train(make_config(**sections)))
     sections["training"] |= OPEN
     assert same(weights_of(lorakit.train(make_config(**sections, output={"name": "open"}))), plain)
-    assert "training.cuda_graphs is off: cpu has none" in caplog.text
+    assert "cuda_graphs" not in caplog.text
     assert "training.compile is off: the run takes" in caplog.text
 
 
@@ -126,3 +129,87 @@ def test_graphs_need_cuda(make_config) -> None:
     with pytest.raises(ConfigError, match=r"training\.cuda_graphs: needs CUDA, and this run is on cpu.*auto"):
         build_model(make_config(training={"cuda_graphs": True}), torch.device("cpu"))
     build_model(make_config(training={"cuda_graphs": "auto"}), torch.device("cpu"))
+
+
+class OnCuda(Distributed):
+    """A process of which the device is said to be a CUDA one, though it computes on the CPU."""
+
+    def synchronize(self) -> None:
+        """Nothing is to be waited for."""
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_graphs_are_measured_by_default(make_config, faster: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """On CUDA, graphs are tried without being asked for; they stay where they are faster; the log has both times."""
+    caplog.set_level(logging.INFO, "lorakit")
+    run, batch = run_of(make_config)
+    run.processes = OnCuda(torch.device("cuda"))
+    run.schedule.total_steps = 10**6
+    calls = []
+
+    def learn(own: Batch) -> None:
+        calls.append(own)
+        run.loss.add_(1)
+        time.sleep(0.05 if (own is batch) == faster else 0.001)
+
+    chosen = Autotuner(run, learn)
+    chosen(batch)
+    assert run.uses_cuda_graphs == faster
+    assert run.loss == 1
+    (told,) = [record.getMessage() for record in caplog.records if "cuda_graphs" in record.getMessage()]
+    assert told.startswith(f"training.cuda_graphs is {'on' if faster else 'off'}: a micro-batch takes ")
+    assert " ms with it, " in told
+    assert (calls[-1] is batch) == (not faster)
+    # A first one and timed ones without graphs; with graphs also those to warm up; then the one that counts.
+    assert len(calls) == 2 * (1 + TIMED) + WARM_UPS + 1
+
+
+@pytest.mark.parametrize(
+    ("training", "reason"),
+    [
+        ({"stream_base": ["unet"]}, "training.stream_base copies weights in each step"),
+        ({"deterministic": True}, "training.deterministic excludes what depends on timing"),
+        ({"compile": True, "compile_backend": "cudagraphs"}, "training.compile_backend captures them"),
+    ],
+)
+def test_other_keys_leave_graphs_off(
+    make_config, training: dict[str, object], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Keys that graphs do not go with leave them off, which is told where there could be graphs."""
+    caplog.set_level(logging.INFO, "lorakit")
+    run, _ = run_of(make_config)
+    caplog.clear()
+    run.config = make_config(training=training)
+    assert compile_step(run) == run.forward_backward
+    assert "cuda_graphs" not in caplog.text
+    run.processes = OnCuda(torch.device("cuda"))
+    assert compile_step(run) == run.forward_backward
+    assert f"training.cuda_graphs is off: {reason}" in caplog.text
+    if "deterministic" not in training:
+        with pytest.raises(ConfigError, match="cuda_graphs"):
+            make_config(training={**training, "cuda_graphs": True})
+
+
+def test_cpus_measure_nothing_by_default(make_config, caplog: pytest.LogCaptureFixture) -> None:
+    """Without CUDA, the default costs nothing and says nothing."""
+    caplog.set_level(logging.INFO, "lorakit")
+    run, _ = run_of(make_config)
+    caplog.clear()
+    assert run.config.training.cuda_graphs == "auto"
+    assert compile_step(run) == run.forward_backward
+    assert not run.uses_cuda_graphs
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(("rank", "count"), [(0, 1), (0, 2), (1, 2)])
+def test_the_largest_shape_of_a_run(make_config, rank: int, count: int) -> None:
+    """It is that of a process's part of the whole micro-batches of a bucket."""
+    sizes = {"resolution": 128, "enable_bucket": True, "min_bucket_reso": 64, "max_bucket_reso": 256, "batch_size": 2}
+    run = build_run(prepare(make_config(network={"parts": ["unet"]}, data=sizes)), Distributed(torch.device("cpu")))
+    run.processes = Distributed(run.processes.device, rank, count)
+    schedule = Schedule(run.loader.datasets, run.config.training, run.processes)
+    shapes = {tuple(batch.latents.shape) for batch in schedule.batches_from(0, run.loader)}
+    assert len(shapes) > 1 or count > 1
+    largest = largest_latents(run)
+    assert largest in shapes
+    assert math.prod(largest) == max(map(math.prod, shapes))

@@ -18,13 +18,15 @@ from lorakit.training.prepare import prepare
 from lorakit.training.run import Run
 from lorakit.training.run_handle import RunHandle
 from lorakit.training.runtime.distributed import Distributed
+from lorakit.training.runtime.precision import common_precision, with_precision
 from lorakit.training.setup import build_run
 from tests.training.conftest import MakeConfig
 
 
 def identity(config: TrainConfig, processes: int = 1) -> RunFingerprint:
     """What tells a run of a config from others."""
-    return RunFingerprint.of(prepare(config), processes)
+    chosen = with_precision(config, common_precision(config.training, Distributed(torch.device("cpu"))))
+    return RunFingerprint.of(prepare(chosen), processes)
 
 
 def refusals(before: RunFingerprint, now: RunFingerprint) -> list[str]:
@@ -83,6 +85,15 @@ def test_what_a_state_depends_on(sections: dict[str, Any], make_config: MakeConf
     (refusal, *_) = refusals(identity(make_config()), identity(make_config(**sections)))
     assert refusal.startswith(f"{section}.{key}: ")
     assert refusals(identity(make_config(**sections)), identity(make_config()))
+
+
+def test_another_precision(make_config: MakeConfig) -> None:
+    """A run does not go on in a precision that `"auto"` chooses on another machine; how to go on is said."""
+    before, now = (identity(make_config(training={"mixed_precision": value})) for value in ("bf16", "auto"))
+    assert refusals(before, now) == [
+        'training.mixed_precision: "bf16" in the state, "no" in this run (set it to "bf16")'
+    ]
+    assert refusals(now, identity(make_config(training={"mixed_precision": "no"}))) == []
 
 
 def test_neutral_keys_are_keys(make_config: MakeConfig) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.setup import build_run
 from lorakit.training.step import cuda_graphs
 from lorakit.training.step.autotune import compile_step
-from lorakit.training.step.cuda_graphs import WARM_UPS, CudaGraphStep
+from lorakit.training.step.cuda_graphs import WARM_UPS, CudaGraphStep, GraphMemory
 from lorakit.training.step.gradients import FlatGradients
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -155,15 +157,174 @@ class Refusing(CudaGraphStep):
 
 
 def test_what_cannot_be_recorded_is_called(caplog: pytest.LogCaptureFixture) -> None:
-    """A recording that fails is told of, with its reason, and not tried again for that shape; the sums are right."""
+    """A recording that fails is told of, with its reason, and none is tried again; the sums are right."""
     called, other = Toy(), Toy()
     replayed = other.replayed(graphs=Refusing)
     for own in MIXED:
         called.learn(own)
         replayed(own)
     assert torch.equal(called.sums, other.sums)
-    assert len(other.calls) == 4 * (WARM_UPS + 1) + len(MIXED)
+    assert len(other.calls) == WARM_UPS + 1 + len(MIXED)
     assert "2 × 4 × 2 × 3 cannot be captured: operation not permitted when stream is capturing" in caplog.text
+
+
+def test_a_capture_that_fails_leaves_those_before_it(caplog: pytest.LogCaptureFixture) -> None:
+    """Shapes that are captured stay so when another cannot be; no further shape is tried."""
+
+    class RefusingLater(Refusing):
+        def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+            return super().capture(work) if self._graphs else work
+
+    called, other = Toy(), Toy()
+    replayed = other.replayed(graphs=RefusingLater)
+    for own in MIXED:
+        called.learn(own)
+        replayed(own)
+    assert torch.equal(called.sums, other.sums)
+    assert len(other.calls) == WARM_UPS + WARM_UPS + 1 + len(MIXED)
+    assert caplog.text.count("cannot be captured") == 1
+
+
+FULL = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 7."),
+    torch.AcceleratorError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable assertions."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("CUDA driver error: out of memory"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+]
+"""What a full GPU says, by the layer that says it."""
+
+
+@pytest.mark.parametrize("stage", ["warm_up", "capture"])
+@pytest.mark.parametrize("error", FULL, ids=lambda error: str(error)[:40])
+def test_memory_that_does_not_suffice(error: RuntimeError, stage: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Where memory runs out for a second shape, all goes on without graphs, with the right sums; it is told once."""
+    called, other = Toy(), Toy()
+
+    class Full(CudaGraphStep):
+        """Has room for one graph."""
+
+    def fails(self: CudaGraphStep, work: Callable[[], None]) -> Callable[[], None] | None:
+        if self._graphs:
+            work()
+            raise error
+        return getattr(CudaGraphStep, stage)(self, work)
+
+    setattr(Full, stage, fails)
+    replayed = other.replayed(graphs=Full)
+    for own in MIXED:
+        called.learn(own)
+        replayed(own)
+    assert torch.equal(called.sums, other.sums)
+    assert not replayed._graphs
+    assert len(other.calls) == WARM_UPS + (1 if stage == "warm_up" else WARM_UPS + 1) + len(MIXED)
+    (record,) = caplog.records
+    told = "memory does not suffice to capture micro-batches of 2 × 4 × 2 × 5, so CUDA graphs are disabled"
+    assert record.getMessage() == f"training.cuda_graphs: {told}"
+
+
+def test_other_errors_of_a_warm_up_are_raised() -> None:
+    """What would fail without graphs, too, is no reason to do without them."""
+    toy = Toy()
+
+    def broken(_: Batch) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        toy.replayed(broken)(batch(0))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_largest_shape_is_captured_first(masked: bool) -> None:
+    """Of a run's shapes the largest is captured before any other, though the first micro-batch is smaller."""
+    called, other = Toy(), Toy()
+    replayed = CudaGraphStep(other.learn, (other.gradients.buffer, other.loss), (other.weight,), (3, 4, 2, 5))
+    batches = [batch(number, images, width, masked) for number, (images, width) in enumerate([(2, 3), (3, 5), (1, 5)])]
+    for own in batches:
+        called.learn(own)
+        replayed(own)
+    assert torch.equal(called.sums, other.sums)
+    sizes = [tuple(captured.latents.shape) for captured, _ in replayed._graphs.values()]
+    assert sizes == [(3, 4, 2, 5), (2, 4, 2, 3), (1, 4, 2, 5)]
+    assert len(other.calls) == WARM_UPS * 3 + len(batches)
+
+
+def test_resized_batches() -> None:
+    """A micro-batch of another shape has all tensors that it would have, in the shapes that it would have."""
+    own = evolve(batch(0, masked=True), perturbation=torch.ones(2, 4, 2, 3))
+    other = evolve(batch(1, images=3, width=7, masked=True), perturbation=torch.ones(3, 4, 2, 7))
+    found = own.resized(other.latents.shape)
+    assert [(key, tensor.shape, tensor.dtype) for key, tensor in found.tensors.items()] == [
+        (key, tensor.shape, tensor.dtype) for key, tensor in other.tensors.items()
+    ]
+    assert found.images == own.images[:1] * 3
+
+
+class Pools:
+    """How often the memory pool of graphs is used, as CUDA's allocator counts it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.uses = 0
+        self.is_open = False
+        stream = SimpleNamespace(device="cuda", wait_stream=lambda _: None)
+        known = {"begin": "beginAllocateCurrentStreamToPool", "end": "endAllocateToPool", "release": "releasePool"}
+        for name, function in known.items():
+            monkeypatch.setattr(torch._C, f"_cuda_{function}", getattr(self, name), raising=False)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda _: stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+        monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: self.capturing())
+
+    def begin(self, device: int, pool: tuple[int, int]) -> None:
+        """Count a use, and take what is allocated."""
+        assert (device, pool) == (1, (0, 1))
+        assert not self.is_open, "beginAllocateToPool: already recording to mempool_id"
+        self.uses, self.is_open = self.uses + 1, True
+
+    def end(self, *_: object) -> None:
+        """Take no more."""
+        if not self.is_open:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.is_open = False
+
+    def release(self, *_: object) -> None:
+        """Count a use no more."""
+        assert self.uses
+        self.uses -= 1
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """A capture, which ends its use of the pool only where it succeeds."""
+        self.begin(1, (0, 1))
+        yield
+        self.end()
+
+
+def test_uses_of_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each use of the pool ends, also where work or a capture fails, but for that of the graphs that are there."""
+    pools = Pools(monkeypatch)
+    memory = GraphMemory(torch.device("cuda", 1))
+
+    def fails() -> None:
+        assert pools.is_open
+        raise RuntimeError("CUDA out of memory")
+
+    def warm_up(work: Callable[[], None]) -> None:
+        with memory.allocating():
+            work()
+
+    with memory.held():
+        warm_up(lambda: None)
+        assert (pools.uses, pools.is_open) == (1, False)
+        memory.capture(lambda: None)
+    assert (pools.uses, pools.is_open) == (1, False)  # that of the graph
+    for attempt in (warm_up, memory.capture):
+        with pytest.raises(RuntimeError, match="out of memory"), memory.held():
+            attempt(fails)
+        assert (pools.uses, pools.is_open) == (1, False)
 
 
 def test_moved_weights_are_seen(caplog: pytest.LogCaptureFixture) -> None:

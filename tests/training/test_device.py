@@ -28,6 +28,7 @@ from lorakit.training.runtime.device import (
 )
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.runtime.hardware import TorchBuild, torch_build
+from lorakit.training.runtime.precision import Precision, precision_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CARDS = {
@@ -35,6 +36,7 @@ CARDS = {
     "NVIDIA GeForce GTX 1080 Ti": ((6, 1), 11_714_691_072),
     "NVIDIA GeForce RTX 5090": ((12, 0), 33_660_272_640),
     "Tesla T4": ((7, 5), 15_642_329_088),
+    "NVIDIA A100": ((8, 0), 16 * 2**30),
 }
 
 HasCards = Callable[..., None]
@@ -98,7 +100,7 @@ def test_the_build_is_read_from_files() -> None:
     ("card", "precision", "world_size", "count", "summary"),
     [
         ("NVIDIA GeForce RTX 4090", "bf16", 1, 1, "NVIDIA GeForce RTX 4090, 24 GB, bf16"),
-        ("Tesla T4", "no", 1, 1, "Tesla T4, 15 GB, float32"),
+        ("Tesla T4", "float32", 1, 1, "Tesla T4, 15 GB, float32"),
         ("NVIDIA GeForce RTX 4090", "fp16", 4, 4, "4 processes, each on: NVIDIA GeForce RTX 4090, 24 GB, fp16"),
         (
             "NVIDIA GeForce RTX 4090", "bf16", 1, 4,
@@ -127,12 +129,12 @@ def test_summary_of_the_cpu(has_cards: HasCards, monkeypatch: pytest.MonkeyPatch
     """A CPU comes with the reason why it is no GPU, unless there is one that was not wanted."""
     monkeypatch.setattr(devices, "torch_build", lambda: TorchBuild("2.13.0+cpu"))
     build = f"PyTorch {torch.__version__} cannot use a GPU; if you have one: https://pytorch.org/get-started/locally/"
-    assert device_summary(CPU, "no", 1) == f"CPU, float32. {build}"
+    assert device_summary(CPU, "float32", 1) == f"CPU, float32. {build}"
     monkeypatch.setattr(devices, "torch_build", lambda: TorchBuild("2.13.0+cu130", "CUDA"))
     assert device_summary(CPU, "bf16", 2).startswith("CPU, 2 processes, bf16. PyTorch ")
     assert device_summary(CPU, "bf16", 2).endswith(" finds no GPU that it can use")
     has_cards("Tesla T4")
-    assert device_summary(CPU, "no", 1) == "CPU, float32"
+    assert device_summary(CPU, "float32", 1) == "CPU, float32"
 
 
 @pytest.mark.parametrize(
@@ -191,6 +193,47 @@ def test_bf16_on_old_cards(card: str, precision: str, is_slow: bool, has_cards: 
         assert found[0].startswith('training.mixed_precision: "bf16" is slow here')
         assert card in found[0]
         assert found[0].endswith('(use "fp16")')
+
+
+@pytest.mark.parametrize(
+    ("card", "shown"),
+    [
+        ("Tesla T4", "Tesla T4, 15 GB, fp16 (auto: compute capability 7.5, below 8.0)"),
+        ("NVIDIA A100", "NVIDIA A100, 16 GB, bf16 (auto: compute capability 8.0)"),
+        ("NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 4090, 24 GB, bf16 (auto: compute capability 8.9)"),
+    ],
+)
+def test_automatic_precision_of_cards(
+    card: str, shown: str, has_cards: HasCards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is bf16 on cards with units for it, whatever PyTorch says of emulation, and comes with its reason."""
+    has_cards(card)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    found = precision_of(TrainingSection(), CUDA)
+    assert device_summary(CUDA, str(found)) == shown
+    assert warned(CUDA, device="cuda", mixed_precision=found.value) == []
+    for value in ("no", "fp16", "bf16"):
+        assert precision_of(TrainingSection(mixed_precision=value), CUDA) == Precision(value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "value"), [("gfx1100", "bf16"), ("gfx942:sramecc+:xnack-", "bf16"), ("gfx1030", "fp16")]
+)
+def test_automatic_precision_on_rocm(
+    architecture: str, value: str, has_cards: HasCards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AMD's cards are known by their architecture."""
+    has_cards("AMD Radeon", gcnArchName=architecture)
+    monkeypatch.setattr(torch.version, "hip", "6.4.0")
+    assert precision_of(TrainingSection(), CUDA) == Precision(value, architecture.partition(":")[0])
+
+
+def test_automatic_precision_elsewhere() -> None:
+    """It is float32 on CPUs, where there was no choice, and where half precision has not been tried."""
+    assert str(precision_of(TrainingSection(), CPU)) == "float32"
+    for kind in ("mps", "xpu"):
+        told = f"float32 (auto: half precision has not been tried on {kind})"
+        assert str(precision_of(TrainingSection(), torch.device(kind))) == told
 
 
 @pytest.mark.parametrize(("architecture", "is_told"), [("gfx1100", True), ("gfx942:sramecc+:xnack-", False)])

@@ -143,6 +143,14 @@ def test_advice_after_the_last_preset(make_config) -> None:
     assert told.startswith(f'{first}nf4_base = ["unet"] and int8_base = [] in [training], or lower')
 
 
+def test_advice_against_graphs(make_config) -> None:
+    """Where micro-batches are replayed, doing without is among the ways to need less."""
+    run = assembled(make_config)
+    assert "cuda_graphs" not in memory_hint(run)
+    run.uses_cuda_graphs = True
+    assert ", or set cuda_graphs = false in [training], or lower" in memory_hint(run)
+
+
 def metrics(step: int) -> StepMetrics:
     """Numbers of a step."""
     return StepMetrics(step=step, epoch=1, loss=1.0, gradient_norm=1.0)

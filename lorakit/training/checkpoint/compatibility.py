@@ -94,6 +94,9 @@ class RunFingerprint:
             values = (json.dumps(value, ensure_ascii=False) for value in (found.before, found.now))
             before, now = ("absent" if text == "null" else text for text in values)
             message = f"{before} in the state, {now} in the config"
+            if found.key == "training.mixed_precision":  # "auto" may have chosen both
+                yield Problem(found.key, f"{before} in the state, {now} in this run", f"set it to {before}")
+                continue
             if not found.key.endswith(".batch_size") or processes == self.processes:
                 yield Problem(found.key, message)
                 continue

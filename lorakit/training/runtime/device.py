@@ -53,9 +53,8 @@ def check_device(device: torch.device) -> None:
         raise ConfigError([_not_usable(device, error)]) from error
 
 
-def device_summary(device: torch.device, mixed_precision: str, world_size: int = 1) -> str:
+def device_summary(device: torch.device, precision: str, world_size: int = 1) -> str:
     """The device of a run, `NVIDIA GeForce RTX 4090, 24 GB, bf16`, and in a second sentence what it does not use."""
-    precision = "float32" if mixed_precision == "no" else mixed_precision
     if device.type == "cpu":
         processes = f"{world_size} processes, " if world_size > 1 else ""
         with _without_warnings():

@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import torch
 from attrs import evolve
@@ -21,6 +20,7 @@ from lorakit.data.batch_sampler import SampleRef
 from lorakit.errors import OutOfMemory, is_out_of_memory
 from lorakit.training.output.folder import save_with_fallback
 from lorakit.training.run import Run
+from lorakit.training.runtime.precision import half_precision
 
 log = logging.getLogger(__name__)
 
@@ -59,17 +59,12 @@ def memory_hint(run: Run) -> str:
     if preset is not None:
         keys = {key: value for key, value in preset_diff(preset, training).items() if value != getattr(training, key)}
         ways.append(f"set {' and '.join(to_toml(keys))} in [training]")
+    if run.uses_cuda_graphs:
+        ways.append("set cuda_graphs = false in [training]")
     if _largest_batch(run)[0] > 1:
         ways.append("lower data.batch_size")
     ways.append("lower data.resolution")
     return f"{', or '.join(ways)}; `lorakit plan` shows what fits"
-
-
-def half_precision(device: str) -> Literal["bf16", "fp16"]:
-    """The half precision that suits a device, as the config names it: NVIDIA's before Ampere lack bfloat16."""
-    is_cuda = (device == "auto" or device.startswith("cuda")) and torch.cuda.is_available()
-    is_old = is_cuda and torch.version.hip is None and torch.cuda.get_device_capability()[0] < 8
-    return "fp16" if is_old else "bf16"
 
 
 def _largest_batch(run: Run) -> tuple[int, int, int]:

@@ -6,9 +6,11 @@ import logging
 import math
 import time
 from collections.abc import Collection, Mapping
+from math import prod
 from textwrap import shorten
 
 from lorakit.config.train_config import TrainingSection
+from lorakit.data.batch_sampler import buckets
 from lorakit.data.loader import Batch
 from lorakit.models.interfaces import DiffusionModel
 from lorakit.models.memory.compile import compile_unsupported_reason
@@ -33,9 +35,19 @@ TIMED = 3
 def compile_step(run: Run) -> ForwardBackward:
     """What computes a micro-batch: the run's own function, its CUDA graphs, or the fastest for keys set to `"auto"`."""
     training = run.config.training
-    if any(getattr(training, key) == "auto" for key in MIN_SECONDS):
+    if training.cuda_graphs == "auto" and run.processes.device.type == "cuda" and training.excludes_graphs:
+        log.info("training.cuda_graphs is off: %s", training.excludes_graphs)
+    if open_keys(run):
         return Autotuner(run, run.forward_backward)
     return _forward_backward(run, run.forward_backward, requested(training))
+
+
+def open_keys(run: Run) -> tuple[str, ...]:
+    """The keys of `"auto"` that a measurement is to decide; elsewhere than on CUDA there are no graphs to measure."""
+    training = run.config.training
+    is_off = training.excludes_graphs or run.processes.device.type != "cuda"
+    keys = [key for key in MIN_SECONDS if getattr(training, key) == "auto"]
+    return tuple(key for key in keys if not (key == "cuda_graphs" and is_off))
 
 
 def requested(training: TrainingSection) -> tuple[str, ...]:
@@ -51,9 +63,22 @@ def set_up_model(model: DiffusionModel, switched_on: Collection[str], compile_ba
 
 def _forward_backward(run: Run, forward_backward: ForwardBackward, switched_on: Collection[str]) -> ForwardBackward:
     """The function, or its CUDA graphs."""
-    if "cuda_graphs" not in switched_on:
+    run.uses_cuda_graphs = "cuda_graphs" in switched_on
+    if not run.uses_cuda_graphs:
         return forward_backward
-    return CudaGraphStep(forward_backward, (run.gradients.buffer, run.loss), run.gradients.parameters)
+    accumulators = run.gradients.buffer, run.loss
+    return CudaGraphStep(forward_backward, accumulators, run.gradients.parameters, largest_latents(run))
+
+
+def largest_latents(run: Run) -> tuple[int, ...]:
+    """The shape [B, C, h, w] of the latents in this process's largest micro-batches."""
+    rank, count = run.processes.rank, run.processes.world_size
+    shapes = []
+    for bucket in buckets(run.loader.datasets, count):
+        images = min(bucket.batch_size, bucket.appearances)
+        own = images * (rank + 1) // count - images * rank // count
+        shapes.append((own, *run.model.latent_shape(*bucket.size)))
+    return max(shapes, key=prod)
 
 
 class Autotuner:
@@ -70,49 +95,52 @@ class Autotuner:
         self._run = run
         self._forward_backward = forward_backward
         self._training = run.config.training
+        self._keys = open_keys(run)
         self._min_seconds = min_seconds
         self._chosen: ForwardBackward | None = None
 
     def __call__(self, batch: Batch) -> None:
         """Add a micro-batch's loss and gradients."""
         if self._chosen is None:
-            self._chosen = self._set_up(self._fastest(batch))
+            self._chosen = self._fastest(batch)
         self._chosen(batch)
 
-    def _fastest(self, batch: Batch) -> tuple[str, ...]:
-        """The keys to switch on. An error without any of those set to `"auto"` is raised."""
-        best = requested(self._training)
-        shortest = self._seconds(best, batch)
-        log.info("a micro-batch takes %.1f ms", 1000 * shortest)
+    def _fastest(self, batch: Batch) -> ForwardBackward:
+        """The function with the keys that pay. An error without any of those set to `"auto"` is raised."""
+        last = best = requested(self._training)
+        chosen: ForwardBackward | None
+        chosen, shortest = self._measured(best, batch)
         for key in self._min_seconds:
-            if getattr(self._training, key) != "auto":
+            if key not in self._keys:
                 continue
             if reason := self._skip_reason(key, shortest):
                 log.info("training.%s is off: %s", key, reason)
                 continue
+            last, chosen = (*best, key), None  # graphs captured before are gone
             try:
-                seconds = self._seconds((*best, key), batch)
+                chosen, seconds = self._measured(last, batch)
             except Exception as error:  # compilers and drivers raise all kinds of exceptions
                 seconds, text = math.inf, shorten(f"{type(error).__name__}: {error}", 300)
-                log.info("%s failed: %s", " and ".join((*best, key)), text)
+                log.info("%s failed: %s", " and ".join(last), text)
             pays = seconds * MIN_SPEEDUP < shortest
-            log.info("training.%s is %s: %.1f ms with it", key, "on" if pays else "off", 1000 * seconds)
+            log.info(
+                "training.%s is %s: a micro-batch takes %.1f ms with it, %.1f ms without",
+                key, "on" if pays else "off", 1000 * seconds, 1000 * shortest,
+            )  # fmt: skip
             if pays:
-                best, shortest = (*best, key), seconds
-        return best
+                best, shortest = last, seconds
+        return chosen if chosen is not None and last == best else self._set_up(best)
 
     def _skip_reason(self, key: str, seconds: float) -> str:
         """Why a key is not tried, where a micro-batch takes this long without it; empty if it is."""
-        device = self._run.processes.device
-        if key == "cuda_graphs" and device.type != "cuda":
-            return f"{device.type} has none"
         left = (self._run.schedule.total_steps - self._run.step) * self._training.gradient_accumulation_steps * seconds
         if left < self._min_seconds[key]:
             return f"the run takes {left:.0f} s, too little for a trial to pay"
+        device = self._run.processes.device
         return compile_unsupported_reason(self._training.compile_backend, device) if key == "compile" else ""
 
-    def _seconds(self, switched_on: Collection[str], batch: Batch) -> float:
-        """Seconds of a micro-batch with these keys, after a first one that compiles and allocates."""
+    def _measured(self, switched_on: Collection[str], batch: Batch) -> tuple[ForwardBackward, float]:
+        """The function with these keys, and its seconds for a micro-batch, after one that compiles and allocates."""
         forward_backward, times = self._set_up(switched_on), []
         with restore_after((self._run.gradients.buffer, self._run.loss)):
             forward_backward(batch)
@@ -122,9 +150,9 @@ class Autotuner:
                 forward_backward(batch)
                 self._run.processes.synchronize()
                 times.append(time.perf_counter() - started)
-        return min(times)
+        return forward_backward, min(times)
 
     def _set_up(self, switched_on: Collection[str]) -> ForwardBackward:
-        """The function with these keys, and the model with it. Graphs captured before are gone."""
+        """The function with these keys, and the model with it."""
         set_up_model(self._run.model, switched_on, self._training.compile_backend)
         return _forward_backward(self._run, self._forward_backward, switched_on)

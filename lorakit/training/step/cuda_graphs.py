@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Hashable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorakit.data.loader import Batch
+from lorakit.errors import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -32,28 +35,110 @@ MAX_SHAPES = 64
 """How many shapes are captured; each graph takes some megabytes, besides the memory pool that all of them share."""
 
 
+class GraphMemory:
+    """The stream that graphs are captured on, and the pool of memory that all of them share.
+
+    One pool is enough, as no graph leaves anything there that is read after it has run. It lasts as long as its graphs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Nothing is allocated yet."""
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.pool = torch.cuda.graph_pool_handle()
+        self._device = torch.cuda.current_device() if device.index is None else device.index
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the pool, which is given back while neither this nor a graph uses it."""
+        self._begin()
+        self._end()
+        try:
+            yield
+        finally:
+            self._release()
+
+    @contextmanager
+    def allocating(self) -> Iterator[None]:
+        """Compute on the stream, with memory of the pool, also in the threads that autograd computes in."""
+        torch.cuda.empty_cache()  # memory that steps before have left
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            self._begin()
+            try:
+                yield
+            finally:
+                self._end()
+                self._release()
+                current.wait_stream(self.stream)
+
+    def capture(self, work: Work) -> Work:
+        """What replays the work, which is not done now. After an error nothing may be captured any more."""
+        graph = torch.cuda.CUDAGraph()
+        # Batches are pinned, and images encoded, in another thread meanwhile, so the mode is that of this thread alone.
+        capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+        try:
+            # The outer one: a capture that fails leaves its stream the current one.
+            with torch.cuda.stream(self.stream), capture:
+                work()
+        except BaseException:
+            with suppress(RuntimeError):  # raised where the capture itself has ended its use of the pool
+                self._end()
+                self._release()
+            raise
+        return graph.replay
+
+    def give_back(self, graphs: MutableMapping[Hashable, Any]) -> None:
+        """Give the memory back, with the graphs that use it."""
+        torch.cuda.synchronize(self._device)  # one of them may be running
+        graphs.clear()
+        torch.cuda.empty_cache()
+
+    def _begin(self) -> None:
+        """Count a use of the pool, and allocate from it what is computed on the current stream."""
+        torch._C._cuda_beginAllocateCurrentStreamToPool(self._device, self.pool)
+
+    def _end(self) -> None:
+        """Allocate as usual; the use still counts."""
+        torch._C._cuda_endAllocateToPool(self._device, self.pool)
+
+    def _release(self) -> None:
+        """Count a use of the pool no more."""
+        torch._C._cuda_releasePool(self._device, self.pool)
+
+
 class CudaGraphStep:
     """A `ForwardBackward` that is captured at the first micro-batch of each shape, and replayed from then on.
 
     It may depend on nothing but the micro-batch's tensors and tensors that stay where they are in memory. Where that is
-    seen not to hold, and for shapes beyond `MAX_SHAPES`, it is called as usual, and the log says why.
+    seen not to hold, or memory runs out, and for shapes beyond `MAX_SHAPES`, it is called as usual, and the log says
+    why.
     """
 
     def __init__(
-        self, forward_backward: ForwardBackward, accumulators: Sequence[Tensor], trained: Sequence[Tensor]
+        self,
+        forward_backward: ForwardBackward,
+        accumulators: Sequence[Tensor],
+        trained: Sequence[Tensor],
+        largest: Sequence[int] = (),
     ) -> None:
-        """`accumulators` are the tensors that are added to, `trained` those that an optimizer changes."""
+        """`accumulators` are the tensors that are added to, `trained` those that an optimizer changes.
+
+        `largest` is the largest shape of a micro-batch's latents, [B, C, h, w]. It is captured first, as what is
+        captured then finds room in its memory.
+        """
         self._forward_backward = forward_backward
         self._accumulators = accumulators
         self._trained = trained
+        self._largest = largest
         self._addresses = _addresses(trained)
-        self._graphs: dict[Hashable, tuple[Batch, Work] | None] = {}
-        """By shape, the captured micro-batch and what computes it again; None for what cannot be captured."""
+        self._graphs: dict[Hashable, tuple[Batch, Work]] = {}
+        """By shape, the captured micro-batch and what computes it again."""
+        self._captures = True
+        """Whether further shapes are captured."""
         self._logged: set[str] = set()
         device = accumulators[0].device
-        # Graphs may share one pool, as none of them leaves anything there that is read after it has run.
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._memory = GraphMemory(device) if device.type == "cuda" else None
 
     def __call__(self, batch: Batch) -> None:
         """Add a micro-batch's loss and gradients."""
@@ -67,66 +152,73 @@ class CudaGraphStep:
         replay()
 
     def warm_up(self, work: Work) -> None:
-        """Do the work on the stream of the capture."""
-        if self._stream is None:
-            work()
-            return
-        current = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            work()
-        current.wait_stream(self._stream)
+        """Do the work as often as a capture needs it, where the capture will do it."""
+        with self._memory.allocating() if self._memory else nullcontext():
+            for _ in range(WARM_UPS):
+                work()
 
     def capture(self, work: Work) -> Work:
         """What does the work again; the capture itself computes nothing. Raises RuntimeError where it is impossible."""
-        if self._stream is None:
-            return work
-        graph = torch.cuda.CUDAGraph()
-        # Batches are pinned, and images encoded, in another thread meanwhile, so the mode is that of this thread alone.
-        capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-        # The outer one: a capture that fails leaves its stream the current one.
-        with torch.cuda.stream(self._stream), capture:
-            work()
-        return graph.replay
+        return self._memory.capture(work) if self._memory else work
 
     def _graph(self, batch: Batch) -> tuple[Batch, Work] | None:
         """The graph for micro-batches of this one's shape, captured now if it is the first; None for none."""
-        if _addresses(self._trained) != self._addresses:
-            self._warn("parameters were reallocated, so CUDA graphs are disabled")
-            return None
-        shape = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.tensors.items())
-        if shape not in self._graphs:
-            if len(self._graphs) >= MAX_SHAPES:
+        if (self._captures or self._graphs) and _addresses(self._trained) != self._addresses:
+            self._stop("parameters were reallocated, so CUDA graphs are disabled")
+        if self._captures and not self._graphs and prod(self._largest) > batch.latents.numel():
+            self._add(batch.resized(self._largest))
+        if self._captures and _shape(batch) not in self._graphs:
+            if len(self._graphs) < MAX_SHAPES:
+                self._add(batch)
+            else:
                 self._warn(f"micro-batches of {MAX_SHAPES} shapes are captured; those of other shapes are not")
-                return None
-            self._graphs[shape] = self._captured(batch)
-        return self._graphs[shape]
+        return self._graphs.get(_shape(batch))
 
-    def _captured(self, batch: Batch) -> tuple[Batch, Work] | None:
-        """A graph of this micro-batch, whose loss and gradients are not added yet."""
-        static = batch.clone()
-        work = partial(self._forward_backward, static)
+    def _add(self, batch: Batch) -> None:
+        """Capture micro-batches of this one's shape; its own loss and gradients are not added."""
+        shape, failure, is_full = " × ".join(map(str, batch.latents.shape)), "", False
+        try:
+            with restore_after(self._accumulators), self._memory.held() if self._memory else nullcontext():
+                static = batch.clone()
+                work = partial(self._forward_backward, static)
+                if _draws(partial(self.warm_up, work), batch.latents.device):
+                    failure = "nothing is captured, because something draws from a random generator"
+                else:
+                    failure = f"micro-batches of {shape} cannot be captured"
+                    self._graphs[_shape(batch)] = static, self.capture(work)
+                    failure = ""
+        except Exception as error:
+            is_full = is_out_of_memory(error)
+            if not is_full and not (failure and isinstance(error, RuntimeError)):
+                raise
+            failure = f"{failure}: {' '.join(str(error).split())}"
+            traceback.clear_frames(error.__traceback__)  # they hold activations
+        # Only now are the error, and the memory that it holds, gone.
+        if is_full:
+            self._stop(f"memory does not suffice to capture micro-batches of {shape}, so CUDA graphs are disabled")
+        elif failure:
+            # What was captured stays; but a pool in which a capture failed may not take another.
+            self._captures = False
+            self._warn(failure)
 
-        def warm_ups() -> None:
-            for _ in range(WARM_UPS):
-                self.warm_up(work)
-
-        with restore_after(self._accumulators):
-            if _draws(warm_ups, batch.latents.device):
-                self._warn("nothing is captured, because something draws from a random generator")
-                return None
-            try:
-                return static, self.capture(work)
-            except RuntimeError as error:
-                shape = " × ".join(map(str, batch.latents.shape))
-                self._warn(f"micro-batches of {shape} cannot be captured: {' '.join(str(error).split())}")
-                return None
+    def _stop(self, reason: str) -> None:
+        """Go on without graphs, and without the memory that they hold."""
+        self._captures = False
+        if self._memory is not None:
+            self._memory.give_back(self._graphs)
+        self._graphs.clear()
+        self._warn(reason)
 
     def _warn(self, reason: str) -> None:
         """Log once why something is not replayed."""
         if reason not in self._logged:
             self._logged.add(reason)
             log.warning("training.cuda_graphs: %s", reason)
+
+
+def _shape(batch: Batch) -> Hashable:
+    """What must be equal for a graph to compute a micro-batch."""
+    return tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.tensors.items())
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
