@@ -184,6 +184,26 @@ def test_threads_that_wait_sleep_soon(own: dict[str, str], spins: str) -> None:
     assert f"GOMP_SPINCOUNT = '{spins}'" in result.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch has it on Linux only")
+@pytest.mark.parametrize(
+    ("own", "found"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "None"),
+        ({"PYTORCH_HIP_ALLOC_CONF": "max_split_size_mb:64"}, "None"),
+    ],
+)
+def test_memory_of_gpus_grows_in_segments(own: dict[str, str], found: str) -> None:
+    """PyTorch's allocator is set up before PyTorch is there, unless the user has done it."""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_ALLOC_CONF")} | own
+    program = "import os, lorakit; print(os.environ.get('PYTORCH_ALLOC_CONF'))"
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert result.stdout.strip() == found
+
+
 def test_plan(train_tables: dict[str, Any]) -> None:
     """A plan has the length of the run and its memory."""
     made = lorakit.plan(train_tables)

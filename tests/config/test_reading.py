@@ -316,7 +316,7 @@ def test_combinations_that_make_no_sense(problems: Problems, tables: Tables) -> 
 
 def test_options_without_effect_are_warnings(read: Read, tables: Tables) -> None:
     """An option that does nothing in this run is said, once, and the config is good."""
-    tables["training"] = {"max_epochs": 1, "max_steps": 1, "compile_backend": "eager"}
+    tables["training"] = {"max_epochs": 1, "max_steps": 1, "mixed_precision": "no", "compile_backend": "eager"}
     tables["training"] |= {"stream_base": ["unet"], "device": "cpu"}
     tables["data"] |= {"keep_tokens": 1, "bucket_no_upscale": True}
     tables["network"] = {"parts": ["unet"]}

@@ -39,7 +39,7 @@ def test_defaults_of_sd_scripts(converted: Convert, xl_least: Least, folder: Pat
         "optimizer": {"name": "adamw", "lr": 2e-6},
         "lr_scheduler": {"name": "constant"},
         "attention": {"name": "sdpa"},
-        "training": {"max_steps": 1600, "seed": 42},
+        "training": {"max_steps": 1600, "seed": 42, "mixed_precision": "no"},
         "output": {"dir": "out", "name": "last"},
         "saver": {"name": "safetensors", "precision": "fp32"},
     }
