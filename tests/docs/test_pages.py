@@ -192,7 +192,7 @@ def test_names_of_the_code_exist() -> None:
 
 def test_files_of_the_repository_exist() -> None:
     """Each file and folder of code that a page names is there."""
-    paths = found_in_pages(r"(?<![\w./-])(?:lorakit|benchmarks|tests/(?!test_))/[\w/]+(?:\.py\b)?")
+    paths = found_in_pages(r"(?<![\w./-])(?:lorakit|benchmarks|tests/(?!test_))/[\w/]+(?:\.(?:py|sh)\b)?")
     assert len(paths) > 20
     assert [f"{page}: {path}" for page, path in paths if not (ROOT / path).exists()] == []
 

@@ -108,7 +108,7 @@ def test_limits_and_defaults_are_told() -> None:
     rank = rows(sections_of(sections["[network]"], "###")['name = "lierla"'])["rank"]
     assert rank[:2] == ["whole number, at least 1", "`4`"]
     training = rows(sections["[training]"])
-    assert training["mixed_precision"][:2] == ['`"no"`, `"fp16"`, `"bf16"`', '`"no"`']
+    assert training["mixed_precision"][:2] == ['`"auto"`, `"no"`, `"fp16"`, `"bf16"`', '`"auto"`']
     assert training["max_epochs"][:2] == ["whole number, at least 1", "absent"]
     assert rows(sections["[output]"])["dir"][:2] == ["path", "—"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -267,6 +268,7 @@ class Pools:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.uses = 0
         self.is_open = False
+        self.sizes: list[int] = []
         stream = SimpleNamespace(device="cuda", wait_stream=lambda _: None)
         known = {"begin": "beginAllocateCurrentStreamToPool", "end": "endAllocateToPool", "release": "releasePool"}
         for name, function in known.items():
@@ -277,6 +279,14 @@ class Pools:
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
         monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: self.capturing())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+        monkeypatch.setattr(torch.cuda, "memory_snapshot", self.snapshot)
+
+    def snapshot(self, pool: tuple[int, int]) -> list[dict[str, Any]]:
+        """The segments of the pool: one, with a block for each tensor, and a free one."""
+        assert pool == (0, 1)
+        used = [{"size": size, "state": "active_allocated"} for size in self.sizes]
+        return [{"blocks": [*used, {"size": 512, "state": "inactive"}]}]
 
     def begin(self, device: int, pool: tuple[int, int]) -> None:
         """Count a use, and take what is allocated."""
@@ -325,6 +335,31 @@ def test_uses_of_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(RuntimeError, match="out of memory"), memory.held():
             attempt(fails)
         assert (pools.uses, pools.is_open) == (1, False)
+
+
+def test_tensors_that_stay_in_the_pool(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """What a first shape leaves in the pool no graph uses; what a later one leaves, graphs would overwrite."""
+    pools, toy, called = Pools(monkeypatch), Toy(), Toy()
+    replayed = toy.replayed()
+    replayed._memory = GraphMemory(torch.device("cuda", 1))
+    seen: set[torch.Size] = set()
+
+    def keeps(own: Batch) -> None:
+        toy.learn(own)
+        if pools.is_open and own.latents.shape not in seen:  # a table for each shape
+            seen.add(own.latents.shape)
+            pools.sizes.append(512)
+
+    replayed._forward_backward = keeps
+    monkeypatch.setattr(replayed, "capture", lambda work: work)
+    for number, width in enumerate((3, 3, 5, 3)):
+        called.learn(batch(number, width=width))
+        replayed(batch(number, width=width))
+        assert len(replayed._graphs) == (number < 2)
+        assert pools.uses == 0
+    assert torch.equal(called.sums, toy.sums)
+    (record,) = caplog.records
+    assert "micro-batches of 2 × 4 × 2 × 5 leave tensors in the graphs' memory" in record.getMessage()
 
 
 def test_moved_weights_are_seen(caplog: pytest.LogCaptureFixture) -> None:

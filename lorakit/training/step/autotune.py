@@ -110,6 +110,7 @@ class Autotuner:
         last = best = requested(self._training)
         chosen: ForwardBackward | None
         chosen, shortest = self._measured(best, batch)
+        log.info("a micro-batch takes %.1f ms", 1000 * shortest)
         for key in self._min_seconds:
             if key not in self._keys:
                 continue
@@ -123,10 +124,8 @@ class Autotuner:
                 seconds, text = math.inf, shorten(f"{type(error).__name__}: {error}", 300)
                 log.info("%s failed: %s", " and ".join(last), text)
             pays = seconds * MIN_SPEEDUP < shortest
-            log.info(
-                "training.%s is %s: a micro-batch takes %.1f ms with it, %.1f ms without",
-                key, "on" if pays else "off", 1000 * seconds, 1000 * shortest,
-            )  # fmt: skip
+            on, times = "on" if pays else "off", (1000 * seconds, 1000 * shortest)
+            log.info("training.%s is %s: %.1f ms with it, %.1f ms without", key, on, *times)
             if pays:
                 best, shortest = last, seconds
         return chosen if chosen is not None and last == best else self._set_up(best)

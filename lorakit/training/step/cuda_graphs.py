@@ -6,6 +6,7 @@ Elsewhere than on CUDA a replay calls the function again, on the same tensors.
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 import traceback
@@ -45,6 +46,8 @@ class GraphMemory:
         """Nothing is allocated yet."""
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pool = torch.cuda.graph_pool_handle()
+        self.holds_tensors = False
+        """Whether what was last computed in `allocating` has left tensors in the pool."""
         self._device = torch.cuda.current_device() if device.index is None else device.index
 
     @contextmanager
@@ -61,6 +64,7 @@ class GraphMemory:
     def allocating(self) -> Iterator[None]:
         """Compute on the stream, with memory of the pool, also in the threads that autograd computes in."""
         torch.cuda.empty_cache()  # memory that steps before have left
+        before = self._bytes_in_use()
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -71,6 +75,9 @@ class GraphMemory:
                 self._end()
                 self._release()
                 current.wait_stream(self.stream)
+        if self._bytes_in_use() > before:
+            gc.collect()
+        self.holds_tensors = self._bytes_in_use() > before
 
     def capture(self, work: Work) -> Work:
         """What replays the work, which is not done now. After an error nothing may be captured any more."""
@@ -93,6 +100,11 @@ class GraphMemory:
         torch.cuda.synchronize(self._device)  # one of them may be running
         graphs.clear()
         torch.cuda.empty_cache()
+
+    def _bytes_in_use(self) -> int:
+        """Bytes of the pool that tensors hold now."""
+        blocks = (block for segment in torch.cuda.memory_snapshot(self.pool) for block in segment["blocks"])  # type: ignore[no-untyped-call]
+        return sum(block["size"] for block in blocks if block["state"] == "active_allocated")
 
     def _begin(self) -> None:
         """Count a use of the pool, and allocate from it what is computed on the current stream."""
@@ -176,30 +188,34 @@ class CudaGraphStep:
 
     def _add(self, batch: Batch) -> None:
         """Capture micro-batches of this one's shape; its own loss and gradients are not added."""
-        shape, failure, is_full = " × ".join(map(str, batch.latents.shape)), "", False
+        shape, is_warm, stop, skip = " × ".join(map(str, batch.latents.shape)), False, "", ""
         try:
             with restore_after(self._accumulators), self._memory.held() if self._memory else nullcontext():
                 static = batch.clone()
                 work = partial(self._forward_backward, static)
                 if _draws(partial(self.warm_up, work), batch.latents.device):
-                    failure = "nothing is captured, because something draws from a random generator"
+                    skip = "nothing is captured, because something draws from a random generator"
+                elif self._graphs and self._memory and self._memory.holds_tensors:
+                    # A replay of the graphs that are there would overwrite them.
+                    stop = f"micro-batches of {shape} leave tensors in the graphs' memory, so CUDA graphs are disabled"
                 else:
-                    failure = f"micro-batches of {shape} cannot be captured"
+                    is_warm = True
                     self._graphs[_shape(batch)] = static, self.capture(work)
-                    failure = ""
         except Exception as error:
-            is_full = is_out_of_memory(error)
-            if not is_full and not (failure and isinstance(error, RuntimeError)):
+            if is_out_of_memory(error):
+                stop = f"memory does not suffice to capture micro-batches of {shape}, so CUDA graphs are disabled"
+            elif is_warm and isinstance(error, RuntimeError):
+                skip = f"micro-batches of {shape} cannot be captured: {' '.join(str(error).split())}"
+            else:
                 raise
-            failure = f"{failure}: {' '.join(str(error).split())}"
             traceback.clear_frames(error.__traceback__)  # they hold activations
         # Only now are the error, and the memory that it holds, gone.
-        if is_full:
-            self._stop(f"memory does not suffice to capture micro-batches of {shape}, so CUDA graphs are disabled")
-        elif failure:
+        if stop:
+            self._stop(stop)
+        elif skip:
             # What was captured stays; but a pool in which a capture failed may not take another.
             self._captures = False
-            self._warn(failure)
+            self._warn(skip)
 
     def _stop(self, reason: str) -> None:
         """Go on without graphs, and without the memory that they hold."""
