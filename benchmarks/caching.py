@@ -239,7 +239,7 @@ def encode_in_a_loop(arguments: argparse.Namespace, settings: TrainConfig) -> Nu
 
     from lorakit.training.prepare import prepare
     from lorakit.training.runtime.distributed import Distributed
-    from lorakit.training.setup import DTYPES
+    from lorakit.training.runtime.precision import DTYPES
 
     (dataset,) = prepare(settings).datasets
     device, dtype = Distributed.init(settings.training.device).device, DTYPES[arguments.precision]

@@ -95,8 +95,10 @@ class Run:
 
     def backward(self, loss: Tensor) -> None:
         """Add a part of the step's loss, and its gradients."""
-        torch.autograd.backward(self.scaler.scale(loss))
-        self.flat.collect()
+        try:
+            torch.autograd.backward(self.scaler.scale(loss))
+        finally:  # also after an error, so that the next backward pass finds nothing of this one
+            self.flat.collect()
         self.loss += loss.detach()
 
     def update(self, step: Step) -> None:

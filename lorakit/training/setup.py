@@ -292,7 +292,7 @@ def attach_network(model: DiffusionModel, config: TrainConfig) -> tuple[Network,
     problems = list(config.optimizer.check_lrs([group.lr for group in groups]))
     if problems:
         raise ConfigError(problems)
-    flat = FlatParameters(groups, DTYPES[training.mixed_precision])
+    flat = FlatParameters(groups, DTYPES[precision_of(training, groups[0].parameters[0].device).value])
     network.use_flat(flat)
     return network, flat
 

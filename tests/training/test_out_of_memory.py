@@ -98,6 +98,32 @@ def test_nothing_is_saved_where_nothing_whole_is_new(make_config) -> None:
     assert not states_in(state_folder(run.config))
 
 
+def test_a_backward_pass_that_fails_leaves_no_gradients(make_config) -> None:
+    """What a backward pass had summed before memory ran out is not added to the gradients of the next one."""
+    fails = True
+
+    def refuse(_: Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        found = scaled_dot_product_attention(query, key, value)
+        if fails:
+            found.register_hook(refuse)
+        return found
+
+    run, plain = (assembled(make_config, training={"mixed_precision": "bf16"}) for _ in range(2))
+    run.model.use_attention(attention)
+    batch = next(run.schedule.batches_from(0, run.loader))
+    plain.forward_backward(batch)
+    with pytest.raises(torch.OutOfMemoryError):
+        run.forward_backward(batch)
+    assert run.gradients.buffer.any()
+    run.gradients.zero()
+    fails = False
+    run.forward_backward(batch)
+    assert torch.equal(run.gradients.buffer, plain.gradients.buffer)
+
+
 def test_other_errors_stay_what_they_are(make_config) -> None:
     """An error of another kind is not taken for lack of memory."""
     run = assembled(make_config)

@@ -202,7 +202,8 @@ class CudaGraphStep:
                     is_warm = True
                     self._graphs[_shape(batch)] = static, self.capture(work)
         except Exception as error:
-            if is_out_of_memory(error):
+            # Where work is recorded, what is cleaned up after the first error may cause another.
+            if is_out_of_memory(error) or is_out_of_memory(error.__context__ or error):
                 stop = f"memory does not suffice to capture micro-batches of {shape}, so CUDA graphs are disabled"
             elif is_warm and isinstance(error, RuntimeError):
                 skip = f"micro-batches of {shape} cannot be captured: {' '.join(str(error).split())}"
