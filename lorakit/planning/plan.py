@@ -139,7 +139,6 @@ def planned_precision(training: TrainingSection, for_gpu: bool) -> Precision:
 def measure(prepared: PreparedRun, texts: Texts) -> Timing:
     """Read the model and take some steps with micro-batches of each shape that the run has."""
     prepared, processes = init_distributed(prepared)
-    training = prepared.config.training
     model = build_model(prepared.config, processes.device)
     # Nothing is encoded; the encoders that steps need are read when they are used.
     encoded = Encoded({}, CachedPrompts(prepared.cache, {}, partial(collate, model)), None)
