@@ -240,12 +240,7 @@ class BaseModel:
         if not self._checkpointed and not self._formats and not self._streamed:
             return found
         # Blocks that are computed again, or whose weights come and go, cannot compute what other blocks read.
-        return [
-            evolve(target, shared_input=f"{target.path.rpartition('.')[0]} {target.shared_input}".rstrip())
-            if target.shared_input
-            else target
-            for target in found
-        ]
+        return [evolve(target, shares_within=target.path.rpartition(".")[0]) for target in found]
 
     def use_attention(self, backend: AttentionBackend) -> None:
         """Compute the denoiser's attention with this backend."""

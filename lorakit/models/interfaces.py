@@ -55,8 +55,10 @@ class AdaptationTarget:
     other_keys: tuple[str, ...] = ()
     """Other keys that it has in LoRA files of some tools."""
     shared_input: str = ""
-    """Name of the tensor that it reads, the same for all layers of its part that read it and that one operation may
-    compute: those of queries, keys and values, for example. Empty if it has its input for itself."""
+    """Name of the tensor that it reads, the same for all layers of its part that read it, such as those of queries and
+    keys; one operation may compute them. Empty if it has its input for itself."""
+    shares_within: str = ""
+    """Path of the module whose layers one operation may compute together; empty for all of the part."""
     fused_in: TensorSlice | None = None
     """Where some LoRA files have it as rows of a larger layer, such as queries, keys and values in one: that layer's
     key and the rows."""

@@ -18,6 +18,7 @@ from lorakit.models.memory.quantization import is_adaptable
 from lorakit.networks.dropout import AdapterDropout, DropoutRates, NetworkDropout
 from lorakit.networks.flat_parameters import FlatParameters
 from lorakit.networks.lora_function import DropoutMask, FlatFactors, low_rank_operation
+from lorakit.networks.max_norm import MaxNorm
 from lorakit.networks.network import AdapterModule, Network, ParameterGroup
 from lorakit.networks.shared_input import SharedInput
 from lorakit.utils.rng import keyed_generator
@@ -116,54 +117,6 @@ class LoRAModule(AdapterModule):
         return min(own, key=lambda near: abs(near - alpha), default=alpha)
 
 
-def update_norms(up: Tensor, down: Tensor) -> Tensor:
-    """Frobenius norms [n] of the products of up [n, O, r] and down matrices [n, r, I], without building these.
-
-    ‖U·D‖² = Σ (UᵀU) ∘ (DDᵀ), and both of these are no larger than r×r.
-    """
-    squares = (up.mT @ up) * (down @ down.mT)
-    return squares.sum((1, 2)).clamp(min=0).sqrt()
-
-
-class MaxNorm:
-    """Max-norm scaling: after each step, updates that have grown beyond a limit are scaled down to it.
-
-    The update of a layer is scale·U·D, for a convolution as well, as U has 1×1 kernels. Shapes: n adapters of equal
-    shape, r rank, I inputs (times the kernel's size) and O outputs.
-    """
-
-    def __init__(self, adapters: Sequence[LoRAModule], limit: float) -> None:
-        """The limit is on each adapter's norm of (alpha/rank)·U·D."""
-        shapes: dict[tuple[torch.Size, torch.Size], list[LoRAModule]] = {}
-        for adapter in adapters:
-            shapes.setdefault((adapter.lora_up.shape, adapter.lora_down.shape), []).append(adapter)
-        # Adapters whose factors have the same shapes are computed with at once; scales are [n].
-        self._alike = [(group, torch.tensor([adapter.scale for adapter in group])) for group in shapes.values()]
-        self._limit = limit
-
-    @torch.no_grad()
-    def apply(self) -> Mapping[str, Tensor]:
-        """Scale what is too large, half of it in each factor; gives numbers for logs, scalars on the device."""
-        found = []
-        for index, (adapters, scales) in enumerate(self._alike):
-            ups = [adapter.lora_up.detach().flatten(1) for adapter in adapters]
-            downs = [adapter.lora_down.detach().flatten(1) for adapter in adapters]
-            up, down = torch.stack(ups), torch.stack(downs)
-            self._alike[index] = adapters, scales.to(up.device)
-            before = update_norms(up, down) * self._alike[index][1]
-            ratios = self._limit / before.clamp(min=self._limit)
-            roots = ratios.sqrt()[:, None, None]
-            torch._foreach_copy_(ups, list((up * roots).unbind()))
-            torch._foreach_copy_(downs, list((down * roots).unbind()))
-            found.append((before * ratios, ratios))
-        norms, shares = (torch.cat(own) for own in zip(*found, strict=True))
-        return {
-            "max_norm/keys_scaled": (shares < 1).sum().float(),
-            "max_norm/max_key_norm": norms.max(),
-            "norm/avg_key_norm": norms.mean(),
-        }
-
-
 @frozen
 class LRFactors:
     """How learning rates vary over a network."""
@@ -194,7 +147,8 @@ class LoRANetwork(Network):
         super().__init__(targets, make)
         self._lr_factors = lr_factors
         adapters = [adapter for adapter in self.adapters if isinstance(adapter, LoRAModule)]
-        self._max_norm = MaxNorm(adapters, max_norm) if max_norm else None
+        factors = [(adapter.lora_up, adapter.lora_down, adapter.scale) for adapter in adapters]
+        self._max_norm = MaxNorm(factors, max_norm) if max_norm else None
         self._dropouts: NetworkDropout | None = None
         if rates:
             rank = max(adapter.rank for adapter in adapters)
@@ -214,9 +168,12 @@ class LoRANetwork(Network):
         return name, factor
 
     def parameter_groups(self, lr_for: Callable[[AdaptationTarget], float]) -> list[ParameterGroup]:
-        """The trained parameters by learning rate; those of adapters that share their input follow one another."""
+        """The trained parameters by learning rate; those of adapters that read the same input follow one another.
+
+        So they do whether one operation computes the adapters or not, as states hold them in this order.
+        """
         order: dict[nn.Parameter, int] = {}
-        for own in self._sharing():
+        for own in self._alike(lambda target: target.shared_input):
             for parameter in (*(adapter.lora_down for adapter in own), *(adapter.lora_up for adapter in own)):
                 order[parameter] = len(order)
         return [
@@ -227,21 +184,24 @@ class LoRANetwork(Network):
     def use_flat(self, flat: FlatParameters) -> None:
         """Let adapters compute with flat buffers, those that share their input in one operation."""
         super().use_flat(flat)
-        for own in self._sharing():
+        # Dropout masks are drawn for each adapter.
+        for own in (
+            self._alike(lambda target: (target.shared_input, target.shares_within)) if not self._dropouts else ()
+        ):
             shared = SharedInput(own, flat)
             for adapter in own:
                 adapter.shared = shared
 
-    def _sharing(self) -> list[list[LoRAModule]]:
-        """Adapters that can be computed in one operation, two or more in each list."""
+    def _alike(self, input_of: Callable[[AdaptationTarget], object]) -> list[list[LoRAModule]]:
+        """Linear layers' adapters with the same input and shapes, two or more in each list."""
         found: dict[tuple[object, ...], list[LoRAModule]] = {}
         for target, adapter in zip(self._targets, self.adapters, strict=True):
-            # Dropout masks are drawn for each adapter, and other kinds compute more than a sum.
+            # Other kinds compute more than a sum.
             if target.shared_input and type(adapter) is LoRAModule and isinstance(adapter.base, nn.Linear):
                 groups = (self.group_of(target, name) for name in ("lora_down", "lora_up"))
                 shapes = (adapter.lora_down.shape, adapter.lora_up.shape, adapter.scale, adapter.base.bias is None)
-                found.setdefault((target.part, target.shared_input, *shapes, *groups), []).append(adapter)
-        return [own for own in found.values() if len(own) > 1 and self._dropouts is None]
+                found.setdefault((target.part, input_of(target), *shapes, *groups), []).append(adapter)
+        return [own for own in found.values() if len(own) > 1]
 
     def begin_batch(self, sample_seeds: Tensor) -> None:
         """Draw the micro-batch's dropouts from its images' seeds, int64 [B]."""

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.builtin.networks import C3LierConfig
-from lorakit.networks.lora import update_norms
+from lorakit.networks.max_norm import update_norms
 from lorakit.networks.network import Network
 
 LIMIT = 1.0

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from attrs import evolve
 from torch import Tensor, nn
 
 from lorakit.models.interfaces import AdaptationTarget
@@ -137,6 +138,21 @@ def test_other_learning_rates_of_up_factors() -> None:
     model, network, flat = adapted(up_factor=4.0)
     assert shared(network) == [3, 3, 3, 1]
     assert [(group.name, group.lr) for group in flat.groups] == [("unet", 1e-3), ("unet plus", 4e-3)]
+    assert max(computed(model, network, flat, torch.randn(2, 5, 12))) < 1e-5
+
+
+def test_parameters_lie_in_one_order_whatever_is_computed_together() -> None:
+    """Optimizer states hold them in it, and a run may be resumed with other memory settings."""
+    model, network, _ = adapted()
+    together = [id(own) for group in network.parameter_groups(lambda _: 1e-3) for own in group.parameters]
+    network._targets = [evolve(target, shares_within=target.path) for target in network._targets]
+    apart = network.parameter_groups(lambda _: 1e-3)
+    assert [id(own) for group in apart for own in group.parameters] == together
+    flat = FlatParameters(apart)
+    for adapter in network.adapters:
+        adapter.shared = None
+    network.use_flat(flat)
+    assert shared(network) == [1, 1, 1, 1]
     assert max(computed(model, network, flat, torch.randn(2, 5, 12))) < 1e-5
 
 

@@ -60,6 +60,7 @@ def first_batch(run: Run) -> Batch:
 
 def loss_on(run: Run, batch: Batch) -> Tensor:
     """The loss of the run's model as it is now."""
+    run.flat.refresh()
     run.network.begin_batch(batch.sample_seeds)
     return denoising_loss(run.model, batch, run.encode(batch), run.criterion)
 
