@@ -184,10 +184,9 @@ class LoRANetwork(Network):
     def use_flat(self, flat: FlatParameters) -> None:
         """Let adapters compute with flat buffers, those that share their input in one operation."""
         super().use_flat(flat)
-        # Dropout masks are drawn for each adapter.
-        for own in (
-            self._alike(lambda target: (target.shared_input, target.shares_within)) if not self._dropouts else ()
-        ):
+        if self._dropouts is not None:  # their masks are drawn for each adapter
+            return
+        for own in self._alike(lambda target: (target.shared_input, target.shares_within)):
             shared = SharedInput(own, flat)
             for adapter in own:
                 adapter.shared = shared
@@ -197,10 +196,13 @@ class LoRANetwork(Network):
         found: dict[tuple[object, ...], list[LoRAModule]] = {}
         for target, adapter in zip(self._targets, self.adapters, strict=True):
             # Other kinds compute more than a sum.
-            if target.shared_input and type(adapter) is LoRAModule and isinstance(adapter.base, nn.Linear):
-                groups = (self.group_of(target, name) for name in ("lora_down", "lora_up"))
-                shapes = (adapter.lora_down.shape, adapter.lora_up.shape, adapter.scale, adapter.base.bias is None)
-                found.setdefault((target.part, input_of(target), *shapes, *groups), []).append(adapter)
+            if not target.shared_input or type(adapter) is not LoRAModule or not isinstance(adapter.base, nn.Linear):
+                continue
+            if not (adapter.lora_down.requires_grad and adapter.lora_up.requires_grad):
+                continue
+            groups = (self.group_of(target, name) for name in ("lora_down", "lora_up"))
+            shapes = (adapter.lora_down.shape, adapter.lora_up.shape, adapter.scale, adapter.base.bias is None)
+            found.setdefault((target.part, input_of(target), *shapes, *groups), []).append(adapter)
         return [own for own in found.values() if len(own) > 1]
 
     def begin_batch(self, sample_seeds: Tensor) -> None:

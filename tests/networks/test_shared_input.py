@@ -156,6 +156,23 @@ def test_parameters_lie_in_one_order_whatever_is_computed_together() -> None:
     assert max(computed(model, network, flat, torch.randn(2, 5, 12))) < 1e-5
 
 
+def test_frozen_factors() -> None:
+    """An adapter with a factor that is not trained is computed by itself, and the others together."""
+    model, network, _ = adapted()
+    for adapter in network.adapters:
+        adapter.shared = None
+    network.adapters[1].lora_down.requires_grad_(False)
+    flat = FlatParameters(network.parameter_groups(lambda _: 1e-3))
+    network.use_flat(flat)
+    assert shared(network) == [2, 1, 2, 1]
+    x = torch.randn(2, 5, 12)
+    outputs = model(x)
+    grads = [torch.randn_like(out) for out in outputs]
+    torch.autograd.backward(outputs, grads)
+    expected, _ = reference(network, x, grads)
+    assert max(map(error, outputs, expected)) < 1e-5
+
+
 def test_dropout_is_drawn_for_each_adapter() -> None:
     """With dropout nothing is shared, as each adapter has masks of its own."""
     _, network, _ = adapted(dropout=0.5)
