@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from step import captured
+from step import captured, whole_step
 
 if TYPE_CHECKING:
     from lorakit.training.run import Run
@@ -37,11 +37,11 @@ def main() -> None:
     from lorakit.config.load import read_config
     from lorakit.training.prepare import prepare
     from lorakit.training.setup import build_run, init_distributed
-    from lorakit.training.step.numerics import tf32_allowed
+    from lorakit.training.step.numerics import numerics_of
 
     prepared, processes = init_distributed(prepare(read_config(arguments.work / "modes.toml", arguments.overrides)))
     run = build_run(prepared, processes)
-    with tf32_allowed(run.config.training.tf32, processes.device):
+    with numerics_of(run):
         report(run, arguments)
 
 
@@ -49,7 +49,9 @@ def report(run: Run, arguments: argparse.Namespace) -> None:
     """Print the times of whole steps, the kernels of one, and the time of the frozen denoiser as a CUDA graph."""
     import torch
 
-    step, is_cuda = whole_step(run), run.processes.device.type == "cuda"
+    from lorakit.training.step.autotune import compile_step
+
+    step, is_cuda = whole_step(run, compile_step(run)), run.processes.device.type == "cuda"
     measured(run, step, arguments.steps)  # captures, compiles and allocates
     host, wall = measured(run, step, arguments.steps)
     print(f"{' '.join(arguments.overrides)}: host {host:.1f} ms, wall {wall:.1f} ms a step")
@@ -71,23 +73,6 @@ def report(run: Run, arguments: argparse.Namespace) -> None:
     frozen = frozen_step(run)
     alone = captured(frozen, run.processes.device) if is_cuda else frozen
     print(f"frozen denoiser{', replayed' if is_cuda else ''}: {measured(run, alone, arguments.steps)[1]:.1f} ms")
-
-
-def whole_step(run: Run) -> Callable[[], None]:
-    """A step as the loop takes it, without observers."""
-    from lorakit.training.step.autotune import compile_step
-
-    forward_backward = compile_step(run)
-    steps = run.schedule.steps_from(0, run.prefetched(run.schedule.batches_from(0, run.loader)))
-
-    def step() -> None:
-        own = next(steps)
-        for batch in own.batches:
-            forward_backward(batch)
-        run.update(own)
-        run.advance(own)
-
-    return step
 
 
 def frozen_step(run: Run) -> Callable[[], None]:

@@ -29,7 +29,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from step import captured, prepare_files
+from step import captured, prepare_files, whole_step
 
 if TYPE_CHECKING:
     import torch
@@ -174,30 +174,21 @@ def lorakit_step(
     from lorakit.training.prepare import prepare
     from lorakit.training.setup import build_run
     from lorakit.training.step.autotune import compile_step
-    from lorakit.training.step.numerics import tf32_allowed
+    from lorakit.training.step.numerics import numerics_of
 
     run = build_run(prepare(config), processes)
     with torch.no_grad():
         for adapter in run.network.adapters:
             generator = torch.Generator().manual_seed(adapter.lora_up.numel())
             adapter.lora_up.copy_(torch.randn(adapter.lora_up.shape, generator=generator).mul_(1e-2))
-    ExitStack().enter_context(tf32_allowed(config.training.tf32, processes.device))  # until the process ends
+    ExitStack().enter_context(numerics_of(run))  # until the process ends
     forward_backward = compile_step(run)
     forward_backward(next(run.schedule.batches_from(0, run.loader)).to(processes.device))
     gradients = [parameter.grad.cpu() for parameter in run.gradients.parameters]
     torch.save(gradients, gradients_file(arguments, arguments.row))
     run.gradients.zero()
     run.loss.zero_()
-    steps = run.schedule.steps_from(0, run.prefetched(run.schedule.batches_from(0, run.loader)))
-
-    def step() -> None:
-        own = next(steps)
-        for batch in own.batches:
-            forward_backward(batch)
-        run.update(own)
-        run.advance(own)
-
-    return step, {}
+    return whole_step(run, forward_backward), {}
 
 
 def floor_step(config: TrainConfig, processes: Distributed, arguments: argparse.Namespace) -> tuple[Callable, Numbers]:

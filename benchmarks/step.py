@@ -31,6 +31,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from lorakit.data.loader import Batch
+    from lorakit.training.run import Run
+
 STARTED = time.perf_counter()
 HERE = Path(__file__).parent
 VARIANTS = ("floor", "floor replayed", "lorakit", "peft")
@@ -200,6 +203,20 @@ def captured(step: Callable[[], None], device: torch.device) -> Callable[[], Non
             for _ in range(WARM_UPS):
                 step()
         return memory.capture(step)
+
+
+def whole_step(run: Run, forward_backward: Callable[[Batch], None]) -> Callable[[], None]:
+    """A step as the loop takes it, without observers."""
+    steps = run.schedule.steps_from(0, run.prefetched(run.schedule.batches_from(0, run.loader)))
+
+    def step() -> None:
+        own = next(steps)
+        for batch in own.batches:
+            forward_backward(batch)
+        run.update(own)
+        run.advance(own)
+
+    return step
 
 
 def run_lorakit(arguments: argparse.Namespace, timer: Timer) -> None:

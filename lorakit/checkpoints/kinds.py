@@ -38,7 +38,7 @@ _MOTION = _kind("a motion module of AnimateDiff, not a base model", _CONTROL)
 
 
 _Kinds = tuple[tuple[DetectedFamily, tuple[str, ...]], ...]
-"""Kinds of files, and fragments of the names of their tensors; what is further up may have marks of what follows."""
+"""Kinds of files, and fragments of the names of their tensors; a file is of the first kind that matches."""
 
 _WITH_ADAPTERS: _Kinds = (
     (_CONTROLNET, ("control_model.", "controlnet_cond_embedding.", "controlnet_down_blocks.", "input_hint_block.",

@@ -1,9 +1,9 @@
-"""All trained numbers of a network in a few flat buffers, so that what is done to all of them is one operation.
+"""The trained parameters of a network in a few flat buffers, so that each operation on all of them is one kernel.
 
-The optimizer's numbers are float32. Layers compute with a copy in the model's format, which one cast refreshes, and
+The optimizer's parameters are float32. Layers compute with a copy in the model's format, which one cast refreshes, and
 backward passes add their products into flat sums, so that autograd neither casts nor accumulates single gradients.
 
-N is the number of trained numbers.
+N is the number of trained elements.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class FlatView:
     """A parameter in the format in which its layer computes; both are views of flat buffers, of the same shape."""
 
     weight: Tensor
-    """Its numbers, as they were when the buffers were last refreshed."""
+    """Its elements, as they were when the buffers were last refreshed."""
     gradient: Tensor
     """What a backward pass adds its gradient to, in this format or in float32."""
 
@@ -43,39 +43,40 @@ class FlatParameters:
         """The groups, in the order of the buffers."""
         self.parameters = [parameter for group in groups for parameter in group.parameters]
         """The parameters, in the order of the buffers."""
+        self.sizes = [sum(parameter.numel() for parameter in group.parameters) for group in groups]
+        """Elements of each group."""
         self.weights = torch.cat([parameter.detach().flatten() for parameter in self.parameters])
-        """The numbers that the optimizer trains, float32 [N]."""
+        """What the optimizer trains, float32 [N]."""
         self.gradients = torch.zeros_like(self.weights)
         """Their gradients over a step, float32 [N]."""
         # In float32 nothing is copied; where products can be summed in float32, no other sums are needed.
         self._copy = self.weights if dtype == torch.float32 else self.weights.to(dtype)
         self._sums = self.gradients if _sums_float32(self.weights.device, dtype) else torch.zeros_like(self._copy)
-        self._views: dict[nn.Parameter, FlatView] = {}
-        buffers = [self.weights, self.gradients, self._copy, self._sums]
         self._starts: dict[nn.Parameter, int] = {}
         start = 0
         for parameter in self.parameters:
             end = start + parameter.numel()
-            weight, gradient, copy, sums = (buffer[start:end].view_as(parameter) for buffer in buffers)
-            parameter.data, parameter.grad = weight, gradient
-            self._views[parameter] = FlatView(copy, sums)
+            parameter.data = self.weights[start:end].view_as(parameter)
+            parameter.grad = self.gradients[start:end].view_as(parameter)
             self._starts[parameter], start = start, end
 
     def view(self, parameter: nn.Parameter) -> FlatView | None:
         """A parameter as its layer computes with it; None for one that is not trained."""
-        return self._views.get(parameter)
+        start = self._starts.get(parameter)
+        return None if start is None else self._view(start, parameter.shape)
 
     def stacked(self, parameters: Sequence[nn.Parameter]) -> FlatView:
         """Parameters of one shape that follow one another in the buffers, [n, ...].
 
-        Raises ValueError where they do not, or one of them is not trained.
+        Raises ValueError where they do not, and KeyError where one of them is not trained.
         """
-        start, end = self._starts.get(parameters[0], -1), 0
-        for number, parameter in enumerate(parameters):
-            end = start + (number + 1) * parameter.numel()
-            if start < 0 or self._starts.get(parameter) != end - parameter.numel():
-                raise ValueError("the parameters do not follow one another")
-        shape = (len(parameters), *parameters[0].shape)
+        start, shape = self._starts[parameters[0]], parameters[0].shape
+        if [self._starts[own] - start for own in parameters] != [n * shape.numel() for n in range(len(parameters))]:
+            raise ValueError("the parameters do not follow one another")
+        return self._view(start, torch.Size((len(parameters), *shape)))
+
+    def _view(self, start: int, shape: torch.Size) -> FlatView:
+        end = start + shape.numel()
         return FlatView(self._copy[start:end].view(shape), self._sums[start:end].view(shape))
 
     def refresh(self) -> None:
@@ -93,10 +94,9 @@ class FlatParameters:
         """The groups as an optimizer takes them: one that is elementwise gets each group as a single parameter."""
         if not optimizer.elementwise:
             return self.groups
-        sizes = [sum(parameter.numel() for parameter in group.parameters) for group in self.groups]
         found = []
-        split = zip(self.groups, torch.split(self.weights, sizes), torch.split(self.gradients, sizes), strict=True)
-        for group, weights, gradients in split:
+        parts = (torch.split(buffer, self.sizes) for buffer in (self.weights, self.gradients))
+        for group, weights, gradients in zip(self.groups, *parts, strict=True):
             parameter = nn.Parameter(weights)
             parameter.grad = gradients
             found.append(ParameterGroup(group.name, group.part, (parameter,), group.lr))

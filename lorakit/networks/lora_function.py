@@ -44,8 +44,7 @@ class _LowRank(Function):
     def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, base: Layer, *options: Any) -> Tensor:
         scale, draw_mask, flat = options
         dtype = compute_dtype(x)
-        # Compilers cannot trace what a backward pass writes elsewhere.
-        if flat is not None and flat[0].weight.dtype == dtype and not torch.compiler.is_compiling():
+        if flat is not None and can_use(flat[0], dtype):
             down, up = ctx.factors = [own.weight for own in flat]
             ctx.sums = [own.gradient for own in flat]
         else:
@@ -143,6 +142,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def can_use(flat: FlatView, dtype: torch.dtype) -> bool:
+    """Whether to compute in this dtype with a parameter in flat buffers."""
+    # Compilers cannot trace what a backward pass writes elsewhere.
+    return flat.weight.dtype == dtype and not torch.compiler.is_compiling()
 
 
 def base_weights(base: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -38,7 +38,7 @@ class MaxNorm:
 
     @torch.no_grad()
     def apply(self) -> Mapping[str, Tensor]:
-        """Scale what is too large, half of it in each factor; gives numbers for logs, scalars on the device."""
+        """Scale down updates beyond the limit, U and D by the same factor; returns metrics, scalars on the device."""
         found = []
         for index, (group, scales) in enumerate(self._alike):
             ups = [up.detach().flatten(1) for up, _, _ in group]

@@ -30,7 +30,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lorakit.networks.flat_parameters import FlatParameters, add_product
-from lorakit.networks.lora_function import base_weights, compute_dtype
+from lorakit.networks.lora_function import base_weights, can_use, compute_dtype
 
 if TYPE_CHECKING:
     from lorakit.networks.lora import LoRAModule
@@ -48,6 +48,7 @@ class SharedInput:
         self.up = flat.stacked([adapter.lora_up for adapter in adapters])
         """Up factors, [n, O, r]."""
         self._weights = side_by_side([base._parameters.get("weight") for base in self.bases])
+        self._biases = side_by_side([base._parameters.get("bias") for base in self.bases])
         self._input: Tensor | None = None
         self._outputs: dict[LoRAModule, Tensor] = {}
 
@@ -59,10 +60,14 @@ class SharedInput:
             return None
         return stacked
 
+    @property
+    def biases(self) -> Tensor | None:
+        """Base biases, [n, 1, O], where there are `weights`; None for layers without."""
+        return None if self._biases is None else self._biases.unsqueeze(1)
+
     def takes(self, x: Tensor) -> bool:
         """Whether the outputs for this input can be computed here."""
-        # Compilers cannot trace what a backward pass writes elsewhere.
-        return x.dtype == compute_dtype(x) == self.down.weight.dtype and not torch.compiler.is_compiling()
+        return x.dtype == compute_dtype(x) and can_use(self.down, x.dtype)
 
     def output(self, adapter: LoRAModule, x: Tensor, scale: float) -> Tensor:
         """An adapter's output, [..., O] of [..., I]."""
@@ -87,12 +92,8 @@ class _SharedInput(Function):
                 weight, bias = base_weights(base, x.dtype)
                 _product(rows, weight, bias, own)
         else:
-            biases = [base.bias for base in shared.bases]
-            batches = rows.expand(count, *rows.shape)
-            if biases[0] is None:
-                out = torch.bmm(batches, weights.mT)
-            else:
-                out = torch.baddbmm(torch.stack([*biases]).unsqueeze(1), batches, weights.mT)
+            batches, biases = rows.expand(count, *rows.shape), shared.biases
+            out = torch.bmm(batches, weights.mT) if biases is None else torch.baddbmm(biases, batches, weights.mT)
         hidden = x.new_empty(len(rows), count * rank)
         torch.addmm(hidden, rows, down.flatten(0, 1).t(), beta=0, alpha=scale, out=hidden)
         out.baddbmm_(_layers(hidden, count), up.mT)
@@ -128,7 +129,7 @@ class _SharedInput(Function):
 
 
 def side_by_side(parameters: Sequence[nn.Parameter | None]) -> Tensor | None:
-    """Lay parameters of one shape side by side in memory, [n, ...]; None where one is missing or differs in kind."""
+    """Lay parameters of one shape side by side in memory, [n, ...]; None where one is missing, or dtypes differ."""
     found = [own.detach() for own in parameters if own is not None]
     kinds = {(own.shape, own.dtype, own.device) for own in found}
     if len(found) < len(parameters) or len(kinds) > 1:

@@ -260,8 +260,8 @@ def estimate_presets(prepared: PreparedRun, batch: Batch, encoding: EncodingMemo
 def _has_steps_beside_graphs(prepared: PreparedRun, training: TrainingSection) -> bool:
     """Whether graphs hold the memory of their activations while steps of other shapes need that of theirs.
 
-    All graphs share one pool. What they are captured from is computed in that pool, the largest shape first, so graphs
-    need no more than the steps that they replace; but only so many shapes are captured.
+    All graphs share one memory pool, in which they also warm up, the largest shape first. So they need no more memory
+    than eager steps, unless there are more shapes than `MAX_SHAPES`.
     """
     is_on = training.cuda_graphs is True or (training.cuda_graphs == "auto" and not training.excludes_graphs)
     if not is_on or training.device in UNIFIED_MEMORY_DEVICES:

@@ -154,7 +154,7 @@ def measure(prepared: PreparedRun, texts: Texts) -> Timing:
             shape: min(_steps(run, compute, make_batch(shape, texts, run.model).to(processes.device)))
             for shape in shapes
         }
-    # What is reserved must fit: it is more than what is in use, as allocated blocks are not all filled.
+    # Reserved memory, not allocated memory: fragmentation must fit into the device, too.
     peak = torch.cuda.max_memory_reserved(processes.device) if processes.device.type == "cuda" else None
     # Short micro-batches count as complete ones.
     epoch = sum(bucket.micro_batches * seconds[BatchShape.of(bucket)] for bucket in found)

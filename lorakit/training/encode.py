@@ -102,8 +102,8 @@ def _images_at_once(prepared: PreparedRun, device: torch.device) -> int:
     config = prepared.config
     if config.data.encode_batch_size is not None:
         return config.data.encode_batch_size
-    # Batches depend on what is in the cache already, and rounding may depend on the batch: encoded one by one, images
-    # have the same latents after a run was killed. A CPU is no faster with more.
+    # Rounding may depend on the batch, and batches on what is already cached. One by one, a run that was killed and
+    # started again has the same latents. CPUs are no faster with more.
     if device.type != "cuda" or config.training.deterministic:
         return 1
     examples = (example for dataset in (*prepared.datasets, *prepared.validation) for example in dataset.examples)

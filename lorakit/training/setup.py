@@ -46,7 +46,7 @@ from lorakit.training.runtime.device import device_summary, device_warnings, ran
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.runtime.hardware import fp16_on_cpu, hardware_warnings
 from lorakit.training.runtime.out_of_memory import MemoryPressureMonitor, cuda_pressure, memory_hint
-from lorakit.training.runtime.precision import DTYPES, common_precision, precision_of, with_precision
+from lorakit.training.runtime.precision import common_precision, precision_of, with_precision
 from lorakit.training.runtime.signals import StopRequest
 from lorakit.training.schedule import Schedule
 from lorakit.training.step.autotune import requested, set_up_model
@@ -247,7 +247,7 @@ def build_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
 
 def load_model(config: TrainConfig, device: torch.device) -> DiffusionModel:
     """The base model in the dtypes of the run, its weights not loaded yet; nothing is checked."""
-    model: DiffusionModel = build_component(config.model, device, DTYPES[precision_of(config.training, device).value])
+    model: DiffusionModel = build_component(config.model, device, precision_of(config.training, device).dtype)
     if config.training.quantization:
         model.quantize(config.training.quantization)
     if config.training.stream_base:
@@ -292,7 +292,7 @@ def attach_network(model: DiffusionModel, config: TrainConfig) -> tuple[Network,
     problems = list(config.optimizer.check_lrs([group.lr for group in groups]))
     if problems:
         raise ConfigError(problems)
-    flat = FlatParameters(groups, DTYPES[precision_of(training, groups[0].parameters[0].device).value])
+    flat = FlatParameters(groups, precision_of(training, groups[0].parameters[0].device).dtype)
     network.use_flat(flat)
     return network, flat
 

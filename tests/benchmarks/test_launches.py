@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-from tests.docs.pages import ROOT
+from tests.benchmarks.scripts import load
 
 
 @pytest.fixture(scope="module")
 def launches() -> ModuleType:
     """The script that counts them."""
-    folder = ROOT / "benchmarks"
-    spec = importlib.util.spec_from_file_location("benchmark_launches", folder / "launches.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(folder))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(folder))
-    return module
+    return load("launches")
 
 
 @pytest.fixture(scope="module")

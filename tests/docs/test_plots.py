@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from types import ModuleType
 
 import pytest
 
+from tests.benchmarks.scripts import load
 from tests.docs.pages import ROOT
 
 
 @pytest.fixture(scope="module")
 def plots() -> ModuleType:
     """The script that draws them."""
-    spec = importlib.util.spec_from_file_location("benchmark_plots", ROOT / "benchmarks" / "plots.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("plots")
 
 
 def test_pictures_are_of_the_tables_as_they_are(plots: ModuleType) -> None:

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from lorakit.utils.rng import keyed_generator
+from tests.benchmarks.scripts import load
 
 
 @pytest.fixture(scope="module")
 def soak() -> ModuleType:
     """The benchmark as a module."""
-    path = Path(__file__).parents[2] / "benchmarks" / "soak.py"
-    spec = importlib.util.spec_from_file_location("soak", path)
-    assert spec
-    assert spec.loader
-    module = sys.modules["soak"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("soak")
 
 
 @pytest.mark.parametrize(

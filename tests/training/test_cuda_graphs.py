@@ -82,6 +82,17 @@ def batch(number: int, images: int = 2, width: int = 3, masked: bool = False, de
 MIXED = [batch(0), batch(1, width=5), batch(2), batch(3, images=1), batch(4, masked=True), batch(5), batch(6, width=5)]
 
 
+def replayed_as_called(graphs: type[CudaGraphStep] = CudaGraphStep) -> tuple[Toy, CudaGraphStep]:
+    """What learns from all of them by graphs, and these; the sums are those of calling."""
+    called, other = Toy(), Toy()
+    replayed = other.replayed(graphs=graphs)
+    for own in MIXED:
+        called.learn(own)
+        replayed(own)
+    assert torch.equal(called.sums, other.sums)
+    return other, replayed
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_replaying_is_calling(device: str) -> None:
     """Over micro-batches of several shapes in any order, with updates between, the sums are those of calling."""
@@ -159,12 +170,7 @@ class Refusing(CudaGraphStep):
 
 def test_what_cannot_be_recorded_is_called(caplog: pytest.LogCaptureFixture) -> None:
     """A recording that fails is told of, with its reason, and none is tried again; the sums are right."""
-    called, other = Toy(), Toy()
-    replayed = other.replayed(graphs=Refusing)
-    for own in MIXED:
-        called.learn(own)
-        replayed(own)
-    assert torch.equal(called.sums, other.sums)
+    other, _ = replayed_as_called(Refusing)
     assert len(other.calls) == WARM_UPS + 1 + len(MIXED)
     assert "2 × 4 × 2 × 3 cannot be captured: operation not permitted when stream is capturing" in caplog.text
 
@@ -176,12 +182,7 @@ def test_a_capture_that_fails_leaves_those_before_it(caplog: pytest.LogCaptureFi
         def capture(self, work: Callable[[], None]) -> Callable[[], None]:
             return super().capture(work) if self._graphs else work
 
-    called, other = Toy(), Toy()
-    replayed = other.replayed(graphs=RefusingLater)
-    for own in MIXED:
-        called.learn(own)
-        replayed(own)
-    assert torch.equal(called.sums, other.sums)
+    other, _ = replayed_as_called(RefusingLater)
     assert len(other.calls) == WARM_UPS + WARM_UPS + 1 + len(MIXED)
     assert caplog.text.count("cannot be captured") == 1
 
@@ -201,7 +202,6 @@ FULL = [
 @pytest.mark.parametrize("error", FULL, ids=lambda error: str(error)[:40])
 def test_memory_that_does_not_suffice(error: RuntimeError, stage: str, caplog: pytest.LogCaptureFixture) -> None:
     """Where memory runs out for a second shape, all goes on without graphs, with the right sums; it is told once."""
-    called, other = Toy(), Toy()
 
     class Full(CudaGraphStep):
         """Has room for one graph."""
@@ -213,11 +213,7 @@ def test_memory_that_does_not_suffice(error: RuntimeError, stage: str, caplog: p
         return getattr(CudaGraphStep, stage)(self, work)
 
     setattr(Full, stage, fails)
-    replayed = other.replayed(graphs=Full)
-    for own in MIXED:
-        called.learn(own)
-        replayed(own)
-    assert torch.equal(called.sums, other.sums)
+    other, replayed = replayed_as_called(Full)
     assert not replayed._graphs
     assert len(other.calls) == WARM_UPS + (1 if stage == "warm_up" else WARM_UPS + 1) + len(MIXED)
     (record,) = caplog.records
@@ -378,12 +374,7 @@ def test_moved_weights_are_seen(caplog: pytest.LogCaptureFixture) -> None:
 def test_shapes_beyond_the_most_are_called(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Only so many shapes are recorded; micro-batches of others are computed, and the log says so once."""
     monkeypatch.setattr(cuda_graphs, "MAX_SHAPES", 2)
-    called, other = Toy(), Toy()
-    replayed = other.replayed()
-    for own in MIXED:
-        called.learn(own)
-        replayed(own)
-    assert torch.equal(called.sums, other.sums)
+    other, _ = replayed_as_called()
     assert len(other.calls) == WARM_UPS * 2 + len(MIXED)
     assert caplog.text.count("of 2 shapes are captured") == 1
 

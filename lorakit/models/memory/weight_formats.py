@@ -59,7 +59,7 @@ class PerChannel:
     def unpack(self, kept: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:  # noqa: ARG002
         """The weight, rounded to `dtype` once; computed in float32, or on CPUs in a longer dtype."""
         stored, scale = kept["stored"], kept["scale"]
-        # PyTorch multiplies no float8, and a CPU would cast int8 to float32 in memory of its own first.
+        # PyTorch has no multiplication for float8, and CPUs first make a float32 copy of int8.
         if self.dtype.is_floating_point or (stored.device.type == "cpu" and dtype.itemsize > 2):
             return stored.to(dtype).mul_(scale)
         return torch.mul(stored, scale, out=torch.empty_like(stored, dtype=dtype))

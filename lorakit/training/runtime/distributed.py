@@ -76,7 +76,7 @@ class Distributed:
         result, error = None, None
         try:
             own = work()
-            pickle.dumps(own)  # what cannot be sent shows here, where the others are told of it
+            pickle.dumps(own)  # so that an error in pickling is raised on all processes, too
             result = own
         except Exception as raised:  # of any kind, so that the others need not wait
             error = raised

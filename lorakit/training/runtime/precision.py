@@ -33,6 +33,11 @@ class Precision:
     reason: str = ""
     """A few words; empty where there was no choice."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the base model computes in."""
+        return DTYPES[self.value]
+
     def __str__(self) -> str:
         name = "float32" if self.value == "no" else self.value
         return f"{name} (auto: {self.reason})" if self.reason else name

@@ -21,11 +21,10 @@ class FlatGradients:
         """What is trained."""
         self.buffer = flat.gradients
         """The gradients, float32, one after the other."""
-        sizes = [sum(p.numel() for p in group.parameters) for group in flat.groups]
-        self._parts = torch.split(self.buffer, sizes)
+        self._parts = torch.split(self.buffer, flat.sizes)
         self.groups = tuple(group.name for group in flat.groups)
         """Names of the groups, in the order of `norms`."""
-        self.norms = self.buffer.new_zeros(len(sizes))
+        self.norms = self.buffer.new_zeros(len(flat.sizes))
         """L2 norm of each group's gradients as they were last clipped, [G]."""
 
     def zero(self) -> None:
