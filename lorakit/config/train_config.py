@@ -116,6 +116,9 @@ class TrainingSection:
     device: str = field(default="auto", validator=_device)
     """Device to train on: `cpu`, `cuda`, `mps`, `xpu`, or one of several GPUs, such as `cuda:0`; `auto` uses an
     accelerator if there is one."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype in which several processes sum their gradients; `bf16` sends half as much, rounded to 8 bits, which pays
+    where GPUs are connected slowly and the network is large."""
     process_timeout: float | None = field(default=None, validator=v.optional(v.gt(0)))
     """Minutes that processes wait for each other before the run fails; by default 10 on accelerators and 30 on CPUs."""
 

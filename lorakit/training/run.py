@@ -104,7 +104,7 @@ class Run:
     def update(self, step: Step) -> None:
         """Reduce and clip the gradients and take the optimizer's step."""
         self.state_is_consistent = False
-        self.gradients.all_reduce(self.processes)
+        self.gradients.all_reduce(self.processes, in_bf16=self.config.training.reduce_dtype == "bf16")
         self.guard.mark(self.gradients, self.loss)
         self.scaler.unscale_(self.optimizer)
         step.gradient_norm = self.gradients.clip(self.config.training.max_grad_norm)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import fake_impls
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorakit.api.components import OptimizerConfig
 from lorakit.networks.flat_parameters import FlatParameters
@@ -55,3 +57,32 @@ def start() -> list[torch.Tensor]:
 def test_others_get_each_parameter(name: str) -> None:
     """Those that look at whole parameters."""
     assert not Catalog.discover().find(OptimizerConfig, name).elementwise
+
+
+def elementwise() -> list[type[OptimizerConfig]]:
+    """Every optimizer that is registered and treats each number by itself."""
+    catalog = Catalog.discover()
+    kinds = [catalog.find(OptimizerConfig, name) for name in catalog.of_kind(OptimizerConfig)]
+    return [kind for kind in kinds if kind.elementwise]
+
+
+@pytest.mark.parametrize("kind", elementwise(), ids=lambda kind: kind.name)
+def test_steps_do_not_wait_for_a_gpu(kind: type[OptimizerConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second on, steps on a GPU neither synchronize with it nor read a number, unless they page memory."""
+    waits: list[object] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *given: waits.append(given))
+    # PyTorch does not know what this operation, which only changes its arguments, gives for tensors without values.
+    op = torch.ops.aten._fused_sgd_.default
+    monkeypatch.setitem(fake_impls.op_implementations_dict, op, lambda *_args, **_kwargs: None)
+    config = kind()
+    # Tensors without values on a GPU that need not be there; to read one of their numbers is an error.
+    with FakeTensorMode() as mode:
+        parameter = nn.Parameter(torch.empty(20_000, device="cuda"))
+        parameter.grad = torch.empty_like(parameter)
+    optimizer = config.build([ParameterGroup("unet", "unet", (parameter,), config.lr)])
+    with mode:
+        mode.allow_non_fake_inputs = True
+        optimizer.step()
+        waits.clear()
+        optimizer.step()
+    assert bool(waits) == kind.name.startswith("paged")

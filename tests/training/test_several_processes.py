@@ -167,6 +167,41 @@ def test_previews_and_validation_are_shared(tables: dict[str, Any], tmp_path: Pa
     assert len(list((tmp_path / "two").glob("sample/*_contact_sheet.png"))) == 1
 
 
+@pytest.mark.usefixtures("lorakit_one_thread")
+def test_gradients_summed_in_bf16(tables: dict[str, Any], make_config: MakeConfig, tmp_path: Path) -> None:
+    """`reduce_dtype` changes what is trained by about a rounding to 8 bits, and all processes get the same sum."""
+    # With SGD updates are proportional to gradients; nothing is clipped.
+    sections: dict[str, Any] = {
+        "optimizer": {"name": "sgdnesterov", "lr": 1.0}, "training": {"max_steps": 2, "max_grad_norm": 0},
+    }  # fmt: skip
+    path = write_config(tables, tmp_path, **sections)
+    program = tmp_path / "program.py"
+    program.write_text(SUMMED)
+    alone = weights_of(lorakit.train(make_config(**sections, data={"batch_size": 2}, output={"name": "alone"})))
+    results = together(program, path, "data.batch_size=1", "training.reduce_dtype=bf16")
+    assert all(result.returncode == 0 for result in results), results[0].stderr
+    digests = {result.stdout for result in results}
+    assert len(digests) == 1
+    found = weights_of(tmp_path / "out" / "test.safetensors")
+    ups = [(found[name], own) for name, own in alone.items() if "lora_up" in name]
+    off, moved = (torch.cat([*map(torch.flatten, parts)]) for parts in ([a - b for a, b in ups], [b for _, b in ups]))
+    assert 2**-12 < off.norm() / moved.norm() < 2**-7  # float32 sums would stay below
+
+
+SUMMED = """
+import hashlib, sys
+import lorakit
+from lorakit.training.step.gradients import FlatGradients
+
+original = FlatGradients.all_reduce
+def noted(self, *args, **options):
+    original(self, *args, **options)
+    print(hashlib.sha256(self.buffer.numpy().tobytes()).hexdigest())
+FlatGradients.all_reduce = noted
+lorakit.train(sys.argv[1], overrides=sys.argv[2:])
+"""
+
+
 FAILING = """
 from lorakit.errors import LorakitError, OutputError
 from lorakit.training.runtime.distributed import Distributed

@@ -29,13 +29,14 @@ class BitsandbytesConfig(OptimizerConfig):
     """Its name in `bitsandbytes.optim`."""
 
     def build(self, groups: Sequence[ParameterGroup]) -> Optimizer:
-        """The class of `bitsandbytes.optim`."""
+        """The class of `bitsandbytes.optim`; unless it pages, its steps do not wait for the device."""
         from bitsandbytes import optim
 
         from lorakit.api import torch_groups
+        from lorakit.builtin.optimizers._without_waits import without_waits
 
-        highest = max(group.lr for group in groups)
-        optimizer: Optimizer = getattr(optim, self.class_name)(torch_groups(groups), lr=highest, **self.extra_options())
+        kind, highest = without_waits(getattr(optim, self.class_name)), max(group.lr for group in groups)
+        optimizer: Optimizer = kind(torch_groups(groups), lr=highest, **self.extra_options())
         return optimizer
 
 

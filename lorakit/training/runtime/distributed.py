@@ -73,11 +73,9 @@ class Distributed:
         """
         if self.world_size == 1:
             return [work()]
-        result, error = None, None
+        result, error = b"", None
         try:
-            own = work()
-            pickle.dumps(own)  # so that an error in pickling is raised on all processes, too
-            result = own
+            result = pickle.dumps(work())  # here, so that an error in pickling is raised on all processes, too
         except Exception as raised:  # of any kind, so that the others need not wait
             error = raised
         failure = None if error is None else (isinstance(error, LorakitError), f"{type(error).__name__}: {error}")
@@ -89,12 +87,15 @@ class Distributed:
             if other is not None:
                 is_known, text = other
                 raise (LorakitError if is_known else RuntimeError)(f"rank {rank} failed: {text}")
-        return [given for given, _ in found]
+        return [pickle.loads(given) for given, _ in found]  # noqa: S301 - from processes of this run
 
-    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The tensor, summed in place over all processes."""
+    def all_reduce_sum(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor, summed in place over all processes; sent, and summed, in `dtype` if given."""
         if self.world_size > 1:
-            torch.distributed.all_reduce(tensor)
+            sent = tensor if dtype is None else tensor.to(dtype)
+            torch.distributed.all_reduce(sent)
+            if sent is not tensor:
+                tensor.copy_(sent)
         return tensor
 
 

@@ -31,9 +31,9 @@ class FlatGradients:
         """Start the next step."""
         self.buffer.zero_()
 
-    def all_reduce(self, processes: Distributed) -> None:
-        """Sum the gradients over all processes."""
-        processes.all_reduce_sum(self.buffer)
+    def all_reduce(self, processes: Distributed, *, in_bf16: bool = False) -> None:
+        """Sum the gradients over all processes, in float32 or in bfloat16."""
+        processes.all_reduce_sum(self.buffer, torch.bfloat16 if in_bf16 else None)
 
     def poison_if_nonfinite(self, number: Tensor) -> None:
         """Put NaN among the gradients where a number, a scalar on the device, is not finite; else change nothing."""
