@@ -33,7 +33,7 @@ from lorakit.api import (
     StepMetrics,
     hookspecs,
 )
-from lorakit.cli import commands as cli
+from lorakit.cli.group import cli
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.field_docs import field_docs, type_in_words
 from lorakit.config.load import COMPONENT_SECTIONS, PLAIN_SECTIONS
@@ -228,12 +228,20 @@ def config_page() -> str:
 
 def commands_page() -> str:
     """The command line: each command with its arguments and options."""
-    group = cli.cli.make_context("lorakit", [], resilient_parsing=True)
-    parts = [COMMANDS_INTRO, *_command(group)]
-    for name, command in cli.cli.commands.items():
-        context = command.make_context(name, [], parent=group, resilient_parsing=True)
-        parts += [f"## {context.command_path}", *_command(context)]
-    return "\n\n".join(parts) + "\n"
+    group = cli.make_context("lorakit", [], resilient_parsing=True)
+    return "\n\n".join([COMMANDS_INTRO, *_command(group), *_commands_below(group)]) + "\n"
+
+
+def _commands_below(context: click.Context) -> Iterator[str]:
+    """Each command of a group, and those of groups in it."""
+    group: Any = context.command
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        below = command.make_context(name, [], parent=context, resilient_parsing=True)
+        yield f"## {below.command_path}"
+        yield from _command(below)
+        if isinstance(command, click.Group):
+            yield from _commands_below(below)
 
 
 def hooks_page() -> str:

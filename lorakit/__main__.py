@@ -15,7 +15,8 @@ from types import FrameType
 
 import click
 
-from lorakit.cli.commands import cli, is_main_process
+from lorakit.cli.group import cli
+from lorakit.cli.options import is_main_process
 from lorakit.errors import ConfigError, Interrupted, LorakitError, is_out_of_memory
 
 

@@ -55,6 +55,7 @@ def test_imports_run_one_way() -> None:
         ("lorakit", "torch numpy PIL click cattrs tomlkit"),
         ("lorakit.api", "torch numpy PIL click cattrs tomlkit attrs"),
         ("lorakit.cli.commands", "torch numpy PIL cattrs tomlkit"),
+        ("lorakit.cli.group", "torch numpy PIL cattrs tomlkit"),
         ("lorakit.plugins.catalog", "torch numpy PIL cattrs tomlkit safetensors"),
         ("lorakit.config.load", "torch numpy PIL tomlkit safetensors huggingface_hub"),
         ("lorakit.config.dump", "torch numpy PIL safetensors huggingface_hub"),

@@ -158,7 +158,7 @@ def test_problems_of_the_config_come_before_anything_heavy(folder: Path, command
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["chekc"], "No such command 'chekc'"),
+        (["chekc"], "no command is called 'chekc' (did you mean 'check'?)"),
         (["check", "a", "b"], "unexpected extra argument"),
         (["train", "config.toml", "--st", "a=1"], "No such option"),
         (["train", "--resume", "config.toml"], "lorakit train config.toml --resume"),
@@ -235,9 +235,58 @@ def test_help_lists_commands_in_the_order_of_work(folder: Path) -> None:
     """What is done first is listed first; an example and the documentation follow."""
     text = run(folder, "-h").stdout
     commands = ["init", "check", "plan", "cache", "train", "from-kohya", "plugins"]
-    assert re.findall(r"^  ([a-z-]+)  ", text.partition("Commands:")[2], re.MULTILINE) == commands
+    assert re.findall(r"^  ([a-z-]+)  ", text.partition("Training:")[2], re.MULTILINE) == commands
     assert "lorakit train" in text.partition("Example:")[2]
     assert "docs/index.md" in text
+
+
+def test_commands_of_plugins(folder: Path, tmp_path: Path) -> None:
+    """A plugin's command is listed, runs, takes --debug, and its errors are told as all are; clashes are named."""
+    site = tmp_path / "site"
+    install(site, "guest", guest_one=COMMAND, guest_two=COMMAND.replace('name = "greet"', 'name = "train"'))
+    install(site, "sick", sick_one="import no_such_package_anywhere")
+    listed = run(folder, "--help", site=site).stdout.partition("Commands of plugins:")[2]
+    assert re.findall(r"^  (\S+)  +(\S.*)$", listed, re.MULTILINE)[:2] == [
+        ("greet", "Greet a file."),
+        ("guest:train", "Greet a file."),
+    ]
+    assert run(folder, "greet", "config.toml", site=site).stdout == "Hello config.toml!\n"
+    missing = run(folder, "greet", "nothing.toml", site=site)
+    assert (missing.returncode, missing.stderr) == (2, "error: nothing.toml: there is none\n")
+    assert "Traceback" in run(folder, "greet", "nothing.toml", "--debug", site=site).stderr
+    clash = run(folder, "train", site=site)
+    assert clash.returncode == 2
+    assert "write 'guest:train' or 'lorakit:train'" in clash.stderr
+    assert run(folder, "guest:train", "config.toml", site=site).stdout == "Hello config.toml!\n"
+    assert "the plugin 'sick_one'" in run(folder, "grit", site=site).stderr
+
+
+COMMAND = """
+import click
+from attrs import frozen
+from lorakit.api import CommandConfig, hookimpl
+from lorakit.errors import ConfigError, Problem
+
+@click.command()
+@click.argument("path", type=click.Path())
+def greet(path):
+    "Greet a file."
+    from pathlib import Path
+    if not Path(path).exists():
+        raise ConfigError([Problem(path, "there is none")])
+    click.echo(f"Hello {path}!")
+
+@frozen(kw_only=True)
+class GreetCommand(CommandConfig):
+    "Greet a file."
+    name = "greet"
+    def build(self):
+        return greet
+
+@hookimpl
+def register_commands():
+    return [GreetCommand]
+"""
 
 
 def test_shells_complete_commands_and_keys(folder: Path) -> None:
@@ -248,7 +297,7 @@ def test_shells_complete_commands_and_keys(folder: Path) -> None:
     }
     for (words, number), expected in cases.items():
         environment = {"_LORAKIT_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": number}
-        code = "from lorakit.cli.commands import cli; cli(prog_name='lorakit')"
+        code = "from lorakit.cli.group import cli; cli(prog_name='lorakit')"
         result = subprocess.run(
             [sys.executable, "-c", code], cwd=folder, env={**os.environ, **environment},
             capture_output=True, text=True, check=False,
@@ -308,7 +357,7 @@ def test_plugins_are_listed_with_their_origin(folder: Path, tmp_path: Path) -> N
     result = run(folder, "plugins", site=site)
     assert (result.returncode, result.stderr) == (0, "")
     kinds = ["model family", "network", "optimizer", "LR scheduler", "attention backend", "saver", "observer"]
-    kinds += ["loss", "timestep sampler", "sampler", "dataset source"]
+    kinds += ["loss", "timestep sampler", "sampler", "dataset source", "command"]
     titles = [line.partition(":")[0] for line in result.stdout.splitlines() if line and line[0] != " "]
     assert titles == [*kinds, "broken plugin"]
     rows = [

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorakit.api.block_layout import BlockLayout as BlockLayout
+    from lorakit.api.command import CommandConfig as CommandConfig
     from lorakit.api.components import AttentionConfig as AttentionConfig
     from lorakit.api.components import Component as Component
     from lorakit.api.components import LRSchedulerConfig as LRSchedulerConfig

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
+    from lorakit.api.command import CommandConfig
     from lorakit.api.components import (
         AttentionConfig,
         LRSchedulerConfig,
@@ -94,3 +95,8 @@ def detect_model_family(checkpoint: CheckpointSummary) -> DetectedFamily | None:
 @hookspec
 def register_dataset_sources() -> list[type[DatasetSourceConfig]]:  # type: ignore[empty-body]
     """Sources of images and captions, such as a folder; a subset picks one with `source`."""
+
+
+@hookspec
+def register_commands() -> list[type[CommandConfig]]:  # type: ignore[empty-body]
+    """Commands, such as `lorakit train`."""

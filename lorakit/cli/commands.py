@@ -1,139 +1,29 @@
-"""The command line: parse, call, echo."""
+"""The commands on one config: parse, call, echo."""
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from lorakit.cli.options import (
+    DEFAULT_CONFIG,
+    ConfigCommand,
+    catalog,
+    is_main_process,
+    prepared_run,
+    print_warnings,
+    with_config,
+)
 from lorakit.errors import ConfigError, LorakitError, OutputError
 
 if TYPE_CHECKING:
-    from lorakit.errors import Problem
-    from lorakit.plugins.catalog import Catalog
     from lorakit.training.prepare import PreparedRun
 
-DEFAULT_CONFIG = Path("config.toml")
-"""The config that is written and read when none is named."""
 
-CommandT = TypeVar("CommandT", bound=Callable[..., Any])
-
-
-def _set_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        context.find_root().ensure_object(dict)["debug"] = True
-        logging.getLogger("lorakit").setLevel(logging.DEBUG)
-
-
-def _print_version(context: click.Context, _: click.Parameter, value: bool) -> None:
-    if value and not context.resilient_parsing:
-        from lorakit.cli.version import about
-
-        click.echo(about())
-        context.exit()
-
-
-def _debug_option() -> click.Option:
-    return click.Option(
-        ["--debug"], is_flag=True, expose_value=False, is_eager=True, callback=_set_debug,
-        help="Show the full traceback on errors.",
-    )  # fmt: skip
-
-
-class _Command(click.Command):
-    """A command that takes --debug, as the group does, so that it can be given in either place."""
-
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        self.params.append(_debug_option())
-
-
-class _ConfigCommand(_Command):
-    """A command on a config file, which says how keys are set where they are given as options of their own."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse; a wrong option or argument that is like a key is answered with what to type."""
-        given = list(args)
-        try:
-            return super().parse_args(ctx, args)
-        except click.UsageError as error:
-            from lorakit.cli.usage import cure_of_arguments, cure_of_options
-            from lorakit.config.load import known_keys
-
-            cure = cure_of_arguments(given) if "extra argument" in error.message else ""
-            if isinstance(error, click.NoSuchOption):
-                own = [name for parameter in self.params for name in (*parameter.opts, "-h", "--help")]
-                cure = cure_of_options(given, own, [*known_keys(_catalog())])
-            if not cure:
-                raise
-            raise click.UsageError(f"{error.message.rstrip('.')}: {cure}", ctx) from error
-
-
-class _Group(click.Group):
-    """The group of all commands, which are listed in the order of work."""
-
-    command_class = _Command
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        """Their names as they were defined, not by the alphabet."""
-        return list(self.commands)
-
-
-@click.group(
-    cls=_Group,
-    params=[_debug_option()],
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="""\b
-Example:
-  lorakit init --images photos --model v1-5-pruned.safetensors
-  lorakit check
-  lorakit train
-\b
-The documentation is in the folder docs of the repository; start with
-docs/index.md.""",
-)
-@click.option(
-    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version,
-    help="Show the versions of lorakit, Python and PyTorch, and the GPU.",
-)  # fmt: skip
-def cli() -> None:
-    """Train LoRA adapters for Stable Diffusion.
-
-    Start with `lorakit init`, which writes a commented config file.
-    """
-
-
-def with_config(command: CommandT) -> CommandT:
-    """Give a command the CONFIG argument and the --set option."""
-    override = click.option(
-        "--set", "overrides", multiple=True, metavar="KEY=VALUE", shell_complete=_complete_key,
-        help="Override a config key: --set optimizer.lr=1e-4; none unsets it. Repeatable.",
-    )  # fmt: skip
-    argument = click.argument("config", type=click.Path(path_type=Path), default=DEFAULT_CONFIG, callback=_config_file)
-    return argument(override(command))
-
-
-def _config_file(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
-    """The config file; the default name requires that it exists."""
-    source = context.get_parameter_source(parameter.name or "")
-    if source is click.core.ParameterSource.DEFAULT and not value.is_file() and not context.resilient_parsing:
-        cure = f"there is no {value}, the default, in this folder; `lorakit init` writes one"
-        raise click.UsageError(f"Missing argument 'CONFIG': {cure}", context)
-    return value
-
-
-def _complete_key(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
-    """The keys that begin as what is typed, for shells that complete it."""
-    from lorakit.config.load import known_keys
-
-    return [f"{key}=" for key in known_keys(_catalog()) if key.startswith(incomplete)]
-
-
-@cli.command(short_help="Write a commented config file to start from.")
+@click.command()
 @click.option("--full", is_flag=True, help="Write every key with its default and description.")
 @click.option(
     "--for", "purpose", type=click.Choice(["subject", "person", "style"]), default="subject", show_default=True,
@@ -161,9 +51,9 @@ def init(path: Path, full: bool, **chosen: Any) -> None:
         raise OutputError(f"{path} exists already; give another name, or remove it first")
     written, prompts = [path], prompts_beside(path)
     if full:
-        write_atomically(path, full_config(_catalog(), path, chosen["images"], chosen["model"]).encode())
+        write_atomically(path, full_config(catalog(), path, chosen["images"], chosen["model"]).encode())
     else:
-        start = plan_start(_catalog(), **chosen)
+        start = plan_start(catalog(), **chosen)
         write_atomically(path, short_config(start, path).encode())
         if not prompts.exists():
             write_atomically(prompts, start.prompts().encode())
@@ -174,14 +64,14 @@ def init(path: Path, full: bool, **chosen: Any) -> None:
     click.echo(f"Wrote {' and '.join(map(str, written))}. {todo}: lorakit check {path}")
 
 
-@cli.command(cls=_ConfigCommand, short_help="Validate a config file and list every problem at once.")
+@click.command(cls=ConfigCommand)
 @with_config
 def check(config: Path, overrides: tuple[str, ...]) -> None:
     """Validate the config file CONFIG and list every problem at once, without loading weights.
 
     Images, captions and the type of the base model are checked too.
     """
-    prepared, warnings = _prepared(config, overrides, _catalog())
+    prepared, warnings = prepared_run(config, overrides)
     _print_summary(prepared, config)
     from lorakit.training.summary import length_in_words
     from lorakit.utils.wording import counted
@@ -202,7 +92,7 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
         raise click.BadParameter(str(error)) from None
 
 
-@cli.command(cls=_ConfigCommand, short_help="Estimate steps, memory and time of a run.")
+@click.command(cls=ConfigCommand)
 @with_config
 @click.option(
     "--memory", callback=_bytes, metavar="SIZE",
@@ -215,7 +105,7 @@ def plan(config: Path, overrides: tuple[str, ...], memory: int | None, measure: 
     Memory is estimated without loading weights, for the current config and for each preset
     of settings that save memory.
     """
-    prepared, _ = _prepared(config, overrides, _catalog())
+    prepared, _ = prepared_run(config, overrides)
     from lorakit.planning.plan import make_plan
     from lorakit.planning.report import data_report, report
 
@@ -226,12 +116,11 @@ def plan(config: Path, overrides: tuple[str, ...], memory: int | None, measure: 
         click.echo(line)
 
 
-@cli.command(cls=_ConfigCommand, short_help="Encode images and captions into the cache.")
+@click.command(cls=ConfigCommand)
 @with_config
 def cache(config: Path, overrides: tuple[str, ...]) -> None:
     """Encode images and captions into the cache, and stop."""
-    catalog = _catalog()
-    prepared, _ = _prepared(config, overrides, catalog, resuming=True)  # it replaces no finished LoRA either
+    prepared, _ = prepared_run(config, overrides, resuming=True)  # it replaces no finished LoRA either
     from lorakit.training.setup import fill_cache
     from lorakit.utils.wording import shown_path
 
@@ -243,7 +132,7 @@ def cache(config: Path, overrides: tuple[str, ...]) -> None:
             click.echo(f"  {what:<8} {done or 'are encoded in each step'}")
 
 
-@cli.command(cls=_ConfigCommand, short_help="Train with a config file.")
+@click.command(cls=ConfigCommand)
 @with_config
 @click.option(
     "--resume", is_flag=False, flag_value="latest", type=click.Path(path_type=Path), metavar="[STATE_DIR]",
@@ -257,22 +146,19 @@ def train(config: Path, overrides: tuple[str, ...], resume: Path | None) -> None
     """
     if resume and resume.suffix in (".toml", ".json") and resume.is_file():
         raise click.UsageError(f"--resume takes the folder of a state: write lorakit train {resume} --resume")
-    catalog = _catalog()
-    prepared, _ = _prepared(config, overrides, catalog, resuming=resume is not None)
+    prepared, _ = prepared_run(config, overrides, resuming=resume is not None)
     _print_summary(prepared, config)
     from lorakit.training.setup import run_training
     from lorakit.training.summary import RunAccount
 
     account = RunAccount()
     state: Path | Literal["latest"] | None = "latest" if resume == Path("latest") else resume
-    run_training(prepared, catalog, state, observers=[account])
+    run_training(prepared, catalog(), state, observers=[account])
     for line in account.lines():
         click.echo(line)
 
 
-@cli.command(
-    "from-kohya",
-    short_help="Convert a command line of sd-scripts, or a file of its GUI, to a config file.",
+@click.command(
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )
 @click.option(
@@ -300,16 +186,16 @@ def from_kohya(output: Path | None, arguments: tuple[str, ...]) -> None:
         output, arguments = Path(arguments[-1]), arguments[:-2]
     if output and output.exists():
         raise OutputError(f"{output} exists already; give another name, or remove it first")
-    catalog, target = _catalog(), output.absolute().parent if output else Path.cwd()
-    draft = convert(read_arguments(arguments, Path.cwd()), Path.cwd(), target, catalog)
+    target = output.absolute().parent if output else Path.cwd()
+    draft = convert(read_arguments(arguments, Path.cwd()), Path.cwd(), target, catalog())
     if output:
         write_atomically(output, to_text(draft).encode())
     else:
         click.echo(to_text(draft), nl=False)
-    _print_warnings(draft.remarks)
+    print_warnings(draft.remarks)
     problems: tuple[object, ...] = ()
     try:
-        prepare(config_from_tables(draft.tables(), target, catalog))
+        prepare(config_from_tables(draft.tables(), target, catalog()))
     except LorakitError as error:
         problems = error.problems if isinstance(error, ConfigError) else (error,)
     for problem in problems:
@@ -319,7 +205,7 @@ def from_kohya(output: Path | None, arguments: tuple[str, ...]) -> None:
         click.echo(f"Wrote {output}. {cure if problems else f'Next: lorakit train {output}'}")
 
 
-@cli.command(short_help="List all components, or the keys of one.")
+@click.command()
 @click.argument("name", required=False)
 def plugins(name: str | None) -> None:
     """List all components provided by plugins, and broken plugins with the reason.
@@ -328,40 +214,8 @@ def plugins(name: str | None) -> None:
     """
     from lorakit.cli.listing import details, listing
 
-    for line in details(_catalog(), name) if name else listing(_catalog()):
+    for line in details(catalog(), name) if name else listing(catalog()):
         click.secho(line.text, fg="red" if line.is_broken else None, bold=line.is_title)
-
-
-def is_main_process() -> bool:
-    """Whether this process speaks to the user; launchers number the processes of a run."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _catalog() -> Catalog:
-    from lorakit.plugins.catalog import Catalog
-
-    return Catalog.discover()
-
-
-def _prepared(
-    path: Path, overrides: tuple[str, ...], catalog: Catalog, *, resuming: bool = False
-) -> tuple[PreparedRun, int]:
-    """The run of a config file, ready to start, and how many warnings were printed, each once."""
-    from lorakit.config.load import read_config
-    from lorakit.training.prepare import prepare
-
-    config = read_config(path, overrides, catalog)
-    printed = _print_warnings(config.warnings())
-    prepared = prepare(config, resuming=resuming)
-    return prepared, printed + _print_warnings(prepared.warnings)
-
-
-def _print_warnings(warnings: Iterable[Problem]) -> int:
-    """Print warnings, on the main process; gives how many there are."""
-    listed = list(warnings)
-    for warning in listed if is_main_process() else ():
-        click.secho(f"warning: {warning}", fg="yellow", err=True)
-    return len(listed)
 
 
 def _print_summary(prepared: PreparedRun, source: Path) -> None:

@@ -35,4 +35,5 @@ def failures() -> dict[str, set[str]]:
 @pytest.mark.parametrize("suite", SUITES)
 def test_notices_what_is_broken(suite: str, failures: dict[str, set[str]]) -> None:
     """A suite's failures are those that its component's faults explain, no less and no more."""
-    assert failures[suite] == UNREGISTERED | set(SUITES[suite].violates)
+    unregistered = {test for test in UNREGISTERED if getattr(SUITES[suite], test)}
+    assert failures[suite] == unregistered | set(SUITES[suite].violates)

@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import attrs
 import click
@@ -16,7 +17,7 @@ from lorakit.api import hookspecs
 from lorakit.api.components import Component, ObserverConfig
 from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.api.sampling import SamplerConfig
-from lorakit.cli import commands as cli
+from lorakit.cli.group import cli
 from lorakit.config.datasets import DataSection, DatasetConfig, SubsetConfig
 from lorakit.config.load import COMPONENT_SECTIONS, PLAIN_SECTIONS
 from lorakit.plugins.catalog import Catalog
@@ -113,10 +114,20 @@ def test_limits_and_defaults_are_told() -> None:
     assert rows(sections["[output]"])["dir"][:2] == ["path", "—"]
 
 
+def below(path: str, command: click.Command, context: click.Context) -> Iterator[tuple[str, click.Command]]:
+    """A command and those below it, by what is typed to run them."""
+    yield path, command
+    for name in command.list_commands(context) if isinstance(command, click.Group) else ():
+        own = command.get_command(context, name)
+        assert own is not None
+        yield from below(f"{path} {name}", own, context)
+
+
 def test_every_command_is_described() -> None:
     """Each command has a section with all its arguments and options."""
     sections = page_sections("commands.md")
-    commands = {f"lorakit {name}": command for name, command in cli.cli.commands.items()}
+    context = click.Context(cli, info_name="lorakit")
+    commands = {path: command for path, command in below("lorakit", cli, context) if path != "lorakit"}
     assert len(commands) >= 5
     assert sections.keys() - {""} == commands.keys()
     for name, command in commands.items():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from lorakit.cli.commands import cli
+from lorakit.cli.group import cli
 from lorakit.config.dump import to_toml
 from lorakit.data.cache.encode import EncodeOptions, LatentKeys
 from lorakit.training import encode

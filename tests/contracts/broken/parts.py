@@ -1,16 +1,18 @@
 """Components of all kinds but models and networks that break their contract in known ways."""
 
-# ruff: noqa: ARG002, ARG005, D101, D102
+# ruff: noqa: ARG002, ARG005, D101, D102, D400, D415
 
 from __future__ import annotations
 
 import attrs
+import click
 import torch
 from safetensors.torch import save_file
 from torch.nn.functional import scaled_dot_product_attention
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
+from lorakit.api.command import CommandConfig
 from lorakit.api.components import AttentionConfig, LRSchedulerConfig, ObserverConfig, OptimizerConfig, SaverConfig
 from lorakit.api.loss import LossConfig
 from lorakit.api.observer import Observer
@@ -19,6 +21,7 @@ from lorakit.networks.adapter_file import SafetensorsSaver, read_adapter
 from lorakit.networks.network import torch_groups
 from lorakit.testing.contracts import (
     AttentionContract,
+    CommandContract,
     LossContract,
     LRSchedulerContract,
     ObserverContract,
@@ -307,4 +310,31 @@ class TestIdle(SamplerContract):
         "test_arrives_at_the_data",
         "test_depends_on_noise_and_generators_alone",
         "test_asks_for_timesteps_of_the_process",
+    )
+
+
+@attrs.frozen(kw_only=True)
+class MuteConfig(CommandConfig):
+    """Says nothing of itself, takes anything"""
+
+    name = "Mute"
+
+    def build(self):
+        @click.command()
+        @click.option("--size", default=torch.get_num_threads())
+        def mute(size):
+            pass
+
+        mute.allow_extra_args = mute.ignore_unknown_options = True
+        return mute
+
+
+class TestMute(CommandContract):
+    config = MuteConfig()
+    violates = (
+        "test_has_a_plain_name",
+        "test_is_described_in_a_line",
+        "test_help_is_complete",
+        "test_refuses_unknown_options",
+        "test_builds_without_anything_heavy",
     )
