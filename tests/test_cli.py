@@ -234,7 +234,7 @@ def test_the_version_says_what_a_report_needs(folder: Path) -> None:
 def test_help_lists_commands_in_the_order_of_work(folder: Path) -> None:
     """What is done first is listed first; an example and the documentation follow."""
     text = run(folder, "-h").stdout
-    commands = ["init", "check", "plan", "cache", "train", "from-kohya", "plugins"]
+    commands = ["init", "check", "plan", "cache", "train", "sweep", "grid", "from-kohya", "plugins"]
     assert re.findall(r"^  ([a-z-]+)  ", text.partition("Training:")[2], re.MULTILINE) == commands
     assert "lorakit train" in text.partition("Example:")[2]
     assert "docs/index.md" in text
@@ -357,7 +357,7 @@ def test_plugins_are_listed_with_their_origin(folder: Path, tmp_path: Path) -> N
     result = run(folder, "plugins", site=site)
     assert (result.returncode, result.stderr) == (0, "")
     kinds = ["model family", "network", "optimizer", "LR scheduler", "attention backend", "saver", "observer"]
-    kinds += ["loss", "timestep sampler", "sampler", "dataset source", "command"]
+    kinds += ["loss", "timestep sampler", "sampler", "dataset source", "command", "preset"]
     titles = [line.partition(":")[0] for line in result.stdout.splitlines() if line and line[0] != " "]
     assert titles == [*kinds, "broken plugin"]
     rows = [

@@ -12,8 +12,8 @@ from PIL import Image
 
 from lorakit.api.components import OptimizerConfig
 from lorakit.api.model_family import ModelFamilyConfig
+from lorakit.api.preset import Preset, PresetConfig
 from lorakit.cli.init import (
-    PURPOSES,
     Start,
     full_config,
     look_at_images,
@@ -54,9 +54,15 @@ def add_images(folder: Path, count: int) -> Path:
     return folder
 
 
-def start(catalog: Catalog, optimizer: str = "adamw", purpose: str = "subject", **more: Any) -> Start:
+PRESETS: dict[str, Preset] = {
+    name: found.component().build()  # type: ignore[attr-defined]
+    for name, (found, *_) in Catalog.discover().of_kind(PresetConfig).items()
+}
+
+
+def start(catalog: Catalog, optimizer: str = "adamw", preset: str = "subject", **more: Any) -> Start:
     """What a config is written for."""
-    return Start(purpose=PURPOSES[purpose], optimizer=catalog.find(OptimizerConfig, optimizer), **more)
+    return Start(preset=PRESETS[preset], optimizer=catalog.find(OptimizerConfig, optimizer), **more)
 
 
 def read(begun: Start, folder: Path, catalog: Catalog) -> TrainConfig:
@@ -74,10 +80,10 @@ OPTIMIZERS = [
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("purpose", PURPOSES)
-def test_it_suits_every_optimizer(folder: Path, catalog: Catalog, optimizer: str, purpose: str) -> None:
+@pytest.mark.parametrize("preset", PRESETS)
+def test_it_suits_every_optimizer(folder: Path, catalog: Catalog, optimizer: str, preset: str) -> None:
     """With each optimizer the config is good, has a learning rate that is usual for it, and nothing is warned of."""
-    begun = start(catalog, optimizer, purpose, model="model.safetensors", images=look_at_images(folder / "photos"))
+    begun = start(catalog, optimizer, preset, model="model.safetensors", images=look_at_images(folder / "photos"))
     config = read(begun, folder, catalog)
     assert not list(config.warnings())
     own = config.optimizer
@@ -98,12 +104,12 @@ def test_it_is_short(catalog: Catalog) -> None:
 def test_its_lines_read_well(folder: Path, catalog: Catalog) -> None:
     """Comments stand apart from long values, small rates are written alike, and the first line fits the purpose."""
     long = "name/" + "of-a-model-on-the-hub" * 3
-    for purpose, rate in (("subject", "1.5e-5"), ("style", "7.5e-6")):
-        text = short_config(start(catalog, "lion", purpose, model=long), folder / "config.toml")
+    for preset, rate in (("subject", "1.5e-5"), ("style", "7.5e-6")):
+        text = short_config(start(catalog, "lion", preset, model=long), folder / "config.toml")
         assert f'path = "{long}"  # or a Hub id' in text
         assert f"text_encoder_lr = {rate} " in text
         assert "lr = 3e-5 " in text
-        assert f"about {PURPOSES[purpose].steps} are a good first try" in text.splitlines()[0]
+        assert f"about {PRESETS[preset].steps} are a good first try" in text.splitlines()[0]
 
 
 @pytest.mark.parametrize(("count", "steps"), [(1, 2000), (7, 2000), (20, 2000), (150, 2000), (900, 2000)])

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from lorakit.api.observer import Observer as Observer
     from lorakit.api.observer import RunInfo as RunInfo
     from lorakit.api.observer import StepMetrics as StepMetrics
+    from lorakit.api.preset import Preset as Preset
+    from lorakit.api.preset import PresetConfig as PresetConfig
     from lorakit.api.sampling import SamplerConfig as SamplerConfig
     from lorakit.api.sampling import TimestepSamplerConfig as TimestepSamplerConfig
     from lorakit.checkpoints.location import locate as locate

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lorakit.api.dataset_source import DatasetSourceConfig
     from lorakit.api.loss import LossConfig
     from lorakit.api.model_family import DetectedFamily, ModelFamilyConfig
+    from lorakit.api.preset import PresetConfig
     from lorakit.api.sampling import SamplerConfig, TimestepSamplerConfig
     from lorakit.checkpoints import CheckpointSummary
 
@@ -100,3 +101,8 @@ def register_dataset_sources() -> list[type[DatasetSourceConfig]]:  # type: igno
 @hookspec
 def register_commands() -> list[type[CommandConfig]]:  # type: ignore[empty-body]
     """Commands, such as `lorakit train`."""
+
+
+@hookspec
+def register_presets() -> list[type[PresetConfig]]:  # type: ignore[empty-body]
+    """Presets of `lorakit init --for`, such as those for a person or a style."""

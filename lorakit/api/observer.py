@@ -73,10 +73,11 @@ class RunInfo(Protocol):
         What raises on one process raises on all of them. Results are pickled.
         """
 
-    def save_adapter(self, stem: str, folder: Path | None = None) -> Path:
+    def save_adapter(self, stem: str, folder: Path | None = None, metadata: Mapping[str, str] = ...) -> Path:
         """Save the adapters as they are now under a file name without extension, `save_adapter("lora-half")`.
 
-        The default folder is the output folder. Returns the path. Raises OutputError where the file cannot be written.
+        The default folder is the output folder; `metadata` is added to what the file says of itself, if its format can.
+        Returns the path. Raises OutputError where the file cannot be written.
         """
 
     def save_state(self, folder: Path | None = None) -> Path:

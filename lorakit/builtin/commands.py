@@ -83,6 +83,34 @@ class TrainCommand(CommandConfig):
 
 
 @frozen(kw_only=True)
+class SweepCommand(CommandConfig):
+    """Train with every combination of some values, and compare the results."""
+
+    name = "sweep"
+    heading = "Training"
+
+    def build(self) -> click.Command:
+        """`lorakit sweep`."""
+        from lorakit.cli.series import sweep
+
+        return sweep
+
+
+@frozen(kw_only=True)
+class GridCommand(CommandConfig):
+    """Draw prompts with several LoRA files at several strengths on one sheet."""
+
+    name = "grid"
+    heading = "LoRA files"
+
+    def build(self) -> click.Command:
+        """`lorakit grid`."""
+        from lorakit.cli.grid import grid
+
+        return grid
+
+
+@frozen(kw_only=True)
 class FromKohyaCommand(CommandConfig):
     """Convert a command line of sd-scripts, or a file of its GUI, to a config file."""
 
@@ -113,4 +141,5 @@ class PluginsCommand(CommandConfig):
 @hookimpl
 def register_commands() -> list[type[CommandConfig]]:
     """All commands, in the order of work."""
-    return [InitCommand, CheckCommand, PlanCommand, CacheCommand, TrainCommand, FromKohyaCommand, PluginsCommand]
+    training = [InitCommand, CheckCommand, PlanCommand, CacheCommand, TrainCommand, SweepCommand]
+    return [*training, GridCommand, FromKohyaCommand, PluginsCommand]

@@ -16,6 +16,7 @@ from lorakit.cli.options import (
     prepared_run,
     print_warnings,
     with_config,
+    with_configs,
 )
 from lorakit.errors import ConfigError, LorakitError, OutputError
 
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--full", is_flag=True, help="Write every key with its default and description.")
 @click.option(
-    "--for", "purpose", type=click.Choice(["subject", "person", "style"]), default="subject", show_default=True,
-    help="Subject of the LoRA; selects typical rank, steps and learning rates.",
+    "--for", "preset", metavar="PRESET", default="subject", show_default=True,
+    help="Preset with typical rank, steps and learning rates: subject, person, style, or one of a plugin.",
 )  # fmt: skip
 @click.option(
     "--images", type=click.Path(path_type=Path), metavar="FOLDER",
@@ -133,27 +134,46 @@ def cache(config: Path, overrides: tuple[str, ...]) -> None:
 
 
 @click.command(cls=ConfigCommand)
-@with_config
+@with_configs
 @click.option(
     "--resume", is_flag=False, flag_value="latest", type=click.Path(path_type=Path), metavar="[STATE_DIR]",
     help="Resume from a saved state: the one in STATE_DIR, or the newest of this run.",
 )  # fmt: skip
-def train(config: Path, overrides: tuple[str, ...], resume: Path | None) -> None:
+@click.option(
+    "--report", "report_file", type=click.Path(path_type=Path), metavar="FILE",
+    help="Write loss, validation loss, time, memory and files of the run to FILE, as JSON.",
+)  # fmt: skip
+def train(configs: tuple[Path, ...], overrides: tuple[str, ...], resume: Path | None, report_file: Path | None) -> None:
     """Train with the config file CONFIG.
 
     The config, images and captions are validated before the model is loaded. Ctrl-C stops after the
     current step and saves a state; `--resume` continues from it.
+
+    With several config files, train with one after the other, and compare the results as `lorakit sweep` does.
     """
     if resume and resume.suffix in (".toml", ".json") and resume.is_file():
         raise click.UsageError(f"--resume takes the folder of a state: write lorakit train {resume} --resume")
+    latest = resume == Path("latest")
+    if len(configs) > 1:
+        if report_file or (resume and not latest):
+            raise click.UsageError(
+                "--report FILE and --resume STATE_DIR are for one config; --resume alone for several"
+            )
+        from lorakit.cli.series import train_series
+
+        train_series([(str(path), path, overrides) for path in configs], resume=latest)
+        return
+    (config,) = configs
     prepared, _ = prepared_run(config, overrides, resuming=resume is not None)
     _print_summary(prepared, config)
+    from lorakit.training.report import RunReport
     from lorakit.training.setup import run_training
     from lorakit.training.summary import RunAccount
 
-    account = RunAccount()
-    state: Path | Literal["latest"] | None = "latest" if resume == Path("latest") else resume
-    run_training(prepared, catalog(), state, observers=[account])
+    account, report = RunAccount(), RunReport(prepared.config)
+    state: Path | Literal["latest"] | None = "latest" if latest else resume
+    with report.written_to(report_file if is_main_process() else None):
+        run_training(prepared, catalog(), state, observers=[account, report])
     for line in account.lines():
         click.echo(line)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
@@ -13,43 +13,17 @@ from attrs import frozen
 
 from lorakit.api.components import OptimizerConfig
 from lorakit.api.model_family import ModelFamilyConfig
+from lorakit.api.preset import Preset, PresetConfig
 from lorakit.checkpoints import HubModel, locate, summarize
 from lorakit.config.dump import STARTER_VALUES, starter
 from lorakit.errors import ConfigError, LorakitError, Problem
+from lorakit.plugins.build import build_component
 from lorakit.plugins.catalog import Catalog
 
 _EPOCHS = 10
 _COMMENT_COLUMN = 40
 _SMALL = 768
 """Side of images, in pixels, up to which a step without checkpoints fits on most GPUs."""
-
-
-@frozen
-class Purpose:
-    """What a LoRA is trained for, and the usual settings for it."""
-
-    steps: int
-    """About how many steps to train."""
-    rank: int
-    alpha: float
-    text_encoder_share: float
-    """What multiplies the learning rate of the U-Net for the text encoder."""
-    word: str
-    """Words for the subject in captions, if the user has none."""
-    prompts: tuple[str, ...]
-    """What to draw as previews; `{}` is the caption's word."""
-
-
-PURPOSES: Mapping[str, Purpose] = {
-    "subject": Purpose(2000, 16, 16.0, 0.5, "photo of fluffy_cat", ("{}", "{} on a beach", "{}, oil painting")),
-    "person": Purpose(
-        2000, 32, 16.0, 0.5, "photo of jane_doe", ("{}", "{}, portrait, smiling", "{} walking in a city")
-    ),
-    "style": Purpose(
-        3000, 32, 16.0, 0.25, "in my_style", ("a castle on a hill {}", "a portrait of a woman {}", "a cat {}")
-    ),
-}
-"""The purposes to choose from."""
 
 
 @frozen
@@ -68,7 +42,7 @@ class Images:
 class Start:
     """What a config is written for."""
 
-    purpose: Purpose
+    preset: Preset
     images: Images | None = None
     model: str | None = None
     """Path or Hub id of the base model."""
@@ -80,25 +54,25 @@ class Start:
     def repeats_and_epochs(self) -> tuple[int, int]:
         """How often each image is repeated, and the epochs, for about the usual number of steps at batch size 1."""
         count = self.images.count if self.images else 20
-        repeats = max(1, round(self.purpose.steps / _EPOCHS / count))
-        return repeats, _EPOCHS if repeats > 1 else max(1, round(self.purpose.steps / count))
+        repeats = max(1, round(self.preset.steps / _EPOCHS / count))
+        return repeats, _EPOCHS if repeats > 1 else max(1, round(self.preset.steps / count))
 
     @property
     def word(self) -> str:
         """The words for the subject in captions."""
-        return (self.images.word if self.images else None) or self.purpose.word
+        return (self.images.word if self.images else None) or self.preset.word
 
     def prompts(self) -> str:
         """A file of prompts for previews."""
-        lines = [prompt.format(self.word) for prompt in self.purpose.prompts]
+        lines = [prompt.format(self.word) for prompt in self.preset.prompts]
         note = "" if self.images and self.images.word else f"; replace {self.word.split()[-1]} with your own word"
         return "\n".join([f"# A prompt in each line{note}.", *lines, ""])
 
 
-def plan_start(catalog: Catalog, purpose: str, images: Path | None, model: str | None, optimizer: str) -> Start:
+def plan_start(catalog: Catalog, preset: str, images: Path | None, model: str | None, optimizer: str) -> Start:
     """What a short config is written for. Raises ConfigError or PluginError for what is not there."""
     return Start(
-        purpose=PURPOSES[purpose],
+        preset=build_component(catalog.find(PresetConfig, preset)()),
         images=look_at_images(images) if images else None,
         model=model,
         family=(look_at_model(model, catalog) if model else None) or ModelFamilyConfig,
@@ -157,7 +131,7 @@ def _preamble(start: Start, path: Path) -> str:
     repeats, epochs = start.repeats_and_epochs
     count = start.images.count if start.images else 20
     length = f"{count} images, {repeats} times an epoch, {epochs} epochs: {count * repeats * epochs} steps"
-    usual = start.purpose.steps
+    usual = start.preset.steps
     return (
         f"# {'' if start.images else 'With '}{length}; about {usual} are a good first try.\n"
         f"# Check it: lorakit check {path.name}   Train: lorakit train {path.name}\n"
@@ -189,8 +163,8 @@ def _data(start: Start, path: Path) -> Iterator[str]:
 def _network(start: Start, _: Path) -> Iterator[str]:
     yield "[network]"
     yield _line("name", "lierla", '"c3lier" adapts convolutions too')
-    yield _line("rank", start.purpose.rank, "higher: more detail, larger file")
-    yield _line("alpha", start.purpose.alpha, "scale: updates are multiplied by alpha / rank")
+    yield _line("rank", start.preset.rank, "higher: more detail, larger file")
+    yield _line("alpha", start.preset.alpha, "scale: updates are multiplied by alpha / rank")
 
 
 def _optimizer(start: Start, _: Path) -> Iterator[str]:
@@ -205,7 +179,7 @@ def _optimizer(start: Start, _: Path) -> Iterator[str]:
     for key, value in own.usual_options.items():
         yield _line(key, value, f"usual with {own.name}")
     if own.supports_group_lrs and not own.finds_learning_rate:
-        share = start.purpose.text_encoder_share
+        share = start.preset.text_encoder_share
         several = sum(bool(part.encoders) for part in start.family.parts) > 1
         off = "0 trains none, [1e-5, 0] the first alone" if several else "0 does not train the text encoder"
         yield _line("text_encoder_lr", float(f"{lr * share:.2g}"), f"lower than lr; {off}")

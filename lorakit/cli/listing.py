@@ -27,6 +27,8 @@ _KEYS: Mapping[str, str] = {
     "model family": "[model], detected automatically",
     "observer": '[[observers]] with name = "…"',
     "sampler": '[[observers]] with name = "samples" and sampler = "…"',
+    "command": "lorakit NAME",
+    "preset": "lorakit init --for NAME",
     "dataset source": '[data], or a subset, with source = "…"',
 }
 

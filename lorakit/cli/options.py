@@ -44,18 +44,38 @@ class ConfigCommand(click.Command):
 
 def with_config(command: CommandT) -> CommandT:
     """Give a command the CONFIG argument and the --set option."""
-    override = click.option(
+    argument = click.argument("config", type=click.Path(path_type=Path), default=DEFAULT_CONFIG, callback=_config_file)
+    return argument(_override_option(command))
+
+
+def _override_option(command: CommandT) -> CommandT:
+    option = click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", shell_complete=_complete_key,
         help="Override a config key: --set optimizer.lr=1e-4; none unsets it. Repeatable.",
     )  # fmt: skip
-    argument = click.argument("config", type=click.Path(path_type=Path), default=DEFAULT_CONFIG, callback=_config_file)
-    return argument(override(command))
+    return option(command)
+
+
+def with_configs(command: CommandT) -> CommandT:
+    """Give a command one or more CONFIG arguments and the --set option."""
+    argument = click.argument("configs", type=click.Path(path_type=Path), nargs=-1, callback=_config_files)
+    return argument(_override_option(command))
+
+
+def _config_files(context: click.Context, parameter: click.Parameter, value: tuple[Path, ...]) -> tuple[Path, ...]:
+    """The config files; the default one must exist, and a key with a value is not one of them."""
+    from lorakit.cli.usage import cure_of_arguments
+
+    if not context.resilient_parsing and any("=" in path.name and not path.exists() for path in value):
+        cure = cure_of_arguments([str(path) for path in value])
+        raise click.UsageError(f"Got unexpected extra argument: {cure}", context)
+    return value or (_config_file(context, parameter, DEFAULT_CONFIG),)
 
 
 def _config_file(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
     """The config file; the default name requires that it exists."""
     source = context.get_parameter_source(parameter.name or "")
-    if source is click.core.ParameterSource.DEFAULT and not value.is_file() and not context.resilient_parsing:
+    if source in (None, click.core.ParameterSource.DEFAULT) and not value.is_file() and not context.resilient_parsing:
         cure = f"there is no {value}, the default, in this folder; `lorakit init` writes one"
         raise click.UsageError(f"Missing argument 'CONFIG': {cure}", context)
     return value

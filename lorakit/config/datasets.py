@@ -79,7 +79,8 @@ class SubsetConfig:
     """Crop around the face given in the file name (`…_x_y_width_height.png`, its centre and size in pixels), in each
     epoch with a random shorter side between these two multiples of the face's size."""
     resize_interpolation: Interpolation = "lanczos"
-    """Resampling filter for resizing; `area` and `box` average."""
+    """Resampling filter for resizing. `area` is the exact mean of the area that a pixel covers, and linear for
+    enlarging, as in OpenCV; `box`, Pillow's, is the mean of the pixels whose centres are in that area."""
     alpha_mask: bool = False
     """Use the alpha channel as loss mask; transparent pixels keep their RGB values."""
     conditioning_data_dir: Path | None = None

@@ -16,7 +16,7 @@ _PIECE = re.compile(
     r"\\(?P<escaped>[\\()\[\]])"
     r"|:\s*(?P<weight>[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))\s*\)"
     r"|(?P<bracket>[()\[\]])"
-    r"|(?P<text>[^\\()\[\]:]+|[\\:])"
+    r"|(?P<text>[^\\()\[\]:]+|:)"  # any other backslash is in no piece
 )
 
 Fragment = tuple[str, float]
@@ -27,8 +27,8 @@ def weighted_fragments(caption: str) -> list[Fragment]:
     """The caption without its brackets, in pieces of one weight each; no two neighbours have the same.
 
     `(x)` multiplies the weight of x by 1.1, `(x:w)` by w, and `[x]` divides it by 1.1; nested brackets
-    multiply. A backslash before a bracket or a backslash makes it a mere character. A bracket that is never
-    closed reaches to the end; one that was never opened is a mere character.
+    multiply. A backslash before a bracket or a backslash makes it a mere character; any other backslash is dropped. A
+    bracket that is never closed reaches to the end; one that was never opened is a mere character.
     """
     words: list[str] = []
     weights: list[float] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -22,8 +22,8 @@ MAX_ROWS, MAX_COLUMNS = 16, 8
 """How many prompts and how many times of drawing a sheet shows at most."""
 _CELL = 160
 """Pixels along the longer side of an image on the sheet."""
-_GAP, _LABEL, _HEAD = 8, 180, 32
-"""Pixels between images, for the prompts on the left, and for the steps at the top."""
+_GAP, _LABEL = 8, 180
+"""Pixels between images, and for the prompts on the left."""
 _TEXT_SIZE = 14
 _NAME = re.compile(r"_(?P<prompt>\d{2,})_(?P<time>\d{14})(?:_\d+)?\.png$")
 
@@ -66,30 +66,51 @@ def write_contact_sheet(path: Path, previews: Iterable[Preview]) -> None:
     if len(steps) > MAX_COLUMNS:
         steps = [steps[index * (len(steps) - 1) // (MAX_COLUMNS - 1)] for index in range(MAX_COLUMNS)]
     prompts = sorted({prompt for prompt, _ in places})[:MAX_ROWS]
+    titles = [f"step {step}" if step else "before training" for step in steps]
+    columns = [[places.get((prompt, step)) for prompt in prompts] for step in steps]
+    _write(path, _sheet(titles, columns))
+
+
+def write_sheet(path: Path, columns: Mapping[str, Sequence[Path]], *, whole: bool = False) -> None:
+    """Write a sheet with a column of pictures under each title, whole or not at all. Raises OutputError.
+
+    Unless it shall be `whole`, the first rows and columns are shown of many. Images that are gone are left out.
+    """
+    titles = [*columns][: None if whole else MAX_COLUMNS]
+    height = max(map(len, columns.values()))
+    height = height if whole else min(height, MAX_ROWS)
+    padded = [[*columns[title], *[None] * height][:height] for title in titles]
+    _write(path, _sheet(titles, [[own if own and own.is_file() else None for own in column] for column in padded]))
+
+
+def _write(path: Path, sheet: Image) -> None:
     content = io.BytesIO()
-    _sheet(places, prompts, steps).save(content, "PNG")
+    sheet.save(content, "PNG")
     write_atomically(path, content.getvalue())
 
 
-def _sheet(places: Mapping[tuple[int, int], Path], prompts: list[int], steps: list[int]) -> Image:
+def _sheet(titles: Sequence[str], columns: Sequence[Sequence[Path | None]]) -> Image:
+    """The pictures of each column, from top to bottom, with the prompt of each row on the left."""
     from PIL import Image, ImageDraw, ImageFont
 
     pitch = _CELL + _GAP
-    size = (_LABEL + pitch * len(steps) + _GAP, _HEAD + pitch * len(prompts) + _GAP)
+    head = _GAP + (_TEXT_SIZE + 10) * max((title.count("\n") + 1 for title in titles), default=1)
+    size = (_LABEL + pitch * len(columns) + _GAP, head + pitch * max(map(len, columns), default=0) + _GAP)
     paper = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(paper)
     draw.font = ImageFont.load_default(_TEXT_SIZE)
-    for column, step in enumerate(steps):
+    for column, (title, paths) in enumerate(zip(titles, columns, strict=True)):
         left = _LABEL + pitch * column + _GAP
-        draw.text((left, _GAP), f"step {step}" if step else "before training", fill="black")
-        for row, prompt in enumerate(prompts):
-            if (prompt, step) not in places:
+        draw.multiline_text((left, _GAP), _shortened(draw, title), fill="black")
+        for row, path in enumerate(paths):
+            if path is None:
                 continue
-            top = _HEAD + pitch * row
-            picture, text = _thumbnail(places[prompt, step])
+            top = head + pitch * row
+            picture, _ = _thumbnail(path)
             paper.paste(picture, (left + (_CELL - picture.width) // 2, top + (_CELL - picture.height) // 2))
-            if step == steps[-1]:
-                draw.multiline_text((_GAP, top), _wrapped(draw, text), fill="black")
+    for row, paths in enumerate(zip(*columns, strict=True)):
+        if shown := [path for path in paths if path is not None]:
+            draw.multiline_text((_GAP, head + pitch * row), _wrapped(draw, _thumbnail(shown[-1])[1]), fill="black")
     return paper
 
 
@@ -102,6 +123,19 @@ def _thumbnail(path: Path) -> tuple[Image, str]:
         scale = _CELL / max(picture.size)
         size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
         return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS), picture.info.get("prompt", "")
+
+
+def _shortened(draw: ImageDraw, title: str) -> str:
+    """The title with lines that fit above a column, of which the middle is left out where they are longer."""
+    lines = []
+    for line in title.split("\n"):
+        kept = len(line)
+        short = line
+        while kept > 1 and draw.textlength(short) > _CELL:
+            kept -= 1
+            short = f"{line[: kept // 2]}…{line[len(line) - (kept + 1) // 2 :]}"
+        lines.append(short)
+    return "\n".join(lines)
 
 
 def _wrapped(draw: ImageDraw, text: str) -> str:

@@ -125,13 +125,13 @@ def write_png(path: Path, pixels: Pixels, texts: dict[str, str]) -> None:
     write_atomically(path, content.getvalue())
 
 
-def description(job: PreviewJob, step: int) -> dict[str, str]:
+def description(job: PreviewJob, step: int, lora: str = "") -> dict[str, str]:
     """How an image was sampled after training step `step`, by name.
 
-    `parameters` has all of it in the format of AUTOMATIC1111's web UI.
+    `parameters` has all of it in the format of AUTOMATIC1111's web UI; `lora` is appended to the prompt there.
     """
     prompt, sampler = job.prompt, job.sampler
-    lines = [prompt.prompt]
+    lines = [prompt.prompt + lora]
     if prompt.negative_prompt:
         lines.append(f"Negative prompt: {prompt.negative_prompt}")
     lines.append(

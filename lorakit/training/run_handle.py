@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -134,16 +135,19 @@ class RunHandle:
         self._read_metrics_alone()
         return validation_loss(self.run, self.run.validation, timesteps, max_batches, shared=shared)
 
-    def save_adapter(self, stem: str, folder: Path | None = None) -> Path:
+    def save_adapter(
+        self, stem: str, folder: Path | None = None, metadata: Mapping[str, str] = MappingProxyType({})
+    ) -> Path:
         """Save the adapters as they are now under a file name without extension; returns the path.
 
-        The default folder is the output folder. Raises OutputError when the file cannot be written.
+        The default folder is the output folder; `metadata` is added to the file's. Raises OutputError when the file
+        cannot be written.
         """
         self._read_metrics_alone()
         run = self.run
         path = run.writer.path(stem, folder)
         with self.evaluating():
-            run.writer.write(path, run.step, -(-run.step // run.schedule.steps_per_epoch))
+            run.writer.write(path, run.step, -(-run.step // run.schedule.steps_per_epoch), metadata)
         self.tell("adapter_saved", path)
         return path
 

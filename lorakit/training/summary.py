@@ -172,8 +172,8 @@ class RunAccount(Observer):
         saves = [path for path in self._saves if path.exists()]
         if self._run is None or not saves:
             return []
-        *earlier, last = saves
-        kept = f", and {counted(len(earlier), 'earlier save')}" if earlier else ""
+        last = next((path for path in saves if path.stem == self._run.config.output.name), saves[-1])
+        kept = f", and {counted(len(saves) - 1, 'other save')}" if len(saves) > 1 else ""
         size = file_size(last.stat().st_size)
         first = f"Done in {duration(self._clock() - self._started)}: {shown_path(last)} ({size}){kept}"
         rows = labelled([*self._rows(self._run, last)], LABEL_WIDTH)

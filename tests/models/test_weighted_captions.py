@@ -22,7 +22,8 @@ GRAMMAR = {
     "(unbalanced": [("unbalanced", 1.1)],
     "[unbalanced": [("unbalanced", 1 / 1.1)],
     r"\(literal\]": [("(literal]", 1)],
-    r"back\\slash \n": [(r"back\slash \n", 1)],
+    r"back\\slash \n": [(r"back\slash n", 1)],
+    r"\a(b\:1.5)\\": [("a", 1), ("b", 1.5), ("\\", 1)],
     "(unnecessary)(parens)": [("unnecessaryparens", 1.1)],
     "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).": [
         ("a ", 1), ("house", 1.573), (" ", 1.1), ("on", 1), (" a ", 1.1), ("hill", 0.55), (", sun, ", 1.1),

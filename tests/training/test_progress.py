@@ -202,11 +202,18 @@ def test_validation_in_words() -> None:
     progress.run_started(run)
     for step, average, divergence in ((4, 0.05, 0.01), (8, 0.0312, 0.0082), (10, 0.04, -1e-6), (12, 0.031, 0.0)):
         progress.validated(step, {"average": average, "divergence": divergence})
+    for step, average in ((16, 0.04), (20, 0.05), (24, 0.05), (28, 0.06)):
+        progress.validated(step, {"average": average})
     assert shown.said == [
         "epoch 1: validation loss 0.0500 (training 0.0400)",
         "epoch 2: validation loss 0.0312, the lowest so far (training 0.0230)",
         "step 10: validation loss 0.0400 (training 0.0400; the lowest was 0.0312, epoch 2)",
         "epoch 3: validation loss 0.0310, the lowest so far (training 0.0310)",
+        "epoch 4: validation loss 0.0400 (the lowest was 0.0310, epoch 3)",
+        "epoch 5: validation loss 0.0500 (the lowest was 0.0310, epoch 3; risen 2 times in a row,"
+        " a sign of overfitting)",
+        "epoch 6: validation loss 0.0500 (the lowest was 0.0310, epoch 3)",
+        "epoch 7: validation loss 0.0600 (the lowest was 0.0310, epoch 3)",
     ]
 
 

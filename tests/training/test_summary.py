@@ -121,7 +121,7 @@ def test_account_of_a_run(make_config, catalog: Catalog, tmp_path: Path, monkeyp
     path = run_training(prepare(config), catalog, observers=[account])
     account.validated(6, {"average": -1.0})
     first, lowest, *use = account.lines()
-    assert first == f"Done in 13 min: out/test.safetensors ({file_size(path.stat().st_size)}), and 1 earlier save"
+    assert first == f"Done in 13 min: out/test.safetensors ({file_size(path.stat().st_size)}), and 1 other save"
     assert lowest == "Lowest validation loss: epoch 2, out/test-000002.safetensors"
     assert " ".join(" ".join(use).split()) == (
         "use models/Lora: <lora:test:1> in AUTOMATIC1111, Forge; models/loras in ComfyUI; words: sks, photo of sks"

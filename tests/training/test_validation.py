@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lorakit.api.components import ObserverConfig
@@ -22,6 +23,7 @@ from lorakit.training.run import Run
 from lorakit.training.run_handle import RunHandle
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.setup import add_observers, build_run, run_training
+from lorakit.training.summary import RunAccount
 from lorakit.utils.rng import keyed_generator
 
 CPU = Distributed(torch.device("cpu"))
@@ -136,6 +138,71 @@ def test_when_a_run_validates(make_config, catalog: Catalog, settings: dict[str,
     handle.observers.add("validation", catalog.find(ObserverConfig, "validation")(**settings).build(handle))
     train(handle)
     assert noting.steps == steps
+
+
+@pytest.mark.parametrize(
+    ("output", "steps"),
+    [({"save_every_n_steps": 3}, [3, 5]), ({"save_every_n_epochs": 2}, [4, 5]), ({"save_n_epoch_ratio": 3}, [2, 4, 5]),
+     ({}, [5])],
+)  # fmt: skip
+def test_validation_with_saves(make_config, catalog: Catalog, output: dict[str, int], steps: list[int]) -> None:
+    """A run can validate at the steps at which it saves."""
+    config = make_config(
+        data=HALF, training={"max_steps": 5}, output=output, observers=[{"name": "validation", "with_saves": True}]
+    )
+    assert [warning.key for warning in config.warnings()] == ([] if output else ["observers[0].with_saves"])
+    noting = Noting()
+    run_training(prepare(config), catalog, observers=[noting])
+    assert noting.steps == steps
+
+
+def test_two_ways_to_say_when(make_config) -> None:
+    """Saves or a number: not both."""
+    with pytest.raises(ConfigError, match=r"with_saves: cannot be used with every_n_epochs or every_n_steps"):
+        make_config(data=HALF, observers=[{"name": "validation", "with_saves": True, "every_n_steps": 2}])
+
+
+class Told(Observer):
+    """Remembers losses, and steps and contents of the best saves."""
+
+    def __init__(self) -> None:
+        self.losses: dict[int, float] = {}
+        self.best: list[tuple[int, bytes]] = []
+
+    def validated(self, step: int, losses: dict[str, float]) -> None:
+        """Remember."""
+        self.losses[step] = losses["average"]
+
+    def adapter_saved(self, path: Path) -> None:
+        """Remember the file."""
+        if path.stem == "test-best":
+            self.best.append((max(self.losses), path.read_bytes()))
+
+
+def test_the_best_is_kept(make_config, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NAME-best is what had the lowest loss, also over a resumption; the end is told of by its own file."""
+    losses = iter([0.5, 0.4, 0.6, 0.3, 0.35, 0.3, 0.2])
+    monkeypatch.setattr(RunHandle, "shared_validation_loss", lambda *_: next(losses))
+    keeping: dict[str, Any] = {
+        "data": HALF, "output": {"save_every_n_steps": 1, "save_state": True},
+        "observers": [{"name": "validation", "every_n_steps": 1, "keep_best": True}],
+    }  # fmt: skip
+    told, account = Told(), RunAccount()
+    run_training(prepare(make_config(**keeping, training={"max_steps": 5})), catalog, observers=[told, account])
+    assert [step for step, _ in told.best] == [1, 2, 4]
+    best, out = tmp_path / "out" / "test-best.safetensors", tmp_path / "out"
+    assert load_file(best).keys() == load_file(out / "test-step00000004.safetensors").keys()
+    pairs = zip(load_file(best).values(), load_file(out / "test-step00000004.safetensors").values(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+    with safe_open(best, "pt") as file:
+        assert (file.metadata()["lorakit_validation_loss"], file.metadata()["ss_steps"]) == ("0.3", "4")
+    first, lowest, *_ = account.lines()
+    assert "test.safetensors" in first
+    assert lowest.endswith("test-best.safetensors")
+    later = Told()
+    longer = prepare(make_config(**keeping, training={"max_steps": 7}), resuming=True)
+    run_training(longer, catalog, "latest", observers=[later])
+    assert [step for step, _ in later.best] == [7]
 
 
 def test_training_takes_no_notice(make_config, catalog: Catalog) -> None:

@@ -46,6 +46,8 @@ class Progress(Observer):
         self._pace = Pace()
         self._position = Position(done=run.first_step, total=run.total_steps)
         self._lowest: tuple[float, str] | None = None
+        self._rising: list[float] = []
+        """The validation losses since the last one that did not rise, that one first."""
         self._is_open = False
 
     def run_started(self, run: RunInfo) -> None:  # noqa: ARG002
@@ -87,6 +89,11 @@ class Progress(Observer):
         is_lowest = self._lowest is None or loss < self._lowest[0]
         if self._lowest is not None and not is_lowest:
             notes.append(f"the lowest was {shown_loss(self._lowest[0])}, {self._lowest[1]}")
+        is_higher = bool(self._rising) and loss > self._rising[-1]
+        self._rising = [*self._rising, loss] if is_higher else [loss]
+        rises = len(self._rising) - 1
+        if rises > 1:
+            notes.append(f"risen {rises} times in a row, a sign of overfitting")
         so_far = ", the lowest so far" if self._lowest is not None and is_lowest else ""
         if is_lowest:
             self._lowest = loss, when

@@ -18,7 +18,7 @@ from lorakit.data.cache.store import Cache, NotFiniteError, content_key, to_stor
 from lorakit.data.cache.vae import encode_pixels, latent_masks, not_encodable, on_device
 from lorakit.data.captions import caption_variants
 from lorakit.data.images.augmentation import Picture, load_picture
-from lorakit.data.images.decode import RESAMPLING
+from lorakit.data.images.decode import filter_name
 from lorakit.data.index import Example, IndexedDataset, default_workers
 from lorakit.errors import DataError, data_error
 from lorakit.models.conditioning import encode_frozen, split
@@ -124,7 +124,7 @@ def encode_captions(
     captions = dict.fromkeys(
         text for example in examples for text in caption_variants(example.caption, example.subset) or ()
     )
-    kind = "weighted caption" if encoding.weighted_captions else "caption"
+    kind = "caption with weights" if encoding.weighted_captions else "caption"
     keys = {caption: content_key(kind, _CAPTION_FORMAT, caption, fingerprint) for caption in captions}
     missing = [caption for caption in _own(list(keys), encoding) if not cache.has(keys[caption])]
 
@@ -149,7 +149,7 @@ def _latent_jobs(
     def content(example: Example) -> tuple[object, ...]:
         """What its latents depend on, beside the encoder; reads its files only where they have changed."""
         interpolation, placement = example.subset.resize_interpolation, example.placement
-        more = [] if interpolation == "lanczos" else [RESAMPLING[interpolation].name]
+        more = [] if interpolation == "lanczos" else [filter_name(interpolation)]
         if example.mask is not None:
             more.append(cache.memo.digest(example.mask))
         elif example.subset.alpha_mask:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lorakit.config.datasets import Interpolation
+from lorakit.data.images.area import area_mean
 from lorakit.data.images.buckets import ResizeCrop, Size
 from lorakit.data.images.formats import FORMATS, NAMES, disguised, has_its_end, read_ends
 from lorakit.errors import DataError, Problem
@@ -32,10 +33,10 @@ RESAMPLING: Mapping[Interpolation, Image.Resampling] = {
     "linear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "cubic": Image.Resampling.BICUBIC,
-    "area": Image.Resampling.BOX,
+    "area": Image.Resampling.BILINEAR,
     "box": Image.Resampling.BOX,
 }
-"""Pillow's filters, all but the nearest with a window that grows when an image shrinks."""
+"""Pillow's filters, all but the nearest with a window that grows when an image shrinks. `area` is one for enlarging."""
 
 _TO_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -138,7 +139,14 @@ def _resized_crop(image: Image.Image, placement: ResizeCrop, interpolation: Inte
     across, down = image.width / width, image.height / height
     box = (left * across, top * down, (left + bucket_width) * across, (top + bucket_height) * down)
     inside = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
+    if interpolation == "area" and min(across, down) >= 1:
+        return area_mean(np.asarray(image), placement.bucket, inside)
     return np.asarray(image.resize(placement.bucket, RESAMPLING[interpolation], box=inside))
+
+
+def filter_name(interpolation: Interpolation) -> str:
+    """The same for all names of a filter."""
+    return "AREA" if interpolation == "area" else RESAMPLING[interpolation].name
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -24,6 +24,7 @@ from lorakit.testing.contracts.model_families import ModelFamilyContract
 from lorakit.testing.contracts.networks import NetworkContract
 from lorakit.testing.contracts.observers import ObserverContract
 from lorakit.testing.contracts.optimizers import OptimizerContract
+from lorakit.testing.contracts.presets import PresetContract
 from lorakit.testing.contracts.samplers import SamplerContract
 from lorakit.testing.contracts.savers import SaverContract
 from lorakit.testing.contracts.timestep_samplers import TimestepSamplerContract
@@ -39,6 +40,7 @@ __all__ = [
     "NetworkContract",
     "ObserverContract",
     "OptimizerContract",
+    "PresetContract",
     "SamplerContract",
     "SaverContract",
     "TimestepSamplerContract",

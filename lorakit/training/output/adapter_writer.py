@@ -48,9 +48,10 @@ class AdapterWriter:
         itemsize = 4 if self.config.saver.precision == "fp32" else 2
         return sum(tensor.numel() for tensor in self.network.export_state().values()) * itemsize
 
-    def write(self, path: Path, step: int, epoch: int) -> None:
+    def write(self, path: Path, step: int, epoch: int, more: Mapping[str, str]) -> None:
         """Write the adapters as they are now, and read them back before the file gets its name.
 
+        `more` is added to the metadata.
         Raises TrainingDiverged when a weight is not finite, so that a broken file never takes the place of a
         good one; and OutputError when the file cannot be written, or is not read back as it was written.
         """
@@ -59,7 +60,7 @@ class AdapterWriter:
         if broken:
             raise TrainingDiverged(f"step {step}: {broken} is not finite; nothing was saved, earlier saves remain")
         # Asked for here and not at the start: hashing a base model of some gigabytes takes seconds, once.
-        metadata = {**self.metadata, **self.model.metadata(self.memo), **save_metadata(step, epoch)}
+        metadata = {**self.metadata, **self.model.metadata(self.memo), **save_metadata(step, epoch), **more}
         if self.config.metadata.minimal:
             metadata = without_training(metadata)
         with staging_dir(path) as scratch:

@@ -1,0 +1,54 @@
+"""A LoRA file on a base model, without training: attached at any strength, and taken off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from lorakit.api.components import NetworkConfig
+from lorakit.checkpoints import summarize
+from lorakit.checkpoints.kinds import adapter_kind
+from lorakit.checkpoints.lora_names import MAGNITUDE
+from lorakit.config.train_config import TrainConfig
+from lorakit.errors import AdapterError
+from lorakit.models.interfaces import DiffusionModel
+from lorakit.networks.adapter_file import load_initial_weights
+from lorakit.networks.network import Network
+from lorakit.plugins.build import build_component
+from lorakit.plugins.catalog import Catalog
+
+
+@contextmanager
+def attached(model: DiffusionModel, file: Path, config: TrainConfig) -> Iterator[Network]:
+    """The network of a LoRA file on a model while the block lasts; its `multiplier` is the strength.
+
+    `config` names the base model. Raises AdapterError where the file is not for it.
+    """
+    kind, title = adapter_kind(summarize(file)), config.model.adapter_title
+    if kind.algorithm not in ("LoRA", "DoRA") or (title and kind.model not in ("", title)):
+        raise AdapterError(f"{file} is {kind.description}; give a LoRA or DoRA for {title or 'the base model'}.")
+    targets = model.targets([part.name for part in config.model.parts])
+    tensors = load_initial_weights(file, targets)
+    network: Network = build_component(_network_of(file, tensors), targets)
+    try:
+        network.load_adapter_state(tensors, str(file))
+        yield network.eval().requires_grad_(False)
+    finally:
+        network.detach()
+
+
+def adapts_text(network: Network, config: TrainConfig) -> bool:
+    """Whether a network changes how texts are encoded."""
+    encoders = {part.name for part in config.model.parts if part.encoders}
+    return any(part in encoders for part in network.parts)
+
+
+def _network_of(file: Path, tensors: Mapping[str, Tensor]) -> NetworkConfig:
+    """The network that a file's tensors are of, with the ranks and alphas in the file."""
+    kind = Catalog.discover().find(NetworkConfig, "c3lier")
+    dora = any(name.endswith(f".{MAGNITUDE}") for name in tensors)
+    network: NetworkConfig = kind(weights=file, rank_from_weights=True, dora=dora)  # type: ignore[call-arg]
+    return network

@@ -1,0 +1,105 @@
+"""Drawing a grid: every prompt with every LoRA file at every strength, with the same seeds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from attrs import frozen
+
+from lorakit.checkpoints.safetensors_header import read_safetensors_header
+from lorakit.config.train_config import TrainConfig
+from lorakit.errors import ModelError
+from lorakit.grid.attached import adapts_text, attached
+from lorakit.models.interfaces import DiffusionModel
+from lorakit.plugins.build import build_component
+from lorakit.previews.previews import description, write_png
+from lorakit.previews.prompts import PreviewJob
+from lorakit.previews.sampling import Pixels, Texts, decode, encode_texts, sample_latents
+from lorakit.training.runtime.device import find_device
+from lorakit.training.setup import load_model
+
+_SAVE = re.compile(r"(?:-\d{6}|-step\d{8}|-best)?")
+
+
+@frozen
+class Column:
+    """The pictures of one LoRA file at one strength."""
+
+    file: Path
+    strength: float
+    pictures: tuple[Path, ...]
+    """A PNG file for each prompt."""
+
+    @property
+    def title(self) -> str:
+        """For the head of the column, in two lines."""
+        return f"{self.file.stem}\nstrength {self.strength:g}"
+
+
+def saves_of(config: TrainConfig) -> list[Path]:
+    """The LoRA files that a run has saved, in the order of their steps, the final one last."""
+    name = config.output.name
+    found = [path for path in config.output.dir.glob(f"{name}*.safetensors") if _SAVE.fullmatch(path.stem[len(name) :])]
+    return sorted(found, key=lambda path: (path.stem == name, _steps(path), path.name))
+
+
+def _steps(path: Path) -> int:
+    """The training steps that a LoRA file was saved after; 0 if it does not say."""
+    try:
+        text = read_safetensors_header(path).metadata.get("ss_steps", "")
+    except (ModelError, OSError):
+        return 0
+    return int(text) if text.isdecimal() else 0
+
+
+@frozen
+class GridPlan:
+    """What to draw."""
+
+    config: TrainConfig
+    """Names the base model, and how to compute."""
+    files: Sequence[Path]
+    strengths: Sequence[float]
+    jobs: Sequence[PreviewJob]
+    """The prompts."""
+    batch_size: int = 1
+    """How many images are sampled at once."""
+
+    @torch.no_grad()
+    def draw(self, folder: Path, tell: Callable[[str], None]) -> Iterator[Column]:
+        """Draw column by column into PNG files in a folder; `tell` hears what is being drawn.
+
+        Raises AdapterError where a file is not for the model, and OutputError where one cannot be written.
+        """
+        model = load_model(self.config, find_device(self.config.training.device))
+        model.noise = model.noise.for_loss(self.config.loss)
+        model.use_attention(build_component(self.config.attention))
+        texts: Texts = {}
+        for file in self.files:
+            with attached(model, file, self.config) as network:
+                changes_texts = adapts_text(network, self.config)
+                for strength in self.strengths:
+                    tell(f"{file.stem}, strength {strength:g}")
+                    network.multiplier = strength
+                    if changes_texts or not texts:
+                        texts = self._encoded(model)
+                    pictures = self._pictures(model, texts)
+                    yield Column(file, strength, tuple(self._written(folder, file, strength, pictures)))
+                if changes_texts:
+                    texts = {}  # another file changes them in another way
+
+    def _encoded(self, model: DiffusionModel) -> Texts:
+        texts = [text for job in self.jobs for text in (job.prompt.prompt, job.prompt.negative_prompt)]
+        return encode_texts(model, texts, self.config.data.weighted_captions)
+
+    def _pictures(self, model: DiffusionModel, texts: Texts) -> Iterator[Pixels]:
+        return decode(model, sample_latents(model, self.jobs, texts, self.batch_size))
+
+    def _written(self, folder: Path, file: Path, strength: float, pictures: Iterator[Pixels]) -> Iterator[Path]:
+        for index, (job, pixels) in enumerate(zip(self.jobs, pictures, strict=True)):
+            path = folder / f"{file.stem}_{strength:g}_{index:02d}.png"
+            write_png(path, pixels, description(job, _steps(file), f" <lora:{file.stem}:{strength:g}>"))
+            yield path

@@ -1,0 +1,1 @@
+"""Grids of LoRA files and strengths."""

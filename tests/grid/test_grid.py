@@ -1,0 +1,114 @@
+"""`lorakit grid`: what is drawn is what training's previews and a merged base model draw."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomlkit
+from PIL import Image
+
+import lorakit
+from lorakit.config.load import read_config
+from lorakit.grid.draw import saves_of
+
+PROMPTS = ["a beach --w 64 --h 64 --s 2 --d 3", "snow --w 64 --h 96 --s 2 --d 4"]
+
+
+@pytest.fixture(scope="module")
+def trained(lorakit_offline: None, tiny_sd1: Path, photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the config and the saves of a short run that changes pictures much, text encoder and all."""
+    folder = tmp_path_factory.mktemp("trained")
+    tables: dict[str, Any] = {
+        "model": {"path": str(tiny_sd1)},
+        "data": {"image_dir": str(photographs), "resolution": 64},
+        "network": {"rank": 4, "alpha": 4.0},
+        "optimizer": {"lr": 1e-2},
+        "training": {"max_steps": 8, "device": "cpu"},
+        "output": {"dir": "out", "name": "lora", "save_every_n_steps": 4},
+        "saver": {"precision": "fp32"},
+        "observers": [{"name": "samples", "prompts": PROMPTS}],
+    }
+    (folder / "config.toml").write_text(tomlkit.dumps(tables))
+    lorakit.train(folder / "config.toml")
+    return folder
+
+
+def grid(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command."""
+    command = [sys.executable, "-m", "lorakit", "grid", *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+
+
+def pixels(path: Path) -> np.ndarray[Any, Any]:
+    """The pixels of a picture."""
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_saves_and_strengths(trained: Path) -> None:
+    """At strength 1 the last save draws what the run's own last previews show; at 0 all files draw the same."""
+    result = grid(trained, "config.toml", "--strengths", "0,1")
+    assert result.returncode == 0, result.stderr
+    folder = trained / "out" / "lora-grid"
+    assert result.stdout.splitlines()[0] == "8 pictures: 2 prompts, 4 columns"
+    names = [f"{stem}_{strength}_{prompt:02d}.png" for stem in ("lora-step00000004", "lora") for strength in (0, 1)
+             for prompt in (0, 1)]  # fmt: skip
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "grid.png", "grid.html"])
+    previews = sorted((trained / "out" / "sample").glob("lora_0*.png"))
+    for prompt, preview in enumerate(previews):
+        assert np.abs(pixels(folder / f"lora_1_{prompt:02d}.png") - pixels(preview)).max() <= 1
+        base, half = (pixels(folder / f"{stem}_0_{prompt:02d}.png") for stem in ("lora", "lora-step00000004"))
+        assert np.array_equal(base, half)
+        assert np.abs(base - pixels(preview)).mean() > 1
+    parameters = Image.open(folder / "lora_1_00.png").info["parameters"]
+    assert parameters.startswith("a beach <lora:lora:1>\nSteps: 2, ")
+    assert Image.open(folder / "grid.png").size[0] == 180 + 4 * 168 + 8
+    page = (folder / "grid.html").read_text()
+    assert sorted(re.findall(r'src="([^"]+)"', page)) == sorted(names)
+
+
+def test_without_a_config(trained: Path, tmp_path: Path, tiny_sd1: Path) -> None:
+    """A model, a file and a prompt are enough; a strength between is what a merged base model draws."""
+    file = trained / "out" / "lora.safetensors"
+    command = ["--model", tiny_sd1, "--lora", file, "--prompt", PROMPTS[0], "--strengths", "0.5"]
+    result = grid(tmp_path, *command)
+    assert result.returncode == 0, result.stderr
+    tables = tomlkit.parse((trained / "config.toml").read_text()).unwrap()
+    tables["model"] |= {"base_weights": [str(file)], "base_weights_multipliers": [0.5]}
+    tables["output"] = {"dir": str(tmp_path / "merged")}
+    tables["training"]["max_steps"] = 1
+    tables["observers"][0] |= {"prompts": PROMPTS[:1], "at_first": True}
+    lorakit.train(tables)
+    (first, _) = sorted((tmp_path / "merged" / "sample").glob("lora_0*.png"))
+    assert np.abs(pixels(tmp_path / "grid" / "lora_0.5_00.png") - pixels(first)).max() <= 1
+
+
+def test_saves_in_the_order_of_their_steps(trained: Path) -> None:
+    """Other files of the folder are none of them."""
+    config = read_config(trained / "config.toml")
+    (trained / "out" / "lora-other.safetensors").write_bytes(b"")
+    assert [path.stem for path in saves_of(config)] == ["lora-step00000004", "lora"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give a config, or --model"),
+        (["config.toml", "--lora", "nothing.safetensors"], "there is no file nothing.safetensors"),
+        (["config.toml", "--strengths", "much"], "must be numbers such as 0.6,0.8,1"),
+        (["config.toml", "--set", "output.name=new"], "has no saves yet"),
+        (["config.toml", "--set", "observers=[]"], "give --prompt or --prompts"),
+        (["config.toml", "--lora", "config.toml"], "config.toml"),
+    ],
+)
+def test_wrong_use(trained: Path, arguments: list[str], message: str) -> None:
+    """Each mistake is one clear message, and nothing is drawn."""
+    result = grid(trained, *arguments)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
