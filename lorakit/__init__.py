@@ -31,6 +31,7 @@ if sys.platform == "linux" and not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLO
 if TYPE_CHECKING:
     from lorakit.api.observer import Observer
     from lorakit.config.train_config import TrainConfig
+    from lorakit.dataset_report.report import DataReport
     from lorakit.planning.plan import Plan
     from lorakit.plugins.catalog import Catalog
     from lorakit.training.prepare import CheckedRun
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-__all__ = ["__version__", "check", "hookimpl", "plan", "train"]
+__all__ = ["__version__", "check", "hookimpl", "plan", "report_data", "train"]
 
 
 def train(
@@ -101,6 +102,17 @@ def plan(config: Config, *, overrides: Sequence[str] = (), measure: bool = False
     from lorakit.training.prepare import prepare
 
     return make_plan(prepare(_config(config, overrides, Catalog.discover())), measured=measure)
+
+
+def report_data(config: Config, *, overrides: Sequence[str] = ()) -> DataReport:
+    """Report on the images and captions of a config, as `lorakit data` does.
+
+    `config` and `overrides` are those of `train`. Imports no torch. Raises the errors of `lorakit.errors`.
+    """
+    from lorakit.dataset_report.report import report_data as report
+    from lorakit.plugins.catalog import Catalog
+
+    return report(_config(config, overrides, Catalog.discover()))
 
 
 def _config(config: Config, overrides: Sequence[str], catalog: Catalog) -> TrainConfig:

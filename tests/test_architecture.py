@@ -62,6 +62,7 @@ def test_imports_run_one_way() -> None:
         ("lorakit.kohya.conversion", "torch numpy PIL tomlkit safetensors huggingface_hub"),
         ("lorakit.data.index", "torch"),
         ("lorakit.training.prepare", "torch safetensors"),
+        ("lorakit.dataset_report.text", "torch safetensors imagehash"),
         ("lorakit.testing.plugin", "torch numpy"),
     ],
 )

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lorakit.api.lr_schedules import check_warmup as check_warmup
     from lorakit.api.lr_schedules import cosine_factor as cosine_factor
     from lorakit.api.lr_schedules import resolve_steps as resolve_steps
+    from lorakit.api.model_family import CaptionLengths as CaptionLengths
     from lorakit.api.model_family import DetectedFamily as DetectedFamily
     from lorakit.api.model_family import ModelFamilyConfig as ModelFamilyConfig
     from lorakit.api.network_metadata import network_args as network_args

@@ -30,6 +30,16 @@ class DetectedFamily:
     """What to do with a model that cannot be trained; empty if nothing helps."""
 
 
+@frozen
+class CaptionLengths:
+    """How long captions are for the text encoders of a model."""
+
+    tokens: tuple[int, ...]
+    """Tokens of each caption, before anything is cut off."""
+    limit: int
+    """How many are read; the rest is cut off."""
+
+
 @frozen(kw_only=True)
 class ModelFamilyConfig(Component):
     """A family of base models, and the model to train on."""
@@ -92,6 +102,13 @@ class ModelFamilyConfig(Component):
     def lora_name(self, name: str) -> str:
         """What sd-scripts calls a tensor of a LoRA file of any tool; the name itself where it is not known."""
         return name
+
+    def caption_lengths(self, captions: Sequence[str], weighted: bool) -> CaptionLengths | None:  # noqa: ARG002
+        """The tokens of captions, for `lorakit data`; None where the family does not count them. Imports no torch.
+
+        With `weighted`, brackets in captions are weights.
+        """
+        return None
 
     def warnings_of_captions(self, captions: Mapping[str, str], weighted: bool) -> Iterator[Problem]:  # noqa: ARG002
         """Warnings about captions, given by image name; keys are field names. Imports no torch.

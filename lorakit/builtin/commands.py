@@ -41,6 +41,20 @@ class CheckCommand(CommandConfig):
 
 
 @frozen(kw_only=True)
+class DataCommand(CommandConfig):
+    """Report on images and captions, and draw them as they are trained."""
+
+    name = "data"
+    heading = "Data"
+
+    def build(self) -> click.Command:
+        """`lorakit data`."""
+        from lorakit.cli.data import data
+
+        return data
+
+
+@frozen(kw_only=True)
 class PlanCommand(CommandConfig):
     """Estimate steps, memory and time of a run."""
 
@@ -142,4 +156,4 @@ class PluginsCommand(CommandConfig):
 def register_commands() -> list[type[CommandConfig]]:
     """All commands, in the order of work."""
     training = [InitCommand, CheckCommand, PlanCommand, CacheCommand, TrainCommand, SweepCommand]
-    return [*training, GridCommand, FromKohyaCommand, PluginsCommand]
+    return [*training, DataCommand, GridCommand, FromKohyaCommand, PluginsCommand]

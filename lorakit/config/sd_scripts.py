@@ -129,7 +129,7 @@ DATA = (
         "dataset_class", "text",
         later="a dataset class cannot be given; a plugin can add a dataset source",
     ),
-    Option("debug_dataset", "flag", False, unneeded="`lorakit check` checks images and captions"),
+    Option("debug_dataset", "flag", False, unneeded="`lorakit data --sheet` draws images as they are trained"),
     Option("max_data_loader_n_workers", "int", 8, key="data.workers", special=True),
     Option("persistent_data_loader_workers", "flag", False, unneeded="the image decoding threads are persistent"),
     Option("prior_loss_weight", "float", 1.0, key="data.prior_loss_weight"),

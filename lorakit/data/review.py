@@ -85,14 +85,20 @@ def _sizes(dataset: DatasetConfig, subset: SubsetConfig, examples: Sequence[Exam
         yield Problem("", f"{count(kept)} {message}{', …' if len(kept) > 1 else ''}", hint)
 
 
-def _equal_images(examples: Sequence[Example], memo: FileStatCache | None) -> Iterator[Problem]:
-    """Files with the same bytes; only those of one length and with the same bytes at the end are read."""
+def equal_images(examples: Sequence[Example], memo: FileStatCache | None = None) -> list[list[Path]]:
+    """Groups of files with the same bytes; only those of one length and with the same bytes at the end are read."""
     digest = memo.digest if memo else content_digest
     facts = {example.image: example.source.image for example in examples if example.source}
     groups: list[list[Path]] = []
     for alike in _groups(facts, lambda path: (facts[path].length, facts[path].ending)).values():
         if len(alike) > 1:
             groups += (same for same in _groups(alike, digest).values() if len(same) > 1)
+    return groups
+
+
+def _equal_images(examples: Sequence[Example], memo: FileStatCache | None) -> Iterator[Problem]:
+    """Files with the same bytes."""
+    groups = equal_images(examples, memo)
     if groups:
         pairs = "; ".join(" = ".join(path.name for path in group[:3]) for group in groups[:3])
         count, folder = sum(len(group) - 1 for group in groups), shown_path(groups[0][0].parent)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from lorakit.utils.atomic_io import write_atomically
+from lorakit.utils.draw_text import wrap_to_width
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,6 +26,8 @@ _CELL = 160
 _GAP, _LABEL = 8, 180
 """Pixels between images, and for the prompts on the left."""
 _TEXT_SIZE = 14
+_LINES = _CELL // (_TEXT_SIZE + 4)
+"""Lines of a prompt that are as high as an image."""
 _NAME = re.compile(r"_(?P<prompt>\d{2,})_(?P<time>\d{14})(?:_\d+)?\.png$")
 
 
@@ -110,7 +113,11 @@ def _sheet(titles: Sequence[str], columns: Sequence[Sequence[Path | None]]) -> I
             paper.paste(picture, (left + (_CELL - picture.width) // 2, top + (_CELL - picture.height) // 2))
     for row, paths in enumerate(zip(*columns, strict=True)):
         if shown := [path for path in paths if path is not None]:
-            draw.multiline_text((_GAP, head + pitch * row), _wrapped(draw, _thumbnail(shown[-1])[1]), fill="black")
+            draw.multiline_text(
+                (_GAP, head + pitch * row),
+                wrap_to_width(draw, _thumbnail(shown[-1])[1], _LABEL - _GAP, _LINES),
+                fill="black",
+            )
     return paper
 
 
@@ -136,16 +143,3 @@ def _shortened(draw: ImageDraw, title: str) -> str:
             short = f"{line[: kept // 2]}…{line[len(line) - (kept + 1) // 2 :]}"
         lines.append(short)
     return "\n".join(lines)
-
-
-def _wrapped(draw: ImageDraw, text: str) -> str:
-    """The text in lines that fit beside the images, cut off where it is longer than these are high."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if draw.textlength(longer) <= _LABEL - _GAP:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    most = _CELL // (_TEXT_SIZE + 4)
-    return "\n".join(lines[:most]) + (" …" if len(lines) > most else "")

@@ -6,12 +6,14 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lorakit.data.captions import read_caption
 from lorakit.data.images.decode import ImageFacts, inspect_image
+from lorakit.data.images.perceptual_hash import perceptual_hash
 from lorakit.errors import DataError, OutputError
 from lorakit.utils.atomic_io import write_atomically
 from lorakit.utils.safe_paths import require_regular_file
@@ -43,6 +45,10 @@ class FileStatCache:
     def caption(self, path: Path) -> str:
         """What `read_caption` reads. Raises DataError where it cannot."""
         return str(self.get_or_compute(path, "every line", lambda: read_caption(path)))
+
+    def perceptual_hash(self, path: Path) -> str:
+        """What `perceptual_hash` computes. Raises DataError where the image is damaged."""
+        return str(self.get_or_compute(path, "perceptual hash", lambda: perceptual_hash(path)))
 
     def save(self) -> None:
         """Write what is new to the file, beside what other runs wrote there meanwhile; warn where that fails."""
@@ -98,6 +104,8 @@ def _is_record(record: Any) -> bool:
     if not isinstance(record, dict) or "stamp" not in record:
         return False
     texts = [record.get(name, "") for name in ("digest", "every line")]
+    if not re.fullmatch(r"[0-9a-f]{1,16}", str(record.get("perceptual hash", "0"))):
+        return False
     match record.get("image", [1, 1, False, 0, 0]):
         case [int() as width, int() as height, bool(), int(), int()]:
             return min(width, height) > 0 and all(isinstance(text, str) for text in texts)

@@ -118,6 +118,19 @@ def load_with_alpha(
     return _resized_crop(picture.convert("RGB"), placement, interpolation), alpha
 
 
+def load_small(path: Path, side: int) -> Image.Image:
+    """An image as it is seen, on white, in RGB; JPEG files are decoded to as few pixels as `side` allows, both ways.
+
+    Raises DataError where the file is damaged.
+    """
+
+    def on_white(image: Image.Image) -> Image.Image:
+        image.draft("RGB", (side, side))
+        return _on_white(image)
+
+    return _upright(path, on_white)
+
+
 def load_mask(path: Path, placement: ResizeCrop, interpolation: Interpolation = "lanczos") -> NDArray[np.uint8]:
     """The red channel of an image brought to its bucket, [H, W], upright. Raises DataError where it is damaged."""
     red = _upright(path, lambda image: _in_eight_bits(image).convert("RGB").getchannel("R"))

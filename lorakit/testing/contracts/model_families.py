@@ -124,6 +124,14 @@ class ModelFamilyContract(ComponentContract):
             assert tensor.is_floating_point()
             assert not torch.equal(tensor[0], tensor[1]), "different captions give the same conditioning"
 
+    def test_counts_tokens(self) -> None:
+        """If the family counts the tokens of captions, it does so for each, and longer ones have more."""
+        lengths = self.config.caption_lengths(["", "a cat", "a cat on a sofa"], weighted=False)
+        if lengths is not None:
+            assert list(lengths.tokens) == sorted(set(lengths.tokens))
+            assert len(lengths.tokens) == 3
+            assert lengths.limit > 0
+
     def test_captions_in_a_batch(self) -> None:
         """Captions stored one by one and put together again give what they gave, alone or beside another."""
         model = self.built()

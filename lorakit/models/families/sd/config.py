@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain, repeat
 from pathlib import Path
@@ -12,7 +12,7 @@ from attrs import evolve, field, frozen
 
 from lorakit.api.block_layout import BlockLayout
 from lorakit.api.components import ModelPart
-from lorakit.api.model_family import ModelFamilyConfig
+from lorakit.api.model_family import CaptionLengths, ModelFamilyConfig
 from lorakit.api.noise import DDPMSpec, NoiseSpec
 from lorakit.checkpoints import (
     HubModel,
@@ -149,18 +149,22 @@ class StableDiffusionConfig(ModelFamilyConfig):
             message = f"{self.path} was trained with zero terminal SNR, as {stated.snr_source} says"
             yield Problem("path", message, "leave loss.zero_terminal_snr out to go by the model")
 
+    def caption_lengths(self, captions: Sequence[str], weighted: bool) -> CaptionLengths:
+        """The tokens of captions in CLIP's vocabulary, or in the model's own."""
+        from lorakit.models.families.sd.tokenizer import CaptionTokenizer
+
+        stored = self.stored()
+        # Nothing is downloaded to count; models on the Hub have CLIP's tokens.
+        folder = None if isinstance(stored.location, HubModel) else stored.tokenizer_folder()
+        return CaptionLengths(tuple(CaptionTokenizer(folder).lengths(captions, weighted)), self.max_token_length)
+
     def warnings_of_captions(self, captions: Mapping[str, str], weighted: bool) -> Iterator[Problem]:
         """Captions that have more tokens than are read."""
         # A token is one byte or more.
         long = {name: text for name, text in captions.items() if len(text.encode()) > self.max_token_length}
         if not long:
             return
-        from lorakit.models.families.sd.tokenizer import CaptionTokenizer
-
-        stored = self.stored()
-        # Nothing is downloaded for a warning; models on the Hub have CLIP's tokens.
-        folder = None if isinstance(stored.location, HubModel) else stored.tokenizer_folder()
-        lengths = CaptionTokenizer(folder).lengths(list(long.values()), weighted)
+        lengths = self.caption_lengths(list(long.values()), weighted).tokens
         cut = [(length, name) for length, name in zip(lengths, long, strict=True) if length > self.max_token_length]
         if not cut:
             return
