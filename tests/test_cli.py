@@ -234,7 +234,7 @@ def test_the_version_says_what_a_report_needs(folder: Path) -> None:
 def test_help_lists_commands_in_the_order_of_work(folder: Path) -> None:
     """What is done first is listed first; an example and the documentation follow."""
     text = run(folder, "-h").stdout
-    commands = ["init", "check", "plan", "cache", "train", "sweep", "data", "grid", "from-kohya", "plugins"]
+    commands = ["init", "check", "plan", "cache", "train", "sweep", "data", "caption", "grid", "from-kohya", "plugins"]
     assert re.findall(r"^  ([a-z-]+)  ", text.partition("Training:")[2], re.MULTILINE) == commands
     assert "lorakit train" in text.partition("Example:")[2]
     assert "docs/index.md" in text
@@ -357,12 +357,13 @@ def test_plugins_are_listed_with_their_origin(folder: Path, tmp_path: Path) -> N
     result = run(folder, "plugins", site=site)
     assert (result.returncode, result.stderr) == (0, "")
     kinds = ["model family", "network", "optimizer", "LR scheduler", "attention backend", "saver", "observer"]
-    kinds += ["loss", "timestep sampler", "sampler", "dataset source", "command", "preset"]
+    kinds += ["loss", "timestep sampler", "sampler", "dataset source", "command", "preset", "captioner"]
     titles = [line.partition(":")[0] for line in result.stdout.splitlines() if line and line[0] != " "]
     assert titles == [*kinds, "broken plugin"]
     rows = [
         re.split(r" {2,}", line.strip(), maxsplit=1) for line in re.sub(r"\n {6,}", " ", result.stdout).splitlines()
     ]
+    assert "none is installed; some are in plugins/lorakit-tagger and plugins/lorakit-vlm" in result.stdout
     assert ["sd1", "Stable Diffusion 1.x"] in rows
     assert ["adamw", "An optimizer of a guest (rival 1.0; name clash: write rival:adamw)"] in rows
     mine = f"lorakit {lorakit.__version__}; name clash: write lorakit:adamw"

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorakit.api.block_layout import BlockLayout as BlockLayout
+    from lorakit.api.captioner import Captioner as Captioner
+    from lorakit.api.captioner import CaptionerConfig as CaptionerConfig
     from lorakit.api.command import CommandConfig as CommandConfig
     from lorakit.api.components import AttentionConfig as AttentionConfig
     from lorakit.api.components import Component as Component
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from lorakit.api.preset import PresetConfig as PresetConfig
     from lorakit.api.sampling import SamplerConfig as SamplerConfig
     from lorakit.api.sampling import TimestepSamplerConfig as TimestepSamplerConfig
+    from lorakit.checkpoints.location import HubModel as HubModel
     from lorakit.checkpoints.location import locate as locate
     from lorakit.checkpoints.summary import CheckpointSummary as CheckpointSummary
     from lorakit.config.dump import to_tables as to_tables

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
+    from lorakit.api.captioner import CaptionerConfig
     from lorakit.api.command import CommandConfig
     from lorakit.api.components import (
         AttentionConfig,
@@ -106,3 +107,8 @@ def register_commands() -> list[type[CommandConfig]]:  # type: ignore[empty-body
 @hookspec
 def register_presets() -> list[type[PresetConfig]]:  # type: ignore[empty-body]
     """Presets of `lorakit init --for`, such as those for a person or a style."""
+
+
+@hookspec
+def register_captioners() -> list[type[CaptionerConfig]]:  # type: ignore[empty-body]
+    """Captioners, such as a tagger: what `lorakit caption` writes captions with."""

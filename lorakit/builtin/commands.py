@@ -55,6 +55,20 @@ class DataCommand(CommandConfig):
 
 
 @frozen(kw_only=True)
+class CaptionCommand(CommandConfig):
+    """Write captions of images, or edit them."""
+
+    name = "caption"
+    heading = "Data"
+
+    def build(self) -> click.Command:
+        """`lorakit caption`."""
+        from lorakit.cli.caption import caption
+
+        return caption
+
+
+@frozen(kw_only=True)
 class PlanCommand(CommandConfig):
     """Estimate steps, memory and time of a run."""
 
@@ -156,4 +170,4 @@ class PluginsCommand(CommandConfig):
 def register_commands() -> list[type[CommandConfig]]:
     """All commands, in the order of work."""
     training = [InitCommand, CheckCommand, PlanCommand, CacheCommand, TrainCommand, SweepCommand]
-    return [*training, DataCommand, GridCommand, FromKohyaCommand, PluginsCommand]
+    return [*training, DataCommand, CaptionCommand, GridCommand, FromKohyaCommand, PluginsCommand]

@@ -18,8 +18,8 @@ from lorakit.config.load import COMPONENT_SECTIONS
 from lorakit.errors import PluginError
 from lorakit.plugins.catalog import Catalog, Registration, missing_packages
 from lorakit.plugins.discovery import REGISTRATION_HOOKS
-from lorakit.plugins.other_names import meaning_of
-from lorakit.utils.wording import WIDTH
+from lorakit.plugins.other_names import PLUGINS, meaning_of
+from lorakit.utils.wording import WIDTH, listed
 
 _KEYS: Mapping[str, str] = {
     base.kind: f'[{section}] with {base.name_key} = "…"' for section, (base, _) in COMPONENT_SECTIONS.items()
@@ -29,6 +29,7 @@ _KEYS: Mapping[str, str] = {
     "sampler": '[[observers]] with name = "samples" and sampler = "…"',
     "command": "lorakit NAME",
     "preset": "lorakit init --for NAME",
+    "captioner": "lorakit caption FOLDER --with NAME",
     "dataset source": '[data], or a subset, with source = "…"',
 }
 
@@ -50,6 +51,9 @@ def listing(catalog: Catalog, kind: str | None = None) -> Iterator[Line]:
     width = max(map(len, [*names, *broken]), default=0)
     for base in kinds:
         yield Line(f"{base.kind}: {_KEYS.get(base.kind, '')}".rstrip(": "), is_title=True)
+        if not catalog.of_kind(base):
+            folders = [f"plugins/{package}" for package in PLUGINS.get(base.kind, {}).values()]
+            yield Line("  none is installed" + (f"; some are in {listed(folders)}" if folders else ""))
         for name, registrations in catalog.of_kind(base).items():
             for found in registrations:
                 yield from _row(name, found, len(registrations) > 1, width)

@@ -282,7 +282,7 @@ def _apply_overrides(tables: dict[str, Any], overrides: Sequence[str], keys: Col
             for other in PRECEDENCE.get(names[-1], ()) if isinstance(table, dict) else ():
                 if [*names[:-1], other] not in typed:
                     table.pop(other, None)
-            table[last] = _value(text)
+            table[last] = parse_value(text)
         # A number that counts too far, a word where a list wants a number, a key inside what is no table.
         except (IndexError, ValueError, TypeError, AttributeError):
             problems.append(Problem("--set", f"{key} is not the path of a key", "list entries are counted from 0"))
@@ -307,14 +307,14 @@ def _unset(table: Any, last: Any, key: str, keys: Collection[str]) -> list[Probl
     return [Problem(key, "is not a known key", hint)]
 
 
-def _value(text: str) -> Any:
+def parse_value(text: str) -> Any:
     """The TOML value of a text; the text itself if it is not TOML, or a date, which no key takes."""
     try:
         found = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
         # Shells take the quotation marks out of ["unet", "text_encoder"].
         words = re.fullmatch(r"\[\s*([\w./-]+(?:\s*,\s*[\w./-]+)*)\s*,?\s*\]", text)
-        return [_value(word.strip()) for word in words[1].split(",")] if words else text
+        return [parse_value(word.strip()) for word in words[1].split(",")] if words else text
     value = found["value"]
     if found.keys() != {"value"}:
         return text

@@ -22,6 +22,7 @@ PLUGINS: Mapping[str, Mapping[str, str]] = {
         "radam_schedulefree": "lorakit-schedulefree",
         "sgd_schedulefree": "lorakit-schedulefree",
     },
+    "captioner": {"tagger": "lorakit-tagger", "vlm": "lorakit-vlm"},
     "observer": {"wandb": "lorakit-wandb"},
 }
 """By kind, the components of the plugins in lorakit's repository, with the distribution that provides each."""

@@ -118,6 +118,11 @@ def load_with_alpha(
     return _resized_crop(picture.convert("RGB"), placement, interpolation), alpha
 
 
+def load_upright(path: Path) -> Image.Image:
+    """A whole image as it is seen, on white, in RGB. Raises DataError where the file is damaged."""
+    return _upright(path, _on_white)
+
+
 def load_small(path: Path, side: int) -> Image.Image:
     """An image as it is seen, on white, in RGB; JPEG files are decoded to as few pixels as `side` allows, both ways.
 

@@ -15,6 +15,7 @@ pytest then runs the suite's tests on it, with real tiny models and files. The p
 from __future__ import annotations
 
 from lorakit.testing.contracts.attention import AttentionContract
+from lorakit.testing.contracts.captioners import CaptionerContract
 from lorakit.testing.contracts.commands import CommandContract
 from lorakit.testing.contracts.component import ComponentContract
 from lorakit.testing.contracts.dataset_sources import DatasetSourceContract
@@ -31,6 +32,7 @@ from lorakit.testing.contracts.timestep_samplers import TimestepSamplerContract
 
 __all__ = [
     "AttentionContract",
+    "CaptionerContract",
     "CommandContract",
     "ComponentContract",
     "DatasetSourceContract",

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
+from lorakit.api.captioner import CaptionerConfig
 from lorakit.api.command import CommandConfig
 from lorakit.api.components import AttentionConfig, LRSchedulerConfig, ObserverConfig, OptimizerConfig, SaverConfig
 from lorakit.api.loss import LossConfig
@@ -21,6 +22,7 @@ from lorakit.networks.adapter_file import SafetensorsSaver, read_adapter
 from lorakit.networks.network import torch_groups
 from lorakit.testing.contracts import (
     AttentionContract,
+    CaptionerContract,
     CommandContract,
     LossContract,
     LRSchedulerContract,
@@ -337,4 +339,37 @@ class TestMute(CommandContract):
         "test_help_is_complete",
         "test_refuses_unknown_options",
         "test_builds_without_anything_heavy",
+    )
+
+
+class Vandal:
+    """Counts its calls, paints over images, and has nothing to say of a single one."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def caption(self, images):
+        self.calls += 1
+        for image in images:
+            image.paste("black", (0, 0, *image.size))
+        return [f"call {self.calls}"] * len(images) if len(images) > 1 else []
+
+
+@attrs.frozen(kw_only=True)
+class VandalConfig(CaptionerConfig):
+    """Builds `Vandal`."""
+
+    name = "vandal"
+
+    def build(self, device):
+        return Vandal()
+
+
+class TestVandal(CaptionerContract):
+    config = VandalConfig()
+    violates = (
+        "test_captions_each_image",
+        "test_captions_are_the_same_again",
+        "test_does_not_change_images",
+        "test_captions_a_folder",
     )

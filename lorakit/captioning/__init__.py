@@ -1,0 +1,1 @@
+"""Writing and editing the caption files of a folder: `lorakit caption`."""
