@@ -1,0 +1,1 @@
+"""Captions of images for lorakit, by any vision-language model of transformers."""
