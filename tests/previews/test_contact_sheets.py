@@ -14,7 +14,9 @@ from lorakit.previews.previews import write_png
 
 Colour = tuple[int, int, int]
 
-CELL, GAP, LABEL, HEAD = (getattr(contact_sheets, f"_{name}") for name in ("CELL", "GAP", "LABEL", "HEAD"))
+CELL, GAP, LABEL = (getattr(contact_sheets, f"_{name}") for name in ("CELL", "GAP", "LABEL"))
+HEAD = GAP + 24
+"""Pixels above the pictures, for one line of text."""
 
 
 @pytest.fixture
