@@ -142,7 +142,7 @@ class NetworkConfig(Component):
     """Parts of the base model that get adapters: for Stable Diffusion `unet` and `text_encoder`, for SDXL also
     `text_encoder_2`. All of them when absent."""
     weights: Path | None = None
-    """A LoRA file to start from, saved by lorakit, sd-scripts, diffusers or PEFT."""
+    """A file to start from, saved by lorakit, sd-scripts, LyCORIS, diffusers or PEFT; of the kind that is trained."""
 
     def adapts(self, target: AdaptationTarget) -> bool:
         """Whether a layer may get an adapter: whether it belongs to one of `parts`, or these are absent."""
