@@ -112,6 +112,10 @@ if TYPE_CHECKING:
     from lorakit.networks.network import Network as Network
     from lorakit.networks.network import ParameterGroup as ParameterGroup
     from lorakit.networks.network import torch_groups as torch_groups
+    from lorakit.networks.ranked import LRFactors as LRFactors
+    from lorakit.networks.ranked import RankedModule as RankedModule
+    from lorakit.networks.ranked import RankedNetwork as RankedNetwork
+    from lorakit.networks.ranked_config import RankedConfig as RankedConfig
     from lorakit.plugins.import_path import check_import_path as check_import_path
     from lorakit.plugins.import_path import import_class as import_class
     from lorakit.plugins.import_path import instantiate as instantiate

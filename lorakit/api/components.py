@@ -142,7 +142,11 @@ class NetworkConfig(Component):
     """Parts of the base model that get adapters: for Stable Diffusion `unet` and `text_encoder`, for SDXL also
     `text_encoder_2`. All of them when absent."""
     weights: Path | None = None
-    """A LoRA file to start from, saved by lorakit, sd-scripts, diffusers or PEFT."""
+    """A file to start from, saved by lorakit, sd-scripts, LyCORIS, diffusers or PEFT; of the kind that is trained."""
+
+    ema: float | None = field(default=None, validator=v.optional(v.and_(v.gt(0), v.lt(1))))
+    """Decay of an exponential moving average of the adapters over the steps: files, previews and validation then hold
+    the average instead of the last weights, which vary more. 0.99 to 0.999 are usual; no average when absent."""
 
     def adapts(self, target: AdaptationTarget) -> bool:
         """Whether a layer may get an adapter: whether it belongs to one of `parts`, or these are absent."""
@@ -178,7 +182,8 @@ class OptimizerConfig(Component):
     supports_group_lrs: ClassVar[bool] = True
     """Whether parts of the model may have different learning rates; 0, which leaves a part out, is always allowed."""
     schedule_free: ClassVar[bool] = False
-    """Whether it needs no LR schedule; any but a constant one is then a warning."""
+    """Whether it averages the weights itself and needs no LR schedule; any but a constant one is then a warning, and
+    `network.ema` an error."""
     finds_learning_rate: ClassVar[bool] = False
     """Whether it estimates the learning rate and multiplies it by `lr`, which is then about 1."""
     elementwise: ClassVar[bool] = False

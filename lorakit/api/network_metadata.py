@@ -8,6 +8,9 @@ from collections.abc import Mapping
 LORA_MODULE = "networks.lora"
 """sd-scripts' network module, the name by which tools know LoRA networks."""
 
+LYCORIS_MODULE = "lycoris.kohya"
+"""LyCORIS' network module, the name by which tools know LoHa and LoKr."""
+
 NETWORK_ARG_KEYS: Mapping[str, str] = {
     "conv_dim": "conv_rank",
     "conv_alpha": "conv_alpha",

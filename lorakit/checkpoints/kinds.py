@@ -156,6 +156,8 @@ def _kind_of_config(configs: Mapping[str, Mapping[str, Any]]) -> DetectedFamily:
 
 
 _ALGORITHMS: Mapping[str, tuple[str, ...]] = {
+    "LoHa with Tucker decomposition": ("hada_t1", "hada_t2"),
+    "LoKr with Tucker decomposition": ("lokr_t2",),
     "LoHa": ("hada_w1_a", "hada_w1_b"),
     "LoKr": ("lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a"),
     "OFT": ("oft_blocks", "oft_diag", "oft_r", "oft_R"),
@@ -171,8 +173,25 @@ _ALGORITHMS: Mapping[str, tuple[str, ...]] = {
     "LoRA": ("lora_up", "lora_down", "lora_A", "lora_B", "lora", "lora_linear_layer"),
 }
 """Kinds of adapters, and the steps that the names of their tensors have behind a layer's name."""
-OF_LYCORIS = {"LoHa": "loha", "LoKr": "lokr", "OFT": "diag-oft", "BOFT": "boft", "IA3": "ia3", "GLoRA": "glora"}
-"""Algorithms of LyCORIS, and what its argument `algo` calls them."""
+TRAINED_BY: Mapping[str, str] = {
+    "LoRA": 'name = "lierla" or "c3lier"',
+    "DoRA": 'name = "lierla" or "c3lier", and dora = true',
+    "LoHa": 'name = "loha"',
+    "LoKr": 'name = "lokr"',
+}
+"""Kinds of adapters that can be trained, and the keys of [network] that do it."""
+MERGED = (*TRAINED_BY, "LoHa with Tucker decomposition", "LoKr with Tucker decomposition")
+"""Kinds of adapters that can be merged into a base model."""
+OF_LYCORIS: Mapping[str, str] = {
+    "OFT": 'algo = "diag-oft"',
+    "BOFT": 'algo = "boft"',
+    "IA3": 'algo = "ia3"',
+    "GLoRA": 'algo = "glora"',
+    "LoHa with Tucker decomposition": 'algo = "loha", use_tucker = true',
+    "LoKr with Tucker decomposition": 'algo = "lokr", use_tucker = true',
+    "LoCon with Tucker decomposition": 'algo = "locon", use_tucker = true',
+}
+"""Other algorithms of LyCORIS, and the arguments that choose them."""
 
 _MODELS: Mapping[str, tuple[str, ...]] = {
     "FLUX": ("double_blocks", "single_blocks", "single_transformer_blocks"),
@@ -183,7 +202,9 @@ _MODELS: Mapping[str, tuple[str, ...]] = {
     "a ControlNet": ("lllite_", "control_model_"),
 }
 _WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
-_WIDE_LAYER = re.compile(r"(?:attn2_to_k|layers_\d+_self_attn_q_proj)\.lora_down\.weight")
+_WIDE_LAYER = re.compile(
+    r"(.*(?:attn2_to_k|layers_\d+_self_attn_q_proj))\.(lora_down\.weight|hada_w1_b|lokr_w1(?:_b)?)"
+)
 _STABLE_DIFFUSION = re.compile(
     r"(?:down|up|input|output)_blocks_\d|mid_block_|middle_block_|encoder_layers_\d+_(?:self_attn|mlp)"
 )
@@ -231,5 +252,17 @@ def _model(tensors: Shapes) -> str:
             return model
     if not any(_STABLE_DIFFUSION.search(name) for name in flat):
         return "another kind of model than Stable Diffusion"
-    widths = (shape[1] for name, shape in tensors.items() if len(shape) > 1 and _WIDE_LAYER.search(own_name(name)))
+    widths = (_width(own_name(name), shape, tensors) for name, shape in tensors.items() if len(shape) > 1)
     return next((_WIDTHS[width] for width in widths if width in _WIDTHS), "")
+
+
+def _width(name: str, shape: tuple[int, ...], tensors: Shapes) -> int:
+    """How many inputs the layer has that a tensor is for, where that tells the model; else 0."""
+    match = _WIDE_LAYER.fullmatch(name)
+    if match is None:
+        return 0
+    if not match[2].startswith("lokr"):
+        return shape[1]
+    # The sides of a Kronecker product multiply.
+    second = next((tensors[own] for own in (f"{match[1]}.lokr_w2", f"{match[1]}.lokr_w2_b") if own in tensors), ())
+    return shape[1] * second[1] if len(second) > 1 else 0

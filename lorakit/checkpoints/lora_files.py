@@ -21,6 +21,10 @@ from lorakit.utils.wording import counted
 PEFT_MAGNITUDE = "lora_magnitude_vector"
 """Part of the names that PEFT has for magnitudes, which are [out], or [1, out, 1, 1] for convolutions."""
 
+_LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+_PAIRS = ((DOWN, UP), ("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b"))
+_TOGETHER: Mapping[str, tuple[str, ...]] = {suffix: group for group in (*_PAIRS, _LOHA) for suffix in group}
+"""Names of tensors behind that of the layer, and all those that are there where one of them is."""
 _PEFT_PREFIX = "base_model.model."
 _PARTS = {
     "lora_unet_": "unet.", "lora_te_": "text_encoder.", "lora_te1_": "text_encoder.", "lora_te2_": "text_encoder_2.",
@@ -71,11 +75,14 @@ def own_shapes(summary: CheckpointSummary, names: LoRANames) -> Shapes:
 
 
 def missing_factors(shapes: Shapes) -> str:
-    """What a file lacks of adapters of which it has one factor: `lora_unet_….lora_up.weight and 8 more tensors`."""
-    other = {UP: DOWN, DOWN: UP}
-    split = (name.partition(".") for name in shapes)
-    pairs = (f"{key}.{other[suffix]}" for key, _, suffix in split if suffix in other)
-    lacking = [name for name in pairs if name not in shapes]
+    """What a file lacks of adapters of which it has a part: `lora_unet_….lora_up.weight and 8 more tensors`."""
+    split = [name.partition(".") for name in shapes]
+    needed = (f"{key}.{other}" for key, _, suffix in split for other in _TOGETHER.get(suffix, ()))
+    lacking = [name for name in dict.fromkeys(needed) if name not in shapes]
+    # Each half of LoKr is one matrix or two factors.
+    halves = {(key, suffix[:7]) for key, _, suffix in split if suffix.startswith("lokr_w")}
+    wanted = ((key, half) for key, _ in halves for half in ("lokr_w1", "lokr_w2"))
+    lacking += sorted(f"{key}.{half}" for key, half in set(wanted) - halves)
     more = f" and {counted(len(lacking) - 1, 'more tensor', 'more tensors')}" if len(lacking) > 1 else ""
     return f"{lacking[0]}{more}" if lacking else ""
 

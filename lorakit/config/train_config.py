@@ -289,6 +289,9 @@ class TrainConfig:
             yield Problem("optimizer.text_encoder_lr", f"{message}, not {len(rates)}")
         if self.data.weighted_captions and not self.model.supports_weighted_captions:
             yield Problem("data.weighted_captions", f"cannot be used with {self.model.name}", "leave it out")
+        if self.network.ema is not None and self.optimizer.schedule_free:
+            message = f"cannot be used with {self.optimizer.name}, which averages the weights itself"
+            yield Problem("network.ema", message, "leave it out, or choose another optimizer")
         yield from self._size_problems()
         for section, component in self._components():
             yield from with_section(collect_problems(component, "problems_with", self), section)

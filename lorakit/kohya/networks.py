@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 
 from lorakit.api.block_layout import curve
 from lorakit.api.components import NetworkConfig
-from lorakit.api.network_metadata import LORA_MODULE
+from lorakit.api.network_metadata import LORA_MODULE, LYCORIS_MODULE
 from lorakit.config.sd_scripts import NETWORK_ARG_KEYS
 from lorakit.config.table_reader import field_names
 from lorakit.config.training_scripts import MODELS
 from lorakit.errors import ConfigError, PluginError, Problem
 from lorakit.kohya.command_line import OTHER_MODELS
 from lorakit.kohya.draft import Command, Draft, Setting
+from lorakit.kohya.lycoris import BUILT_IN, write_lycoris
 from lorakit.plugins.catalog import Catalog
 from lorakit.plugins.import_path import check_import_path
 from lorakit.plugins.other_names import meaning_of
@@ -87,6 +88,8 @@ def write_network(command: Command, draft: Draft, catalog: Catalog) -> None:
     args = command.pairs("network_args")
     if not command.get("network_alpha"):  # which means the rank in sd-scripts
         draft.set("network", "alpha", command.setting("network_alpha", float(command.get("network_dim"))))
+    if module == LYCORIS_MODULE and write_lycoris(args, command, draft):
+        return
     if module != LORA_MODULE:
         _write_other(module, args, command, draft, catalog)
         return
@@ -118,8 +121,10 @@ def _write_other(module: str, args: Mapping[str, str], command: Command, draft: 
         is_there = False
     if not is_there:
         cure = hint or "install the plugin lorakit-network-modules"
-        if module == "lycoris.kohya" and args.get("algo", "lora") in ("lora", "locon"):
+        if module == LYCORIS_MODULE and args.get("algo", "lora") in ("lora", "locon"):
             cure += ', or take network.name = "c3lier" with conv_rank and conv_alpha, which is LoCon'
+        elif module == LYCORIS_MODULE and args.get("algo") in BUILT_IN:
+            cure += f", or take network.name = {args['algo']!r}, whose layers are those of preset=attn-mlp"
         draft.mark_unsupported("network_module", module, f"`lorakit check` rejects the config; {cure}")
 
 

@@ -27,7 +27,10 @@ Precision = Literal["fp32", "fp16", "bf16"]
 """Number format of the weights in a file."""
 
 _DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_DOWN = f".{DOWN}"
+_RANKED = (f".{DOWN}", ".hada_w1_b", ".lokr_w1_b", ".lokr_w2_b")
+"""Ends of the names of tensors that have as many rows as their adapter's rank."""
+_WHOLE = ".lokr_w1"
+"""End of the name of a matrix of LoKr, whose adapter has no rank unless the other matrix has one."""
 _LEGACY_HASHED = slice(0x100000, 0x110000)
 
 
@@ -130,21 +133,29 @@ def load_initial_weights(path: Path, targets: Sequence[AdaptationTarget] = ()) -
         if down.is_complex() or not down.float().isfinite().all():
             name = names.name(own)
             raise AdapterError(f"{path} cannot be trained on: {name} holds NaN, infinity or complex numbers.")
-        if own.endswith(_DOWN) and down.ndim:
-            layer = own.removesuffix(_DOWN)
-            tensors.setdefault(f"{layer}.alpha", torch.tensor(names.alphas.get(layer, float(len(down)))))
+    for layer, rank in _ranks(tensors).items():
+        tensors.setdefault(f"{layer}.alpha", torch.tensor(names.alphas.get(layer, float(rank))))
     return tensors
 
 
 def ranks_and_alphas(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, float]]:
-    """Rank and alpha of each LoRA adapter in a file's tensors, by the key of its layer; its rank for an alpha of 0."""
-    ranks = {key.removesuffix(_DOWN): len(down) for key, down in tensors.items() if key.endswith(_DOWN) and down.ndim}
+    """Rank and alpha of each adapter in a file's tensors, by the key of its layer; its rank for an alpha of 0."""
+    ranks = _ranks(tensors)
     alphas = {key: tensors.get(f"{key}.alpha") for key in ranks}
     return {
         key: (rank, float(alpha) or float(rank))
         for key, rank in ranks.items()
         if rank and (alpha := alphas[key]) is not None and alpha.numel() == 1
     }
+
+
+def _ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The rank of each adapter by the key of its layer; 1 for one without a rank."""
+    ranks = {key.partition(".")[0]: 1 for key in tensors if key.endswith(_WHOLE)}
+    for key, tensor in tensors.items():
+        if key.endswith(_RANKED) and tensor.ndim:
+            ranks[key.partition(".")[0]] = len(tensor)
+    return ranks
 
 
 def _in_precision(tensors: Mapping[str, Tensor], precision: Precision) -> dict[str, Tensor]:

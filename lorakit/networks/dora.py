@@ -57,7 +57,7 @@ class DoRAModule(LoRAModule):
             return output
         draw_mask = self.draw_mask if self.training else None
         out = low_rank_operation(x, self.lora_down, self.lora_up, self.base, self.scale, draw_mask, self.flat)
-        bias = cast("Tensor | None", self.base.bias)
+        bias = self.base.bias
         gains = self.dora_scale.flatten() / self._norms()  # float32 [O]; [B, O] where it is left out for some images
         if self._draw_kept is not None and self.training:
             gains = torch.where(self._draw_kept(len(x))[:, None], gains, 1.0)
@@ -96,7 +96,7 @@ class DoRAModule(LoRAModule):
 
     def _weight(self) -> Tensor:
         """The base layer's weights, float32 [O, I]."""
-        return self.base.weight.detach().flatten(1).float()  # type: ignore[operator]
+        return self.base.weight.detach().flatten(1).float()
 
 
 class _OutputScaling(Function):

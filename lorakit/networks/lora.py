@@ -9,25 +9,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from attrs import evolve, frozen
+from attrs import evolve
 from torch import Tensor, nn
 
-from lorakit.errors import AdapterError
 from lorakit.models.interfaces import AdaptationTarget
-from lorakit.models.memory.quantization import is_adaptable
-from lorakit.networks.dropout import AdapterDropout, DropoutRates, NetworkDropout
+from lorakit.networks.dropout import AdapterDropout, DropoutRates
 from lorakit.networks.flat_parameters import FlatParameters
 from lorakit.networks.lora_function import DropoutMask, FlatFactors, low_rank_operation
 from lorakit.networks.max_norm import MaxNorm
-from lorakit.networks.network import AdapterModule, Network, ParameterGroup
+from lorakit.networks.network import ParameterGroup
+from lorakit.networks.ranked import SAME_RATES, LRFactors, RankedModule, RankedNetwork
 from lorakit.networks.shared_input import SharedInput
 from lorakit.utils.rng import keyed_generator
 
-_ALPHA_TOLERANCE = 2.0**-8
-"""Relative; what the coarsest number format of LoRA files, bfloat16, does to an alpha."""
 
-
-class LoRAModule(AdapterModule):
+class LoRAModule(RankedModule):
     """A LoRA adapter of a linear layer or a convolution.
 
     The down factor D has the base weight's shape with `rank` outputs, so a convolution keeps its kernel
@@ -39,12 +35,8 @@ class LoRAModule(AdapterModule):
 
         Raises `AdapterError` for layers of other kinds.
         """
-        super().__init__(key, base)
-        if not is_adaptable(base):
-            raise AdapterError(f"{key} cannot be adapted: it is neither a linear layer nor a plain 2-D convolution.")
-        self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
-        self.file_alpha = alpha if file_alpha is None else file_alpha
-        weight = base.weight
+        super().__init__(key, base, rank, alpha, file_alpha)
+        weight = self.base.weight
         device, (out, *inputs) = weight.device, weight.shape
         self.lora_down = nn.Parameter(torch.empty(rank, *inputs, dtype=torch.float32, device=device))
         self.lora_up = nn.Parameter(torch.empty(out, rank, *[1] * len(inputs[1:]), dtype=torch.float32, device=device))
@@ -81,88 +73,40 @@ class LoRAModule(AdapterModule):
         down, up = flat.view(self.lora_down), flat.view(self.lora_up)
         self.flat = (down, up) if down and up else None
 
-    def adapter_state(self) -> dict[str, Tensor]:
-        """Both matrices and alpha."""
-        alpha = torch.tensor(self.alpha, dtype=torch.float32)
-        return {"lora_down.weight": self.lora_down, "lora_up.weight": self.lora_up, "alpha": alpha}
+    def factors(self) -> dict[str, nn.Parameter]:
+        """Both matrices."""
+        return {"lora_down.weight": self.lora_down, "lora_up.weight": self.lora_up}
 
-    def export_state(self) -> dict[str, Tensor]:
-        """Both matrices and the file's alpha; the up matrix makes up for the difference."""
-        tensors = self.adapter_state()
-        if self.file_alpha != self.alpha:
-            tensors["lora_up.weight"] = self.lora_up * (self.alpha / self.file_alpha)
-            tensors["alpha"] = torch.tensor(self.file_alpha, dtype=torch.float32)
-        return tensors
-
-    def shape_mismatch(self, tensors: Mapping[str, Tensor]) -> str:
-        """Names the rank where it differs, and shapes otherwise."""
-        down, alpha = tensors["lora_down.weight"], tensors["alpha"]
-        if down.ndim and len(down) != self.rank:
-            return f"rank {len(down)} in the file, {self.rank} in the config"
-        if alpha.numel() == 1 and not math.isfinite(alpha.item()):
-            return f"alpha {alpha.item():g} in the file"
-        return super().shape_mismatch(tensors)
-
-    @torch.no_grad()
-    def load_adapter_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load the matrices; where the file has another alpha, the up matrix makes up for the difference."""
-        super().load_adapter_state(tensors)
-        factor = self._meant(tensors["alpha"].item()) / self.alpha
-        if factor != 1:
-            self.lora_up.mul_(factor)
-
-    def _meant(self, alpha: float) -> float:
-        """An alpha as it was before a file's number format rounded it, if it is one of this adapter's own."""
-        own = [near for near in (self.alpha, self.file_alpha) if math.isclose(alpha, near, rel_tol=_ALPHA_TOLERANCE)]
-        return min(own, key=lambda near: abs(near - alpha), default=alpha)
+    def rank_of(self, tensors: Mapping[str, Tensor]) -> int | None:
+        """The outputs of the down factor."""
+        down = tensors["lora_down.weight"]
+        return len(down) if down.ndim else None
 
 
-@frozen
-class LRFactors:
-    """How learning rates vary over a network."""
-
-    blocks: Sequence[float] = ()
-    """Multiplies the learning rate in each numbered block; with none, the denoiser is one parameter group."""
-    denoiser_up: float | None = None
-    """Multiplies the learning rate of the denoiser's up matrices: LoRA+ (Hayou et al., 2024, arXiv:2402.12354)."""
-    text_encoder_up: float | None = None
-    """The same for text encoders."""
-
-
-class LoRANetwork(Network):
+class LoRANetwork(RankedNetwork):
     """LoRA adapters, with dropout, and learning rates that may vary."""
 
     def __init__(
         self,
         targets: Sequence[AdaptationTarget],
-        make: Callable[[AdaptationTarget], LoRAModule | None],
+        make: Callable[[AdaptationTarget], RankedModule | None],
         rates: DropoutRates,
-        lr_factors: LRFactors = LRFactors(),
+        lr_factors: LRFactors = SAME_RATES,
         max_norm: float | None = None,
     ) -> None:
         """Make the adapters; `make` returns None for a layer that gets none.
 
         `max_norm` is the largest norm that updates may have after a step.
         """
-        super().__init__(targets, make)
-        self._lr_factors = lr_factors
+        super().__init__(targets, make, rates, lr_factors)
         adapters = [adapter for adapter in self.adapters if isinstance(adapter, LoRAModule)]
         factors = [(adapter.lora_up, adapter.lora_down, adapter.scale) for adapter in adapters]
         self._max_norm = MaxNorm(factors, max_norm) if max_norm else None
-        self._dropouts: NetworkDropout | None = None
-        if rates:
-            rank = max(adapter.rank for adapter in adapters)
-            self._dropouts = NetworkDropout(rates, [adapter.key for adapter in adapters], rank)
-            for adapter, dropout in zip(adapters, self._dropouts.adapters, strict=True):
-                adapter.use_dropout(dropout, rates)
 
     def group_of(self, target: AdaptationTarget, parameter_name: str) -> tuple[str, float]:
         """Blocks and up matrices with other learning rates than the rest of their part are separate groups."""
         name, factor = super().group_of(target, parameter_name)
-        blocks, block = self._lr_factors.blocks, target.block_index
         up = self._lr_factors.denoiser_up if target.encoder_index is None else self._lr_factors.text_encoder_up
-        if blocks and block is not None:
-            name, factor = f"{name}_block{block}", factor * blocks[block]
         if up is not None and parameter_name == "lora_up":
             name, factor = f"{name} plus", factor * up
         return name, factor
@@ -204,12 +148,6 @@ class LoRANetwork(Network):
             shapes = (adapter.lora_down.shape, adapter.lora_up.shape, adapter.scale, adapter.base.bias is None)
             found.setdefault((target.part, input_of(target), *shapes, *groups), []).append(adapter)
         return [own for own in found.values() if len(own) > 1]
-
-    def begin_batch(self, sample_seeds: Tensor) -> None:
-        """Draw the micro-batch's dropouts from its images' seeds, int64 [B]."""
-        if self._dropouts is not None:
-            device = next(self.adapters.parameters()).device
-            self._dropouts.begin_batch(sample_seeds.to(device))
 
     def on_optimizer_step(self) -> Mapping[str, Tensor]:
         """Scale down updates beyond the largest norm; returns the norms for logs."""

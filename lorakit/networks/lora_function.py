@@ -52,14 +52,14 @@ class _LowRank(Function):
             ctx.factors, ctx.sums = None, (None, None)
         x, (weight, bias) = x.to(dtype), base_weights(base, dtype)
         is_conv = isinstance(base, nn.Conv2d)
-        out = F.conv2d(x, weight, bias, *_geometry(base)) if is_conv else F.linear(x, weight, bias)
+        out = F.conv2d(x, weight, bias, *geometry(base)) if is_conv else F.linear(x, weight, bias)
         # scale·D·x as rows [B, L, r]
         if is_pointwise(base):
             rows = _rows(base, x)
             hidden = x.new_empty(*rows.shape[:2], len(down))
             _add_product(hidden, rows, down.flatten(1).t(), alpha=scale, beta=0)
         else:
-            hidden = _rows(base, F.conv2d(x, down, None, *_geometry(base)).mul_(scale))
+            hidden = _rows(base, F.conv2d(x, down, None, *geometry(base)).mul_(scale))
         mask = None
         if draw_mask is not None:
             mask = draw_mask(hidden)
@@ -107,18 +107,20 @@ def _conv_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the input and of the down factor, where they are wanted."""
     base, wants_x, sums = ctx.base, ctx.needs_input_grad[0], ctx.sums[0]
-    geometry = (*_geometry(base), False, (0, 0), 1)
+    options = conv_options(base)
     grad_images = grad_hidden.transpose(1, 2).view(len(x), -1, *grad_out.shape[2:])
-    grad_x, grad_down, _ = _conv_backward(grad_images, x, down, None, *geometry, (wants_x, True, False))
+    grad_x, grad_down, _ = conv_backward(grad_images, x, down, None, *options, (wants_x, True, False))
     if wants_x:
-        grad_x += _conv_backward(grad_out, x, base.weight.to(x.dtype), None, *geometry, (True, False, False))[0]
+        grad_x += conv_backward(grad_out, x, base.weight.to(x.dtype), None, *options, (True, False, False))[0]
     if sums is None:
         return grad_x, grad_down
     sums.add_(grad_down)
     return grad_x, None
 
 
-_conv_backward = torch.ops.aten.convolution_backward
+conv_backward = torch.ops.aten.convolution_backward
+"""Gradients of input, weight and bias of a convolution, by gradient, input, weight, bias' size, options and a mask."""
+
 
 low_rank_operation = cast("LowRankOperation", _LowRank.apply)
 """The operation, for each kind of layer that can be adapted."""
@@ -158,9 +160,14 @@ def base_weights(base: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor | None
     return weight, bias
 
 
-def _geometry(conv: Layer) -> tuple[Any, ...]:
+def geometry(conv: Layer) -> tuple[Any, ...]:
     """Stride, padding and dilation of a convolution."""
     return conv.stride, conv.padding, conv.dilation
+
+
+def conv_options(conv: Layer) -> tuple[Any, ...]:
+    """What `conv_backward` is told of a convolution behind the size of its bias."""
+    return (*geometry(conv), False, (0, 0), 1)
 
 
 def _rows(layer: Layer, tensor: Tensor) -> Tensor:

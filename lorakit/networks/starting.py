@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from attrs import field, frozen
 
 from lorakit.checkpoints import CheckpointSummary, Shapes, summarize
 from lorakit.checkpoints.finite import NOT_FINITE_CURE, first_not_finite
-from lorakit.checkpoints.kinds import OF_LYCORIS, AdapterKind, adapter_kind
+from lorakit.checkpoints.kinds import OF_LYCORIS, TRAINED_BY, AdapterKind, adapter_kind
 from lorakit.checkpoints.lora_files import lora_names, missing_factors, own_shapes
 from lorakit.checkpoints.lora_names import DOWN
 from lorakit.errors import Problem
@@ -76,14 +76,14 @@ def starting_file(path: Path, model: ModelFamilyConfig) -> StartingFile:
     return StartingFile(path, adapter_kind(summary), own_shapes(summary, names))
 
 
-def problems_of_kind(file: StartingFile, config: TrainConfig) -> Iterator[Problem]:
-    """Says so where a file is no LoRA for the config's kind of model."""
+def problems_of_kind(file: StartingFile, config: TrainConfig, algorithms: Collection[str]) -> Iterator[Problem]:
+    """Says so where a file's adapters are of none of these kinds, or not for the config's kind of model."""
     kind, model = file.kind, config.model.adapter_title
-    if kind.algorithm not in {"LoRA", "DoRA"}:
+    if kind.algorithm not in algorithms:
         found = f"{file.path} is {kind.description}, which network.name = {config.network.name!r} cannot start from"
         yield Problem("weights", found, _cure(kind))
     elif model and kind.model not in {"", model}:
-        hint = f"give a LoRA for {model}, or set model.path to a model that the file is for"
+        hint = f"give a {kind.algorithm} for {model}, or set model.path to a model that the file is for"
         yield Problem("weights", f"{file.path} is {kind.description}, and the base model is {model}", hint)
     elif kind.algorithm == "DoRA" and not getattr(config.network, "dora", True):
         yield Problem("weights", f"{file.path} is {kind.description}", "set network.dora = true")
@@ -121,10 +121,12 @@ def problem_of_rank(file: StartingFile, key: str, rank: int, ranks: list[int]) -
 
 
 def _cure(kind: AdapterKind) -> str:
+    if kind.algorithm in TRAINED_BY:
+        return f"in [network], set {TRAINED_BY[kind.algorithm]}, which trains it"
     if kind.algorithm in OF_LYCORIS:
         return (
             f'the plugin lorakit-network-modules trains it: network.name = "lycoris.kohya",'
-            f' network.args = {{ algo = "{OF_LYCORIS[kind.algorithm]}" }}'
+            f" network.args = {{ {OF_LYCORIS[kind.algorithm]} }}"
         )
     if not kind.algorithm:
         return "give a LoRA file, or leave network.weights out"

@@ -67,7 +67,7 @@ class TrainingMemory:
     weights: int
     """Weights of the base model that are needed during training and on the device."""
     adapters: int
-    """The adapters."""
+    """The adapters, and their average over the steps where there is one."""
     gradients: int
     """Their gradients."""
     optimizer: int
@@ -154,9 +154,10 @@ def training_memory(
             saved = _step(model, network, batch, config, meter)
         transient = meter.peak - standing - saved
     trained = [tuple(p.shape) for group in flat.groups_for(config.optimizer) for p in group.parameters]
+    average = 0 if config.network.ema is None else flat.weights.nbytes
     return TrainingMemory(
         weights=frozen_weights - offloaded,
-        adapters=standing - frozen_weights - flat.gradients.nbytes,
+        adapters=standing - frozen_weights - flat.gradients.nbytes + average,
         gradients=flat.gradients.nbytes,
         optimizer=state_bytes(config.optimizer, trained),
         saved_activations=saved,

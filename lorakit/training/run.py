@@ -26,6 +26,7 @@ from lorakit.training.step.eval_weights import EvaluationWeights, begin_training
 from lorakit.training.step.gradients import FlatGradients
 from lorakit.training.step.loss import Criterion, denoising_loss
 from lorakit.training.step.metrics import effective_lr
+from lorakit.training.step.moving_average import MovingAverage
 from lorakit.training.step.nan_guard import StepGuard
 from lorakit.training.step.numerics import cudnn_benchmark
 from lorakit.training.validation import ValidationSet
@@ -74,12 +75,16 @@ class Run:
     """Takes the optimizer's steps."""
     weights: EvaluationWeights = field(init=False)
     """Switches between the weights that are trained and those that are saved."""
+    average: MovingAverage | None = field(init=False)
+    """The same, where those that are saved are an average over the steps."""
 
     def __attrs_post_init__(self) -> None:
         self.loss = torch.zeros((), device=self.processes.device)
         self.criterion = Criterion.of(self.config.loss, self.model.noise)
         begin_training(self.optimizer)
-        self.weights = EvaluationWeights(self.optimizer)
+        ema = self.config.network.ema
+        self.average = None if ema is None else MovingAverage(self.optimizer, self.flat.weights, ema)
+        self.weights = self.average or EvaluationWeights(self.optimizer)
         skips = self.config.training.on_nonfinite == "skip"
         self.guard = StepGuard(self.optimizer, self.scaler, self.processes, skips=skips)
 
@@ -111,6 +116,8 @@ class Run:
         step.group_norms = self.gradients.norms
         self.guard.step(step.gradient_norm)
         step.values = self.network.on_optimizer_step()
+        if self.average is not None:
+            self.average.update(self.step + 1, step.gradient_norm)
         self.gradients.zero()
         step.loss = self.loss.clone()
         self.loss.zero_()

@@ -165,6 +165,7 @@ class RunHandle:
                 "optimizer": run.optimizer.state_dict(),
                 "lr_scheduler": run.lr_scheduler.state_dict(),
                 "scaler": run.scaler.state_dict(),
+                **({} if run.average is None else {"ema": run.average.state_dict()}),
             }
             state = State(run.step, run.schedule.total_steps, run.network.adapter_state(), state_dicts)
             path = write_state(state, run.fingerprint, folder or state_folder(self.config))
@@ -187,6 +188,8 @@ class RunHandle:
             run.network.load_adapter_state(state.tensors)
             run.optimizer.load_state_dict(state.state_dicts["optimizer"])
             run.scaler.load_state_dict(state.state_dicts["scaler"])
+            if run.average is not None:
+                run.average.load_state_dict(state.state_dicts["ema"])
             if total == state.total_steps:
                 run.lr_scheduler.load_state_dict(state.state_dicts["lr_scheduler"])
             else:

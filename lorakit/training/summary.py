@@ -13,7 +13,7 @@ from lorakit.api.observer import Observer, RunInfo
 from lorakit.config.train_config import OutputSection, TrainConfig
 from lorakit.data.batch_sampler import RunLength, buckets
 from lorakit.data.index import Example
-from lorakit.networks.config import LoRAConfig
+from lorakit.networks.ranked_config import RankedConfig
 from lorakit.training.prepare import PreparedRun
 from lorakit.utils.wording import counted, duration, file_size, labelled, listed, shown_path
 
@@ -184,7 +184,7 @@ class RunAccount(Observer):
             sheet = self._previews / f"{run.config.output.name}_contact_sheet.png"
             draws_sheet = any(getattr(observer, "contact_sheet", False) for observer in run.config.observers)
             yield "previews", shown_path(sheet if draws_sheet and sheet.exists() else self._previews)
-        if isinstance(run.config.network, LoRAConfig):
+        if isinstance(run.config.network, RankedConfig):
             yield "use", how_to_use(run.config, file)
 
     def _lowest(self, run: RunInfo) -> str:

@@ -21,6 +21,8 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "sdxl": {"path": "tiny", "prediction": "v_prediction"},
     "lierla": {"rank": 4, "alpha": 2.0, "dropout": 0.1},
     "c3lier": {"rank": 4, "alpha": 2.0, "conv_rank": 2, "rank_dropout": 0.1},
+    "loha": {"rank": 4, "alpha": 2.0, "conv_rank": 2, "module_dropout": 0.1},
+    "lokr": {"rank": 2, "alpha": 1.0, "conv_rank": 2, "factor": 4, "decompose_both": True},
     "adamw": {"lr": 1e-2},
     "adamw8bit": {"lr": 1e-2},
     "pagedadamw": {"lr": 1e-2},

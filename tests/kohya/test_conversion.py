@@ -302,6 +302,51 @@ def test_other_modules_have_less(converted: Convert) -> None:
     assert told[:2] == ["--scale_weight_norms=1.0", "--dim_from_weights"]
 
 
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["algo=loha", "preset=attn-mlp"], {"name": "loha"}),
+        (
+            ["algo=lokr", "preset=attn-mlp", "factor=8", "decompose_both=True", "full_matrix=False", "rs_lora=1"],
+            {"name": "lokr", "factor": 8, "decompose_both": True, "rank_stabilized": True},
+        ),
+        (
+            [
+                "algo=loha",
+                "preset=unet-transformer-only",
+                "module_dropout=0.1",
+                "dora_wd=False",
+                "use_tucker=",
+                "rank_dropout=0",
+            ],
+            {"name": "loha", "module_dropout": 0.1, "parts": ["unet"]},
+        ),
+    ],
+)
+def test_lycoris_that_is_built_in(args: list[str], expected: dict[str, Any], converted: Convert) -> None:
+    """LoHa and LoKr of LyCORIS become the built-in networks where these adapt the same layers in the same way."""
+    least = tuple(word for word in LEAST if "network_module" not in word)
+    words = ("--network_module=lycoris.kohya", "--network_dim=8", "--network_alpha=2", "--network_args")
+    draft = converted(*words, *args, least=least)
+    assert draft.tables()["network"] == {"rank": 8, "alpha": 2.0, **expected}
+    assert not remarks(draft)
+
+
+def test_lycoris_arguments_without_effect(converted: Convert) -> None:
+    """What LyCORIS passes over with these algorithms and presets is told."""
+    least = tuple(word for word in LEAST if "network_module" not in word)
+    words = ("--network_module=lycoris.kohya", "--network_dropout=0.1", "--scale_weight_norms=1", "--dim_from_weights")
+    args = ("--network_weights=a.safetensors", "--network_args", "algo=lokr", "preset=attn-mlp", "conv_dim=4")
+    draft = converted(*words, *args, least=least)
+    network = draft.tables()["network"]
+    assert {key: network[key] for key in ("name", "weights", "rank_from_weights")} == {
+        "name": "lokr", "weights": "a.safetensors", "rank_from_weights": True,
+    }  # fmt: skip
+    assert not {"dropout", "scale_weight_norms"} & network.keys()
+    told = " ".join(remarks(draft))
+    assert all(text in told for text in ("--network_dropout", "--scale_weight_norms=1.0", "conv_dim=4 has no effect"))
+
+
 def test_longest_captions_in_an_options_file(converted: Convert, folder: Path) -> None:
     """A file for --config_file may say 75, as those do that user interfaces write, which is the model's own length."""
     (folder / "options.toml").write_text("max_token_length = 75\nnetwork_args = ['conv_dim=2']\ntext_encoder_lr = 1e-5")
@@ -698,10 +743,15 @@ def test_modules_for_other_models(module: str, words: str, converted: Convert) -
         ("networks.dylora", ["unit=4"], 'algo = "dylora"'),
         ("networks.lora_fa", [], "train both matrices"),
         ("networks.oft", [], 'algo = "diag-oft"'),
-        ("networks.loha", [], 'algo = "loha"'),
-        ("networks.lokr", ["factor=4"], 'algo = "lokr"'),
+        ("networks.loha", [], "LoHa is 'loha' here"),
+        ("networks.lokr", ["factor=4"], "LoKr is 'lokr' here"),
         ("lycoris.kohya", ["algo=locon", "conv_dim=4"], 'network.name = "c3lier"'),
-        ("lycoris.kohya", ["algo=loha"], "install the plugin lorakit-network-modules"),
+        ("lycoris.kohya", ["algo=loha"], "network.name = 'loha', whose layers are those of preset=attn-mlp"),
+        ("lycoris.kohya", ["algo=lokr", "preset=full"], "install the plugin lorakit-network-modules"),
+        ("lycoris.kohya", ["algo=lokr", "preset=attn-mlp", "dora_wd=True"], "lorakit-network-modules"),
+        ("lycoris.kohya", ["algo=lokr", "preset=attn-mlp", "rank_dropout=0.1"], "lorakit-network-modules"),
+        ("lycoris.kohya", ["algo=loha", "preset=attn-mlp", "factor=4"], "lorakit-network-modules"),
+        ("lycoris.kohya", ["algo=lokr", "preset=attn-mlp", "factor=four"], "lorakit-network-modules"),
     ],
 )
 def test_other_modules(module: str, args: list[str], cure: str, converted: Convert, catalog: Catalog) -> None:

@@ -187,7 +187,7 @@ def test_files_that_do_not_fit(tiny_sd1: Path, files: dict[str, Path], tmp_path:
     key = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
     up, down = f"{key}.lora_up.weight", f"{key}.lora_down.weight"
     cases = {
-        f"{key}.hada_w1_a is for no layer": good | {f"{key}.hada_w1_a": torch.ones(2, 2)},
+        f"{key} has tensors of two kinds of adapters": good | {f"{key}.hada_w1_a": torch.ones(2, 2)},
         "lora_te2_x.lora_up.weight is for no layer": good | {"lora_te2_x.lora_up.weight": torch.ones(2, 2)},
         f"{key} lacks lora_down.weight": {name: tensor for name, tensor in good.items() if name != down},
         f"{up} holds NaN, infinity or complex numbers": good | {up: torch.full_like(good[up], torch.nan)},

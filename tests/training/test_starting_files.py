@@ -36,14 +36,15 @@ def named(*names: str) -> dict[str, Tensor]:
 
 
 KINDS: dict[str, tuple[dict[str, Tensor], str, str]] = {
-    "loha": (named(f"{UNET}.hada_w1_a", f"{UNET}.hada_w2_a"), "a LoHa, ", 'algo = "loha"'),
-    "lokr": (named(f"{UNET}.lokr_w1", f"{UNET}.lokr_w2_a"), "a LoKr, ", 'algo = "lokr"'),
+    "loha": (named(f"{UNET}.hada_w1_a", f"{UNET}.hada_w2_a"), "a LoHa, ", 'name = "loha"'),
+    "lokr": (named(f"{UNET}.lokr_w1", f"{UNET}.lokr_w2_a"), "a LoKr, ", 'name = "lokr"'),
+    "loha with cores": (named(f"{UNET}.hada_w1_a", f"{UNET}.hada_t1"), "Tucker", "use_tucker = true"),
     "oft": (named(f"{UNET}.oft_blocks"), "an OFT, ", 'algo = "diag-oft"'),
     "ia3": (named(f"{UNET}.weight", f"{UNET}.on_input"), "an IA3, ", 'algo = "ia3"'),
     "glora": (named(f"{UNET}.a1.weight", f"{UNET}.b1.weight"), "a GLoRA, ", 'algo = "glora"'),
     "full": (named(f"{UNET}.diff"), "a full difference, ", "plain LoRA"),
     "norms": (factors(UNET) | named("lora_unet_mid_block_x.w_norm"), "LoRA with trained norms", "plain LoRA"),
-    "tucker": (factors(UNET) | named(f"{UNET}.lora_mid.weight"), "LoCon with Tucker", "plain LoRA"),
+    "tucker": (factors(UNET) | named(f"{UNET}.lora_mid.weight"), "LoCon with Tucker", "use_tucker = true"),
     "dora": (factors(UNET) | {f"{UNET}.dora_scale": torch.ones(8, 1)}, "a DoRA", "network.dora = true"),
     "dora for inputs": (factors(UNET) | {f"{UNET}.dora_scale": torch.ones(1, 32)}, "magnitude for each input", "plain"),
     "xl by its second encoder": (factors(UNET) | factors(TEXT.replace("te_", "te2_")), "Diffusion XL", "1.x"),
@@ -79,7 +80,7 @@ def test_kinds_that_are_no_start(make_config, tmp_path: Path, kind: str) -> None
     assert "given.safetensors is " in found["network.weights"]
     assert told in found["network.weights"]
     assert cure in found["network.weights"]
-    if not kind.endswith("dora"):
+    if kind not in {"dora", "loha", "lokr", "loha with cores", "loha for xl"}:
         merged = problems(lambda: make_config(model={"base_weights": ["given.safetensors"]}))
         assert told.removesuffix(", ") in merged["model.base_weights[0]"]
 

@@ -115,6 +115,34 @@ def test_resumed_run_is_bit_equal(
     assert same(whole, run_training(prepare(run.config), catalog, resume="latest"))
 
 
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"name": "loha", "rank": 2, "conv_rank": 1, "module_dropout": 0.2, "up_lr_weight": "cosine"},
+        {"name": "lokr", "rank": 2, "factor": 4, "module_dropout": 0.2},
+    ],
+)
+def test_other_algorithms_than_lora(make_config, catalog: Catalog, network: dict[str, Any]) -> None:
+    """LoHa and LoKr go on from a state bit for bit; their files say what they are, and another run starts from them."""
+    sections = {"network": network, "training": {"max_steps": 3}, "optimizer": {"lr": 1e-2}}
+    whole = lorakit.train(make_config(**sections, output={"name": "whole"}))
+    run = build_run(prepare(make_config(**sections)), Distributed(CPU))
+    handle = RunHandle(run)
+    handle.observers.add("stop", StopAfter(handle, 2))
+    with pytest.raises(Interrupted, match="step 2 of 3"):
+        train(handle)
+    assert same(whole, run_training(prepare(run.config), catalog, resume="latest"))
+    with safe_open(whole, "pt") as file:
+        assert file.metadata()["ss_network_module"] == "lycoris.kohya"
+        assert json.loads(file.metadata()["ss_network_args"])["algo"] == network["name"]
+    onward = {"network": {**network, "weights": str(whole)}, "training": {"max_steps": 1}, "optimizer": {"lr": 1e-12}}
+    again = load_file(lorakit.train(make_config(**onward, output={"name": "again"})))
+    assert again.keys() == load_file(whole).keys()
+    assert all(torch.allclose(again[key], tensor, atol=1e-8) for key, tensor in load_file(whole).items())
+    with pytest.raises(ConfigError, match=f'name = "{network["name"]}"'):
+        make_config(network={"weights": str(whole)})
+
+
 class Rates(Observer):
     """Keeps the learning rates of each step."""
 

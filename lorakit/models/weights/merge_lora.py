@@ -1,12 +1,14 @@
 """LoRA files that are merged into a base model's weights as these are read.
 
-W ← W + multiplier·(alpha/rank)·U·D in float32, for convolutions with U of 1×1 and D of the base's kernel size. A file
-with magnitudes (DoRA) takes W multiplier of the way to magnitude·(W + ΔW)/‖W + ΔW‖, the norm of each output's weights.
+W ← W + multiplier·(alpha/rank)·U·D in float32, for convolutions with U of 1×1 and D of the base's kernel size; of LoHa
+and LoKr W ← W + multiplier·ΔW. A file with magnitudes (DoRA) takes W multiplier of the way to
+magnitude·(W + ΔW)/‖W + ΔW‖, the norm of each output's weights.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,11 +22,14 @@ from lorakit.checkpoints.kinds import adapter_kind
 from lorakit.checkpoints.lora_names import ALPHA, DOWN, MAGNITUDE, UP
 from lorakit.errors import AdapterError
 from lorakit.models.interfaces import AdaptationTarget, Memo
+from lorakit.models.weights import kronecker_hadamard
 from lorakit.models.weights.hashing import hash_of_file, hash_of_weights
 from lorakit.models.weights.load import EditTensor, ReadTensor, open_tensors
 from lorakit.models.weights.lora_tensors import LoRATensors, lora_tensors
 from lorakit.utils.wording import some
 
+_OTHERS = kronecker_hadamard.LOHA | kronecker_hadamard.LOKR
+_SUFFIXES = {UP, DOWN, ALPHA, MAGNITUDE, *_OTHERS}
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -56,13 +61,27 @@ class MergedFile:
         """What in the file is not for layers with weights of these shapes, by key."""
         for name in self.shapes:
             key, _, suffix = name.partition(".")
-            if key not in layers or suffix not in (UP, DOWN, ALPHA, MAGNITUDE):
+            if key not in layers or suffix not in _SUFFIXES:
                 yield f"{name} is for no layer of the base model"
         for key in dict.fromkeys(name.partition(".")[0] for name in self.shapes):
             if key in layers and (shape_mismatch := self._misfit(key, layers[key])):
                 yield shape_mismatch
 
+    def others(self, key: str) -> tuple[str, ...]:
+        """The suffixes of a layer's tensors of LoHa or LoKr; none for LoRA."""
+        return tuple(suffix for suffix in sorted(_OTHERS) if f"{key}.{suffix}" in self.shapes)
+
+    def adapts(self, key: str) -> bool:
+        """Whether there is an adapter for the layer with a key."""
+        return f"{key}.{UP}" in self.shapes or bool(self.others(key))
+
     def _misfit(self, key: str, weight: tuple[int, ...]) -> str:
+        kinds = ({UP, DOWN}, kronecker_hadamard.LOHA, kronecker_hadamard.LOKR)
+        if sum(any(f"{key}.{suffix}" in self.shapes for suffix in kind) for kind in kinds) > 1:
+            return f"{key} has tensors of two kinds of adapters"
+        if suffixes := self.others(key):
+            shapes = {suffix: self.shapes[f"{key}.{suffix}"] for suffix in suffixes}
+            return _misfit_of_others(key, shapes, weight) or self._misfit_of_magnitude(key, weight)
         up, down = (self.shapes.get(f"{key}.{suffix}") for suffix in (UP, DOWN))
         if up is None or down is None:
             return f"{key} lacks {UP if up is None else DOWN}"
@@ -71,6 +90,9 @@ class MergedFile:
         fits_down = down in ((rank, *weight[1:]), (rank, *weight[1:], *ones)) or (*down, *ones) == (rank, *weight[1:])
         if not fits_up or not fits_down:
             return f"{key} has factors of {list(up)} and {list(down)}, the layer's weights are {list(weight)}"
+        return self._misfit_of_magnitude(key, weight)
+
+    def _misfit_of_magnitude(self, key: str, weight: tuple[int, ...]) -> str:
         magnitude = self.shapes.get(f"{key}.{MAGNITUDE}", (weight[0],))
         if magnitude[:1] != weight[:1] or any(side != 1 for side in magnitude[1:]):
             return f"{key}.{MAGNITUDE} is {list(magnitude)}, the layer has {weight[0]} outputs"
@@ -112,7 +134,7 @@ class Merging:
         def merge(name: str, weight: Tensor) -> Tensor:
             key = key_of(name.removesuffix(".weight"))
             for file, read in opened:
-                if name.endswith(".weight") and f"{key}.{UP}" in file.shapes:
+                if name.endswith(".weight") and file.adapts(key):
                     weight = _merged(file, key, read, weight.float())
             return weight
 
@@ -152,14 +174,31 @@ def _merged(file: MergedFile, key: str, read: ReadTensor, weight: Tensor) -> Ten
             raise AdapterError(f"{file.path} cannot be merged into the base model: {found}. Give another file.")
         return own.to(weight.device).float()
 
-    up, down = tensor(UP), tensor(DOWN)
-    update = (up.flatten(1) @ down.flatten(1)).view_as(weight)
-    if f"{key}.{ALPHA}" in file.shapes:
-        update *= tensor(ALPHA) / len(down)
-    elif key in file.names.alphas:
-        update *= file.names.alphas[key] / len(down)
+    alpha = tensor(ALPHA) if f"{key}.{ALPHA}" in file.shapes else file.names.alphas.get(key)
+    if suffixes := file.others(key):
+        found = {suffix: tensor(suffix) for suffix in suffixes}
+        update = kronecker_hadamard.update_of(found, alpha).reshape(weight.shape)
+    else:
+        up, down = tensor(UP), tensor(DOWN)
+        update = (up.flatten(1) @ down.flatten(1)).view_as(weight)
+        if alpha is not None:
+            update *= alpha / len(down)
     if f"{key}.{MAGNITUDE}" in file.shapes:
         changed = (weight + update).flatten(1)
         changed *= tensor(MAGNITUDE).view(-1, 1) / changed.norm(dim=1, keepdim=True).clamp(min=_TINY)
         update = changed.view_as(weight) - weight
     return weight + file.multiplier * update
+
+
+def _misfit_of_others(key: str, shapes: Shapes, weight: tuple[int, ...]) -> str:
+    """Why tensors of LoHa or LoKr of these shapes do not make an update of a weight; empty if they do."""
+    tensors = {suffix: torch.empty(shape, device="meta") for suffix, shape in shapes.items()}
+    try:
+        update = kronecker_hadamard.update_of(tensors, 1.0)
+        fits = update.shape[0] == weight[0] and update.numel() == math.prod(weight)
+    except KeyError as error:
+        return f"{key} lacks {error.args[0].removesuffix('_a')}"
+    except (RuntimeError, IndexError, TypeError, ValueError, ZeroDivisionError):
+        fits = False
+    described = ", ".join(f"{suffix} {list(shape)}" for suffix, shape in shapes.items())
+    return "" if fits else f"{key} has {described}, the layer's weights are {list(weight)}"

@@ -60,7 +60,7 @@ class State:
     tensors: Mapping[str, Tensor]
     """The adapters as they are trained, by the keys of a LoRA file."""
     state_dicts: Mapping[str, Any]
-    """State dicts of `optimizer`, `lr_scheduler` and `scaler`."""
+    """State dicts of `optimizer`, `lr_scheduler` and `scaler`, and `ema` where weights are averaged."""
 
 
 def state_folder(config: TrainConfig) -> Path:

@@ -42,13 +42,17 @@ class EvaluationWeights:
     @contextmanager
     def train_weights(self) -> Iterator[None]:
         """Inside `eval_weights`, go back to the trained weights; afterwards to the others again, bit for bit."""
-        interrupted = self._trained is not None
+        interrupted = self._in_evaluation
         self._end()
         try:
             yield
         finally:
             if interrupted:
                 self._begin()
+
+    @property
+    def _in_evaluation(self) -> bool:
+        return self._trained is not None
 
     def _begin(self) -> None:
         if self._to_evaluation and self._to_training:

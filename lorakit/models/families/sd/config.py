@@ -23,7 +23,7 @@ from lorakit.checkpoints import (
     summarize,
 )
 from lorakit.checkpoints.finite import NOT_FINITE_CURE, first_not_finite
-from lorakit.checkpoints.kinds import adapter_kind
+from lorakit.checkpoints.kinds import MERGED, adapter_kind
 from lorakit.checkpoints.lora_files import lora_names, missing_factors, own_shapes
 from lorakit.checkpoints.lora_names import own_name
 from lorakit.errors import AdapterError, ModelError, Problem
@@ -225,8 +225,8 @@ class StableDiffusionConfig(ModelFamilyConfig):
         summary = summarize(path)
         lacking = missing_factors(own_shapes(summary, lora_names(summary, rename=self.lora_name)))
         kind, ours = adapter_kind(summary), self.adapter_title
-        if kind.algorithm not in {"LoRA", "DoRA"}:
-            return f"{path} is {kind.description}, which cannot be merged", "give LoRA files"
+        if kind.algorithm not in MERGED:
+            return f"{path} is {kind.description}, which cannot be merged", "give files of LoRA, DoRA, LoHa or LoKr"
         if kind.model not in {"", ours}:
             found = f"{path} is {kind.description}, and the base model is {ours}"
             return found, "give LoRA files for the same kind of base model"
