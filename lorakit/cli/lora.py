@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from lorakit.cli.options import catalog, print_warnings
+
 if TYPE_CHECKING:
     from lorakit.lora_tools.output import Written
     from lorakit.networks.adapter_file import Precision
@@ -94,13 +96,13 @@ def _config_of(path: Path) -> str:
     from lorakit.kohya.draft import to_text
     from lorakit.lora_tools.adapters import open_lora
     from lorakit.lora_tools.training_options import folders, training_options
-    from lorakit.plugins.catalog import Catalog
 
     file = open_lora(path)
     given = read_arguments(training_options(file), Path.cwd())
-    text = to_text(convert(given, Path.cwd(), Path.cwd(), Catalog.discover()))
+    draft = convert(given, Path.cwd(), Path.cwd(), catalog())
+    print_warnings(draft.remarks)
     notes = [f"From the metadata of {path.name}. Paths are placeholders: set model.path and image_dir.", *folders(file)]
-    return "".join(f"# {note}\n" for note in notes) + text
+    return "".join(f"# {note}\n" for note in notes) + to_text(draft)
 
 
 @lora.command(

@@ -16,7 +16,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 from lorakit.api.model_family import ModelFamilyConfig
-from lorakit.checkpoints import CheckpointSummary, kind_of_file, summarize
+from lorakit.checkpoints import CheckpointSummary, summarize
 from lorakit.checkpoints.finite import NOT_FINITE_CURE
 from lorakit.checkpoints.kinds import AdapterKind, adapter_kind
 from lorakit.checkpoints.lora_files import missing_factors
@@ -207,7 +207,6 @@ def open_lora(path: AnyPath, targets: Sequence[AdaptationTarget] = ()) -> LoRAFi
             raise AdapterError(f"{file} is a folder; give the LoRA file in it.")
         if not file.exists():
             raise AdapterError(f"{file}: there is no such file. Check the path.")
-        kind_of_file(file)
         summary = summarize(file)
     except (ModelError, OSError) as error:
         raise AdapterError(f"{file} cannot be read: {error}" if isinstance(error, OSError) else f"{error}.") from error

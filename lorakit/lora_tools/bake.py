@@ -35,6 +35,7 @@ class Baked:
     """A checkpoint that was written and read back."""
 
     path: Path
+    """The file."""
     changed: int
     """Layers that were changed."""
     copied: int

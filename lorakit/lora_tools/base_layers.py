@@ -25,11 +25,13 @@ class BaseLayer:
     """A layer's weight in a base model's files."""
 
     target: AdaptationTarget
+    """What networks know of it."""
     place: TensorRef
     """Where it is in its file."""
     shape: tuple[int, ...]
     """The shape of the module's weight; stored, a 1×1 convolution may be a matrix and the reverse."""
     read_stored: Callable[[TensorRef], Tensor]
+    """Reads from its file."""
 
     def read(self) -> Tensor:
         """The weight, in the file's number format."""
@@ -41,10 +43,15 @@ class LayeredModel:
     """A base model by its layers."""
 
     path: Path
+    """The file or folder."""
     summary: CheckpointSummary
+    """What its header says."""
     family: type[ModelFamilyConfig]
+    """The family that its plugin recognised."""
     model: BaseModel
+    """The model, of which nothing is read."""
     layers: Sequence[BaseLayer]
+    """All layers that can be adapted."""
 
     @property
     def targets(self) -> list[AdaptationTarget]:

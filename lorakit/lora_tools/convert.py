@@ -38,6 +38,7 @@ class Converted:
     """A LoRA file in another layout."""
 
     path: Path
+    """The file."""
     rounded: tuple[str, ...]
     """Keys of layers whose numbers are not exactly those of the source, as alpha/rank is no power of two."""
 

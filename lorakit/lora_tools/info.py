@@ -14,7 +14,7 @@ from lorakit.checkpoints.finite import first_not_finite
 from lorakit.checkpoints.lora_files import missing_factors
 from lorakit.checkpoints.lora_names import DOWN, own_name
 from lorakit.errors import AdapterError, LorakitError
-from lorakit.lora_tools.adapters import LORA_PARTS, AnyPath, LoRAFile, open_lora, require_one_family
+from lorakit.lora_tools.adapters import LORA_PARTS, AnyPath, LoRAFile, open_lora
 from lorakit.lora_tools.low_rank import inner_product, relative, squared_norm
 from lorakit.lora_tools.metadata import json_object
 from lorakit.models.weights.hashing import hash_of_file
@@ -35,6 +35,7 @@ class LoRAInfo:
     """What is in a LoRA file."""
 
     path: Path
+    """The file."""
     kind: str
     """In words that fit behind "is": `a LoRA for Stable Diffusion XL`."""
     family: str
@@ -44,7 +45,7 @@ class LoRAInfo:
     ranks: Mapping[int, int]
     """Number of layers of each rank."""
     alphas: Mapping[float, int]
-    """Number of layers of each alpha."""
+    """Number of layers of each alpha; empty for a damaged file."""
     dtypes: Mapping[str, int]
     """Number of tensors in each number format."""
     size: int
@@ -60,23 +61,14 @@ class LoRAInfo:
     damage: str
     """What is wrong with it; empty if nothing is."""
     metadata: Mapping[str, str]
+    """What it says of itself."""
 
 
 def info(path: AnyPath) -> LoRAInfo:
     """What is in a LoRA file. Raises `AdapterError` if it is none, or cannot be read."""
     file = open_lora(path)
     damage = _damage(file)
-    ranks: Counter[int] = Counter()
-    alphas: Counter[float] = Counter()
-    for key in file.keys if not damage else ():
-        if file.parts(key) <= LORA_PARTS:
-            rank = file.names.shapes[f"{key}.{DOWN}"][0]
-            ranks[rank] += 1
-            alphas[file.alpha(key, rank)] += 1
-        else:
-            sides = (file.names.shapes[f"{key}.{part}"] for part in file.parts(key) if part.endswith(("_b", "w1_b")))
-            ranks.update(sorted(shape[0] for shape in sides if shape)[:1])
-            alphas[file.alpha(key, 0)] += 1
+    ranks = {key: rank for key in file.keys if (rank := _rank(file, key))}
     dtypes = Counter(str(file.read(name).dtype).removeprefix("torch.") for name in file.summary.tensors)
     metadata = file.summary.metadata
     return LoRAInfo(
@@ -84,8 +76,8 @@ def info(path: AnyPath) -> LoRAInfo:
         kind=file.kind.description,
         family=file.family,
         layers=Counter(block_of(key) for key in file.keys),
-        ranks=ranks,
-        alphas=alphas,
+        ranks=Counter(ranks.values()),
+        alphas={} if damage else Counter(file.alpha(key, rank) for key, rank in ranks.items()),
         dtypes=dtypes,
         size=file.path.stat().st_size,
         sha256=hash_of_file(file.path),
@@ -95,6 +87,12 @@ def info(path: AnyPath) -> LoRAInfo:
         damage=damage,
         metadata=metadata,
     )
+
+
+def _rank(file: LoRAFile, key: str) -> int:
+    """The rank of a layer's adapter; 0 where it has none."""
+    factors = [part for part in file.parts(key) if part == DOWN or part.endswith("_b")]
+    return min((shape[0] for part in factors if (shape := file.names.shapes[f"{key}.{part}"])), default=0)
 
 
 def block_of(key: str) -> str:
@@ -133,10 +131,11 @@ def report(found: LoRAInfo) -> list[str]:
 
 
 def compare(first: AnyPath, second: AnyPath) -> list[str]:
-    """What differs between two LoRA files, in lines for a terminal. Raises `AdapterError` for different families."""
-    one, other = info(first), info(second)
-    files = [open_lora(first), open_lora(second)]
-    require_one_family(files)
+    """What differs between two LoRA files, in lines for a terminal. Raises `AdapterError` for files that are none."""
+    return _differences(info(first), info(second))
+
+
+def _differences(one: LoRAInfo, other: LoRAInfo) -> list[str]:
     rows = [
         (name, left, right)
         for name, left, right in (
@@ -149,7 +148,11 @@ def compare(first: AnyPath, second: AnyPath) -> list[str]:
         )
         if left != right
     ]
-    lines = columns(("differs", Path(first).name, Path(second).name), rows) if rows else ["Metadata and shapes agree."]
+    titles = ("differs", one.path.name, other.path.name)
+    lines = columns(titles, rows) if rows else ["Metadata and shapes agree."]
+    files = [open_lora(found.path) for found in (one, other)]
+    if one.damage or other.damage or any(file.parts(key) - LORA_PARTS for file in files for key in file.keys):
+        return [*lines, "", "Updates are compared only of LoRA files that are not damaged."]
     return [*lines, "", *_distances(*files)]
 
 
@@ -261,7 +264,6 @@ def _tags(metadata: Mapping[str, str]) -> dict[str, int]:
 
 def of_one_or_more(paths: Sequence[AnyPath]) -> list[str]:
     """Reports on files, and of two also what differs."""
-    lines: list[str] = []
-    for path in paths:
-        lines += [*report(info(path)), ""]
-    return [*lines, *compare(*paths)] if len(paths) == 2 else lines[:-1]
+    found = [info(path) for path in paths]
+    lines = [line for own in found for line in (*report(own), "")]
+    return [*lines, *_differences(*found)] if len(found) == 2 else lines[:-1]

@@ -21,11 +21,14 @@ from lorakit.utils.atomic_io import as_output_error, commit, staging_dir, unwrit
 
 @frozen
 class LayerError:
-    """What a layer's update in the output lacks, in squared norms."""
+    """What the update of a layer lacks in the output, in squared norms."""
 
     key: str
+    """The layer."""
     error: float
+    """‖written − exact‖²."""
     norm: float
+    """‖exact‖²."""
 
     @property
     def relative(self) -> float:
@@ -38,6 +41,7 @@ class Written:
     """A LoRA file that was written and read back."""
 
     path: Path
+    """The file."""
     ranks: Mapping[str, int]
     """The rank of each layer, by key."""
     errors: tuple[LayerError, ...] = ()

@@ -32,6 +32,7 @@ class Layout:
     """The tensors of a file in the order in which they are written."""
 
     shapes: Shapes
+    """Shape of each."""
     dtypes: Mapping[str, str]
     """Number format of each, as safetensors calls it."""
 

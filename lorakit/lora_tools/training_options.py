@@ -18,6 +18,7 @@ _KEYS = {
 """The keys of metadata that are called otherwise than the option."""
 _NOT_COPIED = ("output_name", "resolution", "network_args", "max_token_length", "optimizer_type", "optimizer_args")
 _OPTIMIZER = re.compile(r"(?:[\w.]*\.)?(\w+)(?:\((.*)\))?", re.DOTALL)
+_NUMBER = re.compile(r"\d+(?:\.\d*)?(?:e[+-]?\d+)?")
 _OUTER_COMMA = re.compile(r",\s*(?=[A-Za-z_]\w*=)")
 
 
@@ -35,7 +36,9 @@ def training_options(file: LoRAFile) -> list[str]:
         **_shown_by_tensors(file),
         **dict(_copied(metadata)),
     }
-    words += [f"--{name}={value}" if value else f"--{name}" for name, value in given.items()]
+    for name, value in given.items():
+        several = name in OPTIONS and OPTIONS[name].kind == "floats"
+        words += [f"--{name}", *value.split()] if several or not value else [f"--{name}={value}"]
     if metadata.get("ss_v2") == "True" and not is_xl:
         words.append("--v2")
     if size := re.findall(r"\d+", metadata.get("ss_resolution", "")):
@@ -83,8 +86,7 @@ def _value(option: Option, text: str) -> str | None:
             return None
         text = str(int(number)) if option.kind == "int" else text
     if option.kind == "floats":
-        found = re.search(r"[\d.e+-]+", text)
-        return found[0] if found else None
+        return " ".join(_NUMBER.findall(text)) or None
     return None if option.choices and text not in map(str, (*option.choices, *option.in_files)) else text
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
-from lorakit.cli.commands import cli
+from lorakit.cli.group import cli
 from lorakit.cli.lora import lora as group
 from tests.lora_tools.files import SD1, TEXT, close, lora, updates, updates_of, write
 
@@ -28,7 +29,7 @@ def test_help_has_an_example(name: str) -> None:
     """Each command explains itself and ends with a line that can be typed."""
     text = run(name, "--help").output
     assert f"Example:\n    lorakit lora {name} " in text
-    assert all(option.help for option in group.commands[name].params if hasattr(option, "help"))
+    assert all(option.help for option in group.commands[name].params if isinstance(option, click.Option))
 
 
 def test_merge(tmp_path: Path, file: Path) -> None:

@@ -144,7 +144,7 @@ def test_alphas_of_peft(tmp_path: Path) -> None:
     """Alphas in the config that diffusers writes into the header are tensors afterwards, and the config is gone."""
     tensors = {name: own for name, own in lora(alpha=None).items() if name.startswith(ATTENTION)}
     path = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    named = {f"{path}.lora_{'A' if 'down' in name else 'B'}.weight": own for name, own in tensors.items()}
+    named = {f"{path}.lora_{'A' if 'lora_down' in name else 'B'}.weight": own for name, own in tensors.items()}
     config = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 8})}
     source = write(tmp_path / "a.safetensors", named, config)
     kohya = convert(source, tmp_path / "b.safetensors", to="kohya").path
@@ -192,7 +192,9 @@ def test_loads_in_diffusers(tmp_path: Path, tiny_sd1: Path) -> None:
 
     model = SD1Config(path=str(tiny_sd1)).build(torch.device("cpu"), torch.float32)
     shapes = {layer.key: tuple(layer.module.weight.shape) for layer in model.targets(("text_encoder", "unet"))}
-    kohya = write(tmp_path / "kohya.safetensors", lora(shapes, alpha=3.0, dtype=torch.float16))
+    weak = {name: own * 0.05 for name, own in lora(shapes, alpha=3.0).items() if not name.endswith("alpha")}
+    tensors = {name: own.half() for name, own in (lora(shapes, alpha=3.0) | weak).items()}
+    kohya = write(tmp_path / "kohya.safetensors", tensors)
     files = [kohya, convert(kohya, tmp_path / "diffusers.safetensors", to="diffusers").path]
     outputs = []
     for file in files:

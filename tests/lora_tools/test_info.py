@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from lorakit.cli.commands import cli
+from lorakit.cli.group import cli
 from lorakit.lora_tools import compare, info
 from lorakit.lora_tools.info import block_of, report
 from tests.lora_tools.files import ATTENTION, CONVOLUTION, PROJECTION, SD1, TEXT, XL_SHAPES, dora, lora, updates, write
@@ -81,6 +81,7 @@ def test_damage_is_said(tmp_path: Path) -> None:
         found = info(write(file, tensors))
         assert words in found.damage
         assert not found.norms
+        assert max(found.ranks, key=lambda rank: found.ranks[rank]) == 4
         assert f"{words}.safetensors" in said(file)
 
 
@@ -108,6 +109,10 @@ def test_two_files(tmp_path: Path) -> None:
     assert f"{float((left - right).norm() / left.norm()):.1%}" in text
     assert f"{float((left * right).sum() / left.norm() / right.norm()):.4f}" in text
     assert "Metadata and shapes agree." in compare(files[0], files[0])[0]
+    broken = lora()
+    broken[f"{TEXT}.lora_up.weight"][0, 0] = torch.nan
+    damaged = compare(files[0], write(tmp_path / "c.safetensors", broken))
+    assert damaged[-1] == "Updates are compared only of LoRA files that are not damaged."
 
 
 def run(*arguments: object) -> str:
@@ -154,5 +159,9 @@ def test_config_without_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     config = tomllib.loads(run("info", write(tmp_path / "cat.safetensors", unet, {}), "--config"))
     assert config["network"]["parts"] == ["unet"]
     assert (config["network"]["rank"], config["network"]["alpha"]) == (6, 2.0)
-    xl = write(tmp_path / "xl.safetensors", lora(XL_SHAPES, rank=6), {})
-    assert tomllib.loads(run("info", xl, "--config"))["network"]["rank"] == 6
+    two_rates = {"ss_text_encoder_lr": "[5e-05, 0.0001]", "ss_learning_rate": "nonsense"}
+    xl = write(tmp_path / "xl.safetensors", lora(XL_SHAPES, rank=6), two_rates)
+    result = CliRunner().invoke(cli, ["lora", "info", str(xl), "--config"], catch_exceptions=False)
+    config = tomllib.loads(result.stdout)
+    assert (config["network"]["rank"], config["optimizer"]["text_encoder_lr"]) == (6, 5e-5)
+    assert "0.0001 has no effect, as networks.lora takes only the first" in result.stderr
