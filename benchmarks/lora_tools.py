@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lorakit.lora_tools.low_rank import concatenated, decompose, decompose_product
+from lorakit.lora_tools.low_rank import concatenated, decompose_product, leading
 from lorakit.models.families.sd.targets import block_layers
 from lorakit.models.families.sd.unet import UNet
 from lorakit.models.families.sd.unet_config import UNetConfig
@@ -53,7 +53,7 @@ def main() -> None:
     )
     sums = [one[0] @ one[1] + other[0] @ other[1] for one, other in pairs]
     row("merge at a rank", sums, lambda i: merged(pairs[i], new), lambda i: full_sum(pairs[i], new))
-    row("extract", changes, lambda i: decompose(changes[i]).factors(new), lambda i: svd(changes[i], new))
+    row("extract", changes, lambda i: leading(changes[i], new).factors(new), lambda i: svd(changes[i], new))
 
 
 def layer_shapes(model: str, count: int) -> list[tuple[int, int]]:

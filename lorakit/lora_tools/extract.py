@@ -10,7 +10,7 @@ from torch import Tensor
 from lorakit.errors import AdapterError, ModelError
 from lorakit.lora_tools.adapters import Adapter, AnyPath
 from lorakit.lora_tools.base_layers import BaseLayer, LayeredModel, open_model
-from lorakit.lora_tools.low_rank import ChooseRank, decompose, fixed_rank
+from lorakit.lora_tools.low_rank import leading
 from lorakit.lora_tools.metadata import network_metadata
 from lorakit.lora_tools.output import LayerError, Written, lora_tensors_of, new_file, write_lora
 from lorakit.networks.adapter_file import Precision
@@ -42,8 +42,9 @@ def extract(
     blocks and samplers of the U-Net, 3×3 convolutions at this rank. One layer is in memory at a time. Raises
     `ModelError` for models of different families.
     """
-    target, choose = new_file(output), fixed_rank(rank)
-    choose_wide = None if conv_rank is None else fixed_rank(conv_rank)
+    target = new_file(output)
+    if min(rank, conv_rank or 1) < 1:
+        raise AdapterError(f"A rank must be at least 1, not {min(rank, conv_rank or 1)}.")
     one, other = open_model(base), open_model(tuned)
     adapters: dict[str, Adapter] = {}
     errors, left_out, unchanged = [], [], 0
@@ -52,14 +53,14 @@ def extract(
         if change is None:
             unchanged += 1
             continue
-        choice = _choice(layer, choose, choose_wide)
-        if choice is None:
+        layer_rank = _rank(layer, rank, conv_rank)
+        if layer_rank is None:
             left_out.append(key)
             continue
-        found = decompose(change)
-        kept = choice(found.values)
-        adapters[key] = Adapter(*found.factors(kept), layer.shape[1:])
-        errors.append(LayerError(key, found.tail(kept) ** 2, found.tail(0) ** 2))
+        up, down = leading(change, layer_rank).factors(layer_rank)
+        adapters[key] = Adapter(up, down, layer.shape[1:])
+        lacking = (change - up @ down).double().square().sum()
+        errors.append(LayerError(key, float(lacking), float(change.double().square().sum())))
     if not adapters:
         what = f"only in {some(left_out)}; --conv-rank adapts those" if left_out else "in no layer that a LoRA adapts"
         raise ModelError(f"{tuned} differs from {base} {what}")
@@ -76,11 +77,11 @@ def extract(
     return Extracted(target, ranks, tuple(errors), unchanged, tuple(left_out))
 
 
-def _choice(layer: BaseLayer, choose: ChooseRank, choose_wide: ChooseRank | None) -> ChooseRank | None:
-    """How to choose the rank of a layer; None if it gets no adapter."""
+def _rank(layer: BaseLayer, rank: int, conv_rank: int | None) -> int | None:
+    """The rank of a layer; None if it gets no adapter."""
     if "conv3x3" in layer.target.tags:
-        return choose_wide
-    return choose if choose_wide or layer.target.tags & {"transformer", "text_encoder"} else None
+        return conv_rank
+    return rank if conv_rank or layer.target.tags & {"transformer", "text_encoder"} else None
 
 
 def _changes(one: LayeredModel, other: LayeredModel) -> Iterator[tuple[BaseLayer, Tensor | None]]:
