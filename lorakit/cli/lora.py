@@ -21,7 +21,7 @@ _PATH = click.Path(path_type=Path)
 
 def _output(name: str = "LORA") -> Callable[[CommandT], CommandT]:
     return click.option(
-        "-o", "--output", type=_PATH, required=True, metavar=name,
+        "-o", "output", type=_PATH, required=True, metavar=name,
         help="The file to write, .safetensors; it must not exist.",
     )  # fmt: skip
 
