@@ -148,8 +148,7 @@ def _differences(one: LoRAInfo, other: LoRAInfo) -> list[str]:
         )
         if left != right
     ]
-    titles = ("differs", one.path.name, other.path.name)
-    lines = columns(titles, rows) if rows else ["Metadata and shapes agree."]
+    lines = columns(("differs", "first", "second"), rows) if rows else ["Metadata and shapes agree."]
     files = [open_lora(found.path) for found in (one, other)]
     if one.damage or other.damage or any(file.parts(key) - LORA_PARTS for file in files for key in file.keys):
         return [*lines, "", "Updates are compared only of LoRA files that are not damaged."]
@@ -182,7 +181,7 @@ def _distances(one: LoRAFile, other: LoRAFile) -> list[str]:
         cosine = product / math.sqrt(left * right) if left and right else 0.0
         distance = relative(max(left + right - 2 * product, 0.0), left) if left else math.inf
         rows.append((block, f"{math.sqrt(left):.4g}", f"{math.sqrt(right):.4g}", f"{distance:.1%}", f"{cosine:.4f}"))
-    return columns(("block", f"norm in {one.path.name}", f"in {other.path.name}", "difference", "cosine"), rows)
+    return columns(("block", "norm in first", "in second", "difference", "cosine"), rows)
 
 
 def _damage(file: LoRAFile) -> str:
