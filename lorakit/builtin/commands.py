@@ -139,6 +139,20 @@ class GridCommand(CommandConfig):
 
 
 @frozen(kw_only=True)
+class LoraCommand(CommandConfig):
+    """Look into LoRA files, merge, resize, convert, average, extract and bake them."""
+
+    name = "lora"
+    heading = "LoRA files"
+
+    def build(self) -> click.Command:
+        """`lorakit lora`."""
+        from lorakit.cli.lora import lora
+
+        return lora
+
+
+@frozen(kw_only=True)
 class FromKohyaCommand(CommandConfig):
     """Convert a command line of sd-scripts, or a file of its GUI, to a config file."""
 
@@ -170,4 +184,4 @@ class PluginsCommand(CommandConfig):
 def register_commands() -> list[type[CommandConfig]]:
     """All commands, in the order of work."""
     training = [InitCommand, CheckCommand, PlanCommand, CacheCommand, TrainCommand, SweepCommand]
-    return [*training, DataCommand, CaptionCommand, GridCommand, FromKohyaCommand, PluginsCommand]
+    return [*training, DataCommand, CaptionCommand, GridCommand, LoraCommand, FromKohyaCommand, PluginsCommand]

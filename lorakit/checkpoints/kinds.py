@@ -197,7 +197,7 @@ _MODELS: Mapping[str, tuple[str, ...]] = {
     "FLUX": ("double_blocks", "single_blocks", "single_transformer_blocks"),
     "Stable Diffusion 3": ("joint_blocks",),
     "FLUX or Stable Diffusion 3": ("transformer_transformer_blocks",),
-    "Stable Diffusion XL": ("lora_te2_", "text_encoder_2_", "_transformer_blocks_1_"),
+    "Stable Diffusion XL": ("lora_te2_", "text_encoder_2_", "text_encoders_clip_g_", "_transformer_blocks_1_"),
     "AnimateDiff": ("motion_modules_",),
     "a ControlNet": ("lllite_", "control_model_"),
 }

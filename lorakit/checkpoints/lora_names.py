@@ -19,6 +19,7 @@ _PLAIN_END = re.compile(r"\.(alpha|dora_scale)$")
 _UNET_STEPS = ("down_blocks", "mid_block", "up_blocks", "input_blocks", "middle_block", "output_blocks")
 _DOTTED = {
     "unet.": "unet", "model.diffusion_model.": "unet", "diffusion_model.": "unet",
+    "text_encoders.clip_l.transformer.text_model.": "text", "text_encoders.clip_h.transformer.text_model.": "text",
     "text_encoder.text_model.": "text", "text_encoder.": "text", "text_model.": "text",
     **{f"{step}.": "" for step in (*_UNET_STEPS, "encoder.layers")},
 }  # fmt: skip
@@ -38,6 +39,7 @@ _DIFFUSERS_MIDDLE = re.compile(r"mid_block_(resnets|attentions)_(\d)_(.+)")
 _TO_SGM_RESNET = {leaf: original for original, leaf in _SGM_RESNET.items()}
 _XL_TEXT = {
     "lora_te2_": "lora_te2_", "text_encoder_2.": "lora_te2_",
+    "text_encoders.clip_g.transformer.": "lora_te2_", "text_encoders.clip_l.transformer.": "lora_te1_",
     "lora_te1_": "lora_te1_", "lora_te_": "lora_te1_", "text_encoder.": "lora_te1_",
 }  # fmt: skip
 

@@ -26,7 +26,8 @@ from lorakit.utils.atomic_io import atomic_write
 Precision = Literal["fp32", "fp16", "bf16"]
 """Number format of the weights in a file."""
 
-_DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""PyTorch's name of each."""
 _RANKED = (f".{DOWN}", ".hada_w1_b", ".lokr_w1_b", ".lokr_w2_b")
 """Ends of the names of tensors that have as many rows as their adapter's rank."""
 _WHOLE = ".lokr_w1"
@@ -67,10 +68,7 @@ class SafetensorsSaver:
 
     def save(self, adapter: AdapterFile, path: Path) -> None:
         """Write tensors and metadata, and `sshs_model_hash` and `sshs_legacy_hash`."""
-        header, body = _safetensors(_in_precision(adapter.tensors, self.precision), adapter.metadata)
-        with atomic_write(path) as file:
-            file.write(header)
-            file.write(body)
+        write_safetensors(path, _in_precision(adapter.tensors, self.precision), adapter.metadata)
 
     def load(self, path: Path) -> AdapterFile:
         """Read tensors and metadata."""
@@ -94,6 +92,14 @@ class TorchSaver:
     def load(self, path: Path) -> AdapterFile:
         """Read the tensors, and run no code that the file may hold."""
         return read_adapter(path)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors as they are, metadata, and both hashes. Raises `OutputError` where the system refuses."""
+    header, body = _safetensors(tensors, metadata)
+    with atomic_write(path) as file:
+        file.write(header)
+        file.write(body)
 
 
 def read_adapter(path: Path) -> AdapterFile:
@@ -159,7 +165,7 @@ def _ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _in_precision(tensors: Mapping[str, Tensor], precision: Precision) -> dict[str, Tensor]:
-    return {key: tensor.to(_DTYPES[precision]).contiguous() for key, tensor in tensors.items()}
+    return {key: tensor.to(DTYPES[precision]).contiguous() for key, tensor in tensors.items()}
 
 
 def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, memoryview]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorakit.checkpoints import CheckpointSummary, Shapes
 from lorakit.checkpoints.lora_files import PEFT_MAGNITUDE, lora_names, own_shapes
-from lorakit.checkpoints.lora_names import ALPHA, DOWN, MAGNITUDE, UP
+from lorakit.checkpoints.lora_names import ALPHA, DOWN, MAGNITUDE, UP, own_name
 from lorakit.errors import AdapterError
 from lorakit.models.interfaces import AdaptationTarget
 from lorakit.models.weights.folders import TensorSlice
@@ -39,15 +39,18 @@ class LoRATensors:
         return whole[stored.start : stored.stop] if isinstance(stored, TensorSlice) else whole
 
 
-def lora_tensors(summary: CheckpointSummary, targets: Sequence[AdaptationTarget] = ()) -> LoRATensors:
+def lora_tensors(
+    summary: CheckpointSummary, targets: Sequence[AdaptationTarget] = (), rename: Callable[[str], str] = own_name
+) -> LoRATensors:
     """Where a file has the tensors of a model's layers, by any name of a layer, or of a layer that it is rows of.
 
-    Raises `AdapterError` where the file has a tensor twice, invalid alphas, or a fused layer of another size.
+    Tensors of other layers are renamed by `rename`. Raises `AdapterError` where the file has a tensor twice, invalid
+    alphas, or a fused layer of another size.
     """
     keys = {name: target.key for target in targets for name in target.names}
     fused = {target.key: target.fused_in for target in targets if target.fused_in is not None}
     wholes = {rows.name for rows in fused.values()}
-    names = lora_names(summary, keys | {whole: whole for whole in wholes})
+    names = lora_names(summary, keys | {whole: whole for whole in wholes}, rename)
     stored: dict[str, str | TensorSlice] = dict(names.in_file)
     shapes, alphas = dict(own_shapes(summary, names)), dict(names.alphas)
     for key, rows in fused.items():

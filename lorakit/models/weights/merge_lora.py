@@ -183,11 +183,17 @@ def _merged(file: MergedFile, key: str, read: ReadTensor, weight: Tensor) -> Ten
         update = (up.flatten(1) @ down.flatten(1)).view_as(weight)
         if alpha is not None:
             update *= alpha / len(down)
-    if f"{key}.{MAGNITUDE}" in file.shapes:
+    magnitude = tensor(MAGNITUDE) if f"{key}.{MAGNITUDE}" in file.shapes else None
+    return updated(weight, update, magnitude, file.multiplier)
+
+
+def updated(weight: Tensor, update: Tensor, magnitude: Tensor | None, multiplier: float) -> Tensor:
+    """A weight W with an update ΔW of its shape; with magnitudes, `multiplier` of the way to the DoRA's weight."""
+    if magnitude is not None:
         changed = (weight + update).flatten(1)
-        changed *= tensor(MAGNITUDE).view(-1, 1) / changed.norm(dim=1, keepdim=True).clamp(min=_TINY)
+        changed *= magnitude.view(-1, 1) / changed.norm(dim=1, keepdim=True).clamp(min=_TINY)
         update = changed.view_as(weight) - weight
-    return weight + file.multiplier * update
+    return weight + multiplier * update
 
 
 def _misfit_of_others(key: str, shapes: Shapes, weight: tuple[int, ...]) -> str:

@@ -1,0 +1,294 @@
+"""LoRA files of any tool as adapters: for each layer its factors, scale and magnitudes, in float32 on the CPU.
+
+ΔW = (alpha/rank)·U·D. Of LoHa, ΔW = (alpha/rank)·(A₁·B₁)∘(A₂·B₂), and of LoKr, (alpha/rank)·W₁⊗W₂
+(Yeh et al., 2023, arXiv:2309.14859).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, cached_property
+from os import PathLike
+from pathlib import Path
+
+import torch
+from attrs import field, frozen
+from torch import Tensor
+
+from lorakit.api.model_family import ModelFamilyConfig
+from lorakit.checkpoints import CheckpointSummary, summarize
+from lorakit.checkpoints.finite import NOT_FINITE_CURE
+from lorakit.checkpoints.kinds import AdapterKind, adapter_kind
+from lorakit.checkpoints.lora_files import missing_factors
+from lorakit.checkpoints.lora_names import ALPHA, DOWN, MAGNITUDE, UP, own_name
+from lorakit.checkpoints.lora_paths import layer_shape
+from lorakit.errors import AdapterError, ModelError
+from lorakit.models.interfaces import AdaptationTarget
+from lorakit.models.weights.load import ReadTensor, open_tensors
+from lorakit.models.weights.lora_tensors import LoRATensors, lora_tensors
+from lorakit.plugins.catalog import Catalog
+from lorakit.utils.wording import some
+
+AnyPath = str | PathLike[str]
+"""A path as callers from Python give it."""
+
+LORA_PARTS = frozenset({DOWN, UP, ALPHA, MAGNITUDE})
+"""What the tensors of a LoRA or DoRA adapter are called, behind the key of the layer."""
+_LOHA = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"})
+_LOKR = frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"})
+_LINEAR_FAMILIES = ("Stable Diffusion 2.x", "Stable Diffusion XL")
+"""The families whose transformers begin and end with linear layers."""
+_VERSIONS = {
+    "sdxl": "Stable Diffusion XL", "sd_v2": "Stable Diffusion 2.x", "sd_v1": "Stable Diffusion 1.x",
+    "stable-diffusion-xl": "Stable Diffusion XL", "stable-diffusion-v2": "Stable Diffusion 2.x",
+    "stable-diffusion-v1": "Stable Diffusion 1.x",
+}  # fmt: skip
+"""What metadata calls the versions, by its beginning."""
+
+
+@frozen(eq=False)
+class Adapter:
+    """The low-rank update of a layer."""
+
+    up: Tensor
+    """[O, r], times the scale."""
+    down: Tensor
+    """[r, N]: N inputs, for convolutions times the kernel's size."""
+    inputs: tuple[int, ...]
+    """The sides of the layer's weight behind the first: `(320,)`, `(320, 3, 3)`."""
+    magnitude: Tensor | None = None
+    """[O], of a DoRA."""
+
+    @property
+    def rank(self) -> int:
+        """The rank."""
+        return len(self.down)
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Both factors."""
+        return self.up, self.down
+
+
+@frozen(slots=False, eq=False)
+class LoRAFile:
+    """A file with adapters of any tool, of which nothing is read but the header until it is asked for."""
+
+    path: Path
+    summary: CheckpointSummary = field(repr=False)
+    """What its header says."""
+    kind: AdapterKind
+    """The algorithm, and the model it is for."""
+    family: str
+    """The same model, or what metadata calls it; empty if neither tells."""
+    names: LoRATensors = field(repr=False)
+    """Where its tensors are."""
+
+    @cached_property
+    def read(self) -> ReadTensor:
+        """Reads a tensor by its name in the file."""
+        return open_tensors(self.path)
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of its layers, as sd-scripts has them."""
+        return tuple(dict.fromkeys(name.partition(".")[0] for name in self.names.shapes))
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether some layers have magnitudes."""
+        return any(name.endswith(f".{MAGNITUDE}") for name in self.names.shapes)
+
+    def parts(self, key: str) -> frozenset[str]:
+        """What its tensors for a layer are called behind the key."""
+        return self._parts.get(key, frozenset())
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor as it is stored. Raises `AdapterError` if it holds NaN, infinity or complex numbers."""
+        stored = self.names.read(name, self.read)
+        if stored.is_complex() or not stored.float().isfinite().all():
+            found = f"{self.names.name(name)} holds NaN, infinity or complex numbers"
+            raise AdapterError(f"{self.path} cannot be used: {found}; {NOT_FINITE_CURE}.")
+        return stored
+
+    def alpha(self, key: str, rank: int) -> float:
+        """The alpha of a layer; its rank, as all tools take it, where the file has none."""
+        if f"{key}.{ALPHA}" in self.names.shapes:
+            stored = self.tensor(f"{key}.{ALPHA}")
+            if stored.numel() != 1:
+                raise AdapterError(
+                    f"{self.path} cannot be used: {key}.{ALPHA} is {list(stored.shape)}, not one number."
+                )
+            return float(stored)
+        return self.names.alphas.get(key, float(rank))
+
+    def adapter(self, key: str) -> Adapter:
+        """The adapter of a layer. Raises `AdapterError` unless it is a LoRA or DoRA."""
+        self.require_lora([key])
+        down, up = self.tensor(f"{key}.{DOWN}").float(), self.tensor(f"{key}.{UP}").float()
+        if down.ndim < 2 or up.ndim < 2 or up.flatten(1).shape[1] != len(down) or not down.numel():
+            found = f"{key} has factors of {list(up.shape)} and {list(down.shape)}, which do not fit each other"
+            raise AdapterError(f"{self.path} cannot be used: {found}. Download or save it again.")
+        magnitude = self.tensor(f"{key}.{MAGNITUDE}").float() if MAGNITUDE in self.parts(key) else None
+        if magnitude is not None and (magnitude.numel() != len(up) or magnitude.shape[0] != len(up)):
+            found = f"{key}.{MAGNITUDE} is {list(magnitude.shape)}, and the layer has {len(up)} outputs"
+            raise AdapterError(f"{self.path} cannot be used: {found}.")
+        scale = self.alpha(key, len(down)) / len(down)
+        flat = None if magnitude is None else magnitude.flatten()
+        return Adapter(up.flatten(1) * scale, down.flatten(1), tuple(down.shape[1:]), flat)
+
+    def update(self, key: str) -> tuple[Tensor, tuple[int, ...]]:
+        """The full ΔW [O, N] of a layer, of LoRA, LoHa or LoKr; and the sides of its weight behind the first."""
+        parts = self.parts(key) - {ALPHA, MAGNITUDE}
+        if parts <= LORA_PARTS:
+            adapter = self.adapter(key)
+            return adapter.up @ adapter.down, adapter.inputs
+
+        def tensor(part: str) -> Tensor:
+            return self.tensor(f"{key}.{part}").float()
+
+        try:
+            if parts <= _LOHA:
+                matrix, kernel, rank = _loha(tensor, parts)
+            elif parts <= _LOKR:
+                matrix, kernel, rank = _lokr(tensor, parts)
+            else:
+                raise AdapterError(
+                    f"{self.path} cannot be used: {self._foreign([key])} is no part of a LoRA that is known."
+                )
+        except (KeyError, RuntimeError) as error:  # tensors that are missing or do not fit each other
+            reason = " ".join(str(error).split())[:100]
+            raise AdapterError(f"{self.path} cannot be used: the tensors of {key} do not fit ({reason}).") from error
+        scale = self.alpha(key, rank) / rank if rank else 1.0
+        size = matrix.shape[1]
+        linear = self.family in _LINEAR_FAMILIES
+        inputs = (
+            (size // (kernel[0] * kernel[1]), *kernel) if kernel else layer_shape(key, size, linear_projection=linear)
+        )
+        return matrix * scale, inputs
+
+    def require_lora(self, keys: Iterable[str] | None = None) -> None:
+        """An `AdapterError` unless the adapters of these layers, or of all, are LoRA or DoRA, with both factors."""
+        wanted = self.keys if keys is None else tuple(keys)
+        if foreign := self._foreign(wanted):
+            if self.kind.algorithm in ("LoRA", "DoRA"):
+                what = f"{self.path} is {self.kind.description}, and {foreign} is no known part of it"
+                raise AdapterError(f"{what}. Give a LoRA for Stable Diffusion 1.x, 2.x or XL.")
+            cure = ""
+            if all(self.parts(key) - {ALPHA, MAGNITUDE} <= _LOHA | _LOKR | LORA_PARTS for key in wanted):
+                cure = f" `lorakit lora resize {self.path} --rank 16 -o NEW.safetensors` makes a LoRA of it."
+            raise AdapterError(f"{self.path} is {self.kind.description}, not a LoRA: it holds {foreign}.{cure}")
+        lacking = missing_factors({f"{key}.{part}": () for key in wanted for part in self.parts(key)})
+        lone = next((key for key in wanted if not self.parts(key) & {UP, DOWN}), "")
+        if lacking or lone:
+            what = lacking or f"{lone}.{DOWN}"
+            raise AdapterError(f"{self.path} lacks {what}; it is cut short or damaged, download or save it again.")
+
+    def _foreign(self, keys: Iterable[str]) -> str:
+        return next((f"{key}.{min(rest)}".rstrip(".") for key in keys if (rest := self.parts(key) - LORA_PARTS)), "")
+
+    @cached_property
+    def _parts(self) -> dict[str, frozenset[str]]:
+        parts: dict[str, set[str]] = {}
+        for name in self.names.shapes:
+            key, _, part = name.partition(".")
+            parts.setdefault(key, set()).add(part)
+        return {key: frozenset(own) for key, own in parts.items()}
+
+
+def open_lora(path: AnyPath, targets: Sequence[AdaptationTarget] = ()) -> LoRAFile:
+    """The file at a path; `targets` are the layers of a base model, whose names are known better then.
+
+    Raises `AdapterError` if there is no such file, it cannot be read, or it holds no adapters.
+    """
+    file = Path(path)
+    try:
+        if file.is_dir():
+            raise AdapterError(f"{file} is a folder; give the LoRA file in it.")
+        if not file.exists():
+            raise AdapterError(f"{file}: there is no such file. Check the path.")
+        summary = summarize(file)
+    except (ModelError, OSError) as error:
+        raise AdapterError(f"{file} cannot be read: {error}" if isinstance(error, OSError) else f"{error}.") from error
+    kind = adapter_kind(summary)
+    if not kind.algorithm:
+        raise AdapterError(f"{file} is {kind.description}, not a LoRA. Give a LoRA file.")
+    family = kind.model or _stated_family(summary)
+    names = lora_tensors(summary, targets, _rename_for(family))
+    return LoRAFile(file, summary, kind, family, names)
+
+
+def require_one_family(files: Sequence[LoRAFile]) -> None:
+    """An `AdapterError` if files are for different kinds of base models, as far as they tell."""
+    first = next((file for file in files if file.family), None)
+    for file in files:
+        if first is not None and file.family not in ("", first.family):
+            raise AdapterError(
+                f"{first.path} is for {first.family} and {file.path} for {file.family}; only files for the same kind of"
+                " model can be put together."
+            )
+
+
+def refuse_dora(files: Sequence[LoRAFile], doing: str) -> None:
+    """An `AdapterError` if a file is a DoRA, which `doing` has no exact meaning for without the base model."""
+    dora = [str(file.path) for file in files if file.is_dora]
+    if dora:
+        raise AdapterError(
+            f"{some(dora)} is a DoRA, whose weights depend on those of the base model: {doing} has no meaning without "
+            "them. `lorakit lora bake` it into the base model, and `lorakit lora extract` a LoRA from the result."
+        )
+
+
+def _loha(tensor: Callable[[str], Tensor], parts: frozenset[str]) -> tuple[Tensor, tuple[int, ...], int]:
+    """ΔW without its scale, the kernel if the tensors tell it, and the rank."""
+    kernel: tuple[int, ...] = ()
+    halves = []
+    for number in "12":
+        first, second = tensor(f"hada_w{number}_a"), tensor(f"hada_w{number}_b")
+        if f"hada_t{number}" in parts:  # Tucker decomposition: factors of outputs and inputs, and a core
+            core = tensor(f"hada_t{number}")
+            kernel = tuple(core.shape[2:])
+            halves.append(torch.einsum("ijkl,jn,io->onkl", core, second, first).flatten(1))
+        else:
+            halves.append(first @ second)
+    return halves[0] * halves[1], kernel, len(tensor("hada_w1_b"))
+
+
+def _lokr(tensor: Callable[[str], Tensor], parts: frozenset[str]) -> tuple[Tensor, tuple[int, ...], int]:
+    """ΔW without its scale, the kernel if the tensors tell it, and the rank; 0 if neither factor has one."""
+    rank, kernel = 0, tuple[int, ...]()
+    if "lokr_w1" in parts:
+        first = tensor("lokr_w1")
+    else:
+        first, rank = tensor("lokr_w1_a") @ tensor("lokr_w1_b"), len(tensor("lokr_w1_b"))
+    if "lokr_w2" in parts:
+        second = tensor("lokr_w2")
+        kernel = tuple(second.shape[2:])
+    else:
+        outer, inner = tensor("lokr_w2_a"), tensor("lokr_w2_b")
+        rank = len(inner)
+        if "lokr_t2" in parts:
+            core = tensor("lokr_t2")
+            kernel = tuple(core.shape[2:])
+            second = torch.einsum("ijkl,jn,io->onkl", core, inner, outer)
+        else:
+            second = outer @ inner
+    # Flattened, the kernel runs fastest on both sides.
+    return torch.kron(first, second.flatten(1)), kernel, rank
+
+
+def _stated_family(summary: CheckpointSummary) -> str:
+    stated = [summary.metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture")]
+    return next((family for start, family in _VERSIONS.items() if any(text.startswith(start) for text in stated)), "")
+
+
+@cache
+def _rename_for(family: str) -> Callable[[str], str]:
+    """What the family's plugin says of the names of tensors."""
+    known = Catalog.discover().of_kind(ModelFamilyConfig) if family else {}
+    for registration in (own for same in known.values() for own in same):
+        component = registration.component
+        if issubclass(component, ModelFamilyConfig) and component.adapter_title == family:
+            rename: Callable[[str], str] = component(path="").lora_name
+            return rename
+    return own_name
