@@ -11,7 +11,6 @@ from functools import cache, cached_property
 from os import PathLike
 from pathlib import Path
 
-import torch
 from attrs import field, frozen
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from lorakit.checkpoints.lora_names import ALPHA, DOWN, MAGNITUDE, UP, own_name
 from lorakit.checkpoints.lora_paths import layer_shape
 from lorakit.errors import AdapterError, ModelError
 from lorakit.models.interfaces import AdaptationTarget
+from lorakit.models.weights.kronecker_hadamard import LOHA, LOKR, update_of
 from lorakit.models.weights.load import ReadTensor, open_tensors
 from lorakit.models.weights.lora_tensors import LoRATensors, lora_tensors
 from lorakit.plugins.catalog import Catalog
@@ -34,8 +34,6 @@ AnyPath = str | PathLike[str]
 
 LORA_PARTS = frozenset({DOWN, UP, ALPHA, MAGNITUDE})
 """What the tensors of a LoRA or DoRA adapter are called, behind the key of the layer."""
-_LOHA = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"})
-_LOKR = frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"})
 _LINEAR_FAMILIES = ("Stable Diffusion 2.x", "Stable Diffusion XL")
 """The families whose transformers begin and end with linear layers."""
 _VERSIONS = {
@@ -113,14 +111,16 @@ class LoRAFile:
 
     def alpha(self, key: str, rank: int) -> float:
         """The alpha of a layer; its rank, as all tools take it, where the file has none."""
-        if f"{key}.{ALPHA}" in self.names.shapes:
-            stored = self.tensor(f"{key}.{ALPHA}")
-            if stored.numel() != 1:
-                raise AdapterError(
-                    f"{self.path} cannot be used: {key}.{ALPHA} is {list(stored.shape)}, not one number."
-                )
-            return float(stored)
-        return self.names.alphas.get(key, float(rank))
+        stated = self._stated_alpha(key)
+        return float(rank) if stated is None else stated
+
+    def _stated_alpha(self, key: str) -> float | None:
+        if f"{key}.{ALPHA}" not in self.names.shapes:
+            return self.names.alphas.get(key)
+        stored = self.tensor(f"{key}.{ALPHA}")
+        if stored.numel() != 1:
+            raise AdapterError(f"{self.path} cannot be used: {key}.{ALPHA} is {list(stored.shape)}, not one number.")
+        return float(stored)
 
     def adapter(self, key: str) -> Adapter:
         """The adapter of a layer. Raises `AdapterError` unless it is a LoRA or DoRA."""
@@ -144,28 +144,20 @@ class LoRAFile:
             adapter = self.adapter(key)
             return adapter.up @ adapter.down, adapter.inputs
 
-        def tensor(part: str) -> Tensor:
-            return self.tensor(f"{key}.{part}").float()
-
+        if not (parts <= LOHA or parts <= LOKR):
+            raise AdapterError(
+                f"{self.path} cannot be used: {self._foreign([key])} is no part of a LoRA that is known."
+            )
         try:
-            if parts <= _LOHA:
-                matrix, kernel, rank = _loha(tensor, parts)
-            elif parts <= _LOKR:
-                matrix, kernel, rank = _lokr(tensor, parts)
-            else:
-                raise AdapterError(
-                    f"{self.path} cannot be used: {self._foreign([key])} is no part of a LoRA that is known."
-                )
-        except (KeyError, RuntimeError) as error:  # tensors that are missing or do not fit each other
+            found = {part: self.tensor(f"{key}.{part}").float() for part in parts}
+            change = update_of(found, self._stated_alpha(key))
+        except (KeyError, RuntimeError, IndexError) as error:  # tensors that are missing or do not fit each other
             reason = " ".join(str(error).split())[:100]
             raise AdapterError(f"{self.path} cannot be used: the tensors of {key} do not fit ({reason}).") from error
-        scale = self.alpha(key, rank) / rank if rank else 1.0
-        size = matrix.shape[1]
+        if change.ndim > 2:
+            return change.flatten(1), tuple(change.shape[1:])
         linear = self.family in _LINEAR_FAMILIES
-        inputs = (
-            (size // (kernel[0] * kernel[1]), *kernel) if kernel else layer_shape(key, size, linear_projection=linear)
-        )
-        return matrix * scale, inputs
+        return change, layer_shape(key, change.shape[1], linear_projection=linear)
 
     def require_lora(self, keys: Iterable[str] | None = None) -> None:
         """An `AdapterError` unless the adapters of these layers, or of all, are LoRA or DoRA, with both factors."""
@@ -175,7 +167,7 @@ class LoRAFile:
                 what = f"{self.path} is {self.kind.description}, and {foreign} is no known part of it"
                 raise AdapterError(f"{what}. Give a LoRA for Stable Diffusion 1.x, 2.x or XL.")
             cure = ""
-            if all(self.parts(key) - {ALPHA, MAGNITUDE} <= _LOHA | _LOKR | LORA_PARTS for key in wanted):
+            if all(self.parts(key) - {ALPHA, MAGNITUDE} <= LOHA | LOKR | LORA_PARTS for key in wanted):
                 cure = f" `lorakit lora resize {self.path} --rank 16 -o NEW.safetensors` makes a LoRA of it."
             raise AdapterError(f"{self.path} is {self.kind.description}, not a LoRA: it holds {foreign}.{cure}")
         lacking = missing_factors({f"{key}.{part}": () for key in wanted for part in self.parts(key)})
@@ -237,44 +229,6 @@ def refuse_dora(files: Sequence[LoRAFile], doing: str) -> None:
             f"{some(dora)} is a DoRA, whose weights depend on those of the base model: {doing} has no meaning without "
             "them. `lorakit lora bake` it into the base model, and `lorakit lora extract` a LoRA from the result."
         )
-
-
-def _loha(tensor: Callable[[str], Tensor], parts: frozenset[str]) -> tuple[Tensor, tuple[int, ...], int]:
-    """ΔW without its scale, the kernel if the tensors tell it, and the rank."""
-    kernel: tuple[int, ...] = ()
-    halves = []
-    for number in "12":
-        first, second = tensor(f"hada_w{number}_a"), tensor(f"hada_w{number}_b")
-        if f"hada_t{number}" in parts:  # Tucker decomposition: factors of outputs and inputs, and a core
-            core = tensor(f"hada_t{number}")
-            kernel = tuple(core.shape[2:])
-            halves.append(torch.einsum("ijkl,jn,io->onkl", core, second, first).flatten(1))
-        else:
-            halves.append(first @ second)
-    return halves[0] * halves[1], kernel, len(tensor("hada_w1_b"))
-
-
-def _lokr(tensor: Callable[[str], Tensor], parts: frozenset[str]) -> tuple[Tensor, tuple[int, ...], int]:
-    """ΔW without its scale, the kernel if the tensors tell it, and the rank; 0 if neither factor has one."""
-    rank, kernel = 0, tuple[int, ...]()
-    if "lokr_w1" in parts:
-        first = tensor("lokr_w1")
-    else:
-        first, rank = tensor("lokr_w1_a") @ tensor("lokr_w1_b"), len(tensor("lokr_w1_b"))
-    if "lokr_w2" in parts:
-        second = tensor("lokr_w2")
-        kernel = tuple(second.shape[2:])
-    else:
-        outer, inner = tensor("lokr_w2_a"), tensor("lokr_w2_b")
-        rank = len(inner)
-        if "lokr_t2" in parts:
-            core = tensor("lokr_t2")
-            kernel = tuple(core.shape[2:])
-            second = torch.einsum("ijkl,jn,io->onkl", core, inner, outer)
-        else:
-            second = outer @ inner
-    # Flattened, the kernel runs fastest on both sides.
-    return torch.kron(first, second.flatten(1)), kernel, rank
 
 
 def _stated_family(summary: CheckpointSummary) -> str:
