@@ -234,7 +234,8 @@ def test_the_version_says_what_a_report_needs(folder: Path) -> None:
 def test_help_lists_commands_in_the_order_of_work(folder: Path) -> None:
     """What is done first is listed first; an example and the documentation follow."""
     text = run(folder, "-h").stdout
-    commands = ["init", "check", "plan", "cache", "train", "sweep", "data", "caption", "grid", "from-kohya", "plugins"]
+    commands = ["init", "check", "plan", "cache", "train", "sweep", "data", "caption"]
+    commands += ["grid", "lora", "from-kohya", "plugins"]
     assert re.findall(r"^  ([a-z-]+)  ", text.partition("Training:")[2], re.MULTILINE) == commands
     assert "lorakit train" in text.partition("Example:")[2]
     assert "docs/index.md" in text

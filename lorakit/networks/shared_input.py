@@ -12,7 +12,7 @@ and backward, of their gradients g_i side by side:
     [∂D_1; …; ∂D_n] += ĝᵀ·x                     one product
     ∂x = Σ g_i·W_i + ĝ·[D_1; …; D_n]            two products
 
-So are W_i·x, where base weights are parameters in memory: these are laid side by side. What is computed for all layers
+So are W_i·x, where base weights are ordinary parameters: these are laid side by side. What is computed for all layers
 when the first of them is called is handed out when the others are. `lorakit.networks.lora_function` computes the same
 for one layer, and is what other cases fall back to.
 
@@ -54,7 +54,7 @@ class SharedInput:
 
     @property
     def weights(self) -> Tensor | None:
-        """Base weights, [n, O, I]; None where they could not be laid side by side, or have been moved since."""
+        """Base weights, [n, O, I]; None where they are not ordinary parameters, or have been moved since."""
         stacked, own = self._weights, self.bases[0]._parameters.get("weight")
         if stacked is None or own is None or own.untyped_storage()._cdata != stacked.untyped_storage()._cdata:
             return None
@@ -129,24 +129,16 @@ class _SharedInput(Function):
 
 
 def side_by_side(parameters: Sequence[nn.Parameter | None]) -> Tensor | None:
-    """Lay parameters of one shape side by side in memory, [n, ...].
-
-    None where one is missing, dtypes differ, or one lies in a mapped file, of which this would make a copy.
-    """
+    """Lay parameters of one shape side by side in memory, [n, ...]; None where one is missing, or dtypes differ."""
     found = [own.detach() for own in parameters if own is not None]
     kinds = {(own.shape, own.dtype, own.device) for own in found}
-    if len(found) < len(parameters) or len(kinds) > 1 or is_mapped(found[0]):
+    if len(found) < len(parameters) or len(kinds) > 1:
         return None
     stacked = torch.stack(found)
     for own, place in zip(parameters, stacked.unbind(), strict=True):
         if own is not None:
             own.data = place
     return stacked
-
-
-def is_mapped(tensor: Tensor) -> bool:
-    """Whether a tensor's memory is not PyTorch's own, but a mapped file's, for example."""
-    return not tensor.untyped_storage().resizable()
 
 
 def _layers(rows: Tensor, count: int) -> Tensor:

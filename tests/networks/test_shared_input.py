@@ -202,21 +202,6 @@ def test_base_weights_lie_side_by_side_and_stay_what_they_were() -> None:
     assert max(computed(model, network, flat, torch.randn(2, 5, 12))) < 1e-5
 
 
-def test_base_weights_in_a_mapped_file_stay_there() -> None:
-    """Weights that take no memory, as their file is mapped, are not copied."""
-    model, network, flat = adapted()
-    for adapter in network.adapters:
-        adapter.shared = None
-        content = bytearray(adapter.base.weight.detach().numpy().tobytes())
-        adapter.base.weight.data = torch.frombuffer(content, dtype=torch.float32).view_as(adapter.base.weight)
-    places = [adapter.base.weight.data_ptr() for adapter in network.adapters]
-    network.use_flat(flat)
-    assert [adapter.base.weight.data_ptr() for adapter in network.adapters] == places
-    assert shared(network) == [3, 3, 3, 1]
-    assert network.adapters[0].shared.weights is None
-    assert max(computed(model, network, flat, torch.randn(2, 5, 12))) < 1e-5
-
-
 def test_each_input_is_computed_anew() -> None:
     """Another input, another multiplier, or the same input after a step gives outputs of its own."""
     model, network, flat = adapted()

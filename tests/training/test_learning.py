@@ -50,6 +50,8 @@ OFFERED = [
 """The names that `lorakit init --optimizer` takes."""
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NETWORKS = {"lierla": {}, "c3lier": {"conv_rank": 2}}
+OTHERS = {"loha": {"conv_rank": 2}, "lokr": {"factor": 4}}
+"""Networks that are tried with one optimizer."""
 STEPS = 12
 
 
@@ -75,7 +77,7 @@ def test_every_component_is_tried() -> None:
     """The tables above name exactly the optimizers and networks that lorakit itself registers."""
     own = [found for found in Catalog.discover().registrations if found.provider.distribution == "lorakit"]
     assert {r.component.name for r in own if issubclass(r.component, OptimizerConfig)} == {*LEARNING_RATES, *RELATIVES}
-    assert {r.component.name for r in own if issubclass(r.component, NetworkConfig)} == set(NETWORKS)
+    assert {r.component.name for r in own if issubclass(r.component, NetworkConfig)} == {*NETWORKS, *OTHERS}
 
 
 @pytest.mark.parametrize(
@@ -83,6 +85,7 @@ def test_every_component_is_tried() -> None:
     [
         *product(LEARNING_RATES, NETWORKS, ("no", "bf16"), (["unet"], ["unet", "text_encoder"])),
         *product(RELATIVES, ["lierla"], ["no"], [["unet", "text_encoder"]]),
+        *product(["adamw"], OTHERS, ("no", "bf16"), (["unet"], ["unet", "text_encoder"])),
     ],
 )
 def test_loss_falls_on_a_repeated_batch(
@@ -90,7 +93,7 @@ def test_loss_falls_on_a_repeated_batch(
 ) -> None:
     """Some updates on one batch, its noise included, lower its loss by more than rounding can."""
     config = make_config(
-        network={"name": network, "parts": parts, **NETWORKS[network]},
+        network={"name": network, "parts": parts, **{**NETWORKS, **OTHERS}[network]},
         optimizer={
             "name": PATHS.get(optimizer, optimizer),
             "lr": (LEARNING_RATES | RELATIVES)[optimizer],

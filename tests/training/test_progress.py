@@ -276,7 +276,7 @@ def test_a_run_in_a_pipe(tables: dict[str, Any], tmp_path: Path) -> None:
     assert re.findall(r"drawing 2 previews of step (\d)", done.stderr) == ["0", "4", "6"]
     assert re.findall(r"(step \d|epoch \d): validation loss", done.stderr) == ["step 4", "epoch 2"]
     first, lowest, previews, use, *_ = done.stdout.splitlines()
-    assert re.fullmatch(r"Done in \d+ (s|min): out/test\.safetensors \(\d+ kB\), and 2 earlier saves", first)
+    assert re.fullmatch(r"Done in \d+ (s|min): out/test\.safetensors \(\d+ kB\), and 2 other saves", first)
     assert re.fullmatch(
         r"Lowest validation loss: (step 4, out/test-step00000004|epoch 2, out/test)\.safetensors", lowest
     )

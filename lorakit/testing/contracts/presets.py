@@ -47,5 +47,9 @@ class PresetContract(ComponentContract):
     def train_config(self, tables: dict[str, Any], base: Path) -> TrainConfig:
         """The config that `lorakit init` writes, for the model and the images of the tables."""
         own = {**self.written(), "model": tables["model"]}
-        own["data"] |= {"image_dir": tables["data"]["image_dir"], "resolution": tables["data"]["resolution"]}
+        own["data"] |= {
+            "image_dir": tables["data"]["image_dir"],
+            "resolution": tables["data"]["resolution"],
+            "enable_bucket": False,
+        }
         return config_from_tables(own, base)
