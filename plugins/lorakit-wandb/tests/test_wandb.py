@@ -33,7 +33,7 @@ class TestWandb(ObserverContract):
         observer.validated(2, {"average": 0.5})
         observer.previews_drawn(1, [picture])
         observer.closed()
-        records = list(records_of(run_info.config.output.dir))
+        records = complete_log(run_info.config.output.dir)
         validated, drawn = history(records)
         assert (validated["step"], validated["validation/average"]) == (2, 0.5)
         assert (drawn["step"], drawn["previews/captions"]) == (1, ["cat"])
