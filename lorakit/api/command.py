@@ -32,4 +32,4 @@ class CommandConfig(Component):
         Called when it is run, so what it needs is imported here. `--debug` is added to it. Errors of `lorakit.errors`
         that it raises are shown without a traceback, and end the process with their exit status.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method build")

@@ -35,7 +35,7 @@ class PresetConfig(Component):
 
     def build(self) -> Preset:
         """The settings."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method build")
 
     @classmethod
     def is_product(cls, made: object) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, ClassVar
 
 from attrs import frozen
 
@@ -13,171 +14,124 @@ if TYPE_CHECKING:
 
 
 @frozen(kw_only=True)
-class InitCommand(CommandConfig):
+class CommandOfModule(CommandConfig):
+    """A command that is defined in a module of its own."""
+
+    module: ClassVar[str]
+    """The module, in which the command has its own name, with underscores for hyphens."""
+
+    def build(self) -> click.Command:
+        """The command of the module, which is imported now."""
+        command: click.Command = getattr(import_module(self.module), self.name.replace("-", "_"))
+        return command
+
+
+@frozen(kw_only=True)
+class InitCommand(CommandOfModule):
     """Write a commented config file to start from."""
 
     name = "init"
     heading = "Training"
-
-    def build(self) -> click.Command:
-        """`lorakit init`."""
-        from lorakit.cli.commands import init
-
-        return init
+    module = "lorakit.cli.commands"
 
 
 @frozen(kw_only=True)
-class CheckCommand(CommandConfig):
+class CheckCommand(CommandOfModule):
     """Validate a config file and list every problem at once."""
 
     name = "check"
     heading = "Training"
-
-    def build(self) -> click.Command:
-        """`lorakit check`."""
-        from lorakit.cli.commands import check
-
-        return check
+    module = "lorakit.cli.commands"
 
 
 @frozen(kw_only=True)
-class DataCommand(CommandConfig):
+class DataCommand(CommandOfModule):
     """Report on images and captions, and draw them as they are trained."""
 
     name = "data"
     heading = "Data"
-
-    def build(self) -> click.Command:
-        """`lorakit data`."""
-        from lorakit.cli.data import data
-
-        return data
+    module = "lorakit.cli.data"
 
 
 @frozen(kw_only=True)
-class CaptionCommand(CommandConfig):
+class CaptionCommand(CommandOfModule):
     """Write captions of images, or edit them."""
 
     name = "caption"
     heading = "Data"
-
-    def build(self) -> click.Command:
-        """`lorakit caption`."""
-        from lorakit.cli.caption import caption
-
-        return caption
+    module = "lorakit.cli.caption"
 
 
 @frozen(kw_only=True)
-class PlanCommand(CommandConfig):
+class PlanCommand(CommandOfModule):
     """Estimate steps, memory and time of a run."""
 
     name = "plan"
     heading = "Training"
-
-    def build(self) -> click.Command:
-        """`lorakit plan`."""
-        from lorakit.cli.commands import plan
-
-        return plan
+    module = "lorakit.cli.commands"
 
 
 @frozen(kw_only=True)
-class CacheCommand(CommandConfig):
+class CacheCommand(CommandOfModule):
     """Encode images and captions into the cache."""
 
     name = "cache"
     heading = "Training"
-
-    def build(self) -> click.Command:
-        """`lorakit cache`."""
-        from lorakit.cli.commands import cache
-
-        return cache
+    module = "lorakit.cli.commands"
 
 
 @frozen(kw_only=True)
-class TrainCommand(CommandConfig):
+class TrainCommand(CommandOfModule):
     """Train with a config file."""
 
     name = "train"
     heading = "Training"
-
-    def build(self) -> click.Command:
-        """`lorakit train`."""
-        from lorakit.cli.commands import train
-
-        return train
+    module = "lorakit.cli.commands"
 
 
 @frozen(kw_only=True)
-class SweepCommand(CommandConfig):
+class SweepCommand(CommandOfModule):
     """Train with every combination of some values, and compare the results."""
 
     name = "sweep"
     heading = "Training"
-
-    def build(self) -> click.Command:
-        """`lorakit sweep`."""
-        from lorakit.cli.series import sweep
-
-        return sweep
+    module = "lorakit.cli.series"
 
 
 @frozen(kw_only=True)
-class GridCommand(CommandConfig):
+class GridCommand(CommandOfModule):
     """Draw prompts with several LoRA files at several strengths on one sheet."""
 
     name = "grid"
     heading = "LoRA files"
-
-    def build(self) -> click.Command:
-        """`lorakit grid`."""
-        from lorakit.cli.grid import grid
-
-        return grid
+    module = "lorakit.cli.grid"
 
 
 @frozen(kw_only=True)
-class LoraCommand(CommandConfig):
+class LoraCommand(CommandOfModule):
     """Look into LoRA files, merge, resize, convert, average, extract and bake them."""
 
     name = "lora"
     heading = "LoRA files"
-
-    def build(self) -> click.Command:
-        """`lorakit lora`."""
-        from lorakit.cli.lora import lora
-
-        return lora
+    module = "lorakit.cli.lora"
 
 
 @frozen(kw_only=True)
-class FromKohyaCommand(CommandConfig):
+class FromKohyaCommand(CommandOfModule):
     """Convert a command line of sd-scripts, or a file of its GUI, to a config file."""
 
     name = "from-kohya"
     heading = "Other"
-
-    def build(self) -> click.Command:
-        """`lorakit from-kohya`."""
-        from lorakit.cli.commands import from_kohya
-
-        return from_kohya
+    module = "lorakit.cli.commands"
 
 
 @frozen(kw_only=True)
-class PluginsCommand(CommandConfig):
+class PluginsCommand(CommandOfModule):
     """List all components, or the keys of one."""
 
     name = "plugins"
     heading = "Other"
-
-    def build(self) -> click.Command:
-        """`lorakit plugins`."""
-        from lorakit.cli.commands import plugins
-
-        return plugins
+    module = "lorakit.cli.commands"
 
 
 @hookimpl

@@ -17,8 +17,8 @@ from lorakit.data.index import default_workers
 from lorakit.dataset_report.report import DataReport, ImageReport
 from lorakit.errors import DataError, OutputError
 from lorakit.utils.atomic_io import write_atomically
-from lorakit.utils.draw_text import wrap_to_width
 from lorakit.utils.rng import keyed_generator
+from lorakit.utils.sheets import scaled_to_side, wrap_to_width
 from lorakit.utils.wording import counted, shown_path
 
 if TYPE_CHECKING:
@@ -183,7 +183,4 @@ def _picture(image: ImageReport, seed: int) -> Image | str:
     if made.mask is not None:
         weight = 0.25 + 0.75 * made.mask[..., None].astype(np.float32) / 255
         pixels = (255 - (255 - pixels) * weight).astype(np.uint8)
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
-    scale = _CELL / max(picture.size)
-    size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
-    return picture.resize(size, Image.Resampling.LANCZOS)
+    return scaled_to_side(Image.fromarray(np.ascontiguousarray(pixels)), _CELL)

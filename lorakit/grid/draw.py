@@ -99,7 +99,8 @@ class GridPlan:
         return decode(model, sample_latents(model, self.jobs, texts, self.batch_size))
 
     def _written(self, folder: Path, file: Path, strength: float, pictures: Iterator[Pixels]) -> Iterator[Path]:
+        steps = _steps(file)
         for index, (job, pixels) in enumerate(zip(self.jobs, pictures, strict=True)):
             path = folder / f"{file.stem}_{strength:g}_{index:02d}.png"
-            write_png(path, pixels, description(job, _steps(file), f" <lora:{file.stem}:{strength:g}>"))
+            write_png(path, pixels, description(job, steps, f" <lora:{file.stem}:{strength:g}>"))
             yield path

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from lorakit.utils.atomic_io import write_atomically
-from lorakit.utils.draw_text import wrap_to_width
+from lorakit.utils.sheets import scaled_to_side, wrap_to_width
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -127,9 +127,7 @@ def _thumbnail(path: Path) -> tuple[Image, str]:
     from PIL import Image
 
     with Image.open(path) as picture:
-        scale = _CELL / max(picture.size)
-        size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
-        return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS), picture.info.get("prompt", "")
+        return scaled_to_side(picture.convert("RGB"), _CELL), picture.info.get("prompt", "")
 
 
 def _shortened(draw: ImageDraw, title: str) -> str:

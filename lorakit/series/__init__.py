@@ -1,1 +1,1 @@
-"""Several runs one after the other: planned and checked together, each in a process of its own, compared at the end."""
+"""Several runs in a row: all validated first, each trained in its own process, results compared at the end."""

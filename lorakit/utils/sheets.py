@@ -1,10 +1,11 @@
-"""Text in drawings."""
+"""What sheets of pictures are drawn with: text in lines, and pictures scaled to a cell."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
 
 
@@ -31,3 +32,12 @@ def _pieces(draw: ImageDraw, word: str, width: int) -> list[str]:
             pieces.append("")
         pieces[-1] += character
     return pieces
+
+
+def scaled_to_side(picture: Image, side: int) -> Image:
+    """The picture with `side` pixels along its longer side, and at least one along the other."""
+    from PIL.Image import Resampling
+
+    scale = side / max(picture.size)
+    size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
+    return picture.resize(size, Resampling.LANCZOS)
