@@ -36,8 +36,8 @@ def discover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Discover:
 
     def discover(**distributions: list[str]) -> Catalog:
         for distribution, sources in distributions.items():
-            # Modules are imported once in a process, so each needs a name of its own.
-            modules = {f"guest_{next(_numbers)}": source for source in sources}
+            # Modules are imported once in a process, so each needs a name of its own; plugins are sorted by it.
+            modules = {f"guest_{next(_numbers):04}": source for source in sources}
             install(tmp_path / "site", distribution.replace("_", "-"), **modules)
         monkeypatch.syspath_prepend(tmp_path / "site")
         return Catalog.discover()
