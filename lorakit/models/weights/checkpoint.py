@@ -40,6 +40,8 @@ TRANSFORMERS_FILES = ("model.safetensors", "pytorch_model.bin")
 
 Settings = Mapping[str, Any]
 """Arguments of a part's module, as config files hold them."""
+Places = Mapping[str, TensorRef]
+"""Place in the file of each of a part's tensors, by bare name."""
 
 
 @frozen
@@ -55,7 +57,7 @@ class CheckpointPart:
     """The file with the weights, or the index of the files that they are spread over."""
     settings: Settings = field(repr=False)
     """Arguments of the part's module."""
-    file_names: Mapping[str, TensorRef] = field(repr=False)
+    file_names: Places = field(repr=False)
     """Place in the file of each of the part's tensors, by bare name."""
     shapes: Shapes = field(repr=False)
     """Shape in the file of each of the part's tensors, by bare name."""
@@ -125,6 +127,8 @@ class PartFormat:
     """Names that the weights may have in a diffusers folder, best first."""
     prefix: str
     """What its tensors begin with in a single file of a whole model."""
+    other_prefixes: tuple[str, ...] = ()
+    """What else they may begin with there, tried in this order; an empty one may be the last."""
     inner_prefix: str = ""
     """What may follow after that, or begin the names in files of the part alone, and means nothing."""
     roots: tuple[str, ...]
@@ -135,6 +139,8 @@ class PartFormat:
     """The tensors that a module with these settings has; raises for settings that make no sense."""
     renaming: Callable[[str, Shapes, Settings], Callable[[str], str]] = lambda _prefix, _shapes, _settings: str
     """The function from names in the module to bare names in a file with that prefix, those tensors and settings."""
+    arrange: Callable[[Places, Shapes], tuple[Places, Shapes]] = lambda places, shapes: (places, shapes)
+    """Puts places and shapes by bare name in another layout's names, where tensors of files are joined or cut there."""
     other_layout: Callable[[Path, Shapes], CheckpointPart | None] = lambda _file, _shapes: None
     """The part in a single file that has it in another layout; None where it does not."""
 
@@ -142,22 +148,32 @@ class PartFormat:
         self, file: Path, tensors: Shapes, prefix: str, settings: Settings | None = None
     ) -> CheckpointPart | None:
         """The part whose tensors have this prefix in a file, or None; absent settings are inferred."""
-        file_names = {
+        found = self._names_in(tensors, prefix)
+        if not found:
+            return None
+        file_names, shapes = self.arrange(found, {bare: tensors[full] for bare, full in found.items()})
+        settings = self.inferred(file, shapes) if settings is None else settings
+        return CheckpointPart(self, file, settings, file_names, shapes, self.renaming(prefix, shapes, settings))
+
+    def in_file(self, file: Path, tensors: Shapes) -> CheckpointPart | None:
+        """The part in a single file of a whole model, or None."""
+        prefixes = (self.prefix, *self.other_prefixes)
+        found = next((prefix for prefix in prefixes if self._names_in(tensors, prefix)), None)
+        return self.other_layout(file, tensors) if found is None else self.in_tensors(file, tensors, found)
+
+    def is_in(self, tensors: Shapes) -> bool:
+        """Whether a single file of a whole model has some of the part's tensors."""
+        return any(self._names_in(tensors, prefix) for prefix in (self.prefix, *self.other_prefixes))
+
+    def _names_in(self, tensors: Shapes, prefix: str) -> dict[str, str]:
+        """The names in a file of the part's tensors with this prefix, by bare name."""
+        return {
             bare: full
             for full in tensors
             if full.startswith(prefix)
             and (bare := full.removeprefix(prefix).removeprefix(self.inner_prefix)).startswith(self.roots)
             and not bare.endswith(".position_ids")
         }
-        if not file_names:
-            return None
-        shapes = {bare: tensors[full] for bare, full in file_names.items()}
-        settings = self.inferred(file, shapes) if settings is None else settings
-        return CheckpointPart(self, file, settings, dict(file_names), shapes, self.renaming(prefix, shapes, settings))
-
-    def in_file(self, file: Path, tensors: Shapes) -> CheckpointPart | None:
-        """The part in a single file of a whole model, or None."""
-        return self.in_tensors(file, tensors, self.prefix) or self.other_layout(file, tensors)
 
     def in_folder(self, location: Location, folder: str) -> CheckpointPart:
         """The part in a folder, with a slash behind it, of a location; a `ModelError` if it is not there."""
@@ -243,7 +259,7 @@ class ModelCheckpoint:
         """Whether the model comes without a part, as far as headers or configs tell."""
         if self.summary.kind == "folder":
             return name not in self.summary.configs
-        return not any(tensor.startswith(self.formats[name].prefix) for tensor in self.summary.tensors)
+        return not self.formats[name].is_in(self.summary.tensors)
 
 
 def _layers(settings: Settings) -> int:

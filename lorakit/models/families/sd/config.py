@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -12,7 +11,7 @@ from attrs import evolve, field, frozen
 
 from lorakit.api.block_layout import BlockLayout
 from lorakit.api.components import ModelPart
-from lorakit.api.model_family import CaptionLengths, ModelFamilyConfig
+from lorakit.api.model_family import CaptionLengths
 from lorakit.api.noise import DDPMSpec, NoiseSpec
 from lorakit.checkpoints import (
     HubModel,
@@ -20,13 +19,10 @@ from lorakit.checkpoints import (
     StatedPrediction,
     locate,
     stated_prediction,
-    summarize,
 )
-from lorakit.checkpoints.finite import NOT_FINITE_CURE, first_not_finite
-from lorakit.checkpoints.kinds import MERGED, adapter_kind
-from lorakit.checkpoints.lora_files import lora_names, missing_factors, own_shapes
 from lorakit.checkpoints.lora_names import own_name
-from lorakit.errors import AdapterError, ModelError, Problem
+from lorakit.errors import ModelError, Problem
+from lorakit.models.families.base_weights import BaseWeightsConfig
 from lorakit.models.families.sd.checkpoint import SDCheckpoint
 from lorakit.models.families.sd.detect import recognise
 from lorakit.models.families.sd.state_dict_keys import LAYOUT, TEXT_ENCODER, UNET
@@ -45,7 +41,7 @@ def _text(path: str | Path | None) -> ModelPath | None:
 
 
 @frozen(kw_only=True)
-class StableDiffusionConfig(ModelFamilyConfig):
+class StableDiffusionConfig(BaseWeightsConfig):
     """A U-Net with CLIP's text encoders; a family says its parts, its checkpoints and its variant."""
 
     parts: ClassVar[tuple[ModelPart, ...]] = (UNET, TEXT_ENCODER)
@@ -65,10 +61,6 @@ class StableDiffusionConfig(ModelFamilyConfig):
     """Run the VAE in float32 regardless of `training.mixed_precision`, for VAEs that overflow in half precision."""
     max_token_length: Literal[75, 150, 225] = 75
     """Maximum caption length in tokens; longer captions are truncated."""
-    base_weights: tuple[Path, ...] = ()
-    """LoRA files to merge into the model before training, in this order."""
-    base_weights_multipliers: tuple[float, ...] = ()
-    """Multiplier for each of `base_weights`; defaults to 1."""
 
     @property
     def noise_process(self) -> NoiseSpec:
@@ -87,7 +79,7 @@ class StableDiffusionConfig(ModelFamilyConfig):
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the files, as far as it shows without reading weights; keys are field names."""
-        yield from self._problems_of_base_weights()
+        yield from super().problems()
         try:
             stored = self._base
             found = None if isinstance(stored.location, HubModel) else recognise(stored.summary)
@@ -128,14 +120,8 @@ class StableDiffusionConfig(ModelFamilyConfig):
 
     def build(self, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
         """The model; each part's weights are loaded on first use."""
-        from lorakit.models.weights.merge_lora import MergedFile, Merging
-
-        stored = self.stored()
-        prediction = self._prediction or "epsilon"
-        multipliers = chain(self.base_weights_multipliers, repeat(1.0))
-        merging = Merging([MergedFile(path, next(multipliers)) for path in self.base_weights])
-        variant = evolve(self.variant(prediction), no_half_vae=self.no_half_vae)
-        return self.model_type()(stored, variant, device, dtype, merging=merging)
+        variant = evolve(self.variant(self._prediction or "epsilon"), no_half_vae=self.no_half_vae)
+        return self.model_type()(self.stored(), variant, device, dtype, merging=self.merging())
 
     def warnings_with(self, config: TrainConfig) -> Iterator[Problem]:
         """A VAE in full precision in a run that has no other, and another noise schedule than the model's."""
@@ -208,29 +194,3 @@ class StableDiffusionConfig(ModelFamilyConfig):
             return self.prediction or self.stated().prediction
         except ModelError:
             return None
-
-    def _problems_of_base_weights(self) -> Iterator[Problem]:
-        for index, path in enumerate(self.base_weights):
-            try:
-                found, hint = self._fault_of_base_weights(path)
-            except (ModelError, AdapterError) as error:
-                found, hint = str(error).removesuffix("."), ""
-            if found:
-                yield Problem(f"base_weights[{index}]", found, hint)
-        if len(self.base_weights_multipliers) > len(self.base_weights):
-            yield Problem("base_weights_multipliers", "has more numbers than base_weights has files")
-
-    def _fault_of_base_weights(self, path: Path) -> tuple[str, str]:
-        """Why a file cannot be merged, and what to do; empty texts if it can, as far as the file alone tells."""
-        summary = summarize(path)
-        lacking = missing_factors(own_shapes(summary, lora_names(summary, rename=self.lora_name)))
-        kind, ours = adapter_kind(summary), self.adapter_title
-        if kind.algorithm not in MERGED:
-            return f"{path} is {kind.description}, which cannot be merged", "give files of LoRA, DoRA, LoHa or LoKr"
-        if kind.model not in {"", ours}:
-            found = f"{path} is {kind.description}, and the base model is {ours}"
-            return found, "give LoRA files for the same kind of base model"
-        if lacking:
-            return f"{path} lacks {lacking}, so it is incomplete", "download it again"
-        name = first_not_finite(path)
-        return (f"{path} holds NaN or infinity in {name}", NOT_FINITE_CURE) if name else ("", "")

@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 from lorakit.checkpoints import Shapes
+from lorakit.models.weights.counting import count
 
 SCALING_FACTOR = 0.18215
 """What latents of the VAEs of Stable Diffusion 1.x and 2.x are multiplied by to get unit variance."""
@@ -36,7 +37,7 @@ def unet_settings(shapes: Shapes) -> dict[str, Any]:
     Attention is not upcast: whether 2.x or 2.1 does not show in the shapes, and backends sum in float32.
     """
     # There are as many blocks on the way up as on the way down, so that either tells what the other lacks.
-    inputs = max(_length(shapes, "input_blocks.{}.0."), _length(shapes, "output_blocks.{}.0."))
+    inputs = max(count(shapes, "input_blocks.{}.0."), count(shapes, "output_blocks.{}.0."))
     # Blocks of each level, its downsampler included.
     down = [int(found[1]) for name in shapes if (found := _DOWN.fullmatch(name))]
     up = [int(found[1]) + 1 for name in shapes if (found := _UP.fullmatch(name))]
@@ -46,7 +47,7 @@ def unet_settings(shapes: Shapes) -> dict[str, Any]:
     attentive = [any(name.startswith(f"{level}1.") for name in shapes) for level in levels]
     transformer = f"{levels[attentive.index(True)] if any(attentive) else levels[0]}1."
     linear = len(shapes[f"{transformer}proj_in.weight"]) == 2
-    depths = [max(_length(shapes, f"{level}1.transformer_blocks.{{}}."), 1) for level in levels]
+    depths = [max(count(shapes, f"{level}1.transformer_blocks.{{}}."), 1) for level in levels]
     sizes = {}
     if added := shapes.get("label_emb.0.0.weight"):
         sizes = {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": added[1]}
@@ -71,10 +72,10 @@ def vae_settings(shapes: Shapes) -> dict[str, Any]:
     is_original = any(name.startswith("encoder.down.") for name in shapes)
     end, block = ("", "block.{}.") if is_original else ("_blocks", "resnets.{}.")
     down, up = f"encoder.down{end}.{{}}.", f"decoder.up{end}.{{}}."
-    levels = range(max(_length(shapes, down), _length(shapes, up)))
+    levels = range(max(count(shapes, down), count(shapes, up)))
     channels = [shapes[f"{down.format(level)}{block.format(0)}conv1.weight"][0] for level in levels]
     # The decoder has one layer more at each level.
-    layers = max(_length(shapes, down.format(0) + block), _length(shapes, up.format(0) + block) - 1)
+    layers = max(count(shapes, down.format(0) + block), count(shapes, up.format(0) + block) - 1)
     return {
         "in_channels": shapes["encoder.conv_in.weight"][1],
         "out_channels": shapes["decoder.conv_out.weight"][0],
@@ -95,7 +96,7 @@ def clip_settings(shapes: Shapes) -> dict[str, Any]:
         "vocab_size": vocabulary,
         "hidden_size": hidden,
         "intermediate_size": shapes["encoder.layers.0.mlp.fc1.weight"][0],
-        "num_hidden_layers": _length(shapes, "encoder.layers.{}."),
+        "num_hidden_layers": count(shapes, "encoder.layers.{}."),
         "num_attention_heads": _clip_heads(hidden),
         "max_position_embeddings": shapes["embeddings.position_embedding.weight"][0],
         "hidden_act": "quick_gelu",
@@ -120,7 +121,7 @@ def open_clip_settings(shapes: Shapes) -> dict[str, Any]:
         "vocab_size": vocabulary,
         "hidden_size": hidden,
         "intermediate_size": shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
-        "num_hidden_layers": _length(shapes, "transformer.resblocks.{}."),
+        "num_hidden_layers": count(shapes, "transformer.resblocks.{}."),
         "num_attention_heads": _clip_heads(hidden),
         "max_position_embeddings": shapes["positional_embedding"][0],
         "hidden_act": "gelu",
@@ -130,17 +131,3 @@ def open_clip_settings(shapes: Shapes) -> dict[str, Any]:
 def _clip_heads(hidden: int) -> int:
     """Attention heads of a text encoder of that width: of 64 channels each, or four in a tiny one."""
     return hidden // 64 if hidden % 64 == 0 else 4
-
-
-def _length(shapes: Shapes, template: str) -> int:
-    """How many there are of `template` with 0, 1, 2, … in it, by the largest that some tensor's name starts with.
-
-    Raises ValueError where that is more than there are tensors.
-    """
-    before, _, behind = template.partition("{}")
-    numbered = (name.removeprefix(before) for name in shapes if name.startswith(before))
-    found = {number for number, end, _ in (rest.partition(behind) for rest in numbered) if end}
-    length = max((int(number) + 1 for number in found if number.isdecimal() and len(number) < 9), default=0)
-    if length > len(shapes):
-        raise ValueError(f"{template.format(length - 1)} is counted further than there are tensors")
-    return length

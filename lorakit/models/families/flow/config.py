@@ -1,0 +1,122 @@
+"""What the families of flow-matching transformers have in common in the config file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from attrs import field, frozen
+
+from lorakit.api.noise import FlowSpec, NoiseSpec
+from lorakit.checkpoints import HubModel, Location, ModelPath, locate
+from lorakit.errors import ModelError, Problem
+from lorakit.models.families.base_weights import BaseWeightsConfig
+from lorakit.models.families.flow.checkpoint import TRANSFORMER, FlowCheckpoint
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorakit.config.train_config import TrainConfig
+    from lorakit.models.families.flow.model import FlowTransformer
+    from lorakit.models.interfaces import DiffusionModel
+
+
+def path_text(path: str | Path | None) -> ModelPath | None:
+    """A converter for fields with a file, a folder or a Hub id."""
+    return None if path is None else ModelPath(str(path))
+
+
+@frozen(kw_only=True)
+class FlowTransformerConfig(BaseWeightsConfig):
+    """A transformer that predicts velocities, with frozen text encoders, each of which may be a file of its own."""
+
+    default_parts = (TRANSFORMER,)
+    size_multiple = 16
+    supports_weighted_captions = False
+    usual_resolution = preview_size = 1024
+    dataset_defaults = {"resolution": (1024, 1024), "max_bucket_reso": 2048}  # noqa: RUF012 - a ClassVar of the base
+    checkpoint_type: ClassVar[type[FlowCheckpoint]]
+    """Finds the model's parts."""
+    flow: ClassVar[FlowSpec]
+    """Its noise process."""
+    usual_parts: ClassVar[Mapping[str, str]]
+    """An example of what to give for each part, and each tokenizer, that a model may lack, by the field's name."""
+    tokenizer_fields: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    """The fields with tokenizers, called as their folders in models are."""
+
+    vae: ModelPath | None = field(default=None, converter=path_text)
+    """VAE: a file, a diffusers folder, or a Hub id. The model's own when absent."""
+    text_encoder: ModelPath | None = field(default=None, converter=path_text)
+    """Text encoder: a file, a folder, or a Hub id. The model's own when absent."""
+    tokenizer: ModelPath | None = field(default=None, converter=path_text)
+    """Tokenizer of the text encoder: a folder with its `tokenizer.json`, or a Hub id. The model's own when absent;
+    single files have none."""
+
+    @property
+    def noise_process(self) -> NoiseSpec:
+        """Flow matching."""
+        return self.flow
+
+    def problems(self) -> Iterator[Problem]:
+        """What is wrong with the files, as far as it shows without reading weights; keys are field names."""
+        yield from super().problems()
+        try:
+            stored = self.stored
+            lacking = stored.lacking()
+        except ModelError as error:
+            yield Problem("path", str(error))
+            return
+        for name in lacking:
+            key = "path" if name == TRANSFORMER else name
+            title = stored.formats[name].title
+            hint = f"give {self.usual_parts[name]}" if name in self.usual_parts else ""
+            yield Problem(key, f"is missing, and {stored.location} has no {title}", hint)
+        if not lacking:
+            yield from self._problems_of_parts(stored)
+        yield from self._problems_of_tokenizers(stored)
+
+    def problems_with(self, config: TrainConfig) -> Iterator[Problem]:
+        """Half precision, in which these transformers overflow."""
+        yield from super().problems_with(config)
+        if config.training.mixed_precision == "fp16":
+            message = f"{self.title} overflows in fp16"
+            yield Problem("path", message, 'set training.mixed_precision = "bf16"')
+
+    def build(self, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
+        """The model; each part's weights are loaded on first use."""
+        from lorakit.diffusion.flow import FlowMatching
+
+        return self.model_type()(self, FlowMatching(self.flow), device, dtype)
+
+    def model_type(self) -> type[FlowTransformer]:
+        """The class of the model."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its model's class")
+
+    @cached_property
+    def stored(self) -> FlowCheckpoint:
+        """Where the model's parts are; a `ModelError` if a path leads nowhere."""
+        separate = {name: path for name in self.checkpoint_type.formats if (path := self._location(name)) is not None}
+        tokenizers = {name: path for name in self.tokenizer_fields if (path := self._location(name)) is not None}
+        return self.checkpoint_type(locate(self.path, Path()), separate, tokenizers)
+
+    def _location(self, name: str) -> Location | None:
+        path: ModelPath | None = getattr(self, name, None)
+        return None if path is None else locate(path, Path())
+
+    def _problems_of_parts(self, stored: FlowCheckpoint) -> Iterator[Problem]:
+        for name in stored.formats:
+            try:
+                stored.check_part(name)
+            except ModelError as error:
+                yield Problem(name if name in stored.separate else "path", str(error))
+
+    def _problems_of_tokenizers(self, stored: FlowCheckpoint) -> Iterator[Problem]:
+        for name in self.tokenizer_fields:
+            location = stored.tokenizers.get(name, stored.location)
+            if isinstance(location, HubModel):
+                continue
+            if stored.tokenizer_folder(name) is None:
+                found = f"{location} has no tokenizer" if name in stored.tokenizers else "is missing"
+                yield Problem(name, found, f"give {self.usual_parts[name]}")

@@ -1,0 +1,177 @@
+"""Z-Image as the trainer sees it.
+
+B images in a micro-batch, h and w latent sides, m tokens of the longest caption, filled up to a multiple of 32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from lorakit.errors import ModelError
+from lorakit.models.base import PartModule
+from lorakit.models.families.flow.model import FlowTransformer
+from lorakit.models.families.flow.qwen3 import (
+    QWEN3,
+    Qwen3Tokenizer,
+    leave_out_last,
+    qwen3_key,
+    qwen3_module,
+    qwen3_targets,
+    set_rotary,
+)
+from lorakit.models.families.z_image.parts import LAYOUT, TRANSFORMER, block_index, transformer_key
+from lorakit.models.families.z_image.transformer import MULTIPLE, Block, ZImageSettings, ZImageTransformer
+from lorakit.models.interfaces import AdaptationTarget, Conditioning, Memo, Tokens
+from lorakit.models.weights.checkpoint import CheckpointPart
+
+TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+"""How Qwen3's chat template puts one message of a user, with thinking enabled."""
+MAX_TOKENS = 512
+"""Longest caption, the template counted."""
+_KINDS = {"attention": "attention", "feed_forward": "mlp", "adaLN_modulation": "modulation"}
+_SHARED = {
+    "to_q": "attention", "to_k": "attention", "to_v": "attention", "w1": "feed_forward", "w3": "feed_forward",
+}  # fmt: skip
+
+
+def transformer_module(part: CheckpointPart) -> ZImageTransformer:
+    """A transformer with the part's settings, its weights still to be read."""
+    return ZImageTransformer(ZImageSettings.of(part.settings))
+
+
+def transformer_targets(root: nn.Module) -> Iterator[AdaptationTarget]:
+    """The linear layers of all blocks; those of the main blocks' attention and MLPs have the tag `transformer`."""
+    for path, layer in root.named_modules():
+        index = block_index(path)
+        if index is None or not isinstance(layer, nn.Linear):
+            continue
+        group, _, kind, *_, leaf = path.split(".")
+        tags = {_KINDS[kind], "transformer" if group == "layers" and kind != "adaLN_modulation" else "other"}
+        if group != "layers":
+            tags.add("refiner")
+        yield AdaptationTarget(
+            key=transformer_key(path),
+            part=TRANSFORMER.name,
+            root=root,
+            path=path,
+            tags=frozenset(tags - {"other"}),
+            block_index=index,
+            layout=LAYOUT,
+            diffusers_path=f"transformer.{path}",
+            original_path=f"diffusion_model.{path}",
+            shared_input=path.rpartition(".")[0] if leaf in _SHARED else "",
+        )
+
+
+def finish_text_encoder(module: nn.Module, part: CheckpointPart, device: torch.device) -> None:
+    """Compute rotary positions, and leave the last layer out, which Z-Image does not read."""
+    set_rotary(module, part, device)
+    leave_out_last(module)
+
+
+class ZImageTextEncoder:
+    """Qwen3 with its tokenizer."""
+
+    def __init__(self, module: nn.Module, tokenizer: Qwen3Tokenizer) -> None:
+        self.module = module
+        self.tokenizer = tokenizer
+
+    def tokenize(self, captions: Sequence[str], weighted: bool = False) -> Tokens:  # noqa: ARG002
+        """`ids` and `mask`, int64 [B, m], on the CPU; captions are cut off at the longest length."""
+        return self.tokenizer(captions)
+
+    def encode(self, tokens: Tokens) -> Conditioning:
+        """`hidden_states` before the last layer, [B, m, D], and `mask`, int64 [B, m], 0 behind each caption."""
+        device = next(self.module.parameters()).device
+        ids, mask = tokens["ids"].to(device), tokens["mask"].to(device)
+        states: Tensor = self.module(input_ids=ids, attention_mask=mask).last_hidden_state
+        return filled({"hidden_states": states * mask.unsqueeze(2).to(states.dtype), "lengths": mask.sum(dim=1)})
+
+
+def filled(conditioning: Conditioning) -> dict[str, Tensor]:
+    """Captions [B, m, D] of these lengths [B] with m filled up to a multiple of 32.
+
+    `attention_mask`, bool [B, m], is there where captions are filled up to different multiples.
+    """
+    states, lengths = conditioning["hidden_states"], conditioning["lengths"]
+    states = F.pad(states, (0, 0, 0, -states.shape[1] % MULTIPLE))
+    attended = -(-lengths // MULTIPLE) * MULTIPLE
+    found = {"hidden_states": states, "lengths": lengths}
+    if (attended != states.shape[1]).any():
+        numbers = torch.arange(states.shape[1], device=lengths.device)
+        found["attention_mask"] = numbers < attended.unsqueeze(1)
+    return found
+
+
+class ZImage(FlowTransformer):
+    """The transformer, Qwen3 and FLUX.1's VAE."""
+
+    modules = (
+        PartModule(
+            part=QWEN3,
+            build=qwen3_module,
+            targets=qwen3_targets,
+            key=qwen3_key,
+            finish=finish_text_encoder,
+        ),
+        PartModule(
+            part=TRANSFORMER,
+            build=transformer_module,
+            targets=transformer_targets,
+            key=transformer_key,
+            finish=lambda module, _, device: module.set_rotary(device),  # type: ignore[operator]
+            compiled=(Block,),
+        ),
+    )
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The velocity ε − x₀, [B, 16, h, w]; the transformer counts time from noise to image and predicts −v."""
+        states = conditioning["hidden_states"].to(self.dtype)
+        found: Tensor = self.denoiser(
+            noisy_latents.to(self.dtype), 1 - timesteps.float(), states, conditioning["lengths"],
+            conditioning.get("attention_mask"),
+        )  # fmt: skip
+        return -found
+
+    def split(self, conditioning: Conditioning) -> Sequence[Conditioning]:
+        """Each caption without its padding."""
+        pairs = zip(conditioning["hidden_states"], conditioning["lengths"].tolist(), strict=True)
+        return [{"hidden_states": states[:length]} for states, length in pairs]
+
+    def collate(self, captions: Sequence[Conditioning]) -> Conditioning:
+        """Captions filled up with zeros to one length, their own lengths, and a mask where it is needed."""
+        states = [caption["hidden_states"] for caption in captions]
+        lengths = torch.tensor([len(own) for own in states], device=states[0].device)
+        return filled({"hidden_states": nn.utils.rnn.pad_sequence(states, batch_first=True), "lengths": lengths})
+
+    def make_text_encoder(self, modules: Mapping[str, nn.Module]) -> ZImageTextEncoder:
+        """Qwen3 with its tokenizer."""
+        return ZImageTextEncoder(modules[QWEN3.name], Qwen3Tokenizer(self.tokenizer_folder, TEMPLATE, MAX_TOKENS))
+
+    @cached_property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer is; a `ModelError` if it is nowhere."""
+        folder = self.checkpoint.tokenizer_folder("tokenizer")
+        if folder is None:
+            raise ModelError(
+                f"{self.checkpoint.location} has no tokenizer; give {self.config.usual_parts['tokenizer']}"
+            )
+        return folder
+
+    def text_options(self, memo: Memo) -> list[object]:
+        """How captions are put to the text encoder, and hashes of the tokenizer."""
+        return [TEMPLATE, MAX_TOKENS, "before the last layer", self.tokenizer_hashes(memo, [self.tokenizer_folder])]
+
+    def metadata_entries(self) -> Mapping[str, str]:
+        """What the model is called by other tools."""
+        return {
+            "ss_base_model_version": "zimage",
+            "modelspec.architecture": "Z-Image/lora",
+            "modelspec.implementation": "https://github.com/Tongyi-MAI/Z-Image",
+        }
