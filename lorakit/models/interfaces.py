@@ -63,7 +63,9 @@ class AdaptationTarget:
     """Path of the module whose layers one operation may compute together; empty for all of the part."""
     fused_in: TensorSlice | None = None
     """Where some LoRA files have it as rows of a larger layer, such as queries, keys and values in one: that layer's
-    key and the rows."""
+    key or dotted path, and the rows."""
+    fused_from: tuple[TensorSlice, ...] = ()
+    """Where some LoRA files have several layers that are its rows: the key or dotted path of each, and the rows."""
 
     @property
     def names(self) -> tuple[str, ...]:

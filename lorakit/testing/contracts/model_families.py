@@ -242,7 +242,9 @@ class ModelFamilyContract(ComponentContract):
 
     def test_targets_have_unambiguous_names(self) -> None:
         """No two layers share a name of any form that LoRA files may have, so that such files can be read."""
-        names = [name for target in self.built().targets(self.parts) for name in target.names]
+        targets = self.built().targets(self.parts)
+        names = [name for target in targets for name in target.names]
+        names += [rows.name for target in targets for rows in target.fused_from]
         assert len(set(names)) == len(names)
 
     def test_targets_have_names_in_their_layout(self) -> None:
