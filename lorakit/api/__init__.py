@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lorakit.api.dataset_source import SourceImage as SourceImage
     from lorakit.api.hookspecs import hookimpl as hookimpl
     from lorakit.api.learning_rate_free import skip_at_zero_lr as skip_at_zero_lr
+    from lorakit.api.lora_layout import LoRALayout as LoRALayout
     from lorakit.api.loss import LossConfig as LossConfig
     from lorakit.api.lr_schedules import WarmupConfig as WarmupConfig
     from lorakit.api.lr_schedules import check_steps as check_steps

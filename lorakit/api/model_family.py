@@ -9,6 +9,7 @@ from attrs import frozen
 
 from lorakit.api.block_layout import BlockLayout
 from lorakit.api.components import Component, ModelPart
+from lorakit.api.lora_layout import LoRALayout
 from lorakit.api.noise import DDPMSpec, NoiseSpec
 from lorakit.errors import Problem
 
@@ -54,6 +55,9 @@ class ModelFamilyConfig(Component):
     """The names of those that get adapters where `network.parts` is absent; all of them when empty."""
     layout: ClassVar[BlockLayout | None] = None
     """How the blocks of its denoiser are numbered; None where they are not."""
+    lora_layout: ClassVar[LoRALayout] = "kohya"
+    """The layout that its LoRA files are written in: the one that most tools read. In `original`, each layer of the
+    denoiser has an `original_path`."""
     title: ClassVar[str] = ""
     """Its display name, such as `Stable Diffusion 1.x`; defaults to its name."""
     supports_weighted_captions: ClassVar[bool] = True
@@ -100,7 +104,10 @@ class ModelFamilyConfig(Component):
         return sum(len(part.encoders) for part in self.parts)
 
     def lora_name(self, name: str) -> str:
-        """What sd-scripts calls a tensor of a LoRA file of any tool; the name itself where it is not known."""
+        """What sd-scripts calls a tensor of a LoRA file of any tool; the name itself where it is not known.
+
+        Known without: `diffusion_model.`, `transformer.` and the like with any path, which becomes `lora_unet_…`.
+        """
         return name
 
     def caption_lengths(self, captions: Sequence[str], weighted: bool) -> CaptionLengths | None:  # noqa: ARG002

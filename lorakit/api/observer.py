@@ -15,7 +15,7 @@ from attrs import field, frozen
 
 if TYPE_CHECKING:
     from lorakit.config.train_config import TrainConfig
-    from lorakit.models.interfaces import DiffusionModel
+    from lorakit.models.interfaces import AdaptationTarget, DiffusionModel
 
 T = TypeVar("T")
 
@@ -56,8 +56,8 @@ class RunInfo(Protocol):
         """Whether images are held out from training, for validation."""
 
     @property
-    def paths(self) -> Mapping[str, str]:
-        """The path in a diffusers pipeline of each adapted layer, `unet.mid_block.…`, by its key in LoRA files."""
+    def targets(self) -> Sequence[AdaptationTarget]:
+        """The layers that have adapters, with their names in LoRA files of all layouts."""
 
     @property
     def rank(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from attrs import frozen
 
-from lorakit.checkpoints.lora_names import ALPHA, DOWN, UP, own_name, plain_path, split_name
+from lorakit.checkpoints.lora_names import ALPHA, DOWN, UP, denoiser_key, own_name, plain_path, split_name
 from lorakit.checkpoints.summary import CheckpointSummary, Shapes, read_json
 from lorakit.errors import AdapterError, ModelError
 from lorakit.utils.wording import counted
@@ -48,19 +48,17 @@ def lora_names(
 ) -> LoRANames:
     """How the tensors of a file are called here; `keys` has the keys of layers by all names that files have for them.
 
-    Tensors of layers that are not in `keys` are renamed by `rename`. Raises `AdapterError` where the file has a tensor
-    twice, or invalid alphas.
+    Tensors of layers that are not in `keys` are renamed by `rename`, and if that leaves them as they are, by their path
+    in a denoiser. Raises `AdapterError` where the file has a tensor twice, or invalid alphas.
     """
     in_file: dict[str, str] = {}
     for name in summary.tensors:
-        first, _, rest = name.partition(".")
         path, suffix = split_name(name)
-        if first in keys:
-            own = f"{keys[first]}.{rest}"
-        elif suffix and (key := keys.get(plain_path(path))):
+        known = (keys[own] for own in (path, plain_path(path), denoiser_key(path)) if own in keys)
+        key = next(known, "") if suffix else ""
+        own = f"{key}.{suffix}" if key else rename(name)
+        if own == name and suffix and (key := denoiser_key(path)):
             own = f"{key}.{suffix}"
-        else:
-            own = rename(name)
         if own in in_file:
             raise AdapterError(f"{summary.path} holds two adapters for one layer: {in_file[own]} and {name}.")
         in_file[own] = name

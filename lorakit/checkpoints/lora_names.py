@@ -14,7 +14,7 @@ DOWN, UP, ALPHA, MAGNITUDE = "lora_down.weight", "lora_up.weight", "alpha", "dor
 _DOWN_OR_UP = {"A": DOWN, "B": UP, "down": DOWN, "up": UP}
 _END = re.compile(r"[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.[^.]+)?\.weight$")
 _MAGNITUDE_END = re.compile(r"\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?$")
-_PLAIN_END = re.compile(r"\.(alpha|dora_scale)$")
+_PLAIN_END = re.compile(r"\.(alpha|dora_scale|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))$")
 
 _UNET_STEPS = ("down_blocks", "mid_block", "up_blocks", "input_blocks", "middle_block", "output_blocks")
 _DOTTED = {
@@ -33,6 +33,10 @@ _SGM_RESNET = {
 }  # fmt: skip
 _LAYERS_PER_LEVEL = 3
 
+_DENOISERS = (
+    "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "lycoris_", "lora_transformer_",
+)  # fmt: skip
+"""What tools put in front of the paths of a denoiser's layers."""
 
 _DIFFUSERS_BLOCK = re.compile(r"(down|up)_blocks_(\d)_(resnets|attentions|downsamplers|upsamplers)_(\d)_(.+)")
 _DIFFUSERS_MIDDLE = re.compile(r"mid_block_(resnets|attentions)_(\d)_(.+)")
@@ -64,6 +68,18 @@ def own_name_xl(name: str) -> str:
     if key.startswith("lora_unet_"):
         return f"lora_unet_{_sgm_path(key.removeprefix('lora_unet_'))}.{suffix}"
     return f"{key}.{suffix}" if key else name
+
+
+def denoiser_key(path: str) -> str:
+    """The key of a layer of a denoiser of any family, whose path is as dotted as its module's; empty for other paths.
+
+    `diffusion_model.blocks.0.attn.to_q` and `lycoris_blocks_0_attn_to_q` are `lora_unet_blocks_0_attn_to_q`.
+    """
+    bare = path.removeprefix("base_model.model.")
+    prefix = next((prefix for prefix in _DENOISERS if bare.startswith(prefix)), "")
+    if not prefix and bare == path:
+        return ""
+    return f"lora_unet_{bare.removeprefix(prefix).replace('.', '_')}"
 
 
 def plain_path(path: str) -> str:

@@ -22,7 +22,7 @@ from lorakit.errors import AdapterError
 from lorakit.lora_tools.adapters import AnyPath, LoRAFile, open_lora
 from lorakit.lora_tools.metadata import json_object
 from lorakit.lora_tools.output import new_file, write_lora
-from lorakit.networks.diffusers_format import to_diffusers
+from lorakit.networks.lora_layouts import to_diffusers
 from lorakit.utils.wording import some
 
 Layout = Literal["kohya", "diffusers", "comfyui"]

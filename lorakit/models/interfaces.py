@@ -14,6 +14,7 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from lorakit.api.block_layout import BlockLayout
+from lorakit.api.lora_layout import LoRALayout
 from lorakit.diffusion.process import NoiseProcess
 from lorakit.models.weights.folders import TensorSlice
 
@@ -51,7 +52,8 @@ class AdaptationTarget:
     diffusers_path: str = ""
     """Its path in a pipeline of diffusers, `unet.down_blocks.0.attentions.0.proj_in`; empty if it has none."""
     original_path: str = ""
-    """Its dotted path in the original code, where LoRA files of some tools use it; empty if none does."""
+    """Its dotted path in the original code, `diffusion_model.input_blocks.1.1.proj_in`, where LoRA files of some tools
+    use it; empty if none does."""
     other_keys: tuple[str, ...] = ()
     """Other keys that it has in LoRA files of some tools."""
     shared_input: str = ""
@@ -61,12 +63,18 @@ class AdaptationTarget:
     """Path of the module whose layers one operation may compute together; empty for all of the part."""
     fused_in: TensorSlice | None = None
     """Where some LoRA files have it as rows of a larger layer, such as queries, keys and values in one: that layer's
-    key and the rows."""
+    key or dotted path, and the rows."""
+    fused_from: tuple[TensorSlice, ...] = ()
+    """Where some LoRA files have several layers that are its rows: the key or dotted path of each, and the rows."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """All that LoRA files may call the layer: its keys and the dotted paths."""
         return tuple(name for name in (self.key, self.diffusers_path, self.original_path, *self.other_keys) if name)
+
+    def name_in(self, layout: LoRALayout) -> str:
+        """What LoRA files in a layout call it; empty if it has no name there."""
+        return {"kohya": self.key, "original": self.original_path, "diffusers": self.diffusers_path}[layout]
 
     @property
     def parent(self) -> nn.Module:

@@ -40,7 +40,7 @@ class AdapterFile:
     """What is in a LoRA file."""
 
     tensors: Mapping[str, Tensor]
-    """By key: `lora_unet_….lora_down.weight`, `….lora_up.weight`, `….alpha`."""
+    """By name in the file: `lora_unet_….lora_down.weight`, `….lora_up.weight`, `….alpha`."""
     metadata: Mapping[str, str] = field(factory=dict)
     """What it says about itself: `ss_network_dim`, …; empty for formats that hold none."""
 

@@ -175,9 +175,9 @@ class Network(nn.Module):
         return tuple(dict.fromkeys(target.part for target in self._targets))
 
     @property
-    def paths(self) -> Mapping[str, str]:
-        """The path in a pipeline of diffusers of each layer with an adapter, by its key in LoRA files."""
-        return {target.key: target.diffusers_path for target in self._targets}
+    def targets(self) -> tuple[AdaptationTarget, ...]:
+        """The layers that have adapters."""
+        return tuple(self._targets)
 
     def parameters_of(self, part: str) -> tuple[nn.Parameter, ...]:
         """The trained parameters of one part of the model."""

@@ -15,7 +15,7 @@ from attrs import define, field
 
 from lorakit.config.train_config import TrainConfig
 from lorakit.errors import ConfigError, Interrupted, LorakitError, NotSaved, Problem
-from lorakit.models.interfaces import DiffusionModel
+from lorakit.models.interfaces import AdaptationTarget, DiffusionModel
 from lorakit.training.checkpoint.compatibility import fast_forward, warn_of_length
 from lorakit.training.checkpoint.state import State, read_state, state_errors, state_folder, write_state
 from lorakit.training.observers import Observers
@@ -91,9 +91,9 @@ class RunHandle:
         return self.run.validation is not None
 
     @property
-    def paths(self) -> Mapping[str, str]:
-        """The path in a diffusers pipeline of each adapted layer, by its key in LoRA files."""
-        return self.run.network.paths
+    def targets(self) -> Sequence[AdaptationTarget]:
+        """The layers that have adapters, with their names in LoRA files of all layouts."""
+        return self.run.network.targets
 
     def tell(self, event: str, *values: object) -> None:
         """Notify all observers of an event."""

@@ -76,7 +76,7 @@ def transformer_targets(root: nn.Module) -> Iterator[AdaptationTarget]:
             yield AdaptationTarget(
                 key=transformer_key(path), part=TRANSFORMER.name, root=root, path=path, tags=frozenset(tags),
                 block_index=int(path.split(".")[1]), layout=LAYOUT, diffusers_path=f"transformer.{path}",
-                fused_in=fused if end else None,
+                original_path=original_path(path), fused_in=fused if end else None,
             )  # fmt: skip
 
 
@@ -93,6 +93,14 @@ def gemma_targets(root: nn.Module) -> Iterator[AdaptationTarget]:
 def transformer_key(path: str) -> str:
     """`lora_unet_layers_0_attn_to_q`."""
     return TRANSFORMER.lora_prefix + path.replace(".", "_")
+
+
+def original_path(path: str) -> str:
+    """`diffusion_model.layers.0.attention.to_q`, as tools have the layer that the original code has fused."""
+    renamed = {".attn.": ".attention.", ".to_out.0": ".out", ".linear_": ".w", "norm1.linear": "adaLN"}
+    for name, original in renamed.items():
+        path = path.replace(name, original)
+    return f"diffusion_model.{path}"
 
 
 def gemma_key(path: str) -> str:

@@ -39,6 +39,7 @@ class LuminaConfig(ModelFamilyConfig):
     parts = (TRANSFORMER, GEMMA)
     default_parts = ("transformer",)
     layout = LAYOUT
+    lora_layout = "original"
     size_multiple = 16
     preview_size = 1024
     supports_weighted_captions = False

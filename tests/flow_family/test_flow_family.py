@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lorakit.api import AttentionConfig
 from lorakit.builtin.attention import EagerConfig, SdpaConfig
 from lorakit.config.load import config_from_tables
 from lorakit.errors import ConfigError
+from lorakit.grid.attached import attached
 from lorakit.plugins.catalog import Catalog
 from lorakit.plugins.discovery import PluginSource, installed_plugins
 from lorakit.training.prepare import prepare
@@ -67,8 +69,8 @@ def test_a_run_with_previews(tables: dict[str, Any], tmp_path: Path, catalog: Ca
     tables["observers"] = [{"name": "samples", "prompts": ["a cat"], "every_n_steps": 4, "steps": 2, "width": 100}]
     tables["observers"][0]["height"] = 70
     found = train(tables, tmp_path, catalog)
-    assert len(found) == 3 * 2 * 8
-    assert all(key.startswith("lora_unet_layers_") for key in found)
+    assert len(found) == 2 * 2 * 8
+    assert all(re.fullmatch(r"diffusion_model\.layers\.\d\..+\.lora_[AB]\.weight", name) for name in found)
     assert all(tensor.isfinite().all() for tensor in found.values())
     (preview,) = (tmp_path / "out" / "sample").glob("flow_*_00_*.png")
     with Image.open(preview) as image:
@@ -123,6 +125,64 @@ def test_files_of_fused_layers(tables: dict[str, Any], tmp_path: Path, catalog: 
     torch.testing.assert_close(found[0], found[1])
     assert (found[0] - found[2]).norm() > 0.1 * found[2].norm()
 
+
+NETWORKS = {
+    "lierla": ({"name": "lierla", "rank": 4, "alpha": 2.0}, {"lora_A.weight", "lora_B.weight"}),
+    "dora": ({"name": "lierla", "alpha": 2.0, "dora": True}, {"lora_A.weight", "lora_B.weight", "dora_scale"}),
+    "loha": ({"name": "loha", "alpha": 2.0}, {f"hada_w{n}_{ab}" for n in (1, 2) for ab in "ab"} | {"alpha"}),
+    "lokr": ({"name": "lokr", "rank": 2}, {"lokr_w1", "lokr_w2_a", "lokr_w2_b", "alpha"}),
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_files_in_the_original_layout(
+    tables: dict[str, Any], tmp_path: Path, catalog: Catalog, network: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Dotted names without alpha; a file means the same to continue, to merge, to draw with and as it was trained."""
+    keys, suffixes = NETWORKS[network]
+    tables |= {"network": keys, "observers": [{"name": "diffusers"}]}
+    found = train(tables, tmp_path, catalog)
+    layers = {"attention.to_q", "attention.out", "feed_forward.w1", "adaLN"}
+    assert {f"diffusion_model.layers.1.{layer}.{suffix}" for layer in layers for suffix in suffixes} <= found.keys()
+    file = tmp_path / "out" / "flow.safetensors"
+
+    def predicted(**changes: Any) -> Tensor:
+        config = config_from_tables({**tables, **changes}, tmp_path, catalog)
+        model = build_model(config, torch.device("cpu"))
+        attach_network(model, config)[0].eval()
+        return model.predict(*INPUTS, STATES).detach()
+
+    plain = predicted()
+    continued = predicted(network={**keys, "weights": str(file)})
+    assert (continued - plain).norm() > 1e-3 * plain.norm()
+    same_layers = {**{key: keys[key] for key in ("name", "dora") if key in keys}, "weights": str(file)}
+    for changes in (
+        {"network": {**same_layers, "rank_from_weights": True}},
+        {"model": {**tables["model"], "base_weights": [str(file)]}},
+    ):
+        torch.testing.assert_close(predicted(**changes), continued, rtol=1e-3, atol=1e-5)
+    if network == "lierla":
+        model = build_model(config_from_tables(tables, tmp_path, catalog), torch.device("cpu"))
+        for target in model.targets(["transformer"]):
+            down, up = (found[f"{target.original_path}.lora_{own}.weight"] for own in "AB")
+            target.module.weight.data += up @ down
+        torch.testing.assert_close(model.predict(*INPUTS, STATES), continued, rtol=1e-4, atol=1e-6)
+    copy = tmp_path / "out" / "flow.diffusers.safetensors"
+    if network in ("loha", "lokr"):
+        assert "there is no copy of flow.safetensors for diffusers" in caplog.text
+        return
+    in_copy = load_file(copy)
+    factor = found["diffusion_model.layers.0.attention.to_q.lora_B.weight"]
+    assert torch.equal(in_copy["transformer.layers.0.attn.to_q.lora_B.weight"], factor)
+    assert len(in_copy) == len(found)
+    config = config_from_tables(tables, tmp_path, catalog)
+    model = build_model(config, torch.device("cpu"))
+    with attached(model, file, config):
+        torch.testing.assert_close(model.predict(*INPUTS, STATES).detach(), continued, rtol=1e-4, atol=1e-6)
+
+
+INPUTS = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0.5])
+STATES = {"hidden_states": torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(2)), "mask": torch.ones(1, 5)}
 
 BACKENDS = (SdpaConfig(), SdpaConfig(kernels=("flash", "efficient")), SdpaConfig(kernels=("math",)), EagerConfig())
 

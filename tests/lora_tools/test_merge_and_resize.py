@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from lorakit.checkpoints.lora_paths import diffusers_path
 from lorakit.errors import AdapterError, LorakitError, OutputError
 from lorakit.lora_tools import merge, resize
-from lorakit.networks.diffusers_format import to_diffusers
+from lorakit.networks.lora_layouts import to_diffusers
 from tests.lora_tools.files import (
     ATTENTION,
     CONVOLUTION,

@@ -16,7 +16,7 @@ from lorakit.checkpoints.finite import first_not_finite
 from lorakit.errors import ConfigError
 from lorakit.networks.adapter_file import load_initial_weights
 from lorakit.networks.config import LoRAConfig
-from lorakit.networks.diffusers_format import to_diffusers
+from lorakit.networks.lora_layouts import to_diffusers
 from lorakit.testing.contracts.tiny_batch import read_model
 
 UNET = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"

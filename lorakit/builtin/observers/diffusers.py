@@ -35,17 +35,17 @@ class DiffusersCopies(Observer):
 
     def adapter_saved(self, path: Path) -> None:
         """Write the copy of a file; a warning if it is of a network that the layout has no place for."""
-        from lorakit.networks.adapter_file import AdapterFile, SafetensorsSaver, read_adapter
-        from lorakit.networks.diffusers_format import to_diffusers
+        from lorakit.networks.adapter_file import AdapterFile, SafetensorsSaver, load_initial_weights, read_adapter
+        from lorakit.networks.lora_layouts import in_layout
 
-        adapter = read_adapter(path)
+        metadata, targets = read_adapter(path).metadata, self._run.targets
         copy = path.with_name(f"{path.stem}.diffusers.safetensors")
         try:
-            tensors = to_diffusers(adapter.tensors, self._run.paths)
+            tensors = in_layout(load_initial_weights(path, targets), "diffusers", targets)
         except AdapterError as error:
             log.warning("there is no copy of %s for diffusers: %s", path.name, error)
             return
-        SafetensorsSaver(self._run.config.saver.precision).save(AdapterFile(tensors, adapter.metadata), copy)
+        SafetensorsSaver(self._run.config.saver.precision).save(AdapterFile(tensors, metadata), copy)
         self._copies[path] = copy
         self._remove_strays()
 

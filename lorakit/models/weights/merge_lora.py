@@ -144,7 +144,8 @@ class Merging:
         """Hash and multiplier of each file that has keys with this prefix."""
         found: list[object] = []
         for file in self._files:
-            names = {own: name for own, name in file.names.stored.items() if own.startswith(prefix)}
+            own_names = [own for own in file.names.stored if own.startswith(prefix)]
+            names = {name: name for own in own_names for name in file.names.sources(own)}
             if names:
                 found.append(memo.get_or_compute(file.path, prefix, partial(hash_of_weights, file.path, names)))
                 found.append(file.multiplier)

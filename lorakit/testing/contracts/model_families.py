@@ -245,8 +245,15 @@ class ModelFamilyContract(ComponentContract):
 
     def test_targets_have_unambiguous_names(self) -> None:
         """No two layers share a name of any form that LoRA files may have, so that such files can be read."""
-        names = [name for target in self.built().targets(self.parts) for name in target.names]
+        targets = self.built().targets(self.parts)
+        names = [name for target in targets for name in target.names]
+        names += [rows.name for target in targets for rows in target.fused_from]
         assert len(set(names)) == len(names)
+
+    def test_targets_have_names_in_their_layout(self) -> None:
+        """Each layer of the denoiser has a name in the layout that the family's LoRA files are written in."""
+        targets = [target for target in self.built().targets(self.parts) if target.encoder_index is None]
+        assert all(target.name_in(self.config.lora_layout) for target in targets)
 
     def test_is_frozen_until_adapted(self) -> None:
         """No parameter of denoiser or text encoder asks for a gradient, and nothing is left to chance by dropout."""

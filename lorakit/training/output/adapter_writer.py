@@ -13,6 +13,7 @@ from lorakit.config.train_config import TrainConfig
 from lorakit.errors import AdapterError, OutputError, TrainingDiverged
 from lorakit.models.interfaces import DiffusionModel, Memo
 from lorakit.networks.adapter_file import AdapterFile, Saver
+from lorakit.networks.lora_layouts import in_layout
 from lorakit.networks.network import Network
 from lorakit.plugins.catalog import Catalog
 from lorakit.plugins.failures import plugin_errors
@@ -55,7 +56,7 @@ class AdapterWriter:
         Raises TrainingDiverged when a weight is not finite, so that a broken file never takes the place of a
         good one; and OutputError when the file cannot be written, or is not read back as it was written.
         """
-        tensors = self.network.export_state()
+        tensors = in_layout(self.network.export_state(), self.config.model.lora_layout, self.network.targets)
         broken = next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None)
         if broken:
             raise TrainingDiverged(f"step {step}: {broken} is not finite; nothing was saved, earlier saves remain")

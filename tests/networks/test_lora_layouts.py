@@ -1,4 +1,4 @@
-"""The layout of diffusers and PEFT: names, shapes, and where alpha goes."""
+"""The layouts that are not sd-scripts': names, shapes, and where alpha goes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from lorakit.builtin.networks import C3LierConfig
 from lorakit.builtin.observers.diffusers import DiffusersConfig
 from lorakit.builtin.savers import SafetensorsConfig
 from lorakit.errors import AdapterError
+from lorakit.models.interfaces import AdaptationTarget
 from lorakit.networks.adapter_file import AdapterFile
-from lorakit.networks.diffusers_format import to_diffusers
+from lorakit.networks.lora_layouts import to_diffusers, to_original
 
 PATHS = {"lora_unet_a_b": "unet.a.b", "lora_te_c": "text_encoder.c"}
 
@@ -51,6 +53,22 @@ def test_layout() -> None:
     assert all(torch.equal(made[name], tensor) for name, tensor in expected.items())
 
 
+def test_original_layout() -> None:
+    """Factors are PEFT's, behind the original path; magnitudes keep their name, and a layer without path its key."""
+    given = tensors_of_two_layers()
+    made = to_original(given, {"lora_unet_a_b": "diffusion_model.a.0.b_c"})
+    expected = {
+        "diffusion_model.a.0.b_c.lora_A.weight": given["lora_unet_a_b.lora_down.weight"],
+        "diffusion_model.a.0.b_c.lora_B.weight": given["lora_unet_a_b.lora_up.weight"] / 4,
+        "diffusion_model.a.0.b_c.dora_scale": given["lora_unet_a_b.dora_scale"],
+        "lora_te_c.lora_down.weight": given["lora_te_c.lora_down.weight"],
+        "lora_te_c.lora_up.weight": given["lora_te_c.lora_up.weight"] * 1.5,
+        "lora_te_c.dora_scale": given["lora_te_c.dora_scale"],
+    }
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[name], tensor) for name, tensor in expected.items())
+
+
 def test_number_format_stays() -> None:
     """Tensors of a half-precision file stay in its number format."""
     given = {name: tensor.half() for name, tensor in tensors_of_two_layers().items()}
@@ -68,7 +86,11 @@ def test_what_has_no_place() -> None:
 def test_observer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Copies go with the files that they are of; a network without a place in the layout is a warning, not the end."""
     saver = SafetensorsConfig(precision="bf16")
-    observer = DiffusersConfig().build(SimpleNamespace(paths=PATHS, config=SimpleNamespace(saver=saver)))
+    targets = [
+        AdaptationTarget(key=key, part="", root=nn.Module(), path="", diffusers_path=path)
+        for key, path in PATHS.items()
+    ]
+    observer = DiffusersConfig().build(SimpleNamespace(targets=targets, config=SimpleNamespace(saver=saver)))
     for name in ("one", "two.b"):
         saver.build().save(AdapterFile(tensors_of_two_layers(), {"ss_seed": "4"}), tmp_path / f"{name}.safetensors")
         observer.adapter_saved(tmp_path / f"{name}.safetensors")
@@ -97,9 +119,9 @@ def test_paths_are_those_of_the_model(tiny_sd1: Path) -> None:
     network = C3LierConfig(rank=2).build(read_model(tiny_sd1).targets(("text_encoder", "unet")))
     unet = UNet2DConditionModel.from_pretrained(tiny_sd1 / "unet")
     text = CLIPTextModel.from_pretrained(tiny_sd1 / "text_encoder")
-    assert set(network.paths) == {adapter.key for adapter in network.adapters}
-    for adapter in network.adapters:
-        part, _, path = network.paths[adapter.key].partition(".")
+    assert [target.key for target in network.targets] == [adapter.key for adapter in network.adapters]
+    for target, adapter in zip(network.targets, network.adapters, strict=True):
+        part, _, path = target.diffusers_path.partition(".")
         module = unet if part == "unet" else getattr(text, "text_model", text)
         layer = module.get_submodule(path.removeprefix("text_model."))
         assert torch.equal(layer.weight, adapter.base.weight), adapter.key
