@@ -28,9 +28,10 @@ class ZImageConfig(FlowTransformerConfig):
     """Z-Image and Z-Image-Turbo (Tongyi Lab, 2025, arXiv:2511.22699)."""
 
     name = "z_image"
-    title = adapter_title = "Z-Image"
+    title = "Z-Image"
     parts = (TRANSFORMER, QWEN3)
     layout = LAYOUT
+    lora_layout = "original"
     checkpoint_type = ZImageCheckpoint
     flow = FlowSpec(shift=ShiftLine(), preview_shift=6.0)
     preview_steps = 30

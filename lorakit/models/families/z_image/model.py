@@ -29,15 +29,17 @@ from lorakit.models.families.z_image.parts import LAYOUT, TRANSFORMER, block_ind
 from lorakit.models.families.z_image.transformer import MULTIPLE, Block, ZImageSettings, ZImageTransformer
 from lorakit.models.interfaces import AdaptationTarget, Conditioning, Memo, Tokens
 from lorakit.models.weights.checkpoint import CheckpointPart
+from lorakit.models.weights.folders import TensorSlice
 
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 """How Qwen3's chat template puts one message of a user, with thinking enabled."""
 MAX_TOKENS = 512
 """Longest caption, the template counted."""
 _KINDS = {"attention": "attention", "feed_forward": "mlp", "adaLN_modulation": "modulation"}
-_SHARED = {
-    "to_q": "attention", "to_k": "attention", "to_v": "attention", "w1": "feed_forward", "w3": "feed_forward",
-}  # fmt: skip
+_QKV = {"to_q": 0, "to_k": 1, "to_v": 2}
+"""The layers that are thirds of one layer in the original code."""
+_SHARED = {*_QKV, "w1", "w3"}
+"""The layers that read the same as others of their module."""
 
 
 def transformer_module(part: CheckpointPart) -> ZImageTransformer:
@@ -52,20 +54,28 @@ def transformer_targets(root: nn.Module) -> Iterator[AdaptationTarget]:
         if index is None or not isinstance(layer, nn.Linear):
             continue
         group, _, kind, *_, leaf = path.split(".")
-        tags = {_KINDS[kind], "transformer" if group == "layers" and kind != "adaLN_modulation" else "other"}
+        tags = {_KINDS[kind]}
         if group != "layers":
             tags.add("refiner")
+        elif kind != "adaLN_modulation":
+            tags.add("transformer")
+        module = path.rpartition(".")[0]
+        fused = transformer_key(f"{module}.qkv")
+        rows = layer.out_features
         yield AdaptationTarget(
             key=transformer_key(path),
             part=TRANSFORMER.name,
             root=root,
             path=path,
-            tags=frozenset(tags - {"other"}),
+            tags=frozenset(tags),
             block_index=index,
             layout=LAYOUT,
             diffusers_path=f"transformer.{path}",
             original_path=f"diffusion_model.{path}",
-            shared_input=path.rpartition(".")[0] if leaf in _SHARED else "",
+            # In the original code: the attention's last layer.
+            other_keys=(transformer_key(path.replace(".to_out.0", ".out")),) if kind == "attention" else (),
+            shared_input=module if leaf in _SHARED else "",
+            fused_in=TensorSlice(fused, _QKV[leaf] * rows, (_QKV[leaf] + 1) * rows) if leaf in _QKV else None,
         )
 
 

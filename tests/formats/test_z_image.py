@@ -1,0 +1,125 @@
+"""LoRA files for Z-Image: as diffusers loads them, in ComfyUI's rules, and back to continue from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ZImageTransformer2DModel
+from diffusers.loaders.lora_pipeline import ZImageLoraLoaderMixin
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lorakit.config.load import config_from_tables
+from lorakit.plugins.catalog import Catalog
+from lorakit.testing.flow_models import make_tiny_z_image
+from lorakit.training.prepare import prepare
+from lorakit.training.setup import attach_network, build_model, run_training
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Z-Image as diffusers stores it."""
+    return make_tiny_z_image(tmp_path_factory.mktemp("z_image") / "tiny")
+
+
+@pytest.fixture
+def tables(folder: Path, photographs: Path, tmp_path: Path) -> dict[str, Any]:
+    """The tables of a short run."""
+    return {
+        "model": {"path": str(folder)},
+        "data": {"image_dir": str(photographs), "resolution": 64, "batch_size": 2, "cache_dir": str(tmp_path / "c")},
+        "network": {"rank": 4, "alpha": 2.0},
+        "optimizer": {"lr": 1e-2},
+        "training": {"max_steps": 3, "device": "cpu"},
+        "output": {"dir": str(tmp_path / "out"), "name": "z"},
+    }
+
+
+def trained(tables: dict[str, Any], folder: Path) -> Path:
+    """The file of a run."""
+    return run_training(prepare(config_from_tables(tables, folder, Catalog.discover())), Catalog.discover())
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy latents, times, and the states of a caption."""
+    generator = torch.Generator().manual_seed(0)
+    noisy = torch.randn(1, 16, 8, 8, generator=generator)
+    return noisy, torch.tensor([0.4]), torch.randn(7, 32, generator=generator)
+
+
+def predicted(tables: dict[str, Any], folder: Path) -> Tensor:
+    """The velocity with the adapters that a config starts from."""
+    config = config_from_tables(tables, folder, Catalog.discover())
+    model = build_model(config, CPU)
+    attach_network(model, config)[0].eval()
+    noisy, times, states = inputs()
+    with torch.no_grad():
+        return model.predict(noisy, times, model.collate([{"hidden_states": states}]))  # type: ignore[attr-defined]
+
+
+def test_diffusers_loads_every_layer(tables: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    """Names without alpha; each adapter is loaded, and diffusers predicts what lorakit does."""
+    file = trained(tables, tmp_path)
+    tensors = load_file(file)
+    layers = [f"layers.{index}.{name}" for index in range(2) for name in (
+        "attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0",
+        "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
+    )]  # fmt: skip
+    assert tensors.keys() == {f"diffusion_model.{layer}.lora_{end}.weight" for layer in layers for end in "AB"}
+    transformer = ZImageTransformer2DModel.from_pretrained(folder / "transformer").eval()
+    plain = _of_diffusers(transformer)
+    ZImageLoraLoaderMixin.load_lora_into_transformer(ZImageLoraLoaderMixin.lora_state_dict(file), transformer)
+    adapted = [name for name, module in transformer.named_modules() if hasattr(module, "lora_A")]
+    assert sorted(adapted) == sorted(layers)
+    found = predicted({**tables, "network": {"weights": str(file), "rank_from_weights": True}}, tmp_path)
+    torch.testing.assert_close(_of_diffusers(transformer), found, rtol=1e-4, atol=1e-5)
+    assert (found - plain).norm() > 0.01 * plain.norm()
+
+
+def _of_diffusers(transformer: ZImageTransformer2DModel) -> Tensor:
+    noisy, times, states = inputs()
+    with torch.no_grad():
+        return -transformer([noisy[0].unsqueeze(1)], 1 - times, [states], return_dict=False)[0][0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("form", ["split", "fused", "diffusers"])
+def test_files_of_other_tools(tables: dict[str, Any], tmp_path: Path, form: str) -> None:
+    """musubi-tuner's names, ComfyUI's with one adapter for queries, keys and values, and those of diffusers."""
+    generator = torch.Generator().manual_seed(1)
+    pair = {"lora_A.weight": torch.randn(2, 32, generator=generator), "alpha": torch.tensor(1.0)}
+    third = torch.randn(96, 2, generator=generator)
+    kohya = {"lora_down.weight": pair["lora_A.weight"], "alpha": pair["alpha"]}
+    tensors: dict[str, Tensor] = {}
+    if form == "fused":
+        key = "lora_unet_layers_1_attention_qkv"
+        tensors = {f"{key}.{end}": tensor for end, tensor in {**kohya, "lora_up.weight": third}.items()}
+    for index, name in enumerate(("to_q", "to_k", "to_v") if form != "fused" else ()):
+        up = third[32 * index : 32 * index + 32]
+        own = {**kohya, "lora_up.weight": up} if form == "split" else {"lora_A.weight": pair["lora_A.weight"]}
+        layer = f"lora_unet_layers_1_attention_{name}" if form == "split" else f"transformer.layers.1.attention.{name}"
+        own = own if form == "split" else {**own, "lora_B.weight": up / 2}
+        tensors |= {f"{layer}.{end}": tensor.clone() for end, tensor in own.items()}
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    paths = {"weights": str(tmp_path / "theirs.safetensors"), "rank_from_weights": True}
+    found = predicted({**tables, "network": paths}, tmp_path)
+    merged = {**tables, "model": {**tables["model"], "base_weights": [paths["weights"]]}, "network": {"rank": 2}}
+    torch.testing.assert_close(found, predicted(merged, tmp_path), rtol=1e-4, atol=1e-5)
+    fused = {"form": form, "norm": float(found.norm())}
+    expected = _with_update(tables, third @ pair["lora_A.weight"] / 2, tmp_path)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=str(fused))
+
+
+def _with_update(tables: dict[str, Any], update: Tensor, folder: Path) -> Tensor:
+    """The velocity with an update added to queries, keys and values of the last block by hand."""
+    model = build_model(config_from_tables(tables, folder, Catalog.discover()), CPU)
+    attention = model.denoiser.get_submodule("layers.1.attention")
+    for name, own in zip(("to_q", "to_k", "to_v"), update.chunk(3), strict=True):
+        attention.get_submodule(name).get_parameter("weight").data.add_(own)
+    noisy, times, states = inputs()
+    with torch.no_grad():
+        return model.predict(noisy, times, model.collate([{"hidden_states": states}]))  # type: ignore[attr-defined]
