@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from itertools import groupby
@@ -38,6 +39,7 @@ from lorakit.models.weights.checkpoint import CheckpointPart, ModelCheckpoint
 from lorakit.models.weights.hashing import ProcessMemo, hash_of_file, hash_of_weights, short_hash_of_file
 from lorakit.models.weights.load import EditTensor, load_weights, shapes_of, without_weights
 from lorakit.models.weights.merge_lora import Merging
+from lorakit.models.weights.training_adapter import taken_back
 
 PROCESS_MEMO = ProcessMemo()
 """Caches hashes of files until the process ends."""
@@ -279,6 +281,16 @@ class BaseModel:
         self._checkpointed = share
         for own, module in self._modules_read(denoiser_only=share < 1):
             own.checkpoint(module, share)
+
+    @contextmanager
+    def without_training_adapter(self) -> Iterator[None]:
+        """Inside, the denoiser computes as it is without the LoRA file that is merged only for training."""
+        file = self._merging.training_adapter
+        if file is None:
+            yield
+            return
+        with taken_back(file, self.denoiser, self.device, self.dtype):
+            yield
 
     def fingerprint(self, part: EncoderName, memo: Memo = PROCESS_MEMO) -> str:
         """A short key of all that an encoder's output depends on: weights, dtype, settings.

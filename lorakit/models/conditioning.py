@@ -1,12 +1,13 @@
 """What a family may add to captions: how they are put together in a batch, and conditioning by the image's sizes.
 
-A model that has the methods of `CollatesCaptions` or `ImageConditioned` is asked; for any other, captions have one
+A model that has the methods of one of these protocols is asked; for any other, captions have one
 length, and images tell nothing. B images in a micro-batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -53,6 +54,14 @@ class ImageConditioned(Protocol):
 
 
 @runtime_checkable
+class TrainsWithAdapter(Protocol):
+    """A model that a LoRA file may be part of only while it trains."""
+
+    def without_training_adapter(self) -> AbstractContextManager[None]:
+        """Inside, the denoiser computes as it is without that file; there may be none."""
+
+
+@runtime_checkable
 class EncodesOneByOne(Protocol):
     """A model with several text encoders, of which one at a time is in memory while captions are cached."""
 
@@ -61,6 +70,11 @@ class EncodesOneByOne(Protocol):
 
         Each text encoder is read, encodes all of them, and is freed before the next is read.
         """
+
+
+def without_training_adapter(model: DiffusionModel) -> AbstractContextManager[None]:
+    """Inside, the denoiser computes without a LoRA file that is part of it only while it trains."""
+    return model.without_training_adapter() if isinstance(model, TrainsWithAdapter) else nullcontext()
 
 
 def encode_frozen(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorakit.models.conditioning import ImageSizes, collate, image_conditioning, split
+from lorakit.models.conditioning import ImageSizes, collate, image_conditioning, split, without_training_adapter
 from lorakit.plugins.build import build_component
 from lorakit.previews.prompts import PreviewJob
 
@@ -79,7 +79,8 @@ def _sample(model: DiffusionModel, jobs: Sequence[PreviewJob], texts: Texts) -> 
     def predict(noisy_latents: Tensor, timestep: Tensor) -> Tensor:
         return classifier_free_guidance(model, noisy_latents, timestep, conditioning, scale)
 
-    latents: Tensor = sampler(predict, noise.to(device), jobs[0].steps, generators)
+    with without_training_adapter(model):
+        latents: Tensor = sampler(predict, noise.to(device), jobs[0].steps, generators)
     return latents
 
 

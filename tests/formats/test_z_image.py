@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import pytest
 import torch
 from diffusers import ZImageTransformer2DModel
 from diffusers.loaders.lora_pipeline import ZImageLoraLoaderMixin
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lorakit.builtin.model_families.z_image import ZImageConfig
 from lorakit.config.load import config_from_tables
+from lorakit.models.conditioning import without_training_adapter
 from lorakit.plugins.catalog import Catalog
 from lorakit.testing.flow_models import make_tiny_z_image
 from lorakit.training.prepare import prepare
@@ -123,3 +127,52 @@ def _with_update(tables: dict[str, Any], update: Tensor, folder: Path) -> Tensor
     noisy, times, states = inputs()
     with torch.no_grad():
         return model.predict(noisy, times, model.collate([{"hidden_states": states}]))  # type: ignore[attr-defined]
+
+
+def test_training_adapter(tables: dict[str, Any], tmp_path: Path) -> None:
+    """Part of the model while it trains, taken back in previews, named in the metadata, and not in the file."""
+    generator = torch.Generator().manual_seed(2)
+    tensors = {}
+    for index, name in enumerate(("attention.to_q", "attention.to_out.0", "feed_forward.w2")):
+        inputs_, outputs = ((85, 32), (32, 32))[name != "feed_forward.w2"]
+        key = f"diffusion_model.layers.{index % 2}.{name}"
+        tensors[f"{key}.lora_A.weight"] = torch.randn(3, inputs_, generator=generator) / 4
+        tensors[f"{key}.lora_B.weight"] = torch.randn(outputs, 3, generator=generator) / 4
+    save_file(tensors, tmp_path / "undistilled.safetensors")
+    plain = config_from_tables(tables, tmp_path, Catalog.discover())
+    tables["model"] = {**tables["model"], "training_adapter": str(tmp_path / "undistilled.safetensors")}
+    config = config_from_tables(tables, tmp_path, Catalog.discover())
+    noisy, times, states = inputs()
+    found = []
+    for own in (plain, config):
+        model = build_model(own, CPU)
+        network = attach_network(model, own)[0]
+        for parameter in (own for own in network.parameters() if own.requires_grad):
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+        conditioning = model.collate([{"hidden_states": states}])  # type: ignore[attr-defined]
+        with torch.no_grad():
+            found.append(model.predict(noisy, times, conditioning))
+            with without_training_adapter(model):
+                found.append(model.predict(noisy, times, conditioning))
+            assert torch.equal(model.predict(noisy, times, conditioning), found[-2])
+    alone, _, merged, taken_back = found
+    assert (merged - alone).norm() > 0.1 * alone.norm()
+    torch.testing.assert_close(taken_back, alone, rtol=1e-4, atol=1e-5)
+    with safe_open(trained(tables, tmp_path), "pt") as file:
+        metadata = file.metadata()
+    assert "undistilled.safetensors" in metadata["ss_training_adapter"]
+    assert "ss_base_weights" not in metadata
+
+
+def test_distilled_models(folder: Path, tmp_path: Path) -> None:
+    """Turbo is known by its scheduler or its name, previewed in 8 steps, and warned of when it is trained plainly."""
+    turbo = Path(shutil.copytree(folder, tmp_path / "model"))
+    (turbo / "scheduler" / "scheduler_config.json").write_text('{"shift": 3.0}')
+    config = ZImageConfig(path=str(turbo))
+    assert (config.preview_steps, config.preview_scale, config.noise_process.preview_shift) == (8, 1.0, 3.0)
+    (warning,) = config.warnings()
+    assert "training_adapter" in warning.hint
+    assert not list(ZImageConfig(path=str(turbo), distilled=False).warnings())
+    assert not list(ZImageConfig(path=str(folder)).warnings())
+    assert ZImageConfig(path="z_image_turbo_bf16.safetensors").is_distilled
+    assert not ZImageConfig(path="Z-Image-De-Turbo.safetensors").is_distilled

@@ -41,6 +41,8 @@ class MergedFile:
     multiplier: float = 1.0
     targets: Sequence[AdaptationTarget] = field(default=(), repr=False)
     """The model's layers."""
+    only_trains: bool = False
+    """Whether it is part of the model only while that trains, and not where pictures are drawn."""
 
     @cached_property
     def summary(self) -> CheckpointSummary:
@@ -74,6 +76,13 @@ class MergedFile:
     def adapts(self, key: str) -> bool:
         """Whether there is an adapter for the layer with a key."""
         return f"{key}.{UP}" in self.shapes or bool(self.others(key))
+
+    def factors(self, key: str, read: ReadTensor) -> tuple[Tensor, Tensor]:
+        """The up factor of a layer's LoRA, times multiplier and alpha/rank, and the down factor; matrices, float32."""
+        up, down = (self.names.read(f"{key}.{suffix}", read).float().flatten(1) for suffix in (UP, DOWN))
+        alpha = self.names.read(f"{key}.{ALPHA}", read).item() if f"{key}.{ALPHA}" in self.shapes else None
+        alpha = self.names.alphas.get(key) if alpha is None else alpha
+        return up * self.multiplier * (1.0 if alpha is None else alpha / len(down)), down
 
     def _misfit(self, key: str, weight: tuple[int, ...]) -> str:
         kinds = ({UP, DOWN}, kronecker_hadamard.LOHA, kronecker_hadamard.LOKR)
@@ -154,15 +163,20 @@ class Merging:
 
     def metadata(self, memo: Memo) -> Mapping[str, str]:
         """What LoRA files say of those that were merged before; nothing if there are none."""
-        entries = [
-            {
+        entries: dict[str, list[object]] = {}
+        for file in self._files:
+            entry = {
                 "name": file.path.name,
                 "multiplier": file.multiplier,
                 "sha256": memo.get_or_compute(file.path, "sha256", partial(hash_of_file, file.path)),
             }
-            for file in self._files
-        ]
-        return {"ss_base_weights": json.dumps(entries)} if entries else {}
+            entries.setdefault("ss_training_adapter" if file.only_trains else "ss_base_weights", []).append(entry)
+        return {key: json.dumps(own) for key, own in entries.items()}
+
+    @property
+    def training_adapter(self) -> MergedFile | None:
+        """The file that is part of the model only while it trains."""
+        return next((file for file in self._files if file.only_trains), None)
 
 
 def _merged(file: MergedFile, key: str, read: ReadTensor, weight: Tensor) -> Tensor:

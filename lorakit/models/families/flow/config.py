@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from attrs import field, frozen
 
-from lorakit.api.noise import FlowSpec, NoiseSpec
+from lorakit.api.noise import FlowSpec
 from lorakit.checkpoints import HubModel, Location, ModelPath, locate
 from lorakit.errors import ModelError, Problem
 from lorakit.models.families.base_weights import BaseWeightsConfig
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lorakit.config.train_config import TrainConfig
     from lorakit.models.families.flow.model import FlowTransformer
     from lorakit.models.interfaces import DiffusionModel
+    from lorakit.models.weights.merge_lora import Merging
 
 
 def path_text(path: str | Path | None) -> ModelPath | None:
@@ -53,15 +54,20 @@ class FlowTransformerConfig(BaseWeightsConfig):
     tokenizer: ModelPath | None = field(default=None, converter=path_text)
     """Tokenizer of the text encoder: a folder with its `tokenizer.json`, or a Hub id. The model's own when absent;
     single files have none."""
+    training_adapter: Path | None = None
+    """LoRA file that undoes the distillation of a model that draws in few steps: merged into the model while it trains,
+    not part of the saved file, and taken back in previews."""
 
     @property
-    def noise_process(self) -> NoiseSpec:
+    def noise_process(self) -> FlowSpec:
         """Flow matching."""
         return self.flow
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the files, as far as it shows without reading weights; keys are field names."""
         yield from super().problems()
+        if self.training_adapter is not None:
+            yield from self.problems_of_file("training_adapter", self.training_adapter, kinds=("LoRA",))
         try:
             stored = self.stored
             lacking = stored.lacking()
@@ -84,11 +90,18 @@ class FlowTransformerConfig(BaseWeightsConfig):
             message = f"{self.title} overflows in fp16"
             yield Problem("path", message, 'set training.mixed_precision = "bf16"')
 
+    def merging(self) -> Merging:
+        """The files to merge, the one that is only for training last."""
+        from lorakit.models.weights.merge_lora import MergedFile, Merging
+
+        own = [] if self.training_adapter is None else [MergedFile(self.training_adapter, only_trains=True)]
+        return Merging([*self.merged_files(), *own])
+
     def build(self, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
         """The model; each part's weights are loaded on first use."""
         from lorakit.diffusion.flow import FlowMatching
 
-        return self.model_type()(self, FlowMatching(self.flow), device, dtype)
+        return self.model_type()(self, FlowMatching(self.noise_process), device, dtype)
 
     def model_type(self) -> type[FlowTransformer]:
         """The class of the model."""
