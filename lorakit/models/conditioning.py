@@ -42,7 +42,10 @@ class CollatesCaptions(Protocol):
         """Each caption's own conditioning, without the batch side and without padding, of an encoded batch."""
 
     def collate(self, captions: Sequence[Conditioning]) -> Conditioning:
-        """The batch of captions that `split` has made, padded to one length, with masks; each tensor [B, …]."""
+        """The batch of captions that `split` has made, padded to one length, with masks; each tensor [B, …].
+
+        Entries that `encode` has made beside those that `split` keeps are ignored.
+        """
 
 
 @runtime_checkable

@@ -12,8 +12,9 @@ from torch import Tensor
 from lorakit.data.batch_sampler import Bucket, buckets
 from lorakit.data.images.buckets import Size
 from lorakit.data.loader import Batch
+from lorakit.data.review import longest_by_image
 from lorakit.diffusion.noise import normal
-from lorakit.models.conditioning import ImageSizes, collate, image_conditioning, split
+from lorakit.models.conditioning import ImageSizes, collate, image_conditioning
 from lorakit.models.interfaces import Conditioning, DiffusionModel, Tokens
 from lorakit.planning.memory_tracker import fake_tensors
 from lorakit.training.prepare import PreparedRun
@@ -48,9 +49,14 @@ def largest_shape(prepared: PreparedRun) -> BatchShape:
     return max((BatchShape.of(bucket) for bucket in buckets(prepared.datasets)), key=lambda shape: shape.pixels)
 
 
+def longest_caption(prepared: PreparedRun) -> str:
+    """The longest caption of a run, of which some models make longer sequences than of others."""
+    return max(longest_by_image((*prepared.datasets, *prepared.validation)).values(), key=len, default="")
+
+
 @frozen
 class Texts:
-    """What micro-batches hold of one caption: its conditioning, without the batch side, or its tokens."""
+    """What micro-batches hold of the longest caption: its conditioning, without the batch side, or its tokens."""
 
     conditioning: Conditioning | None
     tokens: Tokens | None
@@ -60,8 +66,10 @@ class Texts:
         """With the shapes and dtypes of a run; loads no weights."""
         model = load_model(prepared.config, CPU)
         with fake_tensors(), torch.no_grad():
-            tokens = model.text_encoder.tokenize([""], prepared.config.data.weighted_captions)
-            fake = None if prepared.encodes_captions else split(model, model.text_encoder.encode(tokens))[0]
+            tokens = model.text_encoder.tokenize([longest_caption(prepared)], prepared.config.data.weighted_captions)
+            # Not `split`, which asks for the lengths of captions, and these tensors have no numbers.
+            encoded = None if prepared.encodes_captions else model.text_encoder.encode(tokens)
+            fake = encoded and {name: tensor[0] for name, tensor in encoded.items()}
         # Outside the block, in which tensors would have no numbers.
         return cls(None, _made_up(tokens)) if fake is None else cls(_made_up(fake), None)
 

@@ -27,7 +27,7 @@ from lorakit.models.conditioning import EncodesOneByOne, encode_frozen
 from lorakit.models.interfaces import DiffusionModel
 from lorakit.models.memory.block_swap import streamed_bytes
 from lorakit.networks.network import Network, ParameterGroup
-from lorakit.planning.dummy_batches import CPU
+from lorakit.planning.dummy_batches import CPU, longest_caption
 from lorakit.planning.memory_tracker import MemoryTracker, fake_tensors
 from lorakit.training.encode import conditioning_of
 from lorakit.training.prepare import PreparedRun
@@ -119,7 +119,7 @@ def image_encoding_memory(prepared: PreparedRun) -> EncodingMemory:
 
 def caption_encoding_memory(prepared: PreparedRun) -> int:
     """Bytes for encoding a batch of captions, the weights of the text encoders that are in memory together included."""
-    config, captions = prepared.config, [""] * CAPTIONS_AT_ONCE
+    config, captions = prepared.config, [longest_caption(prepared)] * CAPTIONS_AT_ONCE
     model = load_model(config, CPU)
     with fake_tensors() as meter:
         for _ in encode_frozen(model, [captions], config.data.weighted_captions):

@@ -107,16 +107,13 @@ class ZImageTextEncoder:
 def filled(conditioning: Conditioning) -> dict[str, Tensor]:
     """Captions [B, m, D] of these lengths [B] with m filled up to a multiple of 32.
 
-    `attention_mask`, bool [B, m], is there where captions are filled up to different multiples.
+    `attention_mask`, bool [B, m], is false behind the multiple of 32 that a caption is filled up to.
     """
     states, lengths = conditioning["hidden_states"], conditioning["lengths"]
     states = F.pad(states, (0, 0, 0, -states.shape[1] % MULTIPLE))
     attended = -(-lengths // MULTIPLE) * MULTIPLE
-    found = {"hidden_states": states, "lengths": lengths}
-    if (attended != states.shape[1]).any():
-        numbers = torch.arange(states.shape[1], device=lengths.device)
-        found["attention_mask"] = numbers < attended.unsqueeze(1)
-    return found
+    numbers = torch.arange(states.shape[1], device=lengths.device)
+    return {"hidden_states": states, "lengths": lengths, "attention_mask": numbers < attended.unsqueeze(1)}
 
 
 class ZImage(FlowTransformer):
@@ -155,10 +152,13 @@ class ZImage(FlowTransformer):
         return [{"hidden_states": states[:length]} for states, length in pairs]
 
     def collate(self, captions: Sequence[Conditioning]) -> Conditioning:
-        """Captions filled up with zeros to one length, their own lengths, and a mask where it is needed."""
+        """Captions filled up with zeros to one length, their own lengths, and a mask if some need one."""
         states = [caption["hidden_states"] for caption in captions]
         lengths = torch.tensor([len(own) for own in states], device=states[0].device)
-        return filled({"hidden_states": nn.utils.rnn.pad_sequence(states, batch_first=True), "lengths": lengths})
+        found = filled({"hidden_states": nn.utils.rnn.pad_sequence(states, batch_first=True), "lengths": lengths})
+        if all(-(-len(own) // MULTIPLE) * MULTIPLE == found["hidden_states"].shape[1] for own in states):
+            del found["attention_mask"]  # attention without one is faster
+        return found
 
     def make_text_encoder(self, modules: Mapping[str, nn.Module]) -> ZImageTextEncoder:
         """Qwen3 with its tokenizer."""
