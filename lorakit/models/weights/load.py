@@ -100,13 +100,15 @@ def _mapped_tensor(content: mmap, stored: StoredTensor) -> Tensor:
 
 def without_weights(build: Callable[[], ModuleT]) -> ModuleT:
     """A module whose parameters have shapes but no memory, for `load_weights` to fill."""
-    with torch.device("meta"):
+    # Nobody is to count these tensors.
+    with no_dispatch(), torch.device("meta"):
         return build()
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor that a module keeps in files."""
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    with no_dispatch():  # as `state_dict` makes tensors, and nobody is to count them
+        return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def load_weights(
@@ -125,8 +127,8 @@ def load_weights(
     """
     read = open_tensors(file)
     state = {}
-    for name, empty in module.state_dict().items():
-        tensor = read(names[name]).reshape(empty.shape).to(device)
+    for name, shape in shapes_of(module).items():
+        tensor = read(names[name]).reshape(shape).to(device)
         state[name] = (edit(name, tensor) if edit else tensor).to(dtype)
     module.load_state_dict(state, assign=True)
     module.requires_grad_(requires_grad=False).eval()
