@@ -46,6 +46,20 @@ def test_seed_is_told(converted: Convert) -> None:
     assert converted("--seed=7").tables()["training"]["seed"] == 7
 
 
+@pytest.mark.parametrize("least", [LEAST, FOLDERS])
+def test_the_filter_that_makes_images_smaller_is_told(converted: Convert, folder: Path, least: tuple[str, ...]) -> None:
+    """The file says that lorakit resamples in another way, and the key that it names does as sd-scripts."""
+    draft = converted(least=least)
+    text = " ".join(line.lstrip("# ") for line in to_text(draft).splitlines())
+    assert "--resize_interpolation: is absent: sd-scripts makes images smaller by averaging areas" in text
+    assert 'add resize_interpolation = "area" to the dataset' in text
+    assert not any("resize_interpolation" in remark for remark in remarks(draft))
+    assert "averaging" not in to_text(converted("--resize_interpolation=lanczos", least=least))
+    file = folder / "dataset.toml"
+    file.write_text(file.read_text().replace("[general]", '[general]\nresize_interpolation = "area"'))
+    assert ("averaging" in to_text(converted(least=least))) is (least == FOLDERS)
+
+
 def test_everything_is_read_back(converted: Convert, folder: Path, catalog: Catalog) -> None:
     """The text is TOML with the draft's tables, and a config without a problem."""
     draft = converted(
