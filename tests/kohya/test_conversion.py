@@ -28,7 +28,7 @@ def remarks(draft: Any) -> list[str]:
 def test_defaults_of_sd_scripts(converted: Convert) -> None:
     """With the fewest options, everything where sd-scripts' defaults are not lorakit's is written out."""
     assert converted().tables() == {
-        "model": {"path": "model.safetensors", "prediction": "epsilon"},
+        "model": {"path": "model.safetensors", "prediction": "epsilon", "fix_text": True},
         "data": {"config": "dataset.toml"},
         "network": {"name": "lierla"},
         "optimizer": {"name": "adamw", "lr": 2e-6},
@@ -496,7 +496,12 @@ def test_paths_mean_the_same_from_elsewhere(converted: Convert, folder: Path, ca
     target.mkdir()
     words = ["--logging_dir=logs", "--vae=~/vae.pt", f"--network_weights={folder}/a.safetensors"]
     tables = converted(*words, target=target).tables()
-    assert tables["model"] == {"path": "../model.safetensors", "vae": "~/vae.pt", "prediction": "epsilon"}
+    assert tables["model"] == {
+        "path": "../model.safetensors",
+        "vae": "~/vae.pt",
+        "prediction": "epsilon",
+        "fix_text": True,
+    }
     assert tables["data"]["config"] == "../dataset.toml"
     assert tables["output"]["dir"] == "../out"
     assert tables["network"]["weights"] == f"{folder}/a.safetensors"
