@@ -172,6 +172,10 @@ $ lorakit from-kohya -o config.toml training_config.toml dataset_config.toml
   config.
 - The options of `accelerate launch` itself are passed over; to train on several processes, see
   [Train on several processes](several-processes.md).
+- sd-scripts cleans captions with ftfy; the config says the same with `model.fix_text = true`. ComfyUI, InvokeAI and
+  diffusers do not, so take the line away if you draw with these and captions have curly quotes or full-width letters.
+- Without `--resize_interpolation`, sd-scripts makes images smaller by averaging areas, and lorakit with a Lanczos
+  filter; latents differ by about 1 %. The config names the key that averages, too: `resize_interpolation = "area"`.
 - Noise and the order of images are drawn in lorakit's own way, so no weight is equal bit for bit.
 
 ## SDXL

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -70,6 +70,14 @@ def own_shapes(summary: CheckpointSummary, names: LoRANames) -> Shapes:
     shapes = {own: summary.tensors[name] for own, name in names.in_file.items()}
     peft = [own for own, name in names.in_file.items() if PEFT_MAGNITUDE in name]
     return shapes | {own: (math.prod(shapes[own]),) for own in peft}
+
+
+def bare_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without the ones at its end: the same for factors of a 1×1 convolution and of a linear layer."""
+    sides = list(shape)
+    while sides and sides[-1] == 1:
+        sides.pop()
+    return tuple(sides)
 
 
 def missing_factors(shapes: Shapes) -> str:

@@ -95,11 +95,13 @@ def _config_of(path: Path) -> str:
     from lorakit.kohya.conversion import convert
     from lorakit.kohya.draft import to_text
     from lorakit.lora_tools.adapters import open_lora
-    from lorakit.lora_tools.training_options import folders, training_options
+    from lorakit.lora_tools.training_options import cleans_captions, folders, training_options
 
     file = open_lora(path)
     given = read_arguments(training_options(file), Path.cwd())
     draft = convert(given, Path.cwd(), Path.cwd(), catalog())
+    if not cleans_captions(file):
+        draft.sections["model"].pop("fix_text", None)
     print_warnings(draft.remarks)
     notes = [f"From the metadata of {path.name}. Paths are placeholders: set model.path and image_dir.", *folders(file)]
     return "".join(f"# {note}\n" for note in notes) + to_text(draft)

@@ -153,6 +153,8 @@ def _model(command: Command, draft: Draft) -> None:
     draft.set("model", "path", command.setting(_MODEL, command.model_path(command.get(_MODEL))))
     if len(command.script.families) == 1:
         draft.set("model", "family", Setting(command.family.name, command.script.name))
+    if command.has_key("model.fix_text"):
+        draft.set("model", "fix_text", Setting(value=True, source="sd-scripts cleans captions with ftfy"))
     if command.state("v_parameterization") is OptionStatus.WORKS:
         is_velocity = command.get("v_parameterization")
         source = "--v_parameterization" + ("" if is_velocity else " is absent")

@@ -194,6 +194,8 @@ class Draft:
     """Logs."""
     remarks: list[Problem] = Factory(list)
     """What the config does not do, by option."""
+    defaults: list[Problem] = Factory(list)
+    """What lorakit does in another way where options are absent; too usual for a warning."""
 
     def set(self, section: str, key: str, setting: Setting) -> None:
         """Write a key."""
@@ -208,6 +210,10 @@ class Draft:
     def note(self, name: str, message: str) -> None:
         """Note something else about an option."""
         self.remarks.append(Problem(f"--{name}", message))
+
+    def note_default(self, name: str, message: str) -> None:
+        """Note, in the file alone, what lorakit does in another way as an option is absent."""
+        self.defaults.append(Problem(f"--{name}", message))
 
     def tables(self) -> dict[str, Any]:
         """The config as plain tables, as they are read from its file."""
@@ -240,8 +246,8 @@ _PREAMBLE = """\
 def to_text(draft: Draft) -> str:
     """The config file: each key with the option it comes from, and what differs from sd-scripts as comments."""
     parts = [_PREAMBLE]
-    if draft.remarks:
-        remarks = (" ".join(_one_line(str(remark)).split()) for remark in draft.remarks)
+    if differences := [*draft.remarks, *draft.defaults]:
+        remarks = (" ".join(_one_line(str(remark)).split()) for remark in differences)
         comment = textwrap.TextWrapper(_WIDTH, "#   ", "#     ", break_long_words=False)
         parts.append("\n".join(["# Not as with sd-scripts:", *map(comment.fill, remarks)]))
     for section in _SECTIONS:

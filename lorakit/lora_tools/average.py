@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from lorakit.checkpoints.lora_files import bare_shape
+from lorakit.checkpoints.lora_names import ALPHA
 from lorakit.errors import AdapterError
 from lorakit.lora_tools.adapters import Adapter, AnyPath, LoRAFile, open_lora, refuse_dora, require_one_family
 from lorakit.lora_tools.low_rank import concatenated, decompose_product, fixed_rank
@@ -41,7 +43,7 @@ def average(
         terms = [(adapter.up, adapter.down, weight) for adapter, weight in zip(own, weights, strict=True)]
         found = decompose_product(*concatenated(terms))
         rank = fixed_rank(own[0].rank)(found.values)
-        averaged[key] = Adapter(*found.factors(rank), own[0].inputs)
+        averaged[key] = Adapter(*found.factors(rank), max((adapter.inputs for adapter in own), key=len))
         errors.append(LayerError(key, found.tail(rank) ** 2, found.tail(0) ** 2))
     merged_from = json.dumps({file.path.name: weight for file, weight in zip(opened, weights, strict=True)})
     return save(opened, averaged, target, precision, tuple(errors), {"modelspec.merged_from": merged_from})
@@ -56,15 +58,20 @@ def mean_weights(count: int, ema: float | None) -> list[float]:
 
 
 def _require_one_run(files: Sequence[LoRAFile]) -> None:
-    first = {name: shape for name, shape in files[0].names.shapes.items() if not name.endswith(".alpha")}
+    first = _shapes(files[0])
     for file in files[1:]:
-        other = {name: shape for name, shape in file.names.shapes.items() if not name.endswith(".alpha")}
+        other = _shapes(file)
         differing = sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
         if differing:
             raise AdapterError(
                 f"{files[0].path} and {file.path} are no saves of one run: {differing[0]} is not the same."
                 " `lorakit lora merge` takes files of different runs."
             )
+
+
+def _shapes(file: LoRAFile) -> Mapping[str, tuple[int, ...]]:
+    """The shapes of its factors; a 1×1 convolution and a linear layer are alike."""
+    return {name: bare_shape(shape) for name, shape in file.names.shapes.items() if not name.endswith(f".{ALPHA}")}
 
 
 def _step(file: LoRAFile) -> int:

@@ -99,6 +99,13 @@ def _optimizer(text: str) -> list[str]:
     return [f"--optimizer_type={found[1]}", *(["--optimizer_args", *arguments] if arguments else [])]
 
 
+def cleans_captions(file: LoRAFile) -> bool:
+    """Whether its captions were cleaned with ftfy: by sd-scripts always, by lorakit where the file says so."""
+    metadata = file.summary.metadata
+    by_lorakit = metadata.get("modelspec.implementation_version", "").startswith("lorakit/")
+    return not by_lorakit or metadata.get("ss_fix_text") == "True"
+
+
 def folders(file: LoRAFile) -> list[str]:
     """The folders that it was trained on, in words."""
     found = json_object(file.summary.metadata, "ss_dataset_dirs")

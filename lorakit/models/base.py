@@ -120,11 +120,7 @@ class BaseModel:
         self._compiler: str | None = None
         self._channels_last = False
         if merging:
-            layers = [
-                target
-                for own in self.modules
-                for target in own.targets(empty_module(self.checkpoint.part(own.part.name), own.build))
-            ]
+            layers = self.empty_targets([own.part.name for own in self.modules])
             self._merging = merging.for_layers(layers)
             self._merging.check({layer.key: tuple(layer.module.get_parameter("weight").shape) for layer in layers})
 
@@ -243,6 +239,15 @@ class BaseModel:
             return found
         # Blocks that are computed again, or whose weights come and go, cannot compute what other blocks read.
         return [evolve(target, shares_within=target.path.rpartition(".")[0]) for target in found]
+
+    def empty_targets(self, parts: Sequence[str]) -> list[AdaptationTarget]:
+        """The same layers in modules without memory; reads no weights."""
+        wanted = [own for own in self.modules if own.part.name in parts]
+        return [
+            target
+            for own in wanted
+            for target in own.targets(empty_module(self.checkpoint.part(own.part.name), own.build))
+        ]
 
     def use_attention(self, backend: AttentionBackend) -> None:
         """Compute the denoiser's attention with this backend."""

@@ -173,6 +173,9 @@ class DiffusionModel(Protocol):
     def targets(self, parts: Sequence[str]) -> list[AdaptationTarget]:
         """The layers of these parts that can be adapted, in a fixed order: text encoders first, then the denoiser."""
 
+    def empty_targets(self, parts: Sequence[str]) -> list[AdaptationTarget]:
+        """The same layers in the same order, in modules without memory (device `meta`); reads no weights."""
+
     def use_attention(self, backend: AttentionBackend) -> None:
         """Compute the denoiser's attention with this backend."""
 

@@ -13,6 +13,7 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
+from lorakit.checkpoints.lora_files import bare_shape
 from lorakit.errors import AdapterError
 from lorakit.models.interfaces import AdaptationTarget
 from lorakit.utils.wording import some
@@ -211,11 +212,24 @@ class Network(nn.Module):
         """What a LoRA file holds, by key: float32 copies on the CPU."""
         return _copies({key: adapter.export_state() for key, adapter in self._by_key.items()})
 
+    def check_adapter_state(self, tensors: Mapping[str, Tensor], origin: str = "The LoRA file") -> None:
+        """Raise `AdapterError` unless `load_adapter_state` would load these tensors; nothing is changed.
+
+        Works also on layers without memory, of PyTorch's device `meta`.
+        """
+        self._fitting(tensors, origin)
+
     def load_adapter_state(self, tensors: Mapping[str, Tensor], origin: str = "The LoRA file") -> None:
         """Load what `adapter_state` or `export_state` returned; `origin` is what error messages call the file.
 
-        Raises `AdapterError`, before anything is changed, unless all fit and none is missing or left over.
+        Sides of 1 at the end of a shape count for nothing, so that factors of 1×1 convolutions fit linear layers and
+        the reverse. Raises `AdapterError`, before anything is changed, unless all fit and none is missing or left over.
         """
+        for key, own in self._fitting(tensors, origin).items():
+            self._by_key[key].load_adapter_state(own)
+
+    def _fitting(self, tensors: Mapping[str, Tensor], origin: str) -> dict[str, dict[str, Tensor]]:
+        """The tensors by adapter and suffix, in the adapters' shapes. Raises `AdapterError` unless all fit."""
         derivable = {f"{key}.{suffix}" for key, adapter in self._by_key.items() for suffix in adapter.derivable}
         held = {f"{key}.{suffix}" for key, adapter in self._by_key.items() for suffix in adapter.adapter_state()}
         expected = {f"{key}.{suffix}" for key, adapter in self._by_key.items() for suffix in adapter.export_state()}
@@ -231,25 +245,16 @@ class Network(nn.Module):
         by_adapter: dict[str, dict[str, Tensor]] = {key: {} for key in self._by_key}
         for name, tensor in tensors.items():
             key, _, suffix = name.partition(".")
-            own = states[key].get(suffix)
-            by_adapter[key][suffix] = tensor if own is None else _as_deep(tensor, own.shape)
+            shape = states[key][suffix].shape if suffix in states[key] else tensor.shape
+            is_same = bare_shape(tensor.shape) == bare_shape(shape)
+            by_adapter[key][suffix] = tensor.reshape(shape) if is_same else tensor
         reasons = {key: adapter.shape_mismatch(by_adapter[key]) for key, adapter in self._by_key.items()}
         if mismatches := [f"{key}: {reason}" for key, reason in reasons.items() if reason]:
             raise AdapterError(
                 f"{origin} does not fit this network.{_some('Mismatches', mismatches)}"
                 " Set the [network] options as the file was trained."
             )
-        for key, adapter in self._by_key.items():
-            adapter.load_adapter_state(by_adapter[key])
-
-
-def _as_deep(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """A tensor in a shape that differs from its own only in how many ones it ends with; any other as it is."""
-    own, other = (list(sides) for sides in (tensor.shape, shape))
-    for sides in (own, other):
-        while sides and sides[-1] == 1:
-            sides.pop()
-    return tensor.reshape(shape) if own == other else tensor
+        return by_adapter
 
 
 def _copies(by_adapter: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -158,7 +158,9 @@ def fill_cache(prepared: PreparedRun) -> Mapping[str, Filled]:
     with deterministic_mode(prepared.config.training.deterministic):
         prepared, processes = init_distributed(prepared)
         clean_up(prepared.config, processes)
-        return encode_data(prepared, build_model(prepared.config, processes.device), processes).filled
+        model = build_model(prepared.config, processes.device)
+        check_initial_weights(model, prepared.config)
+        return encode_data(prepared, model, processes).filled
 
 
 def build_run(prepared: PreparedRun, processes: Distributed) -> Run:
@@ -169,6 +171,7 @@ def build_run(prepared: PreparedRun, processes: Distributed) -> Run:
     model = build_model(config, processes.device)
     length = RunLength.of(prepared.datasets, config.training, processes.world_size)
     dry_run_optimizer(config, length.total_steps, processes.device)
+    check_initial_weights(model, config)
     # Other processes could not read what is in the memory of one.
     encoded = encode_data(prepared, model, processes, keep_unwritten=processes.world_size == 1)
     fingerprint = RunFingerprint.of(prepared, processes.world_size)
@@ -279,22 +282,43 @@ def attach_network(model: DiffusionModel, config: TrainConfig) -> tuple[Network,
         model.enable_gradient_checkpointing(float(training.gradient_checkpointing))
     set_up_model(model, requested(training), training.compile_backend)
 
-    def learning_rate(target: AdaptationTarget) -> float:
-        return config.optimizer.lr_for(target.encoder_index)
-
     targets = model.targets(config.trained_parts)
-    network: Network = build_component(config.network, [target for target in targets if learning_rate(target)])
+    network = _build_network(config, targets)
     network.initialize(training.seed)
     if config.network.weights is not None:
         tensors = load_initial_weights(config.network.weights, targets)
         network.load_adapter_state(tensors, str(config.network.weights))
-    groups = network.train().parameter_groups(learning_rate)
+    groups = network.train().parameter_groups(partial(_learning_rate, config))
     problems = list(config.optimizer.check_lrs([group.lr for group in groups]))
     if problems:
         raise ConfigError(problems)
     flat = FlatParameters(groups, precision_of(training, groups[0].parameters[0].device).dtype)
     network.use_flat(flat)
     return network, flat
+
+
+def check_initial_weights(model: DiffusionModel, config: TrainConfig) -> None:
+    """Raise `AdapterError` unless the file that the config starts from, if any, fits its network; reads no model."""
+    if config.network.weights is None:
+        return
+    targets = model.empty_targets(config.trained_parts)
+    tensors = load_initial_weights(config.network.weights, targets)
+    try:
+        network = _build_network(config, targets)
+    except PluginError:  # a plugin may need the weights' numbers, and is checked once they are read
+        return
+    network.check_adapter_state(tensors, str(config.network.weights))
+
+
+def _build_network(config: TrainConfig, targets: Sequence[AdaptationTarget]) -> Network:
+    """The network on those of the layers that have a learning rate."""
+    trained = [target for target in targets if _learning_rate(config, target)]
+    network: Network = build_component(config.network, trained)
+    return network
+
+
+def _learning_rate(config: TrainConfig, target: AdaptationTarget) -> float:
+    return config.optimizer.lr_for(target.encoder_index)
 
 
 def clean_up(config: TrainConfig, processes: Distributed) -> None:

@@ -28,7 +28,7 @@ def remarks(draft: Any) -> list[str]:
 def test_defaults_of_sd_scripts(converted: Convert) -> None:
     """With the fewest options, everything where sd-scripts' defaults are not lorakit's is written out."""
     assert converted().tables() == {
-        "model": {"path": "model.safetensors", "prediction": "epsilon"},
+        "model": {"path": "model.safetensors", "prediction": "epsilon", "fix_text": True},
         "data": {"config": "dataset.toml"},
         "network": {"name": "lierla"},
         "optimizer": {"name": "adamw", "lr": 2e-6},
@@ -44,6 +44,20 @@ def test_seed_is_told(converted: Convert) -> None:
     """The file says that sd-scripts would have drawn a seed, unless one is given."""
     assert "seed = 42                               # --seed is absent" in to_text(converted())
     assert converted("--seed=7").tables()["training"]["seed"] == 7
+
+
+@pytest.mark.parametrize("least", [LEAST, FOLDERS])
+def test_the_filter_that_makes_images_smaller_is_told(converted: Convert, folder: Path, least: tuple[str, ...]) -> None:
+    """The file says that lorakit resamples in another way, and the key that it names does as sd-scripts."""
+    draft = converted(least=least)
+    text = " ".join(line.lstrip("# ") for line in to_text(draft).splitlines())
+    assert "--resize_interpolation: is absent: sd-scripts makes images smaller by averaging areas" in text
+    assert 'add resize_interpolation = "area" to the dataset' in text
+    assert not any("resize_interpolation" in remark for remark in remarks(draft))
+    assert "averaging" not in to_text(converted("--resize_interpolation=lanczos", least=least))
+    file = folder / "dataset.toml"
+    file.write_text(file.read_text().replace("[general]", '[general]\nresize_interpolation = "area"'))
+    assert ("averaging" in to_text(converted(least=least))) is (least == FOLDERS)
 
 
 def test_everything_is_read_back(converted: Convert, folder: Path, catalog: Catalog) -> None:
@@ -482,7 +496,12 @@ def test_paths_mean_the_same_from_elsewhere(converted: Convert, folder: Path, ca
     target.mkdir()
     words = ["--logging_dir=logs", "--vae=~/vae.pt", f"--network_weights={folder}/a.safetensors"]
     tables = converted(*words, target=target).tables()
-    assert tables["model"] == {"path": "../model.safetensors", "vae": "~/vae.pt", "prediction": "epsilon"}
+    assert tables["model"] == {
+        "path": "../model.safetensors",
+        "vae": "~/vae.pt",
+        "prediction": "epsilon",
+        "fix_text": True,
+    }
     assert tables["data"]["config"] == "../dataset.toml"
     assert tables["output"]["dir"] == "../out"
     assert tables["network"]["weights"] == f"{folder}/a.safetensors"

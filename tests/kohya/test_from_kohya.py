@@ -23,7 +23,7 @@ LINE = (
     ' --sdpa --max_train_epochs=10 --save_every_n_epochs=1 --mixed_precision="fp16" --gradient_checkpointing'
 )
 TABLES = {
-    "model": {"path": "model.safetensors", "prediction": "epsilon"},
+    "model": {"path": "model.safetensors", "prediction": "epsilon", "fix_text": True},
     "data": {"config": "my_dataset_config.toml"},
     "network": {"name": "lierla", "rank": 16, "alpha": 1.0},
     "optimizer": {"name": "adamw8bit", "lr": 1e-4},

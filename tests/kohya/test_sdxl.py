@@ -30,7 +30,7 @@ def test_defaults_of_sd_scripts(converted: Convert, xl_least: Least, folder: Pat
     """With the fewest options, the config says all that sd-scripts does otherwise than lorakit with SDXL."""
     draft = converted(least=xl_least)
     assert draft.tables() == {
-        "model": {"path": "xl.safetensors", "family": "sdxl", "prediction": "epsilon"},
+        "model": {"path": "xl.safetensors", "family": "sdxl", "prediction": "epsilon", "fix_text": True},
         "data": {
             "general": {"caption_extension": ".txt", "max_bucket_reso": 1024},
             "datasets": [{"resolution": 64, "subsets": [{"image_dir": "train/2_dog"}]}],

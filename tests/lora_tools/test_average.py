@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from lorakit.errors import AdapterError
 from lorakit.lora_tools import average
 from lorakit.lora_tools.average import mean_weights
-from tests.lora_tools.files import SD1, dora, error, lora, updates, updates_of, write
+from tests.lora_tools.files import PROJECTION, SD1, dora, error, lora, updates, updates_of, write
 
 
 def saves(folder: Path, count: int, spread: float) -> list[Path]:
@@ -45,6 +45,19 @@ def test_mean_of_updates(tmp_path: Path, ema: float | None) -> None:
     tensors = [load_file(file) for file in files]
     factors = {name: sum(w * own[name] for w, own in zip(weights, tensors, strict=True)) for name in tensors[0]}
     assert done.error < error(updates(factors), exact)
+
+
+def test_convolutions_and_linear_layers(tmp_path: Path) -> None:
+    """Saves are of one run if one has a linear layer where the other has a 1×1 convolution, in either order."""
+    one, other = saves(tmp_path, 2, 0.3)
+    exact = updates_of(average([one, other], tmp_path / "alike.safetensors").path)
+    tensors = load_file(other)
+    linear = {name: own.flatten(1) if PROJECTION in name and own.ndim > 1 else own for name, own in tensors.items()}
+    write(other, linear, {**SD1, "ss_steps": "200"})
+    for files in ([one, other], [other, one]):
+        found = updates_of(average(files, tmp_path / "mean.safetensors").path)
+        assert all(torch.allclose(found[key], update, rtol=1e-4, atol=1e-5) for key, update in exact.items())
+        (tmp_path / "mean.safetensors").unlink()
 
 
 def test_moving_average_weights() -> None:

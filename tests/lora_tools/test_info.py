@@ -152,6 +152,20 @@ def test_config_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert config["output"]["name"] == "cat"
 
 
+@pytest.mark.parametrize(
+    ("metadata", "cleans"),
+    [({}, True), ({"modelspec.implementation_version": "lorakit/0.1.0"}, False),
+     ({"modelspec.implementation_version": "lorakit/0.1.0", "ss_fix_text": "True"}, True)],
+)  # fmt: skip
+def test_how_captions_were_cleaned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metadata: dict[str, str], cleans: bool
+) -> None:
+    """sd-scripts cleans captions with ftfy, lorakit where its file says so."""
+    monkeypatch.chdir(tmp_path)
+    config = tomllib.loads(run("info", write(tmp_path / "cat.safetensors", lora(), metadata), "--config"))
+    assert config["model"].get("fix_text", False) is cleans
+
+
 def test_config_without_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that says nothing gives a config with placeholders and what its tensors show."""
     monkeypatch.chdir(tmp_path)

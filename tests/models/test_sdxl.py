@@ -105,6 +105,19 @@ def test_single_file_with_the_names_of_transformers(tiny_sdxl: Path, tiny_sdxl_f
     assert all(torch.equal(first[name], second_found[name]) for name in first)
 
 
+def test_cleaned_captions(tiny_sdxl: Path) -> None:
+    """With `fix_text`, both tokenizers read plain letters for ligatures, the cache differs, and files say it."""
+    plain, cleaning = (built(tiny_sdxl, fix_text=fix_text) for fix_text in (False, True))
+    found, other = (model.text_encoder.tokenize(["“ﬁne”"]) for model in (cleaning, plain))
+    expected = plain.text_encoder.tokenize(['"fine"'])
+    for name in ("ids_1", "ids_2"):
+        assert torch.equal(found[name], expected[name])
+        assert not torch.equal(found[name], other[name])
+    assert cleaning.fingerprint("text_encoder") != plain.fingerprint("text_encoder")
+    assert cleaning.fingerprint("vae_encoder") == plain.fingerprint("vae_encoder")
+    assert [model.metadata().get("ss_fix_text") for model in (plain, cleaning)] == [None, "True"]
+
+
 @pytest.mark.parametrize("length", [75, 150, 225])
 def test_long_captions(tiny_sdxl: Path, length: int) -> None:
     """Chunks are encoded alone; the pooled vector is that of the first, whatever the weights of words."""

@@ -87,6 +87,7 @@ def variations(tiny_sd1: Path, tmp_path: Path) -> dict[str, StableDiffusion]:
         "number format": stable_diffusion(tmp_path / "plain.safetensors", torch.bfloat16),
         "clip_skip": stable_diffusion(tmp_path / "plain.safetensors", clip_skip=2),
         "max_token_length": stable_diffusion(tmp_path / "plain.safetensors", max_token_length=150),
+        "fix_text": stable_diffusion(tmp_path / "plain.safetensors", fix_text=True),
     }
 
 
@@ -96,8 +97,9 @@ def test_fingerprints_follow_what_the_output_depends_on(tiny_sd1: Path, tmp_path
     text = {name: model.fingerprint("text_encoder") for name, model in models.items()}
     image = {name: model.fingerprint("vae_encoder") for name, model in models.items()}
     assert text["vae weights"] == text["plain"]
-    assert len(set(text.values())) == 5
-    assert image["text weights"] == image["clip_skip"] == image["max_token_length"] == image["plain"]
+    assert len(set(text.values())) == 6
+    others = ("text weights", "clip_skip", "max_token_length", "fix_text")
+    assert {image[name] for name in others} == {image["plain"]}
     assert len(set(image.values())) == 3
 
 

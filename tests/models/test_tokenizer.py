@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,43 @@ def test_ids_are_those_of_transformers(reference: CLIPTokenizer, tokenizer: Capt
     assert (tokens.shape, tokens.dtype) == ((len(CAPTIONS), 1, 77), torch.int64)
     for caption, ours, theirs in zip(CAPTIONS, tokens[:, 0], expected(reference, CAPTIONS), strict=True):
         assert ours.tolist() == theirs.tolist(), caption
+
+
+CLEANED = {
+    "a “red” cat’s bow": 'a "red" cat\'s bow',
+    "ＡＢＣ ｆｕｌｌ　ｗｉｄｔｈ！": "abc full width!",
+    "ﬁne ﬂower": "fine flower",
+    "salt &amp; pepper, l&#39;été": "salt & pepper, l'été",
+    "1 < 2 &amp; 3": "1 < 2 &amp; 3",
+    "cafÃ© â€” bar": "café — bar",
+    "ΟΔΟΣ": "οδος",
+    "<b> &amp;quot;": "<b> &amp;quot;",
+}
+"""Captions, and what ftfy and lower case make of them."""
+
+
+def test_cleaned_captions(reference: CLIPTokenizer, tokenizer: CaptionTokenizer) -> None:
+    """With `fix_text`, ids are those of transformers 4, which cleans with ftfy and finds the same words in the rest."""
+    import ftfy
+
+    cleaning = CaptionTokenizer(fix_text=True)
+    for caption in (*CAPTIONS, *CLEANED):
+        clean = re.sub(r"\s+", " ", ftfy.fix_text(caption)).strip().lower()
+        assert clean == CLEANED.get(caption, clean)
+        assert cleaning([caption])[0, 0].tolist() == expected(reference, [clean])[0].tolist(), caption
+        assert cleaning.lengths([caption]) == [len(reference(clean, add_special_tokens=False).input_ids)]
+    assert torch.equal(tokenizer(CAPTIONS[1:3]), cleaning(CAPTIONS[1:3]))
+    assert not torch.equal(tokenizer(["ﬁne"]), cleaning(["ﬁne"]))
+
+
+def test_cleaned_words_with_weights() -> None:
+    """Words are cleaned once weights are read, as by sd-scripts and web UIs: wide brackets are no weights."""
+    caption, plain, cleaning = "(“cat”:1.3) （ﬁne:2）", CaptionTokenizer(), CaptionTokenizer(fix_text=True)
+    ids, weights = cleaning.weighted([caption])
+    expected_ids, expected_weights = plain.weighted([r'("cat":1.3) \(fine:2\)'])
+    assert torch.equal(ids, expected_ids)
+    assert torch.equal(weights, expected_weights)
+    assert cleaning.lengths([caption], weighted=True) == plain.lengths([r'("cat":1.3) \(fine:2\)'], weighted=True)
 
 
 @settings(max_examples=200, deadline=None)

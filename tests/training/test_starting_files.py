@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from attrs import fields
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lorakit.builtin.networks import C3LierConfig, LierlaConfig
+from lorakit.builtin.networks import C3LierConfig, LierlaConfig, LoKrConfig
 from lorakit.checkpoints.finite import first_not_finite
-from lorakit.errors import ConfigError
+from lorakit.errors import AdapterError, ConfigError
 from lorakit.networks.adapter_file import load_initial_weights
 from lorakit.networks.config import LoRAConfig
 from lorakit.networks.lora_layouts import to_diffusers
+from lorakit.networks.ranked_config import RankedConfig
+from lorakit.plugins.catalog import Catalog
 from lorakit.testing.contracts.tiny_batch import read_model
+from lorakit.training.prepare import prepare
+from lorakit.training.setup import attach_network, check_initial_weights, fill_cache, run_training
 
 UNET = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 TEXT = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
@@ -196,6 +202,90 @@ def test_misfits(make_config, tiny_sd1: Path, tmp_path: Path, shape_mismatch: st
     found = problems(lambda: make_config(network={**network, "weights": str(file)}))
     assert list(found) == [key]
     assert told in found[key]
+
+
+_ENDS_OF_TRANSFORMERS = re.compile(r"lora_unet_\w+_proj_(?:in|out)\.(?:lora_(?:up|down)\.weight|dora_scale|lokr_w2)")
+
+
+def swapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file with the layers at the ends of transformers as 1×1 convolutions where they are linear, and the reverse."""
+    found = {name: tensor for name, tensor in tensors.items() if _ENDS_OF_TRANSFORMERS.fullmatch(name)}
+    assert found
+    other = {name: own.flatten(1) if own.ndim == 4 else own[..., None, None] for name, own in found.items()}
+    return {**tensors, **other}
+
+
+@pytest.mark.parametrize(
+    "network",
+    [LierlaConfig(rank=4), C3LierConfig(rank=1), C3LierConfig(rank=4, dora=True), LoKrConfig(rank=64, factor=4)],
+    ids=["lierla", "rank 1", "dora", "lokr"],
+)
+@pytest.mark.parametrize("model", ["tiny_sd1", "tiny_sd2_file"])
+@pytest.mark.parametrize("from_weights", [False, True])
+def test_convolutions_for_linear_layers(
+    make_config, request: pytest.FixtureRequest, tmp_path: Path, network: RankedConfig, model: str, from_weights: bool
+) -> None:
+    """Factors of 1×1 convolutions are those of linear layers, as sd-scripts writes them for 2.x in single files."""
+    given = {"path": str(request.getfixturevalue(model)), "prediction": "epsilon"}
+    base = make_config(model=given).model.build(torch.device("cpu"), torch.float32)
+    own = filled(network.build(base.targets(PARTS)).export_state())
+    save_file(swapped(own), tmp_path / "swapped.safetensors")
+    changed = {option.name: getattr(network, option.name) for option in fields(type(network))
+               if getattr(network, option.name) != option.default}  # fmt: skip
+    sizes = {"rank": 1, "rank_from_weights": True} if from_weights else {}
+    start = {**changed, "name": network.name, "alpha": 1.0, "weights": "swapped.safetensors", **sizes}
+    config = make_config(model=given, network=start)
+    fresh = config.model.build(torch.device("cpu"), torch.float32)
+    check_initial_weights(fresh, config)
+    started, _ = attach_network(fresh, config)
+    loaded = started.adapter_state()
+    assert loaded.keys() == own.keys()
+    for name, tensor in loaded.items():
+        assert name.endswith(".alpha") or torch.equal(tensor, own[name]), name
+
+
+def filled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Random numbers in the place of all but alphas."""
+    generator = torch.Generator().manual_seed(3)
+    return {
+        name: own if name.endswith("alpha") else torch.rand(own.shape, generator=generator) + 0.1
+        for name, own in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("model", ["tiny_sd1", "tiny_sd2"])
+def test_convolutions_for_linear_layers_merge(
+    make_config, request: pytest.FixtureRequest, tmp_path: Path, model: str
+) -> None:
+    """So they are for files that become part of the base model, DoRA's magnitudes too."""
+    base = {"path": str(request.getfixturevalue(model)), "prediction": "epsilon"}
+    plain = make_config(model=base).model.build(torch.device("cpu"), torch.float32)
+    own = filled(C3LierConfig(rank=2, dora=True).build(plain.targets(PARTS)).export_state())
+    weights = []
+    for tensors in (own, swapped(own)):
+        save_file(tensors, tmp_path / "merged.safetensors")
+        config = make_config(model={**base, "base_weights": ["merged.safetensors"]})
+        merged = config.model.build(torch.device("cpu"), torch.float32)
+        weights.append([target.module.weight for target in merged.targets(PARTS)])
+    assert all(torch.equal(*pair) for pair in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize("command", ["train", "cache"])
+def test_misfits_stop_before_anything_is_encoded(
+    make_config, catalog: Catalog, tiny_sd1: Path, tmp_path: Path, command: str
+) -> None:
+    """A file with a layer of another size is refused by name and shapes before the cache is filled."""
+    tensors = load_file(trained(tiny_sd1, LierlaConfig(rank=4), tmp_path / "whole.safetensors"))
+    name = f"{UNET}.lora_down.weight"
+    tensors[name] = torch.ones(4, tensors[name].shape[1] + 1)
+    save_file(tensors, tmp_path / "other.safetensors")
+    cache = tmp_path / "cache"
+    config = make_config(network={"weights": "other.safetensors"}, data={"cache_dir": str(cache)})
+    with pytest.raises(
+        AdapterError, match=rf"other\.safetensors does not fit .*{UNET}: lora_down\.weight is \[4, 33\]"
+    ):
+        run_training(prepare(config), catalog) if command == "train" else fill_cache(prepare(config))
+    assert not list(cache.rglob("*.safetensors"))
 
 
 def test_a_file_for_attention_alone(make_config, tiny_sd1: Path, tmp_path: Path) -> None:

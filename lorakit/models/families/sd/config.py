@@ -61,6 +61,10 @@ class StableDiffusionConfig(BaseWeightsConfig):
     """Run the VAE in float32 regardless of `training.mixed_precision`, for VAEs that overflow in half precision."""
     max_token_length: Literal[75, 150, 225] = 75
     """Maximum caption length in tokens; longer captions are truncated."""
+    fix_text: bool = False
+    """Clean captions and prompts with ftfy before they become tokens, as sd-scripts, AUTOMATIC1111 and Forge do: curly
+    quotes, ligatures, full-width letters and HTML entities become plain ones. ComfyUI, InvokeAI and diffusers with
+    transformers 5 do not."""
 
     @property
     def noise_process(self) -> NoiseSpec:
@@ -120,7 +124,9 @@ class StableDiffusionConfig(BaseWeightsConfig):
 
     def build(self, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
         """The model; each part's weights are loaded on first use."""
-        variant = evolve(self.variant(self._prediction or "epsilon"), no_half_vae=self.no_half_vae)
+        variant = evolve(
+            self.variant(self._prediction or "epsilon"), no_half_vae=self.no_half_vae, fix_text=self.fix_text
+        )
         return self.model_type()(self.stored(), variant, device, dtype, merging=self.merging())
 
     def warnings_with(self, config: TrainConfig) -> Iterator[Problem]:
@@ -142,7 +148,8 @@ class StableDiffusionConfig(BaseWeightsConfig):
         stored = self.stored()
         # Nothing is downloaded to count; models on the Hub have CLIP's tokens.
         folder = None if isinstance(stored.location, HubModel) else stored.tokenizer_folder()
-        return CaptionLengths(tuple(CaptionTokenizer(folder).lengths(captions, weighted)), self.max_token_length)
+        lengths = CaptionTokenizer(folder, fix_text=self.fix_text).lengths(captions, weighted)
+        return CaptionLengths(tuple(lengths), self.max_token_length)
 
     def warnings_of_captions(self, captions: Mapping[str, str], weighted: bool) -> Iterator[Problem]:
         """Captions that have more tokens than are read."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from importlib.metadata import version
 from typing import ClassVar
 
 import torch
@@ -55,6 +56,8 @@ class Variant:
     """Longest caption in tokens, a multiple of 75."""
     pad_token: int | None = None
     """Token id that fills short captions up; the end token when absent."""
+    fix_text: bool = False
+    """Whether captions are cleaned by ftfy."""
     no_half_vae: bool = False
     """Whether the VAE computes in float32 where the rest does not."""
 
@@ -143,12 +146,18 @@ class StableDiffusion(BaseModel):
         """What captions are encoded with, and a hash of the model's own tokenizer; empty where it uses CLIP's."""
         variant, hashes = self.variant, self.tokenizer_hashes(memo, "tokenizer")
         options: list[object] = [variant.clip_skip, variant.max_token_length, variant.pad_token, hashes]
-        return options + ([_PADS_WITH_A_WORD] if variant.pad_token is not None else [])
+        return options + ([_PADS_WITH_A_WORD] if variant.pad_token is not None else []) + self.cleaning
+
+    @property
+    def cleaning(self) -> list[object]:
+        """What cleans captions, in `text_options`; empty if nothing does."""
+        return [f"ftfy {version('ftfy')}"] if self.variant.fix_text else []
 
     def read_tokenizer(self, encoder: str, folder: str, pad: int | None) -> CaptionTokenizer:
         """The tokenizer of a text encoder, in the folder of that name or CLIP's; a `ModelError` if they do not fit."""
         part = self.checkpoint.part(encoder)
-        tokenizer = CaptionTokenizer(self.checkpoint.tokenizer_folder(folder), self.variant.max_token_length, pad)
+        files, variant = self.checkpoint.tokenizer_folder(folder), self.variant
+        tokenizer = CaptionTokenizer(files, variant.max_token_length, pad, fix_text=variant.fix_text)
         vocabulary = part.shape_of("embeddings.token_embedding.weight")[0]
         if tokenizer.vocabulary_size > vocabulary:
             raise ModelError(f"{part} knows {vocabulary} tokens, but its tokenizer has {tokenizer.vocabulary_size}")
@@ -173,4 +182,5 @@ class StableDiffusion(BaseModel):
             "modelspec.prediction_type": "v" if variant.prediction == "v_prediction" else "epsilon",
         }
         skips = variant.clip_skip is not None and variant.clip_skip > 1
-        return entries | ({"modelspec.encoder_layer": str(variant.clip_skip)} if skips else {})
+        entries |= {"modelspec.encoder_layer": str(variant.clip_skip)} if skips else {}
+        return entries | ({"ss_fix_text": "True"} if variant.fix_text else {})

@@ -106,4 +106,4 @@ class StableDiffusionXL(StableDiffusion):
 
     def text_options(self, memo: Memo) -> list[object]:
         """What captions are encoded with, and hashes of the model's own tokenizers; empty where it uses CLIP's."""
-        return [self.variant.max_token_length, self.tokenizer_hashes(memo, *_TOKENIZERS)]
+        return [self.variant.max_token_length, self.tokenizer_hashes(memo, *_TOKENIZERS), *self.cleaning]
