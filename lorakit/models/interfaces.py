@@ -70,7 +70,8 @@ class AdaptationTarget:
     @property
     def names(self) -> tuple[str, ...]:
         """All that LoRA files may call the layer: its keys and the dotted paths."""
-        return tuple(name for name in (self.key, self.diffusers_path, self.original_path, *self.other_keys) if name)
+        names = (self.key, self.diffusers_path, self.original_path, *self.other_keys)
+        return tuple(dict.fromkeys(filter(None, names)))
 
     def name_in(self, layout: LoRALayout) -> str:
         """What LoRA files in a layout call it; empty if it has no name there."""

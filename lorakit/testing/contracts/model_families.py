@@ -243,6 +243,11 @@ class ModelFamilyContract(ComponentContract):
             assert (target.block_index is None) == (target.layout is None)
             assert layout is None or target.block_index is None or 0 <= target.block_index < layout.count
 
+    def test_targets_have_known_tags(self) -> None:
+        """The config knows the tags of all layers without building the model, for `network.layers`."""
+        tags = {tag for target in self.built().targets(self.parts) for tag in target.tags}
+        assert tags <= set(self.config.layer_tags)
+
     def test_targets_have_unambiguous_names(self) -> None:
         """No two layers share a name of any form that LoRA files may have, so that such files can be read."""
         targets = self.built().targets(self.parts)
