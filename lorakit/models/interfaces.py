@@ -65,7 +65,7 @@ class AdaptationTarget:
     """Where some LoRA files have it as rows of a larger layer, such as queries, keys and values in one: that layer's
     key or dotted path, and the rows."""
     fused_from: tuple[TensorSlice, ...] = ()
-    """Where some LoRA files have several layers that are its rows: the key or dotted path of each, and the rows."""
+    """Where diffusers has several layers that are its rows: the path of each in a pipeline, and the rows."""
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -256,9 +256,15 @@ class ModelFamilyContract(ComponentContract):
         assert len(set(names)) == len(names)
 
     def test_targets_have_names_in_their_layout(self) -> None:
-        """Each layer of the denoiser has a name in the layout that the family's LoRA files are written in."""
+        """Each layer of the denoiser has a name in the layouts that the config lists, that of its files among them.
+
+        In the layout of diffusers it may have several, those of its rows.
+        """
         targets = [target for target in self.built().targets(self.parts) if target.encoder_index is None]
-        assert all(target.name_in(self.config.lora_layout) for target in targets)
+        assert self.config.lora_layout in self.config.lora_layouts
+        for layout in self.config.lora_layouts:
+            parts_count = layout == "diffusers"
+            assert all(target.name_in(layout) or (parts_count and target.fused_from) for target in targets)
 
     def test_is_frozen_until_adapted(self) -> None:
         """No parameter of denoiser or text encoder asks for a gradient, and nothing is left to chance by dropout."""

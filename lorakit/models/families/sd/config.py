@@ -11,6 +11,7 @@ from attrs import evolve, field, frozen
 
 from lorakit.api.block_layout import BlockLayout
 from lorakit.api.components import ModelPart
+from lorakit.api.lora_layout import LoRALayout
 from lorakit.api.model_family import CaptionLengths
 from lorakit.api.noise import DDPMSpec, NoiseSpec
 from lorakit.checkpoints import (
@@ -46,6 +47,7 @@ class StableDiffusionConfig(BaseWeightsConfig):
 
     parts: ClassVar[tuple[ModelPart, ...]] = (UNET, TEXT_ENCODER)
     layout: ClassVar[BlockLayout | None] = LAYOUT
+    lora_layouts: ClassVar[tuple[LoRALayout, ...]] = ("kohya", "diffusers")
     layer_tags: ClassVar[tuple[str, ...]] = LAYER_TAGS
     checkpoint_type: ClassVar[type[SDCheckpoint]] = SDCheckpoint
     """Finds the model's parts."""
