@@ -18,6 +18,10 @@ class BlockLayout:
     groups: Mapping[str, range]
     """The numbers of the blocks of each group, by name: `down`, `mid` and `up` in a U-Net."""
 
+    def group_of(self, number: int) -> str:
+        """The group that a block belongs to; empty if it belongs to none."""
+        return next((group for group, numbers in self.groups.items() if number in numbers), "")
+
     def spread(self, values: Mapping[str, Sequence[float]]) -> list[float]:
         """One value for each block, [count], from those for the blocks of some groups; 1 for the other blocks."""
         spread = [1.0] * self.count

@@ -58,6 +58,10 @@ class ModelFamilyConfig(Component):
     lora_layout: ClassVar[LoRALayout] = "kohya"
     """The layout that its LoRA files are written in: the one that most tools read. In `original`, each layer of the
     denoiser has an `original_path`."""
+    lora_layouts: ClassVar[tuple[LoRALayout, ...]] = ("kohya",)
+    """The layouts in which all layers of its denoiser have names, for copies of LoRA files."""
+    layer_tags: ClassVar[tuple[str, ...]] = ()
+    """All tags of its layers that can be adapted, by which `network.layers` chooses; with none it cannot."""
     title: ClassVar[str] = ""
     """Its display name, such as `Stable Diffusion 1.x`; defaults to its name."""
     supports_weighted_captions: ClassVar[bool] = True

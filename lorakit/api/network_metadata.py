@@ -29,6 +29,7 @@ NETWORK_ARG_KEYS: Mapping[str, str] = {
     "loraplus_text_encoder_lr_ratio": "loraplus_text_encoder_lr_ratio",
     "rank_stabilized": "rank_stabilized",
     "dora_wd": "dora",
+    "layers": "layers",
 }
 """Arguments in `ss_network_args`, and the keys of [network] that they come from."""
 

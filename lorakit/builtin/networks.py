@@ -41,7 +41,8 @@ class LierlaConfig(LoRAConfig):
     def problems_of_file(self, file: StartingFile, config: TrainConfig) -> Iterator[Problem]:
         """A file of LoRA-C3Lier, and what no network can start from."""
         yield from super().problems_of_file(file, config)
-        if not self.rank_from_weights and file.trains_denoiser(config) and file.has_resnets:
+        any_layers = self.rank_from_weights or self.layers
+        if not any_layers and file.trains_denoiser(config) and file.has_resnets:
             found = f"is lierla, and {file.path} is of c3lier: it has adapters for ResNet blocks, too"
             yield Problem("name", found, 'set network.name = "c3lier", or network.rank_from_weights = true')
 
@@ -77,12 +78,12 @@ class C3LierConfig(LoRAConfig):
         """That of 3×3 convolutions is `conv_alpha`, unless they might outnumber the others, as in single blocks."""
         from lorakit.networks.lora_function import is_pointwise
 
-        return self.alpha if is_pointwise(target.module) or self.varies_by_block else self.conv_alpha
+        return self.alpha if is_pointwise(target.module) or self.selects_layers else self.conv_alpha
 
     def problems_of_file(self, file: StartingFile, config: TrainConfig) -> Iterator[Problem]:
         """A file of LoRA-LierLa, and what no network can start from."""
         yield from super().problems_of_file(file, config)
-        any_layers = self.rank_from_weights or self.varies_by_block
+        any_layers = self.rank_from_weights or self.selects_layers
         if not any_layers and file.trains_denoiser(config) and not file.has_resnets:
             found = f"is c3lier, and {file.path} is of lierla: it has no adapters for ResNet blocks"
             yield Problem("name", found, 'set network.name = "lierla"')

@@ -93,15 +93,17 @@ def _config_of(path: Path) -> str:
     """The config that repeats the training of a file."""
     from lorakit.kohya.command_line import read_arguments
     from lorakit.kohya.conversion import convert
-    from lorakit.kohya.draft import to_text
+    from lorakit.kohya.draft import Setting, to_text
     from lorakit.lora_tools.adapters import open_lora
-    from lorakit.lora_tools.training_options import cleans_captions, folders, training_options
+    from lorakit.lora_tools.training_options import cleans_captions, folders, network_keys, training_options
 
     file = open_lora(path)
     given = read_arguments(training_options(file), Path.cwd())
     draft = convert(given, Path.cwd(), Path.cwd(), catalog())
     if not cleans_captions(file):
         draft.sections["model"].pop("fix_text", None)
+    for key, value in network_keys(file).items():
+        draft.set("network", key, Setting(value, "ss_network_args"))
     print_warnings(draft.remarks)
     notes = [f"From the metadata of {path.name}. Paths are placeholders: set model.path and image_dir.", *folders(file)]
     return "".join(f"# {note}\n" for note in notes) + to_text(draft)

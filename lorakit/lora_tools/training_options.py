@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
+from lorakit.api.network_metadata import LORA_MODULE
 from lorakit.checkpoints.lora_names import DOWN
 from lorakit.config.sd_scripts import OPTIONS, Option
 from lorakit.lora_tools.adapters import LoRAFile
@@ -16,6 +17,21 @@ _KEYS = {
     "train_batch_size": "ss_batch_size_per_device",
 }  # fmt: skip
 """The keys of metadata that are called otherwise than the option."""
+
+
+def _by_group(number: Callable[[str], float]) -> Callable[[str], object]:
+    """What parses numbers for groups, `down=4,up=16`."""
+    return lambda text: {group: number(value) for group, _, value in (own.partition("=") for own in text.split(","))}
+
+
+_OWN_ARGUMENTS: Mapping[str, tuple[str, Callable[[str], object]]] = {
+    "dora_wd": ("dora", "True".__eq__),
+    "rank_stabilized": ("rank_stabilized", "True".__eq__),
+    "layers": ("layers", lambda text: text.split(",")),
+    "group_ranks": ("group_ranks", _by_group(int)),
+    "group_lr_weights": ("group_lr_weights", _by_group(float)),
+}
+"""Arguments in the metadata of lorakit's own files, the key of [network] of each, and what parses its text."""
 _NOT_COPIED = ("output_name", "resolution", "network_args", "max_token_length", "optimizer_type", "optimizer_args")
 _OPTIMIZER = re.compile(r"(?:[\w.]*\.)?(\w+)(?:\((.*)\))?", re.DOTALL)
 _NUMBER = re.compile(r"\d+(?:\.\d*)?(?:e[+-]?\d+)?")
@@ -46,13 +62,32 @@ def training_options(file: LoRAFile) -> list[str]:
     if metadata.get("ss_max_token_length") in ("150", "225"):
         words.append(f"--max_token_length={metadata['ss_max_token_length']}")
     words += _optimizer(metadata.get("ss_optimizer", ""))
-    if arguments := json_object(metadata, "ss_network_args"):
+    own = _OWN_ARGUMENTS if _is_of_lora(metadata) else {}
+    arguments = {name: value for name, value in json_object(metadata, "ss_network_args").items() if name not in own}
+    if arguments:
         words += ["--network_args", *(f"{name}={value}" for name, value in arguments.items())]
     if not any(key.startswith("lora_te") for key in file.keys):
         words.append("--network_train_unet_only")
     elif not any(key.startswith("lora_unet_") for key in file.keys):
         words.append("--network_train_text_encoder_only")
     return words
+
+
+def network_keys(file: LoRAFile) -> dict[str, object]:
+    """The keys of [network] that metadata tell and sd-scripts has no option for."""
+    metadata = file.summary.metadata
+    arguments = json_object(metadata, "ss_network_args") if _is_of_lora(metadata) else {}
+    found: dict[str, object] = {}
+    for name, (key, parse) in _OWN_ARGUMENTS.items():
+        try:
+            found |= {key: parse(str(arguments[name]))} if name in arguments else {}
+        except ValueError:  # a stranger's
+            continue
+    return found
+
+
+def _is_of_lora(metadata: Mapping[str, str]) -> bool:
+    return metadata.get("ss_network_module", LORA_MODULE) == LORA_MODULE
 
 
 def _shown_by_tensors(file: LoRAFile) -> dict[str, str]:

@@ -65,12 +65,13 @@ class AdaptationTarget:
     """Where some LoRA files have it as rows of a larger layer, such as queries, keys and values in one: that layer's
     key or dotted path, and the rows."""
     fused_from: tuple[TensorSlice, ...] = ()
-    """Where some LoRA files have several layers that are its rows: the key or dotted path of each, and the rows."""
+    """Where diffusers has several layers that are its rows: the path of each in a pipeline, and the rows."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """All that LoRA files may call the layer: its keys and the dotted paths."""
-        return tuple(name for name in (self.key, self.diffusers_path, self.original_path, *self.other_keys) if name)
+        names = (self.key, self.diffusers_path, self.original_path, *self.other_keys)
+        return tuple(dict.fromkeys(filter(None, names)))
 
     def name_in(self, layout: LoRALayout) -> str:
         """What LoRA files in a layout call it; empty if it has no name there."""

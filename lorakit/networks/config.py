@@ -10,7 +10,8 @@ from attrs import validators as v
 
 from lorakit.api.components import ModelPart
 from lorakit.errors import Problem
-from lorakit.networks.ranked_config import RankAlphas, RankedConfig, one_rate
+from lorakit.networks.layer_choice import one_rate
+from lorakit.networks.ranked_config import RankAlphas, RankedConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +68,7 @@ class LoRAConfig(RankedConfig):
         rates = DropoutRates(neuron=self.dropout, rank=self.rank_dropout, module=self.module_dropout)
         lr_factors = LRFactors(
             blocks=blocks,
+            groups=self.group_lr_weights or {},
             denoiser_up=self._first_given("loraplus_unet_lr_ratio", "loraplus_lr_ratio"),
             text_encoder_up=self._first_given("loraplus_text_encoder_lr_ratio", "loraplus_lr_ratio"),
         )

@@ -119,7 +119,8 @@ class Network(nn.Module):
         pairs = [(target, adapter) for target in targets if (adapter := make(target)) is not None]
         if not pairs:
             raise AdapterError(
-                "The network adapts no layer of this model: check network.name and network.parts, and what sets ranks."
+                "The network adapts no layer of this model: check network.name, network.parts and network.layers,"
+                " and what sets ranks."
             )
         self._targets = [target for target, _ in pairs]
         self.adapters = nn.ModuleList(adapter for _, adapter in pairs)

@@ -95,6 +95,8 @@ class LRFactors:
 
     blocks: Sequence[float] = ()
     """Multiplies the learning rate in each numbered block; with none, the denoiser is one parameter group."""
+    groups: Mapping[str, float] = {}
+    """Multiplies the learning rate in groups of blocks, by the name of the group."""
     denoiser_up: float | None = None
     """Multiplies the learning rate of the denoiser's up matrices: LoRA+ (Hayou et al., 2024, arXiv:2402.12354)."""
     text_encoder_up: float | None = None
@@ -129,9 +131,11 @@ class RankedNetwork(Network):
     def group_of(self, target: AdaptationTarget, parameter_name: str) -> tuple[str, float]:
         """Blocks with other learning rates than the rest of their part are separate groups."""
         name, factor = super().group_of(target, parameter_name)
-        blocks, block = self._lr_factors.blocks, target.block_index
+        blocks, groups, block = self._lr_factors.blocks, self._lr_factors.groups, target.block_index
         if blocks and block is not None:
             name, factor = f"{name}_block{block}", factor * blocks[block]
+        if block is not None and target.layout and (group := target.layout.group_of(block)) in groups:
+            name, factor = f"{name}_{group}", factor * groups[group]
         return name, factor
 
     def begin_batch(self, sample_seeds: Tensor) -> None:

@@ -12,10 +12,10 @@ from attrs import field, fields, frozen
 from attrs import validators as v
 
 from lorakit.api.block_layout import BlockLayout, curve
-from lorakit.api.components import NetworkConfig, OptimizerConfig
 from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.api.network_metadata import LORA_MODULE, NETWORK_ARG_KEYS, network_args
 from lorakit.errors import AdapterError, ModelError, Problem
+from lorakit.networks.layer_choice import LayerChoice, one_rate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +50,7 @@ def per_block(validator: Any) -> Any:
 
 
 @frozen(kw_only=True)
-class RankedConfig(NetworkConfig):
+class RankedConfig(LayerChoice):
     """A network of adapters with a rank; a subclass says which layers get one, of which kind and which rank."""
 
     algorithms: ClassVar[frozenset[str]] = frozenset()
@@ -58,7 +58,9 @@ class RankedConfig(NetworkConfig):
     network_module: ClassVar[str] = LORA_MODULE
     """Whose name files bear as `ss_network_module`, by which tools know their network."""
 
-    size_keys: ClassVar[tuple[str, ...]] = ("rank", "alpha", "rank_stabilized", "block_ranks", "block_alphas")
+    size_keys: ClassVar[tuple[str, ...]] = (
+        "rank", "alpha", "rank_stabilized", "block_ranks", "block_alphas", "layers", "group_ranks",
+    )  # fmt: skip
     """The fields that have no effect when ranks and alphas are those of a file."""
 
     rank: int = field(default=4, validator=v.ge(1))
@@ -89,9 +91,9 @@ class RankedConfig(NetworkConfig):
     """Blocks whose factor is not above this get no adapters."""
 
     @property
-    def varies_by_block(self) -> bool:
-        """Whether anything is given for single blocks, which may leave some without adapters."""
-        return bool(self._block_keys())
+    def selects_layers(self) -> bool:
+        """Whether some of the layers that the network adapts by default may get no adapter, or others get one."""
+        return bool(self._block_keys()) or any((self.layers, self.group_ranks, self.group_lr_weights))
 
     def rank_and_alpha(self, target: AdaptationTarget) -> tuple[int, float] | None:
         """Rank and alpha of the adapter that a layer gets, or None if it gets none.
@@ -118,7 +120,11 @@ class RankedConfig(NetworkConfig):
     def module_args(self) -> Mapping[str, object]:
         """The arguments that the network module takes, by the names that it has for them; no value is the default."""
         options = {option.name: getattr(self, option.name) for option in fields(type(self))}
-        return {name: options.get(key) for name, key in NETWORK_ARG_KEYS.items()}
+        return {name: options.get(key) for name, key in NETWORK_ARG_KEYS.items()} | {
+            key: ",".join(f"{group}={value:g}" for group, value in given.items())
+            for key in ("group_ranks", "group_lr_weights")
+            if (given := options.get(key))
+        }
 
     def make_adapter(self, target: AdaptationTarget, size: RankAlphas, tensors: Mapping[str, Tensor]) -> RankedModule:
         """The adapter of a layer; `tensors` are those of the file with `rank_from_weights`, by suffix, else empty."""
@@ -134,7 +140,8 @@ class RankedConfig(NetworkConfig):
         from lorakit.networks.dropout import DropoutRates
         from lorakit.networks.ranked import LRFactors, RankedNetwork
 
-        return RankedNetwork(targets, make, DropoutRates(module=self.module_dropout), LRFactors(blocks=blocks))
+        lr_factors = LRFactors(blocks=blocks, groups=self.group_lr_weights or {})
+        return RankedNetwork(targets, make, DropoutRates(module=self.module_dropout), lr_factors)
 
     def build(self, targets: Sequence[AdaptationTarget]) -> Network:
         """The adapters, attached; all are of the given parts."""
@@ -144,7 +151,9 @@ class RankedConfig(NetworkConfig):
 
         def make(target: AdaptationTarget) -> RankedModule | None:
             block = target.block_index
-            if not self.adapts(target) or (factors and block is not None and not factors[block]):
+            if not self.adapts(target) or not self.group_lr_weight(target):
+                return None
+            if factors and block is not None and not factors[block]:
                 return None
             found = size_of(target)
             return self.make_adapter(target, *found) if found else None
@@ -168,12 +177,13 @@ class RankedConfig(NetworkConfig):
                 yield Problem("weights", str(error).removesuffix("."))
             else:
                 yield from list(problems_of_kind(file, config, self.algorithms)) or self.problems_of_file(file, config)
-        wrong = list(self._wrong_lists(config.model))
+        wrong = [*self._wrong_lists(config.model), *self.wrong_choices(config)]
         yield from wrong
         if wrong or config.model.layout is None:
             return
         factors = self._block_factors(config.model.layout) or [1.0] * config.model.layout.count
         ranks = [getattr(self, key) for key in self._block_keys() if key.endswith("ranks")]
+        ranks.append(self.block_weights(config.model))
         adapted = (factor > 0 and all(given[n] for given in ranks) for n, factor in enumerate(factors))
         if not any(part.encoders for part in parts) and not any(adapted):
             names = " and ".join(part.title for part in parts)
@@ -186,7 +196,7 @@ class RankedConfig(NetworkConfig):
         """Why a file with LoRA adapters for the model cannot be started from, as far as names and shapes tell."""
         from lorakit.networks.starting import problem_of_rank, problems_of_parts
 
-        any_layers = self.rank_from_weights or self.varies_by_block
+        any_layers = self.rank_from_weights or self.selects_layers
         yield from problems_of_parts(file, config, any_layers)
         trained = config.model.parts_named(config.trained_parts)
         for key, wide in {"rank": False, "conv_rank": True}.items() if not any_layers else ():
@@ -217,7 +227,8 @@ class RankedConfig(NetworkConfig):
         parts = config.model.parts_named(self.parts)
         if all(part.encoders for part in parts):
             names = " or ".join(repr(part.name) for part in config.model.parts if not part.encoders)
-            for key in self._block_keys():
+            groups = (key for key in ("group_ranks", "group_lr_weights") if getattr(self, key))
+            for key in (*self._block_keys(), *groups):
                 yield Problem(key, f"has no effect, because {names} is not in network.parts")
 
     def _block_keys(self) -> tuple[str, ...]:
@@ -250,16 +261,21 @@ class RankedConfig(NetworkConfig):
 
     def _size(self, target: AdaptationTarget) -> tuple[RankAlphas, Mapping[str, Tensor]] | None:
         size = self.rank_and_alpha(target)
+        if self.layers is not None:
+            size = (size or (self.rank, self.alpha)) if self.is_chosen(target) else None
         if size is None:
             return None
         rank, alpha = size
         if target.block_index is not None:
             from lorakit.networks.lora_function import is_pointwise
 
-            kind = "" if is_pointwise(target.module) or not hasattr(self, "conv_block_ranks") else "conv_"
+            wide = getattr(self, "conv_rank", None) is not None and not is_pointwise(target.module)
+            kind, group = "conv_" if wide else "", self.group_rank(target)
             ranks, alphas = getattr(self, f"{kind}block_ranks"), getattr(self, f"{kind}block_alphas")
             rank = rank if ranks is None else ranks[target.block_index]
             alpha = alpha if alphas is None else alphas[target.block_index]
+            # Convolutions keep their rank, where their group has one at all.
+            rank = rank if group is None or (wide and group) else group
         if not rank:
             return None
         return (rank, alpha * math.sqrt(rank) if self.rank_stabilized else alpha, self.file_alpha(target)), {}
@@ -285,8 +301,3 @@ class RankedConfig(NetworkConfig):
             return ((*found[key], common[0][0]), by_layer[key]) if key in found else None
 
         return size
-
-
-def one_rate(optimizer: OptimizerConfig) -> str:
-    """Why an optimizer rules out learning rates that vary."""
-    return f"cannot be used with {optimizer.name}, which finds one learning rate for all"

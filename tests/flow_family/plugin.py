@@ -40,6 +40,8 @@ class LuminaConfig(ModelFamilyConfig):
     default_parts = ("transformer",)
     layout = LAYOUT
     lora_layout = "original"
+    lora_layouts = ("kohya", "original", "diffusers")
+    layer_tags = ("transformer", "attention", "mlp", "text_encoder")
     size_multiple = 16
     preview_size = 1024
     supports_weighted_captions = False

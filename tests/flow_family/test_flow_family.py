@@ -140,7 +140,7 @@ def test_files_in_the_original_layout(
 ) -> None:
     """Dotted names without alpha; a file means the same to continue, to merge, to draw with and as it was trained."""
     keys, suffixes = NETWORKS[network]
-    tables |= {"network": keys, "observers": [{"name": "diffusers"}]}
+    tables |= {"network": keys, "observers": [{"name": "diffusers", "layouts": ["diffusers", "kohya"]}]}
     found = train(tables, tmp_path, catalog)
     layers = {"attention.to_q", "attention.out", "feed_forward.w1", "adaLN"}
     assert {f"diffusion_model.layers.1.{layer}.{suffix}" for layer in layers for suffix in suffixes} <= found.keys()
@@ -167,6 +167,11 @@ def test_files_in_the_original_layout(
             down, up = (found[f"{target.original_path}.lora_{own}.weight"] for own in "AB")
             target.module.weight.data += up @ down
         torch.testing.assert_close(model.predict(*INPUTS, STATES), continued, rtol=1e-4, atol=1e-6)
+    kohya = {**same_layers, "weights": str(tmp_path / "out" / "flow.kohya.safetensors"), "rank_from_weights": True}
+    torch.testing.assert_close(predicted(network=kohya), continued, rtol=1e-3, atol=1e-5)
+    in_kohya = load_file(kohya["weights"])
+    assert all(name.startswith("lora_unet_layers_") for name in in_kohya)
+    assert any("_qkv." in name for name in in_kohya) == (network == "lierla")
     copy = tmp_path / "out" / "flow.diffusers.safetensors"
     if network in ("loha", "lokr"):
         assert "there is no copy of flow.safetensors for diffusers" in caplog.text

@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from lorakit.builtin.networks import LierlaConfig
 from lorakit.cli.group import cli
 from lorakit.lora_tools import compare, info
 from lorakit.lora_tools.info import block_of, report
@@ -164,6 +165,18 @@ def test_how_captions_were_cleaned(
     monkeypatch.chdir(tmp_path)
     config = tomllib.loads(run("info", write(tmp_path / "cat.safetensors", lora(), metadata), "--config"))
     assert config["model"].get("fix_text", False) is cleans
+
+
+def test_config_of_a_file_with_options_of_lorakit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options of the network that sd-scripts does not have are in the config as the file's metadata has them."""
+    monkeypatch.chdir(tmp_path)
+    network = LierlaConfig(
+        rank=16, dora=True, layers=("attention", "mlp"), group_ranks={"down": 4, "up": 8}, group_lr_weights={"mid": 0.5}
+    )
+    metadata = {key: str(value) for key, value in network.metadata().items()}
+    config = tomllib.loads(run("info", write(tmp_path / "cat.safetensors", lora(), metadata), "--config"))
+    expected = {"dora": True, "layers": ["attention", "mlp"], "group_ranks": {"down": 4, "up": 8}}
+    assert config["network"] == {**config["network"], **expected, "group_lr_weights": {"mid": 0.5}}
 
 
 def test_config_without_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

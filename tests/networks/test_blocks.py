@@ -16,15 +16,17 @@ from lorakit.api.block_layout import curve
 from lorakit.api.components import ModelPart, OptimizerConfig
 from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.builtin.model_families.sd1 import SD1Config
-from lorakit.builtin.networks import C3LierConfig, LierlaConfig
+from lorakit.builtin.networks import C3LierConfig, LierlaConfig, LoHaConfig, LoKrConfig
 from lorakit.builtin.optimizers.dadaptation import DAdaptationConfig
 from lorakit.builtin.optimizers.standard import AdafactorConfig, AdamWConfig
+from lorakit.errors import AdapterError
 from lorakit.models.families.sd.state_dict_keys import LAYOUT
 from lorakit.models.families.sd.targets import text_encoder_targets, unet_targets
 from lorakit.models.interfaces import AdaptationTarget
 from lorakit.models.weights.load import without_weights
 from lorakit.networks.config import LoRAConfig
 from lorakit.networks.network import ParameterGroup
+from lorakit.networks.ranked_config import RankedConfig
 from lorakit.testing.contracts.networks import NetworkContract
 from lorakit.testing.models import FULL_SD1
 
@@ -43,7 +45,7 @@ def targets() -> list[AdaptationTarget]:
     return [*text_encoder_targets(text), *unet_targets(unet)]
 
 
-def sizes(config: LoRAConfig, targets: Sequence[AdaptationTarget]) -> dict[str, tuple[int, float]]:
+def sizes(config: RankedConfig, targets: Sequence[AdaptationTarget]) -> dict[str, tuple[int, float]]:
     """Rank and alpha of each adapter, by key."""
     network = config.build(targets)
     network.detach()
@@ -145,6 +147,41 @@ def test_learning_rates_of_blocks(targets: list[AdaptationTarget]) -> None:
     )
     assert {len(group.parameters) for name, group in found.items() if "block" in name} == {24}
     assert {group.part for name, group in found.items() if "block" in name} == {"unet"}
+
+
+def test_chosen_layers(targets: list[AdaptationTarget]) -> None:
+    """Kinds of layers replace the network's own choice; 3×3 convolutions have their rank where the network has one."""
+    tags = {target.key: target.tags for target in targets}
+    attention = sizes(LierlaConfig(layers=("attention",)), targets)
+    assert len(attention) == 16 * 8 + 12 * 4
+    assert all("attention" in tags[key] for key in attention)
+    others = sizes(LierlaConfig(layers=("mlp", "resnet")), targets)
+    assert {key for key, own in tags.items() if own & {"mlp", "resnet"}} == others.keys()
+    for config, size in (
+        (LierlaConfig(rank=6, alpha=3.0, layers=("conv3x3",)), (6, 3.0)),
+        (C3LierConfig(rank=6, alpha=3.0, conv_rank=2, layers=("conv3x3",)), (2, 1.0)),
+        (LoHaConfig(rank=6, alpha=3.0, layers=("conv3x3",)), (6, 3.0)),
+        (LoKrConfig(rank=6, alpha=3.0, conv_rank=2, conv_alpha=1.0, layers=("conv3x3",)), (2, 1.0)),
+    ):
+        found = sizes(config, targets)
+        assert found.keys() == {key for key, own in tags.items() if "conv3x3" in own}
+        assert set(found.values()) == {size}
+    with pytest.raises(AdapterError, match=r"check network\.name, network\.parts and network\.layers"):
+        LierlaConfig(layers=("modulation",)).build(targets)
+
+
+def test_groups_of_blocks(targets: list[AdaptationTarget]) -> None:
+    """Each group has its rank and learning rate, one of 0 no adapters; convolutions keep their rank."""
+    config = C3LierConfig(rank=3, conv_rank=2, group_ranks={"up": 8, "mid": 0}, group_lr_weights={"up": 0.5})
+    found, by_key = sizes(config, targets), {target.key: target for target in targets}
+    for key, (rank, _) in found.items():
+        expected = 8 if (by_key[key].block_index or 0) >= LAYOUT.groups["up"].start else 3
+        assert rank == (2 if "conv3x3" in by_key[key].tags else expected)
+    assert not any("mid_block" in key for key in found)
+    rates = {group.name: group.lr for group in groups(config, targets)}
+    assert rates == {"text_encoder": 0.5, "unet": 1.0, "unet_up": 0.5}
+    off = LierlaConfig(group_lr_weights={"down": 0.0}, parts=("unet",))
+    assert not any("down_blocks" in key for key in sizes(off, targets))
 
 
 def test_loraplus(targets: list[AdaptationTarget]) -> None:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from lorakit.builtin.model_families.sd1 import SD1Config
 from lorakit.builtin.networks import C3LierConfig
 from lorakit.builtin.observers.diffusers import DiffusersConfig
 from lorakit.builtin.savers import SafetensorsConfig
 from lorakit.errors import AdapterError
 from lorakit.models.interfaces import AdaptationTarget
+from lorakit.models.weights.folders import TensorSlice
 from lorakit.networks.adapter_file import AdapterFile
-from lorakit.networks.lora_layouts import to_diffusers, to_original
+from lorakit.networks.lora_layouts import copy_in_layout, to_diffusers, to_original
 
 PATHS = {"lora_unet_a_b": "unet.a.b", "lora_te_c": "text_encoder.c"}
 
@@ -69,6 +72,45 @@ def test_original_layout() -> None:
     assert all(torch.equal(made[name], tensor) for name, tensor in expected.items())
 
 
+def layers(*names: str, **more: Any) -> list[AdaptationTarget]:
+    """Layers of a transformer."""
+    return [
+        AdaptationTarget(key=f"lora_unet_{name}", part="", root=nn.Module(), path=name, **more.get(name, {}))
+        for name in names
+    ]
+
+
+def test_copies_of_layers_that_are_fused_elsewhere() -> None:
+    """In diffusers' layout a fused layer is its parts, in sd-scripts' separate layers are one; updates are the same."""
+    generator = torch.Generator().manual_seed(0)
+    rows = {"q": (0, 6), "k": (6, 8), "v": (8, 10)}
+    down, up = torch.randn(4, 5, generator=generator), torch.randn(10, 4, generator=generator)
+    parts = tuple(TensorSlice(f"transformer.a.to_{name}", *at) for name, at in rows.items())
+    fused = layers("qkv", qkv={"fused_from": parts})
+    given = {"lora_unet_qkv.lora_down.weight": down, "lora_unet_qkv.lora_up.weight": up}
+    made = copy_in_layout({**given, "lora_unet_qkv.alpha": torch.tensor(2.0)}, "diffusers", fused)
+    for name, (start, stop) in rows.items():
+        assert torch.equal(made[f"transformer.a.to_{name}.lora_A.weight"], down)
+        assert torch.equal(made[f"transformer.a.to_{name}.lora_B.weight"], up[start:stop] / 2)
+    assert len(made) == 6
+    apart = layers(*rows, **{name: {"fused_in": TensorSlice("lora_unet_qkv", *at)} for name, at in rows.items()})
+    ranks, separate, expected = {"q": 4, "k": 2, "v": 2}, {}, torch.zeros(10, 5)
+    for name, (start, stop) in rows.items():
+        shapes = ((ranks[name], 5), (stop - start, ranks[name]))
+        down_part, up_part = (torch.randn(shape, generator=generator) for shape in shapes)
+        ends = {"lora_down.weight": down_part, "lora_up.weight": up_part, "alpha": torch.tensor(1.0)}
+        separate |= {f"lora_unet_{name}.{end}": tensor for end, tensor in ends.items()}
+        expected[start:stop] = up_part @ down_part / ranks[name]
+    other = {"lora_unet_out.lora_down.weight": down, "lora_unet_out.lora_up.weight": up}
+    separate |= {**other, "lora_unet_out.alpha": torch.tensor(1.0)}
+    made = copy_in_layout(separate, "kohya", [*apart, *layers("out")])
+    assert {name.partition(".")[0] for name in made} == {"lora_unet_qkv", "lora_unet_out"}
+    assert made["lora_unet_qkv.alpha"] == made["lora_unet_out.alpha"]
+    for key, update in (("lora_unet_qkv", expected), ("lora_unet_out", up @ down / 4)):
+        found = made[f"{key}.lora_up.weight"] @ made[f"{key}.lora_down.weight"]
+        torch.testing.assert_close(found * (made[f"{key}.alpha"] / len(made[f"{key}.lora_down.weight"])), update)
+
+
 def test_number_format_stays() -> None:
     """Tensors of a half-precision file stay in its number format."""
     given = {name: tensor.half() for name, tensor in tensors_of_two_layers().items()}
@@ -90,7 +132,8 @@ def test_observer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         AdaptationTarget(key=key, part="", root=nn.Module(), path="", diffusers_path=path)
         for key, path in PATHS.items()
     ]
-    observer = DiffusersConfig().build(SimpleNamespace(targets=targets, config=SimpleNamespace(saver=saver)))
+    config = SimpleNamespace(saver=saver, model=SD1Config)
+    observer = DiffusersConfig().build(SimpleNamespace(targets=targets, config=config))
     for name in ("one", "two.b"):
         saver.build().save(AdapterFile(tensors_of_two_layers(), {"ss_seed": "4"}), tmp_path / f"{name}.safetensors")
         observer.adapter_saved(tmp_path / f"{name}.safetensors")

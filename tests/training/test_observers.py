@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lorakit
 from lorakit.api.observer import Observer, RunInfo
-from lorakit.errors import OutputError, TrainingDiverged
+from lorakit.errors import ConfigError, OutputError, TrainingDiverged
 from lorakit.training.observers import Observers
 from lorakit.training.prepare import prepare
 from lorakit.training.run_handle import RunHandle
@@ -60,6 +60,14 @@ def watching(*observers: Scripted) -> Observers:
 def info(make_config) -> RunInfo:
     """A run before its first step."""
     return RunHandle(build_run(prepare(make_config()), Distributed(torch.device("cpu"))))
+
+
+def test_copies_in_layouts_without_names(make_config) -> None:
+    """A layout that the family has no names for is refused when the config is read; that of the files is a warning."""
+    with pytest.raises(ConfigError, match=r"observers\[0\]\.layouts: has 'original', in .* sd1 have no names"):
+        make_config(observers=[{"name": "diffusers", "layouts": ["original"]}])
+    config = make_config(observers=[{"name": "diffusers", "layouts": ["kohya"]}])
+    assert [warning.key for warning in config.warnings()] == ["observers[0].layouts"]
 
 
 def test_nobody_hears_of_anything_before_the_start(info: RunInfo) -> None:

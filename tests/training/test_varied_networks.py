@@ -253,3 +253,53 @@ def test_metadata_has_sd_scripts_names(make_config) -> None:
         "rank_stabilized": "True",
     }
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "4.0")
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "said"),
+    [
+        ({"network": {"layers": ["atention"]}}, "layers", "has 'atention', which is no kind of layer of sd1 (sd1 has "),
+        ({"network": {"layers": []}}, "layers", "must not be empty"),
+        ({"network": {"group_ranks": {"double": 4}}}, "group_ranks", "is no group of blocks of sd1 (sd1 has down, "),
+        ({"network": {"group_ranks": {"up": -1}}}, "group_ranks", "must have numbers from 0 up, not -1 for up"),
+        ({"network": {"group_ranks": {"up": 1}, "block_ranks": [1] * 25}}, "group_ranks", "combined with block_ranks"),
+        (
+            {"network": {"group_lr_weights": {"up": 0.5}, "mid_lr_weight": [1.0]}},
+            "group_lr_weights",
+            "cannot be combined with mid_lr_weight",
+        ),
+        (
+            {"network": {"group_lr_weights": {"up": 0.5}}, "optimizer": {"name": "dadaptation", "lr": 1.0}},
+            "group_lr_weights",
+            "cannot be used with dadaptation, which finds one learning rate for all",
+        ),
+        (
+            {"network": {"group_ranks": {"down": 0, "mid": 0}, "group_lr_weights": {"up": 0}, "parts": ["unet"]}},
+            "parts",
+            "is the U-Net, of which no block has both a rank and a learning rate above zero",
+        ),
+    ],
+)
+def test_choices_that_cannot_be(make_config, sections: dict[str, Any], key: str, said: str) -> None:
+    """Unknown kinds and groups are refused with those that there are; so is what leaves nothing or says it twice."""
+    with pytest.raises(ConfigError) as caught:
+        make_config(**sections)
+    assert [problem.key for problem in caught.value.problems] == [f"network.{key}"]
+    assert said in str(caught.value)
+
+
+def test_a_run_with_chosen_layers(make_config) -> None:
+    """A file has adapters for the chosen layers alone, with their groups' ranks, says so, and is continued."""
+    chosen = {"layers": ["attention"], "group_ranks": {"up": 2, "down": 0}, "parts": ["unet"]}
+    file = lorakit.train(make_config(network=chosen))
+    tensors = load_file(file)
+    downs = {name: len(tensor) for name, tensor in tensors.items() if name.endswith("lora_down.weight")}
+    assert all("_attn" in name and "_down_blocks_" not in name for name in downs)
+    assert {rank for name, rank in downs.items() if "_up_blocks_" in name} == {2}
+    assert {rank for name, rank in downs.items() if "_mid_block_" in name} == {4}
+    with safe_open(file, "pt") as stream:
+        arguments = json.loads(stream.metadata()["ss_network_args"])
+    assert arguments == {"layers": "attention", "group_ranks": "up=2,down=0"}
+    again = lorakit.train(make_config(network={**chosen, "weights": str(file)}, output={"name": "again"}))
+    assert load_file(again).keys() == tensors.keys()
+    assert not same(file, again)

@@ -32,6 +32,7 @@ class SDXLConfig(StableDiffusionConfig):
     title = adapter_title = "Stable Diffusion XL"
     parts = (UNET, TEXT_ENCODER_1, TEXT_ENCODER_2)
     layout = LAYOUT
+    lora_layouts = ("kohya", "original", "diffusers")
     checkpoint_type = SDXLCheckpoint
     usual_vae = "madebyollin/sdxl-vae-fp16-fix"
     usual_resolution = preview_size = 1024

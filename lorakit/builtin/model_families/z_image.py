@@ -40,6 +40,7 @@ class ZImageConfig(FlowTransformerConfig):
     parts = (TRANSFORMER, QWEN3)
     layout = LAYOUT
     lora_layout = "original"
+    layer_tags = ("transformer", "attention", "mlp", "modulation", "refiner", "text_encoder")
     checkpoint_type = ZImageCheckpoint
     flow = FlowSpec(shift=ShiftLine(), preview_shift=6.0)
     usual_parts = {  # noqa: RUF012 - a ClassVar of the base

@@ -243,6 +243,11 @@ class ModelFamilyContract(ComponentContract):
             assert (target.block_index is None) == (target.layout is None)
             assert layout is None or target.block_index is None or 0 <= target.block_index < layout.count
 
+    def test_targets_have_known_tags(self) -> None:
+        """The config knows the tags of all layers without building the model, for `network.layers`."""
+        tags = {tag for target in self.built().targets(self.parts) for tag in target.tags}
+        assert tags <= set(self.config.layer_tags)
+
     def test_targets_have_unambiguous_names(self) -> None:
         """No two layers share a name of any form that LoRA files may have, so that such files can be read."""
         targets = self.built().targets(self.parts)
@@ -251,9 +256,15 @@ class ModelFamilyContract(ComponentContract):
         assert len(set(names)) == len(names)
 
     def test_targets_have_names_in_their_layout(self) -> None:
-        """Each layer of the denoiser has a name in the layout that the family's LoRA files are written in."""
+        """Each layer of the denoiser has a name in the layouts that the config lists, that of its files among them.
+
+        In the layout of diffusers it may have several, those of its rows.
+        """
         targets = [target for target in self.built().targets(self.parts) if target.encoder_index is None]
-        assert all(target.name_in(self.config.lora_layout) for target in targets)
+        assert self.config.lora_layout in self.config.lora_layouts
+        for layout in self.config.lora_layouts:
+            parts_count = layout == "diffusers"
+            assert all(target.name_in(layout) or (parts_count and target.fused_from) for target in targets)
 
     def test_is_frozen_until_adapted(self) -> None:
         """No parameter of denoiser or text encoder asks for a gradient, and nothing is left to chance by dropout."""

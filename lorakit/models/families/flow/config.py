@@ -34,6 +34,7 @@ class FlowTransformerConfig(BaseWeightsConfig):
     """A transformer that predicts velocities, with frozen text encoders, each of which may be a file of its own."""
 
     default_parts = (TRANSFORMER,)
+    lora_layouts = ("kohya", "original", "diffusers")
     size_multiple = 16
     supports_weighted_captions = False
     usual_resolution = preview_size = 1024

@@ -11,6 +11,7 @@ from attrs import evolve, field, frozen
 
 from lorakit.api.block_layout import BlockLayout
 from lorakit.api.components import ModelPart
+from lorakit.api.lora_layout import LoRALayout
 from lorakit.api.model_family import CaptionLengths
 from lorakit.api.noise import DDPMSpec, NoiseSpec
 from lorakit.checkpoints import (
@@ -25,7 +26,7 @@ from lorakit.errors import ModelError, Problem
 from lorakit.models.families.base_weights import BaseWeightsConfig
 from lorakit.models.families.sd.checkpoint import SDCheckpoint
 from lorakit.models.families.sd.detect import recognise
-from lorakit.models.families.sd.state_dict_keys import LAYOUT, TEXT_ENCODER, UNET
+from lorakit.models.families.sd.state_dict_keys import LAYER_TAGS, LAYOUT, TEXT_ENCODER, UNET
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,8 @@ class StableDiffusionConfig(BaseWeightsConfig):
 
     parts: ClassVar[tuple[ModelPart, ...]] = (UNET, TEXT_ENCODER)
     layout: ClassVar[BlockLayout | None] = LAYOUT
+    lora_layouts: ClassVar[tuple[LoRALayout, ...]] = ("kohya", "diffusers")
+    layer_tags: ClassVar[tuple[str, ...]] = LAYER_TAGS
     checkpoint_type: ClassVar[type[SDCheckpoint]] = SDCheckpoint
     """Finds the model's parts."""
     usual_vae: ClassVar[str] = "stabilityai/sd-vae-ft-mse"

@@ -33,6 +33,9 @@ TEXT_ENCODER = ModelPart(
     lora_layers=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
 )
 
+LAYER_TAGS = ("transformer", "attention", "mlp", "resnet", "sampler", "conv3x3", "text_encoder")
+"""What kinds of layers there are, in the U-Net and in text encoders."""
+
 LAYOUT = BlockLayout(25, {"down": range(12), "mid": range(12, 13), "up": range(13, 25)})
 """As sd-scripts has it: layer j of level i is 1 + 3i + j on the way down and 13 + 3i + j on the way up."""
 
