@@ -20,6 +20,7 @@ from lorakit.checkpoints import summarize
 from lorakit.errors import ModelError
 from lorakit.models.families.flow.layers import rotate_pairs, time_waves, use_backend
 from lorakit.models.families.flux1 import layout
+from lorakit.models.families.flux1.settings import FluxSettings, infer_settings
 from lorakit.models.families.flux1.structure import transformer_shapes
 from lorakit.models.families.flux1.transformer import (
     FluxTransformer,
@@ -27,7 +28,6 @@ from lorakit.models.families.flux1.transformer import (
     rotations,
     unpack,
 )
-from lorakit.models.families.flux1.transformer_config import FluxConfig, infer_settings
 from lorakit.models.memory.activation_checkpointing import checkpoint_blocks, checkpointed_blocks
 from lorakit.models.weights.checkpoint import PartFormat
 from lorakit.models.weights.hashing import hash_of_weights
@@ -67,7 +67,7 @@ def part_format() -> PartFormat:
 def read(folder: Path, dtype: torch.dtype = torch.float64) -> FluxTransformer:
     """Our module with the weights of a folder of diffusers."""
     part = part_format().in_folder(folder, "")
-    module = without_weights(lambda: FluxTransformer(FluxConfig.of(part.settings)))
+    module = without_weights(lambda: FluxTransformer(FluxSettings.of(part.settings)))
     part.check()
     load_weights(module, part.files, part.find(shapes_of(module)), CPU, dtype)
     return module
@@ -194,7 +194,7 @@ def test_original_files(kind: str, tmp_path: Path) -> None:
     part = part_format().in_tensors(tmp_path / "original.safetensors", shapes, "")
     assert part is not None
     part.check()
-    assert FluxConfig.of(part.settings) == FluxConfig.of({**TINY, **KINDS[kind], "out_channels": 16})
+    assert FluxSettings.of(part.settings) == FluxSettings.of({**TINY, **KINDS[kind], "out_channels": 16})
     assert transformer_shapes(part.settings) == shapes
     folder = part_format().in_folder(tmp_path, "")
     assert hash_of_weights(part.files, part.file_names) == hash_of_weights(folder.files, folder.file_names)
@@ -225,7 +225,7 @@ def test_files_of_other_tools(tmp_path: Path) -> None:
         part = part_format().in_tensors(file, summarize(file).tensors, "")
         assert part is not None
         part.check()
-        again = without_weights(lambda own=part: FluxTransformer(FluxConfig.of(own.settings)))
+        again = without_weights(lambda own=part: FluxTransformer(FluxSettings.of(own.settings)))
         load_weights(again, part.files, part.find(shapes_of(again)), CPU, torch.float64)
         assert torch.equal(again(**given), found(**given))
 
@@ -249,13 +249,13 @@ def test_incomplete_folders(tmp_path: Path) -> None:
 )
 def test_other_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        FluxConfig.of({**TINY, **settings})
+        FluxSettings.of({**TINY, **settings})
 
 
 def test_names_of_layers() -> None:
     """Each layer of blocks has its paths in diffusers, and all of these together are diffusers' layers."""
     for kind in KINDS:
-        found = FluxTransformer(FluxConfig.of({**TINY, **KINDS[kind]}))
+        found = FluxTransformer(FluxSettings.of({**TINY, **KINDS[kind]}))
         linear = [path for path, own in found.named_modules() if isinstance(own, torch.nn.Linear)]
         names = [name for path in linear for name in layout.diffusers_layers(path)]
         expected = {path for path, own in theirs(kind).named_modules() if isinstance(own, torch.nn.Linear)}
@@ -276,13 +276,15 @@ def test_names_of_layers() -> None:
 )
 def test_full_size(settings: dict[str, Any], count: int, linear: int) -> None:
     """The parameters and adaptable layers of the published models."""
-    module = without_weights(lambda: FluxTransformer(FluxConfig.of(settings)))
+    module = without_weights(lambda: FluxTransformer(FluxSettings.of(settings)))
     assert sum(own.numel() for own in module.parameters()) == count
     blocks = [own for path, own in module.named_modules() if "_blocks." in path and isinstance(own, torch.nn.Linear)]
     assert len(blocks) == linear
     assert shapes_of(module) == transformer_shapes(settings)
     inferred = infer_settings(shapes_of(module))
-    assert FluxConfig.of(inferred) == FluxConfig.of({"out_channels": 64, "axes_dims_rope": [16, 56, 56], **settings})
+    assert FluxSettings.of(inferred) == FluxSettings.of(
+        {"out_channels": 64, "axes_dims_rope": [16, 56, 56], **settings}
+    )
 
 
 def test_packing() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lorakit.checkpoints import Shapes
-from lorakit.models.families.flux1.transformer_config import MLP_RATIO, TIME_CHANNELS, VECTORS, FluxConfig
+from lorakit.models.families.flux1.settings import MLP_RATIO, TIME_CHANNELS, VECTORS, FluxSettings
 
 Tensors = Iterator[tuple[str, tuple[int, ...]]]
 """Name and shape of one tensor after the other."""
@@ -14,10 +14,10 @@ Tensors = Iterator[tuple[str, tuple[int, ...]]]
 
 def transformer_shapes(settings: Mapping[str, Any]) -> Shapes:
     """The tensors of a transformer with these settings. Raises ValueError for what no FLUX.1 and no Chroma has."""
-    return dict(_transformer(FluxConfig.of(settings)))
+    return dict(_transformer(FluxSettings.of(settings)))
 
 
-def _transformer(config: FluxConfig) -> Tensors:
+def _transformer(config: FluxSettings) -> Tensors:
     width = config.width
     yield from _linear("img_in", config.in_channels, width)
     yield from _linear("txt_in", config.joint_attention_dim, width)
@@ -42,7 +42,7 @@ def _transformer(config: FluxConfig) -> Tensors:
     yield from _linear("final_layer.linear", width, config.patch_channels)
 
 
-def _double(stream: str, config: FluxConfig) -> Tensors:
+def _double(stream: str, config: FluxSettings) -> Tensors:
     """One stream of a double block."""
     width = config.width
     yield from _linear(f"{stream}_attn.qkv", width, 3 * width)
@@ -54,7 +54,7 @@ def _double(stream: str, config: FluxConfig) -> Tensors:
         yield from _linear(f"{stream}_mod.lin", width, VECTORS["double"] * width)
 
 
-def _approximator(config: FluxConfig) -> Tensors:
+def _approximator(config: FluxSettings) -> Tensors:
     """The network that gives Chroma's modulation vectors."""
     root, hidden = "distilled_guidance_layer", config.approximator_hidden_dim
     yield from _linear(f"{root}.in_proj", config.approximator_num_channels, hidden)
@@ -64,7 +64,7 @@ def _approximator(config: FluxConfig) -> Tensors:
     yield from _linear(f"{root}.out_proj", hidden, config.width)
 
 
-def _norms(path: str, config: FluxConfig) -> Tensors:
+def _norms(path: str, config: FluxSettings) -> Tensors:
     for name in ("query_norm", "key_norm"):
         yield f"{path}.{name}.scale", (config.attention_head_dim,)
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lorakit.models.families.flow.layers import BackendAttention, rotate_pairs, time_waves
-from lorakit.models.families.flux1.transformer_config import MLP_RATIO, TIME_CHANNELS, VECTORS, FluxConfig
+from lorakit.models.families.flux1.settings import MLP_RATIO, TIME_CHANNELS, VECTORS, FluxSettings
 from lorakit.models.memory.activation_checkpointing import CheckpointedBlock
 
 _EPS = 1e-6
@@ -28,7 +28,7 @@ _THETA = 10000
 class FluxTransformer(nn.Module):
     """Predicts from noisy latents, their timestep and a caption the velocity ε − x₀."""
 
-    def __init__(self, config: FluxConfig) -> None:
+    def __init__(self, config: FluxSettings) -> None:
         super().__init__()
         self.config = config
         width = config.width
@@ -113,7 +113,7 @@ class FluxTransformer(nn.Module):
 class DoubleStreamBlock(CheckpointedBlock, BackendAttention):
     """Attention over text and image together; everything else with weights of their own."""
 
-    def __init__(self, config: FluxConfig) -> None:
+    def __init__(self, config: FluxSettings) -> None:
         super().__init__()
         self.img_mod = None if config.is_chroma else Modulation(config.width, VECTORS["double"])
         self.img_attn = SelfAttention(config)
@@ -145,7 +145,7 @@ class DoubleStreamBlock(CheckpointedBlock, BackendAttention):
 class SingleStreamBlock(CheckpointedBlock, BackendAttention):
     """Attention and MLP side by side, each a part of the same two layers."""
 
-    def __init__(self, config: FluxConfig) -> None:
+    def __init__(self, config: FluxSettings) -> None:
         super().__init__()
         width = config.width
         self.num_heads = config.num_attention_heads
@@ -162,13 +162,14 @@ class SingleStreamBlock(CheckpointedBlock, BackendAttention):
         query, key, value = _heads(qkv, self.num_heads, self.norm)
         mixed = self.mix(rotate_pairs(query, rotation), rotate_pairs(key, rotation), value, mask)
         mixed = torch.cat([mixed, F.gelu(hidden, approximate="tanh")], dim=2)
-        return tokens + gate * self.linear2(mixed)
+        out: Tensor = tokens + gate * self.linear2(mixed)
+        return out
 
 
 class SelfAttention(nn.Module):
     """The projections of one stream of a double block."""
 
-    def __init__(self, config: FluxConfig) -> None:
+    def __init__(self, config: FluxSettings) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.qkv = nn.Linear(config.width, 3 * config.width)
@@ -232,7 +233,7 @@ class MLPEmbedder(nn.Module):
 class Approximator(nn.Module):
     """All of Chroma's modulation vectors, from the time and the number of each vector."""
 
-    def __init__(self, config: FluxConfig) -> None:
+    def __init__(self, config: FluxSettings) -> None:
         super().__init__()
         self.channels, self.vectors = config.approximator_num_channels, config.vectors
         hidden = config.approximator_hidden_dim
@@ -258,7 +259,7 @@ class Approximator(nn.Module):
 class LastLayer(nn.Module):
     """From image tokens to their patches."""
 
-    def __init__(self, config: FluxConfig) -> None:
+    def __init__(self, config: FluxSettings) -> None:
         super().__init__()
         self.linear = nn.Linear(config.width, config.patch_channels)
         self.adaLN_modulation = (

@@ -19,7 +19,7 @@ VECTORS = {"double": 6, "single": 3, "final": 2}
 
 
 @frozen(kw_only=True)
-class FluxConfig:
+class FluxSettings:
     """Settings of a transformer; where they are absent, they are diffusers' defaults."""
 
     in_channels: int = 64
@@ -45,7 +45,7 @@ class FluxConfig:
     approximator_layers: int = 5
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> FluxConfig:
+    def of(cls, settings: Mapping[str, Any]) -> FluxSettings:
         """Those that a config file holds. Raises ValueError for what no FLUX.1 and no Chroma has."""
         if settings.get("patch_size", 1) != 1:
             raise ValueError(f"patch_size is {settings['patch_size']!r}, and not 1")
