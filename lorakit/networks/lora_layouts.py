@@ -29,8 +29,30 @@ def in_layout(
     if layout == "kohya":
         return dict(tensors)
     if layout == "diffusers":
-        return to_diffusers(tensors, {target.key: target.diffusers_path for target in targets})
+        return to_diffusers(*_in_parts(tensors, targets))
     return to_original(tensors, {target.key: target.original_path for target in targets})
+
+
+def _in_parts(
+    tensors: Mapping[str, Tensor], targets: Sequence[AdaptationTarget]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors with a layer of its own for each part that diffusers has of a fused one, and the paths by key.
+
+    W + U·D has the rows W₁ + U₁·D: all parts share the down factor, of which each gets a copy.
+    """
+    found, paths = dict(tensors), {target.key: target.diffusers_path for target in targets}
+    own = _by_key(tensors)
+    for target in targets:
+        if target.diffusers_path or not target.fused_from:
+            continue
+        for suffix, tensor in own.get(target.key, {}).items():
+            del found[f"{target.key}.{suffix}"]
+            for rows in target.fused_from:
+                key = rows.name.replace(".", "_")
+                paths[key] = rows.name
+                part = tensor[rows.start : rows.stop] if suffix in (UP, MAGNITUDE) else tensor
+                found[f"{key}.{suffix}"] = part.clone()
+    return found, paths
 
 
 def to_original(tensors: Mapping[str, Tensor], paths: Mapping[str, str]) -> dict[str, Tensor]:

@@ -26,10 +26,13 @@ from lorakit.config.load import config_from_tables
 from lorakit.errors import ModelError
 from lorakit.lora_tools.bake import bake
 from lorakit.models.families.flow.t5 import T5Tokenizer
+from lorakit.models.families.flux1.layout import diffusers_layers
 from lorakit.models.families.flux1.settings import FluxSettings
 from lorakit.models.families.flux1.targets import transformer_targets
 from lorakit.models.families.flux1.transformer import FluxTransformer, pack, unpack
 from lorakit.models.weights.load import without_weights
+from lorakit.networks.adapter_file import load_initial_weights
+from lorakit.networks.lora_layouts import in_layout
 from lorakit.plugins.catalog import Catalog
 from lorakit.previews.previews import description
 from lorakit.previews.prompts import Prompt, preview_jobs
@@ -292,19 +295,20 @@ def tiny_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rows_of(target: Any, pipeline: Any) -> list[nn.Module]:
     """The layers of diffusers' transformer that together are a layer of ours."""
-    from lorakit.models.families.flux1.layout import diffusers_layers
-
     return [pipeline.transformer.get_submodule(path) for path in diffusers_layers(target.path)]
 
 
-def check_in_diffusers(kind: str, folder: Path, file: Path, count: int) -> None:
-    """That a pipeline which has loaded a file has W + alpha/rank·U·D in `count` layers of ours, and no others."""
+def check_in_diffusers(kind: str, folder: Path, file: Path, count: int, other: Path | None = None) -> None:
+    """That a pipeline which has loaded a file has W + alpha/rank·U·D in `count` layers of ours, and no others.
+
+    Instead of `file`, with our names, the pipeline may load `other`, with diffusers'.
+    """
     from diffusers import ChromaPipeline, FluxPipeline
 
     pipeline = (ChromaPipeline if kind == "chroma" else FluxPipeline).from_pretrained(folder)
     tensors, targets = load_file(file), built(kind, path=str(folder)).targets(("transformer",))
     before = {target.key: torch.cat([own.weight.clone() for own in rows_of(target, pipeline)]) for target in targets}
-    pipeline.load_lora_weights(file)
+    pipeline.load_lora_weights(other or file)
     adapted = [name for name, own in pipeline.transformer.named_modules() if hasattr(own, "lora_A")]
     pipeline.fuse_lora(components=["transformer"])
     pipeline.unload_lora_weights()
@@ -313,8 +317,7 @@ def check_in_diffusers(kind: str, folder: Path, file: Path, count: int) -> None:
         found = torch.cat([own.weight for own in rows_of(target, pipeline)])
         update = torch.zeros(())
         if f"{target.key}.lora_up.weight" in tensors:
-            up, down = (tensors[f"{target.key}.lora_{way}.weight"].float() for way in ("up", "down"))
-            update = up @ down * (tensors[f"{target.key}.alpha"].float() / len(down))
+            update = update_of(target.key, tensors)
             changed += len(rows_of(target, pipeline))
             assert update.abs().max() > 1e-5
         torch.testing.assert_close(found, before[target.key] + update, rtol=0, atol=1e-5)
@@ -332,6 +335,41 @@ def test_diffusers_computes_the_same(kind: str, folders: Mapping[str, Path], tmp
     one = {name: own for name, own in tensors.items() if "single_blocks_1_" in name}
     save_file(one, tmp_path / "one.safetensors")
     check_in_diffusers(kind, folders[kind], tmp_path / "one.safetensors", 2 if kind == "chroma" else 3)
+
+
+@pytest.mark.parametrize("kind", ["dev", "chroma"])
+def test_files_in_other_layouts(kind: str, folders: Mapping[str, Path], tmp_path: Path) -> None:
+    """Copies for diffusers have fused layers in parts and load there; both layouts are read back to the same updates.
+
+    Of one block alone as well, whose names do not tell FLUX.1 from Stable Diffusion 3.
+    """
+    model = built(kind, path=str(folders[kind]))
+    tensors = random_lora(model, LierlaConfig(rank=4, alpha=2.0), ("transformer",))
+    targets = built(kind, path=str(folders[kind])).targets(("transformer",))
+    save_file(tensors, tmp_path / "lora.safetensors")
+    for layout in ("diffusers", "original"):
+        file, one = tmp_path / f"{layout}.safetensors", tmp_path / f"{layout}-one.safetensors"
+        written = in_layout(tensors, layout, targets)
+        save_file(written, file)
+        save_file({name: own for name, own in written.items() if "single" not in name}, one)
+        read = load_initial_weights(file, targets)
+        for target in targets:
+            torch.testing.assert_close(
+                update_of(target.key, read), update_of(target.key, tensors), rtol=1e-5, atol=1e-6
+            )
+        assert not list(config(kind, path=str(folders[kind]), base_weights=(file, one)).problems())
+    theirs = load_file(tmp_path / "diffusers.safetensors")
+    assert all(name.startswith("transformer.") and ".lora_" in name for name in theirs)
+    assert len(theirs) == 2 * sum(len(diffusers_layers(target.path)) for target in targets)
+    count = 20 if kind == "chroma" else 26
+    lora, copy = tmp_path / "lora.safetensors", tmp_path / "diffusers.safetensors"
+    check_in_diffusers(kind, folders[kind], lora, count, copy)
+
+
+def update_of(key: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """What a LoRA adds to a layer's weight."""
+    up, down = (tensors[f"{key}.lora_{way}.weight"].float() for way in ("up", "down"))
+    return up @ down * (tensors[f"{key}.alpha"].float() / len(down))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -407,8 +445,7 @@ def test_a_lora_is_baked_into_a_transformer(
     save_file(tensors, tmp_path / "lora.safetensors")
     expected = {target.path: target.module.weight.clone() for target in model.targets(("transformer",))}
     for target in model.targets(("transformer",)):
-        up, down = (tensors[f"{target.key}.lora_{way}.weight"].float() for way in ("up", "down"))
-        expected[target.path] += up @ down * 0.5
+        expected[target.path] += update_of(target.key, tensors)
     theirs = folders["dev"] / "transformer" / "diffusion_pytorch_model.safetensors"
     for number, base in enumerate((Path(parts["dev"]["path"]), theirs)):
         output = tmp_path / f"{number}.safetensors"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -20,6 +20,7 @@ from lorakit.models.families.flux1.parts import (
 )
 from lorakit.models.families.sd.targets import clip_targets as layers_of_clip
 from lorakit.models.interfaces import AdaptationTarget
+from lorakit.models.weights.folders import TensorSlice
 
 _TAGS = {
     "img_attn": "attention", "txt_attn": "attention", "img_mlp": "mlp", "txt_mlp": "mlp", "img_mod": "modulation",
@@ -51,7 +52,17 @@ def transformer_targets(root: nn.Module) -> Iterator[AdaptationTarget]:
             layout=LAYOUT,
             diffusers_path=f"transformer.{theirs[0]}" if len(theirs) == 1 else "",
             original_path=f"diffusion_model.{path}",
+            fused_from=tuple(_rows(theirs, layer)) if len(theirs) > 1 else (),
         )
+
+
+def _rows(paths: Sequence[str], layer: nn.Linear) -> Iterator[TensorSlice]:
+    """The rows of a layer that each of diffusers' layers has: queries, keys and values as many as there are inputs."""
+    width, start = layer.in_features, 0
+    for path in paths:
+        stop = layer.out_features if path.endswith(".proj_mlp") else start + width
+        yield TensorSlice(f"transformer.{path}", start, stop)
+        start = stop
 
 
 def clip_targets(encoder: nn.Module) -> Iterator[AdaptationTarget]:
