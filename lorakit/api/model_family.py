@@ -76,6 +76,8 @@ class ModelFamilyConfig(Component):
     """Default number of sampling steps of previews."""
     preview_scale: ClassVar[float] = 7.5
     """Default guidance scale of previews."""
+    preview_guidance: ClassVar[float | None] = None
+    """Default of previews for the guidance scale that the denoiser takes as an input; None where it takes none."""
     preview_sampler: ClassVar[str] = ""
     """Default sampler of previews; that of the noise process when empty."""
     dataset_defaults: ClassVar[Mapping[str, object]] = {}

@@ -13,6 +13,7 @@ from pathlib import Path
 from attrs import frozen
 from torch import Tensor
 
+from lorakit.checkpoints import Shapes
 from lorakit.checkpoints.kinds import adapter_kind
 from lorakit.checkpoints.lora_names import ALPHA, MAGNITUDE
 from lorakit.errors import AdapterError, ModelError, OutputError
@@ -21,7 +22,14 @@ from lorakit.lora_tools.base_layers import BaseLayer, LayeredModel, open_model
 from lorakit.lora_tools.merge import WeightedFile, weighted_files
 from lorakit.lora_tools.output import new_file, staged
 from lorakit.lora_tools.stream import layout_of, write_stream
-from lorakit.models.weights.folders import TensorSlice, TransposedTensor
+from lorakit.models.weights.folders import (
+    JoinedTensors,
+    TensorRef,
+    TensorSlice,
+    TransposedTensor,
+    shape_at,
+    stored_names,
+)
 from lorakit.models.weights.load import open_tensors
 from lorakit.models.weights.merge_lora import updated
 from lorakit.utils.atomic_io import as_output_error
@@ -56,16 +64,19 @@ def bake(base: AnyPath, files: Sequence[WeightedFile], output: AnyPath) -> Baked
     for file, _ in opened:
         _check_fit(file, model)
     stored: dict[str, list[BaseLayer]] = {}
+    changed = 0
     for layer in model.layers:
         if any(file.parts(layer.target.key) for file, _ in opened):
-            name = layer.place if isinstance(layer.place, str) else layer.place.name
-            stored.setdefault(name, []).append(layer)
+            changed += 1
+            for name in stored_names(layer.place):
+                stored.setdefault(name, []).append(layer)
     layout, read = layout_of(model.summary.path, model.summary.kind), open_tensors(model.summary.path)
 
     def tensor(name: str) -> Tensor:
         whole = read(name)
         for layer in stored.get(name, ()):
-            whole = _with_layer(whole, layer, opened)
+            rows = _rows_of(name, layer.place, model.summary.tensors)
+            whole = _with_layer(whole, layer, rows, opened)
         return whole
 
     merged = json.dumps({file.path.name: weight for file, weight in opened})
@@ -73,11 +84,23 @@ def bake(base: AnyPath, files: Sequence[WeightedFile], output: AnyPath) -> Baked
     with staged(target) as written, as_output_error(target):
         if not write_stream(written, layout, {**metadata, "modelspec.merged_from": merged}, tensor):
             raise OutputError(f"{target} was not read back as it was written. The disk may be failing.")
-    return Baked(target, sum(map(len, stored.values())), len(layout.shapes) - len(stored))
+    return Baked(target, changed, len(layout.shapes) - len(stored))
 
 
-def _with_layer(whole: Tensor, layer: BaseLayer, files: Sequence[tuple[LoRAFile, float]]) -> Tensor:
-    """The stored tensor with the updates of a layer that is all of it, some of its rows, or its transpose."""
+def _rows_of(name: str, place: TensorRef, tensors: Shapes) -> slice:
+    """The rows of a layer that a stored tensor has."""
+    if not isinstance(place, JoinedTensors):
+        return slice(None)
+    index = place.names.index(name)
+    start = sum(shape_at(part, tensors)[0] for part in place.parts[:index])
+    return slice(start, start + shape_at(place.parts[index], tensors)[0])
+
+
+def _with_layer(whole: Tensor, layer: BaseLayer, rows: slice, files: Sequence[tuple[LoRAFile, float]]) -> Tensor:
+    """The stored tensor, which has these rows of a layer, with its updates.
+
+    The layer may be all of the tensor, some of its rows, its transpose, or larger.
+    """
     key, place = layer.target.key, layer.place
     weight = layer.read().float()
     for file, multiplier in files:
@@ -85,7 +108,7 @@ def _with_layer(whole: Tensor, layer: BaseLayer, files: Sequence[tuple[LoRAFile,
             update, _ = file.update(key)
             magnitude = file.tensor(f"{key}.{MAGNITUDE}").float() if MAGNITUDE in file.parts(key) else None
             weight = updated(weight, update.view_as(weight), magnitude, multiplier)
-    changed = weight.to(whole.dtype)
+    changed = weight[rows].to(whole.dtype)
     if not changed.isfinite().all():
         raise AdapterError(f"{key} would have numbers that {whole.dtype} cannot hold; give smaller weights.")
     if isinstance(place, TensorSlice):

@@ -32,7 +32,9 @@ def in_layout(
     if layout == "kohya":
         return dict(tensors)
     if layout == "diffusers":
-        return to_diffusers(tensors, {target.key: target.diffusers_path for target in targets})
+        by_key = _by_key(tensors)
+        paths = _split_fused(by_key, targets)
+        return to_diffusers(_named(by_key), paths)
     return to_original(tensors, {target.key: target.original_path for target in targets})
 
 
@@ -43,11 +45,8 @@ def copy_in_layout(
 
     Raises `AdapterError` for what the layout of diffusers has no place for.
     """
-    by_key = _by_key(tensors)
-    if layout == "diffusers":
-        paths = _split_fused(by_key, targets)
-        return to_diffusers(_named(by_key), paths)
     if layout == "kohya":
+        by_key = _by_key(tensors)
         _join_fused(by_key, targets)
         return _with_one_alpha(by_key)
     return in_layout(tensors, layout, targets)

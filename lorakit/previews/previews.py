@@ -132,11 +132,12 @@ def description(job: PreviewJob, step: int, lora: str = "") -> dict[str, str]:
     """
     prompt, sampler = job.prompt, job.sampler
     lines = [prompt.prompt + lora]
+    guidance = "" if job.guidance is None else f"Distilled CFG Scale: {job.guidance:g}, "
     if prompt.negative_prompt:
         lines.append(f"Negative prompt: {prompt.negative_prompt}")
     lines.append(
         f"Steps: {job.steps}, Sampler: {sampler.title or sampler.name}, CFG scale: {job.scale:g}, "
-        f"Seed: {job.seed}, Size: {job.width}x{job.height}, Training step: {step}"
+        f"{guidance}Seed: {job.seed}, Size: {job.width}x{job.height}, Training step: {step}"
     )
     settings = {
         "prompt": prompt.prompt,
@@ -145,6 +146,7 @@ def description(job: PreviewJob, step: int, lora: str = "") -> dict[str, str]:
         "height": job.height,
         "steps": job.steps,
         "scale": job.scale,
+        **({} if job.guidance is None else {"guidance": job.guidance}),
         "seed": job.seed,
         "sampler": prompt.sampler or sampler.name,
         "training_step": step,

@@ -30,7 +30,7 @@ LINE_OPTIONS: Mapping[str, str] = {
     "--l": "scale",
     "--n": "negative_prompt",
     "--ss": "sampler",
-    "--g": "guidance_scale",
+    "--g": "guidance",
     "--cn": "controlnet_image",
     "--ctr": "cfg_trunc_ratio",
     "--rcfg": "renorm_cfg",
@@ -38,11 +38,12 @@ LINE_OPTIONS: Mapping[str, str] = {
 }
 """The options of a line, and what they set."""
 
-OF_OTHER_MODELS = ("guidance_scale", "controlnet_image", "cfg_trunc_ratio", "renorm_cfg", "flow_shift")
+OF_OTHER_MODELS = ("controlnet_image", "cfg_trunc_ratio", "renorm_cfg", "flow_shift")
 """What sd-scripts knows for other models than those that it trains with the same options."""
 
 TABLE_KEYS: Mapping[str, str] = {
     **{name: name for name in (*field_names(Prompt), *OF_OTHER_MODELS)},
+    "guidance_scale": "guidance",
     "sample_steps": "steps",
     "sample_sampler": "sampler",
 }

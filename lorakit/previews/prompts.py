@@ -49,6 +49,9 @@ class PromptSettings:
     scale: float | None = field(default=None, validator=v.optional(v.ge(0)))
     """Classifier-free guidance scale (Ho & Salimans, 2022, arXiv:2207.12598); at most 1 disables guidance and the
     negative prompt. If absent, the model's default, 7.5 for Stable Diffusion 1.x."""
+    guidance: float | None = field(default=None, validator=v.optional(v.ge(0)))
+    """Guidance scale for models that take one as an input (embedded guidance), such as FLUX.1 dev; if absent, the
+    model's default, 3.5 for FLUX.1 dev. Training uses 1. Independent of `scale`."""
     seed: int | None = field(default=None, validator=v.optional(v.ge(0)))
     """Seed of the noise; if absent, derived from `training.seed` for each prompt, the same for every preview."""
     sampler: str | None = None
@@ -80,6 +83,8 @@ class PreviewJob:
     """Number of sampling steps."""
     scale: float
     """Classifier-free guidance scale."""
+    guidance: float | None
+    """Guidance scale that the denoiser gets; None for models that take none."""
     sampler: SamplerConfig
     """The sampler."""
 
@@ -99,7 +104,14 @@ def preview_jobs(prompts: Iterable[Prompt], seed: int, model: ModelFamilyConfig)
             height=round_side(prompt.height or model.preview_size, multiple),
             steps=prompt.steps or model.preview_steps,
             scale=model.preview_scale if prompt.scale is None else prompt.scale,
+            guidance=_guidance(prompt, model),
             sampler=find_sampler(prompt.sampler or model.preview_sampler or model.noise_process.sampler, catalog)(),
         )
         jobs.append(job)
     return jobs
+
+
+def _guidance(prompt: Prompt, model: ModelFamilyConfig) -> float | None:
+    if model.preview_guidance is None:
+        return None
+    return model.preview_guidance if prompt.guidance is None else prompt.guidance

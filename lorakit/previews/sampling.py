@@ -37,7 +37,7 @@ def encode_texts(model: DiffusionModel, texts: Iterable[str], weighted: bool = F
 
 
 def sample_latents(model: DiffusionModel, jobs: Sequence[PreviewJob], texts: Texts, batch_size: int) -> list[Tensor]:
-    """The latents [C, h, w] of each image; those of equal size, steps, sampler and scale are sampled together.
+    """The latents [C, h, w] of each image; those of equal size, steps, sampler and scales are sampled together.
 
     `texts` must hold each prompt and negative prompt.
     """
@@ -51,7 +51,7 @@ def preview_batches(jobs: Sequence[PreviewJob], batch_size: int) -> list[list[in
     """The numbers of the images that are sampled together."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for index, job in enumerate(jobs):
-        key = (job.width, job.height, job.steps, job.sampler, job.scale)
+        key = (job.width, job.height, job.steps, job.sampler, job.scale, job.guidance)
         groups.setdefault(key, []).append(index)
     return [
         group[start : start + batch_size] for group in groups.values() for start in range(0, len(group), batch_size)
@@ -75,6 +75,8 @@ def _sample(model: DiffusionModel, jobs: Sequence[PreviewJob], texts: Texts) -> 
     text_device = next(iter(conditioning.values())).device
     sizes = [ImageSizes.whole(jobs[0].width, jobs[0].height)] * len(wanted)
     conditioning |= {name: tensor.to(text_device) for name, tensor in image_conditioning(model, sizes).items()}
+    if jobs[0].guidance is not None:
+        conditioning["guidance"] = torch.full((len(wanted),), jobs[0].guidance, device=text_device)
 
     def predict(noisy_latents: Tensor, timestep: Tensor) -> Tensor:
         return classifier_free_guidance(model, noisy_latents, timestep, conditioning, scale)

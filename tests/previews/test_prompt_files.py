@@ -160,9 +160,9 @@ def test_options_of_other_models_are_passed_over(read) -> None:
     """What sd-scripts knows for other models changes nothing, and is a warning with its place."""
     found = read("a.txt", "a --g 3.5 --cn face.png --fs 3 --w 64\nb")
     assert [prompt.prompt for prompt in found.prompts] == ["a", "b"]
-    assert found.prompts[0].width == 64
+    assert (found.prompts[0].width, found.prompts[0].guidance) == (64, 3.5)
     assert [str(warning).rpartition("/")[2] for warning in found.warnings] == [
-        f"a.txt, line 1: --{name}: is for other models and has no effect" for name in ("g", "cn", "fs")
+        f"a.txt, line 1: --{name}: is for other models and has no effect" for name in ("cn", "fs")
     ]
     toml = read(
         "a.toml", "[prompt]\ncontrolnet_image='x'\n[[prompt.subset]]\nprompt='a'\n[[prompt.subset]]\nprompt='b'"

@@ -370,3 +370,15 @@ def test_warnings(make_config, prompts: Path) -> None:
         "observers[0].every_n_steps: has no effect, because every_n_epochs is given", foreign
     ]  # fmt: skip
     assert [str(warning) for warning in at_the_end.warnings()] == [foreign]
+
+
+def test_guidance_for_other_models(make_config, prompts: Path) -> None:
+    """A guidance scale as an input has no effect in Stable Diffusion, and that is said at the key that has it."""
+    prompts.write_text("a cat --g 3.5\n")
+    said = "is for models that take a guidance scale as an input, and has no effect"
+    in_file = make_config(observers=observer(prompts))
+    assert [str(own) for own in in_file.warnings()] == [
+        f"observers[0].prompts: --g {said} (leave it out; scale is that of classifier-free guidance)"
+    ]
+    in_config = make_config(observers=observer(prompts, guidance=2.0))
+    assert [own.key for own in in_config.warnings()] == ["observers[0].guidance"]

@@ -47,7 +47,7 @@ class SamplesConfig(ObserverConfig, PromptSettings):
     at_first: bool = False
     """Also sample before the first step."""
     batch_size: int = field(default=1, validator=v.ge(1))
-    """Number of images of equal size, steps, sampler and scale to sample at once; more is faster but takes more
+    """Number of images of equal size, steps, sampler and scales to sample at once; more is faster but takes more
     memory."""
     contact_sheet: bool = True
     """Write a contact sheet with all previews, one row per prompt: `{name}_contact_sheet.png`."""
@@ -85,6 +85,16 @@ class SamplesConfig(ObserverConfig, PromptSettings):
             yield Problem("every_n_steps", "has no effect, because every_n_epochs is given")
         for warning in read_prompts(self.prompts, self).warnings:
             yield Problem("prompts", str(warning))
+
+    def warnings_with(self, config: TrainConfig) -> Iterator[Problem]:
+        """A guidance scale for a model that takes none."""
+        from lorakit.previews.prompt_files import read_prompts
+
+        prompts = read_prompts(self.prompts, self).prompts
+        if config.model.preview_guidance is None and any(own.guidance is not None for own in prompts):
+            key, what = ("prompts", "--g ") if self.guidance is None else ("guidance", "")
+            message = f"{what}is for models that take a guidance scale as an input, and has no effect"
+            yield Problem(key, message, "leave it out; scale is that of classifier-free guidance")
 
     def build(self, run_info: RunInfo) -> Samples:
         """The previews of one run."""

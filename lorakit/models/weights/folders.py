@@ -42,8 +42,36 @@ class TransposedTensor:
     """Name of the stored matrix."""
 
 
-TensorRef = str | TensorSlice | TransposedTensor
-"""All of the stored tensor of that name, some of its rows, or its transpose."""
+@frozen
+class JoinedTensors:
+    """Several stored tensors, or some of their rows, one below the other."""
+
+    parts: tuple[str | TensorSlice, ...]
+    """From top to bottom."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the stored tensors."""
+        return tuple(part if isinstance(part, str) else part.name for part in self.parts)
+
+
+TensorRef = str | TensorSlice | TransposedTensor | JoinedTensors
+"""All of the stored tensor of that name, some of its rows, its transpose, or several one below the other."""
+
+
+def stored_names(place: TensorRef) -> tuple[str, ...]:
+    """The names of the stored tensors at a place."""
+    return place.names if isinstance(place, JoinedTensors) else (place if isinstance(place, str) else place.name,)
+
+
+def shape_at(place: TensorRef, tensors: Shapes) -> tuple[int, ...]:
+    """The shape of what is at a place, from those of the stored tensors; raises KeyError where one is missing."""
+    if isinstance(place, JoinedTensors):
+        shapes = [shape_at(part, tensors) for part in place.parts]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    if isinstance(place, TensorSlice):
+        return (place.stop - place.start, *tensors[place.name][1:])
+    return tensors[place] if isinstance(place, str) else tensors[place.name][::-1]
 
 
 @frozen

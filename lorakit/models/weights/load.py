@@ -15,7 +15,7 @@ from torch.utils._mode_utils import no_dispatch
 from lorakit.checkpoints import StoredTensor, kind_of_file, pickled_tensors, summarize
 from lorakit.checkpoints.stored_tensor import ITEM_BYTES
 from lorakit.errors import ModelError
-from lorakit.models.weights.folders import TensorRef, TensorSlice
+from lorakit.models.weights.folders import JoinedTensors, TensorRef, TensorSlice
 
 ReadTensor = Callable[[TensorRef], Tensor]
 """The tensor at that place, on the CPU, in the file's dtype; its bytes are read when they are used."""
@@ -43,6 +43,8 @@ def open_tensors(file: Path | Sequence[Path]) -> ReadTensor:
         with no_dispatch():
             if isinstance(place, str):
                 return whole(place)
+            if isinstance(place, JoinedTensors):
+                return torch.cat([read(part) for part in place.parts])
             stored = whole(place.name)
             return stored[place.start : place.stop] if isinstance(place, TensorSlice) else stored.T
 

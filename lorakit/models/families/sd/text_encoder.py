@@ -76,8 +76,10 @@ def set_positions(module: nn.Module, part: CheckpointPart, device: torch.device)
     module.get_submodule("embeddings").position_ids = positions.unsqueeze(0)
 
 
-def checkpoint_layers(module: nn.Module, _: float = 1.0) -> None:
+def checkpoint_layers(module: nn.Module, _: float = 1.0, *, layers: str = "encoder.layers") -> None:
     """Recompute the activations of a text encoder's layers in the backward pass; its dropout stays off.
+
+    `layers` is the path of the layers.
 
     transformers recomputes only what is in training mode, so the layers are, but not what is in them.
     """
@@ -85,5 +87,5 @@ def checkpoint_layers(module: nn.Module, _: float = 1.0) -> None:
     name = "activation" if hasattr(module, "activation_checkpointing_enable") else "gradient"
     enable = getattr(module, f"{name}_checkpointing_enable")
     enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
-    for layer in module.get_submodule("encoder.layers").children():
+    for layer in module.get_submodule(layers).children():
         layer.training = True
