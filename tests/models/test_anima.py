@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lorakit.builtin.attention import EagerConfig
-from lorakit.models.families.anima import names, structure
-from lorakit.models.families.anima.llm_adapter import AdapterAttention, LLMAdapter
+from lorakit.models.families.anima import parts, structure
+from lorakit.models.families.anima.llm_adapter import LLMAdapter
 from lorakit.models.families.anima.transformer import (
-    Attention,
     Patches,
     Sinusoid,
     Transformer,
     angles,
     rotation_of_tokens,
 )
+from lorakit.models.families.flow.layers import use_backend
 from lorakit.models.weights.load import shapes_of, without_weights
 
 TINY = {
@@ -63,7 +63,7 @@ def both(settings: Mapping[str, Any]) -> tuple[nn.Module, Transformer]:
             norm.eps = 1e-6  # as in the original code; diffusers' attention has 1e-5
     ours = Transformer(structure.TransformerConfig.of(settings)).double().eval()
     state = theirs.state_dict()
-    ours.load_state_dict({name: state[names.diffusers_name(name)] for name in ours.state_dict()})
+    ours.load_state_dict({name: state[parts.diffusers_name(name)] for name in ours.state_dict()})
     return theirs, ours
 
 
@@ -142,12 +142,12 @@ def test_structure_is_that_of_the_published_model() -> None:
     assert sum(parameter.numel() for parameter in transformer.parameters()) == 1_956_405_248
     assert shapes_of(transformer)["x_embedder.proj.1.weight"] == (2048, 68)
     theirs = without_weights(lambda: CosmosTransformer3DModel(num_attention_heads=16, extra_pos_embed_type=None))
-    renamed = {names.diffusers_name(name): shape for name, shape in shapes_of(transformer).items()}
-    assert renamed == shapes_of(theirs)
-    converted = convert_cosmos_transformer_checkpoint_to_diffusers(
-        {f"net.{name}": name for name in shapes_of(transformer)}
-    )
-    assert {name: names.diffusers_name(name) for name in shapes_of(transformer)} == {v: k for k, v in converted.items()}
+    own = shapes_of(transformer)
+    assert {parts.diffusers_name(name): shape for name, shape in own.items()} == shapes_of(theirs)
+    converted = convert_cosmos_transformer_checkpoint_to_diffusers({f"net.{name}": name for name in own})
+    assert converted == {parts.diffusers_name(name): name for name in own}
+    assert {parts.original_name(name): name for name in own} == {name: name for name in own}
+    assert {parts.original_name(name): own for name, own in converted.items()} == {name: name for name in own}
     assert shapes_of(without_weights(AnimaTextConditioner)) == shapes_of(adapter)
 
 
@@ -196,9 +196,8 @@ def test_attention_is_by_the_backend() -> None:
     ids, valid = torch.randint(40, (1, 4)), torch.tensor([[True, True, True, False]])
     states = torch.randn(1, 4, 12).double(), valid, ids, valid
     expected = transformer(*inputs), adapter(*states)
-    for module in (*transformer.modules(), *adapter.modules()):
-        if isinstance(module, Attention | AdapterAttention):
-            module.backend = noting
+    for module in (transformer, adapter):
+        use_backend(module, noting)
     found = transformer(*inputs), adapter(*states)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert [None if mask is None else mask.sum().item() for mask in masks] == [None] * 4 + [3] * 4

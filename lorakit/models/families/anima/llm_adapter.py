@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorakit.models.families.anima.structure import TEXT_LENGTH, ConditionerConfig
 from lorakit.models.families.anima.transformer import Rotation, angles, rotated
-from lorakit.models.interfaces import AttentionBackend
+from lorakit.models.families.flow.layers import BackendAttention
 from lorakit.models.memory.activation_checkpointing import CheckpointedBlock
 
 _EPS = 1e-6
@@ -41,9 +41,8 @@ class LLMAdapter(nn.Module):
         """
         tokens = self.in_proj(self.embed(ids).to(states.dtype))
         rotations = self._rotation(tokens), self._rotation(states)
-        masks = id_mask[:, None, None], state_mask[:, None, None]
         for block in self.blocks:
-            tokens = block(tokens, states, masks, rotations)
+            tokens = block(tokens, states, (id_mask, state_mask), rotations)
         found: Tensor = self.norm(self.out_proj(tokens)) * id_mask.unsqueeze(2)
         return F.pad(found, (0, 0, 0, max(TEXT_LENGTH - found.shape[1], 0)))
 
@@ -80,13 +79,12 @@ class AdapterBlock(CheckpointedBlock):
         return out
 
 
-class AdapterAttention(nn.Module):
+class AdapterAttention(BackendAttention):
     """Attention whose queries and keys turn with their own positions."""
 
     def __init__(self, width: int, context_width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.backend: AttentionBackend = F.scaled_dot_product_attention
         self.q_proj = nn.Linear(width, width, bias=False)
         self.q_norm = nn.RMSNorm(width // heads, _EPS)
         self.k_proj = nn.Linear(context_width, width, bias=False)
@@ -97,8 +95,8 @@ class AdapterAttention(nn.Module):
     def forward(self, tokens: Tensor, context: Tensor, rotation: Rotation, other: tuple[Tensor, Rotation]) -> Tensor:
         """What tokens [B, m, D] take from a context, whose mask and rotation is `other`; [B, m, D]."""
         layers = ((self.q_proj, tokens), (self.k_proj, context), (self.v_proj, context))
-        query, key, value = (layer(states).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer, states in layers)
+        query, key, value = (layer(states).unflatten(2, (self.heads, -1)) for layer, states in layers)
         mask, turn = other
         query, key = rotated(self.q_norm(query), rotation), rotated(self.k_norm(key), turn)
-        out: Tensor = self.o_proj(self.backend(query, key, value, mask).transpose(1, 2).flatten(2))
+        out: Tensor = self.o_proj(self.mix(query, key, value, mask))
         return out

@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lorakit.models.families.anima.structure import PATCH, TransformerConfig
-from lorakit.models.interfaces import AttentionBackend
+from lorakit.models.families.flow.layers import BackendAttention, time_waves
 from lorakit.models.memory.activation_checkpointing import CheckpointedBlock
 
 _EPS = 1e-6
@@ -80,14 +80,11 @@ class Sinusoid(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.frequencies = width // 2
+        self.width = width
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        """[B, D] of [B], at least float32; frequency number i is 10000^(−i / (D/2))."""
-        dtype = torch.promote_types(timesteps.dtype, torch.float32)
-        numbers = torch.arange(self.frequencies, dtype=dtype, device=timesteps.device)
-        angles = timesteps.to(dtype).unsqueeze(1) * _THETA ** -(numbers / self.frequencies)
-        return torch.cat([angles.cos(), angles.sin()], dim=1)
+        """[B, D] of [B], at least float32."""
+        return time_waves(timesteps, self.width)
 
 
 class TimestepEmbedding(nn.Module):
@@ -128,14 +125,13 @@ class Block(CheckpointedBlock):
         return out
 
 
-class Attention(nn.Module):
-    """Projects queries, keys and values, normalizes those that are compared, and leaves the rest to a backend."""
+class Attention(BackendAttention):
+    """Attention whose queries and keys have a norm, and turn with positions where these are given."""
 
     def __init__(self, config: TransformerConfig, context_width: int) -> None:
         super().__init__()
         width, head = config.width, config.attention_head_dim
         self.heads = config.num_attention_heads
-        self.backend: AttentionBackend = F.scaled_dot_product_attention
         self.q_proj = nn.Linear(width, width, bias=False)
         self.q_norm = nn.RMSNorm(head, _EPS)
         self.k_proj = nn.Linear(context_width, width, bias=False)
@@ -146,11 +142,11 @@ class Attention(nn.Module):
     def forward(self, tokens: Tensor, context: Tensor, rotation: Rotation | None = None) -> Tensor:
         """What tokens [B, n, D] take from a context [B, m, D'], themselves or a caption; [B, n, D]."""
         layers = ((self.q_proj, tokens), (self.k_proj, context), (self.v_proj, context))
-        query, key, value = (layer(states).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer, states in layers)
+        query, key, value = (layer(states).unflatten(2, (self.heads, -1)) for layer, states in layers)
         query, key = self.q_norm(query), self.k_norm(key)
         if rotation is not None:
             query, key = rotated(query, rotation), rotated(key, rotation)
-        out: Tensor = self.output_proj(self.backend(query, key, value).transpose(1, 2).flatten(2))
+        out: Tensor = self.output_proj(self.mix(query, key, value))
         return out
 
 
@@ -222,8 +218,8 @@ def angles(positions: Tensor, channels: int, theta: float) -> Tensor:
 
 
 def rotated(heads: Tensor, rotation: Rotation) -> Tensor:
-    """Queries or keys [B, heads, n, d] turned by their tokens' angles, channel i together with channel i + d/2."""
-    cosines, sines = rotation
+    """Queries or keys [B, n, heads, d] turned by their tokens' angles, channel i together with channel i + d/2."""
+    cosines, sines = (own.unsqueeze(1) for own in rotation)
     exact = heads.to(cosines.dtype)
     first, second = exact.chunk(2, dim=-1)
     return (exact * cosines + torch.cat([-second, first], dim=-1) * sines).to(heads.dtype)
@@ -232,10 +228,3 @@ def rotated(heads: Tensor, rotation: Rotation) -> Tensor:
 def _normalized(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Tokens of mean 0 and variance 1, then scaled and shifted."""
     return F.layer_norm(tokens, tokens.shape[2:], eps=_EPS) * (1 + scale) + shift
-
-
-def use_backend(module: nn.Module, backend: AttentionBackend) -> None:
-    """Let a backend compute all attention of a module."""
-    for own in module.modules():
-        if isinstance(own, Attention):
-            own.backend = backend

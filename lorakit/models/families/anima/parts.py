@@ -6,13 +6,15 @@ The original code's names are the modules' own: `blocks.0.self_attn.q_proj`.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 
 from lorakit.api.block_layout import BlockLayout
 from lorakit.api.components import ModelPart
+from lorakit.models.families.flow.checkpoint import TRANSFORMER as _NAME
 
-TRANSFORMER = ModelPart("transformer", title="transformer", lora_prefix="lora_unet_blocks_")
+TRANSFORMER = ModelPart(_NAME, title="transformer", lora_prefix="lora_unet_blocks_")
 CONDITIONER = ModelPart(
-    "text_conditioner", title="LLM adapter", encoders=(0,), lora_prefix="lora_unet_llm_adapter_blocks_"
+    "text_conditioner", title="LLM adapter", encoders=(1,), lora_prefix="lora_unet_llm_adapter_blocks_"
 )
 LAYOUT = BlockLayout(28, {"blocks": range(28)})
 
@@ -45,18 +47,29 @@ _DIFFUSERS_BLOCK = {
     "mlp.layer2": "ff.net.2",
 }  # fmt: skip
 """What it calls what is in a block."""
-_ANY = re.compile(
-    rf"({'|'.join(map(re.escape, _DIFFUSERS_LAYERS))})(\.\d+\.)?({'|'.join(map(re.escape, _DIFFUSERS_BLOCK))})?"
+
+
+def _renaming(tops: Mapping[str, str], in_block: Mapping[str, str]) -> Callable[[str], str]:
+    """Renames a layer or tensor by what it is at the top, and in a block behind the block's number."""
+    top, layer = ("|".join(map(re.escape, names)) for names in (tops, in_block))
+    pattern = re.compile(rf"({top})(?:(\.\d+\.)({layer}))?(?=\.|$)")
+
+    def rename(name: str) -> str:
+        found = pattern.match(name)
+        if found is None:
+            return name
+        own, number, inner = found.groups(default="")
+        return tops[own] + number + in_block.get(inner, "") + name[found.end() :]
+
+    return rename
+
+
+diffusers_name = _renaming(_DIFFUSERS_LAYERS, _DIFFUSERS_BLOCK)
+"""What diffusers calls a layer or tensor of the transformer: `transformer_blocks.0.attn1.to_q`."""
+original_name = _renaming(
+    *({own: name for name, own in names.items()} for names in (_DIFFUSERS_LAYERS, _DIFFUSERS_BLOCK))
 )
-
-
-def diffusers_name(name: str) -> str:
-    """What diffusers calls a layer or tensor of the transformer: `transformer_blocks.0.attn1.to_q`."""
-    found = _ANY.match(name)
-    if found is None:
-        return name
-    top, number, layer = found.groups(default="")
-    return _DIFFUSERS_LAYERS[top] + number + _DIFFUSERS_BLOCK.get(layer, "") + name[found.end() :]
+"""What the original code calls one that diffusers has: `blocks.0.self_attn.q_proj`; other names stay."""
 
 
 def transformer_key(path: str) -> str:
