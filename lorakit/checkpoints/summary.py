@@ -22,8 +22,8 @@ LORA_FILES = tuple(
 )
 """What PEFT and diffusers call LoRA files."""
 _TELLING_CONFIGS = (
-    "model_index.json", "unet/config.json", "transformer/config.json", "vae/config.json",
-    "scheduler/scheduler_config.json",
+    "model_index.json", "unet/config.json", "transformer/config.json", "text_encoder/config.json",
+    "text_conditioner/config.json", "vae/config.json", "scheduler/scheduler_config.json",
 )  # fmt: skip
 _DENOISERS = {"unet", "transformer"}
 """What diffusers calls the folder of the denoiser."""

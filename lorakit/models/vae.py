@@ -22,7 +22,8 @@ _LOG_VARIANCE_RANGE = (-30.0, 20.0)
 class _Half:
     """One half of a VAE (Kingma & Welling, 2014; Rombach et al., 2022)."""
 
-    def __init__(self, module: nn.Module, scaling_factor: float, shift_factor: float = 0.0) -> None:
+    def __init__(self, module: nn.Module, scaling_factor: float | Tensor, shift_factor: float | Tensor = 0.0) -> None:
+        """Its module, and what scales latents: one number, or one for each channel, [C, 1, 1]."""
         self.module = module
         self.scaling_factor = scaling_factor
         self.shift_factor = shift_factor

@@ -143,10 +143,10 @@ class _FusedAttention(TorchFunctionMode):
                 return engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, True)
         if func is not scaled_dot_product_attention or not torch._C._get_flash_sdp_enabled():
             return func(*args, **kwargs)
-        query, key, value, *positional = args
-        mask = positional[0] if positional else kwargs.get("attn_mask")
-        if mask is not None and mask.dtype == torch.bool:  # which PyTorch makes a sum of it
-            mask = mask.to(query.dtype)
+        query, key, value, *rest = args
+        mask = rest[0] if rest else kwargs.get("attn_mask")
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
         causal, scale = kwargs.get("is_causal", False), kwargs.get("scale")
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return flash(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)[0]

@@ -11,7 +11,7 @@ from lorakit.api.components import Component, LRSchedulerConfig, OptimizerConfig
 from lorakit.plugins.catalog import Catalog
 from lorakit.plugins.discovery import REGISTRATION_HOOKS
 from lorakit.testing import contracts
-from lorakit.testing.flow_models import make_tiny_z_image
+from lorakit.testing.flow_models import make_tiny_anima, make_tiny_z_image
 from lorakit.testing.flux_models import make_tiny_chroma, make_tiny_flux
 from lorakit.testing.models import make_tiny_sd1, make_tiny_sd2, make_tiny_sdxl, to_single_file
 
@@ -24,6 +24,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "z_image": {"path": "tiny"},
     "flux1": {"path": "tiny"},
     "chroma": {"path": "tiny"},
+    "anima": {"path": "tiny"},
     "lierla": {"rank": 4, "alpha": 2.0, "dropout": 0.1},
     "c3lier": {"rank": 4, "alpha": 2.0, "conv_rank": 2, "rank_dropout": 0.1},
     "loha": {"rank": 4, "alpha": 2.0, "conv_rank": 2, "module_dropout": 0.1},
@@ -85,6 +86,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, Any]] = {
         "make_model": lambda _, folder: make_tiny_chroma(folder),
         "text_settings": {"max_token_length": 64},
     },
+    "anima": {"make_model": lambda _, folder: make_tiny_anima(folder)},
     "checkpoints": {
         "run_settings": {
             "output": {"save_every_n_steps": 1, "save_every_n_epochs": 1, "keep_last": 2, "save_state": True}

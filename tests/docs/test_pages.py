@@ -18,6 +18,9 @@ import pytest
 from lorakit.checkpoints import Shapes
 from lorakit.config.load import COMPONENT_SECTIONS, config_from_tables, read_config
 from lorakit.errors import ConfigError
+from lorakit.models.families.anima.structure import conditioner_shapes, transformer_shapes
+from lorakit.models.families.flow.qwen3 import qwen3_shapes
+from lorakit.models.qwen_image_vae_files import vae_shapes
 from tests.config.conftest import SD1_SHAPES, SDXL_SHAPES, write_lora, write_safetensors
 from tests.docs.pages import PAGES, ROOT, Block, anchors_of, blocks, blocks_of, links_of
 from tests.docs.test_reference import page_sections, rows
@@ -73,6 +76,32 @@ def with_files(tables: dict[str, Any], folder: Path, shapes: Shapes = SD1_SHAPES
     return whole
 
 
+_TRANSFORMER = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "text_embed_dim": 24}
+_ADAPTER = {"source_dim": 32, "target_dim": 24, "model_dim": 24, "num_layers": 1, "target_vocab_size": 9}
+_QWEN3 = {
+    "vocab_size": 9, "hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8,
+}  # fmt: skip
+ANIMA_SHAPES: Mapping[str, Shapes] = {
+    "path": {
+        **transformer_shapes(_TRANSFORMER),
+        **{f"llm_adapter.{name}": shape for name, shape in conditioner_shapes(_ADAPTER).items()},
+    },
+    "text_encoder": qwen3_shapes(_QWEN3),
+    "vae": vae_shapes({"base_dim": 4}),
+}
+"""The tensors of the files of an Anima, but smaller."""
+
+
+def write_anima(model: Mapping[str, str], folder: Path) -> None:
+    """The other files that a config for Anima names."""
+    for key in ("text_encoder", "vae"):
+        write_safetensors(folder / model[key], ANIMA_SHAPES[key])
+    for key in ("tokenizer", "t5_tokenizer"):
+        (folder / model[key]).mkdir()
+        (folder / model[key] / "tokenizer.json").touch()
+
+
 def write_dataset(block: Block, folder: Path) -> None:
     """The dataset file of a block, and its image folders."""
     (folder / "dataset.toml").write_text(block.text, encoding="utf-8")
@@ -119,8 +148,10 @@ def test_there_are_config_blocks() -> None:
 @pytest.mark.parametrize("block", CONFIGS, ids=str)
 def test_config_blocks_are_valid(block: Block, tmp_path: Path) -> None:
     """A config example is read without a problem or a warning, once the files that it names are there."""
-    shapes = SDXL_SHAPES if block.page.stem == "sdxl" else SD1_SHAPES
+    shapes = {"sdxl": SDXL_SHAPES, "anima": ANIMA_SHAPES["path"]}.get(block.page.stem, SD1_SHAPES)
     tables = with_files(tomllib.loads(block.text), tmp_path, shapes)
+    if block.page.stem == "anima":
+        write_anima(tables["model"], tmp_path)
     if "config" in tables["data"]:
         (dataset,) = [other for other in DATASETS if other.page == block.page]
         write_dataset(dataset, tmp_path)

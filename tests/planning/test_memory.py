@@ -227,3 +227,12 @@ def test_what_cannot_be_imagined() -> None:
     """Code whose course depends on numbers is said to be the reason, and by what operation."""
     with pytest.raises(PluginError, match=r"a component needs weights .*nonzero.* try the built-in"), fake_tensors():
         torch.ones(3).nonzero()
+
+
+def test_attention_with_a_mask() -> None:
+    """Masks may be given by place or by name, and allow numbers or be some."""
+    with fake_tensors():
+        query, mask = torch.empty(2, 4, 6, 16), torch.ones(2, 1, 1, 6, dtype=torch.bool)
+        by_place = nn.functional.scaled_dot_product_attention(query, query, query, mask)
+        by_name = nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=torch.zeros(2, 1, 1, 6))
+    assert by_place.shape == by_name.shape == query.shape

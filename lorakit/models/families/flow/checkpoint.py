@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from attrs import field, frozen
 
@@ -17,7 +17,7 @@ from lorakit.errors import ModelError
 from lorakit.models.families.sd import state_dict_keys
 from lorakit.models.families.sd.infer_config import vae_settings
 from lorakit.models.families.sd.structure import vae_shapes
-from lorakit.models.weights.checkpoint import DIFFUSERS_FILES, ModelCheckpoint, PartFormat, Settings
+from lorakit.models.weights.checkpoint import DIFFUSERS_FILES, CheckpointPart, ModelCheckpoint, PartFormat, Settings
 from lorakit.models.weights.folders import fetched
 
 TRANSFORMER = "transformer"
@@ -64,6 +64,9 @@ def flux_vae_format(family: str) -> PartFormat:
 class FlowCheckpoint(ModelCheckpoint):
     """A model whose parts may each have a location of their own."""
 
+    channels_setting: ClassVar[tuple[str, int]] = ("latent_channels", 4)
+    """The setting of the VAE with the channels of its latents, and what they are where it is absent."""
+
     separate: Mapping[str, Location] = field(factory=dict)
     """Where parts are that are not taken from the model itself, by name."""
     tokenizers: Mapping[str, Location] = field(factory=dict)
@@ -73,13 +76,27 @@ class FlowCheckpoint(ModelCheckpoint):
         """The parts that are neither in the model nor at a location of their own, as far as headers tell."""
         return [name for name in self.formats if name not in self.separate and self.lacks(name)]
 
+    def lacks(self, name: str) -> bool:
+        """Whether the model comes without a part, as far as headers or configs tell."""
+        return not self._is_alone(name) and super().lacks(name)
+
+    def part(self, name: str) -> CheckpointPart:
+        """Where a part is; of a Hub model, the part's files are fetched. A `ModelError` if it is not there."""
+        if name not in self.separate and self._is_alone(name):
+            return self.formats[name].alone(self.location)
+        return super().part(name)
+
+    def _is_alone(self, name: str) -> bool:
+        """Whether the model is a folder with nothing but this part: the transformer."""
+        return name == TRANSFORMER and "config" in self.summary.configs
+
     def check_part(self, name: str) -> None:
         """A `ModelError` unless a part is there and whole; one on the Hub passes."""
         if isinstance(self.separate.get(name, self.location), HubModel):
             return
         part = self.part(name)
         if name == "vae":
-            channels = part.settings.get("latent_channels", 4)
+            channels = part.settings.get(*self.channels_setting)
             if channels != LATENT_CHANNELS:
                 raise ModelError(f"{part} makes latents of {channels!s:.80} channels, not {LATENT_CHANNELS}")
         part.check()

@@ -37,13 +37,13 @@ def use_backend(module: nn.Module, backend: AttentionBackend) -> None:
 
 
 def time_waves(times: Tensor, width: int, period: float = 10000.0) -> Tensor:
-    """Cosines, then sines of times [B] at width/2 frequencies, period^(−2i/width); float32 [B, width].
+    """Cosines, then sines of times [B] at width/2 frequencies, period^(−2i/width); at least float32 [B, width].
 
     Times are in float32: in bfloat16, times above 512 would move in steps of 4.
     """
-    half = width // 2
-    exponents = -math.log(period) * torch.arange(half, dtype=torch.float32, device=times.device) / half
-    angles = times.float().unsqueeze(1) * exponents.exp()
+    half, dtype = width // 2, torch.promote_types(times.dtype, torch.float32)
+    exponents = -math.log(period) * torch.arange(half, dtype=dtype, device=times.device) / half
+    angles = times.to(dtype).unsqueeze(1) * exponents.exp()
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 

@@ -170,7 +170,7 @@ class Qwen3Tokenizer:
 
         texts = [self.template.replace("{}", caption) for caption in captions]
         ids = self._tokenizer(texts, truncation=True, max_length=self.max_length, add_special_tokens=False).input_ids
-        longest = max(map(len, ids))
+        longest = max(1, *map(len, ids))  # there may be no word and no template
         pad = self._tokenizer.convert_tokens_to_ids(PAD)
         filled = [[*own, *[pad] * (longest - len(own))] for own in ids]
         masks = [[1] * len(own) + [0] * (longest - len(own)) for own in ids]
