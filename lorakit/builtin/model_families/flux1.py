@@ -100,13 +100,14 @@ class FluxConfig(FluxFamilyConfig):
     def warnings(self) -> Iterator[Problem]:
         """A model that plain training takes its speed from; keys are field names."""
         yield from super().warnings()
-        if not self.has_guidance and not self.base_weights:
+        if not self.has_guidance and self.training_adapter is None:
             message = (
                 f"{self.path} is FLUX.1 schnell, distilled to four steps, which training undoes within a few thousand "
                 "steps: images of few steps become soft"
             )
             hint = (
-                'train on FLUX.1 dev, or merge a file such as "FLUX.1-schnell-training-adapter" with model.base_weights'
+                "train on FLUX.1 dev, or set model.training_adapter to a LoRA that undoes the distillation, such as "
+                "ostris/FLUX.1-schnell-training-adapter"
             )
             yield Problem("path", message, hint)
 

@@ -131,10 +131,8 @@ class Anima(FlowTransformer):
         return found
 
     def split(self, conditioning: Conditioning) -> Sequence[Conditioning]:
-        """Each caption without the zeros behind it; with them where numbers are only imagined."""
+        """Each caption without the zeros behind it."""
         captions = conditioning["hidden_states"]
-        if captions.is_meta:
-            return [{"hidden_states": states} for states in captions]
         # One row more than those behind which there are only zeros.
         lengths = [max(rows.nonzero().flatten().tolist(), default=0) + 1 for rows in captions.any(dim=2).cpu()]
         return [{"hidden_states": states[:length]} for states, length in zip(captions, lengths, strict=True)]
