@@ -55,7 +55,7 @@ class BaseWeightsConfig(ModelFamilyConfig):
         kind, ours = adapter_kind(summary), self.adapter_title
         if kind.algorithm not in MERGED:
             return f"{path} is {kind.description}, which cannot be merged", "give files of LoRA, DoRA, LoHa or LoKr"
-        if ours and kind.model not in {"", ours}:
+        if not kind.fits(ours):
             found = f"{path} is {kind.description}, and the base model is {ours}"
             return found, "give LoRA files for the same kind of base model"
         if lacking:
