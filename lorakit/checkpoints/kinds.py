@@ -12,7 +12,7 @@ from typing import Any
 from attrs import frozen
 
 from lorakit.api.model_family import DetectedFamily
-from lorakit.checkpoints.lora_names import own_name
+from lorakit.checkpoints.lora_models import OTHER, alternatives, model_of_adapters
 from lorakit.checkpoints.summary import CheckpointSummary, Shapes
 
 
@@ -193,22 +193,6 @@ OF_LYCORIS: Mapping[str, str] = {
 }
 """Other algorithms of LyCORIS, and the arguments that choose them."""
 
-_MODELS: Mapping[str, tuple[str, ...]] = {
-    "FLUX": ("double_blocks", "single_blocks", "single_transformer_blocks"),
-    "Stable Diffusion 3": ("joint_blocks",),
-    "FLUX or Stable Diffusion 3": ("transformer_transformer_blocks",),
-    "Stable Diffusion XL": ("lora_te2_", "text_encoder_2_", "text_encoders_clip_g_", "_transformer_blocks_1_"),
-    "AnimateDiff": ("motion_modules_",),
-    "a ControlNet": ("lllite_", "control_model_"),
-}
-_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
-_WIDE_LAYER = re.compile(
-    r"(.*(?:attn2_to_k|layers_\d+_self_attn_q_proj))\.(lora_down\.weight|hada_w1_b|lokr_w1(?:_b)?)"
-)
-_STABLE_DIFFUSION = re.compile(
-    r"(?:down|up|input|output)_blocks_\d|mid_block_|middle_block_|encoder_layers_\d+_(?:self_attn|mlp)"
-)
-
 
 @frozen
 class AdapterKind:
@@ -217,9 +201,15 @@ class AdapterKind:
     algorithm: str
     """`LoRA`, `DoRA`, `LoHa`, …; empty where it holds no adapters."""
     model: str
-    """`Stable Diffusion XL`, `FLUX`, …; empty where the names do not show it."""
+    """`Stable Diffusion XL`, `FLUX.1 or Chroma`, …; empty where the names do not show it."""
     description: str
     """In words that fit behind "is": `a LoHa for Stable Diffusion XL`, `a Stable Diffusion 1.x model`."""
+
+    def fits(self, title: str) -> bool:
+        """Whether the adapters may be for the models with a title; an empty one is not checked."""
+        if self.model == OTHER:
+            return not title.startswith("Stable Diffusion")
+        return not title or not self.model or title in alternatives(self.model)
 
 
 def adapter_kind(summary: CheckpointSummary) -> AdapterKind:
@@ -228,7 +218,7 @@ def adapter_kind(summary: CheckpointSummary) -> AdapterKind:
     algorithm = _algorithm(tensors)
     if not algorithm:
         return AdapterKind("", "", describe(summary))
-    model = _model(tensors)
+    model = model_of_adapters(summary)
     return AdapterKind(algorithm, model, _with_article(algorithm) + (f" for {model}" if model else ""))
 
 
@@ -243,26 +233,3 @@ def _algorithm(tensors: Shapes) -> str:
         return "DoRA with a magnitude for each input"
     steps = {step for name in tensors for step in name.replace("_lora.", ".lora.").split(".")[1:]}
     return next((algorithm for algorithm, marks in _ALGORITHMS.items() if steps & set(marks)), "")
-
-
-def _model(tensors: Shapes) -> str:
-    flat = [name.replace(".", "_") for name in tensors]
-    for model, marks in _MODELS.items():
-        if any(mark in name for name in flat for mark in marks):
-            return model
-    if not any(_STABLE_DIFFUSION.search(name) for name in flat):
-        return "another kind of model than Stable Diffusion"
-    widths = (_width(own_name(name), shape, tensors) for name, shape in tensors.items() if len(shape) > 1)
-    return next((_WIDTHS[width] for width in widths if width in _WIDTHS), "")
-
-
-def _width(name: str, shape: tuple[int, ...], tensors: Shapes) -> int:
-    """How many inputs the layer has that a tensor is for, where that tells the model; else 0."""
-    match = _WIDE_LAYER.fullmatch(name)
-    if match is None:
-        return 0
-    if not match[2].startswith("lokr"):
-        return shape[1]
-    # The sides of a Kronecker product multiply.
-    second = next((tensors[own] for own in (f"{match[1]}.lokr_w2", f"{match[1]}.lokr_w2_b") if own in tensors), ())
-    return shape[1] * second[1] if len(second) > 1 else 0

@@ -28,7 +28,7 @@ def attached(model: DiffusionModel, file: Path, config: TrainConfig) -> Iterator
     `config` names the base model. Raises AdapterError where the file is not for it.
     """
     kind, title = adapter_kind(summarize(file)), config.model.adapter_title
-    if kind.algorithm not in ("LoRA", "DoRA") or (title and kind.model not in ("", title)):
+    if kind.algorithm not in ("LoRA", "DoRA") or not kind.fits(title):
         raise AdapterError(f"{file} is {kind.description}; give a LoRA or DoRA for {title or 'the base model'}.")
     targets = model.targets([part.name for part in config.model.parts])
     tensors = load_initial_weights(file, targets)

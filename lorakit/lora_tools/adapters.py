@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from os import PathLike
 from pathlib import Path
@@ -19,7 +19,8 @@ from lorakit.checkpoints import CheckpointSummary, summarize
 from lorakit.checkpoints.finite import NOT_FINITE_CURE
 from lorakit.checkpoints.kinds import AdapterKind, adapter_kind
 from lorakit.checkpoints.lora_files import missing_factors
-from lorakit.checkpoints.lora_names import ALPHA, DOWN, MAGNITUDE, UP, own_name
+from lorakit.checkpoints.lora_models import alternatives, stated_model
+from lorakit.checkpoints.lora_names import ALPHA, DOWN, MAGNITUDE, UP, denoiser_key, own_name, split_name
 from lorakit.checkpoints.lora_paths import layer_shape
 from lorakit.errors import AdapterError, ModelError
 from lorakit.models.interfaces import AdaptationTarget
@@ -36,12 +37,8 @@ LORA_PARTS = frozenset({DOWN, UP, ALPHA, MAGNITUDE})
 """What the tensors of a LoRA or DoRA adapter are called, behind the key of the layer."""
 _LINEAR_FAMILIES = ("Stable Diffusion 2.x", "Stable Diffusion XL")
 """The families whose transformers begin and end with linear layers."""
-_VERSIONS = {
-    "sdxl": "Stable Diffusion XL", "sd_v2": "Stable Diffusion 2.x", "sd_v1": "Stable Diffusion 1.x",
-    "stable-diffusion-xl": "Stable Diffusion XL", "stable-diffusion-v2": "Stable Diffusion 2.x",
-    "stable-diffusion-v1": "Stable Diffusion 1.x",
-}  # fmt: skip
-"""What metadata calls the versions, by its beginning."""
+_STABLE_DIFFUSION = ("Stable Diffusion 1.x", *_LINEAR_FAMILIES)
+"""The families that file names of all tools are known of, without a base model."""
 
 
 @frozen(eq=False)
@@ -96,6 +93,23 @@ class LoRAFile:
     def is_dora(self) -> bool:
         """Whether some layers have magnitudes."""
         return any(name.endswith(f".{MAGNITUDE}") for name in self.names.shapes)
+
+    @property
+    def is_stable_diffusion(self) -> bool:
+        """Whether it is for Stable Diffusion 1.x, 2.x or XL, as far as that shows."""
+        return self.family in ("", *_STABLE_DIFFUSION)
+
+    @cached_property
+    def paths(self) -> Mapping[str, str]:
+        """The dotted paths that the file has for layers, by key; none of Stable Diffusion, nor of keys."""
+        if self.is_stable_diffusion:
+            return {}
+        found = {}
+        for own in self.names.stored:
+            path, _ = split_name(self.names.name(own))
+            if "." in path and denoiser_key(path) == own.partition(".")[0]:
+                found[own.partition(".")[0]] = path
+        return found
 
     def parts(self, key: str) -> frozenset[str]:
         """What its tensors for a layer are called behind the key."""
@@ -156,6 +170,8 @@ class LoRAFile:
             raise AdapterError(f"{self.path} cannot be used: the tensors of {key} do not fit ({reason}).") from error
         if change.ndim > 2:
             return change.flatten(1), tuple(change.shape[1:])
+        if not self.is_stable_diffusion:
+            return change, (change.shape[1],)
         linear = self.family in _LINEAR_FAMILIES
         return change, layer_shape(key, change.shape[1], linear_projection=linear)
 
@@ -205,7 +221,7 @@ def open_lora(path: AnyPath, targets: Sequence[AdaptationTarget] = ()) -> LoRAFi
     kind = adapter_kind(summary)
     if not kind.algorithm:
         raise AdapterError(f"{file} is {kind.description}, not a LoRA. Give a LoRA file.")
-    family = kind.model or _stated_family(summary)
+    family = kind.model or stated_model(summary.metadata)
     names = lora_tensors(summary, targets, _rename_for(family))
     return LoRAFile(file, summary, kind, family, names)
 
@@ -214,7 +230,7 @@ def require_one_family(files: Sequence[LoRAFile]) -> None:
     """An `AdapterError` if files are for different kinds of base models, as far as they tell."""
     first = next((file for file in files if file.family), None)
     for file in files:
-        if first is not None and file.family not in ("", first.family):
+        if first is not None and file.family and not {*alternatives(file.family)} & {*alternatives(first.family)}:
             raise AdapterError(
                 f"{first.path} is for {first.family} and {file.path} for {file.family}; only files for the same kind of"
                 " model can be put together."
@@ -231,11 +247,6 @@ def refuse_dora(files: Sequence[LoRAFile], doing: str) -> None:
         )
 
 
-def _stated_family(summary: CheckpointSummary) -> str:
-    stated = [summary.metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture")]
-    return next((family for start, family in _VERSIONS.items() if any(text.startswith(start) for text in stated)), "")
-
-
 @cache
 def _rename_for(family: str) -> Callable[[str], str]:
     """What the family's plugin says of the names of tensors."""
@@ -245,4 +256,5 @@ def _rename_for(family: str) -> Callable[[str], str]:
         if issubclass(component, ModelFamilyConfig) and component.adapter_title == family:
             rename: Callable[[str], str] = component(path="").lora_name
             return rename
-    return own_name
+    # Paths of other models' layers keep what tools put in front of them, and lose the dots.
+    return own_name if family in ("", *_STABLE_DIFFUSION) else str

@@ -22,7 +22,7 @@ from lorakit.errors import AdapterError
 from lorakit.lora_tools.adapters import AnyPath, LoRAFile, open_lora
 from lorakit.lora_tools.metadata import json_object
 from lorakit.lora_tools.output import new_file, write_lora
-from lorakit.networks.lora_layouts import to_diffusers
+from lorakit.networks.lora_layouts import to_diffusers, to_original
 from lorakit.utils.wording import some
 
 Layout = Literal["kohya", "diffusers", "comfyui"]
@@ -54,18 +54,19 @@ def convert(file: AnyPath, output: AnyPath, *, to: Layout) -> Converted:
     unknown = [key for key in source.keys if not path_of[key]]
     if unknown:
         what = f"{source.path} has adapters for layers that {to} has no name for: {some(unknown)}"
-        raise AdapterError(f"{what}. Convert takes files for Stable Diffusion 1.x, 2.x and XL.")
+        cure = "Convert takes files for Stable Diffusion 1.x, 2.x and XL; copies for other models are written in"
+        raise AdapterError(f"{what}. {cure} training, by the observer diffusers.")
     for key in source.keys:
         source.adapter(key)  # raises where its factors do not fit each other
     stored = {name: source.tensor(name).clone() for name in source.names.shapes}
     metadata = {key: text for key, text in source.summary.metadata.items() if not key.startswith((_OF_PEFT, "sshs_"))}
     note = metadata.pop(_NOTE, None)
-    if to == "diffusers":
+    if to == "diffusers" or (to == "comfyui" and not source.is_stable_diffusion):
         tensors, rounded, alphas = _folded(source, stored)
         paths = {key: path for key, path in path_of.items() if path}
         if alphas:
             metadata[_NOTE] = json.dumps(alphas)
-        write_lora(target, to_diffusers(tensors, paths), metadata)
+        write_lora(target, (to_diffusers if to == "diffusers" else to_original)(tensors, paths), metadata)
         return Converted(target, rounded)
     whole, rounded = _with_alphas(source, stored, note)
     named = {path_of[name.partition(".")[0]] + "." + name.partition(".")[2]: own for name, own in whole.items()}
@@ -76,6 +77,9 @@ def convert(file: AnyPath, output: AnyPath, *, to: Layout) -> Converted:
 def _paths(file: LoRAFile, to: Layout) -> dict[str, str]:
     if to == "kohya":
         return {key: key for key in file.keys}
+    if not file.is_stable_diffusion:
+        start = "transformer." if to == "diffusers" else "diffusion_model."
+        return {key: path if (path := file.paths.get(key, "")).startswith(start) else "" for key in file.keys}
     if to == "diffusers":
         return {key: diffusers_path(key) for key in file.keys}
     encoder = "clip_h" if file.family == "Stable Diffusion 2.x" else "clip_l"

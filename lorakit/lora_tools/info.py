@@ -25,6 +25,8 @@ _BAR = 30
 _LABELS = 12
 _TAGS = 20
 _BLOCK = re.compile(r"lora_unet_(down|up)_blocks_(\d+)_|lora_unet_(mid)_block_|(lora_te\d?)_")
+_NUMBERED = re.compile(r"lora_unet_([a-z_]+?)_(\d+)_")
+"""Matches the key of a layer in a numbered block of another model: `lora_unet_double_blocks_3_…`."""
 _NOT_COMPARED = ("sshs_", "ss_session_id", "ss_training_started_at", "ss_training_finished_at", "modelspec.date",
                  "ss_tag_frequency", "ss_bucket_info", "ss_datasets", "modelspec.thumbnail")  # fmt: skip
 _LONGEST_VALUE = 60
@@ -96,10 +98,11 @@ def _rank(file: LoRAFile, key: str) -> int:
 
 
 def block_of(key: str) -> str:
-    """The block that a layer is in, in words: `down 1`, `mid`, `text encoder`; `other` for unknown keys."""
+    """The block that a layer is in, in words: `down 1`, `mid`, `text encoder`, `layers 3`; `other` for unknown keys."""
     found = _BLOCK.match(own_name(f"{key}.{DOWN}") if key.startswith("lora_unet_") else key)
     if found is None:
-        return "other"
+        numbered = _NUMBERED.match(key)
+        return f"{numbered[1].removesuffix('_blocks')} {numbered[2]}" if numbered else "other"
     side, level, middle, encoder = found.groups()
     return middle or (f"{side} {level}" if side else f"text encoder {encoder.removeprefix('lora_te')}".strip())
 
@@ -217,9 +220,11 @@ def _norms(file: LoRAFile) -> dict[str, float]:
     return {block: math.sqrt(squares[block]) for block in sorted(squares, key=_order)}
 
 
-def _order(block: str) -> tuple[int, str]:
-    kinds = ("text", "down", "mid", "up", "other")
-    return kinds.index(block.split(maxsplit=1)[0]), block
+def _order(block: str) -> tuple[int, str, int]:
+    kinds = ("text", "down", "mid", "up")
+    kind, _, number = block.rpartition(" ")
+    rank = kinds.index(block.split(maxsplit=1)[0]) if block.split(maxsplit=1)[0] in kinds else len(kinds)
+    return rank + (block == "other"), kind, int(number) if number.isdecimal() else 0
 
 
 def _bars(found: LoRAInfo) -> list[str]:

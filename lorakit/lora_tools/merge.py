@@ -13,6 +13,7 @@ from lorakit.lora_tools.low_rank import ChooseRank, concatenated, decompose_prod
 from lorakit.lora_tools.metadata import kept_metadata, network_metadata
 from lorakit.lora_tools.output import LayerError, Written, lora_tensors_of, new_file, precision_of, write_lora
 from lorakit.networks.adapter_file import Precision
+from lorakit.networks.lora_layouts import in_dotted_layout
 
 WeightedFile = AnyPath | tuple[AnyPath, float]
 """A LoRA file, and what its update is multiplied by; 1 if that is left out."""
@@ -86,8 +87,14 @@ def save(
     errors: tuple[LayerError, ...] = (),
     entries: Mapping[str, str] = {},
 ) -> Written:
-    """Write adapters that were made from files, with the metadata of these and some entries more."""
+    """Write adapters that were made from files, with the metadata of these and some entries more.
+
+    For other models than Stable Diffusion, it is in the layout of the first file.
+    """
     tensors, alpha = lora_tensors_of(adapters, precision_of(list(sources), precision))
     metadata = network_metadata({**kept_metadata(sources, output), **entries}, adapters, alpha)
+    if sources[0].paths:
+        paths = {key: path for file in reversed(sources) for key, path in file.paths.items()}
+        tensors = in_dotted_layout(tensors, paths)
     write_lora(output, tensors, metadata)
     return Written(output, {key: adapter.rank for key, adapter in adapters.items()}, errors)

@@ -38,6 +38,12 @@ def in_layout(
     return to_original(tensors, {target.key: target.original_path for target in targets})
 
 
+def in_dotted_layout(tensors: Mapping[str, Tensor], paths: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors behind dotted paths of diffusers, `transformer.…`, or of the original code."""
+    of_diffusers = any(path.startswith("transformer.") for path in paths.values())
+    return to_diffusers(tensors, paths) if of_diffusers else to_original(tensors, paths)
+
+
 def copy_in_layout(
     tensors: Mapping[str, Tensor], layout: LoRALayout, targets: Sequence[AdaptationTarget]
 ) -> dict[str, Tensor]:

@@ -82,7 +82,7 @@ def problems_of_kind(file: StartingFile, config: TrainConfig, algorithms: Collec
     if kind.algorithm not in algorithms:
         found = f"{file.path} is {kind.description}, which network.name = {config.network.name!r} cannot start from"
         yield Problem("weights", found, _cure(kind))
-    elif model and kind.model not in {"", model}:
+    elif not kind.fits(model):
         hint = f"give a {kind.algorithm} for {model}, or set model.path to a model that the file is for"
         yield Problem("weights", f"{file.path} is {kind.description}, and the base model is {model}", hint)
     elif kind.algorithm == "DoRA" and not getattr(config.network, "dora", True):

@@ -172,12 +172,12 @@ def test_refused(tmp_path: Path) -> None:
     """Other algorithms, and layers that the tool has no name for."""
     loha = {f"{ATTENTION}.hada_w{n}_{side}": torch.ones(2, 2) for n in "12" for side in "ab"}
     flux = lora({"lora_unet_double_blocks_0_img_attn_qkv": (4, 4)})
-    dotted = {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(2, 4),
-              "transformer.single_transformer_blocks.0.attn.to_q.lora_B.weight": torch.ones(4, 2)}  # fmt: skip
+    dotted = {"diffusion_model.single_blocks.0.linear1.lora_A.weight": torch.ones(2, 4),
+              "diffusion_model.single_blocks.0.linear1.lora_B.weight": torch.ones(4, 2)}  # fmt: skip
     for name, tensors, said in (
         ("loha", loha, "is a LoHa, not a LoRA"),
         ("flux", flux, "diffusers has no name for: lora_unet_double_blocks_0_img_attn_qkv"),
-        ("dotted", dotted, "diffusers has no name for: lora_unet_single_transformer_blocks_0_attn_to_q"),
+        ("dotted", dotted, "diffusers has no name for: lora_unet_single_blocks_0_linear1"),
     ):
         file = write(tmp_path / f"{name}.safetensors", tensors, {})
         with pytest.raises(AdapterError, match=f"{name}.safetensors.*{said}"):

@@ -36,7 +36,7 @@ class ZImageConfig(FlowTransformerConfig):
     """Z-Image and Z-Image-Turbo (Tongyi Lab, 2025, arXiv:2511.22699)."""
 
     name = "z_image"
-    title = "Z-Image"
+    title = adapter_title = "Z-Image"
     parts = (TRANSFORMER, QWEN3)
     layout = LAYOUT
     lora_layout = "original"

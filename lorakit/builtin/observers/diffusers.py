@@ -34,8 +34,8 @@ class DiffusersConfig(ObserverConfig):
 
     layouts: tuple[LoRALayout, ...] = field(default=("diffusers",), validator=v.min_len(1))
     """Layouts of the copies: `diffusers` (paths in a pipeline, as PEFT has it), `kohya` (that of sd-scripts), and
-    `original` (`diffusion_model.` and the path in the original code). The copy is called `NAME.kohya.safetensors` and
-    the like."""
+    `original` (`diffusion_model.` and the path in the original code). They are in the names of the copies:
+    `NAME.kohya.safetensors`."""
 
     def problems_with(self, config: TrainConfig) -> Iterator[Problem]:
         """Layouts that the model's layers have no names in."""

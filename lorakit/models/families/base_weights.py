@@ -67,7 +67,7 @@ class BaseWeightsConfig(ModelFamilyConfig):
             usual = [name for name in kinds if "Tucker" not in name]
             given = f"{', '.join(usual[:-1])} or {usual[-1]}" if len(usual) > 1 else usual[0]
             return f"{path} is {kind.description}, which cannot be merged", f"give files of {given}"
-        if ours and kind.model and ours not in kind.model.split(" or "):
+        if not kind.fits(ours):
             found = f"{path} is {kind.description}, and the base model is {ours}"
             return found, "give LoRA files for the same kind of base model"
         if lacking:
