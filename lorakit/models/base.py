@@ -84,7 +84,7 @@ class BaseModel:
     """A base model whose parts are read when first asked for, each with its memory settings, and freed one by one.
 
     A family gives `modules`, `predict`, `latent_shape`, `set_attention`, `make_text_encoder`, `make_vae_encoder`,
-    `make_vae_decoder` and `metadata_entries`, and, where there are any, `text_options`.
+    `make_vae_decoder` and `metadata_entries`, and, where there is anything to say, `text_options` and `reads`.
     """
 
     modules: ClassVar[tuple[PartModule, ...]]
@@ -161,6 +161,10 @@ class BaseModel:
         """
         return []
 
+    def reads(self, target: AdaptationTarget) -> bool:  # noqa: ARG002
+        """Whether the output of a layer has an effect on the model's; reads no weights."""
+        return True
+
     @property
     def vae_dtype(self) -> torch.dtype:
         """The dtype that the VAE computes in."""
@@ -234,7 +238,7 @@ class BaseModel:
         wanted = [own for own in self.modules if own.part.name in parts]
         if any(own.part.encoders for own in wanted):
             _ = self.text_encoder  # refuses what its tokenizer does not fit
-        found = [target for own in wanted for target in own.targets(self.module(own.part.name))]
+        found = [self._of_model(target) for own in wanted for target in own.targets(self.module(own.part.name))]
         if not self._checkpointed and not self._formats and not self._streamed:
             return found
         # Blocks that are computed again, or whose weights come and go, cannot compute what other blocks read.
@@ -244,10 +248,14 @@ class BaseModel:
         """The same layers in modules without memory; reads no weights."""
         wanted = [own for own in self.modules if own.part.name in parts]
         return [
-            target
+            self._of_model(target)
             for own in wanted
             for target in own.targets(empty_module(self.checkpoint.part(own.part.name), own.build))
         ]
+
+    def _of_model(self, target: AdaptationTarget) -> AdaptationTarget:
+        """A layer of a module as one of this model, which may not read it."""
+        return target if self.reads(target) else evolve(target, is_read=False)
 
     def use_attention(self, backend: AttentionBackend) -> None:
         """Compute the denoiser's attention with this backend."""

@@ -61,6 +61,8 @@ class AdaptationTarget:
     keys; one operation may compute them. Empty if it has its input for itself."""
     shares_within: str = ""
     """Path of the module whose layers one operation may compute together; empty for all of the part."""
+    is_read: bool = True
+    """Whether its output has an effect on the model's; adapters of layers for which it has none are not trained."""
     fused_in: TensorSlice | None = None
     """Where some LoRA files have it as rows of a larger layer, such as queries, keys and values in one: that layer's
     key or dotted path, and the rows."""

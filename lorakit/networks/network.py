@@ -113,7 +113,8 @@ class Network(nn.Module):
     ) -> None:
         """Make the adapters; `make` returns None for a layer that gets none.
 
-        Raises `AdapterError` if no layer gets one.
+        Those of layers that the model does not read are frozen: no gradient would reach them, and weight decay alone
+        would change them. Raises `AdapterError` if no adapter is left to train.
         """
         super().__init__()
         pairs = [(target, adapter) for target in targets if (adapter := make(target)) is not None]
@@ -122,6 +123,14 @@ class Network(nn.Module):
                 "The network adapts no layer of this model: check network.name, network.parts and network.layers,"
                 " and what sets ranks."
             )
+        if not any(target.is_read for target, _ in pairs):
+            raise AdapterError(
+                "The network adapts only layers that the model does not read, such as those behind model.clip_skip:"
+                " check network.parts, and what sets ranks."
+            )
+        for target, adapter in pairs:
+            if not target.is_read:
+                adapter.requires_grad_(requires_grad=False)
         self._targets = [target for target, _ in pairs]
         self.adapters = nn.ModuleList(adapter for _, adapter in pairs)
         self._by_key: dict[str, AdapterModule] = {adapter.key: adapter for _, adapter in pairs}

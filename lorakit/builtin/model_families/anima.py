@@ -27,7 +27,7 @@ class AnimaConfig(FlowTransformerConfig):
     """Anima (CircleStone Labs, 2026), made from Cosmos-Predict2 (NVIDIA, 2025) for anime and illustration."""
 
     name = "anima"
-    title = "Anima"
+    title = adapter_title = "Anima"
     parts = (TRANSFORMER, QWEN3, CONDITIONER)
     layout = LAYOUT
     lora_layout = "original"

@@ -40,7 +40,7 @@ class FluxConfig(FluxFamilyConfig):
     """FLUX.1 dev and schnell, and models with their structure, such as FLUX.1 Krea and Kontext."""
 
     name = "flux1"
-    title = FAMILY
+    title = adapter_title = FAMILY
     parts = (TRANSFORMER_PART, CLIP, T5)
     checkpoint_type = FluxCheckpoint
     t5_tokenizer = "tokenizer_2"
@@ -129,7 +129,7 @@ class ChromaConfig(FluxFamilyConfig):
     """Chroma, a FLUX.1 schnell without its guidance layers, trained further; it needs no CLIP."""
 
     name = "chroma"
-    title = CHROMA
+    title = adapter_title = CHROMA
     parts = (TRANSFORMER_PART, T5_ALONE)
     checkpoint_type = ChromaCheckpoint
     t5_tokenizer = "tokenizer"

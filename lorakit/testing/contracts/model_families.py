@@ -248,6 +248,22 @@ class ModelFamilyContract(ComponentContract):
         tags = {tag for target in self.built().targets(self.parts) for tag in target.tags}
         assert tags <= set(self.config.layer_tags)
 
+    @pytest.mark.parametrize("has_text_settings", [False, True])
+    def test_targets_know_whether_they_are_read(self, has_text_settings: bool) -> None:
+        """Adapters get gradients if the model reads their layers, and only then."""
+        settings = self.text_settings if has_text_settings else {}
+        model = attrs.evolve(self.config, **settings).build(CPU, torch.float32)
+        targets = model.targets(self.parts)
+        network = Catalog.discover().find(NetworkConfig, "lierla")(parts=self.parts).build(targets)
+        read = {target.key for target in targets if target.is_read}
+        # Also those that the network has frozen.
+        adapters = [adapter.requires_grad_(requires_grad=True) for adapter in network.adapters]
+        loss_of(model, make_batch(model)).backward()  # type: ignore[no-untyped-call]
+        for adapter in adapters:
+            assert (adapter.lora_up.grad is not None) is (adapter.key in read), adapter.key
+        empty = {target.key: target.is_read for target in model.empty_targets(self.parts)}
+        assert empty == {target.key: target.is_read for target in targets}
+
     def test_targets_have_unambiguous_names(self) -> None:
         """No two layers share a name of any form that LoRA files may have, so that such files can be read."""
         targets = self.built().targets(self.parts)

@@ -41,7 +41,7 @@ from lorakit.utils.atomic_io import (
 
 log = logging.getLogger(__name__)
 
-FORMAT = 5
+FORMAT = 6
 """Number of the layout of states; a state of another one cannot be read."""
 
 _TENSORS, _OPTIMIZER, _DESCRIPTION = "network.safetensors", "optimizer.safetensors", "state.json"

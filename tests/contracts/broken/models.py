@@ -115,7 +115,7 @@ class TestTemporary(NetworkContract):
 
 
 class ForgetfulModel(StableDiffusion):
-    """Knows its text by the weights alone, keeps what it should free, and lists its layers from the back."""
+    """Knows its text by the weights alone, keeps what it should free, lists its layers from the back, all as read."""
 
     def fingerprint(self, part):
         return part
@@ -125,6 +125,9 @@ class ForgetfulModel(StableDiffusion):
 
     def targets(self, parts):
         return super().targets(parts)[::-1]
+
+    def reads(self, target):
+        return True
 
     def use_attention(self, backend):
         pass
@@ -160,6 +163,7 @@ class TestForgetfulModel(ModelFamilyContract):
         "test_predicts[dtype1]",
         "test_targets_are_unique_and_in_order",
         "test_targets_know_their_places",
+        "test_targets_know_whether_they_are_read[True]",
         "test_fingerprints",
         "test_keeps_parts_in_fewer_bits[fp8]",
         "test_keeps_parts_in_fewer_bits[int8]",

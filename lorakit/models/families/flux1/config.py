@@ -25,7 +25,6 @@ class FluxFamilyConfig(FlowTransformerConfig):
     """What FLUX.1 and Chroma have in common."""
 
     layout = LAYOUT
-    adapter_title = "FLUX"
     t5_tokenizer: ClassVar[str]
     """The field with T5's tokenizer."""
 

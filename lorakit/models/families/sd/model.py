@@ -19,6 +19,7 @@ from lorakit.models.families.sd.infer_config import DOWNSCALING, LATENT_CHANNELS
 from lorakit.models.families.sd.state_dict_keys import TEXT_ENCODER, UNET
 from lorakit.models.families.sd.targets import (
     BLOCK_PATH,
+    layers_behind,
     text_encoder_key,
     text_encoder_targets,
     unet_key,
@@ -28,7 +29,7 @@ from lorakit.models.families.sd.text_encoder import ClipTextEncoder, checkpoint_
 from lorakit.models.families.sd.tokenizer import CaptionTokenizer
 from lorakit.models.families.sd.unet import BasicTransformerBlock, ResnetBlock2D, UNet, use_backend
 from lorakit.models.families.sd.unet_config import UNetConfig
-from lorakit.models.interfaces import AttentionBackend, Conditioning, Memo, TextEncoder
+from lorakit.models.interfaces import AdaptationTarget, AttentionBackend, Conditioning, Memo, TextEncoder
 from lorakit.models.vae import VaeDecoder, VaeEncoder, read_vae_decoder, read_vae_encoder
 from lorakit.models.weights.checkpoint import CheckpointPart
 from lorakit.models.weights.hashing import hash_of_file
@@ -152,6 +153,10 @@ class StableDiffusion(BaseModel):
     def cleaning(self) -> list[object]:
         """What cleans captions, in `text_options`; empty if nothing does."""
         return [f"ftfy {version('ftfy')}"] if self.variant.fix_text else []
+
+    def reads(self, target: AdaptationTarget) -> bool:
+        """False for layers of the text encoder behind the one that `clip_skip` chooses."""
+        return target.part != TEXT_ENCODER.name or layers_behind(target) >= (self.variant.clip_skip or 1) - 1
 
     def read_tokenizer(self, encoder: str, folder: str, pad: int | None) -> CaptionTokenizer:
         """The tokenizer of a text encoder, in the folder of that name or CLIP's; a `ModelError` if they do not fit."""

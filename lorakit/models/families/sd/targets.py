@@ -13,6 +13,7 @@ from lorakit.models.interfaces import AdaptationTarget
 
 _BLOCKS = {"attentions": "transformer", "resnets": "resnet", "downsamplers": "sampler", "upsamplers": "sampler"}
 _LAYERS = {"attn1": "attention", "attn2": "attention", "self_attn": "attention", "ff": "mlp", "mlp": "mlp"}
+_ENCODER_LAYERS = "encoder.layers."
 BLOCK_PATH = re.compile(r".*?\b(?:attentions|resnets|downsamplers|upsamplers|layers)\.\d+")
 """Matches the path of a layer up to its transformer, ResNet block, sampler or layer of the text encoder."""
 
@@ -59,7 +60,7 @@ def text_encoder_targets(encoder: nn.Module) -> Iterator[AdaptationTarget]:
 def clip_targets(encoder: nn.Module, part: ModelPart, key: Callable[[str], str]) -> Iterator[AdaptationTarget]:
     """Projections and MLPs of every layer of a CLIP text encoder, those above the layer that is read included."""
     for path, layer in _adaptable(encoder):
-        if path.startswith("encoder.layers."):
+        if path.startswith(_ENCODER_LAYERS):
             yield AdaptationTarget(
                 key=key(path),
                 part=part.name,
@@ -70,6 +71,12 @@ def clip_targets(encoder: nn.Module, part: ModelPart, key: Callable[[str], str])
                 diffusers_path=f"{part.name}.text_model.{path}",
                 shared_input=shared_input(path),
             )
+
+
+def layers_behind(target: AdaptationTarget) -> int:
+    """How many layers of its text encoder come behind the one that a target is in."""
+    layers = target.root.get_submodule(_ENCODER_LAYERS.rstrip("."))
+    return sum(1 for _ in layers.children()) - 1 - int(target.path.removeprefix(_ENCODER_LAYERS).partition(".")[0])
 
 
 def block_layers(unet: nn.Module) -> Iterator[tuple[str, nn.Module]]:

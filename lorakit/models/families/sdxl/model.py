@@ -12,7 +12,7 @@ from lorakit.api.components import ModelPart
 from lorakit.models.base import PartModule
 from lorakit.models.conditioning import ImageSizes
 from lorakit.models.families.sd.model import StableDiffusion, unet_module
-from lorakit.models.families.sd.targets import BLOCK_PATH
+from lorakit.models.families.sd.targets import BLOCK_PATH, layers_behind
 from lorakit.models.families.sd.text_encoder import checkpoint_layers, clip_module, set_positions
 from lorakit.models.families.sd.unet import BasicTransformerBlock, ResnetBlock2D
 from lorakit.models.families.sdxl import parts, targets
@@ -24,7 +24,7 @@ from lorakit.models.families.sdxl.text_encoder import (
     join,
     projected_clip_module,
 )
-from lorakit.models.interfaces import Conditioning, Memo
+from lorakit.models.interfaces import AdaptationTarget, Conditioning, Memo
 from lorakit.models.weights.checkpoint import CheckpointPart
 
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -103,6 +103,10 @@ class StableDiffusionXL(StableDiffusion):
         """The tokenizers; a `ModelError` if they do not fit the text encoders."""
         encoders = zip(self.modules, _TOKENIZERS, _PADS, strict=False)
         return SDXLTokenizer(*(self.read_tokenizer(own.part.name, folder, pad) for own, folder, pad in encoders))
+
+    def reads(self, target: AdaptationTarget) -> bool:
+        """False for the last layer of the first text encoder: that of the second makes the pooled captions."""
+        return target.part != parts.TEXT_ENCODER_1.name or layers_behind(target) >= 1
 
     def text_options(self, memo: Memo) -> list[object]:
         """What captions are encoded with, and hashes of the model's own tokenizers; empty where it uses CLIP's."""
