@@ -138,7 +138,7 @@ def examined(file: Path, count: int) -> Outcome:
     """What a LoRA has learned."""
     report = _examiner(count).examine(file)
     return Outcome(
-        zorps=list(report.zorps.values()),
+        zorps=list(report.shown.values()),
         right=report.right,
         others=list(report.others.values()),
         failures=list(report.failures()),

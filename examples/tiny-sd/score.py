@@ -3,7 +3,7 @@
     python examples/tiny-sd/score.py --sheet pictures.png
     python examples/tiny-sd/score.py --subject zorp --lora examples/quickstart/out/zorp.safetensors
 
-The prompts are of scenes that the model has not seen in training, or of zorps.
+The prompts are of scenes that the model has not seen in training, or of creatures.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from attrs import fields, frozen
+from creatures import CREATURES
 from judge import Verdict, judge
 from numpy.typing import NDArray
 from pictures import SIDE, sheet
 from scenes import Scene, caption, held_out_scene
-from zorp import NAME, judge_zorp, zorp_caption, zorp_scene
 
 from lorakit.utils.rng import derived_seed, keyed_generator
 
@@ -54,7 +54,7 @@ class Subject:
 
 SUBJECTS = {
     "world": Subject(held_out_scene, caption, judge),
-    NAME: Subject(zorp_scene, zorp_caption, judge_zorp),
+    **{name: Subject(own.test_scene, own.caption, own.judge) for name, own in CREATURES.items()},
 }
 
 

@@ -170,10 +170,11 @@ def train(configs: tuple[Path, ...], overrides: tuple[str, ...], resume: Path | 
     from lorakit.training.setup import run_training
     from lorakit.training.summary import RunAccount
 
-    account, report = RunAccount(), RunReport(prepared.config)
+    account = RunAccount()
+    report = RunReport(prepared.config, account)
     state: Path | Literal["latest"] | None = "latest" if latest else resume
     with report.written_to(report_file if is_main_process() else None):
-        run_training(prepared, catalog(), state, observers=[account, report])
+        run_training(prepared, catalog(), state, observers=[account])
     for line in account.lines():
         click.echo(line)
 

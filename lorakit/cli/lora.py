@@ -265,8 +265,8 @@ Example:
 def bake_command(base: Path, files: list[tuple[Path, float]], output: Path) -> None:
     """Write the base model BASE with LoRA files baked in, each with its WEIGHT, which is 1 if absent.
 
-    BASE is one file, .safetensors or .ckpt. Takes LoRA, DoRA, LoHa and LoKr. Tensors without an adapter are copied; the
-    data types stay.
+    BASE is a file, .safetensors or .ckpt, or a diffusers folder; then MODEL is one, too. Takes LoRA, DoRA, LoHa and
+    LoKr. Tensors without an adapter are copied; the data types stay.
     """
     from lorakit.lora_tools import bake
     from lorakit.utils.wording import counted

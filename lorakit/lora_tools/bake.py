@@ -1,4 +1,4 @@
-"""Baking LoRA files into a base model: a new checkpoint in which the layers that they adapt are changed.
+"""Baking LoRA files into a base model: a new file or folder in which the layers that they adapt are changed.
 
 W ← W + weight·ΔW in float32, rounded once to the file's number format; of a DoRA, `weight` of the way from W to
 magnitude·(W + ΔW)/‖W + ΔW‖. All other tensors are copied byte by byte. One tensor is in memory at a time.
@@ -7,24 +7,26 @@ magnitude·(W + ΔW)/‖W + ΔW‖. All other tensors are copied byte by byte. O
 from __future__ import annotations
 
 import json
+import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from attrs import frozen
 from torch import Tensor
 
-from lorakit.checkpoints import Shapes
+from lorakit.checkpoints import Shapes, summarize
 from lorakit.checkpoints.kinds import adapter_kind
 from lorakit.checkpoints.lora_names import ALPHA, MAGNITUDE
 from lorakit.errors import AdapterError, ModelError, OutputError
 from lorakit.lora_tools.adapters import LORA_PARTS, AnyPath, LoRAFile, open_lora
 from lorakit.lora_tools.base_layers import BaseLayer, LayeredModel, open_model
 from lorakit.lora_tools.merge import WeightedFile, weighted_files
-from lorakit.lora_tools.output import new_file, staged
-from lorakit.lora_tools.stream import layout_of, write_stream
+from lorakit.lora_tools.output import new_file, new_folder, staged
+from lorakit.lora_tools.stream import copy_folder, layout_of, write_stream
+from lorakit.models.weights.checkpoint import CheckpointPart
 from lorakit.models.weights.folders import (
     JoinedTensors,
-    TensorRef,
     TensorSlice,
     TransposedTensor,
     shape_at,
@@ -40,60 +42,105 @@ _NO_LONGER_TRUE = ("sshs_", "modelspec.hash_sha256")
 
 @frozen
 class Baked:
-    """A checkpoint that was written and read back."""
+    """A model that was written and read back."""
 
     path: Path
-    """The file."""
+    """The file or folder."""
     changed: int
     """Layers that were changed."""
     copied: int
-    """Tensors that were copied."""
+    """Tensors that were copied into the same files."""
+
+
+@frozen
+class _ChangedFile:
+    """A file of a part of the base model that is written with other weights."""
+
+    source: Path
+    name: str
+    """Of the new file, relative to what is written."""
+    layers: Mapping[str, Sequence[BaseLayer]]
+    """The changed layers, by the name of the tensor that they are stored in."""
+    shapes: Shapes
+    """Shape of each tensor in it."""
 
 
 def bake(base: AnyPath, files: Sequence[WeightedFile], output: AnyPath) -> Baked:
     """Write a base model with LoRA files baked in, each times its weight, in this order.
 
-    `base` is a single file; the output is a safetensors file with the same tensors and number formats. Takes LoRA,
-    DoRA, LoHa and LoKr. Raises `AdapterError` unless all of the files' adapters are for layers of the model.
+    If `base` is a single file, the output is a safetensors file with the same tensors and number formats; if it is a
+    diffusers folder, the output is one. Takes LoRA, DoRA, LoHa and LoKr. Raises `AdapterError` unless all of the files'
+    adapters are for layers of the model.
     """
-    weighted, target = weighted_files(files), new_file(output)
+    weighted, is_folder = weighted_files(files), os.path.isdir(base)  # noqa: PTH112 - raises nothing
+    target = new_folder(output) if is_folder else new_file(output)
     model = open_model(base)
-    if model.summary.kind == "folder":
-        raise ModelError(f"{base} is a folder; bake takes a model in one file, .safetensors or .ckpt")
     opened = [(open_lora(path, model.targets), weight) for path, weight in weighted]
     for file, _ in opened:
         _check_fit(file, model)
-    stored: dict[str, list[BaseLayer]] = {}
-    changed = 0
-    for layer in model.layers:
-        if any(file.parts(layer.target.key) for file, _ in opened):
-            changed += 1
-            for name in stored_names(layer.place):
-                stored.setdefault(name, []).append(layer)
-    layout, read = layout_of(model.summary.path, model.summary.kind), open_tensors(model.summary.path)
+    layers = [layer for layer in model.layers if any(file.parts(layer.target.key) for file, _ in opened)]
+    changed = _changed_files(layers, model.summary.path if is_folder else None)
+    with staged(target) as written, as_output_error(target):
+        if is_folder:
+            copy_folder(model.summary.path, written, [layer.part.file for layer in layers])
+        for part in changed:
+            if not _write(part, written / part.name if is_folder else written, opened):
+                raise OutputError(f"{target} was not read back as it was written. The disk may be failing.")
+    copied = sum(len(part.shapes) - len(part.layers) for part in changed)
+    return Baked(target, len(layers), copied)
+
+
+def _changed_files(layers: Sequence[BaseLayer], folder: Path | None) -> list[_ChangedFile]:
+    """The files of the parts that layers are in; new names are relative to the folder of the model, if it is one."""
+    found = []
+    for part in {layer.part.files: layer.part for layer in layers}.values():
+        places = [(name, own) for own in layers if own.part.files == part.files for name in stored_names(own.place)]
+        for source in part.files:
+            shapes, stored = summarize(source).tensors, defaultdict(list)
+            for stored_name, layer in places:
+                if stored_name in shapes:
+                    stored[stored_name].append(layer)
+            name = _new_name(source, part).relative_to(folder).as_posix() if folder else source.name
+            found.append(_ChangedFile(source, name, stored, shapes))
+    return found
+
+
+def _new_name(source: Path, part: CheckpointPart) -> Path:
+    """The path of a file of a folder with the ending of safetensors."""
+    if source.suffix == ".safetensors":
+        return source
+    if part.shards:
+        raise ModelError(f"{part} is in several files that are not .safetensors; save the model as .safetensors first")
+    return source.with_name(part.format.files[0])
+
+
+def _write(file: _ChangedFile, path: Path, files: Sequence[tuple[LoRAFile, float]]) -> bool:
+    """Write a file of the model with its layers changed; whether it is read back as it was written."""
+    summary, read = summarize(file.source), open_tensors(file.source)
 
     def tensor(name: str) -> Tensor:
         whole = read(name)
-        for layer in stored.get(name, ()):
-            rows = _rows_of(name, layer.place, model.summary.tensors)
-            whole = _with_layer(whole, layer, rows, opened)
+        for layer in file.layers.get(name, ()):
+            whole = _with_layer(whole, layer, _rows_of(name, layer), files)
         return whole
 
-    merged = json.dumps({file.path.name: weight for file, weight in opened})
-    metadata = {key: text for key, text in model.summary.metadata.items() if not key.startswith(_NO_LONGER_TRUE)}
-    with staged(target) as written, as_output_error(target):
-        if not write_stream(written, layout, {**metadata, "modelspec.merged_from": merged}, tensor):
-            raise OutputError(f"{target} was not read back as it was written. The disk may be failing.")
-    return Baked(target, changed, len(layout.shapes) - len(stored))
+    merged = json.dumps({lora.path.name: weight for lora, weight in files})
+    kept = {key: text for key, text in summary.metadata.items() if not key.startswith(_NO_LONGER_TRUE)}
+    # Transformers reads no file that does not say so.
+    origin = {} if summary.kind == "safetensors" else {"format": "pt"}
+    metadata = {**origin, **kept, "modelspec.merged_from": merged}
+    return write_stream(path, layout_of(file.source, summary.kind), metadata, tensor)
 
 
-def _rows_of(name: str, place: TensorRef, tensors: Shapes) -> slice:
+def _rows_of(name: str, layer: BaseLayer) -> slice:
     """The rows of a layer that a stored tensor has."""
+    place = layer.place
     if not isinstance(place, JoinedTensors):
         return slice(None)
+    shapes = {other: shape for file in layer.part.files for other, shape in summarize(file).tensors.items()}
     index = place.names.index(name)
-    start = sum(shape_at(part, tensors)[0] for part in place.parts[:index])
-    return slice(start, start + shape_at(place.parts[index], tensors)[0])
+    start = sum(shape_at(part, shapes)[0] for part in place.parts[:index])
+    return slice(start, start + shape_at(place.parts[index], shapes)[0])
 
 
 def _with_layer(whole: Tensor, layer: BaseLayer, rows: slice, files: Sequence[tuple[LoRAFile, float]]) -> Tensor:

@@ -15,6 +15,7 @@ from lorakit.errors import ModelError
 from lorakit.lora_tools.adapters import AnyPath
 from lorakit.models.base import BaseModel, empty_module
 from lorakit.models.interfaces import AdaptationTarget
+from lorakit.models.weights.checkpoint import CheckpointPart
 from lorakit.models.weights.folders import TensorRef
 from lorakit.models.weights.load import open_tensors, shapes_of
 from lorakit.plugins.catalog import Catalog
@@ -26,6 +27,8 @@ class BaseLayer:
 
     target: AdaptationTarget
     """What networks know of it."""
+    part: CheckpointPart
+    """The part of the model that it is in, with its files."""
     place: TensorRef
     """Where it is in its file."""
     shape: tuple[int, ...]
@@ -84,5 +87,5 @@ def open_model(path: AnyPath) -> LayeredModel:
         places = part.find(shapes)
         for target in own.targets(module):
             name = f"{target.path}.weight"
-            layers.append(BaseLayer(target, places[name], shapes[name], read))
+            layers.append(BaseLayer(target, part, places[name], shapes[name], read))
     return LayeredModel(Path(path), summary, family, model, layers)

@@ -14,6 +14,7 @@ from lorakit.checkpoints.lora_names import ALPHA, DOWN, MAGNITUDE, UP
 from lorakit.errors import AdapterError, OutputError
 from lorakit.lora_tools.adapters import Adapter, AnyPath, LoRAFile
 from lorakit.lora_tools.low_rank import relative
+from lorakit.models.weights.folders import WEIGHT_SUFFIXES
 from lorakit.models.weights.load import open_tensors
 from lorakit.networks.adapter_file import DTYPES, Precision, write_safetensors
 from lorakit.utils.atomic_io import as_output_error, commit, staging_dir, unwritable_reason
@@ -64,6 +65,18 @@ def new_file(output: AnyPath) -> Path:
     path = Path(output)
     if path.suffix != ".safetensors":
         raise OutputError(f"{path} must end in .safetensors, the only format that is written here")
+    return _new(path)
+
+
+def new_folder(output: AnyPath) -> Path:
+    """The path of a folder to write; an `OutputError` if it exists, cannot be written, or is called like a file."""
+    path = Path(output)
+    if path.suffix in WEIGHT_SUFFIXES:
+        raise OutputError(f"{path} would be a folder, as the base model is one; give a name without {path.suffix}")
+    return _new(path)
+
+
+def _new(path: Path) -> Path:
     if path.exists() or path.is_symlink():
         raise OutputError(f"{path} exists already; give another name, or remove it first")
     if reason := unwritable_reason(path.parent):
@@ -73,7 +86,7 @@ def new_file(output: AnyPath) -> Path:
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """Where to write a file that gets its name when the block ends without an error."""
+    """Where to write a file or folder that gets its name when the block ends without an error."""
     with staging_dir(path) as scratch:
         yield scratch / path.name
         if path.exists():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,7 +17,9 @@ from lorakit.checkpoints import Shapes, pickled_tensors
 from lorakit.checkpoints.safetensors_header import read_safetensors_header
 from lorakit.checkpoints.stored_tensor import ITEM_BYTES
 from lorakit.errors import ModelError
+from lorakit.models.weights.folders import WEIGHT_SUFFIXES
 from lorakit.models.weights.hashing import hash_of_file
+from lorakit.utils.safe_paths import require_regular_file
 
 _DTYPES: Mapping[str, str] = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
@@ -84,3 +88,23 @@ def _bytes(tensor: Tensor) -> memoryview:
     plain = tensor.contiguous()
     view: memoryview = plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else memoryview(b"")
     return view
+
+
+def copy_folder(source: Path, target: Path, changed: Iterable[Path]) -> None:
+    """Copy a diffusers folder without the weights of some parts; `changed` are their files, or the indexes of those.
+
+    What else is there of their weights, for other programs or in other precisions, would no longer be the same model.
+    Weights beside the folders of the parts are other models.
+    """
+    indexes = set(changed)
+    unlike = {source, *(index.parent for index in indexes)}
+    for root, folders, names in os.walk(source):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        folder = target / Path(root).relative_to(source)
+        folder.mkdir()
+        for path in (Path(root, name) for name in names if not name.startswith(".")):
+            is_weights = path.suffix in WEIGHT_SUFFIXES or ".index." in path.name
+            is_index = path in indexes and path.suffix == ".json"
+            if is_index or not (is_weights and path.parent in unlike):
+                require_regular_file(path)
+                shutil.copyfile(path, folder / path.name)

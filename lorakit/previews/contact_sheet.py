@@ -17,7 +17,9 @@ from lorakit.utils.sheets import scaled_to_side, wrap_to_width
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from PIL.ImageDraw import ImageDraw
+    from PIL.ImageFont import FreeTypeFont, ImageFont
+
+    AnyFont = FreeTypeFont | ImageFont
 
 MAX_ROWS, MAX_COLUMNS = 16, 8
 """How many prompts and how many times of drawing a sheet shows at most."""
@@ -97,14 +99,16 @@ def _sheet(titles: Sequence[str], columns: Sequence[Sequence[Path | None]]) -> I
     from PIL import Image, ImageDraw, ImageFont
 
     pitch = _CELL + _GAP
+    font = ImageFont.load_default(_TEXT_SIZE)
+    titles = [_fitted(title, font) for title in titles]
     head = _GAP + (_TEXT_SIZE + 10) * max((title.count("\n") + 1 for title in titles), default=1)
     size = (_LABEL + pitch * len(columns) + _GAP, head + pitch * max(map(len, columns), default=0) + _GAP)
     paper = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(paper)
-    draw.font = ImageFont.load_default(_TEXT_SIZE)
+    draw.font = font
     for column, (title, paths) in enumerate(zip(titles, columns, strict=True)):
         left = _LABEL + pitch * column + _GAP
-        draw.multiline_text((left, _GAP), _shortened(draw, title), fill="black")
+        draw.multiline_text((left, _GAP), title, fill="black")
         for row, path in enumerate(paths):
             if path is None:
                 continue
@@ -130,14 +134,24 @@ def _thumbnail(path: Path) -> tuple[Image, str]:
         return scaled_to_side(picture.convert("RGB"), _CELL), picture.info.get("prompt", "")
 
 
-def _shortened(draw: ImageDraw, title: str) -> str:
-    """The title with lines that fit above a column, of which the middle is left out where they are longer."""
-    lines = []
-    for line in title.split("\n"):
-        kept = len(line)
-        short = line
-        while kept > 1 and draw.textlength(short) > _CELL:
-            kept -= 1
-            short = f"{line[: kept // 2]}…{line[len(line) - (kept + 1) // 2 :]}"
-        lines.append(short)
-    return "\n".join(lines)
+def _fitted(title: str, font: AnyFont) -> str:
+    """The title in lines that fit above a column: broken between words, and without the middle of longer ones."""
+    lines: list[str] = []
+    for part in title.split("\n"):
+        line = ""
+        for word in part.split():
+            longer = f"{line} {word}".strip()
+            if line and font.getlength(longer) > _CELL:
+                lines.append(line)
+                longer = word
+            line = longer
+        lines.append(line)
+    return "\n".join(_shortened(line, font) for line in lines)
+
+
+def _shortened(line: str, font: AnyFont) -> str:
+    kept, short = len(line), line
+    while kept > 1 and font.getlength(short) > _CELL:
+        kept -= 1
+        short = f"{line[: kept // 2]}…{line[len(line) - (kept + 1) // 2 :]}"
+    return short

@@ -4,60 +4,31 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from lorakit.api.observer import Observer, RunInfo, StepMetrics
 from lorakit.config.dump import to_toml
 from lorakit.config.train_config import TrainConfig
+from lorakit.training.summary import RunAccount
 from lorakit.utils.atomic_io import write_atomically
 
 
-class RunReport(Observer):
-    """Collects the numbers of a run; its report is a JSON object.
+class RunReport:
+    """The numbers of a run as a JSON object.
 
     `config` is a hash of the resolved config, `error` why the run ended early, empty if it did not; `steps` are those
     done, `loss` is the mean training loss of the last epoch's steps, `validation` that of the last validation, and
     `lowest_validation` that of the best, after `lowest_validation_step`. `seconds` are those of the whole run, and
-    `memory` is the peak in bytes: of the GPU, or of the process on CPUs. `file` is the last file saved, `previews` are
-    the pictures of the last time of drawing.
+    `memory` is the peak in bytes: of the GPU, or of the process on CPUs. `file` is the final file, or the last one
+    saved before an early end; `previews` are the pictures of the last time of drawing.
     """
 
-    def __init__(self, config: TrainConfig, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock` gives seconds since any moment."""
-        self._clock, self._started = clock, clock()
-        self._recent: deque[float] = deque(maxlen=1)
-        self._validations: dict[int, float] = {}
-        self._content: dict[str, Any] = {"config": config_hash(config), "steps": 0, "file": None, "previews": []}
-
-    def run_started(self, run: RunInfo) -> None:
-        """Remember the length of an epoch."""
-        self._recent = deque(maxlen=run.steps_per_epoch)
-
-    def step_finished(self, step: int) -> None:
-        """Count it."""
-        self._content["steps"] = step
-
-    def metrics_read(self, metrics: StepMetrics) -> None:
-        """Remember the loss."""
-        self._recent.append(metrics.loss)
-
-    def validated(self, step: int, losses: Mapping[str, float]) -> None:
-        """Remember the loss."""
-        self._validations[step] = losses["average"]
-
-    def adapter_saved(self, path: Path) -> None:
-        """Remember the file."""
-        self._content["file"] = str(path.absolute())
-
-    def previews_drawn(self, step: int, paths: Sequence[Path]) -> None:  # noqa: ARG002
-        """Remember the pictures."""
-        self._content["previews"] = [str(path.absolute()) for path in paths]
+    def __init__(self, config: TrainConfig, account: RunAccount) -> None:
+        """`account` observes the run."""
+        self._config, self._account = config, account
 
     @contextmanager
     def written_to(self, path: Path | None) -> Iterator[None]:
@@ -74,15 +45,19 @@ class RunReport(Observer):
 
     def content(self, error: str = "") -> dict[str, Any]:
         """The report as it is now."""
-        lowest = min(self._validations, key=self._validations.__getitem__, default=None)
+        account, lowest = self._account, self._account.lowest_step
+        losses = account.validations
         return {
-            **self._content,
+            "config": config_hash(self._config),
+            "steps": account.step,
+            "file": account.file and str(account.file.absolute()),
+            "previews": [str(path.absolute()) for path in account.previews],
             "error": error,
-            "loss": sum(self._recent) / len(self._recent) if self._recent else None,
-            "validation": self._validations[max(self._validations)] if self._validations else None,
-            "lowest_validation": None if lowest is None else self._validations[lowest],
+            "loss": account.loss,
+            "validation": losses[max(losses)] if losses else None,
+            "lowest_validation": None if lowest is None else losses[lowest],
             "lowest_validation_step": lowest,
-            "seconds": self._clock() - self._started,
+            "seconds": account.seconds,
             "memory": peak_memory(),
         }
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lorakit._version import __version__
-from lorakit.api.observer import Observer, RunInfo
+from lorakit.api.observer import Observer, RunInfo, StepMetrics
 from lorakit.config.train_config import OutputSection, TrainConfig
 from lorakit.data.batch_sampler import RunLength, buckets
 from lorakit.data.index import Example
@@ -132,68 +133,102 @@ def _saves(output: OutputSection, length: RunLength) -> str:
 
 
 class RunAccount(Observer):
-    """Collects what a run writes and measures, for a report at its end."""
+    """Collects what a run writes and measures; summed up at its end, in lines or as a report for programs."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """`clock` gives seconds since any moment."""
         self._clock = clock
         self._started = clock()
         self._run: RunInfo | None = None
-        self._step = 0
         self._saves: dict[Path, int] = {}
-        self._losses: dict[int, float] = {}
-        self._previews: Path | None = None
+        self._recent: deque[float] = deque(maxlen=1)
+        self.step = 0
+        """The optimizer steps done."""
+        self.validations: dict[int, float] = {}
+        """Validation losses, by step."""
+        self.previews: Sequence[Path] = ()
+        """The pictures of the last time of drawing."""
 
     def run_started(self, run: RunInfo) -> None:
         """Remember the run."""
         self._run = run
-        self._step = run.first_step
+        self._recent = deque(maxlen=run.steps_per_epoch)
+        self.step = run.first_step
 
     def step_finished(self, step: int) -> None:
         """Remember the step, to which the saves that follow belong."""
-        self._step = step
+        self.step = step
+
+    def metrics_read(self, metrics: StepMetrics) -> None:
+        """Remember the loss."""
+        self._recent.append(metrics.loss)
 
     def adapter_saved(self, path: Path) -> None:
         """Remember the file."""
         self._saves.pop(path, None)
-        self._saves[path] = self._step
+        self._saves[path] = self.step
 
     def validated(self, step: int, losses: Mapping[str, float]) -> None:
         """Remember the loss."""
-        self._losses[step] = losses["average"]
+        self.validations[step] = losses["average"]
 
     def previews_drawn(self, step: int, paths: Sequence[Path]) -> None:  # noqa: ARG002
-        """Remember the folder."""
-        if paths:
-            self._previews = paths[0].parent
+        """Remember the pictures."""
+        self.previews = paths or self.previews
+
+    @property
+    def seconds(self) -> float:
+        """Since the account was opened."""
+        return self._clock() - self._started
+
+    @property
+    def loss(self) -> float | None:
+        """Mean training loss of the last epoch's steps; None before the first."""
+        return sum(self._recent) / len(self._recent) if self._recent else None
+
+    @property
+    def lowest_step(self) -> int | None:
+        """When the validation loss was lowest; None without validation."""
+        return min(self.validations, key=self.validations.__getitem__, default=None)
+
+    @property
+    def file(self) -> Path | None:
+        """The final LoRA file, or the last one saved if the run has not reached its end; None if there is none."""
+        saves = self._existing()
+        if self._run is None or not saves:
+            return None
+        return next((path for path in saves if path.stem == self._run.config.output.name), saves[-1])
 
     def lines(self) -> list[str]:
-        """The report on a run; empty where none was observed that saved something."""
-        saves = [path for path in self._saves if path.exists()]
-        if self._run is None or not saves:
+        """A summary of the run; empty where none was observed that saved something."""
+        last, others = self.file, len(self._existing()) - 1
+        if self._run is None or last is None:
             return []
-        last = next((path for path in saves if path.stem == self._run.config.output.name), saves[-1])
-        kept = f", and {counted(len(saves) - 1, 'other save')}" if len(saves) > 1 else ""
-        size = file_size(last.stat().st_size)
-        first = f"Done in {duration(self._clock() - self._started)}: {shown_path(last)} ({size}){kept}"
-        rows = labelled([*self._rows(self._run, last)], LABEL_WIDTH)
-        return [first, *([self._lowest(self._run)] if self._losses else []), *rows]
+        kept = f", and {counted(others, 'other save')}" if others else ""
+        first = f"Done in {duration(self.seconds)}: {shown_path(last)} ({file_size(last.stat().st_size)}){kept}"
+        return [first, *self._lowest(self._run), *labelled([*self._rows(self._run, last)], LABEL_WIDTH)]
+
+    def _existing(self) -> list[Path]:
+        return [path for path in self._saves if path.exists()]
 
     def _rows(self, run: RunInfo, file: Path) -> Iterator[tuple[str, str]]:
-        if self._previews is not None:
-            sheet = self._previews / f"{run.config.output.name}_contact_sheet.png"
+        if self.previews:
+            folder = self.previews[0].parent
+            sheet = folder / f"{run.config.output.name}_contact_sheet.png"
             draws_sheet = any(getattr(observer, "contact_sheet", False) for observer in run.config.observers)
-            yield "previews", shown_path(sheet if draws_sheet and sheet.exists() else self._previews)
+            yield "previews", shown_path(sheet if draws_sheet and sheet.exists() else folder)
         if isinstance(run.config.network, RankedConfig):
             yield "use", how_to_use(run.config, file)
 
-    def _lowest(self, run: RunInfo) -> str:
+    def _lowest(self, run: RunInfo) -> Iterator[str]:
         """When the validation loss was lowest, and the file of that moment."""
-        step = min(self._losses, key=self._losses.__getitem__)
-        files = [path for path, saved in self._saves.items() if saved == step and path.exists()]
+        step = self.lowest_step
+        if step is None:
+            return
+        files = [path for path in self._existing() if self._saves[path] == step]
         epoch, rest = divmod(step, run.steps_per_epoch)
         when = f"step {step}" if rest or not step else f"epoch {epoch}"
-        return f"Lowest validation loss: {when}" + (f", {shown_path(files[-1])}" if files else "")
+        yield f"Lowest validation loss: {when}" + (f", {shown_path(files[-1])}" if files else "")
 
 
 def how_to_use(config: TrainConfig, file: Path) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from lorakit.builtin.model_families.sd1 import SD1Config
 from lorakit.builtin.model_families.sd2 import SD2Config
 from lorakit.builtin.model_families.sdxl import SDXLConfig
 from lorakit.checkpoints import pickled_tensors
-from lorakit.errors import AdapterError, LorakitError, ModelError
+from lorakit.errors import AdapterError, LorakitError, ModelError, OutputError
 from lorakit.lora_tools import bake, convert, extract
 from lorakit.models.weights.load import open_tensors
 from tests.lora_tools.files import SD1, close, dora, lora, metadata_of, updates, updates_of, write
@@ -75,6 +77,52 @@ def test_bake_and_extract(tmp_path: Path, request: pytest.FixtureRequest, family
     assert close(updates_of(lora_file.path), update, 1e-4)
     assert lora_file.error < 1e-4
     assert (lora_file.unchanged, lora_file.left_out) == (0, ())
+
+
+def in_shards(folder: Path) -> None:
+    """Spread the weights of a U-Net's folder over two files and an index; the second has no layer of a LoRA."""
+    whole = folder / "diffusion_pytorch_model.safetensors"
+    tensors, places = load_file(whole), {}
+    for number in (1, 2):
+        name = f"diffusion_pytorch_model-0000{number}-of-00002.safetensors"
+        chosen = {key: own for key, own in tensors.items() if key.startswith("conv_") == (number == 2)}
+        save_file(chosen, folder / name, {"format": "pt"})
+        places |= dict.fromkeys(chosen, name)
+    whole.with_suffix(".safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    whole.unlink()
+
+
+def pickled(folder: Path) -> None:
+    """Write the weights of a U-Net's folder as PyTorch does."""
+    whole = folder / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(whole), whole.with_suffix(".bin"))
+    whole.unlink()
+
+
+@pytest.mark.parametrize("store", [lambda _: None, in_shards, pickled], ids=["whole", "shards", "bin"])
+def test_bake_into_a_folder(tmp_path: Path, tiny_sd1: Path, store: Callable[[Path], None]) -> None:
+    """A diffusers folder becomes one that diffusers loads, without weights that would no longer be the same model."""
+    base, baked = shutil.copytree(tiny_sd1, tmp_path / "base"), tmp_path / "baked"
+    tensors = weak(lora, {key: own for key, own in shapes(base).items() if key.startswith("lora_unet")})
+    store(base / "unet")
+    before = weights(base)
+    kept = {path.relative_to(base) for path in base.rglob("*") if path.is_file()}
+    for stale in ("unet/diffusion_pytorch_model.fp16.safetensors", "whole.ckpt", ".git/x"):
+        (base / stale).parent.mkdir(exist_ok=True)
+        (base / stale).write_bytes(b"stale")
+    done = bake(base, [(write(tmp_path / "a.safetensors", tensors, {}), 0.5)], baked)
+    after, update = weights(baked), updates(tensors)
+    for key, weight in before.items():
+        expected = weight + 0.5 * update[key] if key in update else weight
+        assert float((after[key] - expected).norm()) < 1e-6 * float(weight.norm()), key
+    assert done.changed == len(update)
+    names = {Path(str(path).replace(".bin", ".safetensors")) for path in kept}
+    assert {path.relative_to(baked) for path in baked.rglob("*") if path.is_file()} == names
+    for name in ("text_encoder/model.safetensors", "vae/config.json", "model_index.json"):
+        assert (baked / name).read_bytes() == (base / name).read_bytes()
+    loaded = UNet2DConditionModel.from_pretrained(baked / "unet").state_dict()
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert torch.equal(loaded[f"{name}.weight"].double(), after[f"lora_unet_{name.replace('.', '_')}"])
 
 
 def test_two_files_in_order(tmp_path: Path, tiny_sd1_file: Path) -> None:
@@ -171,7 +219,8 @@ def test_refused(tmp_path: Path, tiny_sd1_file: Path, tiny_sd1: Path, tiny_sd2_f
         (lambda: bake(tiny_sd1_file, [sizes], new), AdapterError, r"weights of \[3, 5\], the layer's are"),
         (lambda: bake(tiny_sd1_file, [broken], new), AdapterError, "nan.safetensors.* holds NaN"),
         (lambda: bake(tiny_sd1_file, [], new), AdapterError, "no files"),
-        (lambda: bake(tiny_sd1, [good], new), ModelError, "is a folder; bake takes a model in one file"),
+        (lambda: bake(tiny_sd1, [good], new), OutputError, "would be a folder, as the base model is one"),
+        (lambda: bake(tiny_sd1, [good], tmp_path), OutputError, "exists already"),
         (lambda: bake(good, [good], new), ModelError, "good.safetensors is a LoRA.*; give a base model"),
         (lambda: bake(tmp_path / "gone.safetensors", [good], new), ModelError, "gone.safetensors does not exist"),
         (lambda: bake(tiny_sd1_file, [tiny_sd1_file], new), AdapterError, "is a base model, not a LoRA"),

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lorakit.previews import contact_sheet as contact_sheets
-from lorakit.previews.contact_sheet import MAX_COLUMNS, MAX_ROWS, find_previews, write_contact_sheet
+from lorakit.previews.contact_sheet import MAX_COLUMNS, MAX_ROWS, find_previews, write_contact_sheet, write_sheet
 from lorakit.previews.previews import write_png
 
 Colour = tuple[int, int, int]
@@ -104,3 +104,18 @@ def test_pictures_that_are_gone_are_left_out(save) -> None:
     sheet = paths[1].parent / "sheet.png"
     write_contact_sheet(sheet, previews)
     assert colour_at(Image.open(sheet).convert("RGB"), 0, 0) == (200, 0, 0)
+
+
+def test_long_titles(save, tmp_path: Path) -> None:
+    """They are broken between words, and end where their column does; pictures are below the longest."""
+    paths = [save(1, 0, (200, 0, 0))]
+    titles = ["rank=8", "rank=8 lr=4e-3 alpha=16 dropout=0.1 a-file-name-that-is-longer-than-its-column"]
+    write_sheet(tmp_path / "sheet.png", dict.fromkeys(titles, paths))
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"))
+    head = GAP + 3 * 24
+    assert len(sheet) == head + CELL + GAP + GAP
+    words = sheet[:head, LABEL + GAP :]
+    rows = [(words[line : line + 18, CELL + GAP :] < 128).any() for line in (GAP, GAP + 19, GAP + 38)]
+    assert rows == [True] * 3
+    assert (words[:, -GAP:] == 255).all()
+    assert (words[:, CELL : CELL + GAP] == 255).all()

@@ -202,6 +202,43 @@ lorakit.train(sys.argv[1], overrides=sys.argv[2:])
 """
 
 
+def test_moving_average(tables: dict[str, Any], make_config: MakeConfig, tmp_path: Path) -> None:
+    """Each process holds the same average of the steps, which one process with all of the batch would save."""
+    sections: dict[str, Any] = {
+        "network": {"rank": 2, "ema": 0.6},
+        "optimizer": {"name": "sgdnesterov", "lr": 1.0},
+        "training": {"max_steps": 3},
+    }
+    path = write_config(tables, tmp_path, **sections)
+    program = tmp_path / "program.py"
+    program.write_text(AVERAGED)
+    alone = weights_of(lorakit.train(make_config(**sections, data={"batch_size": 2}, output={"name": "alone"})))
+    results = together(program, path, "data.batch_size=1")
+    assert all(result.returncode == 0 for result in results), results[0].stderr
+    digests = [result.stdout.split() for result in results]
+    assert digests[0] == digests[1]
+    assert len(set(digests[0])) == 3
+    found = weights_of(tmp_path / "out" / "test.safetensors")
+    assert found.keys() == alone.keys()
+    ups = [(found[name], own) for name, own in alone.items() if "lora_up" in name]
+    off, moved = (torch.cat([*map(torch.flatten, parts)]) for parts in ([a - b for a, b in ups], [b for _, b in ups]))
+    assert off.norm() < 1e-4 * moved.norm()
+
+
+AVERAGED = """
+import hashlib, sys
+import lorakit
+from lorakit.training.step.moving_average import MovingAverage
+
+original = MovingAverage.update
+def noted(self, *args):
+    original(self, *args)
+    print(hashlib.sha256(self.average.numpy().tobytes()).hexdigest())
+MovingAverage.update = noted
+lorakit.train(sys.argv[1], overrides=sys.argv[2:])
+"""
+
+
 FAILING = """
 from lorakit.errors import LorakitError, OutputError
 from lorakit.training.runtime.distributed import Distributed

@@ -126,6 +126,10 @@ def test_account_of_a_run(make_config, catalog: Catalog, tmp_path: Path, monkeyp
     assert " ".join(" ".join(use).split()) == (
         "use models/Lora: <lora:test:1> in AUTOMATIC1111, Forge; models/loras in ComfyUI; words: sks, photo of sks"
     )
+    best = path.with_name("test-best.safetensors")
+    best.write_bytes(b"")
+    account.adapter_saved(best)
+    assert account.file == path  # though another was saved after it
 
 
 def test_python_prints_nothing_on_standard_output(make_config, capfd: pytest.CaptureFixture[str]) -> None:

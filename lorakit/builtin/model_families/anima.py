@@ -30,6 +30,7 @@ class AnimaConfig(FlowTransformerConfig):
     title = adapter_title = "Anima"
     parts = (TRANSFORMER, QWEN3, CONDITIONER)
     layout = LAYOUT
+    layer_tags = ("transformer", "attention", "mlp", "modulation", "text_encoder")
     lora_layout = "original"
     checkpoint_type = AnimaCheckpoint
     flow = FlowSpec(shift=1.0, preview_shift=3.0, timestep_scale=1.0)

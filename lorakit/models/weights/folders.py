@@ -18,7 +18,8 @@ from lorakit.utils.wording import some
 _VARIANTS = ("", ".fp16", ".fp32", ".bf16", ".non_ema", ".ema")
 """What may be in the names of weights in front of their ending: nothing, or what `variant` of diffusers is; the most
 usual first. Weights that are no running average of those of training (`non_ema`) are a model as well."""
-_WEIGHTS = (".safetensors", ".bin", ".msgpack", ".onnx", ".h5", ".ckpt", ".pth", ".pt")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".msgpack", ".onnx", ".h5", ".ckpt", ".pth", ".pt")
+"""What the names of files with weights end with, of any library."""
 _SHARD = re.compile(r"\w[\w.-]*")
 
 
@@ -122,7 +123,7 @@ def find_weights(location: Location, folder: str, names: Sequence[str], title: s
         if file.is_file():
             is_index = name.endswith(".json")
             return config, _sharded(location, folder, file) if is_index else Weights(file, summarize(file).tensors)
-    others = [name for name in sorted(list_files(config.parent)) if name.endswith(_WEIGHTS)]
+    others = [name for name in sorted(list_files(config.parent)) if name.endswith(WEIGHT_SUFFIXES)]
     only = f", and there is only {some(others)}" if others else ""
     raise ModelError(f"{config.parent} has no weights; there should be a file {names[0]}{only}")
 

@@ -12,7 +12,7 @@ from lorakit.api.model_family import CaptionLengths
 from lorakit.checkpoints import HubModel
 from lorakit.errors import ModelError, Problem
 from lorakit.models.families.flow.config import FlowTransformerConfig
-from lorakit.models.families.flux1.parts import LAYOUT
+from lorakit.models.families.flux1.parts import LAYER_TAGS, LAYOUT
 
 MAX_TOKENS = 512
 """Most tokens of a caption."""
@@ -25,6 +25,7 @@ class FluxFamilyConfig(FlowTransformerConfig):
     """What FLUX.1 and Chroma have in common."""
 
     layout = LAYOUT
+    layer_tags = LAYER_TAGS
     t5_tokenizer: ClassVar[str]
     """The field with T5's tokenizer."""
 

@@ -19,6 +19,9 @@ T5_ALONE = evolve(T5, name="text_encoder", encoders=(0,))
 LAYOUT = BlockLayout(57, {"double": range(19), "single": range(19, 57)})
 """Blocks with weights for text and image each come first."""
 
+LAYER_TAGS = ("transformer", "attention", "mlp", "modulation", "text_stream", "text_encoder")
+"""All tags of layers that can be adapted."""
+
 _GROUPS = {"double_blocks": "double", "single_blocks": "single"}
 
 
