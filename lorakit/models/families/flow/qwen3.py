@@ -113,16 +113,17 @@ def leave_out_last(module: nn.Module) -> None:
     """Let the last layer's input be the output, for families that read the hidden states before it."""
     from torch import nn
 
-    module.layers = module.get_submodule("layers")[:-1]  # type: ignore[index]
+    module.config.num_hidden_layers -= 1  # type: ignore[operator, union-attr]
     module.norm = nn.Identity()
 
 
-def qwen3_targets(encoder: nn.Module) -> Iterator[AdaptationTarget]:
-    """The projections of attention and MLP in every layer."""
+def qwen3_targets(encoder: nn.Module, unread: int = 0) -> Iterator[AdaptationTarget]:
+    """The projections of attention and MLP in every layer; of the last, so many are not read."""
     from torch import nn
 
     from lorakit.models.interfaces import AdaptationTarget
 
+    read = len(encoder.get_submodule("layers")) - unread  # type: ignore[arg-type]
     for path, layer in encoder.named_modules():
         if isinstance(layer, nn.Linear) and path.startswith("layers."):
             shared = _SHARED.fullmatch(path)
@@ -135,6 +136,7 @@ def qwen3_targets(encoder: nn.Module) -> Iterator[AdaptationTarget]:
                 encoder_index=0,
                 diffusers_path=f"text_encoder.model.{path}",
                 shared_input=next(filter(None, shared.groups())) if shared else "",
+                is_read=int(path.split(".")[1]) < read,
             )
 
 

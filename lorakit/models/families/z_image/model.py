@@ -6,7 +6,7 @@ B images in a micro-batch, h and w latent sides, m tokens of the longest caption
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -123,7 +123,7 @@ class ZImage(FlowTransformer):
         PartModule(
             part=QWEN3,
             build=qwen3_module,
-            targets=qwen3_targets,
+            targets=partial(qwen3_targets, unread=1),
             key=qwen3_key,
             finish=finish_text_encoder,
         ),
