@@ -79,8 +79,8 @@ def open_model(path: AnyPath) -> LayeredModel:
         raise ModelError(f"{path} is {detected.title}, whose family does not tell where its layers are stored")
     layers = []
     for own in model.modules:
-        if model.checkpoint.lacks(own.part.name):
-            continue  # text encoders may be files of their own
+        if own.part.encoders and model.checkpoint.lacks(own.part.name):
+            continue  # a file with the denoiser alone
         part = model.checkpoint.part(own.part.name)
         module, read = empty_module(part, own.build), open_tensors(part.files)
         shapes = shapes_of(module)

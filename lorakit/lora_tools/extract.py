@@ -14,6 +14,7 @@ from lorakit.lora_tools.low_rank import leading
 from lorakit.lora_tools.metadata import network_metadata
 from lorakit.lora_tools.output import LayerError, Written, lora_tensors_of, new_file, write_lora
 from lorakit.networks.adapter_file import Precision
+from lorakit.networks.lora_layouts import in_layout
 from lorakit.utils.wording import some
 
 
@@ -72,6 +73,7 @@ def extract(
         "modelspec.sai_model_spec": "1.0.1",
         "ss_training_comment": f"extracted from {other.path.name}, compared with {one.path.name}",
     }
+    tensors = in_layout(tensors, one.family.lora_layout, one.targets)
     write_lora(target, tensors, network_metadata(metadata, adapters, alpha))
     ranks = {key: adapter.rank for key, adapter in adapters.items()}
     return Extracted(target, ranks, tuple(errors), unchanged, tuple(left_out))

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorakit.errors import AdapterError
-from lorakit.lora_tools import average, convert, info, merge, resize
+from lorakit.lora_tools import average, bake, convert, extract, info, merge, resize
 from lorakit.lora_tools.info import report
+from lorakit.testing.flow_models import make_tiny_z_image
 from tests.lora_tools.files import close, lora, metadata_of, write
 
 LAYERS = [f"layers.{number}.attention.to_{name}" for number in (0, 2, 10) for name in "qk"]
@@ -136,3 +137,27 @@ def test_files_for_different_models(tmp_path: Path, files: list[Path]) -> None:
     other = write(tmp_path / "anima.safetensors", anima, {})
     with pytest.raises(AdapterError, match=r"0\.safetensors is for Z-Image and .*anima\.safetensors for Anima"):
         merge([files[0], other], tmp_path / "sum.safetensors")
+
+
+def test_extracted_and_baked(tmp_path: Path) -> None:
+    """The difference of two transformers is in the layout of their family; baked into one, it gives the other."""
+    name = "diffusion_pytorch_model.safetensors"
+    for number, part in enumerate(("base", "tuned")):
+        folder = make_tiny_z_image(tmp_path / f"{part}-folder", seed=0)
+        weights = load_file(folder / "transformer" / name)
+        if number:
+            generator = torch.Generator().manual_seed(1)
+            changed = [key for key in weights if key.startswith("layers.") and key.endswith("attention.to_q.weight")]
+            for key in changed:
+                left, right = (torch.randn(shape, generator=generator) for shape in ((len(weights[key]), 2), (2, 32)))
+                weights[key] = weights[key] + left @ right / 10
+        save_file(weights, tmp_path / f"{part}.safetensors")
+    base, tuned = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    done = extract(base, tuned, tmp_path / "lora.safetensors", rank=2, precision="fp32")
+    tensors = load_file(done.path)
+    assert tensors.keys() == {
+        f"diffusion_model.{key.removesuffix('.weight')}.lora_{factor}.weight" for key in changed for factor in "AB"
+    }
+    baked = load_file(bake(base, [done.path], tmp_path / "baked.safetensors").path)
+    for key, weight in load_file(tuned).items():
+        torch.testing.assert_close(baked[key], weight, rtol=1e-4, atol=1e-5)

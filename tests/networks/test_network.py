@@ -86,7 +86,7 @@ def test_which_layers(model: nn.Module) -> None:
 
 def test_nothing_to_adapt(model: nn.Module) -> None:
     """A network without a single layer to adapt is an error that names the keys to look at."""
-    with pytest.raises(AdapterError, match=r"network\.name and network\.parts"):
+    with pytest.raises(AdapterError, match=r"network\.name, network\.parts and network\.layers"):
         LierlaConfig(parts=("vae",)).build(model.targets())
 
 
