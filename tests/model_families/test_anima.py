@@ -25,7 +25,7 @@ from lorakit.models.families.anima.structure import ConditionerConfig, Transform
 from lorakit.models.families.anima.transformer import Transformer
 from lorakit.plugins.catalog import Catalog
 from lorakit.testing.contracts.tiny_batch import loss_of, make_batch
-from lorakit.testing.flow_models import anima_files, make_tiny_anima
+from lorakit.testing.flow_models import T5_TOKENS, anima_files, byte_tokenizer, make_tiny_anima
 
 CPU = torch.device("cpu")
 
@@ -117,8 +117,10 @@ def test_what_is_missing_is_said(folder: Path, files: Mapping[str, str], tmp_pat
     assert problem.key == "vae"
     with pytest.raises(ModelError, match="has no t5_tokenizer; give "):
         _ = built(AnimaConfig(**{name: own for name, own in files.items() if name != "t5_tokenizer"})).text_encoder
-    with pytest.raises(ModelError, match="is not that of T5"):
-        _ = built(AnimaConfig(**{**files, "t5_tokenizer": files["tokenizer"]})).text_encoder
+    byte_tokenizer((*T5_TOKENS, "<extra>")).save_pretrained(tmp_path / "more")
+    for other in (files["tokenizer"], str(tmp_path / "more")):
+        with pytest.raises(ModelError, match="is not that of T5"):
+            _ = built(AnimaConfig(**{**files, "t5_tokenizer": other})).text_encoder
 
 
 def test_parts_that_do_not_fit_are_told(folder: Path, tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ class AnimaConfig(FlowTransformerConfig):
     """LLM adapter between text encoder and transformer: a file, a diffusers folder, or a Hub id. The model's own when
     absent; single files of the transformer have it."""
     t5_tokenizer: ModelPath | None = field(default=None, converter=path_text)
-    """Tokenizer of T5, whose tokens the LLM adapter asks for: a folder with its `tokenizer.json`, or a Hub id. The
-    model's own when absent; single files have none. T5 itself is not needed."""
+    """Tokenizer of T5, whose tokens the LLM adapter asks for: a folder with its `tokenizer.json` or `spiece.model`,
+    or a Hub id. The model's own when absent; single files have none. T5 itself is not needed."""
 
     def model_type(self) -> type[Anima]:
         """The class of the model."""

@@ -24,7 +24,7 @@ from lorakit.models.families.anima.parts import (
     transformer_key,
 )
 from lorakit.models.families.anima.structure import TEXT_LENGTH, ConditionerConfig, TransformerConfig
-from lorakit.models.families.anima.text_encoder import MAX_TOKENS, AnimaTextEncoder, T5Tokenizer
+from lorakit.models.families.anima.text_encoder import MAX_TOKENS, AnimaTextEncoder
 from lorakit.models.families.anima.transformer import Block, Transformer
 from lorakit.models.families.flow.model import FlowTransformer
 from lorakit.models.families.flow.qwen3 import (
@@ -35,6 +35,7 @@ from lorakit.models.families.flow.qwen3 import (
     qwen3_targets,
     set_rotary,
 )
+from lorakit.models.families.flow.t5 import T5Tokenizer
 from lorakit.models.interfaces import AdaptationTarget, Conditioning, Memo
 from lorakit.models.qwen_image_vae import (
     QwenImageVaeDecoder,
@@ -143,12 +144,13 @@ class Anima(FlowTransformer):
         return {"hidden_states": F.pad(states, (0, 0, 0, max(TEXT_LENGTH - states.shape[1], 0)))}
 
     def make_text_encoder(self, modules: Mapping[str, nn.Module]) -> AnimaTextEncoder:
-        """Qwen3 and the LLM adapter with their tokenizers."""
+        """Qwen3 and the LLM adapter with their tokenizers; a `ModelError` if one does not fit."""
         folder, t5_folder = self.tokenizer_folders
-        adapter = modules[CONDITIONER.name]
-        vocabulary = ConditionerConfig.of(self.checkpoint.part(CONDITIONER.name).settings).target_vocab_size
-        tokenizers = Qwen3Tokenizer(folder, "{}", MAX_TOKENS), T5Tokenizer(t5_folder, vocabulary)
-        return AnimaTextEncoder(modules[QWEN3.name], adapter, *tokenizers)
+        tokenizers = Qwen3Tokenizer(folder, "{}", MAX_TOKENS), T5Tokenizer(t5_folder, MAX_TOKENS)
+        known = ConditionerConfig.of(self.checkpoint.part(CONDITIONER.name).settings).target_vocab_size
+        if tokenizers[1].vocabulary_size > known:
+            raise ModelError(f"the tokenizer in {t5_folder} is not that of T5: the LLM adapter knows {known} tokens")
+        return AnimaTextEncoder(modules[QWEN3.name], modules[CONDITIONER.name], *tokenizers)
 
     @property
     def tokenizer_folders(self) -> list[Path]:
