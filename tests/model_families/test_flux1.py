@@ -216,7 +216,7 @@ def test_guidance(folders: Mapping[str, Path]) -> None:
 
 
 def test_settings_of_the_families(folders: Mapping[str, Path], parts: Mapping[str, Mapping[str, str]]) -> None:
-    """Shifts, steps and scales follow the model; schnell trained plainly is warned of, unless something is merged."""
+    """Shifts, steps and scales follow the model; schnell trained plainly is warned of, unless an adapter undoes it."""
     dev, schnell, chroma = (config(kind, path=str(folders[kind])) for kind in KINDS)
     assert [own.noise_process.sampling_shift((16, 128, 128), 28) for own in (dev, schnell, chroma)] == [
         pytest.approx(3.158193), 1.0, 1.0,
@@ -229,7 +229,7 @@ def test_settings_of_the_families(folders: Mapping[str, Path], parts: Mapping[st
     assert "schnell, distilled to four steps" in str(warning)
     (file,) = config("schnell", **parts["schnell"]).warnings()
     assert file.key == "path"
-    assert not list(evolve(schnell, base_weights=(Path("adapter.safetensors"),)).warnings())
+    assert not list(evolve(schnell, training_adapter=Path("adapter.safetensors")).warnings())
 
 
 def test_long_captions(folders: Mapping[str, Path]) -> None:
@@ -477,7 +477,9 @@ def sentencepiece(pieces: list[tuple[str, float]]) -> bytes:
     return written
 
 
-def test_the_tokenizer_of_sentencepiece(folders: Mapping[str, Path], tmp_path: Path) -> None:
+def test_the_tokenizer_of_sentencepiece(
+    folders: Mapping[str, Path], parts: Mapping[str, Mapping[str, str]], tmp_path: Path
+) -> None:
     """`spiece.model` gives the ids of `tokenizer.json`; damaged files are refused by name."""
     folder = folders["dev"] / "tokenizer_2"
     pieces = [tuple(own) for own in json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]]
@@ -486,6 +488,7 @@ def test_the_tokenizer_of_sentencepiece(folders: Mapping[str, Path], tmp_path: P
     for caption in ("", "a cat", "  two  spaces, é </s> and more"):
         assert torch.equal(found([caption])["ids"], expected([caption])["ids"])
     assert found.vocabulary_size == expected.vocabulary_size
+    assert not list(config("dev", **{**parts["dev"], "tokenizer_2": str(tmp_path)}).problems())
     for content in (b"", b"\x0a\xff", b"no such file", (tmp_path / "spiece.model").read_bytes()[:-30]):
         (tmp_path / "spiece.model").write_bytes(content)
         with pytest.raises(ModelError, match=r"the tokenizer in .* cannot be read"):

@@ -32,7 +32,6 @@ _T5_TOKENIZER = (
     'the folder {} of a model in diffusers\' layout, or a Hub id such as "google/t5-v1_1-xxl"; single files have none'
 )
 _VAE = 'a file such as "ae.safetensors", or a folder'
-_DEV, _SCHNELL = FlowSpec(shift=ShiftLine(), preview_shift=ShiftLine()), FlowSpec()
 
 
 @frozen(kw_only=True)
@@ -45,6 +44,7 @@ class FluxConfig(FluxFamilyConfig):
     checkpoint_type = FluxCheckpoint
     t5_tokenizer = "tokenizer_2"
     tokenizer_fields = ("tokenizer", "tokenizer_2")
+    flow = FlowSpec(shift=ShiftLine(), preview_shift=ShiftLine())
     preview_scale = 1.0
     usual_parts = {  # noqa: RUF012 - a ClassVar of the base
         "text_encoder": 'a file such as "clip_l.safetensors", a folder, or a Hub id',
@@ -66,9 +66,9 @@ class FluxConfig(FluxFamilyConfig):
     single files have none."""
 
     @property
-    def flow(self) -> FlowSpec:  # type: ignore[override]
+    def noise_process(self) -> FlowSpec:
         """Flow matching, shifted by the resolution; not for schnell."""
-        return _DEV if self.has_guidance else _SCHNELL
+        return self.flow if self.has_guidance else FlowSpec()
 
     @property
     def preview_steps(self) -> int:  # type: ignore[override]
@@ -102,8 +102,7 @@ class FluxConfig(FluxFamilyConfig):
         yield from super().warnings()
         if not self.has_guidance and self.training_adapter is None:
             message = (
-                f"{self.path} is FLUX.1 schnell, distilled to four steps, which training undoes within a few thousand "
-                "steps: images of few steps become soft"
+                f"{self.path} is FLUX.1 schnell, distilled to four steps, which training destroys: images become soft"
             )
             hint = (
                 "train on FLUX.1 dev, or set model.training_adapter to a LoRA that undoes the distillation, such as "

@@ -259,7 +259,8 @@ class ModelCheckpoint:
         """Whether the model comes without a part, as far as headers or configs tell."""
         if self.summary.kind == "folder":
             return name not in self.summary.configs
-        return not self.formats[name].is_in(self.summary.tensors)
+        part, tensors = self.formats[name], self.summary.tensors
+        return not part.is_in(tensors) and part.other_layout(self.summary.path, tensors) is None
 
 
 def _layers(settings: Settings) -> int:

@@ -26,11 +26,13 @@ TRANSFORMER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.", ""
 """What the names of a transformer's tensors may begin with in single files."""
 LATENT_CHANNELS, DOWNSCALING = 16, 8
 """Channels of latents, and how many times smaller than images they are."""
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
+"""What a tokenizer's folder has one of."""
 TOKENIZER_FILES = (
-    "tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "merges.txt", "spiece.model", "chat_template.jinja",
+    *_VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "chat_template.jinja",
 )  # fmt: skip
-"""What a tokenizer's folder may hold; one of the first two is there if it has one."""
+"""What a tokenizer's folder may hold."""
 
 
 def _renaming(_: str, shapes: Shapes, settings: Settings) -> Callable[[str], str]:
@@ -111,6 +113,6 @@ class FlowCheckpoint(ModelCheckpoint):
             return location.parent
         for folder in ("", f"{name}/") if own else (f"{name}/",):
             root = fetched(location, [folder + file for file in TOKENIZER_FILES]) / folder
-            if any((root / file).is_file() for file in TOKENIZER_FILES[:2]):
+            if any((root / file).is_file() for file in _VOCABULARIES):
                 return root
         return None

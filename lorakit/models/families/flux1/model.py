@@ -156,7 +156,7 @@ class Chroma(FlowTransformer):
             noisy_latents.to(self.dtype),
             self.noise.model_timesteps(timesteps),
             conditioning["hidden_states"].to(self.dtype),
-            text_mask=conditioning["attention_mask"],
+            text_mask=conditioning.get("attention_mask"),
         )
         return found
 
@@ -166,12 +166,14 @@ class Chroma(FlowTransformer):
         return [{"hidden_states": own[:n]} for own, n in zip(conditioning["hidden_states"], lengths, strict=True)]
 
     def collate(self, captions: Sequence[Conditioning]) -> Conditioning:
-        """Captions filled up with zeros to one length, and a mask of what is not filling."""
+        """Captions filled up with zeros to one length, and a mask of what is not filling, if there is any."""
         states = [caption["hidden_states"] for caption in captions]
-        lengths = torch.tensor([len(own) for own in states], device=states[0].device)
-        padded = nn.utils.rnn.pad_sequence(states, batch_first=True)
-        numbers = torch.arange(padded.shape[1], device=lengths.device)
-        return {"hidden_states": padded, "attention_mask": numbers < lengths.unsqueeze(1)}
+        lengths = [len(own) for own in states]
+        found = {"hidden_states": nn.utils.rnn.pad_sequence(states, batch_first=True)}
+        if len(set(lengths)) > 1:  # attention without a mask is faster
+            numbers = torch.arange(max(lengths), device=states[0].device)
+            found["attention_mask"] = numbers < torch.tensor(lengths, device=states[0].device).unsqueeze(1)
+        return found
 
     def make_text_encoder(self, modules: Mapping[str, nn.Module]) -> ChromaTextEncoder:
         """T5 with its tokenizer; a `ModelError` if they do not fit."""

@@ -17,56 +17,56 @@ def transformer_shapes(settings: Mapping[str, Any]) -> Shapes:
     return dict(_transformer(FluxSettings.of(settings)))
 
 
-def _transformer(config: FluxSettings) -> Tensors:
-    width = config.width
-    yield from _linear("img_in", config.in_channels, width)
-    yield from _linear("txt_in", config.joint_attention_dim, width)
-    if config.is_chroma:
-        yield from _approximator(config)
+def _transformer(settings: FluxSettings) -> Tensors:
+    width = settings.width
+    yield from _linear("img_in", settings.in_channels, width)
+    yield from _linear("txt_in", settings.joint_attention_dim, width)
+    if settings.is_chroma:
+        yield from _approximator(settings)
     else:
         yield from _embedder("time_in", TIME_CHANNELS, width)
-        yield from _embedder("vector_in", config.pooled_projection_dim, width)
+        yield from _embedder("vector_in", settings.pooled_projection_dim, width)
         yield from _linear("final_layer.adaLN_modulation.1", width, VECTORS["final"] * width)
-        if config.guidance_embeds:
+        if settings.guidance_embeds:
             yield from _embedder("guidance_in", TIME_CHANNELS, width)
-    for number in range(config.num_layers):
+    for number in range(settings.num_layers):
         for stream in ("img", "txt"):
-            yield from _double(f"double_blocks.{number}.{stream}", config)
-    for number in range(config.num_single_layers):
+            yield from _double(f"double_blocks.{number}.{stream}", settings)
+    for number in range(settings.num_single_layers):
         block = f"single_blocks.{number}"
         yield from _linear(f"{block}.linear1", width, (3 + MLP_RATIO) * width)
         yield from _linear(f"{block}.linear2", (1 + MLP_RATIO) * width, width)
-        yield from _norms(f"{block}.norm", config)
-        if not config.is_chroma:
+        yield from _norms(f"{block}.norm", settings)
+        if not settings.is_chroma:
             yield from _linear(f"{block}.modulation.lin", width, VECTORS["single"] * width)
-    yield from _linear("final_layer.linear", width, config.patch_channels)
+    yield from _linear("final_layer.linear", width, settings.patch_channels)
 
 
-def _double(stream: str, config: FluxSettings) -> Tensors:
+def _double(stream: str, settings: FluxSettings) -> Tensors:
     """One stream of a double block."""
-    width = config.width
+    width = settings.width
     yield from _linear(f"{stream}_attn.qkv", width, 3 * width)
     yield from _linear(f"{stream}_attn.proj", width, width)
-    yield from _norms(f"{stream}_attn.norm", config)
+    yield from _norms(f"{stream}_attn.norm", settings)
     yield from _linear(f"{stream}_mlp.0", width, MLP_RATIO * width)
     yield from _linear(f"{stream}_mlp.2", MLP_RATIO * width, width)
-    if not config.is_chroma:
+    if not settings.is_chroma:
         yield from _linear(f"{stream}_mod.lin", width, VECTORS["double"] * width)
 
 
-def _approximator(config: FluxSettings) -> Tensors:
+def _approximator(settings: FluxSettings) -> Tensors:
     """The network that gives Chroma's modulation vectors."""
-    root, hidden = "distilled_guidance_layer", config.approximator_hidden_dim
-    yield from _linear(f"{root}.in_proj", config.approximator_num_channels, hidden)
-    for number in range(config.approximator_layers):
+    root, hidden = "distilled_guidance_layer", settings.approximator_hidden_dim
+    yield from _linear(f"{root}.in_proj", settings.approximator_num_channels, hidden)
+    for number in range(settings.approximator_layers):
         yield from _embedder(f"{root}.layers.{number}", hidden, hidden)
         yield f"{root}.norms.{number}.scale", (hidden,)
-    yield from _linear(f"{root}.out_proj", hidden, config.width)
+    yield from _linear(f"{root}.out_proj", hidden, settings.width)
 
 
-def _norms(path: str, config: FluxSettings) -> Tensors:
+def _norms(path: str, settings: FluxSettings) -> Tensors:
     for name in ("query_norm", "key_norm"):
-        yield f"{path}.{name}.scale", (config.attention_head_dim,)
+        yield f"{path}.{name}.scale", (settings.attention_head_dim,)
 
 
 def _embedder(path: str, inputs: int, width: int) -> Tensors:

@@ -28,23 +28,23 @@ _THETA = 10000
 class FluxTransformer(nn.Module):
     """Predicts from noisy latents, their timestep and a caption the velocity ε − x₀."""
 
-    def __init__(self, config: FluxSettings) -> None:
+    def __init__(self, settings: FluxSettings) -> None:
         super().__init__()
-        self.config = config
-        width = config.width
-        self.img_in = nn.Linear(config.in_channels, width)
-        self.txt_in = nn.Linear(config.joint_attention_dim, width)
+        self.settings = settings
+        width = settings.width
+        self.img_in = nn.Linear(settings.in_channels, width)
+        self.txt_in = nn.Linear(settings.joint_attention_dim, width)
         self.time_in = self.vector_in = self.guidance_in = self.distilled_guidance_layer = None
-        if config.is_chroma:
-            self.distilled_guidance_layer = Approximator(config)
+        if settings.is_chroma:
+            self.distilled_guidance_layer = Approximator(settings)
         else:
             self.time_in = MLPEmbedder(TIME_CHANNELS, width)
-            self.vector_in = MLPEmbedder(config.pooled_projection_dim, width)
-            if config.guidance_embeds:
+            self.vector_in = MLPEmbedder(settings.pooled_projection_dim, width)
+            if settings.guidance_embeds:
                 self.guidance_in = MLPEmbedder(TIME_CHANNELS, width)
-        self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.num_layers))
-        self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.num_single_layers))
-        self.final_layer = LastLayer(config)
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(settings) for _ in range(settings.num_layers))
+        self.single_blocks = nn.ModuleList(SingleStreamBlock(settings) for _ in range(settings.num_single_layers))
+        self.final_layer = LastLayer(settings)
 
     def forward(
         self,
@@ -64,7 +64,7 @@ class FluxTransformer(nn.Module):
         vectors = self._vectors(timesteps, pooled, guidance, latents.dtype)
         image, text = self.img_in(pack(latents)), self.txt_in(text)
         height, width = latents.shape[2] // 2, latents.shape[3] // 2
-        rotation = rotations(text.shape[1], height, width, self.config.axes_dims_rope, latents.device)
+        rotation = rotations(text.shape[1], height, width, self.settings.axes_dims_rope, latents.device)
         mask = None
         if text_mask is not None:
             mask = F.pad(text_mask.bool(), (0, image.shape[1]), value=True)
@@ -73,7 +73,9 @@ class FluxTransformer(nn.Module):
         tokens, count = torch.cat([text, image], dim=1), text.shape[1]
         for number, block in enumerate(self.single_blocks):
             tokens = block(tokens, self._of_single(vectors, number), rotation, mask)
-        out = self.final_layer(tokens[:, count:], vectors[:, -VECTORS["final"] :] if self.config.is_chroma else vectors)
+        out = self.final_layer(
+            tokens[:, count:], vectors[:, -VECTORS["final"] :] if self.settings.is_chroma else vectors
+        )
         return unpack(out, height, width)
 
     def _vectors(self, timesteps: Tensor, pooled: Tensor | None, guidance: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -96,31 +98,31 @@ class FluxTransformer(nn.Module):
 
     def _of_double(self, vectors: Tensor, number: int) -> Tensor:
         """The modulation vectors of a double block, those for the image first; what they come from in FLUX.1."""
-        if not self.config.is_chroma:
+        if not self.settings.is_chroma:
             return vectors
         # All single blocks come first, then the image's side of all double blocks, then the text's.
         count = VECTORS["double"]
-        image = VECTORS["single"] * self.config.num_single_layers + count * number
-        text = image + count * self.config.num_layers
+        image = VECTORS["single"] * self.settings.num_single_layers + count * number
+        text = image + count * self.settings.num_layers
         return torch.cat([vectors[:, image : image + count], vectors[:, text : text + count]], dim=1)
 
     def _of_single(self, vectors: Tensor, number: int) -> Tensor:
         """The modulation vectors of a single block; what they come from in FLUX.1."""
         count = VECTORS["single"]
-        return vectors[:, count * number : count * (number + 1)] if self.config.is_chroma else vectors
+        return vectors[:, count * number : count * (number + 1)] if self.settings.is_chroma else vectors
 
 
 class DoubleStreamBlock(CheckpointedBlock, BackendAttention):
     """Attention over text and image together; everything else with weights of their own."""
 
-    def __init__(self, config: FluxSettings) -> None:
+    def __init__(self, settings: FluxSettings) -> None:
         super().__init__()
-        self.img_mod = None if config.is_chroma else Modulation(config.width, VECTORS["double"])
-        self.img_attn = SelfAttention(config)
-        self.img_mlp = _mlp(config.width)
-        self.txt_mod = None if config.is_chroma else Modulation(config.width, VECTORS["double"])
-        self.txt_attn = SelfAttention(config)
-        self.txt_mlp = _mlp(config.width)
+        self.img_mod = None if settings.is_chroma else Modulation(settings.width, VECTORS["double"])
+        self.img_attn = SelfAttention(settings)
+        self.img_mlp = _mlp(settings.width)
+        self.txt_mod = None if settings.is_chroma else Modulation(settings.width, VECTORS["double"])
+        self.txt_attn = SelfAttention(settings)
+        self.txt_mlp = _mlp(settings.width)
 
     def forward(
         self, image: Tensor, text: Tensor, vectors: Tensor, rotation: Tensor, mask: Tensor | None
@@ -145,14 +147,14 @@ class DoubleStreamBlock(CheckpointedBlock, BackendAttention):
 class SingleStreamBlock(CheckpointedBlock, BackendAttention):
     """Attention and MLP side by side, each a part of the same two layers."""
 
-    def __init__(self, config: FluxSettings) -> None:
+    def __init__(self, settings: FluxSettings) -> None:
         super().__init__()
-        width = config.width
-        self.num_heads = config.num_attention_heads
+        width = settings.width
+        self.num_heads = settings.num_attention_heads
         self.linear1 = nn.Linear(width, (3 + MLP_RATIO) * width)
         self.linear2 = nn.Linear((1 + MLP_RATIO) * width, width)
-        self.norm = QKNorm(config.attention_head_dim)
-        self.modulation = None if config.is_chroma else Modulation(width, VECTORS["single"])
+        self.norm = QKNorm(settings.attention_head_dim)
+        self.modulation = None if settings.is_chroma else Modulation(width, VECTORS["single"])
 
     def forward(self, tokens: Tensor, vectors: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
         """Text and image, [B, n + L, D]; `vectors` are [B, D], or the modulation itself, [B, 3, D]."""
@@ -169,12 +171,12 @@ class SingleStreamBlock(CheckpointedBlock, BackendAttention):
 class SelfAttention(nn.Module):
     """The projections of one stream of a double block."""
 
-    def __init__(self, config: FluxSettings) -> None:
+    def __init__(self, settings: FluxSettings) -> None:
         super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.norm = QKNorm(config.attention_head_dim)
-        self.proj = nn.Linear(config.width, config.width)
+        self.num_heads = settings.num_attention_heads
+        self.qkv = nn.Linear(settings.width, 3 * settings.width)
+        self.norm = QKNorm(settings.attention_head_dim)
+        self.proj = nn.Linear(settings.width, settings.width)
 
     def heads(self, tokens: Tensor) -> list[Tensor]:
         """Queries, keys and values, each [B, tokens, heads, d]."""
@@ -233,14 +235,14 @@ class MLPEmbedder(nn.Module):
 class Approximator(nn.Module):
     """All of Chroma's modulation vectors, from the time and the number of each vector."""
 
-    def __init__(self, config: FluxSettings) -> None:
+    def __init__(self, settings: FluxSettings) -> None:
         super().__init__()
-        self.channels, self.vectors = config.approximator_num_channels, config.vectors
-        hidden = config.approximator_hidden_dim
+        self.channels, self.vectors = settings.approximator_num_channels, settings.vectors
+        hidden = settings.approximator_hidden_dim
         self.in_proj = nn.Linear(self.channels, hidden)
-        self.layers = nn.ModuleList(MLPEmbedder(hidden, hidden) for _ in range(config.approximator_layers))
-        self.norms = nn.ModuleList(RMSNorm(hidden) for _ in range(config.approximator_layers))
-        self.out_proj = nn.Linear(hidden, config.width)
+        self.layers = nn.ModuleList(MLPEmbedder(hidden, hidden) for _ in range(settings.approximator_layers))
+        self.norms = nn.ModuleList(RMSNorm(hidden) for _ in range(settings.approximator_layers))
+        self.out_proj = nn.Linear(hidden, settings.width)
 
     def forward(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         """[B, k, D] of timesteps [B]; the guidance scale, which is an input as well, is always 0."""
@@ -259,13 +261,13 @@ class Approximator(nn.Module):
 class LastLayer(nn.Module):
     """From image tokens to their patches."""
 
-    def __init__(self, config: FluxSettings) -> None:
+    def __init__(self, settings: FluxSettings) -> None:
         super().__init__()
-        self.linear = nn.Linear(config.width, config.patch_channels)
+        self.linear = nn.Linear(settings.width, settings.patch_channels)
         self.adaLN_modulation = (
             None
-            if config.is_chroma
-            else nn.Sequential(nn.SiLU(), nn.Linear(config.width, VECTORS["final"] * config.width))
+            if settings.is_chroma
+            else nn.Sequential(nn.SiLU(), nn.Linear(settings.width, VECTORS["final"] * settings.width))
         )
 
     def forward(self, tokens: Tensor, vectors: Tensor) -> Tensor:
