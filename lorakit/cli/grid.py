@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def _numbers(_: click.Context, __: click.Parameter, value: str) -> list[float]:
     try:
-        return [float(text) for text in value.split(",")]
+        return [*dict.fromkeys(float(text) for text in value.split(","))]
     except ValueError:
         raise click.BadParameter(f"must be numbers such as 0.6,0.8,1, not {value!r}") from None
 
@@ -65,7 +65,7 @@ def grid(config: Path | None, model: str | None, files: tuple[Path, ...], **opti
     from lorakit.grid.page import write_grid
     from lorakit.utils.wording import counted, shown_path
 
-    chosen = files or (saves_of(base) if config else [])
+    chosen = list(dict.fromkeys(files)) or (saves_of(base) if config else [])
     if not chosen:
         raise click.UsageError(f"{config} has no saves yet; train, or give --lora" if config else "give --lora")
     if missing := [str(file) for file in chosen if not file.is_file()]:

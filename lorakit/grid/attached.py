@@ -17,7 +17,7 @@ from lorakit.errors import AdapterError
 from lorakit.models.interfaces import DiffusionModel
 from lorakit.networks.adapter_file import load_initial_weights
 from lorakit.networks.network import Network
-from lorakit.plugins.build import build_component
+from lorakit.networks.ranked_config import RankedConfig
 from lorakit.plugins.catalog import Catalog
 
 
@@ -32,7 +32,7 @@ def attached(model: DiffusionModel, file: Path, config: TrainConfig) -> Iterator
         raise AdapterError(f"{file} is {kind.description}; give a LoRA or DoRA for {title or 'the base model'}.")
     targets = model.targets([part.name for part in config.model.parts])
     tensors = load_initial_weights(file, targets)
-    network: Network = build_component(_network_of(file, tensors), targets)
+    network = _config_of(tensors).build_like(tensors, targets)
     try:
         network.load_adapter_state(tensors, str(file))
         yield network.eval().requires_grad_(False)
@@ -46,9 +46,9 @@ def adapts_text(network: Network, config: TrainConfig) -> bool:
     return any(part in encoders for part in network.parts)
 
 
-def _network_of(file: Path, tensors: Mapping[str, Tensor]) -> NetworkConfig:
-    """The network that a file's tensors are of, with the ranks and alphas in the file."""
+def _config_of(tensors: Mapping[str, Tensor]) -> RankedConfig:
+    """A config of networks that any LoRA or DoRA file fits."""
     kind = Catalog.discover().find(NetworkConfig, "c3lier")
     dora = any(name.endswith(f".{MAGNITUDE}") for name in tensors)
-    network: NetworkConfig = kind(weights=file, rank_from_weights=True, dora=dora)  # type: ignore[call-arg]
-    return network
+    config: RankedConfig = kind(rank_from_weights=True, dora=dora)  # type: ignore[assignment, call-arg]
+    return config

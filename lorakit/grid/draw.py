@@ -28,7 +28,8 @@ _SAVE = re.compile(r"(?:-\d{6}|-step\d{8}|-best)?")
 class Column:
     """The pictures of one LoRA file at one strength."""
 
-    file: Path
+    name: str
+    """What the file is called among those of the grid."""
     strength: float
     pictures: tuple[Path, ...]
     """A PNG file for each prompt."""
@@ -36,7 +37,18 @@ class Column:
     @property
     def title(self) -> str:
         """For the head of the column, in two lines."""
-        return f"{self.file.stem}\nstrength {self.strength:g}"
+        return f"{self.name}\nstrength {self.strength:g}"
+
+
+def distinct_names(files: Sequence[Path]) -> list[str]:
+    """The stems of different files, with as many of the folders above them as it takes to tell them apart."""
+    paths = [file.absolute() for file in files]
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        for shown in ([path.with_suffix("") for path in paths], paths):
+            names = ["/".join(path.parts[-depth:]) for path in shown]
+            if len(set(names)) == len(names):
+                return names
+    return [str(path) for path in paths]
 
 
 def saves_of(config: TrainConfig) -> list[Path]:
@@ -62,6 +74,7 @@ class GridPlan:
     config: TrainConfig
     """Names the base model, and how to compute."""
     files: Sequence[Path]
+    """The LoRA files, each once."""
     strengths: Sequence[float]
     jobs: Sequence[PreviewJob]
     """The prompts."""
@@ -78,16 +91,18 @@ class GridPlan:
         model.noise = model.noise.for_loss(self.config.loss)
         model.use_attention(build_component(self.config.attention))
         texts: Texts = {}
-        for file in self.files:
+        for file, name in zip(self.files, distinct_names(self.files), strict=True):
             with attached(model, file, self.config) as network:
                 changes_texts = adapts_text(network, self.config)
                 for strength in self.strengths:
-                    tell(f"{file.stem}, strength {strength:g}")
+                    tell(f"{name}, strength {strength:g}")
                     network.multiplier = strength
                     if changes_texts or not texts:
                         texts = self._encoded(model)
-                    pictures = self._pictures(model, texts)
-                    yield Column(file, strength, tuple(self._written(folder, file, strength, pictures)))
+                    start = folder / f"{name.replace('/', '_')}_{strength:g}"
+                    words = f" <lora:{file.stem}:{strength:g}>"
+                    written = self._written(start, words, _steps(file), self._pictures(model, texts))
+                    yield Column(name, strength, tuple(written))
                 if changes_texts:
                     texts = {}  # another file changes them in another way
 
@@ -98,9 +113,9 @@ class GridPlan:
     def _pictures(self, model: DiffusionModel, texts: Texts) -> Iterator[Pixels]:
         return decode(model, sample_latents(model, self.jobs, texts, self.batch_size))
 
-    def _written(self, folder: Path, file: Path, strength: float, pictures: Iterator[Pixels]) -> Iterator[Path]:
-        steps = _steps(file)
+    def _written(self, start: Path, words: str, steps: int, pictures: Iterator[Pixels]) -> Iterator[Path]:
+        """Write the picture of each prompt to a path that begins so; `words` follow the prompt in its parameters."""
         for index, (job, pixels) in enumerate(zip(self.jobs, pictures, strict=True)):
-            path = folder / f"{file.stem}_{strength:g}_{index:02d}.png"
-            write_png(path, pixels, description(job, steps, f" <lora:{file.stem}:{strength:g}>"))
+            path = start.with_name(f"{start.name}_{index:02d}.png")
+            write_png(path, pixels, description(job, steps, words))
             yield path

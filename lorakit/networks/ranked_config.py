@@ -34,6 +34,8 @@ LR_WEIGHTS: Mapping[str, str] = {"down": "down_lr_weight", "mid": "mid_lr_weight
 
 RankAlphas = tuple[int, float, float]
 """Rank of an adapter, its alpha, and the alpha that files hold for it."""
+_SizeOf = Callable[["AdaptationTarget"], tuple[RankAlphas, Mapping[str, "Tensor"]] | None]
+"""Gives the size of a layer's adapter, with its tensors in the file that the size is from; None for no adapter."""
 
 
 def _curve_or_numbers(_: object, __: object, value: str | tuple[float, ...] | None) -> None:
@@ -145,7 +147,19 @@ class RankedConfig(LayerChoice):
 
     def build(self, targets: Sequence[AdaptationTarget]) -> Network:
         """The adapters, attached; all are of the given parts."""
-        size_of = self._sizes_in_weights(targets) if self.rank_from_weights else self._size
+        if not self.rank_from_weights:
+            return self._attached(targets, self._size)
+        if self.weights is None:
+            raise ValueError("rank_from_weights needs weights")
+        from lorakit.networks.adapter_file import load_initial_weights
+
+        return self.build_like(load_initial_weights(self.weights, targets), targets)
+
+    def build_like(self, tensors: Mapping[str, Tensor], targets: Sequence[AdaptationTarget]) -> Network:
+        """Adapters of the ranks and alphas in a file's tensors, attached; the values in it are not loaded."""
+        return self._attached(targets, _sizes_in(tensors))
+
+    def _attached(self, targets: Sequence[AdaptationTarget], size_of: _SizeOf) -> Network:
         layout = next((target.layout for target in targets if target.layout), None)
         factors = self._block_factors(layout) if layout else None
 
@@ -280,24 +294,20 @@ class RankedConfig(LayerChoice):
             return None
         return (rank, alpha * math.sqrt(rank) if self.rank_stabilized else alpha, self.file_alpha(target)), {}
 
-    def _sizes_in_weights(
-        self, targets: Sequence[AdaptationTarget]
-    ) -> Callable[[AdaptationTarget], tuple[RankAlphas, Mapping[str, Tensor]] | None]:
-        """The sizes of the adapters in the file that `weights` names, whose most common alpha files will hold."""
-        from lorakit.networks.adapter_file import load_initial_weights, ranks_and_alphas
 
-        if self.weights is None:
-            raise ValueError("rank_from_weights needs weights")
-        tensors = load_initial_weights(self.weights, targets)
-        found = ranks_and_alphas(tensors)
-        common = Counter(alpha for _, alpha in found.values()).most_common(1)
-        by_layer: dict[str, dict[str, Tensor]] = {key: {} for key in found}
-        for name, tensor in tensors.items():
-            key, _, suffix = name.partition(".")
-            by_layer.setdefault(key, {})[suffix] = tensor
+def _sizes_in(tensors: Mapping[str, Tensor]) -> _SizeOf:
+    """The sizes of the adapters in a file's tensors, whose most common alpha files will hold."""
+    from lorakit.networks.adapter_file import ranks_and_alphas
 
-        def size(target: AdaptationTarget) -> tuple[RankAlphas, Mapping[str, Tensor]] | None:
-            key = target.key
-            return ((*found[key], common[0][0]), by_layer[key]) if key in found else None
+    found = ranks_and_alphas(tensors)
+    common = Counter(alpha for _, alpha in found.values()).most_common(1)
+    by_layer: dict[str, dict[str, Tensor]] = {key: {} for key in found}
+    for name, tensor in tensors.items():
+        key, _, suffix = name.partition(".")
+        by_layer.setdefault(key, {})[suffix] = tensor
 
-        return size
+    def size(target: AdaptationTarget) -> tuple[RankAlphas, Mapping[str, Tensor]] | None:
+        key = target.key
+        return ((*found[key], common[0][0]), by_layer[key]) if key in found else None
+
+    return size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 
 import lorakit
 from lorakit.config.load import read_config
-from lorakit.grid.draw import saves_of
+from lorakit.grid.draw import distinct_names, saves_of
 
 PROMPTS = ["a beach --w 64 --h 64 --s 2 --d 3", "snow --w 64 --h 96 --s 2 --d 4"]
 
@@ -42,7 +43,7 @@ def trained(lorakit_offline: None, tiny_sd1: Path, photographs: Path, tmp_path_f
 def grid(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command."""
     command = [sys.executable, "-m", "lorakit", "grid", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
 
 
 def pixels(path: Path) -> np.ndarray[Any, Any]:
@@ -86,6 +87,35 @@ def test_without_a_config(trained: Path, tmp_path: Path, tiny_sd1: Path) -> None
     lorakit.train(tables)
     (first, _) = sorted((tmp_path / "merged" / "sample").glob("lora_0*.png"))
     assert np.abs(pixels(tmp_path / "grid" / "lora_0.5_00.png") - pixels(first)).max() <= 1
+
+
+def test_files_of_one_name(trained: Path, tmp_path: Path, tiny_sd1: Path) -> None:
+    """Two files that are called the same have a column each, named after their folders; one given twice has one."""
+    files = []
+    for folder, stem in (("one", "lora-step00000004"), ("two", "lora")):
+        files.append(tmp_path / folder / "cat.safetensors")
+        files[-1].parent.mkdir()
+        shutil.copyfile(trained / "out" / f"{stem}.safetensors", files[-1])
+    chosen = [word for file in (*files, files[0]) for word in ("--lora", file)]
+    result = grid(tmp_path, "--model", tiny_sd1, *chosen, "--prompt", PROMPTS[0], "--strengths", "1,1.0")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[1:3] == ["one/cat, strength 1", "two/cat, strength 1"]
+    one, two = (pixels(tmp_path / "grid" / f"{name}_cat_1_00.png") for name in ("one", "two"))
+    assert np.abs(one - two).mean() > 1
+    assert Image.open(tmp_path / "grid" / "grid.png").size[0] == 180 + 2 * 168 + 8
+    assert 'alt="two/cat, strength 1"' in (tmp_path / "grid" / "grid.html").read_text()
+
+
+def test_distinct_names() -> None:
+    """As short as can be."""
+    cases = [
+        (["a/x.pt", "a/y.pt"], ["x", "y"]),
+        (["a/x.pt", "b/x.pt"], ["a/x", "b/x"]),
+        (["a/x.pt", "a/x.safetensors"], ["x.pt", "x.safetensors"]),
+        (["1/a/x.pt", "2/a/x.pt"], ["1/a/x", "2/a/x"]),
+    ]
+    for files, names in cases:
+        assert distinct_names([*map(Path, files)]) == names
 
 
 def test_saves_in_the_order_of_their_steps(trained: Path) -> None:
