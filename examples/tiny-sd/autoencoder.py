@@ -1,4 +1,4 @@
-"""Trains the VAE: pictures of 64 pixels to latents of 4 × 8 × 8 numbers and back."""
+"""Trains a VAE: pictures of 64 pixels to latents of 8 × 8 pixels and back."""
 
 from __future__ import annotations
 
@@ -23,9 +23,6 @@ COURSES: tuple[Course, ...] = (
 )
 """First what is asked for most, then more of everything, so that the VAE can show what the world does not have."""
 
-SCALING = 0.18215
-"""What Stable Diffusion multiplies latents by to make their deviation 1."""
-
 
 def as_tensor(pictures: list[NDArray[np.uint8]]) -> Tensor:
     """Pictures as the VAE takes them: float32 [B, 3, 64, 64] from -1 to 1."""
@@ -38,7 +35,8 @@ def train_vae(
     """Train the VAE on the pictures of a course, and leave the mean of its weights in it.
 
     The loss is the mean over pictures of the root mean square error, so that a picture that is easy to paint counts as
-    much as one that is not, and some KL divergence. Ends with latents of mean 0 and deviation 1 / 0.18215.
+    much as one that is not, and some KL divergence. Ends with latents of the mean and deviation that the VAE's settings
+    say.
     """
     optimizer = torch.optim.AdamW(vae.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-4)
     average, device = Average(vae), next(vae.parameters()).device
@@ -88,22 +86,28 @@ def quality(vae: nn.Module, count: int = 64, seed: int = 1) -> float:
 
 @torch.no_grad()
 def latents_of(vae: nn.Module, pictures: Tensor) -> Tensor:
-    """The latents' means, scaled for the U-Net, float32 [B, 4, 8, 8]."""
-    return torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(64)]) * SCALING
+    """The latents' means, scaled for the denoiser, float32 [B, C, 8, 8]."""
+    factor, shift = _scaling(vae)
+    return (torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(64)]) - shift) * factor
+
+
+def _scaling(vae: nn.Module) -> tuple[float, float]:
+    """What latents are multiplied by to make their deviation 1, and what their mean is before."""
+    return vae.config.scaling_factor, vae.config.shift_factor or 0.0
 
 
 @torch.no_grad()
 def normalise(vae: nn.Module, seed: int, course: Course = COURSES[0]) -> None:
     """Fold each latent channel's mean and deviation into the 1×1 convolutions on both sides of the latents.
 
-    They then have the scale of Stable Diffusion's, whose factor single files take for granted.
+    They then have the mean and the scale that the VAE's settings say, which single files take for granted.
     """
-    device = next(vae.parameters()).device
-    latents = latents_of(vae, as_tensor(_pictures(course, seed, 0, 512)).to(device)) / SCALING
-    mean, scale = latents.mean((0, 2, 3)), latents.std((0, 2, 3)) * SCALING
-    into, out_of = vae.quant_conv, vae.post_quant_conv
-    into.bias[:4] = (into.bias[:4] - mean) / scale
-    into.weight[:4] /= scale[:, None, None, None]
-    into.bias[4:] -= 2 * scale.log()
-    out_of.bias += (out_of.weight[:, :, 0, 0] * mean).sum(1)
+    device, (factor, shift) = next(vae.parameters()).device, _scaling(vae)
+    latents = latents_of(vae, as_tensor(_pictures(course, seed, 0, 512)).to(device)) / factor + shift
+    mean, scale = latents.mean((0, 2, 3)), latents.std((0, 2, 3)) * factor
+    into, out_of, count = vae.quant_conv, vae.post_quant_conv, len(mean)
+    into.bias[:count] = (into.bias[:count] - mean) / scale + shift
+    into.weight[:count] /= scale[:, None, None, None]
+    into.bias[count:] -= 2 * scale.log()
+    out_of.bias += (out_of.weight[:, :, 0, 0] * (mean - shift * scale)).sum(1)
     out_of.weight *= scale[None, :, None, None]

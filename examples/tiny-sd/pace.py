@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import monotonic
 
 import torch
@@ -69,3 +71,16 @@ class Average:
         for name, parameter in self.module.named_parameters():
             if name in self.means:
                 parameter.copy_(self.means[name])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Make the mean the module's weights for a while."""
+        trained = {name: own.detach().clone() for name, own in self.module.named_parameters() if name in self.means}
+        self.apply()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.module.named_parameters():
+                    if name in trained:
+                        parameter.copy_(trained[name])

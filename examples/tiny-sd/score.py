@@ -26,7 +26,9 @@ from lorakit.utils.rng import derived_seed, keyed_generator
 
 MODEL = Path(__file__).parent / "model"
 STEPS, GUIDANCE = 30, 2.5
-"""How pictures are painted: steps of DDIM, and the scale of guidance."""
+"""How pictures are painted: steps, of DDIM where the model learned DDPM, and the scale of guidance."""
+FLOW_GUIDANCE = 4.0
+"""The scale of guidance where it learned flow matching."""
 _AT_ONCE = 50
 
 
@@ -75,15 +77,24 @@ class Score:
 
 
 def load_pipeline(folder: Path, lora: Path | None = None, device: str = "cpu") -> Any:
-    """The model in diffusers' pipeline, in float32, with a LoRA loaded by diffusers if one is given."""
+    """The model in diffusers' pipeline, in float32, with a LoRA loaded by diffusers if one is given.
+
+    A model that learned DDPM is sampled with DDIM, and any other with the scheduler that it comes with.
+    """
     from diffusers import DDIMScheduler, DiffusionPipeline
 
     pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    if not is_flow(pipeline):
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     if lora:
         pipeline.load_lora_weights(lora.parent, weight_name=lora.name, adapter_name="lora")
     return pipeline.to(device)
+
+
+def is_flow(pipeline: Any) -> bool:
+    """Whether a pipeline is of a model that learned flow matching."""
+    return type(pipeline.scheduler).__name__.startswith("FlowMatch")
 
 
 def paint(
@@ -91,13 +102,14 @@ def paint(
     prompts: Sequence[str],
     seed: int = 0,
     steps: int = STEPS,
-    guidance: float = GUIDANCE,
     **options: Any,
 ) -> list[NDArray[np.uint8]]:
     """A picture, RGB [64, 64, 3], of each prompt; each depends on its own number and the seed.
 
     `options` go to the pipeline.
     """
+    # diffusers' Z-Image counts the scale from 0, which is 1 elsewhere: no guidance.
+    options.setdefault("guidance_scale", FLOW_GUIDANCE - 1 if is_flow(pipeline) else GUIDANCE)
     pictures: list[NDArray[np.uint8]] = []
     for first in range(0, len(prompts), _AT_ONCE):
         part = list(prompts[first : first + _AT_ONCE])
@@ -107,7 +119,6 @@ def paint(
             height=SIDE,
             width=SIDE,
             num_inference_steps=steps,
-            guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(own) for own in seeds],
             output_type="np",
             **options,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from autoencoder import SCALING, as_tensor, latents_of, normalise, quality, train_vae
+from autoencoder import as_tensor, latents_of, normalise, quality, train_vae
 from denoiser import Denoiser, alphas, learning_material, train_denoiser
 from pace import Average, Budget, set_rate
 from parts import SETTINGS, build, load
@@ -134,7 +134,7 @@ def test_normalising_changes_the_latents_and_not_the_pictures() -> None:
     many = latents_of(vae, as_tensor([training_picture(5, index) for index in range(200)]))
     assert many.mean((0, 2, 3)).abs().max() < 0.3
     assert (many.std((0, 2, 3)) - 1).abs().max() < 0.3
-    assert SCALING == SCALING_FACTOR
+    assert vae.config.scaling_factor == SCALING_FACTOR
 
 
 def test_a_vae_learns() -> None:
