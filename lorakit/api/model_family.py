@@ -64,6 +64,10 @@ class ModelFamilyConfig(Component):
     """All tags of its layers that can be adapted, by which `network.layers` chooses; with none it cannot."""
     title: ClassVar[str] = ""
     """Its display name, such as `Stable Diffusion 1.x`; defaults to its name."""
+    overflows_fp16: ClassVar[bool] = False
+    """Whether its denoiser overflows in fp16; `training.mixed_precision = "fp16"` is then refused."""
+    web_uis: ClassVar[tuple[str, ...]] = ("AUTOMATIC1111", "Forge")
+    """Web UIs that load its LoRA files by `<lora:NAME:1>` in prompts."""
     supports_weighted_captions: ClassVar[bool] = True
     """Whether its text encoders can weight words of captions, as `data.weighted_captions` asks for."""
     size_multiple: ClassVar[int] = 8

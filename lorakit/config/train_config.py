@@ -293,6 +293,9 @@ class TrainConfig:
             message = f"cannot be used with {self.optimizer.name}, which averages the weights itself"
             yield Problem("network.ema", message, "leave it out, or choose another optimizer")
         yield from self._size_problems()
+        if self.training.mixed_precision == "fp16" and self.model.overflows_fp16:
+            message = f"cannot be used: {self.model.title or self.model.name} overflows in fp16"
+            yield Problem("training.mixed_precision", message, 'set "bf16", or "no" for float32')
         for section, component in self._components():
             yield from with_section(collect_problems(component, "problems_with", self), section)
 

@@ -46,7 +46,7 @@ from lorakit.training.runtime.device import device_summary, device_warnings, ran
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.runtime.hardware import fp16_on_cpu, hardware_warnings
 from lorakit.training.runtime.out_of_memory import MemoryPressureMonitor, cuda_pressure, memory_hint
-from lorakit.training.runtime.precision import common_precision, precision_of, with_precision
+from lorakit.training.runtime.precision import precision_of, run_precision, with_precision
 from lorakit.training.runtime.signals import StopRequest
 from lorakit.training.schedule import Schedule
 from lorakit.training.step.autotune import requested, set_up_model
@@ -116,7 +116,7 @@ def init_distributed(prepared: PreparedRun) -> tuple[PreparedRun, Distributed]:
     """
     before = prepared.config
     processes = Distributed.init(before.training.device, before.training.process_timeout)
-    precision = common_precision(before.training, processes)
+    precision = run_precision(before, processes)
     config = with_precision(before, precision)
     if processes.is_main:
         log_row("device", device_summary(processes.device, str(precision), processes.world_size))
@@ -166,7 +166,7 @@ def fill_cache(prepared: PreparedRun) -> Mapping[str, Filled]:
 def build_run(prepared: PreparedRun, processes: Distributed) -> Run:
     """A run at its first step: caches filled, encoders freed, denoiser loaded, network attached."""
     started = time.time()
-    config = with_precision(prepared.config, common_precision(prepared.config.training, processes))
+    config = with_precision(prepared.config, run_precision(prepared.config, processes))
     prepared = evolve(prepared, config=config)
     model = build_model(config, processes.device)
     length = RunLength.of(prepared.datasets, config.training, processes.world_size)

@@ -233,7 +233,8 @@ class RunAccount(Observer):
 
 def how_to_use(config: TrainConfig, file: Path) -> str:
     """Where a LoRA file goes in the programs that draw with it, and what to write in prompts."""
-    places = f"models/Lora: <lora:{file.stem}:1> in AUTOMATIC1111, Forge; models/loras in ComfyUI"
+    in_web_uis = f"models/Lora: <lora:{file.stem}:1> in {', '.join(config.model.web_uis)}; "
+    places = f"{in_web_uis if config.model.web_uis else ''}models/loras in ComfyUI"
     subsets = (subset for dataset in config.data.datasets for subset in dataset.subsets)
     words = [config.metadata.trigger_phrase, *(subset.class_tokens for subset in subsets if not subset.is_reg)]
     known = list(dict.fromkeys(word for word in words if word))

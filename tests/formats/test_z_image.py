@@ -16,10 +16,14 @@ from torch import Tensor
 
 from lorakit.builtin.model_families.z_image import ZImageConfig
 from lorakit.config.load import config_from_tables
+from lorakit.errors import ConfigError
 from lorakit.models.conditioning import without_training_adapter
 from lorakit.plugins.catalog import Catalog
 from lorakit.testing.flow_models import make_tiny_z_image
 from lorakit.training.prepare import prepare
+from lorakit.training.runtime import precision
+from lorakit.training.runtime.distributed import Distributed
+from lorakit.training.runtime.precision import Precision
 from lorakit.training.setup import attach_network, build_model, run_training
 
 CPU = torch.device("cpu")
@@ -176,3 +180,16 @@ def test_distilled_models(folder: Path, tmp_path: Path) -> None:
     assert not list(ZImageConfig(path=str(folder)).warnings())
     assert ZImageConfig(path="z_image_turbo_bf16.safetensors").is_distilled
     assert not ZImageConfig(path="Z-Image-De-Turbo.safetensors").is_distilled
+
+
+def test_fp16_is_refused(tables: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the transformer overflows in it; where the device asks for it, bf16 is used, though it is slow."""
+    processes = Distributed(CPU)
+    asked = Precision("fp16", "compute capability 7.5, below 8.0")
+    monkeypatch.setattr(precision, "precision_of", lambda *_: asked)
+    config = config_from_tables(tables, tmp_path, Catalog.discover())
+    found = precision.run_precision(config, processes)
+    assert (found.value, "overflows in fp16" in found.reason) == ("bf16", True)
+    tables["training"]["mixed_precision"] = "fp16"
+    with pytest.raises(ConfigError, match=r"training\.mixed_precision: cannot be used: Z-Image overflows in fp16"):
+        config_from_tables(tables, tmp_path, Catalog.discover())

@@ -237,3 +237,33 @@ def test_layers_and_their_names() -> None:
     assert first.original_path == "diffusion_model.layers.0.attention.to_q"
     assert first.diffusers_path == "transformer.layers.0.attention.to_q"
     assert {target.block_index for target in chosen} == set(range(30))
+
+
+@pytest.mark.parametrize("form", ["scale_weight", "weight_scale", "rows"])
+def test_files_in_fp8(folder: Path, files: Mapping[str, Path], tmp_path: Path, form: str) -> None:
+    """Weights in fp8 are multiplied by their scales; what else such a file says of its numbers is left out."""
+    tensors, expected = load_file(files["transformer"]), {}
+    for name, tensor in list(tensors.items()):
+        if tensor.ndim != 2 or "layers." not in name:
+            continue
+        scale = tensor.abs().amax(dim=1) / 448 if form == "rows" else tensor.abs().max() / 448
+        stored = (tensor / scale.view(-1, 1)).to(torch.float8_e4m3fn)
+        expected[name], tensors[name] = stored.float() * scale.view(-1, 1), stored
+        stem = name.removesuffix(".weight")
+        tensors[f"{stem}.{'scale_weight' if form == 'scale_weight' else 'weight_scale'}"] = scale
+        tensors[f"{stem}.input_scale"] = torch.tensor(1.0)
+    save_file({**tensors, "scaled_fp8": torch.zeros(2)}, tmp_path / "fp8.safetensors")
+    config = configs(folder, {**files, "transformer": tmp_path / "fp8.safetensors"})["files"]
+    assert not list(config.problems())
+    attention = config.build(CPU, torch.float32).denoiser.get_submodule("layers.1.attention")
+    queries = attention.get_submodule("to_q").get_parameter("weight")
+    assert torch.equal(queries, expected["layers.1.attention.qkv.weight"][:32])
+
+
+def test_four_bits_are_refused(folder: Path, files: Mapping[str, Path], tmp_path: Path) -> None:
+    """With what to take instead."""
+    tensors = load_file(files["transformer"])
+    save_file({**tensors, "layers.0.attention.qkv.weight_scale_2": torch.ones(1)}, tmp_path / "nvfp4.safetensors")
+    config = configs(folder, {**files, "transformer": tmp_path / "nvfp4.safetensors"})["files"]
+    (problem,) = config.problems()
+    assert "take the file in bf16 or fp8" in problem.message

@@ -26,7 +26,7 @@ from lorakit.checkpoints import (
     summarize,
 )
 from lorakit.errors import ModelError
-from lorakit.models.weights.folders import TensorRef, find_weights, part_folder
+from lorakit.models.weights.folders import BLOCK_SCALES, NO_WEIGHTS, TensorRef, find_weights, part_folder
 from lorakit.utils.wording import some
 
 _REPEATED = (
@@ -151,6 +151,8 @@ class PartFormat:
         found = self._names_in(tensors, prefix)
         if not found:
             return None
+        if any(bare.endswith(BLOCK_SCALES) for bare in found):
+            raise ModelError(f"the {self.title} in {file} is in 4 bits (NVFP4); take the file in bf16 or fp8")
         file_names, shapes = self.arrange(found, {bare: tensors[full] for bare, full in found.items()})
         settings = self.inferred(file, shapes) if settings is None else settings
         return CheckpointPart(self, file, settings, file_names, shapes, self.renaming(prefix, shapes, settings))
@@ -172,7 +174,7 @@ class PartFormat:
             for full in tensors
             if full.startswith(prefix)
             and (bare := full.removeprefix(prefix).removeprefix(self.inner_prefix)).startswith(self.roots)
-            and not bare.endswith(".position_ids")
+            and not bare.endswith((".position_ids", *NO_WEIGHTS))
         }
 
     def in_folder(self, location: Location, folder: str) -> CheckpointPart:

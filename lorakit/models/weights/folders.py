@@ -20,6 +20,12 @@ _VARIANTS = ("", ".fp16", ".fp32", ".bf16", ".non_ema", ".ema")
 usual first. Weights that are no running average of those of training (`non_ema`) are a model as well."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".msgpack", ".onnx", ".h5", ".ckpt", ".pth", ".pt")
 """What the names of files with weights end with, of any library."""
+SCALE_ENDS = (".scale_weight", ".weight_scale")
+"""What the names of scales end with by which ComfyUI's files in fp8 multiply a weight, in place of `.weight`."""
+NO_WEIGHTS = (*SCALE_ENDS, ".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
+"""What the names of tensors end with that say how such a file is quantized."""
+BLOCK_SCALES = ".weight_scale_2"
+"""The same of scales in formats of 4 bits with scales for blocks (NVFP4)."""
 _SHARD = re.compile(r"\w[\w.-]*")
 
 

@@ -15,7 +15,7 @@ from torch.utils._mode_utils import no_dispatch
 from lorakit.checkpoints import StoredTensor, kind_of_file, pickled_tensors, summarize
 from lorakit.checkpoints.stored_tensor import ITEM_BYTES
 from lorakit.errors import ModelError
-from lorakit.models.weights.folders import JoinedTensors, TensorRef, TensorSlice
+from lorakit.models.weights.folders import SCALE_ENDS, JoinedTensors, TensorRef, TensorSlice
 
 ReadTensor = Callable[[TensorRef], Tensor]
 """The tensor at that place, on the CPU, in the file's dtype; its bytes are read when they are used."""
@@ -33,10 +33,12 @@ def open_tensors(file: Path | Sequence[Path]) -> ReadTensor:
     """
     files = [file] if isinstance(file, Path) else file
     readers = {file: _open_whole_tensors(file) for file in files}
-    homes = {name: file for file in files for name in (summarize(file).tensors if len(files) > 1 else ())}
+    homes = {name: file for file in files for name in summarize(file).tensors}
+    scales = {f"{name.removesuffix(end)}.weight": name for name in homes for end in SCALE_ENDS if name.endswith(end)}
 
     def whole(name: str) -> Tensor:
-        return readers[homes.get(name, files[0])](name)
+        stored = readers[homes.get(name, files[0])](name)
+        return stored if name not in scales else _scaled(stored, readers[homes[scales[name]]](scales[name]))
 
     def read(place: TensorRef) -> Tensor:
         # What is in a file is there even where all other tensors are only imagined.
@@ -49,6 +51,12 @@ def open_tensors(file: Path | Sequence[Path]) -> ReadTensor:
             return stored[place.start : place.stop] if isinstance(place, TensorSlice) else stored.T
 
     return read
+
+
+def _scaled(stored: Tensor, scale: Tensor) -> Tensor:
+    """A weight in fp8 times its scale, or one for each output, float32."""
+    weight, factor = stored.float(), scale.float()
+    return weight * (factor if factor.numel() == 1 else factor.view(-1, *[1] * (weight.dim() - 1)))
 
 
 def _open_whole_tensors(file: Path) -> Callable[[str], Tensor]:

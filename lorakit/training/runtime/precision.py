@@ -78,6 +78,14 @@ def common_precision(training: TrainingSection, processes: Distributed) -> Preci
     return own if own.value == least else Precision(least, "another process's device has no other")
 
 
+def run_precision(config: TrainConfig, processes: Distributed) -> Precision:
+    """The precision of a run with its model: for `"auto"`, never fp16 where that overflows."""
+    found = common_precision(config.training, processes)
+    if found.value == "fp16" and config.model.overflows_fp16 and config.training.mixed_precision == "auto":
+        return Precision("bf16", f"{found.reason}, which is slow; {config.model.title} overflows in fp16")
+    return found
+
+
 def with_precision(config: TrainConfig, precision: Precision) -> TrainConfig:
     """The config with this precision."""
     return evolve(config, training=evolve(config.training, mixed_precision=precision.value))

@@ -18,7 +18,6 @@ from lorakit.models.families.flow.checkpoint import TRANSFORMER, FlowCheckpoint
 if TYPE_CHECKING:
     import torch
 
-    from lorakit.config.train_config import TrainConfig
     from lorakit.models.families.flow.model import FlowTransformer
     from lorakit.models.interfaces import DiffusionModel
     from lorakit.models.weights.merge_lora import Merging
@@ -36,6 +35,8 @@ class FlowTransformerConfig(BaseWeightsConfig):
     default_parts = (TRANSFORMER,)
     lora_layouts = ("kohya", "original", "diffusers")
     size_multiple = 16
+    overflows_fp16 = True
+    web_uis = ("Forge Neo",)
     supports_weighted_captions = False
     usual_resolution = preview_size = 1024
     dataset_defaults = {"resolution": (1024, 1024), "max_bucket_reso": 2048}  # noqa: RUF012 - a ClassVar of the base
@@ -83,13 +84,6 @@ class FlowTransformerConfig(BaseWeightsConfig):
         if not lacking:
             yield from self._problems_of_parts(stored)
         yield from self._problems_of_tokenizers(stored)
-
-    def problems_with(self, config: TrainConfig) -> Iterator[Problem]:
-        """Half precision, in which these transformers overflow."""
-        yield from super().problems_with(config)
-        if config.training.mixed_precision == "fp16":
-            message = f"{self.title} overflows in fp16"
-            yield Problem("path", message, 'set training.mixed_precision = "bf16"')
 
     def merging(self) -> Merging:
         """The files to merge, the one that is only for training last."""

@@ -26,6 +26,7 @@ class FluxFamilyConfig(FlowTransformerConfig):
 
     layout = LAYOUT
     layer_tags = LAYER_TAGS
+    web_uis = ("Forge",)
     t5_tokenizer: ClassVar[str]
     """The field with T5's tokenizer."""
 
