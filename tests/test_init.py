@@ -26,6 +26,7 @@ from lorakit.config.dump import starter
 from lorakit.config.load import config_from_tables
 from lorakit.config.train_config import TrainConfig
 from lorakit.errors import ConfigError
+from lorakit.models.families.z_image.checkpoint import transformer_shapes
 from lorakit.plugins.catalog import Catalog
 from lorakit.previews.prompts import Prompt, preview_jobs
 from tests.config.conftest import SD1_SHAPES, SDXL_SHAPES, write_safetensors
@@ -214,3 +215,17 @@ def test_what_cannot_be_started_with(folder: Path, catalog: Catalog) -> None:
     write_safetensors(folder / "other.safetensors", {"transformer.weight": (1,)})
     with pytest.raises(ConfigError, match="no installed plugin trains it"):
         look_at_model("other.safetensors", catalog)
+
+
+def test_files_that_a_model_needs_beside_it(folder: Path, catalog: Catalog) -> None:
+    """For a transformer alone there are keys for the other parts, with what to give; text encoders are not trained."""
+    settings = {"dim": 64, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 4, "cap_feat_dim": 32}
+    write_safetensors(folder / "z.safetensors", dict(transformer_shapes(settings)))
+    begun = plan_start(catalog, "subject", None, "z.safetensors", "adamw")
+    text = short_config(begun, folder / "config.toml")
+    config = tomllib.loads(text)
+    assert config["model"].keys() == {"path", "text_encoder", "vae", "tokenizer"}
+    assert config["model"]["text_encoder"] == "qwen_3_4b.safetensors"
+    assert "c3lier" not in text
+    assert "text_encoder_lr" not in config["optimizer"]
+    assert config["data"]["resolution"] == 1024

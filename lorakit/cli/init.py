@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import attrs
 import tomlkit
 from attrs import frozen
 
-from lorakit.api.components import OptimizerConfig
+from lorakit.api.components import ModelPart, OptimizerConfig
 from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.api.preset import Preset, PresetConfig
 from lorakit.checkpoints import HubModel, locate, summarize
@@ -56,6 +56,17 @@ class Start:
         count = self.images.count if self.images else 20
         repeats = max(1, round(self.preset.steps / _EPOCHS / count))
         return repeats, _EPOCHS if repeats > 1 else max(1, round(self.preset.steps / count))
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the model's family is."""
+        return self.family is not ModelFamilyConfig
+
+    @property
+    def default_parts(self) -> Sequence[ModelPart]:
+        """The parts of the family's models that get adapters."""
+        known = self.family.default_parts
+        return [part for part in self.family.parts if not known or part.name in known]
 
     @property
     def word(self) -> str:
@@ -143,6 +154,12 @@ def _model(start: Start, path: Path) -> Iterator[str]:
     yield "[model]"
     model = _model_path(start.model, path) if start.model else "v1-5-pruned.safetensors"
     yield _line("path", model, 'or a Hub id: "stable-diffusion-v1-5/stable-diffusion-v1-5"')
+    if not start.model or not start.is_known:
+        return
+    for problem in start.family(path=str(locate(start.model, Path.cwd()))).problems():
+        if problem.message.startswith("is missing"):
+            example = re.search(r'"([^"]+)"', problem.hint)
+            yield _line(problem.key, example[1] if example else "", problem.hint)
 
 
 def _data(start: Start, path: Path) -> Iterator[str]:
@@ -162,7 +179,8 @@ def _data(start: Start, path: Path) -> Iterator[str]:
 
 def _network(start: Start, _: Path) -> Iterator[str]:
     yield "[network]"
-    yield _line("name", "lierla", '"c3lier" adapts convolutions too')
+    has_convolutions = "resnet" in start.family.layer_tags or not start.is_known
+    yield _line("name", "lierla", '"c3lier" adapts convolutions too' if has_convolutions else "")
     yield _line("rank", start.preset.rank, "higher: more detail, larger file")
     yield _line("alpha", start.preset.alpha, "scale: updates are multiplied by alpha / rank")
 
@@ -178,7 +196,8 @@ def _optimizer(start: Start, _: Path) -> Iterator[str]:
         yield _line("lr", lr, "for other optimizers: lion 3e-5, dadaptation and prodigy 1")
     for key, value in own.usual_options.items():
         yield _line(key, value, f"usual with {own.name}")
-    if own.supports_group_lrs and not own.finds_learning_rate:
+    trains_text = any(part.encoders for part in start.default_parts) or not start.is_known
+    if own.supports_group_lrs and not own.finds_learning_rate and trains_text:
         share = start.preset.text_encoder_share
         several = sum(bool(part.encoders) for part in start.family.parts) > 1
         off = "0 trains none, [1e-5, 0] the first alone" if several else "0 does not train the text encoder"
@@ -203,7 +222,8 @@ def _lr_scheduler(start: Start, _: Path) -> Iterator[str]:
 def _training(start: Start, _: Path) -> Iterator[str]:
     yield "[training]"
     yield _line("max_epochs", start.repeats_and_epochs[1], "")
-    yield _line("mixed_precision", "auto", "bf16 on RTX 30 and newer, fp16 on older GPUs, float32 on CPUs")
+    older = "" if start.family.overflows_fp16 else ", fp16 on older GPUs"
+    yield _line("mixed_precision", "auto", f"bf16 on RTX 30 and newer{older}, float32 on CPUs")
     yield _line("cuda_graphs", "auto", "on NVIDIA GPUs, if a measurement finds it faster")
     is_large = start.family.usual_resolution > _SMALL
     yield _line("gradient_checkpointing", True, "less memory, a third more time", is_off=not is_large)
