@@ -101,8 +101,9 @@ class CaptionTokenizer:
         return [sum(lengths[word] for word in own) for own in words]
 
     def _ids(self, texts: Iterable[str]) -> list[list[int]]:
+        cleaned = list(texts)
         with _damage_told(self._folder):
-            return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+            return [encoding.ids for encoding in self.tokenizer.encode_batch(cleaned, add_special_tokens=False)]
 
     def _in_chunks(self, captions: Sequence[Sequence[int]]) -> Tensor:
         """Token ids, int64 [B, n, 77], of the ids of captions of any length."""
