@@ -11,7 +11,7 @@ from lorakit.checkpoints.summary import CheckpointSummary, Shapes
 OTHER = "another kind of model than Stable Diffusion"
 """What is said of files whose names are not those of any model known here."""
 _OR = " or "
-_ANY_FLUX, _ANY_JOINT = "FLUX.1, FLUX.2 or Chroma", "FLUX.1, Stable Diffusion 3 or Qwen-Image"
+_ANY_FLUX, _ANY_JOINT = "FLUX.1, FLUX.2 or Chroma", "FLUX.1, Chroma, Stable Diffusion 3 or Qwen-Image"
 
 _NAMES: Mapping[str, re.Pattern[str]] = {
     "FLUX.2": re.compile(
@@ -34,7 +34,7 @@ _NAMES: Mapping[str, re.Pattern[str]] = {
     "Z-Image": re.compile(
         r"(?:^|_)(?:layers|noise_refiner|context_refiner)_\d+_(?:attention_(?:to_|qkv|out)|feed_forward_w[123]|adaLN)"
     ),
-    "FLUX.1 or Stable Diffusion 3": re.compile(r"transformer_transformer_blocks_\d+_(?:attn_|ff_|norm)"),
+    "FLUX.1, Chroma or Stable Diffusion 3": re.compile(r"transformer_transformer_blocks_\d+_(?:attn_|ff_|norm)"),
     "Stable Diffusion XL": re.compile(r"lora_te2_|text_encoder_2_|text_encoders_clip_g_|\d_transformer_blocks_1_"),
     "AnimateDiff": re.compile(r"motion_modules_"),
     "a ControlNet": re.compile(r"lllite_|control_model_"),

@@ -106,7 +106,8 @@ def _split_fused(by_key: dict[str, dict[str, Tensor]], targets: Sequence[Adaptat
         for rows in target.fused_from:
             key = denoiser_key(rows.name)
             by_key[key] = {
-                suffix: tensor[rows.start : rows.stop] if suffix in (UP, MAGNITUDE) else tensor
+                # Files have no tensor twice, so the down factor is copied for each part.
+                suffix: tensor[rows.start : rows.stop] if suffix in (UP, MAGNITUDE) else tensor.clone()
                 for suffix, tensor in own.items()
             }
             paths[key] = rows.name

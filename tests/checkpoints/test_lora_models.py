@@ -50,7 +50,7 @@ FILES: list[tuple[str, str, Layers]] = [
         "lora_unet_transformer_blocks_59_attn_add_q_proj",
         {"lora_unet_transformer_blocks_1_attn_to_q": (4, 4)},
     ),
-    ("FLUX.1, Stable Diffusion 3 or Qwen-Image", "transformer.transformer_blocks.0.attn.add_q_proj", {}),
+    ("FLUX.1, Chroma, Stable Diffusion 3 or Qwen-Image", "transformer.transformer_blocks.0.attn.add_q_proj", {}),
     ("Stable Diffusion 3", "lora_unet_joint_blocks_0_x_block_attn_qkv", {}),
     ("Wan", "diffusion_model.blocks.0.self_attn.q", {}),
     ("Stable Diffusion XL", "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q", {}),
