@@ -138,6 +138,33 @@ def test_logit_normal_draws(settings: dict[str, float], expected: tuple[float, .
     assert [counted(rng, latents(64, 64)) for rng in rngs] == [int(1000 * value + 1e-3) for value in expected]
 
 
+class Uniform:
+    """A generator whose numbers from 0 to 1 are known."""
+
+    def __init__(self, number: float) -> None:
+        self.number = number
+
+    def random(self) -> float:
+        """The number."""
+        return self.number
+
+
+def test_mode_and_cosmap_draws() -> None:
+    """For known numbers, timesteps have the values computed apart; cosmap's have its density."""
+    numbers = (0.05, 0.25, 0.5, 0.75, 0.95)
+    rngs: list[Any] = [Uniform(number) for number in numbers]
+    mode = CATALOG.find(TimestepSamplerConfig, "mode")().build(FlowMatching())
+    found = [mode(rng, latents(64, 64)) for rng in rngs]
+    assert found == pytest.approx((0.893441, 0.616416, 0.5, 0.383584, 0.106559), abs=1e-6)
+    cosmap = CATALOG.find(TimestepSamplerConfig, "cosmap")().build(FlowMatching())
+    times = [cosmap(Uniform(u), latents(64, 64)) for u in np.linspace(0, 1, 10001)]  # type: ignore[arg-type]
+    middles = (np.array(times[1:]) + np.array(times[:-1])) / 2
+    density = 1e-4 / np.diff(times)
+    np.testing.assert_allclose(density, 2 / (np.pi * (1 - 2 * middles + 2 * middles**2)), rtol=1e-5)
+    weights = [2 / (math.pi * (1 - 2 * t + 2 * t * t)) for t in numbers]
+    assert weights == pytest.approx((0.703447, 1.018592, 1.273240, 1.018592, 0.703447), abs=1e-6)
+
+
 def test_a_model_s_own_shift_holds_where_none_is_set() -> None:
     """Timesteps are shifted as the family says for the image's size, unless the config sets a shift."""
     flow, shape, rng = FlowMatching(FlowSpec(shift=FLUX)), latents(768, 512), Drawn(-1.5)
