@@ -41,6 +41,7 @@ from lorakit.config.sd_scripts import GROUPS
 from lorakit.kohya.draft import OptionStatus, keys_and_choices, option_status
 from lorakit.plugins.catalog import Catalog
 from lorakit.plugins.discovery import REGISTRATION_HOOKS
+from lorakit.utils.wording import listed
 
 FOLDER = Path(__file__).parent / "reference"
 NOTICE = "<!-- Written by docs/generate.py; change the code instead. -->\n"
@@ -130,8 +131,8 @@ with * import torch: import them inside `build`, in modules that `build` imports
 KOHYA_INTRO = """\
 # Come from sd-scripts
 
-`lorakit from-kohya` turns a command line of sd-scripts' `train_network.py`, or of `sdxl_train_network.py`, into a
-config that trains the same. Put it in front of the line:
+`lorakit from-kohya` turns a command line of sd-scripts' `train_network.py`, `sdxl_train_network.py`,
+`flux_train_network.py` or `anima_train_network.py` into a config that trains the same. Put it in front of the line:
 
 ```console
 $ lorakit from-kohya -o config.toml accelerate launch train_network.py --pretrained_model_name_or_path=model …
@@ -208,6 +209,50 @@ Some differences are deliberate. LoRA files of both are used alike.
   lorakit uses what the file says.
 - Images for which the VAE overflows in half precision are encoded again in float32.
 
+## FLUX.1, Chroma and Anima
+
+The script's name says what is trained, or an option that it alone has, such as `--t5xxl` or `--qwen3`, or the network
+module; `--model_type=chroma` says Chroma. The GUI's `.json` files for these models are not read: give the `.toml` file
+that the GUI makes of them when a run starts.
+
+- `--clip_l`, `--t5xxl`, `--ae`, `--qwen3` and `--vae` become keys of `[model]`. Single files have no tokenizers; the
+  config names those that sd-scripts takes, by their ids on the Hub.
+- `unet` in the tables below means the transformer. As with sd-scripts, FLUX.1's CLIP and Anima's Qwen3 are trained,
+  too, without `--network_train_unet_only`; T5 with `train_t5xxl=True`, and Anima's LLM adapter with
+  `train_llm_adapter=True`. lorakit counts that as a text encoder, whose learning rate is set to `--unet_lr`.
+- `--blocks_to_swap` becomes `training.stream_base`, which streams all blocks.
+- Options of `[loss]` that are made for Stable Diffusion, and bounds of timesteps, are read by these scripts and never
+  used. They are left out with a warning; `timesteps.min` and `timesteps.max` do what bounds are for.
+
+Timesteps become `[timesteps]`:
+
+- `--timestep_sampling=uniform`: `name = "uniform"`, `shift = 1.0`.
+- `sigmoid`: `name = "logit_normal"`, `std` from `--sigmoid_scale`, `shift = 1.0`.
+- `shift`: the same, with `shift` from `--discrete_flow_shift`.
+- `flux_shift`: the same, without `shift` for FLUX.1 dev, whose own it is. For other models it is the shift at the first
+  dataset's resolution, with a warning.
+- `sigma`: `name = "uniform"`, with `shift` from `--discrete_flow_shift`, which counts here, too. sd-scripts draws one
+  of 1000 timesteps, lorakit any number between.
+- `sigma` with `--weighting_scheme=logit_normal`: `name = "logit_normal"`, `mean` from `--logit_mean` with its sign
+  changed, `std` from `--logit_std`. With `mode`: `name = "mode"`, `mode_scale` from `--mode_scale`.
+
+Choices of layers become `network.layers`, and ranks `network.group_ranks` or `network.block_ranks`, where these say
+exactly the same: `train_blocks`, `train_double_block_indices`, `img_attn_dim` and its like, `network_reg_dims`,
+`include_patterns` and `exclude_patterns`. Learning rates in `network_reg_lrs` become `network.group_lr_weights`. Other
+choices are left out with a warning.
+
+What sd-scripts does by mistake is done as it was meant. A warning says so where an option does it:
+
+- `--model_prediction_type` is `sigma_scaled` by default, with which the loss compares an image with a velocity. Only
+  `raw` is right, and that is what lorakit does. `--weighting_scheme` weights FLUX.1's loss with `sigma_scaled` alone.
+- `--guidance_scale` is 3.5 by default, with which LoRA lose contrast. lorakit trains FLUX.1 dev with 1 and Chroma with
+  0; previews take 3.5.
+- `split_qkv=True` gives queries, keys and values adapters of their own, which act at a part of their strength. lorakit
+  trains one adapter for the three.
+- sd-scripts rounds the timestep that the transformer is told to bfloat16; lorakit does not.
+- With Anima, sd-scripts writes the rate at which captions are dropped into its cache, so that another rate needs a new
+  one. lorakit's cache does not know the rate.
+
 Below are all options, by what they are about. “later” means that the option is left out with a warning."""
 
 
@@ -277,11 +322,12 @@ def kohya_page() -> str:
             reasons = {
                 OptionStatus.WORKS: f"`{option.key}`"
                 + (f", with the plugin `{option.plugin}`" if option.plugin else ""),
-                OptionStatus.NOT_NEEDED: option.unneeded
-                + (f"; an option of `{option.script.name}` only" if option.script else ""),
+                OptionStatus.NOT_NEEDED: option.unneeded,
                 OptionStatus.UNSUPPORTED: option.later or "no key does the same yet",
             }
-            rows.append(f"| `--{option.name}` | {state.value} | {_cell(reasons[state])} |")
+            scripts = listed([f"`{script.name}`" for script in option.scripts])
+            reason = reasons[state] + (f"; an option of {scripts} only" if scripts else "")
+            rows.append(f"| `--{option.name}` | {state.value} | {_cell(reason)} |")
         parts += [f"## {title}", "\n".join(rows)]
     return "\n\n".join(parts) + "\n"
 

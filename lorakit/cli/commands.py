@@ -190,11 +190,11 @@ def train(configs: tuple[Path, ...], overrides: tuple[str, ...], resume: Path | 
 def from_kohya(output: Path | None, arguments: tuple[str, ...]) -> None:
     """Convert a command line of sd-scripts to an equivalent config file.
 
-    ARGS is the whole line, `accelerate launch … train_network.py …`, or sdxl_train_network.py for SDXL, or its
-    options alone; in quotation marks it may be pasted with its line breaks. `--config_file X.toml` is read too.
-    Or ARGS are files, with or without options behind them: the .json or .toml that the GUI kohya_ss saves, the
-    .toml files of lora-scripts and of Colab. Options that have no counterpart are listed on standard error and
-    in the file.
+    ARGS is the whole line, `accelerate launch … train_network.py …`, or that of sdxl_train_network.py,
+    flux_train_network.py or anima_train_network.py, or its options alone; in quotation marks it may be pasted with
+    its line breaks. `--config_file X.toml` is read too. Or ARGS are files, with or without options behind them: the
+    .json or .toml that the GUI kohya_ss saves, the .toml files of lora-scripts and of Colab. Options that have no
+    counterpart are listed on standard error and in the file.
     """
     from lorakit.config.load import config_from_tables
     from lorakit.kohya.command_line import read_arguments

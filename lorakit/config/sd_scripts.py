@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from attrs import frozen
+from attrs import Factory, frozen
 
-from lorakit.config.training_scripts import SDXL_TRAIN_NETWORK, Script
+from lorakit.config.training_scripts import ANIMA_TRAIN_NETWORK, FLUX_TRAIN_NETWORK, SDXL_TRAIN_NETWORK, Script
 
 Kind = Literal["flag", "int", "float", "text", "path", "texts", "floats", "int or share"]
 
@@ -37,12 +37,22 @@ class Option:
     """Further values accepted in a --config_file, where sd-scripts does not enforce `choices`."""
     special: bool = False
     """Whether converting it takes more than copying the value to `key`."""
-    script: Script | None = None
-    """The script that alone has it; None for an option of all scripts."""
+    scripts: tuple[Script, ...] = ()
+    """The scripts that have it; none for an option of all scripts."""
+    other_defaults: Mapping[str, object] = Factory(dict)
+    """Its value when absent in scripts, by their names, where that is another."""
     plugin: str = ""
     """The plugin distribution that provides the key, if it is not part of lorakit."""
     hint: str = ""
     """What to write instead, where `key` alone does not say it."""
+
+    def is_of(self, script: Script | None) -> bool:
+        """Whether a script has it; true where the script is not known."""
+        return script is None or not self.scripts or script in self.scripts
+
+    def default_of(self, script: Script) -> object:
+        """Its value when absent in a script."""
+        return self.other_defaults.get(script.name, self.default)
 
     @property
     def target(self) -> str:
@@ -60,6 +70,12 @@ _SKIP = "`lorakit train CONFIG --resume` continues at exactly the same step"
 _WANDB = "lorakit-wandb"
 _DEEPSPEED = "DeepSpeed is not supported"
 _DDP = "gradients are averaged without DistributedDataParallel"
+_UNREAD = "anima_train_network.py does not read it; `--network_args network_reg_lrs` is for LoRA"
+_COMPILED = "torch.compile is called block by block with its own defaults"
+
+_FLUX, _ANIMA = (FLUX_TRAIN_NETWORK,), (ANIMA_TRAIN_NETWORK,)
+_FLOW = (FLUX_TRAIN_NETWORK, ANIMA_TRAIN_NETWORK)
+_NEWER = (SDXL_TRAIN_NETWORK, *_FLOW)
 
 MODEL = (
     Option("pretrained_model_name_or_path", "path", key="model.path", special=True),
@@ -69,9 +85,27 @@ MODEL = (
     Option("vae", "path", key="model.vae"),
     Option("no_half_vae", "flag", False, key="model.no_half_vae"),
     Option(
-        "disable_mmap_load_safetensors", "flag", False, script=SDXL_TRAIN_NETWORK,
+        "disable_mmap_load_safetensors", "flag", False, scripts=_NEWER,
         unneeded="lorakit always memory-maps model files, which affects only how fast they load",
     ),
+    Option("model_type", "text", "flux", key="model.family", special=True, choices=("flux", "chroma"), scripts=_FLUX),
+    Option("clip_l", "path", key="model.text_encoder", special=True, scripts=_FLUX),
+    Option("t5xxl", "path", key="model.text_encoder_2", special=True, scripts=_FLUX),
+    Option("ae", "path", key="model.vae", special=True, scripts=_FLUX),
+    Option("t5xxl_max_token_length", "int", key="model.max_token_length", special=True, scripts=_FLUX),
+    Option(
+        "apply_t5_attn_mask", "flag", False, scripts=_FLUX, special=True,
+        later="FLUX.1 is trained without a mask, as it was made and as images are drawn; Chroma always with one",
+    ),
+    Option(
+        "controlnet_model_name_or_path", "path", scripts=_FLUX,
+        later="flux_train_network.py does not read it",
+    ),
+    Option("qwen3", "path", key="model.text_encoder", special=True, scripts=_ANIMA),
+    Option("llm_adapter_path", "path", key="model.text_conditioner", special=True, scripts=_ANIMA),
+    Option("t5_tokenizer_path", "path", key="model.t5_tokenizer", special=True, scripts=_ANIMA),
+    Option("qwen3_max_token_length", "int", 512, scripts=_ANIMA, later="captions of up to 512 tokens are read"),
+    Option("t5_max_token_length", "int", 512, scripts=_ANIMA, later="captions of up to 512 tokens are read"),
 )  # fmt: skip
 
 DATA = (
@@ -114,8 +148,12 @@ DATA = (
     Option("cache_latents_to_disk", "flag", False, unneeded=_ALWAYS, hint="data.cache_dir"),
     Option("vae_batch_size", "int", key="data.encode_batch_size"),
     *(
-        Option(name, "flag", False, unneeded=_ALWAYS, hint="data.cache_dir", script=SDXL_TRAIN_NETWORK)
+        Option(name, "flag", False, unneeded=_ALWAYS, hint="data.cache_dir", scripts=_NEWER)
         for name in ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")
+    ),
+    Option(
+        "text_encoder_batch_size", "int", scripts=_FLOW,
+        unneeded="captions are encoded as many at once as fit; the result is the same",
     ),
     Option("skip_cache_check", "flag", False, unneeded="the cache is keyed by content and always valid"),
     Option("cache_info", "flag", False, unneeded="image information is always cached"),
@@ -163,6 +201,10 @@ OPTIMIZER = (
     Option("learning_rate", "float", 2e-6, key="optimizer.lr", special=True),
     Option("unet_lr", "float", key="optimizer.unet_lr", special=True),
     Option("text_encoder_lr", "floats", key="optimizer.text_encoder_lr", special=True),
+    *(
+        Option(name, "float", scripts=_ANIMA, later=_UNREAD)
+        for name in ("llm_adapter_lr", "self_attn_lr", "cross_attn_lr", "mlp_lr", "mod_lr")
+    ),
     Option("max_grad_norm", "float", 1.0, key="training.max_grad_norm"),
     Option("use_8bit_adam", "flag", False, key='optimizer.name = "adamw8bit"', special=True),
     Option("use_lion_optimizer", "flag", False, key='optimizer.name = "lion"', special=True),
@@ -186,7 +228,16 @@ TRAINING = (
     Option("max_train_epochs", "int", key="training.max_epochs"),
     Option("gradient_accumulation_steps", "int", 1, key="training.gradient_accumulation_steps"),
     Option("gradient_checkpointing", "flag", False, key="training.gradient_checkpointing"),
-    Option("cpu_offload_checkpointing", "flag", False, unneeded="train_network.py itself fails with it"),
+    Option(
+        "cpu_offload_checkpointing", "flag", False,
+        unneeded="train_network.py itself fails with it; others save memory, as `lorakit plan` says how to",
+    ),
+    Option(
+        "unsloth_offload_checkpointing", "flag", False, key="training.gradient_checkpointing", special=True,
+        scripts=_ANIMA,
+    ),
+    Option("blocks_to_swap", "int", key="training.stream_base", special=True, scripts=_FLOW),
+    Option("split_mode", "flag", False, key="training.stream_base", special=True, scripts=_FLUX),
     Option("seed", "int", key="training.seed", special=True),
     Option("mixed_precision", "text", "no", key="training.mixed_precision", choices=("no", "fp16", "bf16")),
     Option("full_fp16", "flag", False, unneeded=_HALF),
@@ -196,6 +247,24 @@ TRAINING = (
     Option("xformers", "flag", False, key='attention.name = "sdpa"', special=True),
     Option("sdpa", "flag", False, key='attention.name = "sdpa"', special=True),
     Option("mem_eff_attn", "flag", False, key='attention.name = "sdpa"', special=True),
+    Option(
+        "attn_mode", "text", key='attention.name = "sdpa"', special=True, scripts=_ANIMA,
+        choices=("torch", "xformers", "flash", "sageattn", "sdpa"),
+    ),
+    Option("split_attn", "flag", False, scripts=_ANIMA, unneeded="it saves memory, and the result is the same"),
+    Option("vae_chunk_size", "int", scripts=_ANIMA, unneeded="it saves memory, and the result is the same"),
+    *(
+        Option(name, "flag", False, scripts=_ANIMA, unneeded="images are encoded one by one, without time")
+        for name in ("vae_disable_cache", "qwen_image_vae_2d")
+    ),
+    Option("compile", "flag", False, key="training.compile", special=True, scripts=_FLOW),
+    Option(
+        "compile_backend", "text", "inductor", key="training.compile_backend", special=True, scripts=_FLOW,
+    ),
+    Option("compile_mode", "text", "default", scripts=_FLOW, later=_COMPILED),
+    Option("compile_dynamic", "text", scripts=_FLOW, later=_COMPILED),
+    Option("compile_fullgraph", "flag", False, scripts=_FLOW, later=_COMPILED),
+    Option("compile_cache_size_limit", "int", scripts=_FLOW, later=_COMPILED),
     Option("torch_compile", "flag", False, key="training.compile", special=True),
     Option(
         "dynamo_backend", "text", "inductor", key="training.compile_backend", special=True,
@@ -215,6 +284,34 @@ TRAINING = (
 )  # fmt: skip
 
 LOSS = (
+    Option(
+        "timestep_sampling", "text", "sigma", key="timesteps.name", special=True, scripts=_FLOW,
+        other_defaults={ANIMA_TRAIN_NETWORK.name: "sigmoid"},
+        choices=("sigma", "uniform", "sigmoid", "shift", "flux_shift"),
+    ),
+    Option("sigmoid_scale", "float", 1.0, key="timesteps.std", special=True, scripts=_FLOW),
+    Option(
+        "discrete_flow_shift", "float", 3.0, key="timesteps.shift", special=True, scripts=_FLOW,
+        other_defaults={ANIMA_TRAIN_NETWORK.name: 1.0},
+    ),
+    Option(
+        "weighting_scheme", "text", "uniform", key="timesteps.name", special=True, scripts=_FLOW,
+        choices=("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"),
+    ),
+    Option("logit_mean", "float", 0.0, key="timesteps.mean", special=True, scripts=_FLOW),
+    Option("logit_std", "float", 1.0, key="timesteps.std", special=True, scripts=_FLOW),
+    Option("mode_scale", "float", 1.29, key="timesteps.mode_scale", special=True, scripts=_FLOW),
+    Option("show_timesteps", "text", scripts=_FLOW, unneeded="it draws the distribution and trains nothing"),
+    Option("show_timesteps_resolution", "text", scripts=_FLOW, unneeded="it draws the distribution and trains nothing"),
+    Option(
+        "guidance_scale", "float", 3.5, special=True, scripts=_FLUX,
+        later="training always takes 1, by which FLUX.1 dev learns what it is shown, and Chroma 0",
+    ),
+    Option(
+        "model_prediction_type", "text", "sigma_scaled", special=True, scripts=_FLUX,
+        later="the velocity is compared with the velocity, as with `raw`",
+        choices=("raw", "additive", "sigma_scaled"),
+    ),
     Option("noise_offset", "float", key="loss.noise_offset"),
     Option("noise_offset_random_strength", "flag", False, key="loss.noise_offset_random_strength"),
     Option("adaptive_noise_scale", "float", key="loss.adaptive_noise_scale"),
@@ -233,7 +330,7 @@ LOSS = (
     Option("scale_v_pred_loss_like_noise_pred", "flag", False, key="loss.scale_v_pred_loss_like_noise_pred"),
     Option("v_pred_like_loss", "float", key="loss.v_pred_like_loss"),
     Option("debiased_estimation_loss", "flag", False, key="loss.debiased_estimation"),
-)
+)  # fmt: skip
 
 OUTPUT = (
     Option("output_dir", "path", key="output.dir"),

@@ -14,7 +14,15 @@ from typing import Any, NoReturn
 
 from lorakit.config.sd_scripts import OPTIONS, Option
 from lorakit.config.toml_files import read_toml
-from lorakit.config.training_scripts import MODELS, SCRIPTS, SDXL_TRAIN_NETWORK, TRAIN_NETWORK, Script
+from lorakit.config.training_scripts import (
+    ANIMA_TRAIN_NETWORK,
+    FLUX_TRAIN_NETWORK,
+    MODELS,
+    SCRIPTS,
+    SDXL_TRAIN_NETWORK,
+    TRAIN_NETWORK,
+    Script,
+)
 from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.gui_files import is_gui_file, read_gui_file, what_it_trains
 from lorakit.kohya.options_files import (
@@ -34,7 +42,7 @@ OTHER_MODELS: Mapping[str, str] = {
     "hunyuan": "HunyuanImage",
     "anima": "Anima",
 }
-"""Models that lorakit does not train, with scripts and network modules named after them."""
+"""Models with scripts and network modules of their own, by what the names of these contain."""
 
 _WHOLE = "trains the whole model"
 _OTHER_SCRIPTS: Mapping[str, str] = {
@@ -66,10 +74,12 @@ _LORA_INSTEAD: Mapping[str, Script] = {
     "fine_tune.py": TRAIN_NETWORK,
     "train_db.py": TRAIN_NETWORK,
     "sdxl_train.py": SDXL_TRAIN_NETWORK,
+    "flux_train.py": FLUX_TRAIN_NETWORK,
+    "anima_train.py": ANIMA_TRAIN_NETWORK,
 }
 """The script that trains a LoRA of the same model, by the name of one that trains the whole model."""
 
-_NAMES = tuple(script.name for script in SCRIPTS)
+_NAMES = " or ".join([", ".join(script.name for script in SCRIPTS[:-1]), SCRIPTS[-1].name])
 
 _ENDS = re.compile(r"[ \t]*[\\^`][ \t]*(?:\r?\n|\Z)")
 _COMMENTS = re.compile(r"^[ \t]*#.*$", re.M)
@@ -171,7 +181,7 @@ def script_and_arguments(words: Sequence[str]) -> tuple[Script | None, list[str]
         _refuse_other(name)
     if not words or not words[0].startswith("--"):
         raise _refusal(
-            "the command line", f"neither names {' or '.join(_NAMES)} nor starts with one of their options",
+            "the command line", f"neither names {_NAMES} nor starts with one of their options",
             "give the complete line, lorakit from-kohya accelerate launch train_network.py --…, or a file",
         )  # fmt: skip
     return None, list(words)
@@ -187,8 +197,9 @@ def _refuse_other(name: str) -> None:
         does += f" for {model}"
     hint = MODELS
     if name in _LORA_INSTEAD:
-        hint += f": give the options to {_LORA_INSTEAD[name].name}, with --network_module=networks.lora"
-    raise ConfigError([Problem(name, f"is not {' or '.join(_NAMES)}" + (f": it {does}" if does else ""), hint)])
+        script = _LORA_INSTEAD[name]
+        hint += f": give the options to {script.name}, with --network_module={script.network_module}"
+    raise ConfigError([Problem(name, f"is not {_NAMES}" + (f": it {does}" if does else ""), hint)])
 
 
 def parse(words: Sequence[str], script: Script | None = None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from lorakit.config.sd_scripts import OPTIONS
 from lorakit.config.table_reader import field_names
 from lorakit.errors import ConfigError, PluginError, Problem
 from lorakit.kohya.draft import Command, Draft, OptionStatus, Setting
+from lorakit.kohya.flow_networks import write_text_encoder_lrs
 from lorakit.plugins.catalog import Catalog
 from lorakit.plugins.other_names import PLUGINS
 
@@ -85,7 +86,9 @@ def _learning_rates(command: Command, draft: Draft) -> None:
     if command.get("unet_lr") is not None:
         draft.set("optimizer", "unet_lr", command.setting("unet_lr"))
     rates = command.get("text_encoder_lr")
-    if rates:
+    if command.script.is_flow and "parts" in draft.sections["network"]:
+        write_text_encoder_lrs(command, draft)
+    elif rates:
         draft.set("optimizer", "text_encoder_lr", command.setting("text_encoder_lr", rates[0]))
         if len(rates) > 1 and rates[1] != rates[0]:
             message = f"{rates[1]:g} has no effect, as networks.lora takes only the first"

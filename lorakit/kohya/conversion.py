@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 
 import attrs
+from attrs import evolve
 
-from lorakit.api.model_family import ModelFamilyConfig
+from lorakit.api.model_family import DetectedFamily, ModelFamilyConfig
 from lorakit.checkpoints import locate, summarize
 from lorakit.config.sd_scripts import OPTIONS, Option
 from lorakit.config.train_config import TrainingSection
@@ -17,10 +18,18 @@ from lorakit.errors import ConfigError, LorakitError, Problem
 from lorakit.kohya.components import write_lr_scheduler, write_optimizer
 from lorakit.kohya.datasets import FOLDER_OPTIONS, write_data
 from lorakit.kohya.draft import Command, Draft, OptionStatus, Setting, keys_and_choices, target_of
+from lorakit.kohya.flow import write_flow
 from lorakit.kohya.networks import write_network
 from lorakit.kohya.observers import write_observers, write_previews
-from lorakit.kohya.options_files import Given
+from lorakit.kohya.options_files import Given, unknown_option
 from lorakit.plugins.catalog import Catalog
+from lorakit.utils.wording import listed
+
+_ATTENTION = ("attn_mode", "mem_eff_attn", "xformers", "sdpa")
+"""Options for the implementation of attention; the first that is given counts."""
+
+_BOUNDS: Mapping[str, str] = {"min_timestep": "min", "max_timestep": "max"}
+"""Options with bounds of timesteps, with the keys of `[timesteps]` for them."""
 
 _NOTHING_AT_ZERO = frozenset({"vae_batch_size", "lr_scheduler_num_cycles"})
 """Options with a default for which 0 is no number of anything."""
@@ -52,25 +61,26 @@ def convert(given: Given, folder: Path, target: Path, catalog: Catalog) -> Draft
     if missing:
         raise ConfigError(missing)
     draft = Draft(remarks=[*given.remarks])
-    script = _script(given, folder, catalog, draft)
-    family = catalog.find(ModelFamilyConfig, script.families[0])
+    found = _detected(given, folder, catalog)
+    script = _script(given, found, draft)
+    given = _of_script(given, script, draft)
+    family = catalog.find(ModelFamilyConfig, _family(given, script, found))
     keys = keys_and_choices(catalog)
     command = Command(given.options, keys, script, family, folder.absolute(), target.absolute(), given.sources)
     _refuse_combinations(command, draft)
     for option in OPTIONS.values():
-        if command.has_key(option.key.partition(" = ")[0]):
-            _write_plainly(option, command, draft)
-        elif command.get(option.name) not in (None, command.keys[option.key]):
-            draft.note(option.name, f"has no effect, as with {script.name}")
+        if option.is_of(script):
+            _write_option(option, command, draft)
     _model(command, draft)
     if command.get("validation_seed") is not None:
         draft.set("data", "validation_seed", command.setting("validation_seed"))
     write_data(command, draft)
+    write_flow(command, draft)
     write_network(command, draft, catalog)
     write_optimizer(command, draft, catalog)
     write_lr_scheduler(command, draft, catalog)
     _base_weights(command, draft)
-    attention = next((f"--{name}" for name in ("mem_eff_attn", "xformers", "sdpa") if command.get(name)), "")
+    attention = next((f"--{name}" for name in _ATTENTION if name in command.given and command.get(name)), "")
     draft.set("attention", "name", Setting("sdpa", attention or "not set in sd-scripts; the result is the same"))
     _training(command, draft)
     _compiling(command, draft)
@@ -81,28 +91,76 @@ def convert(given: Given, folder: Path, target: Path, catalog: Catalog) -> Draft
     return draft
 
 
-def _script(given: Given, folder: Path, catalog: Catalog, draft: Draft) -> Script:
+def _detected(given: Given, folder: Path, catalog: Catalog) -> DetectedFamily | None:
+    """What the base model is, as far as it can be looked at."""
+    try:
+        return catalog.detect_model_family(summarize(locate(given.options[_MODEL], folder)))
+    except (LorakitError, OSError, RuntimeError):  # reported by `check`
+        return None
+
+
+def _script(given: Given, found: DetectedFamily | None, draft: Draft) -> Script:
     """The script that the options are for: as they say, or the one that trains the base model.
 
     Raises ConfigError where that is another than they say.
     """
-    path = given.options[_MODEL]
-    try:
-        found = catalog.detect_model_family(summarize(locate(path, folder)))
-    except (LorakitError, OSError, RuntimeError):  # reported by `check`
-        found = None
-    by_option = (OPTIONS[name].script for name in given.options)
-    said = given.script or next(filter(None, by_option), None)
+    path, said = given.options[_MODEL], _scripts_said(given)
     for script in SCRIPTS:
         if found and found.name in script.families:
-            if said not in (None, script):
-                message = f"{path} is {found.title}, for which sd-scripts has {script.name}, not {said.name}"
+            if script not in said:
+                message = f"{path} is {found.title}, for which sd-scripts has {script.name}, not {said[0].name}"
                 raise ConfigError([Problem(f"--{_MODEL}", message)])
             return script
-    if not (said or found):
+    # Programs write what they have into their files, whatever is trained.
+    told = [OPTIONS[name] for name, value in given.options.items() if value != OPTIONS[name].default]
+    own = next((script for script in said if all(option.is_of(script) for option in told)), said[0])
+    if not found and said == SCRIPTS and own is SCRIPTS[0]:
         message = f"{path} cannot be looked at, so the options are taken for those of {SCRIPTS[0].name}"
-        draft.note(_MODEL, f"{message}; for SDXL, write {SCRIPTS[1].name} before them")
-    return said or SCRIPTS[0]
+        others = ", ".join(script.name for script in SCRIPTS[1:])
+        draft.note(_MODEL, f"{message}; for other models, write the name of their script before them: {others}")
+    return own
+
+
+def _scripts_said(given: Given) -> tuple[Script, ...]:
+    """The scripts that options may be for: the one that is named, or those that have what was given.
+
+    Raises ConfigError for options of which no script has all.
+    """
+    if given.script:
+        return (given.script,)
+    own = {name: OPTIONS[name] for name in given.options if OPTIONS[name].scripts}
+    typed = [option for name, option in own.items() if name not in given.sources]
+    module = given.options.get("network_module")
+    by_module = tuple(script for script in SCRIPTS[2:] if script.network_module == module)
+    said = tuple(script for script in by_module or SCRIPTS if all(option.is_of(script) for option in typed))
+    if not said and by_module:
+        foreign = [option.name for option in typed if not option.is_of(by_module[0])]
+        raise ConfigError([unknown_option(name, script=by_module[0]) for name in foreign])
+    if not said:
+        names = listed([f"--{option.name}" for option in typed])
+        raise ConfigError([Problem(names, "are options of different scripts", "name the script before them")])
+    return said
+
+
+def _of_script(given: Given, script: Script, draft: Draft) -> Given:
+    """The options without those that the script does not have, which are those of files for several scripts."""
+    foreign = [name for name in given.options if not OPTIONS[name].is_of(script)]
+    told = [name for name in foreign if given.options[name] != OPTIONS[name].default]
+    if told:
+        names = ", ".join(given.sources.get(name, name).removeprefix("--") for name in told)
+        draft.remarks.append(Problem(names, f"ignored, as in {script.name}"))
+    return evolve(given, options={name: value for name, value in given.options.items() if name not in foreign})
+
+
+def _family(given: Given, script: Script, found: DetectedFamily | None) -> str:
+    """The family that the options say is trained. Raises ConfigError where the base model is of another."""
+    chosen = str(given.options.get("model_type", ""))
+    name = chosen if chosen in script.families else script.families[0]
+    if script.is_flow and found and found.name != name:
+        hint = "leave it out" if chosen else f"--model_type={found.name}"
+        message = f"is {chosen}, and" if chosen else "is absent, and"
+        raise ConfigError([Problem("--model_type", f"{message} {given.options[_MODEL]} is {found.title}", hint)])
+    return name
 
 
 def _refuse_combinations(command: Command, draft: Draft) -> None:
@@ -111,13 +169,30 @@ def _refuse_combinations(command: Command, draft: Draft) -> None:
     if command.get("v2") and "sd2" not in script.families:
         raise ConfigError([Problem("--v2", f"cannot be used with {script.name}", "remove it")])
     caches = [name for name in _CACHES_OF_TEXTS if command.get(name)]
-    if caches and not command.get("network_train_unet_only"):
+    if caches and not (script.caches_beside_training or command.get("network_train_unet_only")):
         hint = "add that; or remove this, to train the text encoders as well"
         raise ConfigError([Problem(f"--{caches[0]}", "cannot be used without --network_train_unet_only", hint)])
-    varying = [f"--{name}" for name in _VARYING_CAPTIONS if command.get(name)] if caches else []
+    allowed = ("caption_dropout_rate",) if script.drops_cached_captions else ()
+    varying = [f"--{name}" for name in _VARYING_CAPTIONS if command.get(name) and name not in allowed and caches]
     if varying:
         message = f"is refused by {script.name} with {', '.join(varying)}; lorakit trains, and encodes captions of many"
         draft.note(caches[0], f"{message} forms in each step")
+
+
+def _write_option(option: Option, command: Command, draft: Draft) -> None:
+    """Copy an option, or say why it is not in the config."""
+    value, has_key = command.get(option.name), command.has_key(option.key.partition(" = ")[0])
+    if has_key and option.name not in command.script.ignores:
+        _write_plainly(option, command, draft)
+    elif option.name not in command.given or value in (option.default, command.keys.get(option.key), None, 0):
+        return
+    elif option.name in command.script.ignores:
+        hint = ""
+        if option.name in _BOUNDS:
+            hint = f"; timesteps.{_BOUNDS[option.name]} = {value / 1000:g} does what it says"
+        draft.note(option.name, f"has no effect, as with {command.script.name}{hint}")
+    elif not option.special:
+        draft.mark_unsupported(option.name, value, f"{command.family.title or command.family.name} needs none")
 
 
 def _write_plainly(option: Option, command: Command, draft: Draft) -> None:
@@ -127,7 +202,8 @@ def _write_plainly(option: Option, command: Command, draft: Draft) -> None:
     state = command.state(option.name)
     if option.name in FOLDER_OPTIONS and command.get("dataset_config"):
         return
-    if state is OptionStatus.UNSUPPORTED and is_given and value not in (0, "", []):
+    is_told = option.special and not option.key  # where it is converted
+    if state is OptionStatus.UNSUPPORTED and is_given and value not in (0, "", []) and not is_told:
         draft.mark_unsupported(option.name, value, option.later)
     if state is not OptionStatus.WORKS or option.special:
         return
@@ -151,11 +227,13 @@ def _write_plainly(option: Option, command: Command, draft: Draft) -> None:
 
 def _model(command: Command, draft: Draft) -> None:
     draft.set("model", "path", command.setting(_MODEL, command.model_path(command.get(_MODEL))))
-    if len(command.script.families) == 1:
-        draft.set("model", "family", Setting(command.family.name, command.script.name))
+    if len(command.script.families) == 1 or command.script.is_flow:
+        is_said = command.given.get("model_type") == command.family.name
+        source = "--model_type" if is_said else command.script.name
+        draft.set("model", "family", Setting(command.family.name, source))
     if command.has_key("model.fix_text"):
         draft.set("model", "fix_text", Setting(value=True, source="sd-scripts cleans captions with ftfy"))
-    if command.state("v_parameterization") is OptionStatus.WORKS:
+    if command.has_key("model.prediction") and command.state("v_parameterization") is OptionStatus.WORKS:
         is_velocity = command.get("v_parameterization")
         source = "--v_parameterization" + ("" if is_velocity else " is absent")
         draft.set("model", "prediction", Setting("v_prediction" if is_velocity else "epsilon", source))
@@ -195,16 +273,21 @@ def _training(command: Command, draft: Draft) -> None:
 
 
 def _compiling(command: Command, draft: Draft) -> None:
-    backend = command.get("dynamo_backend")
-    if not command.get("torch_compile"):
-        if command.is_typed("dynamo_backend"):
-            draft.note("dynamo_backend", "has no effect without --torch_compile")
-    elif backend == "no":
-        draft.note("torch_compile", "has no effect with --dynamo_backend=no")
-    else:
-        draft.set("training", "compile", command.setting("torch_compile"))
-        if "dynamo_backend" in command.given:
-            draft.set("training", "compile_backend", command.setting("dynamo_backend"))
+    names = [("torch_compile", "dynamo_backend"), ("compile", "compile_backend")]
+    own = [(flag, backend) for flag, backend in names if OPTIONS[flag].is_of(command.script)]
+    switched = [flag for flag, _ in own if command.get(flag)]
+    if len(switched) > 1:
+        raise ConfigError([Problem(f"--{switched[0]}", f"cannot be combined with --{switched[1]}")])
+    for flag, backend in own:
+        if flag not in switched:
+            if command.is_typed(backend):
+                draft.note(backend, f"has no effect without --{flag}")
+        elif command.get(backend) == "no":
+            draft.note(flag, f"has no effect with --{backend}=no")
+        else:
+            draft.set("training", "compile", command.setting(flag))
+            if backend in command.given:
+                draft.set("training", "compile_backend", command.setting(backend))
 
 
 def _saving(command: Command, draft: Draft) -> None:

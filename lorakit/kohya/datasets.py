@@ -250,3 +250,21 @@ def _folders_in(folder: Path) -> list[Path]:
         return [path for path in folder.iterdir() if path.is_dir()]
     except OSError:
         return []
+
+
+def first_resolution(command: Command, draft: Draft) -> tuple[int, int] | None:
+    """Width and height that images of the first dataset are scaled to; None where nothing says it."""
+    if draft.datasets:
+        setting = {**draft.general, **draft.datasets[0][0]}.get("resolution")
+        found: object = setting.value if setting else None
+    else:
+        try:
+            tables = read_toml(command.on_disk(command.get("dataset_config") or ""))
+        except ValueError:  # reported by `check`
+            return None
+        own = next(iter(_datasets(tables)), ({}, []))[0]
+        found = {**_general(tables), **own}.get("resolution")
+    sides = [found] * 2 if isinstance(found, int) else found
+    if isinstance(sides, list) and len(sides) == 2 and all(isinstance(side, int) for side in sides):
+        return int(sides[0]), int(sides[1])
+    return None

@@ -102,7 +102,13 @@ class Command:
 
     def get(self, name: str) -> Any:
         """The value of an option, its default where it was not given."""
-        return self.given.get(name, OPTIONS[name].default)
+        return self.given.get(name, OPTIONS[name].default_of(self.script))
+
+    def model(self) -> ModelFamilyConfig:
+        """The base model, for what depends on its files."""
+        path = self.get("pretrained_model_name_or_path")
+        is_there = os.path.exists(self.folder / path)  # noqa: PTH110 - raises nothing
+        return self.family(path=str(self.folder / path) if is_there else path)
 
     def state(self, name: str) -> OptionStatus:
         """What can be done with an option."""
@@ -121,7 +127,7 @@ class Command:
         """The parts of the family that sd-scripts means by `unet` and `text_encoder`, which is all text encoders."""
 
         def kind(part: ModelPart) -> str:
-            return "text_encoder" if part.encoders else part.name
+            return "text_encoder" if part.encoders else "unet"
 
         return [part.name for part in self.family.parts if kind(part) in names]
 
@@ -233,8 +239,8 @@ def _values(table: Table) -> dict[str, Any]:
 
 
 _SECTIONS = (
-    "model", "data", "network", "optimizer", "lr_scheduler", "attention", "training", "loss", "output", "metadata",
-    "saver",
+    "model", "data", "network", "optimizer", "lr_scheduler", "attention", "training", "timesteps", "loss", "output",
+    "metadata", "saver",
 )  # fmt: skip
 _COLUMN = 40
 _WIDTH = 116

@@ -24,7 +24,7 @@ _MODELS: Mapping[str, str] = {
     "anima_checkbox": "Anima",
     "lumina_checkbox": "Lumina",
 }
-"""Fields that say that a model is trained which lorakit does not train."""
+"""Fields that say that another model than Stable Diffusion is trained."""
 
 _RENAMED: Mapping[str, str] = {
     "optimizer": "optimizer_type",
@@ -111,9 +111,10 @@ def read_gui_file(file: str, fields: Mapping[str, Any], typed: Mapping[str, Any]
     """
     for field, model in _MODELS.items():
         if _number(fields, field):
-            raise ConfigError([Problem(f"{file}: {field}", f"is set, so the file is for {model}", MODELS)])
+            hint = f"{MODELS}; of the GUI's files for the last three, give the .toml that it makes when a run starts"
+            raise ConfigError([Problem(f"{file}: {field}", f"is set, so the file is for {model}", hint)])
     script = SDXL_TRAIN_NETWORK if _number(fields, "sdxl") else TRAIN_NETWORK
-    values = _values(fields)
+    values = {name: value for name, value in _values(fields).items() if OPTIONS[name].is_of(script)}
     found: dict[str, Any] = {}
     problems: list[Problem] = []
     sources = {}

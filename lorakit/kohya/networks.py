@@ -11,10 +11,11 @@ from lorakit.api.components import NetworkConfig
 from lorakit.api.network_metadata import LORA_MODULE, LYCORIS_MODULE
 from lorakit.config.sd_scripts import NETWORK_ARG_KEYS
 from lorakit.config.table_reader import field_names
-from lorakit.config.training_scripts import MODELS
+from lorakit.config.training_scripts import MODELS, SCRIPTS
 from lorakit.errors import ConfigError, PluginError, Problem
 from lorakit.kohya.command_line import OTHER_MODELS
 from lorakit.kohya.draft import Command, Draft, Setting
+from lorakit.kohya.flow_networks import write_flow_network
 from lorakit.kohya.lycoris import BUILT_IN, write_lycoris
 from lorakit.plugins.catalog import Catalog
 from lorakit.plugins.import_path import check_import_path
@@ -75,20 +76,21 @@ _OPTIONS_NOT_FROM_WEIGHTS = {"network_dim": "rank", "network_alpha": "alpha", "n
 
 
 def write_network(command: Command, draft: Draft, catalog: Catalog) -> None:
-    """[network]: LoRA-C3Lier where 3×3 convolutions get a rank, else LoRA-LierLa."""
+    """[network]: LoRA-C3Lier where 3×3 convolutions get a rank, else LoRA-LierLa or what another module is."""
     module = command.get("network_module")
     if not module:
         raise ConfigError([Problem("--network_module", "is missing", "networks.lora is the usual one")])
-    model = next((model for part, model in OTHER_MODELS.items() if part in re.split(r"[._]", module)), "")
-    if module.startswith("networks.") and model:
-        raise ConfigError([Problem("--network_module", f"{module} is for {model}", MODELS)])
+    _refuse_module(module, command)
     if command.get("network_train_unet_only") and command.get("network_train_text_encoder_only"):
         message = "cannot be combined with --network_train_text_encoder_only, as nothing would be trained"
         raise ConfigError([Problem("--network_train_unet_only", message)])
     args = command.pairs("network_args")
     if not command.get("network_alpha"):  # which means the rank in sd-scripts
         draft.set("network", "alpha", command.setting("network_alpha", float(command.get("network_dim"))))
-    if module == LYCORIS_MODULE and write_lycoris(args, command, draft):
+    if command.script.is_flow and module == command.script.network_module:
+        write_flow_network(args, command, draft)
+        return
+    if module == LYCORIS_MODULE and not command.script.is_flow and write_lycoris(args, command, draft):
         return
     if module != LORA_MODULE:
         _write_other(module, args, command, draft, catalog)
@@ -103,6 +105,22 @@ def write_network(command: Command, draft: Draft, catalog: Catalog) -> None:
     source = next((f"--network_args {key}" for key in ("conv_dim", "conv_block_dims") if key in values), "")
     draft.set("network", "name", Setting("c3lier" if source else "lierla", source or "--network_module"))
     _write_values(values, command, draft, catalog)
+
+
+def _refuse_module(module: str, command: Command) -> None:
+    """Raise ConfigError for a module of sd-scripts that is for another script than the command's."""
+    usual = command.script.network_module
+    model = next((model for part, model in OTHER_MODELS.items() if part in re.split(r"[._]", module)), "")
+    if not module.startswith("networks.") or module == usual or not (model or command.script.is_flow):
+        return
+    if not model:
+        message = f"{module} is not for {command.script.name}"
+        if module == LORA_MODULE:
+            raise ConfigError([Problem("--network_module", message, f"{usual} is")])
+        return
+    script = next((script for script in SCRIPTS if script.network_module == module), None)
+    hint = f"its script is {script.name}" if script else MODELS
+    raise ConfigError([Problem("--network_module", f"{module} is for {model}", hint)])
 
 
 def _write_other(module: str, args: Mapping[str, str], command: Command, draft: Draft, catalog: Catalog) -> None:

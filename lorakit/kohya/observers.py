@@ -130,14 +130,15 @@ def _write_validation(command: Command, draft: Draft) -> None:
     draft.observers.append({"name": name, "every_n_epochs": epochs, **given})
 
 
-_PREVIEW_DEFAULTS: Mapping[str, tuple[str, object]] = {
-    "width": ("preview_size", 512),
-    "height": ("preview_size", 512),
-    "steps": ("preview_steps", 30),
-    "scale": ("preview_scale", 7.5),
-    "sampler": ("preview_sampler", "ddim"),
+_PREVIEW_DEFAULTS: Mapping[str, str] = {
+    "width": "preview_size",
+    "height": "preview_size",
+    "steps": "preview_steps",
+    "scale": "preview_scale",
+    "guidance": "preview_guidance",
+    "sampler": "preview_sampler",
 }
-"""What sd-scripts draws with where a prompt does not say it, by key, with the attribute of a family's own default."""
+"""The attributes of a family with its own defaults of previews, by key."""
 
 
 def write_previews(command: Command, draft: Draft) -> None:
@@ -155,7 +156,7 @@ def write_previews(command: Command, draft: Draft) -> None:
         raise ConfigError([Problem(f"--{asked[0]}", "needs --sample_prompts, the file with the prompts")])
     if not asked:
         for name in ("sample_prompts", "sample_sampler"):
-            if command.is_typed(name):
+            if command.is_typed(name) and name not in command.script.ignores:
                 draft.note(name, "has no effect without --sample_every_n_epochs or --sample_every_n_steps")
         return
     if len(counts) == 2:
@@ -166,18 +167,19 @@ def write_previews(command: Command, draft: Draft) -> None:
         "prompts": command.setting("sample_prompts", _prompts(command)),
     }
     observer |= {name.removeprefix("sample_"): command.setting(name) for name in asked}
-    if "sample_sampler" in command.given:
+    if "sample_sampler" in command.given and "sample_sampler" not in command.script.ignores:
         observer["sampler"] = command.setting("sample_sampler")
     draft.observers.append({**_other_defaults(command), **observer})
 
 
 def _other_defaults(command: Command) -> Table:
-    """Settings of previews for which sd-scripts has another default than the family."""
-    own = {key: getattr(command.family, attribute) for key, (attribute, _) in _PREVIEW_DEFAULTS.items()}
+    """Settings of previews for which sd-scripts has another default than the model."""
+    model, drawn = command.model(), command.script.previews
+    own = {key: getattr(model, attribute) for key, attribute in _PREVIEW_DEFAULTS.items() if key in drawn}
     return {
-        key: Setting(value, f"default of sd-scripts; without this line, {own[key]}")
-        for key, (_, value) in _PREVIEW_DEFAULTS.items()
-        if own[key] not in ("", value)
+        key: Setting(drawn[key], f"default of sd-scripts; without this line, {value}")
+        for key, value in own.items()
+        if value not in ("", None, drawn[key])
     }
 
 

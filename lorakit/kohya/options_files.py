@@ -19,6 +19,7 @@ from lorakit.config.toml_files import read_toml
 from lorakit.config.training_scripts import TRAIN_NETWORK, Script
 from lorakit.config.values import toml_repr
 from lorakit.errors import ConfigError, Problem
+from lorakit.utils.wording import listed
 
 
 @frozen
@@ -38,12 +39,10 @@ UNSAID = "not in the file: set it"
 """The source of a value that is only in the place of another."""
 
 _OTHERS = frozenset({
-    "ae", "clip_g_dropout_rate", "clip_l_dropout_rate", "controlnet_model_name_or_path", "epoch",
-    "gemma2_max_token_length", "learning_rate_te", "learning_rate_te1", "learning_rate_te2", "learning_rate_te3",
-    "lowvram", "lr_restart_cycles", "mem_eff_save", "noise_offset_type", "qwen3_max_token_length",
-    "sample_batch_size", "stop_text_encoder_training", "t5_dropout_rate", "t5_max_token_length",
-    "t5xxl_max_token_length", "text_encoder", "text_encoder_batch_size", "text_encoder_cpu",
-    "unsloth_offload_checkpointing", "vae_chunk_size",
+    "clip_g_dropout_rate", "clip_l_dropout_rate", "epoch", "gemma2_max_token_length", "learning_rate_te",
+    "learning_rate_te1", "learning_rate_te2", "learning_rate_te3", "lowvram", "lr_restart_cycles", "mem_eff_save",
+    "model_train_type", "noise_offset_type", "sample_batch_size", "stop_text_encoder_training", "t5_dropout_rate",
+    "text_encoder", "text_encoder_cpu",
 })  # fmt: skip
 """Keys that programs write and sd-scripts does not have, and that are no misspelt options."""
 
@@ -201,7 +200,7 @@ def not_a_choice(option: Option, value: object) -> str:
 
 def options_of(script: Script | None) -> list[str]:
     """The names of the options that a script has; all of them where it is not known."""
-    return [name for name, option in OPTIONS.items() if script is None or option.script in (None, script)]
+    return [name for name, option in OPTIONS.items() if option.is_of(script)]
 
 
 def nearest(name: str, script: Script | None = None, *, cutoff: float = 0.6) -> str:
@@ -214,6 +213,6 @@ def unknown_option(word: str, place: str = "", script: Script | None = None) -> 
     """The error for an option that a script does not have; `place` is the file that contains it."""
     name = word.lstrip("-").partition("=")[0]
     near, dashes = nearest(name, script), "" if place else "--"
-    other = OPTIONS[name].script if name in OPTIONS else None
-    hint = f"it is one of {other.name}" if other else f"did you mean {dashes}{near}?" if near else ""
+    others = listed([other.name for other in OPTIONS[name].scripts]) if name in OPTIONS else ""
+    hint = f"it is one of {others}" if others else f"did you mean {dashes}{near}?" if near else ""
     return Problem(f"{place}{dashes}{name}", f"is not an option of {(script or TRAIN_NETWORK).name}", hint)

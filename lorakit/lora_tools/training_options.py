@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from lorakit.api.network_metadata import LORA_MODULE
 from lorakit.checkpoints.lora_names import DOWN
 from lorakit.config.sd_scripts import OPTIONS, Option
+from lorakit.config.training_scripts import SDXL_TRAIN_NETWORK, TRAIN_NETWORK, Script
 from lorakit.lora_tools.adapters import LoRAFile
 from lorakit.lora_tools.metadata import json_object
 
@@ -42,7 +43,8 @@ def training_options(file: LoRAFile) -> list[str]:
     """The words of a command line, the script first; what metadata do not tell has a placeholder or is left out."""
     metadata = file.summary.metadata
     is_xl = file.family == "Stable Diffusion XL"
-    words = ["sdxl_train_network.py" if is_xl else "train_network.py"]
+    script = SDXL_TRAIN_NETWORK if is_xl else TRAIN_NETWORK
+    words = [script.name]
     given = {
         "pretrained_model_name_or_path": "MODEL.safetensors",
         "network_module": "networks.lora",
@@ -50,7 +52,7 @@ def training_options(file: LoRAFile) -> list[str]:
         "train_data_dir": "train",
         "output_name": metadata.get("ss_output_name") or file.path.stem,
         **_shown_by_tensors(file),
-        **dict(_copied(metadata)),
+        **dict(_copied(metadata, script)),
     }
     for name, value in given.items():
         several = name in OPTIONS and OPTIONS[name].kind == "floats"
@@ -100,8 +102,8 @@ def _shown_by_tensors(file: LoRAFile) -> dict[str, str]:
     return {"network_dim": str(rank), "network_alpha": f"{alpha:g}"}
 
 
-def _copied(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    for option in OPTIONS.values():
+def _copied(metadata: Mapping[str, str], script: Script) -> Iterator[tuple[str, str]]:
+    for option in (option for option in OPTIONS.values() if option.is_of(script)):
         text = metadata.get(_KEYS.get(option.name, f"ss_{option.name}"), "None")
         if text not in ("None", "", "Dynamic") and option.name not in _NOT_COPIED and not option.unneeded:
             if option.kind == "flag":

@@ -97,8 +97,8 @@ def test_all_unknown_options_are_named() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["accelerate", "launch", "flux_train_network.py"], "flux_train_network.py: is not train_network.py or sdxl_"),
-        (["accelerate", "launch"], "neither names train_network.py or sdxl_train_network.py nor starts with one of"),
+        (["accelerate", "launch", "sd3_train_network.py"], "sd3_train_network.py: is not train_network.py, sdxl_"),
+        (["accelerate", "launch"], "neither names train_network.py, sdxl_train_network.py, flux_train_network.py or"),
     ],
 )
 def test_other_commands(words: list[str], message: str) -> None:
@@ -176,26 +176,26 @@ def test_starters(start: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "words"),
     [
-        ("fine_tune.py", "it trains the whole model (fine-tuning) (lorakit trains LoRA for Stable Diffusion 1.x, 2.x"
-         " and XL: give the options to train_network.py, with --network_module=networks.lora)"),
+        ("fine_tune.py", "it trains the whole model (fine-tuning) (of sd-scripts' models, lorakit trains LoRA for"
+         " Stable Diffusion 1.x, 2.x and XL, FLUX.1, Chroma and Anima: give the options to train_network.py, with"
+         " --network_module=networks.lora)"),
         ("train_db.py", "it trains the whole model (DreamBooth)"),
-        ("sdxl_train.py", "it trains the whole model, SDXL (lorakit trains LoRA for Stable Diffusion 1.x, 2.x and XL:"
-         " give the options to sdxl_train_network.py, with"),
-        ("train_textual_inversion.py", "it trains an embedding (textual inversion) (lorakit"),
+        ("sdxl_train.py", "FLUX.1, Chroma and Anima: give the options to sdxl_train_network.py, with"),
+        ("flux_train.py", "give the options to flux_train_network.py, with --network_module=networks.lora_flux)"),
+        ("anima_train.py", "give the options to anima_train_network.py, with --network_module=networks.lora_anima)"),
+        ("train_textual_inversion.py", "it trains an embedding (textual inversion) (of sd-scripts' models, lorakit"),
         ("train_textual_inversion_XTI.py", "it trains an embedding"),
         ("sdxl_train_textual_inversion.py", "it trains an embedding (textual inversion) for SDXL"),
-        ("train_controlnet.py", "it trains a ControlNet (lorakit"),
+        ("train_controlnet.py", "it trains a ControlNet (of"),
         ("flux_train_control_net.py", "it trains a ControlNet for FLUX"),
         ("sdxl_train_control_net_lllite.py", "it trains a ControlNet for SDXL"),
-        ("flux_train_network.py", "it trains a LoRA for FLUX"),
         ("sd3_train_network.py", "it trains a LoRA for Stable Diffusion 3"),
         ("lumina_train_network.py", "it trains a LoRA for Lumina"),
         ("hunyuan_image_train_network.py", "it trains a LoRA for HunyuanImage"),
-        ("anima_train_network.py", "it trains a LoRA for Anima"),
         ("resize_lora.py", "it changes LoRA files"),
         ("svd_merge_lora.py", "it changes LoRA files"),
         ("gen_img.py", "it generates images"),
-        ("my_train.py", "is not train_network.py or sdxl_train_network.py (lorakit"),
+        ("my_train.py", "flux_train_network.py or anima_train_network.py (of sd-scripts"),
     ],
 )  # fmt: skip
 def test_other_scripts(script: str, words: str) -> None:

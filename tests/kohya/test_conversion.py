@@ -744,7 +744,7 @@ def test_hub_ids(value: str, elsewhere: str, converted: Convert, folder: Path) -
 @pytest.mark.parametrize(
     ("module", "words"),
     [
-        ("networks.lora_flux", "--network_module: networks.lora_flux is for FLUX (lorakit trains LoRA for Stable"),
+        ("networks.lora_flux", "--network_module: networks.lora_flux is for FLUX (its script is flux_train_network.py"),
         ("networks.oft_flux", "is for FLUX"),
         ("networks.lora_sd3", "is for Stable Diffusion 3"),
     ],
@@ -752,7 +752,7 @@ def test_hub_ids(value: str, elsewhere: str, converted: Convert, folder: Path) -
 def test_modules_for_other_models(module: str, words: str, converted: Convert) -> None:
     """A network module of sd-scripts for another model is refused."""
     with pytest.raises(ConfigError) as raised:
-        converted(f"--network_module={module}")
+        converted(f"--network_module={module}", least=("train_network.py", *LEAST))
     assert words in str(raised.value)
 
 

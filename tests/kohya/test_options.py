@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorakit.config.sd_scripts import GROUPS, OPTIONS, OTHER_KEYS, Option
+from lorakit.config.training_scripts import SDXL_TRAIN_NETWORK
 from lorakit.kohya.draft import OptionStatus, keys_and_choices, option_status
 from lorakit.plugins.catalog import Catalog
 from tests.docs.pages import ROOT
 from tests.docs.test_pages import known_keys as keys_of_the_reference
-from tests.kohya.conftest import LEAST, Convert
+from tests.kohya.conftest import Convert
 
 TYPES: dict[str, Any] = {
     "flag": bool, "int": int, "float": float, "text": str, "path": str, "texts": tuple, "floats": tuple,
@@ -35,6 +37,7 @@ OWN_VALUES: dict[str, list[str]] = {
     "save_last_n_steps_state": ["7"],
     "log_tracker_config": ["tracker.toml"],
     "huggingface_repo_visibility": ["public"],
+    "weighting_scheme": ["logit_normal"],
 }
 """Values for options that do not take any text or number."""
 
@@ -67,13 +70,25 @@ CONTEXT: dict[str, list[str]] = {
     "sample_at_first": ["--sample_prompts=prompts.txt"],
     "sample_sampler": ["--sample_prompts=prompts.txt", "--sample_at_first"],
     "xformers": ["--seed=1"],
+    "model_type": ["--pretrained_model_name_or_path=gone.safetensors"],
+    "discrete_flow_shift": ["--timestep_sampling=shift"],
+    "sigmoid_scale": ["--timestep_sampling=sigmoid"],
+    "logit_mean": ["--weighting_scheme=logit_normal"],
+    "mode_scale": ["--weighting_scheme=mode"],
+    "logit_std": ["--weighting_scheme=logit_normal"],
+    "weighting_scheme": ["--discrete_flow_shift=1"],
+    "compile_backend": ["--compile"],
+    "guidance_scale": ["--pretrained_model_name_or_path=gone.safetensors"],
 }
 """Options that others need beside them to mean anything."""
 
-SAME_AS_DEFAULT = {"sdpa", "xformers", "mem_eff_attn"}
+SAME_AS_DEFAULT = {"sdpa", "xformers", "mem_eff_attn", "attn_mode"}
 """Options whose only effect is what lorakit does anyway; the config still says so."""
 
-WITHOUT_DATA = tuple(word for word in LEAST if "dataset_config" not in word)
+TOLD_OTHERWISE = {"apply_t5_attn_mask", "guidance_scale", "model_prediction_type"}
+"""Options without a key that are told where they mean something, with tests of their own."""
+
+Leasts = Callable[[str], tuple[str, ...]]
 
 
 def words(option: Option) -> list[str]:
@@ -88,10 +103,10 @@ def by_state(state: OptionStatus) -> list[str]:
     return [name for name, option in OPTIONS.items() if option_status(option, keys) is state]
 
 
-def test_there_are_196_options() -> None:
-    """All options are there, three of them of SDXL alone, each once, with a default of its own kind."""
-    assert len(OPTIONS) == sum(map(len, GROUPS.values())) == 196
-    assert len([option for option in OPTIONS.values() if option.script]) == 3
+def test_there_are_239_options() -> None:
+    """All options are there, some of them of newer scripts alone, each once, with a default of its own kind."""
+    assert len(OPTIONS) == sum(map(len, GROUPS.values())) == 239
+    assert len([option for option in OPTIONS.values() if SDXL_TRAIN_NETWORK in option.scripts]) == 3
     for option in OPTIONS.values():
         assert option.default is None or isinstance(option.default, TYPES[option.kind]), option
         assert option.default in (None, "", *option.choices) or not option.choices, option
@@ -145,17 +160,18 @@ def test_page_lists_every_option() -> None:
 
 
 @pytest.mark.parametrize("name", by_state(OptionStatus.WORKS))
-def test_options_that_work_change_the_config(name: str, converted: Convert) -> None:
+def test_options_that_work_change_the_config(name: str, converted: Convert, leasts: Leasts) -> None:
     """An option that works changes the key that the table names, and is named there as its source."""
     data = [] if name in ("dataset_config", "train_data_dir") else ["--train_data_dir=train"]
     context = [*data, *CONTEXT.get(name, [])]
-    given = [word for word in WITHOUT_DATA if not word.startswith(f"--{name}=")]
-    draft = converted(*context, *words(OPTIONS[name]), least=tuple(given))
+    without_data = tuple(word for word in leasts(name) if "dataset_config" not in word)
+    given = tuple(word for word in without_data if not word.startswith(f"--{name}="))
+    draft = converted(*context, *words(OPTIONS[name]), least=given)
     if name == "dataset_repeats":  # the names of the folders win
         draft = converted(*words(OPTIONS[name]))
     assert any(f"--{name}" == source.split()[0] for source in sources(draft)), draft
-    if name not in SAME_AS_DEFAULT and given == list(WITHOUT_DATA) and data:
-        assert draft.tables() != converted(*context, least=WITHOUT_DATA).tables()
+    if name not in SAME_AS_DEFAULT and given == without_data and data:
+        assert draft.tables() != converted(*context, least=without_data).tables()
 
 
 def sources(draft: Any) -> list[str]:
@@ -166,28 +182,34 @@ def sources(draft: Any) -> list[str]:
     return [setting.source for table in tables for setting in table.values()]
 
 
-@pytest.mark.parametrize("name", by_state(OptionStatus.UNSUPPORTED))
-def test_options_without_a_counterpart_are_told(name: str, converted: Convert) -> None:
+@pytest.mark.parametrize("name", sorted({*by_state(OptionStatus.UNSUPPORTED)} - TOLD_OTHERWISE))
+def test_options_without_a_counterpart_are_told(name: str, converted: Convert, leasts: Leasts) -> None:
     """An option that nothing does the same as is noted, with its value, and changes nothing else."""
-    draft = converted(*words(OPTIONS[name]))
+    draft = converted(*words(OPTIONS[name]), least=leasts(name))
     (told,) = [remark for remark in draft.remarks if remark.key.startswith(f"--{name}")]
     assert told.message == "has no counterpart" or "with --dataset_config" in told.message
-    assert draft.tables() == converted().tables()
+    assert draft.tables() == converted(least=leasts(name)).tables()
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in by_state(OptionStatus.UNSUPPORTED) if OPTIONS[name].default not in (None, (), False)]
-)
-def test_options_at_their_default_are_not_told(name: str, converted: Convert) -> None:
+DEFAULTS = [
+    name
+    for name in by_state(OptionStatus.UNSUPPORTED)
+    if OPTIONS[name].default not in (None, (), False) and name not in TOLD_OTHERWISE
+]
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_options_at_their_default_are_not_told(name: str, converted: Convert, leasts: Leasts) -> None:
     """An option without a counterpart is nothing to speak of when it is given its default."""
     option = OPTIONS[name]
-    assert not converted(f"--{name}={option.default}").remarks
+    least = leasts(name)
+    assert converted(f"--{name}={option.default}", least=least).remarks == converted(least=least).remarks
 
 
 @pytest.mark.parametrize("name", sorted(set(by_state(OptionStatus.NOT_NEEDED)) - {"config_file"}))
-def test_options_that_are_not_needed_change_nothing(name: str, converted: Convert, xl_least: tuple[str, ...]) -> None:
+def test_options_that_are_not_needed_change_nothing(name: str, converted: Convert, leasts: Leasts) -> None:
     """An option that is not needed changes nothing and is not told."""
-    least = (*(xl_least if OPTIONS[name].script else LEAST), "--network_train_unet_only")
+    least = (*leasts(name), "--network_train_unet_only")
     draft, without = converted(*words(OPTIONS[name]), least=least), converted(least=least)
     assert draft.tables() == without.tables()
     assert draft.remarks == without.remarks

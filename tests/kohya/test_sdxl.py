@@ -82,7 +82,8 @@ def test_nothing_says_which_model(converted: Convert) -> None:
     assert "family" not in draft.tables()["model"]
     assert remarks(draft) == [
         "--pretrained_model_name_or_path: gone.ckpt cannot be looked at, so the options are taken for those of"
-        " train_network.py; for SDXL, write sdxl_train_network.py before them"
+        " train_network.py; for other models, write the name of their script before them: sdxl_train_network.py,"
+        " flux_train_network.py, anima_train_network.py"
     ]
 
 
@@ -109,7 +110,7 @@ def test_options_of_the_other_script() -> None:
     """Options that only sdxl_train_network.py has are unknown to the other, and misspelt ones name their script."""
     for line, message in {
         "train_network.py --cache_text_encoder_outputs": "--cache_text_encoder_outputs: is not an option of"
-        " train_network.py (it is one of sdxl_train_network.py)",
+        " train_network.py (it is one of sdxl_train_network.py, flux_train_network.py and anima_train_network.py)",
         "sdxl_train_network.py --text_encoder_lr1=0": "--text_encoder_lr1: is not an option of sdxl_train_network.py"
         " (did you mean --text_encoder_lr?)",
     }.items():

@@ -156,6 +156,8 @@ def test_mode_and_cosmap_draws() -> None:
     mode = CATALOG.find(TimestepSamplerConfig, "mode")().build(FlowMatching())
     found = [mode(rng, latents(64, 64)) for rng in rngs]
     assert found == pytest.approx((0.893441, 0.616416, 0.5, 0.383584, 0.106559), abs=1e-6)
+    uniform = CATALOG.find(TimestepSamplerConfig, "mode")(mode_scale=0.0).build(FlowMatching())  # type: ignore[call-arg]
+    assert uniform(rngs[1], latents(64, 64)) == 0.75
     cosmap = CATALOG.find(TimestepSamplerConfig, "cosmap")().build(FlowMatching())
     times = [cosmap(Uniform(u), latents(64, 64)) for u in np.linspace(0, 1, 10001)]  # type: ignore[arg-type]
     middles = (np.array(times[1:]) + np.array(times[:-1])) / 2
