@@ -20,6 +20,8 @@ from lorakit.config.load import COMPONENT_SECTIONS, config_from_tables, read_con
 from lorakit.errors import ConfigError
 from lorakit.models.families.anima.structure import conditioner_shapes, transformer_shapes
 from lorakit.models.families.flow.qwen3 import qwen3_shapes
+from lorakit.models.families.sd.structure import vae_shapes as flux_vae_shapes
+from lorakit.models.families.z_image.checkpoint import transformer_shapes as z_image_shapes
 from lorakit.models.qwen_image_vae_files import vae_shapes
 from tests.config.conftest import SD1_SHAPES, SDXL_SHAPES, write_lora, write_safetensors
 from tests.docs.pages import PAGES, ROOT, Block, anchors_of, blocks, blocks_of, links_of
@@ -91,13 +93,27 @@ ANIMA_SHAPES: Mapping[str, Shapes] = {
     "vae": vae_shapes({"base_dim": 4}),
 }
 """The tensors of the files of an Anima, but smaller."""
+_FLUX_VAE = {
+    "latent_channels": 16, "block_out_channels": [8] * 4, "layers_per_block": 1, "use_quant_conv": False,
+    "use_post_quant_conv": False, "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}  # fmt: skip
+FLOW_SHAPES: Mapping[str, Mapping[str, Shapes]] = {
+    "anima": ANIMA_SHAPES,
+    "z-image": {
+        "path": z_image_shapes({"dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "cap_feat_dim": 32}),
+        "text_encoder": qwen3_shapes(_QWEN3),
+        "vae": flux_vae_shapes(_FLUX_VAE),
+    },
+}
+"""The tensors of the files that configs name on a page, by its name."""
 
 
-def write_anima(model: Mapping[str, str], folder: Path) -> None:
-    """The other files that a config for Anima names."""
+def write_parts(model: Mapping[str, str], shapes: Mapping[str, Shapes], folder: Path) -> None:
+    """The other files that a config names for parts of its model."""
     for key in ("text_encoder", "vae"):
-        write_safetensors(folder / model[key], ANIMA_SHAPES[key])
-    for key in ("tokenizer", "t5_tokenizer"):
+        write_safetensors(folder / model[key], shapes[key])
+    for key in {"tokenizer", "t5_tokenizer"} & model.keys():
         (folder / model[key]).mkdir()
         (folder / model[key] / "tokenizer.json").touch()
 
@@ -148,10 +164,10 @@ def test_there_are_config_blocks() -> None:
 @pytest.mark.parametrize("block", CONFIGS, ids=str)
 def test_config_blocks_are_valid(block: Block, tmp_path: Path) -> None:
     """A config example is read without a problem or a warning, once the files that it names are there."""
-    shapes = {"sdxl": SDXL_SHAPES, "anima": ANIMA_SHAPES["path"]}.get(block.page.stem, SD1_SHAPES)
-    tables = with_files(tomllib.loads(block.text), tmp_path, shapes)
-    if block.page.stem == "anima":
-        write_anima(tables["model"], tmp_path)
+    parts = FLOW_SHAPES.get(block.page.stem, {"path": SDXL_SHAPES if block.page.stem == "sdxl" else SD1_SHAPES})
+    tables = with_files(tomllib.loads(block.text), tmp_path, parts["path"])
+    if len(parts) > 1:
+        write_parts(tables["model"], parts, tmp_path)
     if "config" in tables["data"]:
         (dataset,) = [other for other in DATASETS if other.page == block.page]
         write_dataset(dataset, tmp_path)
