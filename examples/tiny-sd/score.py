@@ -27,8 +27,6 @@ from lorakit.utils.rng import derived_seed, keyed_generator
 MODEL = Path(__file__).parent / "model"
 STEPS, GUIDANCE = 30, 2.5
 """How pictures are painted: steps, of DDIM where the model learned DDPM, and the scale of guidance."""
-FLOW_GUIDANCE = 4.0
-"""The scale of guidance where it learned flow matching."""
 _AT_ONCE = 50
 
 
@@ -109,7 +107,7 @@ def paint(
     `options` go to the pipeline.
     """
     # diffusers' Z-Image counts the scale from 0, which is 1 elsewhere: no guidance.
-    options.setdefault("guidance_scale", FLOW_GUIDANCE - 1 if is_flow(pipeline) else GUIDANCE)
+    options.setdefault("guidance_scale", GUIDANCE - 1 if is_flow(pipeline) else GUIDANCE)
     pictures: list[NDArray[np.uint8]] = []
     for first in range(0, len(prompts), _AT_ONCE):
         part = list(prompts[first : first + _AT_ONCE])

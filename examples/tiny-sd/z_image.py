@@ -6,7 +6,8 @@
 
 The VAE starts as that of the small Stable Diffusion, and learns to use 16 channels instead of four. Then a transformer
 and a small Qwen3 learn together to predict velocities. The transformer is lorakit's own, which takes a batch at once;
-the folder is one of diffusers. Needs PyTorch 2.9, for the optimizer Muon.
+the folder is one of diffusers. Needs PyTorch 2.9, for the optimizer Muon. About a quarter of an hour on one
+core that has AMX, with --bf16 and --compile.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pace import Average, Budget, set_rate
 from parts import SETTINGS as SD1
 from parts import load
 from pictures import training_caption, training_picture
+from safetensors.torch import load_file
 from score import MODEL, SUBJECTS, load_pipeline, score
 from torch import Tensor, nn
 
@@ -35,7 +37,7 @@ from lorakit.testing.flow_models import QWEN3_TOKENS
 from lorakit.testing.models import random_weights
 from lorakit.utils.rng import derived_seed, keyed_generator
 
-VAE_STEPS, STEPS = 600, 8_000
+VAE_STEPS, STEPS = 400, 2_000
 CHANNELS = 16
 """Of latents."""
 _SEED = 7
@@ -53,6 +55,7 @@ _CHAT = (
 )
 _DIFFUSERS = {"x_embedder.": "all_x_embedder.2-1.", "final_layer.": "all_final_layer.2-1."}
 """What names of tensors begin with here, and with diffusers."""
+_OWN = {theirs: own for own, theirs in _DIFFUSERS.items()}
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "vae": {**SD1["vae"], "latent_channels": CHANNELS, "scaling_factor": 0.3611, "shift_factor": 0.1159},
@@ -103,22 +106,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to write the model")
     parser.add_argument("--vae", type=Path, help="take the VAE of this folder, and do not train one")
+    parser.add_argument("--start", type=Path, help="train the model of this folder on, and leave its VAE as it is")
+    parser.add_argument("--seed", type=int, default=_SEED, help="decides the pictures and the noise")
     parser.add_argument("--steps", type=int, default=STEPS, help="how many steps (%(default)s)")
     parser.add_argument("--minutes", type=float, help="train for so long instead")
-    parser.add_argument("--pictures", type=int, default=20_000, help="how many pictures to learn from")
+    parser.add_argument("--pictures", type=int, default=8_000, help="how many pictures to learn from")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; faster on processors with AMX")
     parser.add_argument("--compile", action="store_true", help="compile the main blocks; needs a C++ compiler")
     parser.add_argument("--score", type=int, default=200, help="how many held-out prompts to judge at the end")
     options = parser.parse_args()
-    vae = stored_vae(options.vae) if options.vae else trained_vae(VAE_STEPS)
+    start = options.start or options.vae
+    vae = stored_vae(start) if start else trained_vae(VAE_STEPS)
     print(f"The VAE reconstructs at {quality(vae):.1f} dB.", flush=True)
     tokenizer = world_tokenizer()
     model = Velocity(build_text_encoder(len(tokenizer)), build_transformer(), options.bf16)
+    if options.start:
+        restore(model, options.start)
     if options.compile:
         for block in model.transformer.layers:
             block.compile(dynamic=False)
-    material = learning_material(vae, tokenizer, options.pictures)
-    train(model, material, Budget(options.steps, options.minutes), lambda: save(options.folder, model, vae, tokenizer))
+    material = learning_material(vae, tokenizer, options.pictures, options.seed)
+    budget = Budget(options.steps, options.minutes)
+    train(model, material, budget, options.seed, lambda: save(options.folder, model, vae, tokenizer))
     if options.score:
         print(score(load_pipeline(options.folder), SUBJECTS["world"], options.score))
 
@@ -213,13 +222,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
 
 
 @torch.no_grad()
-def learning_material(vae: nn.Module, tokenizer: Any, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def learning_material(vae: nn.Module, tokenizer: Any, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Latents [count, 16, 8, 8], token ids [count, 4, 32] of pictures, and [32] of the empty caption."""
     latents, tokens = [], []
     for start in range(0, count, 256):
         numbers = range(start, min(start + 256, count))
-        latents.append(latents_of(vae, as_tensor([training_picture(_SEED, index) for index in numbers])))
-        captions = [training_caption(_SEED, index, telling) for index in numbers for telling in range(TELLINGS)]
+        latents.append(latents_of(vae, as_tensor([training_picture(seed, index) for index in numbers])))
+        captions = [training_caption(seed, index, telling) for index in numbers for telling in range(TELLINGS)]
         tokens.append(ids_of(tokenizer, captions).view(len(numbers), TELLINGS, -1))
     return torch.cat(latents), torch.cat(tokens), ids_of(tokenizer, [""])[0]
 
@@ -231,7 +240,9 @@ def ids_of(tokenizer: Any, captions: list[str]) -> Tensor:
     return ids
 
 
-def train(model: Velocity, material: tuple[Tensor, Tensor, Tensor], budget: Budget, keep: Callable[[], None]) -> None:
+def train(
+    model: Velocity, material: tuple[Tensor, Tensor, Tensor], budget: Budget, seed: int, keep: Callable[[], None]
+) -> None:
     """Train on latents and tokens until the square error is small.
 
     The model is kept now and then and at the end, with the mean of its weights.
@@ -239,7 +250,7 @@ def train(model: Velocity, material: tuple[Tensor, Tensor, Tensor], budget: Budg
     optimizers, average = optimizers_of(model), Average(model)
     losses: list[Tensor] = []
     while budget.progress() < 1:
-        latents, times, noise, tokens = batch_of(material, derived_seed(_SEED, "velocity", budget.done))
+        latents, times, noise, tokens = batch_of(material, derived_seed(seed, "velocity", budget.done))
         amount = times.view(-1, 1, 1, 1)
         found = model((1 - amount) * latents + amount * noise, times, tokens)
         loss = (found - (noise - latents)).square().mean()
@@ -284,17 +295,28 @@ def batch_of(material: tuple[Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor
     return latents[rows], times, noise, torch.where(unconditional[:, None], empty, told[rows, telling])
 
 
+def restore(model: Velocity, folder: Path) -> None:
+    """Give a model the weights of a folder that `save` wrote; what the folder has of the last layer is left there."""
+    transformer = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    model.transformer.load_state_dict({_renamed(name, _OWN): tensor for name, tensor in transformer.items()})
+    text_encoder = load_file(folder / "text_encoder" / "model.safetensors")
+    known = model.text_encoder.state_dict().keys()
+    model.text_encoder.load_state_dict({name: text_encoder[name] for name in known})
+
+
+def _renamed(name: str, names: dict[str, str]) -> str:
+    begin = next((own for own in names if name.startswith(own)), "")
+    return names.get(begin, "") + name.removeprefix(begin)
+
+
 def save(folder: Path, model: Velocity, vae: nn.Module, tokenizer: Any) -> None:
     """Write the model as diffusers does."""
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 
     settings = SETTINGS["transformer"]
     theirs = ZImageTransformer2DModel(**settings, n_kv_heads=settings["n_heads"])
-    weights = {}
-    for name, tensor in model.transformer.state_dict().items():
-        begin = next((own for own in _DIFFUSERS if name.startswith(own)), "")
-        weights[_DIFFUSERS.get(begin, "") + name.removeprefix(begin)] = tensor
-    theirs.load_state_dict(weights)
+    transformer = model.transformer.state_dict()
+    theirs.load_state_dict({_renamed(name, _DIFFUSERS): tensor for name, tensor in transformer.items()})
     text_encoder = build_text_encoder(len(tokenizer))
     text_encoder.load_state_dict(model.text_encoder.state_dict(), strict=False)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)

@@ -6,70 +6,23 @@ A row that names a key works as soon as lorakit has that key; see `lorakit.kohya
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
-from attrs import Factory, frozen
-
-from lorakit.config.training_scripts import ANIMA_TRAIN_NETWORK, FLUX_TRAIN_NETWORK, SDXL_TRAIN_NETWORK, Script
-
-Kind = Literal["flag", "int", "float", "text", "path", "texts", "floats", "int or share"]
-
-
-@frozen
-class Option:
-    """An option of sd-scripts' scripts for LoRA training."""
-
-    name: str
-    """Its name, without leading dashes."""
-    kind: Kind
-    """Type of its value; `int or share` takes a number of steps, a fraction below 1, or a percentage."""
-    default: object = None
-    """Its value when absent."""
-    key: str = ""
-    """The equivalent key, `network.rank`; for a flag with the value it sets, `attention.name = "sdpa"`."""
-    unneeded: str = ""
-    """Why lorakit does not need it."""
-    later: str = ""
-    """Why it is not supported, or what to do instead."""
-    choices: tuple[object, ...] = ()
-    """The accepted values, if restricted."""
-    in_files: tuple[object, ...] = ()
-    """Further values accepted in a --config_file, where sd-scripts does not enforce `choices`."""
-    special: bool = False
-    """Whether converting it takes more than copying the value to `key`."""
-    scripts: tuple[Script, ...] = ()
-    """The scripts that have it; none for an option of all scripts."""
-    other_defaults: Mapping[str, object] = Factory(dict)
-    """Its value when absent in scripts, by their names, where that is another."""
-    plugin: str = ""
-    """The plugin distribution that provides the key, if it is not part of lorakit."""
-    hint: str = ""
-    """What to write instead, where `key` alone does not say it."""
-
-    def is_of(self, script: Script | None) -> bool:
-        """Whether a script has it; true where the script is not known."""
-        return script is None or not self.scripts or script in self.scripts
-
-    def default_of(self, script: Script) -> object:
-        """Its value when absent in a script."""
-        return self.other_defaults.get(script.name, self.default)
-
-    @property
-    def target(self) -> str:
-        """What to suggest to those who write its name as a key; empty if nothing corresponds to it."""
-        section, _, key = self.key.partition(".")
-        if self.hint or section != "observers":
-            return self.hint or self.key
-        observer = next(name for name, options in _OBSERVERS.items() if self in options)
-        return f'[[observers]] with name = "{observer}" and {key}'
-
+from lorakit.config.sd_scripts_option import Option
+from lorakit.config.sd_scripts_output import (
+    CONFIG_FILE,
+    HUB,
+    LOGGING,
+    METADATA,
+    OUTPUT,
+    PROCESSES,
+    SAMPLES,
+    VALIDATION,
+)
+from lorakit.config.training_scripts import ANIMA_TRAIN_NETWORK, FLUX_TRAIN_NETWORK, SDXL_TRAIN_NETWORK
 
 _ALWAYS = "latents and text embeddings are always cached where they do not change"
 _HALF = "LoRA weights are used in half precision with small float32 masters; `saver.precision` sets the file's dtype"
 _SKIP = "`lorakit train CONFIG --resume` continues at exactly the same step"
-_WANDB = "lorakit-wandb"
-_DEEPSPEED = "DeepSpeed is not supported"
-_DDP = "gradients are averaged without DistributedDataParallel"
 _UNREAD = "anima_train_network.py does not read it; `--network_args network_reg_lrs` is for LoRA"
 _COMPILED = "torch.compile is called block by block with its own defaults"
 
@@ -332,109 +285,6 @@ LOSS = (
     Option("debiased_estimation_loss", "flag", False, key="loss.debiased_estimation"),
 )  # fmt: skip
 
-OUTPUT = (
-    Option("output_dir", "path", key="output.dir"),
-    Option("output_name", "text", "last", key="output.name"),
-    Option(
-        "save_model_as", "text", "safetensors", key="saver.name", choices=("ckpt", "pt", "safetensors"), special=True
-    ),
-    Option("save_precision", "text", "float", key="saver.precision", choices=("float", "fp16", "bf16"), special=True),
-    Option("save_every_n_epochs", "int", key="output.save_every_n_epochs", special=True),
-    Option("save_every_n_steps", "int", key="output.save_every_n_steps"),
-    Option("save_n_epoch_ratio", "int", key="output.save_n_epoch_ratio"),
-    Option("save_last_n_epochs", "int", key="output.keep_last", special=True),
-    Option("save_last_n_steps", "int", key="output.keep_last", special=True),
-    Option("save_last_n_epochs_state", "int", key="output.keep_last_states", special=True),
-    Option("save_last_n_steps_state", "int", key="output.keep_last_states", special=True),
-    Option("save_state", "flag", False, key="output.save_state"),
-    Option("save_state_on_train_end", "flag", False, key="output.save_state_at_end"),
-    Option("resume", "path", key="network.weights", special=True, hint="the command's option --resume"),
-    Option("no_metadata", "flag", False, key="metadata.minimal"),
-)
-
-LOGGING = (
-    Option("logging_dir", "path", key="observers.dir", special=True),
-    Option(
-        "log_with", "text", key="observers.name",
-        choices=("tensorboard", "wandb", "all"), special=True,
-        hint="[[observers]] with name",
-    ),
-    Option("log_prefix", "text", key="observers.prefix", special=True),
-    Option("log_tracker_name", "text", key="observers.project", special=True, plugin=_WANDB),
-    Option("log_tracker_config", "path", key="observers.tags", special=True, plugin=_WANDB),
-    Option("wandb_run_name", "text", key="observers.run_name", special=True, plugin=_WANDB),
-    Option("wandb_api_key", "text", unneeded="use `wandb login` or WANDB_API_KEY, so that it is in no file"),
-    Option("log_config", "flag", False, unneeded="the config is always logged"),
-    Option(
-        "console_log_level", "text", "INFO", unneeded="there are few messages; `--debug` shows more",
-        choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
-    ),
-    Option("console_log_file", "path", unneeded="messages go to standard error; redirect it to a file"),
-    Option("console_log_simple", "flag", False, unneeded="messages are plain text"),
-)  # fmt: skip
-
-SAMPLES = (
-    Option("sample_every_n_steps", "int", key="observers.every_n_steps", special=True),
-    Option("sample_every_n_epochs", "int", key="observers.every_n_epochs", special=True),
-    Option("sample_at_first", "flag", False, key="observers.at_first", special=True),
-    Option("sample_prompts", "path", key="observers.prompts", special=True),
-    Option(
-        "sample_sampler", "text", "ddim", key="observers.sampler", special=True,
-        choices=(
-            "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++",
-            "dpmsingle", "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
-        ),
-    ),
-)  # fmt: skip
-
-_METADATA_TEXTS = (
-    "title", "author", "description", "license", "tags", "usage_hint", "merged_from", "trigger_phrase", "preprocessor",
-)  # fmt: skip
-METADATA = (
-    *(Option(f"metadata_{name}", "text", key=f"metadata.{name}") for name in _METADATA_TEXTS),
-    Option("metadata_thumbnail", "path", key="metadata.thumbnail"),
-    Option("metadata_is_negative_embedding", "text", key="metadata.is_negative_embedding", special=True),
-)
-
-HUB = (
-    Option("huggingface_repo_id", "text", key="observers.repo_id", special=True),
-    Option("huggingface_repo_type", "text", key="observers.repo_type", special=True),
-    Option("huggingface_path_in_repo", "text", key="observers.path_in_repo", special=True),
-    Option("huggingface_token", "text", unneeded="use `hf auth login` or HF_TOKEN, so that it is in no file"),
-    Option("huggingface_repo_visibility", "text", key="observers.private", special=True),
-    Option("save_state_to_huggingface", "flag", False, key="observers.states", special=True),
-    Option("resume_from_huggingface", "flag", False, unneeded="download it with `hf download`, then use `--resume`"),
-    Option("async_upload", "flag", False, unneeded="training never waits for uploads"),
-)
-
-PROCESSES = (
-    Option("deepspeed", "flag", False, later=_DEEPSPEED),
-    Option("zero_stage", "int", 2, later=_DEEPSPEED, choices=(0, 1, 2, 3)),
-    Option("offload_optimizer_device", "text", later=_DEEPSPEED, choices=("cpu", "nvme")),
-    Option("offload_optimizer_nvme_path", "path", later=_DEEPSPEED),
-    Option("offload_param_device", "text", later=_DEEPSPEED, choices=("cpu", "nvme")),
-    Option("offload_param_nvme_path", "path", later=_DEEPSPEED),
-    Option("zero3_init_flag", "flag", False, later=_DEEPSPEED),
-    Option("zero3_save_16bit_model", "flag", False, later=_DEEPSPEED),
-    Option("fp16_master_weights_and_gradients", "flag", False, later=_DEEPSPEED),
-    Option("ddp_timeout", "int", key="training.process_timeout"),
-    Option("ddp_gradient_as_bucket_view", "flag", False, unneeded=_DDP),
-    Option("ddp_static_graph", "flag", False, unneeded=_DDP),
-)
-
-VALIDATION = (
-    Option("validation_split", "float", 0.0, key="data.validation_split"),
-    Option("validation_seed", "int", key="data.validation_seed", special=True),
-    Option("validate_every_n_steps", "int", key="observers.every_n_steps", special=True),
-    Option("validate_every_n_epochs", "int", key="observers.every_n_epochs", special=True),
-    Option("max_validation_steps", "int", key="observers.max_steps", special=True),
-)
-
-CONFIG_FILE = (
-    Option("config_file", "path", unneeded="it is read and included in the config"),
-    Option("output_config", "flag", False, unneeded="`lorakit from-kohya -o` writes a config"),
-)
-
 GROUPS: Mapping[str, tuple[Option, ...]] = {
     "The base model": MODEL,
     "Images and captions": DATA,
@@ -473,11 +323,21 @@ NETWORK_ARG_KEYS: Mapping[str, str] = {
 }
 """Arguments of sd-scripts' `networks.lora` whose key in `[network]` has another name."""
 
+
+def _target(option: Option) -> str:
+    """What to suggest to those who write an option's name as a key; empty if nothing corresponds to it."""
+    section, _, key = option.key.partition(".")
+    if option.hint or section != "observers":
+        return option.hint or option.key
+    observer = next(name for name, options in _OBSERVERS.items() if option in options)
+    return f'[[observers]] with name = "{observer}" and {key}'
+
+
 OTHER_KEYS: Mapping[str, str] = {
     **{
-        option.name: option.target
+        option.name: _target(option)
         for option in OPTIONS.values()
-        if option.target.rpartition(".")[2] not in ("", option.name)
+        if _target(option).rpartition(".")[2] not in ("", option.name)
     },
     **{argument: f"network.{key}" for argument, key in NETWORK_ARG_KEYS.items()},
 }

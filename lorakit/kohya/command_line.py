@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lorakit.config.sd_scripts import OPTIONS, Option
+from lorakit.config.sd_scripts import OPTIONS
+from lorakit.config.sd_scripts_option import Option
 from lorakit.config.toml_files import read_toml
 from lorakit.config.training_scripts import (
     ANIMA_TRAIN_NETWORK,

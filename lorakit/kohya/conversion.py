@@ -11,7 +11,8 @@ from attrs import evolve
 
 from lorakit.api.model_family import DetectedFamily, ModelFamilyConfig
 from lorakit.checkpoints import locate, summarize
-from lorakit.config.sd_scripts import OPTIONS, Option
+from lorakit.config.sd_scripts import OPTIONS
+from lorakit.config.sd_scripts_option import Option
 from lorakit.config.train_config import TrainingSection
 from lorakit.config.training_scripts import SCRIPTS, Script
 from lorakit.errors import ConfigError, LorakitError, Problem

@@ -18,7 +18,8 @@ from attrs import Factory, define, frozen
 from lorakit.api.components import ModelPart
 from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.config.load import KINDS, known_keys
-from lorakit.config.sd_scripts import OPTIONS, Option
+from lorakit.config.sd_scripts import OPTIONS
+from lorakit.config.sd_scripts_option import Option
 from lorakit.config.table_reader import field_names
 from lorakit.config.training_scripts import Script
 from lorakit.errors import ConfigError, Problem

@@ -7,7 +7,8 @@ from pathlib import PureWindowsPath
 from typing import Any
 
 from lorakit.api.components import ObserverConfig
-from lorakit.config.sd_scripts import HUB, OPTIONS
+from lorakit.config.sd_scripts import OPTIONS
+from lorakit.config.sd_scripts_output import HUB
 from lorakit.config.toml_files import read_toml
 from lorakit.errors import ConfigError, Problem
 from lorakit.kohya.draft import Command, Draft, Setting, Table

@@ -14,7 +14,8 @@ from typing import Any
 
 from attrs import Factory, frozen
 
-from lorakit.config.sd_scripts import OPTIONS, Option
+from lorakit.config.sd_scripts import OPTIONS
+from lorakit.config.sd_scripts_option import Option
 from lorakit.config.toml_files import read_toml
 from lorakit.config.training_scripts import TRAIN_NETWORK, Script
 from lorakit.config.values import toml_repr

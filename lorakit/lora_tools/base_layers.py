@@ -13,11 +13,12 @@ from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.checkpoints import CheckpointSummary, HubModel, locate, summarize
 from lorakit.errors import ModelError
 from lorakit.lora_tools.adapters import AnyPath
-from lorakit.models.base import BaseModel, empty_module
+from lorakit.models.base import BaseModel
 from lorakit.models.interfaces import AdaptationTarget
 from lorakit.models.weights.checkpoint import CheckpointPart
 from lorakit.models.weights.folders import TensorRef
 from lorakit.models.weights.load import open_tensors, shapes_of
+from lorakit.models.weights.modules import empty_module
 from lorakit.plugins.catalog import Catalog
 
 

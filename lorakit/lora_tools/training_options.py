@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 from lorakit.api.network_metadata import LORA_MODULE
 from lorakit.checkpoints.lora_names import DOWN
-from lorakit.config.sd_scripts import OPTIONS, Option
+from lorakit.config.sd_scripts import OPTIONS
+from lorakit.config.sd_scripts_option import Option
 from lorakit.config.training_scripts import SDXL_TRAIN_NETWORK, TRAIN_NETWORK, Script
 from lorakit.lora_tools.adapters import LoRAFile
 from lorakit.lora_tools.metadata import json_object

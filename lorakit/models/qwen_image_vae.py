@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.models import vae
-from lorakit.models.base import read_module
 from lorakit.models.qwen_image_vae_files import LATENTS_MEAN, LATENTS_STD
 from lorakit.models.weights.checkpoint import CheckpointPart, Settings
+from lorakit.models.weights.modules import read_module
 
 
 class QwenImageVaeEncoder(vae.VaeEncoder):

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lorakit.models.base import read_module
 from lorakit.models.weights.checkpoint import CheckpointPart, Settings
+from lorakit.models.weights.modules import read_module
 
 _LOG_VARIANCE_RANGE = (-30.0, 20.0)
 

@@ -133,9 +133,12 @@ OTHER_NAMES: Mapping[str, Mapping[str, str]] = {
         **dict.fromkeys(
             ("xl", "sdxl10", "stablediffusionxl", "pony", "illustrious", "noobai", "animagine"), "it is 'sdxl'"
         ),
+        **dict.fromkeys(("flux", "flux1dev", "flux1schnell", "fluxdev", "schnell", "krea", "kontext"), "it is 'flux1'"),
+        **dict.fromkeys(("chroma1", "chromahd"), "it is 'chroma'"),
+        **dict.fromkeys(("zimageturbo", "zimagebase"), "it is 'z_image'"),
         **dict.fromkeys(
-            ("sd3", "sd35", "flux", "flux1", "zimage", "qwenimage", "chroma"),
-            "lorakit trains Stable Diffusion 1.x, 2.x and XL",
+            ("sd3", "sd35", "qwenimage", "flux2", "krea2", "lumina2"),
+            "lorakit trains Stable Diffusion 1.x, 2.x and XL, FLUX.1, Chroma, Z-Image and Anima",
         ),
     },
 }  # fmt: skip

@@ -87,10 +87,10 @@ def write_parts(folder: Path, target: Path) -> dict[str, str]:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from lorakit.models.base import read_module
     from lorakit.models.families.flux1.checkpoint import ChromaCheckpoint, FluxCheckpoint
     from lorakit.models.families.flux1.model import transformer_module
     from lorakit.models.families.sd.state_dict_keys import original_vae_name
+    from lorakit.models.weights.modules import read_module
 
     target.mkdir(parents=True, exist_ok=True)
     is_chroma = not (folder / "text_encoder_2").is_dir()

@@ -11,6 +11,8 @@ import attrs
 import pytest
 import tomlkit
 
+from lorakit.api.model_family import ModelFamilyConfig
+from lorakit.builtin.model_families.sd1 import SD1Config
 from lorakit.config.load import config_from_tables, read_config
 from lorakit.config.sd_scripts import OTHER_KEYS
 from lorakit.config.train_config import TrainConfig
@@ -221,6 +223,9 @@ def test_names_of_sd_scripts_lead_to_keys_that_exist(tables: Tables, base: Path,
             continue
         name = schedules.get(key, every_component.get(section))
         table = {**tables.get(section, {}), **({"name": name} if name else {}), key: object()}
+        if section == "model" and key not in attrs.fields_dict(SD1Config):
+            families = [found for (found, *_) in catalog.of_kind(ModelFamilyConfig).values()]
+            table["family"] = next(own.component.name for own in families if key in attrs.fields_dict(own.component))
         with pytest.raises(ConfigError) as caught:
             config_from_tables({**tables, section: table}, base, catalog)
         (problem,) = caught.value.problems

@@ -20,7 +20,6 @@ from lorakit.builtin.model_families.sd1 import SD1Config
 from lorakit.checkpoints import stated_prediction, summarize
 from lorakit.data.cache.store import Cache
 from lorakit.errors import AdapterError, DataError, ModelError
-from lorakit.models.base import empty_module
 from lorakit.models.families.sd.checkpoint import FORMATS, SDCheckpoint
 from lorakit.models.families.sd.detect import recognise
 from lorakit.models.families.sd.model import unet_module
@@ -28,6 +27,7 @@ from lorakit.models.families.sd.text_encoder import clip_module
 from lorakit.models.families.sd.tokenizer import CaptionTokenizer
 from lorakit.models.weights.load import open_tensors
 from lorakit.models.weights.merge_lora import MergedFile, Merging
+from lorakit.models.weights.modules import empty_module
 from lorakit.networks.adapter_file import load_initial_weights, ranks_and_alphas, read_adapter
 from tests.config.conftest import SD1_SHAPES
 from tests.fuzz.mutations import damaged, ends_well, few, mutated

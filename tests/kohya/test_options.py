@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from lorakit.config.sd_scripts import GROUPS, OPTIONS, OTHER_KEYS, Option
+from lorakit.config.sd_scripts import GROUPS, OPTIONS, OTHER_KEYS
+from lorakit.config.sd_scripts_option import Option
 from lorakit.config.training_scripts import SDXL_TRAIN_NETWORK
 from lorakit.kohya.draft import OptionStatus, keys_and_choices, option_status
 from lorakit.plugins.catalog import Catalog

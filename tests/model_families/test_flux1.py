@@ -526,4 +526,4 @@ def test_options_of_another_process(folders: Mapping[str, Path], photographs: Pa
     }  # fmt: skip
     with pytest.raises(ConfigError) as caught:
         config_from_tables(tables, tmp_path)
-    assert {problem.key for problem in caught.value.problems} == {"loss.min_snr_gamma", "model.path"}
+    assert {problem.key for problem in caught.value.problems} == {"loss.min_snr_gamma", "training.mixed_precision"}

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from lorakit.errors import AdapterError, ModelError
-from lorakit.models.base import empty_module
 from lorakit.models.families.sd.checkpoint import SDCheckpoint
 from lorakit.models.families.sd.infer_config import clip_settings
 from lorakit.models.families.sd.text_encoder import clip_module
 from lorakit.models.families.sd.tokenizer import CaptionTokenizer
+from lorakit.models.weights.modules import empty_module
 from lorakit.networks.adapter_file import load_initial_weights
 
 

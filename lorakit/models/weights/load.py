@@ -43,14 +43,19 @@ def open_tensors(file: Path | Sequence[Path]) -> ReadTensor:
     def read(place: TensorRef) -> Tensor:
         # What is in a file is there even where all other tensors are only imagined.
         with no_dispatch():
-            if isinstance(place, str):
-                return whole(place)
-            if isinstance(place, JoinedTensors):
-                return torch.cat([read(part) for part in place.parts])
-            stored = whole(place.name)
-            return stored[place.start : place.stop] if isinstance(place, TensorSlice) else stored.T
+            return _at(place, whole)
 
     return read
+
+
+def _at(place: TensorRef, whole: Callable[[str], Tensor]) -> Tensor:
+    """What is at a place in a file; `whole` reads a tensor by its name."""
+    if isinstance(place, str):
+        return whole(place)
+    if isinstance(place, JoinedTensors):
+        return torch.cat([_at(part, whole) for part in place.parts])
+    stored = whole(place.name)
+    return stored[place.start : place.stop] if isinstance(place, TensorSlice) else stored.T
 
 
 def _scaled(stored: Tensor, scale: Tensor) -> Tensor:

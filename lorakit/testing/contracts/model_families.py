@@ -28,7 +28,16 @@ from lorakit.models.memory.weight_formats import FORMATS
 from lorakit.plugins.catalog import Catalog
 from lorakit.testing.contracts.attention import reference
 from lorakit.testing.contracts.component import ComponentContract
-from lorakit.testing.contracts.tiny_batch import CAPTIONS, CPU, loss_of, make_batch, pictures, predict
+from lorakit.testing.contracts.tiny_batch import (
+    CAPTIONS,
+    CPU,
+    encodings,
+    loss_and_gradients,
+    loss_of,
+    make_batch,
+    pictures,
+    predict,
+)
 
 ENCODERS: tuple[Literal["vae_encoder"], Literal["text_encoder"]] = ("vae_encoder", "text_encoder")
 
@@ -305,21 +314,21 @@ class ModelFamilyContract(ComponentContract):
     def test_frees_and_reads_again(self) -> None:
         """A part that was freed is read again when it is asked for, and puts out the same, bit for bit."""
         model = self.built()
-        before = _encodings(model)
+        before = encodings(model)
         parts = model.vae_encoder, model.vae_decoder, model.text_encoder
         for part in (*ENCODERS, "vae_decoder"):
             model.free(part)
         again = model.vae_encoder, model.vae_decoder, model.text_encoder
         assert all(old is not new for old, new in zip(parts, again, strict=True))
-        assert all(torch.equal(old, new) for old, new in zip(before, _encodings(model), strict=True))
+        assert all(torch.equal(old, new) for old, new in zip(before, encodings(model), strict=True))
 
     @pytest.mark.parametrize("share", [1.0, 0.5])
     def test_gradient_checkpointing_changes_no_gradient(self, share: float) -> None:
         """Recomputing activations, all or some, gives the loss and the gradients that keeping them gives."""
-        kept = _loss_and_gradients(self.built(), self.parts)
+        kept = loss_and_gradients(self.built(), self.parts)
         recomputing = self.built()
         recomputing.enable_gradient_checkpointing(share)
-        recomputed = _loss_and_gradients(recomputing, self.parts)
+        recomputed = loss_and_gradients(recomputing, self.parts)
         assert len(kept) == len(recomputed) > 2
         # Where a small picture leaves attention a single key, query and key have no effect, and no gradient.
         assert sum(bool(gradient.any()) for gradient in kept) > 0.8 * len(kept)
@@ -350,10 +359,10 @@ class ModelFamilyContract(ComponentContract):
         plain, streaming = self.built(), self.built()
         for model in (plain, streaming):
             model.quantize(dict.fromkeys(self.parts, weight_format) if weight_format else {})
-        expected = _loss_and_gradients(plain, self.parts)
+        expected = loss_and_gradients(plain, self.parts)
         streaming.stream(self.parts)
         assert streamed_bytes(target.module for target in streaming.targets(self.parts)) > 0
-        for new, old in zip(_loss_and_gradients(streaming, self.parts), expected, strict=True):
+        for new, old in zip(loss_and_gradients(streaming, self.parts), expected, strict=True):
             torch.testing.assert_close(new, old)
 
     def test_uses_the_attention_backend(self) -> None:
@@ -389,21 +398,3 @@ class _Counting:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, /) -> Tensor:
         self.calls += 1
         return self._attend(query, key, value, mask)
-
-
-def _encodings(model: DiffusionModel) -> list[Tensor]:
-    with torch.no_grad():
-        conditioning = model.text_encoder.encode(model.text_encoder.tokenize(CAPTIONS))
-        mean, deviation = model.vae_encoder.encode(pictures())
-        return [mean, deviation, model.vae_decoder.decode(mean), *conditioning.values()]
-
-
-def _loss_and_gradients(model: DiffusionModel, parts: tuple[str, ...]) -> list[Tensor]:
-    """The loss of a batch, and the gradients of LoRA adapters in these parts."""
-    network = Catalog.discover().find(NetworkConfig, "lierla")(parts=parts).build(model.targets(parts)).train()
-    for adapter in network.adapters:
-        nn.init.constant_(adapter.lora_up, 0.01)  # type: ignore[arg-type]
-    loss = loss_of(model, make_batch(model))
-    loss.backward()  # type: ignore[no-untyped-call]
-    gradients = [own.grad for part in parts for own in network.parameters_of(part)]
-    return [loss.detach(), *(gradient for gradient in gradients if gradient is not None)]

@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lorakit.api.components import NetworkConfig
 from lorakit.api.loss import LossConfig
 from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.data.loader import Batch
@@ -68,3 +69,22 @@ def loss_of(model: DiffusionModel, batch: Batch) -> Tensor:
     """The training loss of the batch, a scalar; the text encoder takes part."""
     loss = Catalog.discover().find(LossConfig, "l2")()
     return denoising_loss(model, batch, conditioning_of(model, batch), Criterion.of(loss, model.noise))
+
+
+def encodings(model: DiffusionModel) -> list[Tensor]:
+    """What a model's encoders and its decoder give for the captions and a picture."""
+    with torch.no_grad():
+        conditioning = model.text_encoder.encode(model.text_encoder.tokenize(CAPTIONS))
+        mean, deviation = model.vae_encoder.encode(pictures())
+        return [mean, deviation, model.vae_decoder.decode(mean), *conditioning.values()]
+
+
+def loss_and_gradients(model: DiffusionModel, parts: tuple[str, ...]) -> list[Tensor]:
+    """The loss of a batch, and the gradients of LoRA adapters in these parts."""
+    network = Catalog.discover().find(NetworkConfig, "lierla")(parts=parts).build(model.targets(parts)).train()
+    for adapter in network.adapters:
+        nn.init.constant_(adapter.lora_up, 0.01)  # type: ignore[arg-type]
+    loss = loss_of(model, make_batch(model))
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradients = [own.grad for part in parts for own in network.parameters_of(part)]
+    return [loss.detach(), *(gradient for gradient in gradients if gradient is not None)]
