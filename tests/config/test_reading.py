@@ -223,7 +223,7 @@ def test_names_of_sd_scripts_lead_to_keys_that_exist(tables: Tables, base: Path,
             continue
         name = schedules.get(key, every_component.get(section))
         table = {**tables.get(section, {}), **({"name": name} if name else {}), key: object()}
-        if section == "model" and key not in attrs.fields_dict(SD1Config):
+        if section == "model" and key not in {"family", *attrs.fields_dict(SD1Config)}:
             families = [found for (found, *_) in catalog.of_kind(ModelFamilyConfig).values()]
             table["family"] = next(own.component.name for own in families if key in attrs.fields_dict(own.component))
         with pytest.raises(ConfigError) as caught:
