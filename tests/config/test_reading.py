@@ -211,10 +211,11 @@ def test_names_of_sd_scripts_lead_to_keys_that_exist(tables: Tables, base: Path,
     """Each `section.key` that a hint for an sd-scripts option names is a key that the section takes."""
     every_component = {
         "network": "c3lier", "optimizer": "adamw", "lr_scheduler": "polynomial", "saver": "safetensors",
+        "timesteps": "logit_normal",
     }  # fmt: skip
     schedules = {
         "num_cycles": "cosine_with_restarts", "timescale": "inverse_sqrt", "decay_steps": "warmup_stable_decay",
-        "min_lr_ratio": "warmup_stable_decay",
+        "min_lr_ratio": "warmup_stable_decay", "mode_scale": "mode",
     }  # fmt: skip
     for meant in OTHER_KEYS.values():
         section, _, rest = meant.partition(".")
