@@ -27,6 +27,7 @@ from lorakit.lora_tools.stream import copy_folder, layout_of, write_stream
 from lorakit.models.weights.checkpoint import CheckpointPart
 from lorakit.models.weights.folders import (
     JoinedTensors,
+    TensorRef,
     TensorSlice,
     TransposedTensor,
     shape_at,
@@ -59,8 +60,8 @@ class _ChangedFile:
     source: Path
     name: str
     """Of the new file, relative to what is written."""
-    layers: Mapping[str, Sequence[BaseLayer]]
-    """The changed layers, by the name of the tensor that they are stored in."""
+    layers: Mapping[str, Sequence[tuple[BaseLayer, slice]]]
+    """The changed layers, each with those of its rows that are there, by the name of the tensor in the file."""
     shapes: Shapes
     """Shape of each tensor in it."""
 
@@ -94,12 +95,14 @@ def _changed_files(layers: Sequence[BaseLayer], folder: Path | None) -> list[_Ch
     """The files of the parts that layers are in; new names are relative to the folder of the model, if it is one."""
     found = []
     for part in {layer.part.files: layer.part for layer in layers}.values():
+        tensors = {source: summarize(source).tensors for source in part.files}
+        whole = {name: shape for own in tensors.values() for name, shape in own.items()}
         places = [(name, own) for own in layers if own.part.files == part.files for name in stored_names(own.place)]
-        for source in part.files:
-            shapes, stored = summarize(source).tensors, defaultdict(list)
+        for source, shapes in tensors.items():
+            stored = defaultdict(list)
             for stored_name, layer in places:
                 if stored_name in shapes:
-                    stored[stored_name].append(layer)
+                    stored[stored_name].append((layer, _rows_of(stored_name, layer.place, whole)))
             name = _new_name(source, part).relative_to(folder).as_posix() if folder else source.name
             found.append(_ChangedFile(source, name, stored, shapes))
     return found
@@ -120,8 +123,8 @@ def _write(file: _ChangedFile, path: Path, files: Sequence[tuple[LoRAFile, float
 
     def tensor(name: str) -> Tensor:
         whole = read(name)
-        for layer in file.layers.get(name, ()):
-            whole = _with_layer(whole, layer, _rows_of(name, layer), files)
+        for layer, rows in file.layers.get(name, ()):
+            whole = _with_layer(whole, layer, rows, files)
         return whole
 
     merged = json.dumps({lora.path.name: weight for lora, weight in files})
@@ -132,12 +135,10 @@ def _write(file: _ChangedFile, path: Path, files: Sequence[tuple[LoRAFile, float
     return write_stream(path, layout_of(file.source, summary.kind), metadata, tensor)
 
 
-def _rows_of(name: str, layer: BaseLayer) -> slice:
-    """The rows of a layer that a stored tensor has."""
-    place = layer.place
+def _rows_of(name: str, place: TensorRef, shapes: Shapes) -> slice:
+    """The rows of a layer at a place that a stored tensor has."""
     if not isinstance(place, JoinedTensors):
         return slice(None)
-    shapes = {other: shape for file in layer.part.files for other, shape in summarize(file).tensors.items()}
     index = place.names.index(name)
     start = sum(shape_at(part, shapes)[0] for part in place.parts[:index])
     return slice(start, start + shape_at(place.parts[index], shapes)[0])

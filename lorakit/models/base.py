@@ -34,6 +34,7 @@ from lorakit.models.memory.block_swap import stream
 from lorakit.models.memory.channels_last import use_channels_last
 from lorakit.models.memory.compile import compile_blocks
 from lorakit.models.memory.quantization import quantize
+from lorakit.models.vae import read_vae_decoder, read_vae_encoder
 from lorakit.models.weights.checkpoint import CheckpointPart, ModelCheckpoint
 from lorakit.models.weights.hashing import ProcessMemo, hash_of_file, hash_of_weights, short_hash_of_file
 from lorakit.models.weights.merge_lora import Merging
@@ -82,8 +83,9 @@ class PartModule:
 class BaseModel:
     """A base model whose parts are read when first asked for, each with its memory settings, and freed one by one.
 
-    A family gives `modules`, `predict`, `latent_shape`, `set_attention`, `make_text_encoder`, `make_vae_encoder`,
-    `make_vae_decoder` and `metadata_entries`, and, where there is anything to say, `text_options` and `reads`.
+    A family gives `modules`, `predict`, `latent_shape`, `set_attention`, `make_text_encoder` and `metadata_entries`,
+    and, where there is anything to say, `text_options` and `reads`; for another VAE than an `AutoencoderKL`,
+    `make_vae_encoder` and `make_vae_decoder`.
     """
 
     modules: ClassVar[tuple[PartModule, ...]]
@@ -143,11 +145,11 @@ class BaseModel:
 
     def make_vae_encoder(self, part: CheckpointPart) -> VaeEncoder:
         """The VAE's encoder with its weights, in `vae_dtype` on the device."""
-        raise NotImplementedError
+        return read_vae_encoder(part, self.device, self.vae_dtype)
 
     def make_vae_decoder(self, part: CheckpointPart) -> VaeDecoder:
         """The VAE's decoder with its weights, in `vae_dtype` on the device."""
-        raise NotImplementedError
+        return read_vae_decoder(part, self.device, self.vae_dtype)
 
     def metadata_entries(self) -> Mapping[str, str]:
         """What LoRA files say about their base model besides file names, hashes and merged LoRA files."""

@@ -28,10 +28,6 @@ from lorakit.api import (
     PartFormat,
     PartModule,
     TensorSlice,
-    VaeDecoder,
-    VaeEncoder,
-    read_vae_decoder,
-    read_vae_encoder,
 )
 from tests.flow_family.plugin import GEMMA, LAYOUT, TRANSFORMER
 
@@ -237,14 +233,6 @@ class Lumina(BaseModel):
         """Gemma with its tokenizer."""
         folder = Path(str(self.checkpoint.location)) / "tokenizer"
         return GemmaEncoder(modules[GEMMA.name], PreTrainedTokenizerFast.from_pretrained(folder))
-
-    def make_vae_encoder(self, part: CheckpointPart) -> VaeEncoder:
-        """The encoder half of the VAE."""
-        return read_vae_encoder(part, self.device, self.vae_dtype)
-
-    def make_vae_decoder(self, part: CheckpointPart) -> VaeDecoder:
-        """The decoder half of the VAE."""
-        return read_vae_decoder(part, self.device, self.vae_dtype)
 
     def metadata_entries(self) -> Mapping[str, str]:
         """What files say of the model."""

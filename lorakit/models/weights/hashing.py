@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from lorakit.models.interfaces import Memo
 from lorakit.models.weights.folders import TensorRef
 from lorakit.models.weights.load import open_tensors
 
@@ -39,6 +41,12 @@ def hash_of_weights(file: Path | Sequence[Path], names: Mapping[str, TensorRef])
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def hashes_in_folders(folders: Sequence[Path], names: Sequence[str], memo: Memo) -> str:
+    """SHA-256 of those of the named files that are in the folders, cached in `memo`; empty if there are none."""
+    files = [file for folder in folders for name in names if (file := folder / name).is_file()]
+    return " ".join(memo.get_or_compute(file, "sha256", partial(hash_of_file, file)) for file in files)
 
 
 def hash_of_file(file: Path) -> str:

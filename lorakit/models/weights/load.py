@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from mmap import ACCESS_COPY, mmap
 from pathlib import Path
 from typing import TypeVar
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._mode_utils import no_dispatch
 
-from lorakit.checkpoints import StoredTensor, kind_of_file, pickled_tensors, summarize
+from lorakit.checkpoints import StoredTensor, kind_of_file, pickled_tensors
 from lorakit.checkpoints.stored_tensor import ITEM_BYTES
 from lorakit.errors import ModelError
 from lorakit.models.weights.folders import SCALE_ENDS, JoinedTensors, TensorRef, TensorSlice
@@ -32,13 +32,13 @@ def open_tensors(file: Path | Sequence[Path]) -> ReadTensor:
     A `ModelError` if a file cannot be read.
     """
     files = [file] if isinstance(file, Path) else file
-    readers = {file: _open_whole_tensors(file) for file in files}
-    homes = {name: file for file in files for name in summarize(file).tensors}
-    scales = {f"{name.removesuffix(end)}.weight": name for name in homes for end in SCALE_ENDS if name.endswith(end)}
+    opened = [_open_whole_tensors(file) for file in files]
+    readers = {name: read_own for names, read_own in opened for name in names}
+    scales = {f"{name.removesuffix(end)}.weight": name for name in readers for end in SCALE_ENDS if name.endswith(end)}
 
     def whole(name: str) -> Tensor:
-        stored = readers[homes.get(name, files[0])](name)
-        return stored if name not in scales else _scaled(stored, readers[homes[scales[name]]](scales[name]))
+        stored = readers.get(name, opened[0][1])(name)
+        return stored if name not in scales else _scaled(stored, readers[scales[name]](scales[name]))
 
     def read(place: TensorRef) -> Tensor:
         # What is in a file is there even where all other tensors are only imagined.
@@ -64,13 +64,14 @@ def _scaled(stored: Tensor, scale: Tensor) -> Tensor:
     return weight * (factor if factor.numel() == 1 else factor.view(-1, *[1] * (weight.dim() - 1)))
 
 
-def _open_whole_tensors(file: Path) -> Callable[[str], Tensor]:
+def _open_whole_tensors(file: Path) -> tuple[Iterable[str], Callable[[str], Tensor]]:
+    """The names of a file's tensors, and what reads one by its name."""
     from safetensors import safe_open
 
     try:
         if kind_of_file(file) == "safetensors":
-            read: Callable[[str], Tensor] = safe_open(file, "pt").get_tensor
-            return read
+            content_of = safe_open(file, "pt")
+            return content_of.keys(), content_of.get_tensor  # type: ignore[no-untyped-call]
         tensors = pickled_tensors(file)
         with file.open("rb") as stream:
             content = mmap(stream.fileno(), 0, access=ACCESS_COPY)
@@ -85,7 +86,7 @@ def _open_whole_tensors(file: Path) -> Callable[[str], Tensor]:
         except (AttributeError, RuntimeError, ValueError) as error:
             raise _unreadable(file, error) from error
 
-    return mapped
+    return tensors, mapped
 
 
 def _unreadable(file: Path, error: Exception) -> ModelError:

@@ -155,11 +155,7 @@ class Anima(FlowTransformer):
     @property
     def tokenizer_folders(self) -> list[Path]:
         """Where the tokenizers of Qwen3 and T5 are; a `ModelError` if one is nowhere."""
-        found = {name: self.checkpoint.tokenizer_folder(name) for name in self.config.tokenizer_fields}
-        for name, folder in found.items():
-            if folder is None:
-                raise ModelError(f"{self.checkpoint.location} has no {name}; give {self.config.usual_parts[name]}")
-        return [folder for folder in found.values() if folder is not None]
+        return [self.tokenizer_folder(name) for name in self.config.tokenizer_fields]
 
     def text_options(self, memo: Memo) -> list[object]:
         """The longest caption, and hashes of the tokenizers."""

@@ -5,20 +5,18 @@ B images in a micro-batch, h and w latent sides.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from lorakit.diffusion.flow import FlowMatching
+from lorakit.errors import ModelError
 from lorakit.models.base import BaseModel
 from lorakit.models.families.flow.checkpoint import DOWNSCALING, LATENT_CHANNELS, TOKENIZER_FILES, FlowCheckpoint
 from lorakit.models.families.flow.layers import use_backend
 from lorakit.models.interfaces import AttentionBackend, Memo
-from lorakit.models.vae import VaeDecoder, VaeEncoder, read_vae_decoder, read_vae_encoder
-from lorakit.models.weights.checkpoint import CheckpointPart
-from lorakit.models.weights.hashing import hash_of_file
+from lorakit.models.weights.hashing import hashes_in_folders
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,15 +45,13 @@ class FlowTransformer(BaseModel):
         """Let the transformer compute attention with this backend."""
         use_backend(denoiser, backend)
 
-    def make_vae_encoder(self, part: CheckpointPart) -> VaeEncoder:
-        """The VAE's encoder with its weights."""
-        return read_vae_encoder(part, self.device, self.vae_dtype)
-
-    def make_vae_decoder(self, part: CheckpointPart) -> VaeDecoder:
-        """The VAE's decoder with its weights."""
-        return read_vae_decoder(part, self.device, self.vae_dtype)
-
     def tokenizer_hashes(self, memo: Memo, folders: Sequence[Path]) -> str:
         """Hashes of the files of tokenizers in these folders."""
-        files = [file for folder in folders for name in TOKENIZER_FILES if (file := folder / name).is_file()]
-        return " ".join(memo.get_or_compute(file, "sha256", partial(hash_of_file, file)) for file in files)
+        return hashes_in_folders(folders, TOKENIZER_FILES, memo)
+
+    def tokenizer_folder(self, name: str) -> Path:
+        """The folder with a tokenizer, which is called `name` in models; a `ModelError` if there is none."""
+        folder = self.checkpoint.tokenizer_folder(name)
+        if folder is None:
+            raise ModelError(f"{self.checkpoint.location} has no {name}; give {self.config.usual_parts[name]}")
+        return folder

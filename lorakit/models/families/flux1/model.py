@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -199,9 +198,7 @@ class Chroma(FlowTransformer):
 
 def read_t5_tokenizer(model: Flux | Chroma, part: ModelPart, name: str) -> T5Tokenizer:
     """T5's tokenizer, whose folder in models has that name; a `ModelError` if it does not fit the text encoder."""
-    folder: Path | None = model.checkpoint.tokenizer_folder(name)
-    if folder is None:
-        raise ModelError(f"{model.checkpoint.location} has no {name}; give {model.config.usual_parts[name]}")
+    folder = model.tokenizer_folder(name)
     tokenizer, stored = T5Tokenizer(folder, model.config.caption_length), model.checkpoint.part(part.name)
     _check_vocabulary(stored, stored.shape_of("embed_tokens.weight")[0], tokenizer.vocabulary_size)
     return tokenizer

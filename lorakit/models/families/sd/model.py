@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from importlib.metadata import version
 from typing import ClassVar
 
@@ -30,9 +29,8 @@ from lorakit.models.families.sd.tokenizer import CaptionTokenizer
 from lorakit.models.families.sd.unet import BasicTransformerBlock, ResnetBlock2D, UNet, use_backend
 from lorakit.models.families.sd.unet_config import UNetConfig
 from lorakit.models.interfaces import AdaptationTarget, AttentionBackend, Conditioning, Memo, TextEncoder
-from lorakit.models.vae import VaeDecoder, VaeEncoder, read_vae_decoder, read_vae_encoder
 from lorakit.models.weights.checkpoint import CheckpointPart
-from lorakit.models.weights.hashing import hash_of_file
+from lorakit.models.weights.hashing import hashes_in_folders
 from lorakit.models.weights.merge_lora import Merging
 
 _PADS_WITH_A_WORD = "padding is a word in captions"
@@ -126,14 +124,6 @@ class StableDiffusion(BaseModel):
         """Let the U-Net compute attention with this backend."""
         use_backend(denoiser, backend)
 
-    def make_vae_encoder(self, part: CheckpointPart) -> VaeEncoder:
-        """The VAE's encoder with its weights."""
-        return read_vae_encoder(part, self.device, self.vae_dtype)
-
-    def make_vae_decoder(self, part: CheckpointPart) -> VaeDecoder:
-        """The VAE's decoder with its weights."""
-        return read_vae_decoder(part, self.device, self.vae_dtype)
-
     def make_text_encoder(self, modules: Mapping[str, nn.Module]) -> TextEncoder:
         """CLIP with its tokenizer; a `ModelError` if they do not fit, or there are fewer layers than are skipped."""
         part, variant = self.checkpoint.part(TEXT_ENCODER.name), self.variant
@@ -171,8 +161,7 @@ class StableDiffusion(BaseModel):
     def tokenizer_hashes(self, memo: Memo, *names: str) -> str:
         """Hashes of the files in the tokenizers' folders of these names; empty if the model brings none."""
         folders = [folder for name in names if (folder := self.checkpoint.tokenizer_folder(name))]
-        files = [folder / name for folder in folders for name in TOKENIZER_FILES if (folder / name).is_file()]
-        return " ".join(memo.get_or_compute(file, "sha256", partial(hash_of_file, file)) for file in files)
+        return hashes_in_folders(folders, TOKENIZER_FILES, memo)
 
     def metadata_entries(self) -> Mapping[str, str]:
         """The version and how captions are read, in the keys of sd-scripts and of the metadata standard."""

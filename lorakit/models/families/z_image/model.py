@@ -6,14 +6,12 @@ B images in a micro-batch, h and w latent sides, m tokens of the longest caption
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, partial
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from lorakit.errors import ModelError
 from lorakit.models.base import PartModule
 from lorakit.models.families.flow.model import FlowTransformer
 from lorakit.models.families.flow.qwen3 import (
@@ -162,21 +160,13 @@ class ZImage(FlowTransformer):
 
     def make_text_encoder(self, modules: Mapping[str, nn.Module]) -> ZImageTextEncoder:
         """Qwen3 with its tokenizer."""
-        return ZImageTextEncoder(modules[QWEN3.name], Qwen3Tokenizer(self.tokenizer_folder, TEMPLATE, MAX_TOKENS))
-
-    @cached_property
-    def tokenizer_folder(self) -> Path:
-        """Where the tokenizer is; a `ModelError` if it is nowhere."""
-        folder = self.checkpoint.tokenizer_folder("tokenizer")
-        if folder is None:
-            raise ModelError(
-                f"{self.checkpoint.location} has no tokenizer; give {self.config.usual_parts['tokenizer']}"
-            )
-        return folder
+        tokenizer = Qwen3Tokenizer(self.tokenizer_folder("tokenizer"), TEMPLATE, MAX_TOKENS)
+        return ZImageTextEncoder(modules[QWEN3.name], tokenizer)
 
     def text_options(self, memo: Memo) -> list[object]:
         """How captions are put to the text encoder, and hashes of the tokenizer."""
-        return [TEMPLATE, MAX_TOKENS, "before the last layer", self.tokenizer_hashes(memo, [self.tokenizer_folder])]
+        hashes = self.tokenizer_hashes(memo, [self.tokenizer_folder("tokenizer")])
+        return [TEMPLATE, MAX_TOKENS, "before the last layer", hashes]
 
     def metadata_entries(self) -> Mapping[str, str]:
         """What the model is called by other tools."""
