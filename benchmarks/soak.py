@@ -157,13 +157,15 @@ def watch(path: Path, work: Path) -> Iterator[Sample]:
         process.kill()
     if process.wait() != 0:
         raise RuntimeError(f"the run failed; see {log}")
+    if not last:
+        raise RuntimeError(f"no step was found in {log}")
 
 
 def progress(log: Path) -> int:
-    """The last step that the progress bar shows."""
+    """The last step that a log names as reached."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))
-        steps = re.findall(rb"\| (\d+)/\d+ \[", file.read())
+        steps = re.findall(rb" step (\d+)/\d+ ", file.read())
     return int(steps[-1]) if steps else 0
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from lorakit.training.progress import Position, line_text
 from lorakit.utils.rng import keyed_generator
 from tests.benchmarks.scripts import load
 
@@ -38,7 +40,11 @@ def test_what_creeps_is_found(soak: ModuleType, leak: dict[str, float], flat: li
 
 
 def test_progress_is_read_from_the_log(soak: ModuleType, tmp_path: Path) -> None:
-    """The step that counts is the last one that the progress bar shows."""
-    log = tmp_path / "log"
-    log.write_text("  1%|  | 9/3000 [00:03<1:34]saved 12/x\r 53%|█▎ | 1601/3000 [19:21<22:42,  1.03step/s, epoch 267]")
-    assert soak.progress(log) == 1601
+    """The step that counts is the last one of which the run's log tells, while it trains and while it draws."""
+    log, now = tmp_path / "log", datetime(2026, 1, 1, 16, 38, 12, tzinfo=UTC)
+    log.write_text("lorakit 0.1.0: config.toml -> out/lora.safetensors\n  steps    3334 epochs of 6 steps\n")
+    assert soak.progress(log) == 0
+    for position in (Position(done=1599, total=3000, rate=1.03), Position(done=1601, total=3000, busy="validating")):
+        with log.open("a") as file:
+            print(line_text(position, now), "16:38:12 saved out/lora-step00001601.safetensors", sep="\n", file=file)
+        assert soak.progress(log) == position.done
