@@ -122,8 +122,10 @@ def caption_encoding_memory(prepared: PreparedRun) -> int:
     config, captions = prepared.config, [longest_caption(prepared)] * CAPTIONS_AT_ONCE
     model = load_model(config, CPU)
     with fake_tensors() as meter:
-        for _ in encode_frozen(model, [captions], config.data.weighted_captions):
-            peak = meter.peak
+        with meter.peak_of_forward_passes():
+            for _ in encode_frozen(model, [captions], config.data.weighted_captions):
+                pass
+        peak = meter.peak
         offloaded = [_offloaded(model, [part.name], config) for part in config.model.parts if part.encoders]
     return peak - (max(offloaded) if isinstance(model, EncodesOneByOne) else sum(offloaded))
 

@@ -17,6 +17,7 @@ from attrs import evolve, frozen
 from torch import Tensor
 from torch.autograd.variable import Variable
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -179,6 +180,30 @@ class MemoryTracker(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._note(tensor)
         return result
+
+    @contextmanager
+    def peak_of_forward_passes(self) -> Iterator[None]:
+        """Within, the peak is that of modules' forward passes, without what reading and quantizing weights takes."""
+        peak = depth = 0
+
+        def begin(*_: object) -> None:
+            nonlocal depth
+            if depth == 0:
+                self.peak = self.held
+            depth += 1
+
+        def end(*_: object) -> None:
+            nonlocal depth, peak
+            depth -= 1
+            peak = max(peak, self.peak)
+
+        hooks = (register_module_forward_pre_hook(begin), register_module_forward_hook(end, always_call=True))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.peak = peak
 
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -178,6 +178,19 @@ def test_encoding(make_config) -> None:
     assert 3.9 < four.transient / images.transient < 4.1
 
 
+@pytest.mark.parametrize("keys", [{"int8_base": ["text_encoder"]}, {"nf4_base": ["text_encoder"]}])
+def test_a_text_encoder_is_encoded_with_as_it_was_quantized(make_config, keys: dict[str, list[str]]) -> None:
+    """What encoding captions needs is less by what quantization saves, though weights are read whole before that."""
+    plain, small = (prepare(make_config(network=UNET, training=training)) for training in ({}, keys))
+    before, after = (
+        sum(tensor.nbytes for tensor in tensors_of([load_model(prepared.config, CPU).text_encoder.module]))
+        for prepared in (plain, small)
+    )
+    saved = caption_encoding_memory(plain) - caption_encoding_memory(small)
+    assert before - after > 0
+    assert saved == pytest.approx(before - after, rel=0.1)
+
+
 def test_images_that_vary_are_encoded_meanwhile(make_config) -> None:
     """The image encoder stays in memory while the network trains if images are encoded for each step."""
     still, varied = (prepare(make_config(network=UNET, data={"color_aug": vary})) for vary in (False, True))
