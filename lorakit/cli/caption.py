@@ -129,16 +129,16 @@ def _captioner(name: str, options: Sequence[tuple[str, str]], device: str) -> tu
 def _show(event: CaptionChange | DataError) -> None:
     """Print a caption as it is now, below what it was; or what is wrong with a file."""
     from lorakit.captioning.folder import CaptionChange
-    from lorakit.utils.wording import shown_path
+    from lorakit.utils.wording import printable, shown_path
 
     if not isinstance(event, CaptionChange):
         click.secho(f"skipped: {event}", fg="red", err=True)
         return
     if event.before is None:
-        click.echo(f"{shown_path(event.path)}: {event.after}")
+        click.echo(printable(f"{shown_path(event.path)}: {event.after}", keep="\n"))
     else:
         before, after = (text.replace("\n", "\n    ") for text in (event.before, event.after))
-        click.echo(f"{shown_path(event.path)}:\n  - {before}\n  + {after}")
+        click.echo(printable(f"{shown_path(event.path)}:\n  - {before}\n  + {after}", keep="\n"))
 
 
 def _summary(result: CaptionResult, options: CaptionOptions, name: str | None) -> str:
