@@ -382,7 +382,8 @@ def _command(context: click.Context) -> Iterator[str]:
     for parameter in command.get_params(context):
         if isinstance(parameter, click.Argument):
             default = parameter.get_default(context)
-            text = f"`{default}` when absent." if isinstance(default, Path) else "Must be given."
+            absent = f"`{default}` when absent." if isinstance(default, Path) else "May be left out."
+            text = "Must be given." if parameter.required else absent
             rows.append(f"| `{parameter.human_readable_name}` | {text} |")
         elif record := parameter.get_help_record(context):
             rows.append(f"| `{_cell(record[0])}` | {_cell(record[1])} |")

@@ -18,6 +18,7 @@ import click
 from lorakit.cli.group import cli
 from lorakit.cli.options import is_main_process
 from lorakit.errors import ConfigError, Interrupted, LorakitError, is_out_of_memory
+from lorakit.utils.wording import printable, with_short_paths
 
 
 def main() -> None:
@@ -91,6 +92,12 @@ def _wants_color() -> bool | None:
 
 def _message(error: BaseException) -> str:
     """The message of an error for the user."""
+    text = _said(error)
+    return printable(with_short_paths(text), keep="\n") if isinstance(error, LorakitError) else text
+
+
+def _said(error: BaseException) -> str:
+    """What an error says, and what to do."""
     if isinstance(error, KeyboardInterrupt):
         return str(error) or "Stopped."
     if isinstance(error, Interrupted):

@@ -130,6 +130,16 @@ def test_one_problem_is_one_line(folder: Path) -> None:
     assert (result.returncode, result.stderr) == (2, "error: nowhere.toml: cannot be read: No such file or directory\n")
 
 
+def test_paths_in_messages_are_as_seen_from_the_working_folder(folder: Path) -> None:
+    """Errors and warnings name files without the folders above it."""
+    result = run(folder, "check", "--set", "model.path=models/nothing.ckpt", "--set", "output.dir=config.toml/out")
+    start = "models/nothing.ckpt does not exist; give a .safetensors or .ckpt file"
+    assert f"  model.path: {start}" in result.stderr
+    assert "  output.dir: config.toml is a file, not a folder" in result.stderr
+    other = run(folder / "photos", "check", "../config.toml", "--set", "model.path=models/nothing.ckpt").stderr
+    assert other.startswith("error: model.path: ../models/nothing.ckpt does not exist")
+
+
 def test_check_counts_what_is_held_out(folder: Path) -> None:
     """The images of the validation split are counted apart from those that are trained on."""
     result = run(folder, "check", "config.toml", "--set", "data.validation_split=0.5")
@@ -162,6 +172,8 @@ def test_problems_of_the_config_come_before_anything_heavy(folder: Path, command
         (["check", "a", "b"], "unexpected extra argument"),
         (["train", "config.toml", "--st", "a=1"], "No such option"),
         (["train", "--resume", "config.toml"], "lorakit train config.toml --resume"),
+        (["train", "config.toml", "--report", "photos"], "the report photos cannot be written: it is a folder"),
+        (["train", "config.toml", "--report", "config.toml/x"], "config.toml is a file, not a folder; give another"),
         (["train", "--steps", "100", "--lr", "1e-4"], "write --set training.max_steps=100 --set optimizer.lr=1e-4"),
         (["check", "--network_dim=8", "--max_train_steps=10"], "--set network.rank=8 --set training.max_steps=10"),
         (["plan", "--gradient_checkpointing", "config.toml"], "write --set training.gradient_checkpointing=true"),
@@ -171,6 +183,7 @@ def test_problems_of_the_config_come_before_anything_heavy(folder: Path, command
         (["train", "--use_8bit_adam"], "write --set optimizer.name=adamw8bit"),
         (["train", "--sample_prompts", "p.txt"], '[[observers]] with name = "samples" and prompts in the config'),
         (["check", "config.toml", "network.rank=8"], "write --set network.rank=8"),
+        (["check", "network.rank=8"], "write --set network.rank=8"),
         (["check", "config.toml", "--set", "network.rank", "8"], "write --set network.rank=8"),
         (["check", "."], "is a folder, not a file; name a config in it: config.toml"),
         (["check", "confg.toml"], "did you mean config.toml?"),

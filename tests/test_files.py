@@ -138,7 +138,7 @@ def test_what_the_system_refuses_is_told(tmp_path: Path) -> None:
     """A folder below a file can neither be made nor written to; the message names it, the cause and the cure."""
     (tmp_path / "file").touch()
     with (
-        pytest.raises(OutputError, match=r"file/x cannot be written: Not a directory\. Free some space or choose"),
+        pytest.raises(OutputError, match=r"file/x cannot be written: Not a directory\. Choose another name or folder"),
         staging_dir(tmp_path / "file" / "x"),
     ):
         pass

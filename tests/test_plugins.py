@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lorakit.api.captioner import CaptionerConfig
 from lorakit.api.components import NetworkConfig, OptimizerConfig, SaverConfig
 from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.checkpoints import CheckpointSummary
@@ -240,8 +241,10 @@ def test_unknown_names(discover: Discover) -> None:
         catalog.find(NetworkConfig, "locon2")
     with pytest.raises(PluginError, match=r"'guest_opt' is provided by helpful-guest 1\.0"):
         catalog.find(OptimizerConfig, "lorakit:guest_opt")
-    with pytest.raises(PluginError, match=r"no saver is called 'safetensors' \(there is none\)"):
+    with pytest.raises(PluginError, match=r"no saver is called 'safetensors' \(none is installed\)"):
         Catalog().find(SaverConfig, "safetensors")
+    with pytest.raises(PluginError, match=r"'x' \(none is installed; some are in plugins/lorakit-tagger and plugins/l"):
+        Catalog().find(CaptionerConfig, "x")
 
 
 def test_an_unknown_name_may_be_a_broken_plugins(discover: Discover) -> None:

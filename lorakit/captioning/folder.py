@@ -32,7 +32,7 @@ class CaptionOptions:
     """How captions are written."""
 
     extension: str | None = None
-    """Extension of caption files; `.txt` if absent, where no `.caption` file is there already."""
+    """Extension of caption files, no image's; `.txt` if absent, where no `.caption` file is there already."""
     overwrite: bool = False
     """Whether captions that are there already are written again."""
     dry_run: bool = False
@@ -63,6 +63,8 @@ class CaptionResult:
     """The captions that were written, or would be."""
     kept: int
     """Captions that were left as they are."""
+    without: int = 0
+    """Images without a caption file, where captions are edited only."""
     unreadable: tuple[str, ...]
     """What is wrong with images and caption files that were passed over."""
 
@@ -83,7 +85,8 @@ def edit_captions(
     `notify` is called with each change once it is made, and with each error. Raises DataError where there are no
     images, and OutputError where a file cannot be written.
     """
-    items = [item for item in _items(folder, options) if item.caption.is_file()]
+    listed = _items(folder, options)
+    items = [item for item in listed if item.caption.is_file()]
     changes: list[CaptionChange] = []
     errors: list[str] = []
     for item in items:
@@ -98,7 +101,8 @@ def edit_captions(
             changes.append(_write(CaptionChange(item.caption, before, after), options))
             notify(changes[-1])
     kept = len(items) - len(changes) - len(errors)
-    return CaptionResult(changes=tuple(changes), kept=kept, unreadable=tuple(errors))
+    without = len(listed) - len(items)
+    return CaptionResult(changes=tuple(changes), kept=kept, without=without, unreadable=tuple(errors))
 
 
 def write_captions(

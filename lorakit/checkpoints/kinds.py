@@ -31,6 +31,12 @@ _EMBEDDING = _kind("a textual-inversion embedding, not a base model", "model.pat
 _VAE = _kind("a VAE alone", _OWN_KEY)
 _TINY_VAE = _kind("a tiny VAE for previews (TAESD)", "model.vae takes a full VAE, an AutoencoderKL")
 _TEXT_ENCODER = _kind("a text encoder alone", _WHOLE)
+_OF_TRANSFORMERS = (
+    "give it as model.text_encoder or model.text_encoder_2, and in model.path the transformer that reads it"
+)
+_T5 = _kind("a text encoder (T5) alone", _OF_TRANSFORMERS)
+_QWEN3 = _kind("a text encoder (Qwen3) alone", _OF_TRANSFORMERS)
+_QWEN_IMAGE_VAE = _kind("a VAE alone, that of Qwen-Image and Anima", _OWN_KEY)
 _UNET = _kind("a U-Net without a text encoder", _WHOLE)
 _CONTROLNET = _kind("a ControlNet, not a base model", _CONTROL)
 _ADAPTER = _kind("a T2I-Adapter, not a base model", _CONTROL)
@@ -63,7 +69,9 @@ _OTHERS: _Kinds = (
      ("model.diffusion_model.",)),
     (_VAE, ("encoder.down.0.block.0.", "encoder.down_blocks.0.resnets.0.", "first_stage_model.")),
     (_kind("an image encoder of CLIP"), ("vision_model.", "visual.transformer.resblocks.")),
-    (_kind("a T5 text encoder"), ("encoder.block.0.layer.0.SelfAttention.",)),
+    (_T5, ("encoder.block.0.layer.0.SelfAttention.",)),
+    (_QWEN3, ("layers.0.self_attn.q_norm.",)),
+    (_QWEN_IMAGE_VAE, ("decoder.middle.0.residual.0.gamma",)),
     (_TEXT_ENCODER, ("encoder.layers.0.self_attn.", "transformer.resblocks.0.", "cond_stage_model.")),
     (_EMBEDDING, ("string_to_param", "emb_params")),
 )  # fmt: skip
@@ -79,7 +87,10 @@ _CLASSES: Mapping[str, DetectedFamily] = {
     "MotionAdapter": _MOTION,
     "CLIPTextModel": _TEXT_ENCODER,
     "CLIPTextModelWithProjection": _TEXT_ENCODER,
-    "T5EncoderModel": _kind("a T5 text encoder"),
+    "T5EncoderModel": _T5,
+    "Qwen3Model": _QWEN3,
+    "Qwen3ForCausalLM": _QWEN3,
+    "AutoencoderKLQwenImage": _QWEN_IMAGE_VAE,
     "CLIPVisionModelWithProjection": _kind("an image encoder of CLIP"),
     "StableDiffusionSafetyChecker": _kind("a safety checker, not a base model"),
 }
@@ -100,9 +111,13 @@ def describe(summary: CheckpointSummary) -> str:
 
 
 def is_other_part(summary: CheckpointSummary, title: str) -> bool:
-    """Whether a file is known to be something else than a whole model or the part with this title: `VAE`."""
+    """Whether a file is known to be something else than a whole model or the part with this title: `VAE`.
+
+    Behind a title may be of which kind the part is, `text encoder (T5)`, which is not known of all.
+    """
     kind = kind_of(summary)
-    return kind not in (_WHOLE_MODEL, _UNKNOWN) and not kind.title.startswith(f"a {title} ")
+    of_its_kind = kind.title.startswith(f"a {title} ") or kind.title == f"a {title.partition(' (')[0]} alone"
+    return kind not in (_WHOLE_MODEL, _UNKNOWN) and not of_its_kind
 
 
 def is_add_on(summary: CheckpointSummary) -> bool:

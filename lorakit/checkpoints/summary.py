@@ -87,7 +87,12 @@ def kind_of_file(path: Path) -> Literal["safetensors", "pickle"]:
         raise ModelError(f"{path} is a GGUF file, which is not supported; use the .safetensors model it was made from")
     if start.startswith(b"version https://"):
         raise ModelError(f"{path} is a Git LFS pointer, not the model itself; run `git lfs pull` or download the file")
-    raise ModelError(f"{path} is neither a safetensors file nor a PyTorch checkpoint; download it again")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        cure = "download it again, signed in where the site asks for it"
+        raise ModelError(f"{path} is a web page, not the file itself; {cure}")
+    raise ModelError(
+        f"{path} is neither a safetensors file nor a PyTorch checkpoint; check the path, or download it again"
+    )
 
 
 def _folder_summary(folder: Path) -> CheckpointSummary:

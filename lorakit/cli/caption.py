@@ -25,6 +25,15 @@ def _pairs(_: click.Context, parameter: click.Parameter, value: tuple[str, ...])
     return tuple((left, right) for left, _, right in (text.partition("=") for text in value))
 
 
+def _extension(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """The extension of caption files, in which nothing else is kept."""
+    from lorakit.data.captions import extension_problem
+
+    if value is not None and (problem := extension_problem(value)):
+        raise click.BadParameter(problem)
+    return value
+
+
 @click.command(
     epilog="""\b
 Examples:
@@ -46,8 +55,9 @@ Examples:
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Write captions of images that have one, too.")
 @click.option(
-    "--extension", metavar=".EXT", help="Extension of caption files; by default .txt, or .caption if that is there."
-)
+    "--extension", metavar=".EXT", callback=_extension,
+    help="Extension of caption files; by default .txt, or .caption if that is there.",
+)  # fmt: skip
 @click.option("--prefix", default="", metavar="TEXT", help="Text that each caption is to start with.")
 @click.option("--suffix", default="", metavar="TEXT", help="Text that each caption is to end with.")
 @click.option("--remove-tag", "remove_tags", multiple=True, metavar="TAG", help="Tag to take out. Repeatable.")
@@ -119,15 +129,16 @@ def _captioner(name: str, options: Sequence[tuple[str, str]], device: str) -> tu
 def _show(event: CaptionChange | DataError) -> None:
     """Print a caption as it is now, below what it was; or what is wrong with a file."""
     from lorakit.captioning.folder import CaptionChange
-    from lorakit.utils.wording import shown_path
+    from lorakit.utils.wording import printable, shown_path
 
     if not isinstance(event, CaptionChange):
         click.secho(f"skipped: {event}", fg="red", err=True)
         return
     if event.before is None:
-        click.echo(f"{shown_path(event.path)}: {event.after}")
+        click.echo(printable(f"{shown_path(event.path)}: {event.after}", keep="\n"))
     else:
-        click.echo(f"{shown_path(event.path)}:\n  - {event.before}\n  + {event.after}")
+        before, after = (text.replace("\n", "\n    ") for text in (event.before, event.after))
+        click.echo(printable(f"{shown_path(event.path)}:\n  - {before}\n  + {after}", keep="\n"))
 
 
 def _summary(result: CaptionResult, options: CaptionOptions, name: str | None) -> str:
@@ -135,8 +146,11 @@ def _summary(result: CaptionResult, options: CaptionOptions, name: str | None) -
     from lorakit.utils.wording import counted
 
     written = counted(len(result.changes), "caption")
-    left = "left as they were" if name is None else "there already (--overwrite replaces them)"
+    left = "there already (--overwrite replaces them)"
+    if name is None:
+        left = "left as it was" if result.kept == 1 else "left as they were"
     parts = [f"{'would write' if options.dry_run else 'wrote'} {written}"]
     parts += [f"{result.kept} {left}"] if result.kept else []
+    parts += [f"{counted(result.without, 'image')} without a caption file"] if result.without else []
     parts += [f"{counted(len(result.unreadable), 'file')} skipped"] if result.unreadable else []
     return "; ".join(parts).capitalize()

@@ -144,7 +144,7 @@ def cache(config: Path, overrides: tuple[str, ...]) -> None:
     help="Write loss, validation loss, time, memory and files of the run to FILE, as JSON.",
 )  # fmt: skip
 def train(configs: tuple[Path, ...], overrides: tuple[str, ...], resume: Path | None, report_file: Path | None) -> None:
-    """Train with the config file CONFIG.
+    """Train with the config file CONFIG; without one, with config.toml.
 
     The config, images and captions are validated before the model is loaded. Ctrl-C stops after the
     current step and saves a state; `--resume` continues from it.
@@ -164,9 +164,12 @@ def train(configs: tuple[Path, ...], overrides: tuple[str, ...], resume: Path | 
         train_series([(str(path), path, overrides) for path in configs], resume=latest)
         return
     (config,) = configs
+    from lorakit.training.report import RunReport, check_report_path
+
+    if report_file:
+        check_report_path(report_file)
     prepared, _ = prepared_run(config, overrides, resuming=resume is not None)
     _print_summary(prepared, config)
-    from lorakit.training.report import RunReport
     from lorakit.training.setup import run_training
     from lorakit.training.summary import RunAccount
 
@@ -202,6 +205,7 @@ def from_kohya(output: Path | None, arguments: tuple[str, ...]) -> None:
     from lorakit.kohya.draft import to_text
     from lorakit.training.prepare import prepare
     from lorakit.utils.atomic_io import write_atomically
+    from lorakit.utils.wording import with_short_paths
 
     if output is None and arguments[-2:-1] == ("-o",):
         output, arguments = Path(arguments[-1]), arguments[:-2]
@@ -220,7 +224,7 @@ def from_kohya(output: Path | None, arguments: tuple[str, ...]) -> None:
     except LorakitError as error:
         problems = error.problems if isinstance(error, ConfigError) else (error,)
     for problem in problems:
-        click.secho(f"to fix: {problem}", fg="red", err=True)
+        click.secho(f"to fix: {with_short_paths(str(problem))}", fg="red", err=True)
     if output:
         cure = f"Fix the problems above, then: lorakit check {output}"
         click.echo(f"Wrote {output}. {cure if problems else f'Next: lorakit train {output}'}")

@@ -34,7 +34,7 @@ def data(config: Path, overrides: tuple[str, ...], sheet: Path | None, most: int
     from lorakit.dataset_report.report import report_data
     from lorakit.dataset_report.sheet import check_sheet_path, write_sheet
     from lorakit.dataset_report.text import report_lines
-    from lorakit.utils.wording import listed, shown_path
+    from lorakit.utils.wording import listed, printable, shown_path
 
     loaded = read_config(config, overrides, catalog())
     if sheet is not None:
@@ -42,7 +42,7 @@ def data(config: Path, overrides: tuple[str, ...], sheet: Path | None, most: int
     report = report_data(loaded)
     print_warnings(report.warnings)
     for line in report_lines(report):
-        click.echo(line)
+        click.echo(printable(line))
     if sheet is not None:
         pages = write_sheet(sheet, report, loaded.training.seed, most)
         left = len(report.images) - most

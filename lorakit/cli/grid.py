@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lorakit.cli.options import catalog
+from lorakit.errors import ConfigError, OutputError, Problem
 
 if TYPE_CHECKING:
     from lorakit.config.train_config import TrainConfig
@@ -16,9 +18,12 @@ if TYPE_CHECKING:
 
 def _numbers(_: click.Context, __: click.Parameter, value: str) -> list[float]:
     try:
-        return [*dict.fromkeys(float(text) for text in value.split(","))]
+        found = [*dict.fromkeys(float(text) for text in value.split(","))]
     except ValueError:
-        raise click.BadParameter(f"must be numbers such as 0.6,0.8,1, not {value!r}") from None
+        found = []
+    if not found or not all(map(math.isfinite, found)):
+        raise click.BadParameter(f"must be numbers such as 0.6,0.8,1, not {value!r}")
+    return found
 
 
 @click.command(
@@ -63,6 +68,7 @@ def grid(config: Path | None, model: str | None, files: tuple[Path, ...], **opti
     folder = options["output"] or (base.output.dir / f"{name}-grid" if config else Path("grid"))
     from lorakit.grid.draw import GridPlan, saves_of
     from lorakit.grid.page import write_grid
+    from lorakit.utils.atomic_io import unwritable_reason
     from lorakit.utils.wording import counted, shown_path
 
     chosen = list(dict.fromkeys(files)) or (saves_of(base) if config else [])
@@ -70,6 +76,8 @@ def grid(config: Path | None, model: str | None, files: tuple[Path, ...], **opti
         raise click.UsageError(f"{config} has no saves yet; train, or give --lora" if config else "give --lora")
     if missing := [str(file) for file in chosen if not file.is_file()]:
         raise click.UsageError(f"--lora: there is no file {missing[0]}")
+    if reason := unwritable_reason(folder):
+        raise OutputError(f"{folder}: {reason}; choose another folder with -o")
     jobs = _jobs(base, options["lines"], options["prompt_file"])
     plan = GridPlan(base, chosen, options["strengths"], jobs, options["batch_size"])
     total = len(chosen) * len(plan.strengths)
@@ -88,7 +96,13 @@ def _config(path: Path | None, model: str | None, overrides: tuple[str, ...]) ->
     if overrides:
         raise click.UsageError("--set is for keys of a config")
     tables = {"model": {"path": model}, "data": {"image_dir": ".", "resolution": 512}, "output": {"dir": "grid"}}
-    return config_from_tables(tables, Path.cwd(), catalog())
+    try:
+        return config_from_tables(tables, Path.cwd(), catalog())
+    except ConfigError as error:
+        if all(problem.key == "model.path" for problem in error.problems):
+            raise
+        more = Problem("--model", "is not enough for this model", "write a config with these keys, and give it instead")
+        raise ConfigError([*error.problems, more]) from error
 
 
 def _jobs(config: TrainConfig, lines: tuple[str, ...], file: Path | None) -> list[PreviewJob]:
@@ -96,6 +110,8 @@ def _jobs(config: TrainConfig, lines: tuple[str, ...], file: Path | None) -> lis
     from lorakit.previews.prompt_files import read_prompts
     from lorakit.previews.prompts import PromptSettings, preview_jobs
 
+    if lines and not any(map(str.strip, lines)):
+        raise click.UsageError("--prompt must not be empty")
     source: Path | tuple[str, ...] | None = file or lines or None
     settings = PromptSettings()
     if source is None:

@@ -106,7 +106,7 @@ docs/index.md.""",
     help="Show the versions of lorakit, Python and PyTorch, and the GPU.",
 )  # fmt: skip
 def cli() -> None:
-    """Train LoRA adapters for Stable Diffusion.
+    """Train LoRA adapters for Stable Diffusion, FLUX.1, Chroma, Z-Image and Anima.
 
     Start with `lorakit init`, which writes a commented config file.
     """

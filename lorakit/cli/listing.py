@@ -18,8 +18,8 @@ from lorakit.config.load import COMPONENT_SECTIONS
 from lorakit.errors import PluginError
 from lorakit.plugins.catalog import Catalog, Registration, missing_packages
 from lorakit.plugins.discovery import REGISTRATION_HOOKS
-from lorakit.plugins.other_names import PLUGINS, meaning_of
-from lorakit.utils.wording import WIDTH, listed
+from lorakit.plugins.other_names import meaning_of, none_installed
+from lorakit.utils.wording import WIDTH
 
 _KEYS: Mapping[str, str] = {
     base.kind: f'[{section}] with {base.name_key} = "…"' for section, (base, _) in COMPONENT_SECTIONS.items()
@@ -52,8 +52,7 @@ def listing(catalog: Catalog, kind: str | None = None) -> Iterator[Line]:
     for base in kinds:
         yield Line(f"{base.kind}: {_KEYS.get(base.kind, '')}".rstrip(": "), is_title=True)
         if not catalog.of_kind(base):
-            folders = [f"plugins/{package}" for package in PLUGINS.get(base.kind, {}).values()]
-            yield Line("  none is installed" + (f"; some are in {listed(folders)}" if folders else ""))
+            yield Line(f"  {none_installed(base.kind)}")
         for name, registrations in catalog.of_kind(base).items():
             for found in registrations:
                 yield from _row(name, found, len(registrations) > 1, width)

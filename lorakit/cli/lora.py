@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
 _PATH = click.Path(path_type=Path)
+_EXACT = 5e-5
+"""A relative error that would be shown as 0.00%."""
 
 
 def _output(name: str = "LORA") -> Callable[[CommandT], CommandT]:
@@ -39,7 +42,10 @@ def _weighted(_: click.Context, __: click.Parameter, values: tuple[str, ...]) ->
     pairs = []
     for value in values:
         path, sign, weight = value.rpartition("=")
-        if not sign or Path(value).is_file():
+        is_file = os.path.isfile(value)  # noqa: PTH113 - raises nothing
+        if not value or (sign and not path and not is_file):
+            raise click.BadParameter(f"{value!r} names no file: write FILE=WEIGHT, such as cat.safetensors=0.8")
+        if not sign or is_file:
             pairs.append((Path(value), 1.0))
             continue
         try:
@@ -79,10 +85,11 @@ def info_command(files: tuple[Path, ...], config: bool) -> None:
     Of two files, what differs is shown, too.
     """
     from lorakit.lora_tools.info import of_one_or_more
+    from lorakit.utils.wording import printable
 
     if not config:
         for line in of_one_or_more(files):
-            click.echo(line)
+            click.echo(printable(line))
         return
     if len(files) > 1:
         raise click.UsageError("--config takes one file")
@@ -283,6 +290,8 @@ def _say(done: Written, exact: str) -> None:
     ranks = f"rank {high}" if low == high else f"ranks {low} to {high}"
     size = file_size(done.path.stat().st_size)
     click.echo(f"Wrote {done.path}: {counted(len(done.ranks), 'layer')}, {ranks}, {size}.")
-    if done.worst is not None:
+    if done.worst is not None and done.error < _EXACT:
+        click.echo(f"  It equals {exact}.")
+    elif done.worst is not None:
         worst = f"; most in {done.worst.key}, {done.worst.relative:.2%}" if len(done.errors) > 1 else ""
         click.echo(f"  It lacks {done.error:.2%} of {exact}, by norm{worst}.")

@@ -64,16 +64,23 @@ def with_configs(command: CommandT) -> CommandT:
 
 def _config_files(context: click.Context, parameter: click.Parameter, value: tuple[Path, ...]) -> tuple[Path, ...]:
     """The config files; the default one must exist, and a key with a value is not one of them."""
-    from lorakit.cli.usage import cure_of_arguments
-
-    if not context.resilient_parsing and any("=" in path.name and not path.exists() for path in value):
-        cure = cure_of_arguments([str(path) for path in value])
-        raise click.UsageError(f"Got unexpected extra argument: {cure}", context)
+    _refuse_settings(context, value)
     return value or (_config_file(context, parameter, DEFAULT_CONFIG),)
 
 
+def _refuse_settings(context: click.Context, paths: Iterable[Path]) -> None:
+    """Raise UsageError where a key with its value stands in the place of a config file."""
+    from lorakit.cli.usage import cure_of_arguments
+
+    given = [str(path) for path in paths]
+    cure = cure_of_arguments(given) if any("=" in path and not os.path.exists(path) for path in given) else ""  # noqa: PTH110
+    if cure and not context.resilient_parsing:
+        raise click.UsageError(f"Got unexpected extra argument: {cure}", context)
+
+
 def _config_file(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
-    """The config file; the default name requires that it exists."""
+    """The config file; the default name requires that it exists, and a key with a value is none."""
+    _refuse_settings(context, [value])
     source = context.get_parameter_source(parameter.name or "")
     if source in (None, click.core.ParameterSource.DEFAULT) and not value.is_file() and not context.resilient_parsing:
         cure = f"there is no {value}, the default, in this folder; `lorakit init` writes one"
@@ -114,7 +121,9 @@ def prepared_run(path: Path, overrides: tuple[str, ...], *, resuming: bool = Fal
 
 def print_warnings(warnings: Iterable[Problem]) -> int:
     """Print warnings, on the main process; gives how many there are."""
+    from lorakit.utils.wording import printable, with_short_paths
+
     listed = list(warnings)
     for warning in listed if is_main_process() else ():
-        click.secho(f"warning: {warning}", fg="yellow", err=True)
+        click.secho(f"warning: {printable(with_short_paths(str(warning)))}", fg="yellow", err=True)
     return len(listed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,17 @@ from lorakit.errors import ConfigError, LorakitError, Problem
 
 if TYPE_CHECKING:
     from lorakit.series.runs import FinishedRun, PlannedRun
+
+
+def _launcher(_: click.Context, __: click.Parameter, value: str) -> list[str]:
+    """The words of a command line that starts with a program that is there."""
+    try:
+        words = shlex.split(value)
+    except ValueError as error:  # quotation marks
+        raise click.BadParameter(f"{value!r} is no command line: {str(error).lower()}") from error
+    if words and shutil.which(words[0]) is None:
+        raise click.BadParameter(f"there is no program {words[0]!r}; install it, or give its path")
+    return words
 
 
 @click.command(
@@ -31,10 +43,12 @@ Example:
 )  # fmt: skip
 @click.option("--resume", is_flag=True, help="Skip finished runs, and resume the one that was stopped.")
 @click.option(
-    "--launcher", default="", metavar="COMMAND",
+    "--launcher", default="", metavar="COMMAND", callback=_launcher,
     help="What starts each run on several processes: 'accelerate launch --num_processes 2'.",
 )  # fmt: skip
-def sweep(config: Path, overrides: tuple[str, ...], vary: tuple[str, ...], resume: bool, launcher: str) -> None:
+def sweep(
+    config: Path, overrides: tuple[str, ...], vary: tuple[str, ...], resume: bool, launcher: Sequence[str]
+) -> None:
     """Train with every combination of some values of config keys, and compare the results.
 
     The runs are checked before the first begins, and trained one after the other, each in a process of its own; if one
@@ -56,7 +70,7 @@ def train_series(
     *,
     resume: bool,
     results: Path | None = None,
-    launcher: str = "",
+    launcher: Sequence[str] = (),
 ) -> None:
     """Plan runs, each a label, a config file and overrides, train them and echo what they came to.
 
@@ -74,7 +88,7 @@ def train_series(
         done = " (finished)" if resume and is_finished(run) else ""
         click.echo(f"  {run.label}: {run.total_steps} steps, {run.config.output.name}{done}")
     finished = []
-    for number, found in enumerate(train_runs(planned, resume=resume, launcher=shlex.split(launcher)), 1):
+    for number, found in enumerate(train_runs(planned, resume=resume, launcher=launcher), 1):
         finished.append(found)
         outcome = f"failed with status {found.status}" if found.status else "done"
         click.secho(f"Run {number} of {len(planned)}, {found.run.label}: {outcome}", bold=True)
@@ -83,15 +97,18 @@ def train_series(
 
 def _planned(runs: Sequence[tuple[str, Path, tuple[str, ...]]], *, resume: bool) -> list[PlannedRun]:
     """The runs, checked; raises ConfigError with the problems of all of them."""
-    from lorakit.series.runs import plan_run
+    from lorakit.series.runs import Planner
 
-    planned, problems = [], []
+    planner, planned, problems = Planner(catalog(), resume), [], []
     for label, source, overrides in runs:
         try:
-            planned.append(plan_run(label, source, overrides, catalog(), resuming=resume))
+            planned.append(planner.plan(label, source, overrides))
         except LorakitError as error:
             own = error.problems if isinstance(error, ConfigError) else (Problem("", str(error)),)
-            problems += [evolve(problem, key=f"{label}: {problem.key}".rstrip(": ")) for problem in own]
+            # Of a file that cannot be read, the key is the file.
+            problems += [
+                evolve(one, key=one.key if one.key == label else f"{label}: {one.key}".rstrip(": ")) for one in own
+            ]
     if problems:
         raise ConfigError(problems)
     print_warnings(dict.fromkeys(warning for run in planned for warning in run.config.warnings()))

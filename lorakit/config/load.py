@@ -152,7 +152,7 @@ class _ConfigLoader:
             asked = None
         detected, title = None, ""
         if not isinstance(path, str) or not path:
-            problem = "is missing" if path is None else f"must be a text in quotes, not {toml_repr(path)}"
+            problem = "is missing" if path in (None, "") else f"must be a text in quotes, not {toml_repr(path)}"
             report("model.path", problem, "the base model: a file, a folder, or a Hub id")
         else:
             try:

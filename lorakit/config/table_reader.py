@@ -38,8 +38,9 @@ def hint_for(section: str, name: str, known: Collection[str], places: Mapping[st
         return f"did you mean {prefix}{name}?"
     if name in OTHER_KEYS:
         return f"did you mean {OTHER_KEYS[name]}?"
-    if close and places.get(name, "").startswith(f"{section}.{name} of "):
-        return f"did you mean {section}.{close[0]}? {name} is a key{places[name].removeprefix(f'{section}.{name}')}"
+    if places.get(name, "").startswith(f"{section}.{name} of "):
+        meant = f"did you mean {section}.{close[0]}? " if close else ""
+        return f"{meant}{name} is a key{places[name].removeprefix(f'{section}.{name}')}"
     if name in places or near:
         return f"did you mean {places.get(name) or prefix + near[0]}?"
     return f"known here: {', '.join(known)}" if known else ""

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorakit.utils.wording import printable
+
 LARGEST_FILE = 2**24
 """Bytes; no config that a person wrote is larger, but models are."""
 
@@ -155,7 +157,7 @@ def _explain(text: str, message: str) -> str:
     key, _, value = stripped.partition("=")
     line = _Line(stripped, key.strip(), value.strip(), bare)
     cure = next((cure for rule in _RULES for cure in rule(line)), f"{bare[:1].lower()}{bare[1:]}")
-    return f"line {number}: {_cut(line.text)}: {_printable(cure)}"
+    return f"line {number}: {_cut(line.text)}: {printable(cure)}"
 
 
 def _without_comment(line: str) -> str:
@@ -167,13 +169,8 @@ def _without_comment(line: str) -> str:
 
 
 def _cut(text: str) -> str:
-    shown = _printable(text)
+    shown = printable(text)
     return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 1]}…"
-
-
-def _printable(text: str) -> str:
-    # What a stranger's file holds must not steer the terminal.
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _opening(lines: Sequence[str], number: int) -> int:

@@ -281,7 +281,7 @@ class TrainConfig:
             if unknown:
                 hint = f"{self.model.name} has {', '.join(known)}"
                 yield Problem(key, f"contains unknown parts: {', '.join(unknown)}", hint)
-        if not self.trained_parts:
+        if not self.trained_parts and set(self.network.parts or known) & set(known):
             yield Problem("optimizer.lr", "is zero for every part in network.parts, so nothing would be trained")
         rates, encoders = self.optimizer.text_encoder_lr, self.model.text_encoders
         if isinstance(rates, tuple) and len(rates) != encoders:

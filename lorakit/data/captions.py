@@ -16,6 +16,8 @@ import numpy as np
 
 from lorakit.config.datasets import SubsetConfig
 from lorakit.data.images.face_crop import stem_without_face
+from lorakit.data.images.formats import EXTENSIONS as IMAGE_EXTENSIONS
+from lorakit.data.images.formats import extension_of
 from lorakit.errors import DataError, Problem
 from lorakit.utils.rng import RngFactory, keyed_generator
 from lorakit.utils.safe_paths import require_regular_file
@@ -78,6 +80,15 @@ def caption_extensions(subset: SubsetConfig) -> Sequence[str]:
     return EXTENSIONS if wanted is None else (wanted if "." in wanted else f".{wanted}",)
 
 
+def extension_problem(extension: str) -> str:
+    """Why files that end so cannot be caption files, as the end of a sentence; empty if they can."""
+    if not re.fullmatch(r"[^/\\\0]*[^/\\\0.]", extension):
+        return f'must be an extension such as ".txt", not {extension!r}'
+    if extension_of(f".{extension}") in IMAGE_EXTENSIONS:
+        return f"must not be that of images, {extension!r}"
+    return ""
+
+
 def read_caption(path: Path) -> str:
     """The lines of a caption file that are not blank; an empty caption if there is none.
 
@@ -90,7 +101,7 @@ def read_caption(path: Path) -> str:
             raise DataError(str(Problem(str(path), message, "remove it, or caption_extension names the wrong files")))
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        message = f"is not UTF-8 text (byte {error.start})"
+        message = f"is not UTF-8 text from byte {error.start} on"
         raise DataError(str(Problem(str(path), message, "save it as UTF-8"))) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error

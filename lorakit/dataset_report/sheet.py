@@ -16,9 +16,9 @@ from lorakit.data.images.augmentation import augmented_picture
 from lorakit.data.index import default_workers
 from lorakit.dataset_report.report import DataReport, ImageReport
 from lorakit.errors import DataError, OutputError
-from lorakit.utils.atomic_io import write_atomically
+from lorakit.utils.atomic_io import unwritable_reason, write_atomically
 from lorakit.utils.rng import keyed_generator
-from lorakit.utils.sheets import scaled_to_side, wrap_to_width
+from lorakit.utils.sheets import font_for, scaled_to_side, wrap_to_width
 from lorakit.utils.wording import counted, shown_path
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def check_sheet_path(path: Path, config: TrainConfig) -> None:
     folders = {subset.image_dir for dataset in config.data.datasets for subset in dataset.subsets}
     if path.absolute().parent.resolve() in {folder.resolve() for folder in folders}:
         raise OutputError(f"{path} would be in a folder of training images, and trained on; choose another folder")
+    if reason := unwritable_reason(path.parent):
+        raise OutputError(f"{path}: {reason}; choose another folder")
     _check_replaceable(path)
 
 
@@ -124,18 +126,20 @@ def _rows(report: DataReport, most: int) -> Iterator[_Row]:
 
 def _draw(rows: Sequence[_Row], report: DataReport, seed: int) -> Image:
     """A page."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     page = Image.new("RGB", (COLUMNS * (_CELL + _GAP) + _GAP, sum(row.height for row in rows) + _GAP), "white")
     draw = ImageDraw.Draw(page)
-    draw.font = ImageFont.load_default(_TEXT_SIZE)
     images = [image for row in rows for image in row.images]
+    texts = [row.heading for row in rows] + [text for own in images for text in (own.path.name, own.caption)]
+    text = "".join(filter(None, texts))
+    draw.font = font_for(text, _TEXT_SIZE)
     with ThreadPoolExecutor(default_workers()) as pool:
         pictures = pool.map(partial(_picture, seed=seed), images)
         top = _GAP
         for row in rows:
             if row.heading:
-                draw.text((_GAP, top), row.heading, fill="black", font=ImageFont.load_default(_TEXT_SIZE + 4))
+                draw.text((_GAP, top), row.heading, fill="black", font=font_for(text, _TEXT_SIZE + 4))
             for column, image in enumerate(row.images):
                 left, picture = _GAP + column * (_CELL + _GAP), next(pictures)
                 if isinstance(picture, str):

@@ -148,7 +148,7 @@ def _tags(report: DataReport) -> Iterator[str]:
     total = sum(tag.count for tag in report.tags)
     words = sum(len(tag.tag.split()) * tag.count for tag in report.tags) / max(total, 1)
     if words > _SENTENCE:
-        yield f"NO TAGS: BETWEEN SEPARATORS, CAPTIONS HAVE {words:.0f} WORDS ON AVERAGE"
+        yield f"NO TAGS: THE PARTS OF CAPTIONS HAVE {words:.0f} WORDS ON AVERAGE"
         return
     once = sum(tag.count == 1 for tag in report.tags)
     yield f"{counted(len(report.tags), 'TAG', 'TAGS')}, {once} OF THEM ONCE"

@@ -13,12 +13,22 @@ from lorakit.checkpoints import summarize
 from lorakit.checkpoints.kinds import adapter_kind
 from lorakit.checkpoints.lora_names import MAGNITUDE
 from lorakit.config.train_config import TrainConfig
-from lorakit.errors import AdapterError
+from lorakit.errors import AdapterError, ModelError
 from lorakit.models.interfaces import DiffusionModel
 from lorakit.networks.adapter_file import load_initial_weights
 from lorakit.networks.network import Network
 from lorakit.networks.ranked_config import RankedConfig
 from lorakit.plugins.catalog import Catalog
+
+
+def require_fit(file: Path, config: TrainConfig) -> None:
+    """An AdapterError unless a file is a LoRA or DoRA for the kind of base model that `config` names."""
+    try:
+        kind, title = adapter_kind(summarize(file)), config.model.adapter_title
+    except ModelError as error:
+        raise AdapterError(f"{error}.") from error
+    if kind.algorithm not in ("LoRA", "DoRA") or not kind.fits(title):
+        raise AdapterError(f"{file} is {kind.description}; give a LoRA or DoRA for {title or 'the base model'}.")
 
 
 @contextmanager
@@ -27,9 +37,6 @@ def attached(model: DiffusionModel, file: Path, config: TrainConfig) -> Iterator
 
     `config` names the base model. Raises AdapterError where the file is not for it.
     """
-    kind, title = adapter_kind(summarize(file)), config.model.adapter_title
-    if kind.algorithm not in ("LoRA", "DoRA") or not kind.fits(title):
-        raise AdapterError(f"{file} is {kind.description}; give a LoRA or DoRA for {title or 'the base model'}.")
     targets = model.targets([part.name for part in config.model.parts])
     tensors = load_initial_weights(file, targets)
     network = _config_of(tensors).build_like(tensors, targets)

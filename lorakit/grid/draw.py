@@ -12,7 +12,7 @@ from attrs import frozen
 from lorakit.checkpoints.safetensors_header import read_safetensors_header
 from lorakit.config.train_config import TrainConfig
 from lorakit.errors import ModelError
-from lorakit.grid.attached import adapts_text, attached
+from lorakit.grid.attached import adapts_text, attached, require_fit
 from lorakit.models.interfaces import DiffusionModel
 from lorakit.plugins.build import build_component
 from lorakit.previews.previews import description, write_png
@@ -54,7 +54,8 @@ def distinct_names(files: Sequence[Path]) -> list[str]:
 def saves_of(config: TrainConfig) -> list[Path]:
     """The LoRA files that a run has saved, in the order of their steps, the final one last."""
     name = config.output.name
-    found = [path for path in config.output.dir.glob(f"{name}*.safetensors") if _SAVE.fullmatch(path.stem[len(name) :])]
+    files = config.output.dir.glob("*.safetensors")  # the name may have characters that mean something in patterns
+    found = [path for path in files if path.stem.startswith(name) and _SAVE.fullmatch(path.stem[len(name) :])]
     return sorted(found, key=lambda path: (path.stem == name, _steps(path), path.name))
 
 
@@ -87,6 +88,8 @@ class GridPlan:
 
         Raises AdapterError where a file is not for the model, and OutputError where one cannot be written.
         """
+        for file in self.files:  # before minutes are spent on those in front
+            require_fit(file, self.config)
         model = load_model(self.config, find_device(self.config.training.device))
         model.noise = model.noise.for_loss(self.config.loss)
         model.use_attention(build_component(self.config.attention))

@@ -6,6 +6,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
+from urllib.parse import quote
 
 from lorakit.grid.draw import Column
 from lorakit.previews.contact_sheet import write_sheet
@@ -77,4 +78,4 @@ def _page(title: str, jobs: Sequence[PreviewJob], columns: Sequence[Column]) -> 
 
 def _cell(column: Column, index: int) -> str:
     name, words = column.pictures[index].name, column.title.replace("\n", ", ")
-    return f'<td><img loading="lazy" src="{html.escape(name)}" alt="{html.escape(words)}"></td>'
+    return f'<td><img loading="lazy" src="{quote(name)}" alt="{html.escape(words)}"></td>'

@@ -133,7 +133,7 @@ def _read_file(name: str, folder: Path, typed: Mapping[str, Any]) -> Given:
     except ValueError as error:
         hint = "" if Path(name).is_absolute() or path.exists() else f"relative paths are relative to {folder}"
         key = "--config_file" if "config_file" in typed else name
-        raise _refusal(key, f"{path} {error}", hint) from error
+        raise _refusal(key, f"{path} {error}" if key != name else str(error), hint) from error
     if isinstance(tables.get("datasets"), list):
         return Given({"dataset_config": name}, {"dataset_config": "a dataset file"})
     if path.suffix.lower() != ".json":

@@ -25,6 +25,7 @@ from lorakit.config.training_scripts import Script
 from lorakit.errors import ConfigError, Problem
 from lorakit.plugins.catalog import Catalog
 from lorakit.utils.plain import toml_key, toml_value
+from lorakit.utils.wording import printable
 
 _MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -254,7 +255,7 @@ def to_text(draft: Draft) -> str:
     """The config file: each key with the option it comes from, and what differs from sd-scripts as comments."""
     parts = [_PREAMBLE]
     if differences := [*draft.remarks, *draft.defaults]:
-        remarks = (" ".join(_one_line(str(remark)).split()) for remark in differences)
+        remarks = (" ".join(printable(str(remark)).split()) for remark in differences)
         comment = textwrap.TextWrapper(_WIDTH, "#   ", "#     ", break_long_words=False)
         parts.append("\n".join(["# Not as with sd-scripts:", *map(comment.fill, remarks)]))
     for section in _SECTIONS:
@@ -274,10 +275,6 @@ def _table(heading: str, table: Table) -> str:
     names = sorted(table, key=lambda key: key != "name" or "dir" in table)
     lines = [f"{toml_key(name)} = {toml_value(table[name].value)}" for name in names]
     described = (
-        f"{line:<{_COLUMN - 2}}  # {_one_line(table[name].source)}" for line, name in zip(lines, names, strict=True)
+        f"{line:<{_COLUMN - 2}}  # {printable(table[name].source)}" for line, name in zip(lines, names, strict=True)
     )
     return "\n".join([heading, *described])
-
-
-def _one_line(text: str) -> str:
-    return "".join(character if character.isprintable() else " " for character in text)

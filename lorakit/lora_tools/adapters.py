@@ -233,7 +233,7 @@ def require_one_family(files: Sequence[LoRAFile]) -> None:
         if first is not None and file.family and not {*alternatives(file.family)} & {*alternatives(first.family)}:
             raise AdapterError(
                 f"{first.path} is for {first.family} and {file.path} for {file.family}; only files for the same kind of"
-                " model can be put together."
+                " model can be merged or averaged."
             )
 
 

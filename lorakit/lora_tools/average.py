@@ -64,7 +64,7 @@ def _require_one_run(files: Sequence[LoRAFile]) -> None:
         differing = sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
         if differing:
             raise AdapterError(
-                f"{files[0].path} and {file.path} are no saves of one run: {differing[0]} is not the same."
+                f"{files[0].path} and {file.path} are not saves of one run: {differing[0]} differs."
                 " `lorakit lora merge` takes files of different runs."
             )
 

@@ -54,8 +54,10 @@ def convert(file: AnyPath, output: AnyPath, *, to: Layout) -> Converted:
     unknown = [key for key in source.keys if not path_of[key]]
     if unknown:
         what = f"{source.path} has adapters for layers that {to} has no name for: {some(unknown)}"
-        cure = "Convert takes files for Stable Diffusion 1.x, 2.x and XL; copies for other models are written in"
-        raise AdapterError(f"{what}. {cure} training, by the observer diffusers.")
+        why = "Of other models than Stable Diffusion, layers keep the names that the file has for them"
+        raise AdapterError(
+            f"{what}. {why}; copies in other layouts are written in training, by the observer diffusers."
+        )
     for key in source.keys:
         source.adapter(key)  # raises where its factors do not fit each other
     stored = {name: source.tensor(name).clone() for name in source.names.shapes}

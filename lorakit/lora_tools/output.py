@@ -77,10 +77,12 @@ def new_folder(output: AnyPath) -> Path:
 
 
 def _new(path: Path) -> Path:
-    if path.exists() or path.is_symlink():
+    with as_output_error(path):  # a name may be too long to ask
+        is_there = path.exists() or path.is_symlink()
+    if is_there:
         raise OutputError(f"{path} exists already; give another name, or remove it first")
     if reason := unwritable_reason(path.parent):
-        raise OutputError(f"{path} cannot be written: {reason}; choose another folder")
+        raise OutputError(f"{path}: {reason}; choose another folder")
     return path
 
 
@@ -88,7 +90,10 @@ def _new(path: Path) -> Path:
 def staged(path: Path) -> Iterator[Path]:
     """Where to write a file or folder that gets its name when the block ends without an error."""
     with staging_dir(path) as scratch:
-        yield scratch / path.name
+        try:
+            yield scratch / path.name
+        except OutputError as error:  # names what was asked for, not what is removed
+            raise OutputError(str(error).replace(str(scratch / path.name), str(path))) from error
         if path.exists():
             raise OutputError(f"{path} exists already, by now; give another name, or remove it first")
         commit(scratch / path.name, path)

@@ -21,7 +21,7 @@ from lorakit.checkpoints import CheckpointSummary, kind_of
 from lorakit.errors import PluginError
 from lorakit.plugins.discovery import Installed, PluginSource, installed_plugins, load_hooks, registered_components
 from lorakit.plugins.failures import format_error
-from lorakit.plugins.other_names import meaning_of
+from lorakit.plugins.other_names import meaning_of, none_installed
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ class Catalog:
         if short_name in known:
             hint = f"{short_name!r} is provided by {_listed(known[short_name])}"
         elif not (hint := meaning_of(base.kind, short_name, known)):
-            there_are = f"there are {', '.join(known)}" if known else "there is none"
+            there_are = f"there are {', '.join(known)}" if known else none_installed(base.kind)
             hint = f"did you mean {near[0]!r}?" if near else there_are
         text = f"no {base.kind} is called {name!r} ({hint})"
         for plugin in self.broken:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from lorakit.utils.wording import listed
+
 _LYCORIS = 'the plugin lorakit-network-modules provides it: name = "lycoris.kohya" with args = {{ algo = "{algo}" }}'
 _PLUGIN = "it is in the plugin {0}: pip install ./plugins/{0}"
 _PATH = 'write its class: "{0}"'
@@ -161,3 +163,9 @@ def meaning_of(kind: str, name: str, known: Iterable[str]) -> str:
         return f"did you mean {same!r}?"
     plugins = {normalized(other): _PLUGIN.format(plugin) for other, plugin in PLUGINS.get(kind, {}).items()}
     return plugins.get(wanted) or OTHER_NAMES.get(kind, {}).get(wanted, "")
+
+
+def none_installed(kind: str) -> str:
+    """That there is no component of a kind, and which plugins in lorakit's repository have some."""
+    folders = [f"plugins/{package}" for package in PLUGINS.get(kind, {}).values()]
+    return "none is installed" + (f"; some are in {listed(folders)}" if folders else "")

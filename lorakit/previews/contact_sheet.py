@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from lorakit.utils.atomic_io import write_atomically
-from lorakit.utils.sheets import scaled_to_side, wrap_to_width
+from lorakit.utils.sheets import font_for, scaled_to_side, wrap_to_width
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from PIL.ImageFont import FreeTypeFont, ImageFont
 
-    AnyFont = FreeTypeFont | ImageFont
+    from lorakit.utils.sheets import AnyFont
 
 MAX_ROWS, MAX_COLUMNS = 16, 8
 """How many prompts and how many times of drawing a sheet shows at most."""
@@ -96,10 +95,12 @@ def _write(path: Path, sheet: Image) -> None:
 
 def _sheet(titles: Sequence[str], columns: Sequence[Sequence[Path | None]]) -> Image:
     """The pictures of each column, from top to bottom, with the prompt of each row on the left."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     pitch = _CELL + _GAP
-    font = ImageFont.load_default(_TEXT_SIZE)
+    rows = [[path for path in paths if path is not None] for paths in zip(*columns, strict=True)]
+    prompts = [_thumbnail(shown[-1])[1] if shown else "" for shown in rows]
+    font = font_for("".join([*titles, *prompts]), _TEXT_SIZE)
     titles = [_fitted(title, font) for title in titles]
     head = _GAP + (_TEXT_SIZE + 10) * max((title.count("\n") + 1 for title in titles), default=1)
     size = (_LABEL + pitch * len(columns) + _GAP, head + pitch * max(map(len, columns), default=0) + _GAP)
@@ -115,13 +116,9 @@ def _sheet(titles: Sequence[str], columns: Sequence[Sequence[Path | None]]) -> I
             top = head + pitch * row
             picture, _ = _thumbnail(path)
             paper.paste(picture, (left + (_CELL - picture.width) // 2, top + (_CELL - picture.height) // 2))
-    for row, paths in enumerate(zip(*columns, strict=True)):
-        if shown := [path for path in paths if path is not None]:
-            draw.multiline_text(
-                (_GAP, head + pitch * row),
-                wrap_to_width(draw, _thumbnail(shown[-1])[1], _LABEL - _GAP, _LINES),
-                fill="black",
-            )
+    for row, prompt in enumerate(prompts):
+        text = wrap_to_width(draw, prompt, _LABEL - _GAP, _LINES)
+        draw.multiline_text((_GAP, head + pitch * row), text, fill="black")
     return paper
 
 

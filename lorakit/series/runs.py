@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import Factory, frozen
 
 from lorakit.config.load import read_config
 from lorakit.config.train_config import TrainConfig
+from lorakit.data.cache.store import Cache
 from lorakit.errors import ConfigError, Interrupted, Problem
 from lorakit.plugins.catalog import Catalog
 from lorakit.training.checkpoint.state import has_ended, state_folder, states_in
@@ -54,11 +55,21 @@ class FinishedRun:
     """What it came to, as `lorakit.training.report` describes; empty if its process ended without saying."""
 
 
-def plan_run(label: str, source: Path, overrides: Sequence[str], catalog: Catalog, *, resuming: bool) -> PlannedRun:
-    """A run, checked like those of `lorakit check`. Raises the errors of `lorakit.errors`."""
-    config = read_config(source, overrides, catalog)
-    length = prepare(config, resuming=resuming).length
-    return PlannedRun(label, source, tuple(overrides), config, length.total_steps)
+@frozen
+class Planner:
+    """Checks the runs of a series like `lorakit check`; images that several runs have are looked at once."""
+
+    catalog: Catalog
+    resuming: bool = False
+    """Whether the series goes on."""
+    _caches: dict[Path, Cache] = Factory(dict)
+
+    def plan(self, label: str, source: Path, overrides: Sequence[str]) -> PlannedRun:
+        """A run that can be trained. Raises the errors of `lorakit.errors`."""
+        config = read_config(source, overrides, self.catalog)
+        cache = self._caches.setdefault(config.cache_dir, Cache(config.cache_dir))
+        length = prepare(config, resuming=self.resuming, cache=cache).length
+        return PlannedRun(label, source, tuple(overrides), config, length.total_steps)
 
 
 def check_names(runs: Sequence[PlannedRun]) -> None:
@@ -122,23 +133,28 @@ def _train(command: Sequence[str]) -> int:
     # In a group of its own, so that a terminal's Ctrl-C does not reach it twice: a second one would end it at once.
     group: dict[str, Any] = {} if sys.platform == "win32" else {"process_group": 0}
     process = subprocess.Popen(command, **group)  # noqa: S603 - lorakit's own
-    with _forwarding(process):
+    with _forwarding(process) as received:
         status = process.wait()
+    if status and received:  # also where it came before the process could listen, and ended it
+        return Interrupted.exit_status
     return 128 - status if status < 0 else status
 
 
 @contextmanager
-def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Send on SIGINT and SIGTERM while the block lasts."""
+def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Send on SIGINT and SIGTERM while the block lasts, and list those that came."""
+    received: list[int] = []
     if sys.platform == "win32":  # the console tells all of its processes
-        yield
+        yield received
         return
-    before = {
-        number: signal.signal(number, lambda received, _: os.kill(process.pid, received))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+
+    def send_on(number: int, _: object) -> None:
+        received.append(number)
+        os.kill(process.pid, number)
+
+    before = {number: signal.signal(number, send_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

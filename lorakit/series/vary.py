@@ -28,10 +28,14 @@ class Variation:
 def variations(texts: Sequence[str]) -> list[Variation]:
     """Every combination of `KEY=VALUE,VALUE`, the last key changing fastest. Raises ConfigError."""
     problems = [Problem("--vary", f"must be KEY=VALUE,VALUE, not {text!r}", _HINT) for text in texts if "=" not in text]
-    pairs = [(key.strip(), split_values(values)) for key, _, values in (text.partition("=") for text in texts)]
+    pairs = [
+        (key.strip(), split_values(values)) for key, _, values in (text.partition("=") for text in texts if "=" in text)
+    ]
     keys = [key for key, _ in pairs]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     problems += [Problem("--vary", f"varies {key} twice", "give all of its values once") for key in twice]
+    if "output.name" in keys:
+        problems.append(Problem("--vary", "output.name is made of the values of the other keys", "leave it out"))
     for key, values in pairs:
         if "" in values or len(set(values)) < len(values):
             what = "lacks a value" if "" in values else "has a value twice"

@@ -93,15 +93,17 @@ class CheckedRun:
     """What may be unintended, each with `key`, `message` and `hint`."""
 
 
-def prepare(config: TrainConfig, *, resuming: bool = False) -> PreparedRun:
+def prepare(config: TrainConfig, *, resuming: bool = False, cache: Cache | None = None) -> PreparedRun:
     """Look at the machine and the output folder, and index the data; `resuming` a state, or for a new run.
+
+    `cache` is that of the config's folder, where it is open already and knows the images.
 
     Raises OutputError or DataError; the latter lists all folders and files that cannot be used.
     """
     reason = unwritable_reason(config.output.dir)
     if reason:
         raise OutputError(f"output.dir: {reason}")
-    cache = Cache(config.cache_dir)
+    cache = cache or Cache(config.cache_dir)
     datasets = index_datasets(config.data.datasets, config.data.workers, cache.memo, config.training.seed)
     of_captions = config.model.warnings_of_captions(longest_by_image(datasets), config.data.weighted_captions)
     warnings = (

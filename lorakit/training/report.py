@@ -12,8 +12,16 @@ from typing import Any
 
 from lorakit.config.dump import to_toml
 from lorakit.config.train_config import TrainConfig
+from lorakit.errors import OutputError
 from lorakit.training.summary import RunAccount
-from lorakit.utils.atomic_io import write_atomically
+from lorakit.utils.atomic_io import unwritable_reason, write_atomically
+
+
+def check_report_path(path: Path) -> None:
+    """Raise OutputError where no report could be written once the run has ended."""
+    reason = "it is a folder" if path.is_dir() else unwritable_reason(path.parent)
+    if reason:
+        raise OutputError(f"the report {path} cannot be written: {reason}; give another path")
 
 
 class RunReport:

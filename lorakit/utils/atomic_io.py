@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -16,6 +17,8 @@ from uuid import uuid4
 from lorakit.errors import OutputError
 
 _LOCK = "lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where there is no room for a file."""
 _STAGING = re.compile(r"\.partial-.+")
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8,}\.tmp")
 _STALE_SECONDS = 3600
@@ -137,7 +140,8 @@ def as_output_error(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OutputError(f"{path} cannot be written: {reason}. Free some space or choose another folder.") from error
+        cure = "Free some space or choose another folder" if error.errno in _FULL else "Choose another name or folder"
+        raise OutputError(f"{path} cannot be written: {reason}. {cure}.") from error
 
 
 def flush_to_disk(path: Path) -> None:

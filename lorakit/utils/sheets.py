@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
+    from PIL.ImageFont import FreeTypeFont, ImageFont
+
+    AnyFont = FreeTypeFont | ImageFont
+    """A font as Pillow has it."""
+
+_SYSTEM_FONTS = (
+    "DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "NotoSansCJK-Regular.ttc",
+    "segoeui.ttf", "YuGothM.ttc", "msgothic.ttc", "msyh.ttc", "malgun.ttf",
+    "Arial Unicode.ttf", "Hiragino Sans GB.ttc",
+)  # fmt: skip
+"""Fonts that Linux, Windows or macOS may have, of which Pillow knows the folders."""
+
+
+def font_for(text: str, size: int) -> AnyFont:
+    """Pillow's own font, which has ASCII alone; for other text, the system's font that has most of its characters."""
+    from PIL import ImageFont
+
+    own = ImageFont.load_default(size)
+    wanted = {character for character in text if not character.isspace()}
+    return own if text.isascii() else min([own, *_system_fonts(size)], key=lambda font: len(_missing(font, wanted)))
+
+
+def _system_fonts(size: int) -> Iterator[FreeTypeFont]:
+    from PIL import ImageFont
+
+    for name in _SYSTEM_FONTS:
+        try:
+            yield ImageFont.truetype(name, size)
+        except OSError:  # it is not there
+            continue
+
+
+def _missing(font: AnyFont, characters: set[str]) -> set[str]:
+    """Those of the characters that are drawn as the box that stands for what a font lacks."""
+    box = bytes(font.getmask("\uffff"))
+    return {character for character in characters if bytes(font.getmask(character)) == box}
 
 
 def wrap_to_width(draw: ImageDraw, text: str, width: int, most: int) -> str:

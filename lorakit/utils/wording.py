@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,6 +68,23 @@ def shown_path(path: Path) -> str:
         return min(str(path), os.path.relpath(path), key=len)
     except (ValueError, OSError):  # on another drive, or the working folder is gone
         return str(path)
+
+
+def printable(text: str, keep: str = "") -> str:
+    """A text with spaces for what could steer a terminal, as a stranger's file may hold it; `keep` is left in it."""
+    return "".join(own if own.isprintable() or own in keep else " " for own in text)
+
+
+def with_short_paths(text: str) -> str:
+    """A message in which paths below the working folder are relative to it, as they are shortest to read."""
+    try:
+        folder = str(Path.cwd())
+    except OSError:  # it is gone
+        return text
+    inside = folder if folder.endswith(os.sep) else folder + os.sep
+    if len(inside) == len(Path(folder).anchor):  # the root, of which all paths are
+        return text
+    return re.sub(rf"(?<![\w.~/\\-]){re.escape(inside)}(?=[^\s/\\])", "", text)
 
 
 def labelled(rows: Sequence[tuple[str, str]], label_width: int) -> list[str]:

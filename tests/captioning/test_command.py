@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from lorakit.captioning.edits import CaptionEdits
+from lorakit.captioning.folder import CaptionOptions, edit_captions
 from lorakit.cli import options
 from lorakit.cli.group import cli
 from lorakit.errors import ConfigError, DataError, PluginError
@@ -126,7 +127,8 @@ def test_a_dry_run_writes_nothing(photos: Path, caption: Caption) -> None:
     assert written.splitlines()[-1] == "Would write 2 captions; 1 there already (--overwrite replaces them)"
     assert f"photos/c.txt: {BLUE}" in written
     assert caption("--prefix", "x, ", "--dry-run").output == (
-        "photos/a.txt:\n  - long hiar, cat, watermark\n  + x, long hiar, cat, watermark\nWould write 1 caption\n"
+        "photos/a.txt:\n  - long hiar, cat, watermark\n  + x, long hiar, cat, watermark\n"
+        "Would write 1 caption; 2 images without a caption file\n"
     )
     assert {path: path.stat().st_mtime_ns for path in photos.iterdir()} == before
 
@@ -136,7 +138,7 @@ def test_edits_in_bulk(photos: Path, caption: Caption) -> None:
     (photos / "b.txt").write_text("cat,dog")
     before = (photos / "b.txt").stat().st_mtime_ns
     result = caption("--remove-tag", "watermark", "--replace", "hiar=hair")
-    assert result.output.splitlines()[-1] == "Wrote 1 caption; 1 left as they were"
+    assert result.output.splitlines()[-1] == "Wrote 1 caption; 1 left as it was; 1 image without a caption file"
     assert captions(photos) == {"a.txt": "long hair, cat\n", "b.txt": "cat,dog"}
     assert (photos / "b.txt").stat().st_mtime_ns == before
 
@@ -207,6 +209,10 @@ def test_files_that_cannot_be_written(photos: Path, caption: Caption) -> None:
         (["--with", "colours", "--option", "word"], "must be KEY=VALUE, not 'word'"),
         (["--replace", "=cat"], "must be OLD=NEW, not '=cat'"),
         (["--with", "colours", "--batch-size", "0"], "0 is not in the range"),
+        (["--with", "colours", "--overwrite", "--extension", ".PNG"], "must not be that of images, '.PNG'"),
+        (["--with", "colours", "--extension", "a.png"], "must not be that of images"),
+        (["--with", "colours", "--extension", "/../x.txt"], "must be an extension such as \".txt\", not '/../x.txt'"),
+        (["--prefix", "a", "--extension", ""], "must be an extension"),
     ],
 )
 def test_wrong_usage(photos: Path, caption: Caption, arguments: list[str], message: str) -> None:
@@ -254,4 +260,21 @@ def test_folders_without_images(photos: Path, caption: Caption) -> None:
     photos.rmdir()
     result = caption("--prefix", "a")
     assert isinstance(result.exception, DataError)
-    assert os.fspath(photos.name) in str(result.exception)
+    assert (
+        str(result.exception) == "photos: cannot be listed: No such file or directory (check its path and permissions)"
+    )
+
+
+def test_images_are_never_written(photos: Path, caption: Caption) -> None:
+    """Also from Python, captions do not replace the images that they are about."""
+    before = (photos / "a.png").read_bytes()
+    wanted = CaptionOptions(extension="png", edits=CaptionEdits(prefix="x "))
+    with pytest.raises(DataError, match="caption_extension: must not be that of images"):
+        edit_captions(photos, wanted)
+    assert (photos / "a.png").read_bytes() == before
+
+
+def test_captions_of_several_lines_are_shown_as_one_block(photos: Path, caption: Caption) -> None:
+    """Their lines are below each other."""
+    (photos / "a.txt").write_text("cat\ndog\n")
+    assert "  - cat\n    dog\n  + x cat\n    x dog\n" in caption("--prefix", "x ", "--dry-run").output

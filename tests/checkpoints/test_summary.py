@@ -114,7 +114,7 @@ def test_of_a_large_file_little_is_read(tmp_path: Path) -> None:
         (safetensors_bytes({"w": 5}), "is invalid"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
         (b"GGUF\x03\0\0\0" + bytes(16), "is a GGUF file"),
-        (b"<!DOCTYPE html><html>Not found</html>", "neither a safetensors file nor"),
+        (b"<!DOCTYPE html><html>Not found</html>", "is a web page, not the file itself"),
         (b"PK\x03\x04 this is no archive", "is not a complete PyTorch checkpoint"),
         (pickle.dumps({"no": "checkpoint"}), "is not a complete PyTorch checkpoint"),
     ],

@@ -207,7 +207,7 @@ def test_sentences_are_no_tags(folder: Path, tables: Tables) -> None:
     """Where captions are sentences, their parts are not listed as tags."""
     for path in folder.glob("*.txt"):
         path.write_text(f"A photograph of a thing named {path.stem}, in the middle of a large room")
-    assert "NO TAGS: BETWEEN SEPARATORS, CAPTIONS HAVE 7 WORDS ON AVERAGE" in text_of(lorakit.report_data(tables()))
+    assert "NO TAGS: THE PARTS OF CAPTIONS HAVE 7 WORDS ON AVERAGE" in text_of(lorakit.report_data(tables()))
 
 
 def test_without_token_counts(folder: Path, tables: Tables) -> None:

@@ -16,6 +16,7 @@ from lorakit.cli.group import cli
 from lorakit.dataset_report import sheet
 from lorakit.dataset_report.sheet import write_sheet
 from lorakit.errors import OutputError
+from lorakit.utils.sheets import font_for
 
 Tables = Callable[..., dict[str, Any]]
 Save = Callable[..., Path]
@@ -91,6 +92,18 @@ def test_what_is_written_below(photos: Path, tables: Tables, save: Save, tmp_pat
     assert below[:, :CELL].min() < 50
 
 
+@pytest.mark.skipif(font_for("ü", 12).getname() == font_for("u", 12).getname(), reason="no font here has an ü")
+def test_letters_that_are_not_ascii_are_drawn(photos: Path, tables: Tables, save: Save, tmp_path: Path) -> None:
+    """Captions show them as they are, not as the box that stands for all letters that a font lacks."""
+    save(photos / "a.png", blue=64)
+    below = []
+    for letter in "üö":
+        (photos / "a.txt").write_text(letter)
+        (path,) = write_sheet(tmp_path / f"{letter}.png", lorakit.report_data(tables()), 0, 9)
+        below.append(np.asarray(Image.open(path).convert("RGB"))[GAP + HEAD + CELL :])
+    assert (below[0] != below[1]).any()
+
+
 def test_pages_and_the_rest(photos: Path, tables: Tables, save: Save, tmp_path: Path) -> None:
     """Large sets get pages, up to a number of images; the others are counted."""
     for number in range(56):
@@ -137,7 +150,11 @@ def test_other_files_are_not_replaced(photos: Path, tables: Tables, save: Save, 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("data.jpg", "a sheet is a PNG file; give it a name such as data.png"), ("photos/data.png", "and trained on")],
+    [
+        ("data.jpg", "a sheet is a PNG file; give it a name such as data.png"),
+        ("photos/data.png", "and trained on"),
+        ("config.toml/data.png", "is a file, not a folder"),
+    ],
 )
 def test_names_that_cannot_be(photos: Path, tables: Tables, save: Save, tmp_path: Path, name: str, reason: str) -> None:
     """Another format, and a place in which the sheet would be trained on, are refused before anything is read."""

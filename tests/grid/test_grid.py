@@ -8,15 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
 import tomlkit
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import lorakit
 from lorakit.config.load import read_config
 from lorakit.grid.draw import distinct_names, saves_of
+from lorakit.testing.flow_models import anima_files, make_tiny_anima
 
 PROMPTS = ["a beach --w 64 --h 64 --s 2 --d 3", "snow --w 64 --h 96 --s 2 --d 4"]
 
@@ -106,6 +110,26 @@ def test_files_of_one_name(trained: Path, tmp_path: Path, tiny_sd1: Path) -> Non
     assert 'alt="two/cat, strength 1"' in (tmp_path / "grid" / "grid.html").read_text()
 
 
+def test_pictures_of_any_name_are_found_by_the_page(trained: Path, tmp_path: Path, tiny_sd1: Path) -> None:
+    """What means something in addresses is written so that it means itself."""
+    shutil.copy(trained / "out" / "lora.safetensors", tmp_path / "cat #1 50%25?.safetensors")
+    prompt = "a --w 64 --h 64 --s 1"
+    arguments = ("--model", tiny_sd1, "--lora", "cat #1 50%25?.safetensors", "--prompt", prompt, "-o", "grid")
+    assert grid(tmp_path, *arguments).returncode == 0
+    (address,) = re.findall(r'src="([^"]+png)"', (tmp_path / "grid" / "grid.html").read_text())
+    assert unquote(urlsplit(address).path) == "cat #1 50%25?_1_00.png"
+    assert (tmp_path / "grid" / unquote(address)).is_file()
+
+
+def test_a_model_that_needs_a_config(trained: Path, tmp_path: Path) -> None:
+    """Files that lack parts are refused with the keys that name these, and with where to write them."""
+    files = anima_files(make_tiny_anima(tmp_path / "anima"), tmp_path / "files")
+    result = grid(trained, "--model", files["path"], "--lora", "out/lora.safetensors", "--prompt", "a", "-o", "g")
+    assert result.returncode == 2
+    assert "model.vae: is missing" in result.stderr
+    assert "write a config with these keys, and give it instead" in result.stderr
+
+
 def test_distinct_names() -> None:
     """As short as can be."""
     cases = [
@@ -125,12 +149,39 @@ def test_saves_in_the_order_of_their_steps(trained: Path) -> None:
     assert [path.stem for path in saves_of(config)] == ["lora-step00000004", "lora"]
 
 
+def test_saves_of_a_run_with_any_name(trained: Path, tmp_path: Path) -> None:
+    """Brackets and the like in the name of a run are no pattern."""
+    name = "cat [v1] 100%"
+    config = read_config(trained / "config.toml", [f"output.name={name}", f"output.dir={tmp_path}"])
+    for end in ("-000001", "-best", ""):
+        shutil.copy(trained / "out" / "lora.safetensors", tmp_path / f"{name}{end}.safetensors")
+    assert [path.stem for path in saves_of(config)] == [f"{name}-000001", f"{name}-best", name]
+
+
+def test_all_files_are_looked_at_before_any_is_drawn(trained: Path, tmp_path: Path) -> None:
+    """A file that is no LoRA for the model is named at once, not behind the pictures of those before it."""
+    save_file(
+        {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(4, 64)}, tmp_path / "flux.safetensors"
+    )
+    for wrong in (tmp_path / "flux.safetensors", trained / "config.toml"):
+        result = grid(
+            trained, "config.toml", "--lora", "out/lora.safetensors", "--lora", wrong, "-o", tmp_path / "drawn"
+        )
+        assert result.returncode == 2, result.stderr
+        assert wrong.name in result.stderr
+        assert not (tmp_path / "drawn").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "give a config, or --model"),
         (["config.toml", "--lora", "nothing.safetensors"], "there is no file nothing.safetensors"),
         (["config.toml", "--strengths", "much"], "must be numbers such as 0.6,0.8,1"),
+        (["config.toml", "-o", "config.toml"], "config.toml is a file, not a folder; choose another folder with -o"),
+        (["config.toml", "--strengths", "1,nan"], "must be numbers such as 0.6,0.8,1, not '1,nan'"),
+        (["config.toml", "--strengths", "1,inf"], "must be numbers"),
+        (["config.toml", "--prompt", " "], "--prompt must not be empty"),
         (["config.toml", "--set", "output.name=new"], "has no saves yet"),
         (["config.toml", "--set", "observers=[]"], "give --prompt or --prompts"),
         (["config.toml", "--lora", "config.toml"], "config.toml"),

@@ -79,7 +79,7 @@ def test_refused(tmp_path: Path) -> None:
     silent = write(tmp_path / "silent.safetensors", lora())
     for files, ema, said in (
         ([first], None, "two files or more"),
-        ([first, other], None, "no saves of one run.*lorakit lora merge"),
+        ([first, other], None, "not saves of one run.*lorakit lora merge"),
         ([first, magnitudes], None, "dora.safetensors is a DoRA.*an average has no meaning"),
         ([first, silent], 0.5, "silent.safetensors does not say its step"),
         ([first, second], 1.0, "ema must be between 0 and 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import click
@@ -10,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from lorakit.cli.group import cli
 from lorakit.cli.lora import lora as group
+from lorakit.errors import AdapterError, OutputError
 from tests.lora_tools.files import SD1, TEXT, close, lora, updates, updates_of, write
 
 
@@ -46,6 +48,15 @@ def test_merge(tmp_path: Path, file: Path) -> None:
     result = run("merge", f"{tmp_path / 'x'}=y", "-o", tmp_path / "z.safetensors")
     assert result.exit_code == 2
     assert "write FILE=WEIGHT with a number" in " ".join(result.output.split())
+    result = run("merge", "=0.5", "-o", tmp_path / "z.safetensors")
+    assert (result.exit_code, "'=0.5' names no file" in result.output) == (2, True)
+    long = f"{'x' * 300}.safetensors"
+    with pytest.raises(OutputError, match=r"cannot be written: File name too long\. Choose another name or folder"):
+        run("merge", file, "-o", tmp_path / long)
+    with pytest.raises(AdapterError, match=r"cannot be read: .*File name too long"):
+        run("merge", f"{long}=0.5", "-o", tmp_path / "z.safetensors")
+    result = run("merge", file, "--rank", 100, "-o", tmp_path / "whole.safetensors")
+    assert "It equals the sum of the updates." in result.output
 
 
 def test_resize_convert_average(tmp_path: Path, file: Path) -> None:
@@ -76,6 +87,14 @@ def test_bake_and_extract(tmp_path: Path, tiny_sd1_file: Path) -> None:
     assert close(updates_of(tmp_path / "e.safetensors"), {TEXT: 0.1 * updates(lora(widths))[TEXT]}, 1e-4)
 
 
+def test_files_do_not_steer_the_terminal(tmp_path: Path) -> None:
+    """Escape sequences in a stranger's metadata are shown without the character that makes them one."""
+    words = {"modelspec.trigger_phrase": "cat \x1b]0;title\x07 \x9b2J", "ss_sd_model_name": "\x1b[31m"}
+    output = run("info", write(tmp_path / "a.safetensors", lora(), words)).output
+    assert "cat  ]0;title" in output
+    assert not {"\x1b", "\x07", "\x9b"} & set(output)
+
+
 def test_info_of_several(tmp_path: Path, file: Path) -> None:
     """Two files are compared; a config is that of one."""
     other = write(tmp_path / "c.safetensors", lora(rank=2))
@@ -84,3 +103,21 @@ def test_info_of_several(tmp_path: Path, file: Path) -> None:
     assert "DIFFERS" in result.output
     assert run("info", file, other, "--config").exit_code == 2
     assert "DIFFERS" not in run("info", file, other, file).output
+
+
+def test_a_full_disk(tmp_path: Path, file: Path, tiny_sd1_file: Path) -> None:
+    """The message names the file that was asked for, not the one it is written to first; nothing is left of either."""
+    text = {TEXT: (64, 32)}
+    baked = write(tmp_path / "text.safetensors", lora(text))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for command in (["merge", file], ["convert", file, "--to", "diffusers"], ["bake", tiny_sd1_file, baked]):
+        output = tmp_path / "out.safetensors"
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+        try:
+            with pytest.raises(OutputError) as caught:
+                run(*command, "-o", output)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        assert str(caught.value).startswith(f"{output} cannot be written: File too large")
+        assert sorted(path.name for path in tmp_path.iterdir()) == before

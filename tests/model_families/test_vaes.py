@@ -135,7 +135,7 @@ OTHERS: dict[str, tuple[Any, str]] = {
         "a tiny VAE for previews (TAESD)",
     ),
     "text encoder": ({"encoder.layers.0.self_attn.q_proj.weight": torch.ones(2, 2)}, "a text encoder"),
-    "T5": ({"encoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(2, 2)}, "a T5 text encoder"),
+    "T5": ({"encoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(2, 2)}, "a text encoder (T5) alone"),
     "LoRA": ({"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, "a LoRA"),
     "upscaler": ({"params_ema": {"body.0.rdb1.conv1.weight": torch.ones(2, 2)}}, "an image upscaler"),
 }

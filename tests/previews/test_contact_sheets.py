@@ -11,6 +11,7 @@ from PIL import Image
 from lorakit.previews import contact_sheet as contact_sheets
 from lorakit.previews.contact_sheet import MAX_COLUMNS, MAX_ROWS, find_previews, write_contact_sheet, write_sheet
 from lorakit.previews.previews import write_png
+from lorakit.utils.sheets import font_for
 
 Colour = tuple[int, int, int]
 
@@ -119,3 +120,15 @@ def test_long_titles(save, tmp_path: Path) -> None:
     assert rows == [True] * 3
     assert (words[:, -GAP:] == 255).all()
     assert (words[:, CELL : CELL + GAP] == 255).all()
+
+
+@pytest.mark.skipif(font_for("ü", 14).getname() == font_for("u", 14).getname(), reason="no font here has an ü")
+def test_letters_that_are_not_ascii_are_drawn(tmp_path: Path) -> None:
+    """Titles and prompts show them as they are, not as the box that stands for all letters that a font lacks."""
+    sheets = []
+    for letter in "üö":
+        write_png(tmp_path / f"{letter}.png", np.zeros((8, 8, 3), np.uint8), {"prompt": f"a {letter}"})
+        write_sheet(tmp_path / "sheet.png", {letter: [tmp_path / f"{letter}.png"]})
+        sheets.append(np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")))
+    assert (sheets[0][:HEAD] != sheets[1][:HEAD]).any()
+    assert (sheets[0][HEAD:, :LABEL] != sheets[1][HEAD:, :LABEL]).any()

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from lorakit.plugins.catalog import Catalog
-from lorakit.series.runs import is_finished, plan_run
+from lorakit.series.runs import Planner, is_finished
 from lorakit.training.report import config_hash
 
 pytestmark = pytest.mark.usefixtures("lorakit_one_thread")
@@ -108,6 +108,15 @@ def test_problems_are_told_before_the_first_run(tables: dict[str, Any], tmp_path
     assert result.stderr.count("network.rank: must be at least 1, not 0") == 2
     assert "lr=x: optimizer.lr: must be a number" in result.stderr
     assert not (tmp_path / "out").exists()
+    for launcher, message in (
+        ("nosuch -x", "there is no program 'nosuch'"),
+        ("a 'b", "is no command line: no closing"),
+    ):
+        result = run(tmp_path, "sweep", "config.toml", "--vary", "network.rank=2,4", "--launcher", launcher)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert message in " ".join(result.stderr.split())
+    absent = run(tmp_path, "train", "config.toml", "absent.toml")
+    assert absent.stderr == "error: absent.toml: cannot be read: No such file or directory\n"
     same = run(tmp_path, "train", "config.toml", "config.toml")
     assert same.returncode == 2
     assert "would write the same files, lora" in same.stderr
@@ -139,10 +148,29 @@ def test_a_series_is_stopped_and_resumed(tables: dict[str, Any], tmp_path: Path)
     assert f"step {stopped['steps'] + 1}/200" in result.stderr or "resum" in result.stderr.lower()
 
 
+def test_a_signal_before_a_run_listens(tables: dict[str, Any], tmp_path: Path) -> None:
+    """A run that SIGTERM ends while it starts is stopped like any other: it has not failed, and no other begins."""
+    write(tmp_path, tables)
+    starting = f"{sys.executable} -c 'import time; print(\"starting\", flush=True); time.sleep(60)'"
+    command = ["sweep", "config.toml", "--vary", "network.rank=2,4", "--launcher", starting]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lorakit", *command], cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert any("starting" in line for line in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Stopped in the run rank=2" in errors
+    assert "starting" not in output
+    assert not (tmp_path / "out" / "lora-sweep.csv").exists()
+
+
 def test_what_is_finished(tables: dict[str, Any], tmp_path: Path) -> None:
     """A run counts as finished if its report is whole and of the same config, and its file is there."""
     path, catalog = write(tmp_path, tables), Catalog.discover()
-    planned = plan_run("one", path, [], catalog, resuming=True)
+    planned = Planner(catalog, resuming=True).plan("one", path, [])
     assert not is_finished(planned)
     file = tmp_path / "out" / "lora.safetensors"
     file.parent.mkdir()
@@ -155,9 +183,26 @@ def test_what_is_finished(tables: dict[str, Any], tmp_path: Path) -> None:
         planned.report.write_text(json.dumps(report))
         assert is_finished(planned) == finished
     planned.report.write_text(json.dumps(whole))
-    assert not is_finished(plan_run("two", path, ["network.rank=8"], catalog, resuming=True))
+    assert not is_finished(Planner(catalog, resuming=True).plan("two", path, ["network.rank=8"]))
     planned.report.write_text("{")
     assert not is_finished(planned)
     planned.report.write_text(json.dumps(whole))
     file.unlink()
     assert not is_finished(planned)
+
+
+def test_images_are_looked_at_once_for_all_runs(tables: dict[str, Any], tmp_path: Path) -> None:
+    """What the plan of one run knows of the images, those of the others take over, and nothing is written."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in "ab":
+        Image.new("RGB", (64, 64), "teal").save(photos / f"{name}.png")
+    tables["data"]["image_dir"] = str(photos)
+    path, planner = write(tmp_path, tables), Planner(Catalog.discover())
+    planner.plan("one", path, [])
+    for image in photos.iterdir():  # not readable again, and of the same length and time
+        status = image.stat()
+        image.write_bytes(b"x" * status.st_size)
+        os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert planner.plan("two", path, ["network.rank=4"]).total_steps == 2
+    assert not (tmp_path / "out").exists()

@@ -49,9 +49,11 @@ def test_names_are_plain_and_differ() -> None:
         (["a=1,2", "a=3"], "varies a twice"),
         (["a=1,,2"], "a lacks a value"),
         (["a=1,1"], "a has a value twice"),
+        (["network.rank=2,4", "output.name=a,b"], "output.name is made of the values of the other keys"),
     ],
 )
 def test_what_cannot_be_varied(texts: list[str], message: str) -> None:
     """One message names the key and the cause."""
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         variations(texts)
+    assert len(caught.value.problems) == 1

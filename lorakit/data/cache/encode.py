@@ -273,5 +273,5 @@ def _entries(encoded: _Encoded) -> dict[str, dict[str, Tensor]]:
         try:
             entries[key] = to_storable(entry if mask is None else {**entry, "mask": mask})
         except NotFiniteError as error:
-            raise not_encodable(name, error) from error
+            raise not_encodable(name, error, is_image=bool(encoded.masks)) from error
     return entries

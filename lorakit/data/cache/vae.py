@@ -49,7 +49,7 @@ class OnlineEncoder:
                 try:
                     check_finite(entry)
                 except NotFiniteError as error:
-                    raise not_encodable(picture.name, error) from error
+                    raise not_encodable(picture.name, error, is_image=True) from error
                 found.append(entry if mask is None else {**entry, "mask": mask})
         return found
 
@@ -75,8 +75,10 @@ def latent_masks(masks: Sequence[NDArray[np.uint8] | None], latents: Tensor) -> 
     return [None if share is None else adaptive_avg_pool2d(share, size) for share in shares]
 
 
-def not_encodable(name: str, error: NotFiniteError) -> DataError:
+def not_encodable(name: str, error: NotFiniteError, *, is_image: bool) -> DataError:
     """What to tell of an image or caption of which the encoder makes NaN or infinity."""
-    hint = "its encoder's number format overflows, so set model.no_half_vae = true for images, or "
-    hint += "training.mixed_precision to bf16 or no; or its weights are damaged, so give model.vae or another model"
+    encoder, own = ("VAE", "set model.no_half_vae = true, or ") if is_image else ("text encoder", "set ")
+    cure = "set model.vae to another" if is_image else "choose another model"
+    hint = f"if the {encoder} computes in fp16, it overflows: {own}training.mixed_precision to bf16 or no; "
+    hint += f"otherwise its weights are damaged: {cure}"
     return DataError(str(Problem(name, f"cannot be encoded: {error}", hint)))

@@ -236,7 +236,7 @@ def _why_unreadable(path: Path, error: Exception) -> Problem:
     if isinstance(error, OSError) and error.strerror:
         return Problem(name, f"cannot be read: {error.strerror}")
     if path.stat().st_size == 0:
-        return Problem(name, "is empty (0 bytes)", "restore or remove it")
+        return Problem(name, "is empty", "restore or remove it")
     hint = "convert it to JPEG or PNG, or remove it"
     if isinstance(error, _UnreadColours):
         return Problem(name, f"has an unsupported colour mode, {error}", hint)

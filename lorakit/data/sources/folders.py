@@ -12,7 +12,7 @@ from attrs import frozen
 
 from lorakit.api.dataset_source import SourceImage
 from lorakit.config.datasets import SubsetConfig
-from lorakit.data.captions import by_lower_extension, find_caption
+from lorakit.data.captions import by_lower_extension, extension_problem, find_caption
 from lorakit.data.images.formats import EXTENSIONS, NAMES, UNREAD, extension_of
 from lorakit.data.sources.metadata_files import METADATA_FILES
 from lorakit.errors import DataError, Problem
@@ -31,13 +31,16 @@ class FolderSource:
     subset: SubsetConfig
 
     def list_images(self, problems: list[str]) -> Iterator[SourceImage]:  # noqa: ARG002
-        """The images. Raises DataError where there are none."""
+        """The images. Raises DataError where there are none, or no file can be a caption."""
         folder = self.subset.image_dir
+        extension = self.subset.caption_extension
+        if extension is not None and (problem := extension_problem(extension)):
+            raise DataError(str(Problem("caption_extension", problem, "leave it out for .txt and .caption")))
         try:
             names = sorted(list_files(folder))
         except OSError as error:
-            hint = "check image_dir; relative paths are relative to the config file"
-            raise DataError(str(Problem(str(folder), f"cannot be listed: {error.strerror}", hint))) from error
+            message = f"cannot be listed: {error.strerror}"
+            raise DataError(str(Problem(str(folder), message, "check its path and permissions"))) from error
         if not any(is_image(name) for name in names):
             raise DataError(str(_why_no_images(folder, names)))
         files = by_lower_extension(names)
@@ -80,7 +83,7 @@ def _why_no_images(folder: Path, names: Sequence[str]) -> Problem:
     if unread:
         message = f"contains no supported images, but {kinds_of(unread)}: {some(unread)}"
         return Problem(str(folder), message, "convert them to JPEG or PNG")
-    hint = f"image_dir is searched for {NAMES} files, not in folders inside it"
+    hint = f"{NAMES} files in it are read, not those in folders inside it"
     return Problem(str(folder), "contains no images", hint)
 
 
