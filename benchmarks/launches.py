@@ -4,6 +4,7 @@
     python benchmarks/launches.py --model sd15 --network lierla --kinds 20
 
 The models have all layers of the real ones and are narrow, as the number of operations does not depend on the width.
+Their files are float16, so that the weights are copied from them in each precision, as they are to a GPU.
 Each is counted by PyTorch's dispatcher, views and allocations apart:
 
 - `frozen`: the U-Net alone, forward and the gradient of its input backward.
@@ -193,9 +194,9 @@ def _inputs(folder: Path, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str,
 
 def prepare(work: Path, model: str) -> Path:
     """A folder with the narrow model, and an image beside it."""
-    prepare_files(work, "none")
+    prepare_files(work)
     folder = work / model
-    return folder if folder.exists() else make_folder(folder, MODELS[model])
+    return folder if folder.exists() else make_folder(folder, MODELS[model], dtype="float16")
 
 
 def main() -> None:

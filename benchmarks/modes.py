@@ -2,6 +2,7 @@
 
     python benchmarks/modes.py                           # full-size SD 1.5, 512 px, batch 1, rank 16, on a GPU
     python benchmarks/modes.py --batch 16
+    python benchmarks/modes.py --model sdxl --size 1024
     python benchmarks/modes.py --model tiny --size 64 --device cpu    # a small model, on any machine
 
 Each row runs in a process of its own, after its imports, with the same factors, which have an effect, and the same
@@ -29,12 +30,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from step import captured, prepare_files, whole_step
+from step import MODELS, captured, prepare_files, whole_step
 
 if TYPE_CHECKING:
     import torch
 
     from lorakit.config.train_config import TrainConfig
+    from lorakit.models.base import BaseModel
     from lorakit.training.runtime.distributed import Distributed
 
 Numbers = dict[str, float]
@@ -84,7 +86,7 @@ def main() -> None:
     """Run the rows and print the table, or run one of them and print its numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "lorakit-benchmark")
-    parser.add_argument("--model", choices=("full", "tiny"), default="full")
+    parser.add_argument("--model", choices=MODELS, default="full")
     parser.add_argument("--size", type=int, default=512, help="side of the image in pixels")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rank", type=int, default=16)
@@ -105,7 +107,7 @@ def write_config(arguments: argparse.Namespace) -> None:
     prepare_files(arguments.work, arguments.model)
     config = arguments.work / "modes.toml"
     config.write_text(f"""
-model = {{ path = "{"tiny" if arguments.model == "tiny" else "model.safetensors"}", no_half_vae = true }}
+model = {{ path = "{MODELS[arguments.model]}", no_half_vae = true }}
 network = {{ name = "lierla", rank = {arguments.rank}, alpha = {arguments.rank}.0, parts = ["unet"] }}
 optimizer = {{ name = "adamw", lr = 1e-4 }}
 training = {{ max_steps = 1000000, device = "{arguments.device}", mixed_precision = "no", cuda_graphs = false }}
@@ -116,8 +118,8 @@ resolution = {arguments.size}
 batch_size = {arguments.batch}
 num_repeats = {1000 * arguments.batch}
 """)
-    for override in ((), (BF16,)):
-        options = [f"--set={value}" for value in override]
+    for is_half in {BF16 in ROWS[row] for row in arguments.only}:
+        options = [f"--set={BF16}"] if is_half else []
         subprocess.run([sys.executable, "-m", "lorakit", "cache", config, *options], check=True)
 
 
@@ -201,18 +203,30 @@ def floor_step(config: TrainConfig, processes: Distributed, arguments: argparse.
     model = build_model(config, processes.device)
     shape = arguments.batch, *model.latent_shape(arguments.size, arguments.size)
     latents = torch.randn(shape, device=processes.device)
-    width = model.denoiser.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k.in_features
-    captions = {"hidden_states": torch.randn(arguments.batch, 77, width, device=processes.device)}
+    conditioning = imagined_conditioning(model, arguments.batch)
     timesteps = torch.full((arguments.batch,), 500, device=processes.device)
 
     def step() -> None:
-        model.predict(latents.clone().requires_grad_(), timesteps, captions).float().square().mean().backward()
+        model.predict(latents.clone().requires_grad_(), timesteps, conditioning).float().square().mean().backward()
 
     with FlopCounterMode(display=False) as counter:
         step()
     if config.training.cuda_graphs:
         step = captured(step, processes.device)
     return step, {"operations": counter.get_total_flops(), "rate": matrix_rate(model.dtype, processes)}
+
+
+def imagined_conditioning(model: BaseModel, images: int) -> dict[str, torch.Tensor]:
+    """Random captions of 77 tokens, and for SDXL what else its U-Net takes."""
+    import torch
+
+    keys = (target.module for target in model.targets(["unet"]) if target.path.endswith("attn2.to_k"))
+    found = {"hidden_states": torch.randn(images, 77, next(keys).in_features, device=model.device)}
+    if added := model.denoiser.add_embedding:
+        sizes = torch.full((images, 6), 1024.0, device=model.device)
+        width = added.linear_1.in_features - 6 * (model.denoiser.settings.addition_time_embed_dim or 256)
+        found |= {"text_embeds": torch.randn(images, width, device=model.device), "time_ids": sizes}
+    return found
 
 
 def matrix_rate(dtype: torch.dtype, processes: Distributed) -> float:
@@ -252,7 +266,7 @@ def print_table(rows: dict[str, Numbers], arguments: argparse.Namespace) -> None
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() and arguments.device != "cpu" else "CPU"
     print(
-        f"\n{arguments.model} SD 1.5, {arguments.size} px, batch {arguments.batch}, rank {arguments.rank}, {device}, "
+        f"\nmodel {arguments.model}, {arguments.size} px, batch {arguments.batch}, rank {arguments.rank}, {device}, "
         f"torch {torch.__version__}\n\n"
         f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
     )

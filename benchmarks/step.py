@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 STARTED = time.perf_counter()
 HERE = Path(__file__).parent
 VARIANTS = ("floor", "floor replayed", "lorakit", "peft")
+MODELS = {"full": "model.safetensors", "tiny": "tiny", "sdxl": "sdxl.safetensors", "tiny-sdxl": "tiny-sdxl"}
+"""Where models are in the folder of a measurement."""
 PEFT_TARGETS = r".*attentions.*\.(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2)"
 
 
@@ -105,27 +107,30 @@ def prepare(arguments: argparse.Namespace) -> None:
     subprocess.run([sys.executable, "-m", "lorakit", "cache", config_file(arguments)], check=True)
 
 
-def prepare_files(work: Path, model: str) -> None:
-    """Write an image with its caption, and the model as one file, or a tiny one as a folder, unless they are there."""
+def prepare_files(work: Path, model: str = "") -> None:
+    """Write an image with its caption and the model: one file, or a tiny one as a folder, unless it is there."""
     from skimage import data
     from skimage.io import imsave
 
     (work / "images").mkdir(parents=True, exist_ok=True)
     imsave(work / "images" / "astronaut.png", data.astronaut())
     (work / "images" / "astronaut.txt").write_text("a portrait of an astronaut\n")
-    if model == "tiny" and not (work / "tiny").exists():
-        from lorakit.testing.models import make_tiny_sd1
+    if not model or (path := work / MODELS[model]).exists():
+        return
+    if path.suffix:
+        options = ["--architecture", "sdxl", "--dtype", "bf16"] if model == "sdxl" else []
+        subprocess.run([sys.executable, HERE / "make_model.py", path, *options], check=True)
+        return
+    from lorakit.testing.models import make_tiny_sd1, make_tiny_sdxl
 
-        make_tiny_sd1(work / "tiny")
-    if model == "full" and not (work / "model.safetensors").exists():
-        subprocess.run([sys.executable, HERE / "make_model.py", work / "model.safetensors"], check=True)
+    (make_tiny_sdxl if model == "tiny-sdxl" else make_tiny_sd1)(path)
 
 
 def config_file(arguments: argparse.Namespace) -> Path:
     """The lorakit config of the measured run."""
     path: Path = arguments.work / "config.toml"
     path.write_text(f"""
-model = {{ path = "{"tiny" if arguments.model == "tiny" else "model.safetensors"}" }}
+model = {{ path = "{MODELS[arguments.model]}" }}
 data = {{ image_dir = "images", resolution = {arguments.size}, num_repeats = 1000 }}
 network = {{ name = "lierla", rank = {arguments.rank}, alpha = {arguments.rank}.0, parts = ["unet"] }}
 optimizer = {{ name = "adamw", lr = 1e-4 }}

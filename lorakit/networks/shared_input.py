@@ -12,7 +12,7 @@ and backward, of their gradients g_i side by side:
     [∂D_1; …; ∂D_n] += ĝᵀ·x                     one product
     ∂x = Σ g_i·W_i + ĝ·[D_1; …; D_n]            two products
 
-So are W_i·x, where base weights are ordinary parameters: these are laid side by side. What is computed for all layers
+So are W_i·x, where base weights are parameters in memory: these are laid side by side. What is computed for all layers
 when the first of them is called is handed out when the others are. `lorakit.networks.lora_function` computes the same
 for one layer, and is what other cases fall back to.
 
@@ -54,7 +54,7 @@ class SharedInput:
 
     @property
     def weights(self) -> Tensor | None:
-        """Base weights, [n, O, I]; None where they are not ordinary parameters, or have been moved since."""
+        """Base weights, [n, O, I]; None where they could not be laid side by side, or have been moved since."""
         stacked, own = self._weights, self.bases[0]._parameters.get("weight")
         if stacked is None or own is None or own.untyped_storage()._cdata != stacked.untyped_storage()._cdata:
             return None
@@ -119,9 +119,9 @@ class _SharedInput(Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         if shared.weights is None:
-            grad_x = torch.zeros_like(rows)
-            for own, base in zip(grad_layers, shared.bases, strict=True):
-                grad_x.addmm_(own, base.weight.to(rows.dtype))
+            grad_x = torch.empty_like(rows)
+            for number, (own, base) in enumerate(zip(grad_layers, shared.bases, strict=True)):
+                grad_x.addmm_(own, base.weight.to(rows.dtype), beta=min(number, 1))
         else:
             grad_x = grad @ shared.weights.flatten(0, 1)
         grad_x.addmm_(grad_hidden, down.weight.flatten(0, 1))
@@ -129,16 +129,24 @@ class _SharedInput(Function):
 
 
 def side_by_side(parameters: Sequence[nn.Parameter | None]) -> Tensor | None:
-    """Lay parameters of one shape side by side in memory, [n, ...]; None where one is missing, or dtypes differ."""
+    """Lay parameters of one shape side by side in memory, [n, ...].
+
+    None where one is missing or lies in a mapped file, which takes no memory as a copy would, or where dtypes differ.
+    """
     found = [own.detach() for own in parameters if own is not None]
     kinds = {(own.shape, own.dtype, own.device) for own in found}
-    if len(found) < len(parameters) or len(kinds) > 1:
+    if len(found) < len(parameters) or len(kinds) > 1 or any(map(_is_mapped, found)):
         return None
     stacked = torch.stack(found)
     for own, place in zip(parameters, stacked.unbind(), strict=True):
         if own is not None:
             own.data = place
     return stacked
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor's memory is not PyTorch's own, but that of a mapped file, for example."""
+    return not tensor.untyped_storage().resizable()
 
 
 def _layers(rows: Tensor, count: int) -> Tensor:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from attrs import evolve
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorakit.models.interfaces import AdaptationTarget
 from lorakit.models.memory.quantization import quantize
+from lorakit.models.weights.load import open_tensors
 from lorakit.networks.dropout import DropoutRates
 from lorakit.networks.flat_parameters import FlatParameters
 from lorakit.networks.lora import LoRAModule, LoRANetwork, LRFactors
@@ -199,6 +202,25 @@ def test_base_weights_lie_side_by_side_and_stay_what_they_were() -> None:
     assert all(torch.equal(a.base.weight, own) for a, own in zip(network.adapters, before, strict=False))
     network.adapters[0].base.weight.data = before[0] + 1
     assert group.weights is None
+    assert max(computed(model, network, flat, torch.randn(2, 5, 12))) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_base_weights_in_a_mapped_file_stay_there(kind: str, tmp_path: Path) -> None:
+    """They take no memory besides the file's, and are used one by one."""
+    model, network, flat = adapted()
+    names = {adapter.key: adapter.base.weight.detach() for adapter in network.adapters}
+    file = tmp_path / f"weights.{kind}"
+    (save_file if kind == "safetensors" else torch.save)(names, file)
+    read = open_tensors(file)
+    for adapter in network.adapters:
+        adapter.shared = None
+        adapter.base.weight.data = read(adapter.key)
+    places = [adapter.base.weight.data_ptr() for adapter in network.adapters]
+    network.use_flat(flat)
+    assert [adapter.base.weight.data_ptr() for adapter in network.adapters] == places
+    assert shared(network) == [3, 3, 3, 1]
+    assert network.adapters[0].shared.weights is None
     assert max(computed(model, network, flat, torch.randn(2, 5, 12))) < 1e-5
 
 
