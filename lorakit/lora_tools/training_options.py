@@ -144,7 +144,9 @@ def _plain(text: str) -> object:
         value = ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple | list):
+        return [*value] if all(isinstance(own, int | float) for own in value) else text
+    return value if isinstance(value, int | float) else text
 
 
 def _shown_by_tensors(file: LoRAFile) -> dict[str, str]:
@@ -174,9 +176,9 @@ def _value(option: Option, text: str) -> str | None:
     if option.kind in ("int", "float", "int or share"):
         try:
             number = float(text)
-        except ValueError:
+            text = str(int(number)) if option.kind == "int" else text
+        except (ValueError, OverflowError):
             return None
-        text = str(int(number)) if option.kind == "int" else text
     if option.kind == "floats":
         return " ".join(_NUMBER.findall(text)) or None
     return None if option.choices and text not in map(str, (*option.choices, *option.in_files)) else text

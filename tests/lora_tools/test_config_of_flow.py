@@ -159,6 +159,22 @@ def test_files_of_sd_scripts(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert config["training"]["max_steps"] == 1500
 
 
+def test_metadata_that_were_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no number, list or text is left as it stands, and the config can be read all the same."""
+    monkeypatch.chdir(tmp_path)
+    tensors = {f"diffusion_model.layers.0.attention.to_q.lora_{end}.weight": torch.ones(4, 4) for end in "AB"}
+    arguments = {"module_dropout": "None", "group_ranks": "layers=x", "block_dims": "[None]", "rank_dropout": "{}"}
+    metadata = {
+        "modelspec.implementation_version": "lorakit/0.1.0", "ss_network_args": json.dumps(arguments),
+        "ss_timesteps": '{"name": [], "std": null, "shift": 2}', "ss_text_encoder_lr": "[None]", "ss_steps": "x",
+        "ss_batch_size_per_device": "inf",
+    }  # fmt: skip
+    config = tomllib.loads(info(write(tmp_path / "z.safetensors", tensors, metadata)))
+    assert config["timesteps"] == {"shift": 2}
+    assert config["network"]["module_dropout"] == "None"
+    assert "group_ranks" not in config["network"]
+
+
 def test_files_of_other_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file for Z-Image says little, but its family, rank and parts; one of a model that is not trained is refused."""
     monkeypatch.chdir(tmp_path)
