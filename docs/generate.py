@@ -212,8 +212,8 @@ Some differences are deliberate. LoRA files of both are used alike.
 ## FLUX.1, Chroma and Anima
 
 The script's name says what is trained, or an option that it alone has, such as `--t5xxl` or `--qwen3`, or the network
-module; `--model_type=chroma` says Chroma. The GUI's `.json` files for these models are not read: give the `.toml` file
-that the GUI makes of them when a run starts.
+module; `--model_type=chroma` says Chroma. In a `.json` file of the GUI, `flux1_checkbox` or `anima_checkbox` says it,
+and `model_type`. Of its fields those count that the GUI itself passes on: `train_blocks`, for example, does not.
 
 - `--clip_l`, `--t5xxl`, `--ae`, `--qwen3` and `--vae` become keys of `[model]`. Single files have no tokenizers; the
   config names those that sd-scripts takes, by their ids on the Hub.

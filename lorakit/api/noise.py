@@ -156,6 +156,13 @@ class FlowSpec(NoiseSpec):
                 message = "counts the steps of DDPM, and this model uses flow matching"
                 yield Problem(key, message, f"set timesteps.{key[:3]}, from 0 to 1")
 
+    def loss_warnings(self, loss: LossConfig) -> Iterator[Problem]:
+        """Noise that images are never drawn from."""
+        for key in ("noise_offset", "multires_noise_iterations"):
+            if getattr(loss, key):
+                message = "is for DDPM; with flow matching, images start from noise without it, at any brightness"
+                yield Problem(key, message, "leave it out")
+
 
 def _shift(shift: float | ShiftLine, latent_shape: Sequence[int]) -> float:
     return math.exp(shift.mu_of(latent_shape)) if isinstance(shift, ShiftLine) else shift

@@ -98,19 +98,33 @@ def info_command(files: tuple[Path, ...], config: bool) -> None:
 
 def _config_of(path: Path) -> str:
     """The config that repeats the training of a file."""
-    from lorakit.kohya.command_line import read_arguments
+    from lorakit.kohya.command_line import parse
     from lorakit.kohya.conversion import convert
     from lorakit.kohya.draft import Setting, to_text
+    from lorakit.kohya.options_files import Given
     from lorakit.lora_tools.adapters import open_lora
-    from lorakit.lora_tools.training_options import cleans_captions, folders, network_keys, training_options
+    from lorakit.lora_tools.training_options import (
+        cleans_captions,
+        folders,
+        is_by_lorakit,
+        own_keys,
+        script_of,
+        training_options,
+    )
 
     file = open_lora(path)
-    given = read_arguments(training_options(file), Path.cwd())
+    script = script_of(file)
+    given = Given(parse(training_options(file, script), script), script=script)
     draft = convert(given, Path.cwd(), Path.cwd(), catalog())
     if not cleans_captions(file):
         draft.sections["model"].pop("fix_text", None)
-    for key, value in network_keys(file).items():
-        draft.set("network", key, Setting(value, "ss_network_args"))
+    if is_by_lorakit(file):  # what sd-scripts does by default does not count
+        draft.defaults.clear()
+        for dataset, _ in draft.datasets:
+            dataset.pop("caption_extension", None)
+    for section, keys in own_keys(file, script).items():
+        for key, value in keys.items() if section != "optimizer" or "lr" in draft.sections[section] else ():
+            draft.set(section, key, Setting(value, "the file's metadata"))
     print_warnings(draft.remarks)
     notes = [f"From the metadata of {path.name}. Paths are placeholders: set model.path and image_dir.", *folders(file)]
     return "".join(f"# {note}\n" for note in notes) + to_text(draft)

@@ -106,7 +106,7 @@ def _script(given: Given, found: DetectedFamily | None, draft: Draft) -> Script:
     Raises ConfigError where that is another than they say.
     """
     path, said = given.options[_MODEL], _scripts_said(given)
-    for script in SCRIPTS:
+    for script in (*said, *SCRIPTS):
         if found and found.name in script.families:
             if script not in said:
                 message = f"{path} is {found.title}, for which sd-scripts has {script.name}, not {said[0].name}"
@@ -158,7 +158,7 @@ def _family(given: Given, script: Script, found: DetectedFamily | None) -> str:
     chosen = str(given.options.get("model_type", ""))
     name = chosen if chosen in script.families else script.families[0]
     if script.is_flow and found and found.name != name:
-        hint = "leave it out" if chosen else f"--model_type={found.name}"
+        hint = "leave it out" if found.name == script.families[0] else f"--model_type={found.name}"
         message = f"is {chosen}, and" if chosen else "is absent, and"
         raise ConfigError([Problem("--model_type", f"{message} {given.options[_MODEL]} is {found.title}", hint)])
     return name
@@ -188,6 +188,8 @@ def _write_option(option: Option, command: Command, draft: Draft) -> None:
     elif option.name not in command.given or value in (option.default, command.keys.get(option.key), None, 0):
         return
     elif option.name in command.script.ignores:
+        if option.name == "max_timestep" and value == 1000:  # where all timesteps end
+            return
         hint = ""
         if option.name in _BOUNDS:
             hint = f"; timesteps.{_BOUNDS[option.name]} = {value / 1000:g} does what it says"

@@ -10,21 +10,34 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lorakit.config.sd_scripts import OPTIONS
-from lorakit.config.training_scripts import MODELS, SDXL_TRAIN_NETWORK, TRAIN_NETWORK, Script
+from lorakit.config.training_scripts import (
+    ANIMA_TRAIN_NETWORK,
+    FLUX_TRAIN_NETWORK,
+    MODELS,
+    SDXL_TRAIN_NETWORK,
+    TRAIN_NETWORK,
+    Script,
+)
 from lorakit.errors import ConfigError, Problem
+from lorakit.kohya.gui_networks import network_of, short
 from lorakit.kohya.options_files import UNSAID, Given, take
 
 Parse = Callable[[str, Script], dict[str, Any]]
 """From a line of options of a script to their values."""
 
-_MODELS: Mapping[str, str] = {
-    "flux1_checkbox": "FLUX",
+_SCRIPTS: Mapping[str, tuple[Script, str]] = {
+    "sdxl": (SDXL_TRAIN_NETWORK, "sdxl_"),
+    "flux1_checkbox": (FLUX_TRAIN_NETWORK, "flux1_"),
+    "anima_checkbox": (ANIMA_TRAIN_NETWORK, "anima_"),
+}
+"""Fields that say which model is trained: its script, and what the names of fields for it alone begin with."""
+
+_OTHER_MODELS: Mapping[str, str] = {
     "sd3_checkbox": "Stable Diffusion 3",
     "hunyuan_image_checkbox": "HunyuanImage",
-    "anima_checkbox": "Anima",
     "lumina_checkbox": "Lumina",
 }
-"""Fields that say that another model than Stable Diffusion is trained."""
+"""Fields that say that a model is trained that lorakit does not have."""
 
 _RENAMED: Mapping[str, str] = {
     "optimizer": "optimizer_type",
@@ -34,55 +47,29 @@ _RENAMED: Mapping[str, str] = {
 """Fields that are called otherwise than the option."""
 
 _NOT_PASSED_ON = frozenset({
-    "additional_parameters", "cpu_offload_checkpointing", "disable_mmap_load_safetensors", "dynamo_backend",
-    "fp8_base_unet", "fused_backward_pass", "lr_warmup_steps", "mem_eff_save", "no_half_vae", "sdpa", "seed",
-    "text_encoder_lr", "unet_lr", "xformers",
+    "additional_parameters", "disable_mmap_load_safetensors", "dynamo_backend", "fused_backward_pass", "logit_mean",
+    "logit_std", "lr_warmup_steps", "mem_eff_save", "mode_scale", "no_half_vae", "sdpa", "seed",
+    "text_encoder_batch_size", "text_encoder_lr", "unet_lr", "weighting_scheme", "xformers",
 })  # fmt: skip
 """Fields that are no options, or that the GUI passes on for other models alone or in another form."""
 
-_SDXL_FLAGS: Mapping[str, str] = {
-    "sdxl_cache_text_encoder_outputs": "cache_text_encoder_outputs",
-    "sdxl_no_half_vae": "no_half_vae",
-}
-"""Fields that count for SDXL alone, with the option that each sets."""
+_FLUX_ONLY = frozenset({
+    "cpu_offload_checkpointing", "discrete_flow_shift", "fp8_base_unet", "show_timesteps", "timestep_sampling",
+})  # fmt: skip
+"""Fields that the GUI passes on for FLUX.1 alone, though other scripts have the options."""
+
+_OLD_SWAPS = ("single_blocks_to_swap", "double_blocks_to_swap")
+"""Fields of `--blocks_to_swap` in older versions."""
+
+_OF_CLIP = frozenset({"clip_skip", "max_token_length", "sample_sampler"})
+_UNUSED: Mapping[Script, frozenset[str]] = {FLUX_TRAIN_NETWORK: _OF_CLIP, ANIMA_TRAIN_NETWORK: _OF_CLIP | {"vae"}}
+"""Fields that the GUI has values in and does not pass on for these scripts, or that they do not look at."""
 
 _BY_NOISE_TYPE: Mapping[str, tuple[str, ...]] = {
     "Original": ("noise_offset", "noise_offset_random_strength", "adaptive_noise_scale"),
     "Multires": ("multires_noise_iterations", "multires_noise_discount"),
 }
 """Fields of noise, of which those of the chosen type count."""
-
-_LORA_FIELDS = (
-    "down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold", "block_dims", "block_alphas",
-    "conv_block_dims", "conv_block_alphas", "rank_dropout", "module_dropout",
-)  # fmt: skip
-_LORA_PLUS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
-_LYCORIS_FIELDS = ("rank_dropout", "module_dropout", "use_tucker", "rank_dropout_scale", "train_norm")
-_LYCORIS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "LoCon": ("locon", (*_LYCORIS_FIELDS, "bypass_mode", "dora_wd", "use_scalar")),
-    "LoHa": ("loha", (*_LYCORIS_FIELDS, "bypass_mode", "dora_wd", "use_scalar")),
-    "LoKr": ("lokr", (*_LYCORIS_FIELDS, "bypass_mode", "dora_wd", "use_scalar", "factor", "use_cp", "decompose_both")),
-    "iA3": ("ia3", ("train_on_input",)),
-    "DyLoRA": ("dylora", (*_LYCORIS_FIELDS, "unit")),
-    "GLoRA": ("glora", _LYCORIS_FIELDS),
-    "Diag-OFT": ("diag-oft", (*_LYCORIS_FIELDS, "constrain", "rescaled")),
-    "BOFT": ("boft", _LYCORIS_FIELDS),
-    "Native Fine-Tuning": ("full", ("rank_dropout", "module_dropout", "rank_dropout_scale", "train_norm")),
-}
-"""The GUI's types of LyCORIS: the algorithm, and the fields that it takes."""
-
-_ARGUMENT_NAMES: Mapping[str, str] = {"constrain": "constraint", "unit": "block_size"}
-"""Arguments of LyCORIS with another name than the field."""
-
-_OWN_MODULES: Mapping[str, str] = {
-    "Standard": "networks.lora",
-    "Kohya LoCon": "networks.lora",
-    "Kohya DyLoRA": "networks.dylora",
-    "Kohya LoHa": "networks.loha",
-    "Kohya LoKr": "networks.lokr",
-    "LoRA-FA": "networks.lora_fa",
-}
-"""The GUI's types of LoRA that are modules of sd-scripts."""
 
 _NEEDED: Mapping[str, tuple[str, str]] = {
     "pretrained_model_name_or_path": ("path/to/model.safetensors", "the base model"),
@@ -107,21 +94,20 @@ def what_it_trains(fields: Mapping[str, Any]) -> str:
 def read_gui_file(file: str, fields: Mapping[str, Any], typed: Mapping[str, Any], parse: Parse) -> Given:
     """The options that the GUI calls a script of sd-scripts with; `typed` are those that stand after the file.
 
-    Raises ConfigError for files of other models than Stable Diffusion, and for values of the wrong type.
+    Raises ConfigError for files of models that lorakit does not have, and for values of the wrong type.
     """
-    for field, model in _MODELS.items():
+    for field, model in _OTHER_MODELS.items():
         if _number(fields, field):
-            hint = f"{MODELS}; of the GUI's files for the last three, give the .toml that it makes when a run starts"
-            raise ConfigError([Problem(f"{file}: {field}", f"is set, so the file is for {model}", hint)])
-    script = SDXL_TRAIN_NETWORK if _number(fields, "sdxl") else TRAIN_NETWORK
-    values = {name: value for name, value in _values(fields).items() if OPTIONS[name].is_of(script)}
+            raise ConfigError([Problem(f"{file}: {field}", f"is set, so the file is for {model}", MODELS)])
+    script, prefix = next((own for field, own in _SCRIPTS.items() if _number(fields, field)), (TRAIN_NETWORK, ""))
+    values = {name: value for name, value in _values(fields, script, prefix).items() if OPTIONS[name].is_of(script)}
     found: dict[str, Any] = {}
     problems: list[Problem] = []
     sources = {}
     for name, (field, value) in values.items():
         take(name, value, f"{file}: {field}", found, problems)
         sources[name] = field
-    remarks = list(_remarks(file, fields))
+    remarks = list(_remarks(file, fields, script))
     text = fields.get("additional_parameters")
     if isinstance(text, str) and text.strip():
         try:
@@ -142,17 +128,9 @@ def read_gui_file(file: str, fields: Mapping[str, Any], typed: Mapping[str, Any]
     return Given(found, {name: sources.get(name, "additional_parameters") for name in found}, tuple(remarks), script)
 
 
-def _values(fields: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+def _values(fields: Mapping[str, Any], script: Script, prefix: str) -> dict[str, tuple[str, Any]]:
     """The fields as options: by the option's name, what the field is called and what it holds."""
-    values = {
-        _RENAMED.get(field, field): (field, value)
-        for field, value in fields.items()
-        if _RENAMED.get(field, field) in OPTIONS and field not in _NOT_PASSED_ON
-    }
-    noise = fields.get("noise_offset_type")
-    for type_, names in _BY_NOISE_TYPE.items():
-        if noise and noise != type_:
-            values = {name: value for name, value in values.items() if name not in names}
+    values = _named_alike(fields, script)
     for name in ("optimizer_args", "lr_scheduler_args"):
         if isinstance(fields.get(name), str):
             values[name] = (name, fields[name].replace('"', "").split())
@@ -166,13 +144,32 @@ def _values(fields: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
         values["sdpa" if attention == "sdpa" else "xformers"] = ("xformers", True)
     if _number(fields, "seed"):
         values["seed"] = ("seed", fields["seed"])
-    return values | _of_sdxl(fields) | _length(fields) | _rates(fields) | _network(fields)
+    module, args = network_of(fields, script)
+    values["network_module"], values["network_args"] = ("LoRA_type", module), ("LoRA_type", args)
+    return values | _of_model(fields, prefix) | _length(fields) | _rates(fields, script)
 
 
-def _of_sdxl(fields: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
-    """The flags that the GUI sets for SDXL alone."""
-    is_xl = _number(fields, "sdxl")
-    return {name: (field, True) for field, name in _SDXL_FLAGS.items() if is_xl and _number(fields, field)}
+def _named_alike(fields: Mapping[str, Any], script: Script) -> dict[str, tuple[str, Any]]:
+    """The fields that are called as an option, or nearly, without those that do not count for the script."""
+    left_out = {*_NOT_PASSED_ON, *_UNUSED.get(script, ()), *(() if script is FLUX_TRAIN_NETWORK else _FLUX_ONLY)}
+    left_out |= {"clip_l"} if fields.get("model_type") == "chroma" else set()
+    noise = fields.get("noise_offset_type")
+    for type_, names in _BY_NOISE_TYPE.items():
+        left_out |= {*names} if noise and noise != type_ else set()
+    renamed = dict(_RENAMED)
+    if script is FLUX_TRAIN_NETWORK and not _number(fields, "blocks_to_swap"):
+        renamed |= {field: "blocks_to_swap" for field in _OLD_SWAPS if _number(fields, field)}
+    called = {field: renamed.get(field, field) for field in fields if field not in left_out}
+    return {name: (field, fields[field]) for field, name in called.items() if name in OPTIONS}
+
+
+def _of_model(fields: Mapping[str, Any], prefix: str) -> dict[str, tuple[str, Any]]:
+    """The fields of the model that is trained, whose names begin with `prefix`."""
+    own = {field.removeprefix(prefix): (field, value) for field, value in fields.items() if field.startswith(prefix)}
+    values = {name: value for name, value in own.items() if prefix and name in OPTIONS}
+    if not _number(fields, f"{prefix}compile"):
+        values = {name: value for name, value in values.items() if not name.startswith("compile_")}
+    return {name: value for name, value in values.items() if value[1] != "auto"}  # which stands for an absent option
 
 
 def _length(fields: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
@@ -193,50 +190,24 @@ def _length(fields: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
     return values
 
 
-def _rates(fields: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
-    """Learning rates of the parts; a part whose rate is 0 is not trained, but with both at 0 there is one for both."""
+def _rates(fields: Mapping[str, Any], script: Script) -> dict[str, tuple[str, Any]]:
+    """Learning rates of the parts; a part whose rate is 0 is not trained, but with both at 0 there is one for both.
+
+    Raises ConfigError for a rate of T5 without one of CLIP, at which the GUI stops.
+    """
     unet, text_encoder = (_number(fields, name) for name in ("unet_lr", "text_encoder_lr"))
     values: dict[str, tuple[str, Any]] = {}
     if unet:
         values["unet_lr"] = ("unet_lr", unet)
+    t5 = _number(fields, "t5xxl_lr") if script is FLUX_TRAIN_NETWORK else 0.0
+    if t5 and not text_encoder:
+        raise ConfigError([Problem("t5xxl_lr", "is set, and text_encoder_lr is 0, at which the GUI stops")])
     if text_encoder:
-        values["text_encoder_lr"] = ("text_encoder_lr", [text_encoder])
+        values["text_encoder_lr"] = ("text_encoder_lr", [text_encoder, t5] if t5 else [text_encoder])
     if "text_encoder_lr" in fields and "unet_lr" in fields and bool(unet) != bool(text_encoder):
         name, field = ("unet", "text_encoder_lr") if unet else ("text_encoder", "unet_lr")
         values[f"network_train_{name}_only"] = (f"{field} is 0", True)
     return values
-
-
-def _network(fields: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
-    """The network module and its arguments."""
-    type_ = str(fields.get("LoRA_type", "Standard"))
-    type_ = "LyCORIS/LoCon" if type_ == "LoCon" else type_
-    args: list[str]
-    if type_.removeprefix("LyCORIS/") in _LYCORIS and type_.startswith("LyCORIS/"):
-        algorithm, names = _LYCORIS[type_.removeprefix("LyCORIS/")]
-        module, sizes = "lycoris.kohya", () if algorithm == "full" else ("conv_dim", "conv_alpha")
-        args = [f"algo={algorithm}", f"preset={fields.get('LyCORIS_preset') or 'full'}"]
-        args += [f"{name}={_short(fields.get(name, 1))}" for name in sizes]
-    elif type_ in _OWN_MODULES:
-        module, names = _OWN_MODULES[type_], _LORA_FIELDS
-        has_convolutions = type_ not in ("Standard", "LoRA-FA")
-        args = [f"{name}={_short(fields.get(name, 1))}" for name in ("conv_dim", "conv_alpha") if has_convolutions]
-        names += ("unit",) if type_ == "Kohya DyLoRA" else ()
-        names += ("factor", "use_tucker") if type_ in ("Kohya LoHa", "Kohya LoKr") else ()
-    else:
-        raise ConfigError([Problem("LoRA_type", f"{type_!r} is for another model, or unknown")])
-    for name in (*names, *_LORA_PLUS):
-        value = fields.get(name)
-        is_off = value in (None, "", False, 0, "0", "False") or (name == "factor" and value == -1)
-        if not is_off:
-            called = _ARGUMENT_NAMES.get(name, name) if module == "lycoris.kohya" else name
-            args.append(f"{called}={_short(value)}")
-    return {"network_module": ("LoRA_type", module), "network_args": ("LoRA_type", args)}
-
-
-def _short(value: Any) -> Any:
-    """A number without the `.0` that a slider leaves."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _number(fields: Mapping[str, Any], name: str) -> float:
@@ -248,16 +219,20 @@ def _number(fields: Mapping[str, Any], name: str) -> float:
         return float(str(value).lower() == "true")
 
 
-def _remarks(file: str, fields: Mapping[str, Any]) -> list[Problem]:
+def _remarks(file: str, fields: Mapping[str, Any], script: Script) -> list[Problem]:
     """What the config does not do, of what fields ask for."""
     found = []
     if _number(fields, "stop_text_encoder_training") or _number(fields, "stop_text_encoder_training_pct"):
         found.append(Problem(f"{file}: stop_text_encoder_training", "has no effect, as in the GUI itself"))
+    chooses = fields.get("train_blocks") in ("single", "double") and not _number(fields, "split_mode")
+    if script is FLUX_TRAIN_NETWORK and chooses:
+        hint = "in the config: network.group_ranks, with 0 for the other group"
+        found.append(Problem(f"{file}: train_blocks", "has no effect, as in the GUI itself", hint))
     if _number(fields, "train_inpainting"):
         message = "is ignored: lorakit does not train inpainting models"
         found.append(Problem(f"{file}: train_inpainting", message))
     if _number(fields, "num_processes") > 1 or _number(fields, "multi_gpu"):
-        processes = max(2, _short(_number(fields, "num_processes")))
+        processes = max(2, short(_number(fields, "num_processes")))
         hint = f"accelerate launch --num_processes {processes} -m lorakit train CONFIG"
         found.append(Problem(f"{file}: num_processes", "is not part of a config", hint))
     if isinstance(fields.get("seed"), Mapping | list):

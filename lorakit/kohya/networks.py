@@ -119,6 +119,8 @@ def _refuse_module(module: str, command: Command) -> None:
             raise ConfigError([Problem("--network_module", message, f"{usual} is")])
         return
     script = next((script for script in SCRIPTS if script.network_module == module), None)
+    if OTHER_MODELS.keys() & {*re.split(r"[._]", usual)} & {*re.split(r"[._]", module)}:
+        raise ConfigError([Problem("--network_module", f"{module} has no counterpart", f"{usual} is the usual one")])
     hint = f"its script is {script.name}" if script else MODELS
     raise ConfigError([Problem("--network_module", f"{module} is for {model}", hint)])
 
@@ -139,11 +141,21 @@ def _write_other(module: str, args: Mapping[str, str], command: Command, draft: 
         is_there = False
     if not is_there:
         cure = hint or "install the plugin lorakit-network-modules"
-        if module == LYCORIS_MODULE and args.get("algo", "lora") in ("lora", "locon"):
-            cure += ', or take network.name = "c3lier" with conv_rank and conv_alpha, which is LoCon'
-        elif module == LYCORIS_MODULE and args.get("algo") in BUILT_IN:
-            cure += f", or take network.name = {args['algo']!r}, whose layers are those of preset=attn-mlp"
+        cure += _built_in(args, command) if module == LYCORIS_MODULE else ""
         draft.mark_unsupported("network_module", module, f"`lorakit check` rejects the config; {cure}")
+
+
+def _built_in(args: Mapping[str, str], command: Command) -> str:
+    """The network of lorakit that comes nearest to one of LyCORIS, as the end of a sentence; empty where none does."""
+    algorithm = args.get("algo", "lora")
+    if algorithm in BUILT_IN:
+        layers = "" if command.script.is_flow else ", whose layers are those of preset=attn-mlp"
+        return f", or take network.name = {algorithm!r}{layers}"
+    if algorithm not in ("lora", "locon"):
+        return ""
+    if command.script.is_flow:
+        return ', or take network.name = "lierla"'
+    return ', or take network.name = "c3lier" with conv_rank and conv_alpha, which is LoCon'
 
 
 def _value(key: str, text: str) -> Value:

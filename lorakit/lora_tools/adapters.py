@@ -248,13 +248,21 @@ def refuse_dora(files: Sequence[LoRAFile], doing: str) -> None:
 
 
 @cache
+def family_of(model: str) -> type[ModelFamilyConfig] | None:
+    """The family of a model that adapters are for, the first one of several; None where none is installed."""
+    known = Catalog.discover().of_kind(ModelFamilyConfig) if model else {}
+    components = [own.component for same in known.values() for own in same]
+    families = [component for component in components if issubclass(component, ModelFamilyConfig)]
+    titles = alternatives(model)
+    return next((family for title in titles for family in families if family.adapter_title == title), None)
+
+
+@cache
 def _rename_for(family: str) -> Callable[[str], str]:
     """What the family's plugin says of the names of tensors."""
-    known = Catalog.discover().of_kind(ModelFamilyConfig) if family else {}
-    for registration in (own for same in known.values() for own in same):
-        component = registration.component
-        if issubclass(component, ModelFamilyConfig) and component.adapter_title == family:
-            rename: Callable[[str], str] = component(path="").lora_name
-            return rename
+    known = family_of(family) if len(alternatives(family)) == 1 else None
+    if known:
+        rename: Callable[[str], str] = known(path="").lora_name
+        return rename
     # Paths of other models' layers keep what tools put in front of them, and lose the dots.
     return own_name if family in ("", *_STABLE_DIFFUSION) else str

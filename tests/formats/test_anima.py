@@ -104,6 +104,25 @@ def test_diffusers_loads_every_layer(tables: dict[str, Any], folder: Path, tmp_p
     assert (found - plain).norm() > 0.01 * plain.norm()
 
 
+def test_diffusers_loads_one_block(folder: Path, tmp_path: Path) -> None:
+    """A file with adapters of some layers alone loads: each of these, and no other."""
+    transformer = CosmosTransformer3DModel.from_pretrained(folder / "transformer")
+    layers = {
+        "blocks.1.mlp.layer1": "transformer_blocks.1.ff.net.0.proj",
+        "blocks.1.cross_attn.k_proj": "transformer_blocks.1.attn2.to_k",
+    }
+    tensors = {}
+    for layer, theirs in layers.items():
+        outputs, inputs = transformer.get_submodule(theirs).weight.shape
+        tensors[f"diffusion_model.{layer}.lora_A.weight"] = torch.ones(2, inputs)
+        tensors[f"diffusion_model.{layer}.lora_B.weight"] = torch.ones(outputs, 2)
+    save_file(tensors, tmp_path / "one.safetensors")
+    state = AnimaLoraLoaderMixin.lora_state_dict(tmp_path / "one.safetensors")
+    AnimaLoraLoaderMixin.load_lora_into_transformer(state, transformer)
+    adapted = {name for name, module in transformer.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == {*layers.values()}
+
+
 @pytest.mark.parametrize("form", ["sd-scripts", "ComfyUI", "diffusers"])
 def test_files_of_other_tools(tables: dict[str, Any], tmp_path: Path, form: str) -> None:
     """A LoRA of one layer of the transformer and one of the LLM adapter, in the names that tools have for them."""

@@ -89,6 +89,21 @@ def test_diffusers_loads_every_layer(tables: dict[str, Any], folder: Path, tmp_p
     assert (found - plain).norm() > 0.01 * plain.norm()
 
 
+def test_diffusers_loads_one_block(folder: Path, tmp_path: Path) -> None:
+    """A file with adapters of some layers alone loads: each of these, and no other."""
+    transformer = ZImageTransformer2DModel.from_pretrained(folder / "transformer")
+    layers = ["layers.1.attention.to_q", "layers.1.feed_forward.w2"]
+    tensors = {}
+    for layer in layers:
+        outputs, inputs = transformer.get_submodule(layer).weight.shape
+        tensors[f"diffusion_model.{layer}.lora_A.weight"] = torch.ones(2, inputs)
+        tensors[f"diffusion_model.{layer}.lora_B.weight"] = torch.ones(outputs, 2)
+    save_file(tensors, tmp_path / "one.safetensors")
+    state = ZImageLoraLoaderMixin.lora_state_dict(tmp_path / "one.safetensors")
+    ZImageLoraLoaderMixin.load_lora_into_transformer(state, transformer)
+    assert [name for name, module in transformer.named_modules() if hasattr(module, "lora_A")] == layers
+
+
 def _of_diffusers(transformer: ZImageTransformer2DModel) -> Tensor:
     noisy, times, states = inputs()
     with torch.no_grad():

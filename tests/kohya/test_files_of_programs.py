@@ -264,7 +264,7 @@ def test_types_of_lora(type_: str, module: str, args: dict[str, str] | None, rea
     ("changed", "message"),
     [
         ({"sd3_checkbox": True}, "is set, so the file is for Stable Diffusion 3 (of sd-scripts' models, lorakit"),
-        ({"flux1_checkbox": True}, "changed.json: flux1_checkbox: is set, so the file is for FLUX"),
+        ({"flux1_checkbox": True}, "LoRA_type: 'Kohya LoCon' is for another model, or unknown (choose Flux1, as"),
         ({"LoRA_type": "Flux1"}, "LoRA_type: 'Flux1' is for another model, or unknown"),
         ({"network_dim": "big"}, "changed.json: network_dim: must be a whole number, not 'big'"),
         ({"additional_parameters": "--netwrok_dim=4"}, "additional_parameters: --netwrok_dim: is not an option"),

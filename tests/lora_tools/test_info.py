@@ -174,6 +174,7 @@ def test_config_of_a_file_with_options_of_lorakit(tmp_path: Path, monkeypatch: p
         rank=16, dora=True, layers=("attention", "mlp"), group_ranks={"down": 4, "up": 8}, group_lr_weights={"mid": 0.5}
     )
     metadata = {key: str(value) for key, value in network.metadata().items()}
+    metadata["modelspec.implementation_version"] = "lorakit/0.1.0"
     config = tomllib.loads(run("info", write(tmp_path / "cat.safetensors", lora(), metadata), "--config"))
     expected = {"dora": True, "layers": ["attention", "mlp"], "group_ranks": {"down": 4, "up": 8}}
     assert config["network"] == {**config["network"], **expected, "group_lr_weights": {"mid": 0.5}}

@@ -25,6 +25,7 @@ from lorakit.cli.group import cli
 from lorakit.config.load import config_from_tables
 from lorakit.errors import ModelError
 from lorakit.lora_tools.bake import bake
+from lorakit.models.conditioning import without_training_adapter
 from lorakit.models.families.flow.t5 import T5Tokenizer
 from lorakit.models.families.flux1.layout import diffusers_layers
 from lorakit.models.families.flux1.settings import FluxSettings
@@ -240,7 +241,9 @@ def test_long_captions(folders: Mapping[str, Path]) -> None:
     assert (lengths.tokens, lengths.limit) == ((1, 7, 12), 8)
     (warning,) = family.warnings_of_captions({"one": "a cat sits", "two": "a"}, weighted=False)
     assert warning.key == "max_token_length"
-    assert "8 cuts off the end of 1 of 2 captions; the longest, of one, has 12 tokens" in str(warning)
+    assert "8 tokens are read, which cuts off the end of 1 of 2 captions; the longest, of one, has 12 tokens" in str(
+        warning
+    )
     tokens = family.build(CPU, torch.float32).text_encoder.tokenize(["a cat sits", "a"])
     assert tokens["t5"].shape == (2, 8)
     assert tokens["t5"][:, -1].tolist() == [1, 0]
@@ -527,3 +530,19 @@ def test_options_of_another_process(folders: Mapping[str, Path], photographs: Pa
     with pytest.raises(ConfigError) as caught:
         config_from_tables(tables, tmp_path)
     assert {problem.key for problem in caught.value.problems} == {"loss.min_snr_gamma", "training.mixed_precision"}
+
+
+def test_a_training_adapter_for_schnell(folders: Mapping[str, Path], tmp_path: Path) -> None:
+    """In diffusers' names: merged as any LoRA while the model trains, and taken back in previews."""
+    path, file = str(folders["schnell"]), tmp_path / "undistilled.safetensors"
+    model = built("schnell", path=path)
+    tensors = random_lora(model, LierlaConfig(rank=2, alpha=2.0), ("transformer",))
+    save_file(in_layout(tensors, "diffusers", built("schnell", path=path).targets(("transformer",))), file)
+    models = [built("schnell", path=path, **own) for own in ({}, {"base_weights": (file,)}, {"training_adapter": file})]
+    plain, merged, training = map(predicted, models)
+    with without_training_adapter(models[2]):
+        previewed = predicted(models[2])
+    assert (merged - plain).norm() > 1e-3 * plain.norm()
+    assert torch.equal(training, merged)
+    torch.testing.assert_close(previewed, plain, rtol=1e-4, atol=1e-5)
+    assert not list(models[2].config.warnings())

@@ -62,9 +62,12 @@ def test_timesteps_reach_the_model_in_float32() -> None:
     ("size", "line", "mu", "shift"),
     [
         ((512, 512), FLUX, 0.63, 1.877611), ((768, 512), FLUX, 0.716667, 2.047597),
-        ((1024, 1024), FLUX, 1.15, 3.158193), ((1536, 1536), FLUX, 2.016667, 7.513239),
-        ((512, 512), QWEN, 0.53871, 1.713794),
-        ((768, 768), QWEN, 0.603226, 1.828006), ((1024, 1024), KREA, 0.90625, 2.475024),
+        ((768, 768), FLUX, 0.846667, 2.331861), ((1024, 1024), FLUX, 1.15, 3.158193),
+        ((1536, 1536), FLUX, 2.016667, 7.513239), ((512, 512), QWEN, 0.53871, 1.713794),
+        ((768, 512), QWEN, 0.564516, 1.758597), ((768, 768), QWEN, 0.603226, 1.828006),
+        ((1024, 1024), QWEN, 0.693548, 2.000803), ((1536, 1536), QWEN, 0.951613, 2.589884),
+        ((512, 512), KREA, 0.58125, 1.788272), ((768, 512), KREA, 0.635417, 1.887809),
+        ((768, 768), KREA, 0.716667, 2.047597), ((1024, 1024), KREA, 0.90625, 2.475024),
         ((1536, 1536), KREA, 1.447917, 4.254242),
     ],
 )  # fmt: skip
@@ -82,6 +85,8 @@ def test_shifts_by_resolution(size: tuple[int, int], line: ShiftLine, mu: float,
         (3.0, None, (1, 0.9, 0.75, 0.5)),
         (6.0, None, (1, 0.947368, 0.857143, 0.666667)),
         (math.exp(1.15), None, (1, 0.904531, 0.759511, 0.512844)),
+        (2.047597, None, (1, 0.859999, 0.671873, 0.405658)),
+        (2.475024, None, (1, 0.881307, 0.712232, 0.452057)),
         (math.exp(2.291180), None, (1, 0.967384, 0.908144, 0.767200)),
         (2.000803, None, (1, 0.857192, 0.666756, 0.400096)),
         (math.exp(0.693548), 0.02, (1, 0.766709, 0.455614, 0.02)),
@@ -170,11 +175,12 @@ def test_mode_and_cosmap_draws() -> None:
 def test_a_model_s_own_shift_holds_where_none_is_set() -> None:
     """Timesteps are shifted as the family says for the image's size, unless the config sets a shift."""
     flow, shape, rng = FlowMatching(FlowSpec(shift=FLUX)), latents(768, 512), Drawn(-1.5)
-    found = [
-        CATALOG.find(TimestepSamplerConfig, "logit_normal")(shift=shift).build(flow)(rng, shape)  # type: ignore[arg-type]
-        for shift in (None, 1.0)
-    ]
+    sampler = CATALOG.find(TimestepSamplerConfig, "logit_normal")
+    found = [sampler(shift=shift).build(flow)(rng, shape) for shift in (None, 1.0)]  # type: ignore[arg-type]
     assert found == pytest.approx([0.313602, 0.182426], abs=5e-7)
+    rngs: list[Any] = [Drawn(number) for number in (-0.5, 0.0, 0.75, 2.0)]
+    others = [sampler().build(flow)(own, shape) for own in rngs]
+    assert others == pytest.approx([0.553956, 0.671873, 0.812550, 0.938003], abs=5e-7)
 
 
 def test_shifting_adds_to_the_logit() -> None:
@@ -201,6 +207,15 @@ def test_options_of_another_process_are_refused(options: dict[str, Any], keys: l
     problems = list(FlowSpec().loss_problems(CATALOG.find(LossConfig, "l2")(**options)))
     assert [problem.key for problem in problems] == keys
     assert all("flow matching" in problem.message for problem in problems)
+
+
+def test_other_noise_is_warned_of() -> None:
+    """Noise offsets help DDPM, which does not start from pure noise; flow matching does."""
+    for options in ({"noise_offset": 0.05}, {"multires_noise_iterations": 6}):
+        (warning,) = FlowSpec().loss_warnings(CATALOG.find(LossConfig, "l2")(**options))
+        assert warning.key in options
+        assert "images start from noise without it" in warning.message
+    assert not list(FlowSpec().loss_warnings(CATALOG.find(LossConfig, "l2")(ip_noise_gamma=0.1)))
 
 
 def test_huber_by_snr_is_refused() -> None:

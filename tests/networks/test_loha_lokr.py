@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lorakit.builtin.model_families.sd1 import SD1Config
 from lorakit.builtin.networks import C3LierConfig, LierlaConfig, LoHaConfig, LoKrConfig
+from lorakit.models.memory.quantization import quantize
 from lorakit.models.weights.kronecker_hadamard import update_of
 from lorakit.networks.adapter_file import load_initial_weights
 from lorakit.networks.dropout import AdapterDropout, DropoutRates
@@ -124,6 +126,28 @@ def test_gradients(kind: str, layer: str) -> None:
         assert own is not None
         assert own.dtype == torch.float32
         assert (own.double() - right).norm() <= 2e-6 * right.norm()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+@pytest.mark.parametrize("layer", ["linear", "linear without bias", "3x3 convolution"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_quantized_layers(kind: str, layer: str, layout: str) -> None:
+    """Of a layer in 8 bits, outputs and gradients are those of the same weights in float32, whatever the input is."""
+    adapter, x = adapter_of(kind, layer)
+    if layout == "sliced":
+        x = torch.cat([x, x], dim=1)[:, : x.shape[1]]
+    plain = copy.deepcopy(adapter)
+    quantize(adapter.base, "int8", CPU)
+    plain.base.weight.data = adapter.base.weight
+    results = []
+    for own in (adapter, plain):
+        given = x.detach().requires_grad_()
+        out = own(given)
+        out.square().sum().backward()
+        assert given.grad is not None
+        results.append([out, given.grad, *(factor.grad for factor in own.factors().values())])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

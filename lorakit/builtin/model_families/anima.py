@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
@@ -13,8 +15,8 @@ from lorakit.checkpoints import CheckpointSummary, ModelPath, is_add_on
 from lorakit.models.families.anima.checkpoint import AnimaCheckpoint
 from lorakit.models.families.anima.parts import CONDITIONER, LAYOUT, TRANSFORMER
 from lorakit.models.families.flow.checkpoint import TRANSFORMER_PREFIXES
-from lorakit.models.families.flow.config import FlowTransformerConfig, path_text
-from lorakit.models.families.flow.qwen3 import QWEN3
+from lorakit.models.families.flow.config import FlowTransformerConfig, TokenCounter, path_text
+from lorakit.models.families.flow.qwen3 import QWEN3, qwen3_lengths
 
 if TYPE_CHECKING:
     from lorakit.models.families.anima.model import Anima
@@ -54,6 +56,13 @@ class AnimaConfig(FlowTransformerConfig):
     t5_tokenizer: ModelPath | None = field(default=None, converter=path_text)
     """Tokenizer of T5, whose tokens the LLM adapter asks for: a folder with its `tokenizer.json` or `spiece.model`,
     or a Hub id. The model's own when absent; single files have none. T5 itself is not needed."""
+
+    def token_counters(self) -> Iterator[TokenCounter]:
+        """Both tokenizers; the caption is cut off by each on its own."""
+        from lorakit.models.families.flow.t5 import T5Tokenizer
+
+        yield partial(qwen3_lengths, self.tokenizer_on_disk("tokenizer"), "{}")
+        yield T5Tokenizer(self.tokenizer_on_disk("t5_tokenizer"), self.caption_length).lengths
 
     def model_type(self) -> type[Anima]:
         """The class of the model."""

@@ -14,9 +14,9 @@ from lorakit.api.noise import FlowSpec, ShiftLine
 from lorakit.checkpoints import CheckpointSummary, ModelPath, is_add_on
 from lorakit.errors import ModelError, Problem
 from lorakit.models.families.flow.checkpoint import TRANSFORMER, TRANSFORMER_PREFIXES, FlowCheckpoint
-from lorakit.models.families.flow.config import path_text
+from lorakit.models.families.flow.config import MAX_TOKENS, path_text
 from lorakit.models.families.flux1.checkpoint import CHROMA, FAMILY, ChromaCheckpoint, FluxCheckpoint
-from lorakit.models.families.flux1.config import MAX_TOKENS, SCHNELL_TOKENS, FluxFamilyConfig
+from lorakit.models.families.flux1.config import SCHNELL_TOKENS, FluxFamilyConfig
 from lorakit.models.families.flux1.parts import CLIP, T5, T5_ALONE
 from lorakit.models.families.flux1.parts import TRANSFORMER as TRANSFORMER_PART
 

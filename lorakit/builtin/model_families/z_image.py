@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,10 @@ from lorakit.api.noise import FlowSpec, ShiftLine
 from lorakit.checkpoints import CheckpointSummary, is_add_on
 from lorakit.errors import ModelError, Problem
 from lorakit.models.families.flow.checkpoint import TRANSFORMER_PREFIXES
-from lorakit.models.families.flow.config import FlowTransformerConfig
-from lorakit.models.families.flow.qwen3 import QWEN3
+from lorakit.models.families.flow.config import FlowTransformerConfig, TokenCounter
+from lorakit.models.families.flow.qwen3 import QWEN3, qwen3_lengths
 from lorakit.models.families.z_image.checkpoint import ZImageCheckpoint
-from lorakit.models.families.z_image.parts import LAYOUT, TRANSFORMER
+from lorakit.models.families.z_image.parts import LAYOUT, TEMPLATE, TRANSFORMER
 
 if TYPE_CHECKING:
     from lorakit.models.families.z_image.model import ZImage
@@ -79,6 +80,10 @@ class ZImageConfig(FlowTransformerConfig):
             configs = {}
         shift = configs.get("scheduler", {}).get("shift")
         return shift == _TURBO_SHIFT if shift else _TURBO.search(Path(self.path).name) is not None
+
+    def token_counters(self) -> Iterator[TokenCounter]:
+        """Qwen3's tokenizer."""
+        yield partial(qwen3_lengths, self.tokenizer_on_disk("tokenizer"), TEMPLATE)
 
     def warnings(self) -> Iterator[Problem]:
         """A distilled model that is trained without an adapter for that."""

@@ -6,17 +6,18 @@ that are read, and by whom, are listed in the file format's documentation (`docs
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from attrs import asdict
+from attrs import asdict, fields
 from torch.optim import Optimizer
 
 from lorakit._version import __version__
-from lorakit.api.components import TEXT_ENCODER_LR
+from lorakit.api.components import TEXT_ENCODER_LR, Component
 from lorakit.config.train_config import TrainConfig
 from lorakit.data.index import has_augmentation
 from lorakit.training.output.dataset_metadata import data_metadata
@@ -48,6 +49,7 @@ def run_metadata(
         "ss_total_batch_size": images * config.training.gradient_accumulation_steps,
         "ss_loss_type": config.loss.name,
         **{f"ss_{name}": value for name, value in asdict(config.loss).items()},
+        "ss_timesteps": json.dumps(_without_defaults(sampler), default=str),
         **config.network.metadata(),
         **data_metadata(prepared.datasets),
         "ss_cache_latents": not has_augmentation(prepared.datasets),
@@ -66,6 +68,12 @@ def run_metadata(
         "ss_weighted_captions": config.data.weighted_captions,
     }
     return {key: str(value) for key, value in values.items()}
+
+
+def _without_defaults(component: Component) -> dict[str, Any]:
+    """The name of a component, and the keys that are not at their defaults."""
+    options = {option.name: (getattr(component, option.name), option.default) for option in fields(type(component))}
+    return {"name": component.name, **{key: value for key, (value, default) in options.items() if value != default}}
 
 
 def save_metadata(step: int, epoch: int) -> dict[str, str]:

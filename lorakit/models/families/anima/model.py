@@ -24,8 +24,9 @@ from lorakit.models.families.anima.parts import (
     transformer_key,
 )
 from lorakit.models.families.anima.structure import TEXT_LENGTH, ConditionerConfig, TransformerConfig
-from lorakit.models.families.anima.text_encoder import MAX_TOKENS, AnimaTextEncoder
+from lorakit.models.families.anima.text_encoder import AnimaTextEncoder
 from lorakit.models.families.anima.transformer import Block, Transformer
+from lorakit.models.families.flow.config import MAX_TOKENS
 from lorakit.models.families.flow.model import FlowTransformer
 from lorakit.models.families.flow.qwen3 import (
     QWEN3,

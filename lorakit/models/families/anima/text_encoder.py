@@ -13,9 +13,6 @@ from lorakit.models.families.flow.qwen3 import Qwen3Tokenizer
 from lorakit.models.families.flow.t5 import T5Tokenizer
 from lorakit.models.interfaces import Conditioning, Tokens
 
-MAX_TOKENS = 512
-"""Longest caption by either tokenizer."""
-
 
 class AnimaTextEncoder:
     """Qwen3 and the LLM adapter, with their tokenizers."""

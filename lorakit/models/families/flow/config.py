@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from attrs import field, frozen
 
+from lorakit.api.model_family import CaptionLengths
 from lorakit.api.noise import FlowSpec
 from lorakit.checkpoints import HubModel, Location, ModelPath, locate
 from lorakit.errors import ModelError, Problem
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
     from lorakit.models.families.flow.model import FlowTransformer
     from lorakit.models.interfaces import DiffusionModel
     from lorakit.models.weights.merge_lora import Merging
+
+
+MAX_TOKENS = 512
+"""Most tokens of a caption."""
+
+_OWN_TOKENS = 32
+
+TokenCounter = Callable[[Sequence[str]], Sequence[int]]
+"""How many tokens captions have, before anything is cut off."""
 
 
 def path_text(path: str | Path | None) -> ModelPath | None:
@@ -48,6 +58,8 @@ class FlowTransformerConfig(BaseWeightsConfig):
     """An example of what to give for each part, and each tokenizer, that a model may lack, by the field's name."""
     tokenizer_fields: ClassVar[tuple[str, ...]] = ("tokenizer",)
     """The fields with tokenizers, called as their folders in models are."""
+    length_key: ClassVar[str] = "text_encoder"
+    """The field that says how long captions may be, or whose model does."""
 
     vae: ModelPath | None = field(default=None, converter=path_text)
     """VAE: a file, a diffusers folder, or a Hub id. The model's own when absent."""
@@ -64,6 +76,47 @@ class FlowTransformerConfig(BaseWeightsConfig):
     def noise_process(self) -> FlowSpec:
         """Flow matching."""
         return self.flow
+
+    @property
+    def caption_length(self) -> int:
+        """Maximum caption length in tokens."""
+        return MAX_TOKENS
+
+    def token_counters(self) -> Iterator[TokenCounter]:
+        """What counts the tokens of captions, for each tokenizer that cuts them off; imports no torch.
+
+        A `ModelError` for a tokenizer that cannot be read or is not on the disk.
+        """
+        return iter(())
+
+    def tokenizer_on_disk(self, name: str) -> Path:
+        """The folder with a tokenizer; a `ModelError` if it is nowhere, or would have to be downloaded."""
+        location = self.stored.tokenizers.get(name, self.stored.location)
+        folder = None if isinstance(location, HubModel) else self.stored.tokenizer_folder(name)
+        if folder is None:
+            raise ModelError(f"{location} has no {name} on this disk")
+        return folder
+
+    def caption_lengths(self, captions: Sequence[str], weighted: bool) -> CaptionLengths | None:  # noqa: ARG002
+        """The tokens of captions by the tokenizer that has most; None where one is not on the disk."""
+        try:
+            counts = [count(captions) for count in self.token_counters()]
+        except ModelError:
+            return None
+        return CaptionLengths(tuple(map(max, zip(*counts, strict=True))), self.caption_length) if counts else None
+
+    def warnings_of_captions(self, captions: Mapping[str, str], weighted: bool) -> Iterator[Problem]:
+        """Captions that have more tokens than are read."""
+        limit = self.caption_length
+        # A token is one byte or more; templates and ends of captions have a few of their own.
+        long = {name: text for name, text in captions.items() if len(text.encode()) > limit - _OWN_TOKENS}
+        lengths = self.caption_lengths(list(long.values()), weighted) if long else None
+        cut = [(own, name) for own, name in zip(lengths.tokens, long, strict=True) if own > limit] if lengths else []
+        if cut:
+            tokens, name = max(cut)
+            message = f"{limit} tokens are read, which cuts off the end of {len(cut)} of {len(captions)} captions"
+            hint = "write shorter ones" if limit == MAX_TOKENS else f"set it to {MAX_TOKENS}, or write shorter captions"
+            yield Problem(self.length_key, f"{message}; the longest, of {name}, has {tokens} tokens", hint)
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the files, as far as it shows without reading weights; keys are field names."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.api.components import ModelPart
 from lorakit.checkpoints import Shapes
 from lorakit.errors import ModelError
+from lorakit.models.families.flow.tokenizer_files import read_tokenizer_json, tokenizer_errors
 from lorakit.models.weights.checkpoint import TRANSFORMERS_FILES, CheckpointPart, PartFormat, Settings
 from lorakit.models.weights.counting import count
 
@@ -157,12 +158,9 @@ class Qwen3Tokenizer:
         from transformers import AutoTokenizer
 
         self.folder, self.template, self.max_length = folder, template, max_length
-        try:
+        with tokenizer_errors(folder):
             # Code that comes with a tokenizer is never run.
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # the library raises all kinds of exceptions for damaged files
-            reason = " ".join(str(error).split())[:200]
-            raise ModelError(f"the tokenizer in {folder} cannot be read ({reason}); download it again") from error
         if self._tokenizer.convert_tokens_to_ids(PAD) is None:
             raise ModelError(f"the tokenizer in {folder} has no {PAD}; it is not that of Qwen3")
 
@@ -178,7 +176,13 @@ class Qwen3Tokenizer:
         masks = [[1] * len(own) + [0] * (longest - len(own)) for own in ids]
         return {"ids": torch.tensor(filled), "mask": torch.tensor(masks)}
 
-    def lengths(self, captions: Sequence[str]) -> list[int]:
-        """How many tokens captions have in the template, before anything is cut off."""
-        texts = [self.template.replace("{}", caption) for caption in captions]
-        return [len(own) for own in self._tokenizer(texts, add_special_tokens=False).input_ids]
+
+def qwen3_lengths(folder: Path, template: str, captions: Sequence[str]) -> list[int]:
+    """How many tokens captions have in a template, before anything is cut off; imports no torch.
+
+    A `ModelError` unless the tokenizer's folder has a `tokenizer.json` that can be read.
+    """
+    texts = [template.replace("{}", caption) for caption in captions]
+    with tokenizer_errors(folder):
+        tokenizer = read_tokenizer_json(folder)
+        return [len(own.ids) for own in tokenizer.encode_batch(texts, add_special_tokens=False)]

@@ -15,6 +15,7 @@ from lorakit.api.components import ModelPart
 from lorakit.checkpoints import Shapes
 from lorakit.errors import ModelError
 from lorakit.models.families.flow.sentencepiece import read_sentencepiece
+from lorakit.models.families.flow.tokenizer_files import TOKENIZER_JSON, read_tokenizer_json, tokenizer_errors
 from lorakit.models.weights.checkpoint import TRANSFORMERS_FILES, PartFormat, Places, Settings
 from lorakit.models.weights.counting import count
 
@@ -157,19 +158,9 @@ class T5Tokenizer:
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a folder; a `ModelError` if its file is unusable."""
-    try:
-        if (folder / "tokenizer.json").is_file():
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-            return tokenizer
-        return _unigram(folder / "spiece.model")
-    except BaseException as error:
-        # The tokenizers library raises plain Exception; where it panics, what is raised is not even one.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"the tokenizer in {folder} cannot be read ({reason}); download it again") from error
+    with tokenizer_errors(folder):
+        is_json = (folder / TOKENIZER_JSON).is_file()
+        return read_tokenizer_json(folder) if is_json else _unigram(folder / "spiece.model")
 
 
 def _unigram(file: Path) -> Tokenizer:

@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lorakit.models.base import PartModule
+from lorakit.models.families.flow.config import MAX_TOKENS
 from lorakit.models.families.flow.model import FlowTransformer
 from lorakit.models.families.flow.qwen3 import (
     QWEN3,
@@ -23,16 +24,12 @@ from lorakit.models.families.flow.qwen3 import (
     qwen3_targets,
     set_rotary,
 )
-from lorakit.models.families.z_image.parts import LAYOUT, TRANSFORMER, block_index, transformer_key
+from lorakit.models.families.z_image.parts import LAYOUT, TEMPLATE, TRANSFORMER, block_index, transformer_key
 from lorakit.models.families.z_image.transformer import MULTIPLE, Block, ZImageSettings, ZImageTransformer
 from lorakit.models.interfaces import AdaptationTarget, Conditioning, Memo, Tokens
 from lorakit.models.weights.checkpoint import CheckpointPart
 from lorakit.models.weights.folders import TensorSlice
 
-TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-"""How Qwen3's chat template puts one message of a user, with thinking enabled."""
-MAX_TOKENS = 512
-"""Longest caption, the template counted."""
 _KINDS = {"attention": "attention", "feed_forward": "mlp", "adaLN_modulation": "modulation"}
 _QKV = {"to_q": 0, "to_k": 1, "to_v": 2}
 """The layers that are thirds of one layer in the original code."""

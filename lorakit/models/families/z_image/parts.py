@@ -10,6 +10,8 @@ TRANSFORMER = ModelPart(_NAME, title="transformer", lora_prefix="lora_unet_")
 
 LAYOUT = BlockLayout(34, {"layers": range(30), "noise_refiner": range(30, 32), "context_refiner": range(32, 34)})
 """The main blocks come first, as all that most networks adapt."""
+TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+"""How Qwen3's chat template puts one message of a user, with thinking enabled; its tokens count in a caption's."""
 
 
 def transformer_key(path: str) -> str:
