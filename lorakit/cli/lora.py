@@ -101,7 +101,7 @@ def _config_of(path: Path) -> str:
     from lorakit.kohya.command_line import parse
     from lorakit.kohya.conversion import convert
     from lorakit.kohya.draft import Setting, to_text
-    from lorakit.kohya.options_files import Given
+    from lorakit.kohya.options_files import UNSAID, Given
     from lorakit.lora_tools.adapters import open_lora
     from lorakit.lora_tools.training_options import (
         cleans_captions,
@@ -114,7 +114,8 @@ def _config_of(path: Path) -> str:
 
     file = open_lora(path)
     script = script_of(file)
-    given = Given(parse(training_options(file, script), script), script=script)
+    options = parse(training_options(file, script), script)
+    given = Given(options, dict.fromkeys(("train_data_dir", "output_dir"), UNSAID), script=script)
     draft = convert(given, Path.cwd(), Path.cwd(), catalog())
     if not cleans_captions(file):
         draft.sections["model"].pop("fix_text", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
 from hashlib import sha256
 from pathlib import Path
@@ -184,7 +185,10 @@ def test_config_without_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """A file that says nothing gives a config with placeholders and what its tensors show."""
     monkeypatch.chdir(tmp_path)
     unet = {name: tensor for name, tensor in lora(rank=6).items() if not name.startswith("lora_te")}
-    config = tomllib.loads(run("info", write(tmp_path / "cat.safetensors", unet, {}), "--config"))
+    found = CliRunner().invoke(cli, ["lora", "info", str(write(tmp_path / "cat.safetensors", unet, {})), "--config"])
+    assert "searched" not in found.stderr  # a folder that is only in the place of another
+    assert re.search(r'image_dir = "train" +# not in the file: set it', found.stdout)
+    config = tomllib.loads(found.stdout)
     assert config["network"]["parts"] == ["unet"]
     assert (config["network"]["rank"], config["network"]["alpha"]) == (6, 2.0)
     two_rates = {"ss_text_encoder_lr": "[5e-05, 0.0001]", "ss_learning_rate": "nonsense"}
