@@ -147,8 +147,8 @@ class LoKrModule(RankedModule):
         update = cast("Tensor", _Kronecker.apply(x, first, second, self.base))  # type: ignore[no-untyped-call]
         if self._draw_kept is not None and self.training:
             update = update * self._draw_kept(len(x)).view(-1, *[1] * (x.ndim - 1))
-        # Not in place, as the output of a quantized layer may be a view.
-        return (out + update).to(out.dtype)
+        # A copy, as the output of a quantized layer may be a view; it keeps the layout in memory.
+        return out.clone().add_(update)
 
     def _matrix(self, name: str, dtype: torch.dtype) -> Tensor:
         """W₁ or W₂ in the format to compute in."""

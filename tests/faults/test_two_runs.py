@@ -47,5 +47,5 @@ def test_second_run_in_an_output_folder_is_told(run: SmallRun, reference: Refere
     """The second of two runs of one name in one folder is refused with a message that names the folder."""
     statuses, said = both_in_one_folder(run)
     assert sorted(map(str, statuses)) == ["0", "2"]
-    assert f"another run is writing 'test' to {run.output}" in said
+    assert f"another run is writing 'test' to {run.output.name}: " in said
     assert weights_of(run.final) == reference.weights

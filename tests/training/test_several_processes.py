@@ -222,7 +222,8 @@ def test_moving_average(tables: dict[str, Any], make_config: MakeConfig, tmp_pat
     assert found.keys() == alone.keys()
     ups = [(found[name], own) for name, own in alone.items() if "lora_up" in name]
     off, moved = (torch.cat([*map(torch.flatten, parts)]) for parts in ([a - b for a, b in ups], [b for _, b in ups]))
-    assert off.norm() < 1e-4 * moved.norm()
+    # Sums over one image or two are rounded otherwise, and this model's norms over few numbers make more of that.
+    assert off.norm() < 1e-3 * moved.norm()
 
 
 AVERAGED = """

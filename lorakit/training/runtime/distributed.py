@@ -130,7 +130,9 @@ def _join(device: str, timeout: float | None) -> Distributed:
         raise ConfigError([Problem("", message, "start it with `accelerate launch` or torchrun, which set LOCAL_RANK")])
     # At the end of the program and not of the run: another run may follow, and processes can meet only once.
     atexit.register(state.destroy_process_group)
-    return Distributed(state.device, state.process_index, state.num_processes)
+    # With a number, PyTorch would copy what is on the CPU already, and weights out of their mapped files.
+    own = torch.device("cpu") if state.device.type == "cpu" else state.device
+    return Distributed(own, state.process_index, state.num_processes)
 
 
 def _problems_of_launch(device: str, on_cpu: bool) -> Iterator[Problem]:
