@@ -9,12 +9,14 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import re
 import runpy
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from attrs import frozen
@@ -56,7 +58,8 @@ class Attempt:
     def send(self, signal_number: int) -> None:
         """Send a signal, unless it has ended already."""
         if self.poll() is None:
-            os.kill(self.pid, signal_number)
+            with suppress(ProcessLookupError):  # it has ended just now
+                os.kill(self.pid, signal_number)
 
     def wait(self, seconds: float = 300) -> int:
         """The exit status, once it has ended. Raises TimeoutError where it takes too long."""
@@ -79,6 +82,11 @@ class Attempt:
     def said(self) -> str:
         """What it has said so far."""
         return self.log.read_text() if self.log.exists() else ""
+
+    @property
+    def has_saved(self) -> bool:
+        """Whether it has said that it saved a file, which it says with the time; not that it will."""
+        return re.search(r"^\d\d:\d\d:\d\d saved ", self.said, re.MULTILINE) is not None
 
     @property
     def cpu_seconds(self) -> float:

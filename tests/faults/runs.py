@@ -93,7 +93,7 @@ class Reference:
             seconds = attempt.cpu_seconds
             if seconds != float("inf"):
                 last[1] = seconds
-            if not last[0] and "saved " in attempt.said:
+            if not last[0] and attempt.has_saved:
                 last[0] = last[1]
             return False
 

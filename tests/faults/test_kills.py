@@ -48,7 +48,7 @@ def _killed(run: SmallRun, reference: Reference, random: np.random.Generator) ->
     """Go on with a run until it is killed at a random moment, and look at its files; False where it ended before."""
     attempt, moment = run.start(_workers(random)), random.uniform(0, reference.startup)
     if random.random() < 0.8:
-        attempt.until(lambda: "saved " in attempt.said)
+        attempt.until(lambda: attempt.has_saved)
         moment = attempt.cpu_seconds + random.uniform(0, reference.rest / 2)
     attempt.until(lambda: attempt.cpu_seconds >= moment)
     attempt.send(signal.SIGKILL)

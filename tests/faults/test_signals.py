@@ -16,7 +16,7 @@ from tests.faults.runs import Reference, SmallRun, weights_of
 def test_stopped_at_a_random_moment(number: int, run: SmallRun, reference: Reference) -> None:
     """The first SIGTERM or Ctrl-C ends with 130 and a state, after no more than the step; the resumed run is exact."""
     attempt = run.start()
-    attempt.until(lambda: "saved " in attempt.said)
+    attempt.until(lambda: attempt.has_saved)
     moment = attempt.cpu_seconds + keyed_generator("stop", number).uniform(0, reference.rest)
     attempt.until(lambda: attempt.cpu_seconds >= moment)
     attempt.send(signal.SIGINT if number % 2 else signal.SIGTERM)
