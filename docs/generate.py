@@ -249,7 +249,7 @@ What sd-scripts does by mistake is done as it was meant. A warning says so where
   0; previews take 3.5.
 - `split_qkv=True` gives queries, keys and values adapters of their own, which act at a part of their strength. lorakit
   trains one adapter for the three.
-- sd-scripts rounds the timestep that the transformer is told to bfloat16; lorakit does not.
+- sd-scripts rounds the timestep passed to the transformer to bfloat16; lorakit does not.
 - With Anima, sd-scripts writes the rate at which captions are dropped into its cache, so that another rate needs a new
   one. lorakit's cache does not know the rate.
 

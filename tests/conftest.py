@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
+from lorakit.testing.flow_models import make_tiny_anima, make_tiny_z_image
+from lorakit.testing.flux_models import make_tiny_chroma, make_tiny_flux
 from lorakit.testing.models import make_tiny_sd2, make_tiny_sdxl, to_single_file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+FLOW_MAKERS: Mapping[str, Callable[[Path], Path]] = {
+    "flux1": make_tiny_flux, "chroma": make_tiny_chroma, "z_image": make_tiny_z_image, "anima": make_tiny_anima,
+}  # fmt: skip
+"""What makes a tiny model of each flow-matching family."""
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +54,16 @@ def tiny_sdxl(lorakit_offline: None, tmp_path_factory: pytest.TempPathFactory) -
 def tiny_sdxl_file(tiny_sdxl: Path) -> Path:
     """The same model as one safetensors file in the original layout."""
     return to_single_file(tiny_sdxl, tiny_sdxl.with_suffix(".safetensors"))
+
+
+@pytest.fixture(scope="session")
+def tiny_flow(lorakit_offline: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function from the name of a flow-matching family to a folder with a tiny model of it, which is made once."""
+    root, made = tmp_path_factory.mktemp("models"), dict[str, Path]()
+
+    def of(name: str) -> Path:
+        if name not in made:
+            made[name] = FLOW_MAKERS[name](root / name)
+        return made[name]
+
+    return of

@@ -9,7 +9,7 @@ from lorakit.checkpoints.lora_names import DOWN, UP, own_name, split_name
 from lorakit.checkpoints.summary import CheckpointSummary, Shapes
 
 OTHER = "another kind of model than Stable Diffusion"
-"""What is said of files whose names are not those of any model known here."""
+"""What messages call files whose tensor names match no known model."""
 _OR = " or "
 _ANY_FLUX, _ANY_JOINT = "FLUX.1, FLUX.2 or Chroma", "FLUX.1, Chroma, Stable Diffusion 3 or Qwen-Image"
 
@@ -77,7 +77,7 @@ def model_of_adapters(summary: CheckpointSummary) -> str:
 
 
 def alternatives(model: str) -> list[str]:
-    """The models that one of several stands for: `FLUX.1 or Chroma`."""
+    """The models that a title names: both of `FLUX.1 or Chroma`."""
     return model.replace(", ", _OR).split(_OR)
 
 

@@ -69,7 +69,7 @@ def _config_files(context: click.Context, parameter: click.Parameter, value: tup
 
 
 def _refuse_settings(context: click.Context, paths: Iterable[Path]) -> None:
-    """Raise UsageError where a key with its value stands in the place of a config file."""
+    """Raise UsageError if KEY=VALUE is given in place of a config file."""
     from lorakit.cli.usage import cure_of_arguments
 
     given = [str(path) for path in paths]

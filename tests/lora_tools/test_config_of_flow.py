@@ -16,13 +16,8 @@ from safetensors.torch import load_file
 
 import lorakit
 from lorakit.cli.group import cli
-from lorakit.testing.flow_models import make_tiny_anima, make_tiny_z_image
-from lorakit.testing.flux_models import make_tiny_chroma, make_tiny_flux
 from tests.lora_tools.files import lora, write
 
-MAKERS: Mapping[str, Callable[[Path], Path]] = {
-    "flux1": make_tiny_flux, "chroma": make_tiny_chroma, "z_image": make_tiny_z_image, "anima": make_tiny_anima,
-}  # fmt: skip
 GROUPS = {
     "flux1": {"double": 3, "single": 2}, "chroma": {"single": 2}, "z_image": {"layers": 2}, "anima": {"blocks": 3},
 }  # fmt: skip
@@ -43,30 +38,17 @@ def info(file: Path) -> str:
     return result.stdout
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function from the name of a family to a tiny model of it, which is made once."""
-    root, made = tmp_path_factory.mktemp("models"), dict[str, Path]()
-
-    def of(name: str) -> Path:
-        if name not in made:
-            made[name] = MAKERS[name](root / name)
-        return made[name]
-
-    return of
-
-
 @pytest.mark.parametrize(
     ("family", "network"),
     [("flux1", "layers"), ("chroma", "lokr"), ("z_image", "dora"), ("anima", "layers"), ("anima", "lokr")],
 )
 def test_it_repeats_the_run(
-    family: str, network: str, models: Callable[[str], Path], photographs: Path, tmp_path: Path,
+    family: str, network: str, tiny_flow: Callable[[str], Path], photographs: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Where model and images are at the names that files hold, the printed config trains the same, bit for bit."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").symlink_to(models(family))
+    (tmp_path / "model").symlink_to(tiny_flow(family))
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "2_photos").symlink_to(photographs)
     parts = [part.name for part in _family(family).parts]

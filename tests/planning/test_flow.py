@@ -23,14 +23,10 @@ from lorakit.models.weights.load import without_weights
 from lorakit.planning.dummy_batches import BatchShape
 from lorakit.planning.estimate import training_memory
 from lorakit.planning.memory_tracker import MemoryTracker
-from lorakit.testing.flow_models import make_tiny_anima, make_tiny_z_image
-from lorakit.testing.flux_models import make_tiny_chroma, make_tiny_flux
 from lorakit.training.prepare import prepare
+from tests.conftest import FLOW_MAKERS
 from tests.planning.test_memory import NO_IMAGES, estimate, example, given_in
 
-MAKERS: Mapping[str, Callable[[Path], Path]] = {
-    "flux1": make_tiny_flux, "chroma": make_tiny_chroma, "z_image": make_tiny_z_image, "anima": make_tiny_anima,
-}  # fmt: skip
 SETTINGS: Mapping[str, dict[str, Any]] = {
     "plain": {},
     "bf16, int8, checkpoints": {
@@ -42,21 +38,14 @@ SETTINGS: Mapping[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """A tiny model of each family."""
-    root = tmp_path_factory.mktemp("models")
-    return {name: make(root / name) for name, make in MAKERS.items()}
-
-
 @pytest.mark.usefixtures("lorakit_one_thread")
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("family", MAKERS)
+@pytest.mark.parametrize("family", FLOW_MAKERS)
 def test_fake_tensors_take_what_real_ones_take(
-    make_config: Any, folders: Mapping[str, Path], family: str, setting: str
+    make_config: Any, tiny_flow: Callable[[str], Path], family: str, setting: str
 ) -> None:
     """Weights, adapters and gradients to the byte, temporary tensors within a hundredth."""
-    config = make_config(model={"path": str(folders[family])}, training=SETTINGS[setting])
+    config = make_config(model={"path": str(tiny_flow(family))}, training=SETTINGS[setting])
     prepared, shape = prepare(config), BatchShape(1, (64, 64))
     batch = example(prepared, shape)
     real, found = training_memory(prepared, batch, NO_IMAGES, MemoryTracker), estimate(prepared, shape)

@@ -15,17 +15,13 @@ from lorakit.api.model_family import ModelFamilyConfig
 from lorakit.api.noise import FlowSpec
 from lorakit.config.train_config import TrainConfig
 from lorakit.plugins.catalog import Catalog
-from lorakit.testing.flow_models import make_tiny_anima, make_tiny_z_image
-from lorakit.testing.flux_models import make_tiny_chroma, make_tiny_flux
 from lorakit.training.checkpoint.state import state_folder
 from lorakit.training.prepare import prepare
 from lorakit.training.runtime.distributed import Distributed
 from lorakit.training.setup import build_run, run_training
+from tests.conftest import FLOW_MAKERS
 from tests.training.test_learning import first_batch, loss_on, train_on
 
-MAKERS: Mapping[str, Callable[[Path], Path]] = {
-    "flux1": make_tiny_flux, "chroma": make_tiny_chroma, "z_image": make_tiny_z_image, "anima": make_tiny_anima,
-}  # fmt: skip
 NETWORKS: Mapping[str, dict[str, Any]] = {
     "lierla": {"name": "lierla"},
     "dora": {"name": "lierla", "dora": True},
@@ -46,19 +42,6 @@ SETTINGS: Mapping[str, tuple[str, dict[str, Any]]] = {
 """Precision, and keys of `[training]`."""
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function from the name of a family to a tiny model of it, which is made once."""
-    root, made = tmp_path_factory.mktemp("models"), dict[str, Path]()
-
-    def of(name: str) -> Path:
-        if name not in made:
-            made[name] = MAKERS[name](root / name)
-        return made[name]
-
-    return of
-
-
 def config_of(make_config: Any, path: Path, **sections: Any) -> TrainConfig:
     """The config of a run on a model."""
     config: TrainConfig = make_config(model={"path": str(path)}, **sections)
@@ -72,7 +55,7 @@ def test_every_family_is_here(catalog: Catalog) -> None:
         for name, (first, *_) in catalog.of_kind(ModelFamilyConfig).items()
         if first.provider.is_of("lorakit") and isinstance(first.component(path="gone").noise_process, FlowSpec)
     }
-    assert found == MAKERS.keys()
+    assert found == FLOW_MAKERS.keys()
 
 
 OTHERS = [name for name in SETTINGS if name not in ("plain", "int8")]
@@ -81,13 +64,15 @@ CASES = [*product(NETWORKS, ("plain", "int8")), *product(("lierla",), OTHERS), (
 
 
 @pytest.mark.parametrize(("network", "setting"), CASES)
-@pytest.mark.parametrize("family", MAKERS)
-def test_loss_falls(make_config: Any, models: Callable[[str], Path], family: str, network: str, setting: str) -> None:
+@pytest.mark.parametrize("family", FLOW_MAKERS)
+def test_loss_falls(
+    make_config: Any, tiny_flow: Callable[[str], Path], family: str, network: str, setting: str
+) -> None:
     """Updates on one batch lower its loss; all layers that the family adapts by default take part."""
     precision, training = SETTINGS[setting]
     config = config_of(
         make_config,
-        models(family),
+        tiny_flow(family),
         network={"rank": 4, "alpha": 4.0, **NETWORKS[network]},
         optimizer={"lr": 1e-2},
         training={"mixed_precision": precision, **training},
@@ -101,12 +86,12 @@ def test_loss_falls(make_config: Any, models: Callable[[str], Path], family: str
     assert loss_on(run, batch).item() < 0.99 * before
 
 
-@pytest.mark.parametrize("family", MAKERS)
+@pytest.mark.parametrize("family", FLOW_MAKERS)
 def test_resumes_to_the_same_bytes(
-    make_config: Any, models: Callable[[str], Path], catalog: Catalog, family: str
+    make_config: Any, tiny_flow: Callable[[str], Path], catalog: Catalog, family: str
 ) -> None:
     """A run of all parts that is resumed half-way ends with the file of one that was not."""
-    path = models(family)
+    path = tiny_flow(family)
     parts = [part.name for part in catalog.find(ModelFamilyConfig, family).parts]
     config = config_of(
         make_config,
