@@ -138,11 +138,11 @@ KOHYA_INTRO = """\
 $ lorakit from-kohya -o config.toml accelerate launch train_network.py --pretrained_model_name_or_path=model …
 ```
 
-A line of several lines is pasted in single quotation marks, with the `\\` or `^` at the ends of its lines. The
-options alone will do, and so will `--config_file` with sd-scripts' own file of options. Without `-o`, the config goes
-to standard output. At the end it says what `lorakit check` would refuse.
+If the command spans several lines, paste all of it in single quotation marks, with the `\\` or `^` that ends each line.
+The options without the script's name also work, and so does `--config_file` with sd-scripts' own config file. Without
+`-o`, the config goes to standard output. The last lines say what `lorakit check` would refuse.
 
-Files of other programs are read too, with or without options behind them:
+Files of other programs are read as well, alone or followed by options:
 
 ```console
 $ lorakit from-kohya -o config.toml fluffy_20260710-150838.json
@@ -151,109 +151,110 @@ $ lorakit from-kohya -o config.toml "sd15 - EDG_LoraOptiSettings.json" --pretrai
 $ lorakit from-kohya -o config.toml training_config.toml dataset_config.toml
 ```
 
-- The GUI kohya_ss: its presets, the `.json` file that it saves beside a LoRA, and the `.toml` file that it makes of
-  that for sd-scripts. Its epochs become `training.max_epochs`. A preset names no model and no images: give them behind
-  it, or set them in the config.
+- The GUI kohya_ss: its presets, the `.json` file that it saves beside a LoRA, and the `.toml` file that it writes for
+  sd-scripts. Its epochs become `training.max_epochs`. A preset names no model and no images: add them as options, or
+  set them in the config.
 - lora-scripts: `config/default.toml`, and the files in `config/autosave`.
-- Colab notebooks that write a file of options and a dataset file: both, in any order.
+- Colab notebooks that write a config file and a dataset file: both, in any order.
 
-- Each key in the config is followed by the option that it comes from. Where sd-scripts has another default than
-  lorakit, the config says it: `--learning_rate` is 2e-6 when absent, for example.
-- An option that has no counterpart is a warning, and stands in a comment at the top of the config. An optimizer, a
-  schedule or a network that lorakit does not have is written under its own name, so that `lorakit check` refuses the
-  config until another is chosen.
-- An option that sd-scripts does not have, or a value of the wrong type, is an error. In a file, a key that sd-scripts
-  does not have is passed over with a warning, unless it is nearly the name of an option. What programs write for
-  nothing, `0`, `""` or `[]`, is nothing.
-- Prompts may stand in `--sample_prompts` themselves; the config holds them then.
-- `--resume` takes the weights of a state of sd-scripts, its folder, as `network.weights`. Optimizer, schedule and step
-  number cannot be taken from it. A run of lorakit goes on with `lorakit train config.toml --resume`.
-- Relative paths are those of sd-scripts, relative to the folder where `lorakit from-kohya` is called. A dataset file
-  whose folders would be looked for elsewhere, or that options such as `--resolution` add to, is copied into the
-  config.
-- The options of `accelerate launch` itself are passed over; to train on several processes, see
+What to expect of the config:
+
+- A comment after each key names the option that it comes from. Where the defaults of sd-scripts and lorakit differ, the
+  config sets the key: without `--learning_rate`, for example, to 2e-6.
+- An option without a counterpart causes a warning and is listed in a comment at the top of the config. An optimizer,
+  schedule or network that lorakit does not have keeps its name, and `lorakit check` refuses the config until you choose
+  another.
+- An option that sd-scripts does not have, or a value of the wrong type, is an error. In a file, an unknown key only
+  causes a warning, unless it looks like a misspelt option. Empty values, which GUIs write for unused fields (`0`, `""`
+  or `[]`), are ignored.
+- `--sample_prompts` may hold the prompts themselves; they are written into the config.
+- `--resume` with a state of sd-scripts takes its weights as `network.weights`. Optimizer, schedule and step number
+  cannot be taken over. To resume a run of lorakit, use `lorakit train config.toml --resume`.
+- Relative paths are relative to the folder where you call `lorakit from-kohya`, as with sd-scripts. A dataset file is
+  copied into the config if its folders would be searched elsewhere, or if options such as `--resolution` add to it.
+- The options of `accelerate launch` itself are ignored; see
   [Train on several processes](several-processes.md).
-- sd-scripts cleans captions with ftfy; the config says the same with `model.fix_text = true`. ComfyUI, InvokeAI and
-  diffusers do not, so take the line away if you draw with these and captions have curly quotes or full-width letters.
-- Without `--resize_interpolation`, sd-scripts makes images smaller by averaging areas, and lorakit with a Lanczos
-  filter; latents differ by about 1 %. The config names the key that averages, too: `resize_interpolation = "area"`.
-- Noise and the order of images are drawn in lorakit's own way, so no weight is equal bit for bit.
+- sd-scripts cleans captions with ftfy, so the config sets `model.fix_text = true`. ComfyUI, InvokeAI and diffusers do
+  not clean prompts: if you use them and your captions have curly quotes or full-width letters, remove the line.
+- Without `--resize_interpolation`, sd-scripts averages areas to make images smaller, while lorakit uses a Lanczos
+  filter; latents differ by about 1 %. For sd-scripts' way, set `resize_interpolation = "area"`.
+- lorakit has its own random numbers for noise and the order of images, so the weights are never bit-for-bit the same.
 
 ## SDXL
 
-The script's name says that SDXL is trained; so does `sdxl` in a file of the GUI. For options alone, and for other
-files, the base model says it.
+SDXL is recognized by the script's name, by `sdxl` in a file of the GUI, or by the base model.
 
 - `text_encoder` in the tables below means both text encoders, `["text_encoder", "text_encoder_2"]`.
 - sd-scripts has one learning rate for both: the first number of `--text_encoder_lr`. In lorakit,
-  `optimizer.text_encoder_lr` takes a list, and `[1e-5, 0]` trains the first alone.
-- Without `--max_bucket_reso`, the config says `max_bucket_reso = 1024`, which is sd-scripts' default. With it, images
-  that are not square are made smaller than SDXL is trained on; take the line away for 2048.
-- sd-scripts draws previews at 512×512 with `ddim` by default, which looks broken with SDXL. The config sets the same in
+  `optimizer.text_encoder_lr` takes a list, and `[1e-5, 0]` trains only the first.
+- Without `--max_bucket_reso`, the config sets `max_bucket_reso = 1024`, which is sd-scripts' default. It makes images
+  that are not square smaller than SDXL was trained on; remove the line to get 2048.
+- By default sd-scripts draws previews at 512×512 with `ddim`, which looks broken with SDXL. The config does the same in
   five keys; remove them for 1024×1024 with `euler_a`.
-- `--cache_text_encoder_outputs` needs no key: captions are encoded once where the text encoders are not trained. With
-  `--shuffle_caption` and other options that change captions, sd-scripts refuses it; lorakit then encodes in each step
-  what has too many forms to encode all.
+- `--cache_text_encoder_outputs` needs no key: captions are encoded once unless a text encoder is trained. sd-scripts
+  refuses it together with `--shuffle_caption` and other options that change captions; lorakit then encodes captions
+  with too many variants in each step.
 - `--clip_skip` has no effect, as with sd-scripts.
 
-Some differences are deliberate. LoRA files of both are used alike.
+Some differences are deliberate. LoRA files of both are used in the same way.
 
-- A single file holds the projection of the second text encoder transposed. sd-scripts takes it as it is, so that the
-  pooled vector in training is another than that in all programs that draw; lorakit transposes it.
+- In a single file, the projection of the second text encoder is stored transposed. sd-scripts uses it as it is, so its
+  pooled vectors in training differ from those of all programs that draw; lorakit transposes it.
 - Crop conditioning uses the actual crop, in pixels of the resized image, including random crops and mirrored images.
   sd-scripts uses the offset of a letterboxed image.
-- With `--zero_terminal_snr`, `--min_snr_gamma` and other weights go by the rescaled noise schedule, in sd-scripts by
-  the one before.
-- In sd-scripts only `--v_parameterization` and `--zero_terminal_snr` decide what is trained, and the config sets both
-  keys accordingly. `lorakit check` warns if the model's file disagrees; without `prediction` and `zero_terminal_snr`,
-  lorakit uses what the file says.
+- With `--zero_terminal_snr`, `--min_snr_gamma` and other weights are computed from the rescaled noise schedule; in
+  sd-scripts from the original one.
+- In sd-scripts, only `--v_parameterization` and `--zero_terminal_snr` decide what is trained, so the config sets both
+  keys. `lorakit check` warns if the model's file disagrees. Without `prediction` and `zero_terminal_snr`, lorakit does
+  what the file says.
 - Images for which the VAE overflows in half precision are encoded again in float32.
 
 ## FLUX.1, Chroma and Anima
 
-The script's name says what is trained, or an option that it alone has, such as `--t5xxl` or `--qwen3`, or the network
-module; `--model_type=chroma` says Chroma. In a `.json` file of the GUI, `flux1_checkbox` or `anima_checkbox` says it,
-and `model_type`. Of its fields those count that the GUI itself passes on: `train_blocks`, for example, does not.
+They are recognized by the script's name, the network module, or an option that only one script has, such as `--t5xxl`
+or `--qwen3`; Chroma by `--model_type=chroma`. In a `.json` file of the GUI, `flux1_checkbox`, `anima_checkbox` and
+`model_type` decide. Fields that the GUI does not pass on to sd-scripts, such as `train_blocks`, are ignored.
 
-- `--clip_l`, `--t5xxl`, `--ae`, `--qwen3` and `--vae` become keys of `[model]`. Single files have no tokenizers; the
-  config names those that sd-scripts takes, by their ids on the Hub.
-- `unet` in the tables below means the transformer. As with sd-scripts, FLUX.1's CLIP and Anima's Qwen3 are trained,
-  too, without `--network_train_unet_only`; T5 with `train_t5xxl=True`, and Anima's LLM adapter with
-  `train_llm_adapter=True`. lorakit counts that as a text encoder, whose learning rate is set to `--unet_lr`.
+- `--clip_l`, `--t5xxl`, `--ae`, `--qwen3` and `--vae` become keys of `[model]`. Single files contain no tokenizer; the
+  config names those that sd-scripts uses, by their ids on the Hub.
+- `unet` in the tables below means the transformer. As with sd-scripts, FLUX.1's CLIP and Anima's Qwen3 are also
+  trained, unless `--network_train_unet_only` is given. T5 is trained with `train_t5xxl=True`, and Anima's LLM adapter
+  with `train_llm_adapter=True`. lorakit counts the LLM adapter as a text encoder; its learning rate is set to
+  `--unet_lr`.
 - `--blocks_to_swap` becomes `training.stream_base`, which streams all blocks.
-- Options of `[loss]` that are made for Stable Diffusion, and bounds of timesteps, are read by these scripts and never
-  used. They are left out with a warning; `timesteps.min` and `timesteps.max` do what bounds are for.
+- These scripts accept the options of Stable Diffusion for the loss and for the range of timesteps, but ignore them.
+  They are left out with a warning. To limit timesteps, set `timesteps.min` and `timesteps.max`.
 
 Timesteps become `[timesteps]`:
 
 - `--timestep_sampling=uniform`: `name = "uniform"`, `shift = 1.0`.
 - `sigmoid`: `name = "logit_normal"`, `std` from `--sigmoid_scale`, `shift = 1.0`.
 - `shift`: the same, with `shift` from `--discrete_flow_shift`.
-- `flux_shift`: the same, without `shift` for FLUX.1 dev, whose own it is. For other models it is the shift at the first
-  dataset's resolution, with a warning.
+- `flux_shift`: the same without `shift` for FLUX.1 dev, where it is the default. For other models, `shift` is the one
+  for the first dataset's resolution, with a warning.
 - `sigma`: `name = "uniform"`, with `shift` from `--discrete_flow_shift`, which counts here, too. sd-scripts draws one
-  of 1000 timesteps, lorakit any number between.
-- `sigma` with `--weighting_scheme=logit_normal`: `name = "logit_normal"`, `mean` from `--logit_mean` with its sign
-  changed, `std` from `--logit_std`. With `mode`: `name = "mode"`, `mode_scale` from `--mode_scale`.
+  of 1000 timesteps; in lorakit timesteps are continuous.
+- `sigma` with `--weighting_scheme=logit_normal`: `name = "logit_normal"`, `mean` is the negative of `--logit_mean`,
+  `std` from `--logit_std`. With `mode`: `name = "mode"`, `mode_scale` from `--mode_scale`.
 
-Choices of layers become `network.layers`, and ranks `network.group_ranks` or `network.block_ranks`, where these say
-exactly the same: `train_blocks`, `train_double_block_indices`, `img_attn_dim` and its like, `network_reg_dims`,
-`include_patterns` and `exclude_patterns`. Learning rates in `network_reg_lrs` become `network.group_lr_weights`. Other
-choices are left out with a warning.
+Options that choose layers become `network.layers`, and options for ranks become `network.group_ranks` or
+`network.block_ranks`, if these say exactly the same: `train_blocks`, `train_double_block_indices`, `img_attn_dim` and
+the like, `network_reg_dims`, `include_patterns` and `exclude_patterns`. Learning rates in `network_reg_lrs` become
+`network.group_lr_weights`. Other choices are left out with a warning.
 
-What sd-scripts does by mistake is done as it was meant. A warning says so where an option does it:
+lorakit does not repeat mistakes of sd-scripts. If an option asks for one, a warning says so:
 
-- `--model_prediction_type` is `sigma_scaled` by default, with which the loss compares an image with a velocity. Only
-  `raw` is right, and that is what lorakit does. `--weighting_scheme` weights FLUX.1's loss with `sigma_scaled` alone.
-- `--guidance_scale` is 3.5 by default, with which LoRA lose contrast. lorakit trains FLUX.1 dev with 1 and Chroma with
-  0; previews take 3.5.
-- `split_qkv=True` gives queries, keys and values adapters of their own, which act at a part of their strength. lorakit
+- `--model_prediction_type` is `sigma_scaled` by default, with which the loss compares an image with a velocity. lorakit
+  compares velocities, as with `raw`. `--weighting_scheme` weights FLUX.1's loss only with `sigma_scaled`.
+- `--guidance_scale` is 3.5 by default, which makes LoRAs lose contrast. lorakit trains FLUX.1 dev with 1 and Chroma
+  with 0; previews use 3.5.
+- `split_qkv=True` gives queries, keys and values separate adapters, which have only part of their effect. lorakit
   trains one adapter for the three.
 - sd-scripts rounds the timestep passed to the transformer to bfloat16; lorakit does not.
-- With Anima, sd-scripts writes the rate at which captions are dropped into its cache, so that another rate needs a new
-  one. lorakit's cache does not know the rate.
+- With Anima, sd-scripts writes the caption dropout rate into its cache, so that another rate needs a new cache.
+  lorakit's cache does not depend on it.
 
-Below are all options, by what they are about. “later” means that the option is left out with a warning."""
+The tables below list all options. “later” means that the option is left out with a warning."""
 
 
 def config_page() -> str:

@@ -350,7 +350,8 @@ def test_init_writes_a_config_to_start_from(folder: Path) -> None:
     result = run(
         folder, "init", "filled.toml", "--for", "style", "--images", "pictures", "--model", "model.safetensors"
     )
-    assert result.stdout == "Wrote filled.toml. Then: lorakit check filled.toml\n"
+    kept = "Wrote filled.toml; kept prompts.txt, which was there already. Then: lorakit check filled.toml\n"
+    assert result.stdout == kept
     assert run(folder, "check", "filled.toml").returncode == 0
     assert (folder / "prompts.txt").read_text() == "mine"
     assert run(folder, "init", "--full", "full.toml").stdout.endswith("lorakit check full.toml\n")

@@ -50,19 +50,21 @@ def init(path: Path, full: bool, **chosen: Any) -> None:
 
     if path.exists():
         raise OutputError(f"{path} exists already; give another name, or remove it first")
-    written, prompts = [path], prompts_beside(path)
+    written, kept, prompts = [path], "", prompts_beside(path)
     if full:
         write_atomically(path, full_config(catalog(), path, chosen["images"], chosen["model"]).encode())
     else:
         start = plan_start(catalog(), **chosen)
         write_atomically(path, short_config(start, path).encode())
-        if not prompts.exists():
+        if prompts.exists():
+            kept = f"; kept {prompts}, which was there already"
+        else:
             write_atomically(prompts, start.prompts().encode())
             written.append(prompts)
     needed = {"model.path": "model", "data.image_dir": "images"}
     missing = [key for key, option in needed.items() if not chosen[option]]
     todo = f"Set {' and '.join(missing)} in it, then" if missing else "Then"
-    click.echo(f"Wrote {' and '.join(map(str, written))}. {todo}: lorakit check {path}")
+    click.echo(f"Wrote {' and '.join(map(str, written))}{kept}. {todo}: lorakit check {path}")
 
 
 @click.command(cls=ConfigCommand)

@@ -126,9 +126,9 @@ def test_a_series_is_stopped_and_resumed(tables: dict[str, Any], tmp_path: Path)
     """One Ctrl-C stops after the step; `--resume` goes on where it was, and does not repeat what was finished."""
     tables = {**tables, "observers": [], "training": {**tables["training"], "max_steps": 3}}
     write(tmp_path, tables)
-    command = [sys.executable, "-m", "lorakit", "sweep", "config.toml", "--vary", "training.max_steps=3,200"]
+    command = [sys.executable, "-m", "lorakit", "sweep", "config.toml", "--vary", "training.max_steps=3,60"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    second = tmp_path / "out" / "lora-max_steps200-step00000002.safetensors"
+    second = tmp_path / "out" / "lora-max_steps60-step00000002.safetensors"
     for _ in range(600):
         if second.exists() or process.poll() is not None:
             break
@@ -136,16 +136,16 @@ def test_a_series_is_stopped_and_resumed(tables: dict[str, Any], tmp_path: Path)
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert "Stopped in the run max_steps=200" in errors
-    reports = [tmp_path / "out" / f"lora-max_steps{steps}.report.json" for steps in (3, 200)]
+    assert "Stopped in the run max_steps=60" in errors
+    reports = [tmp_path / "out" / f"lora-max_steps{steps}.report.json" for steps in (3, 60)]
     first, stopped = (json.loads(report.read_text()) for report in reports)
     assert stopped["error"].startswith("Stopped after step")
     result = run(tmp_path, *command[3:], "--resume")
     assert result.returncode == 0, result.stderr
     assert json.loads(reports[0].read_text()) == first
     after = json.loads(reports[1].read_text())
-    assert (after["error"], after["steps"]) == ("", 200)
-    assert f"step {stopped['steps'] + 1}/200" in result.stderr or "resum" in result.stderr.lower()
+    assert (after["error"], after["steps"]) == ("", 60)
+    assert f"step {stopped['steps'] + 1}/60" in result.stderr or "resum" in result.stderr.lower()
 
 
 def test_a_signal_before_a_run_listens(tables: dict[str, Any], tmp_path: Path) -> None:
