@@ -5,7 +5,8 @@
 
 The run is `lorakit train` in a process of its own, with saves, states, previews, validation and logs on the way. Each
 time it tells of its progress, what the system says of its process is noted. Speed is steps for each second that it
-computed, which other programs disturb less than the clock.
+computed, divided by how fast the machine does a fixed piece of work at that moment: other programs, and virtual
+machines on the same cores, make both slower alike.
 
 A line is fitted to each curve, without its first fifth, in which caches fill. The run has failed if along that line
 memory grows by more than 3 %, open files by more than one, or speed falls by more than a tenth. What is noted goes into
@@ -45,6 +46,8 @@ class Sample:
     """Resident memory in MiB."""
     files: int
     """Open file descriptors."""
+    fixed: float
+    """Seconds that a fixed piece of work takes at this moment."""
 
 
 @frozen
@@ -176,14 +179,29 @@ def sample(pid: int, step: int, seconds: float) -> Sample:
     computed = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     pages = int((process / "statm").read_text().split()[1])
     memory = pages * os.sysconf("SC_PAGE_SIZE") / MEBIBYTE
-    return Sample(step, seconds, computed, memory, len(list((process / "fd").iterdir())))
+    return Sample(step, seconds, computed, memory, len(list((process / "fd").iterdir())), fixed_work())
+
+
+def fixed_work() -> float:
+    """Seconds that a fixed piece of work takes: many small products, as in a step of a tiny model. The median of 9."""
+    matrix, times = np.full((64, 64), 1 / 64), []
+    for _ in range(9):
+        started = time.process_time()
+        for _ in range(1000):
+            matrix = matrix @ matrix
+        times.append(time.process_time() - started)
+    return float(np.median(times))
 
 
 def curves(samples: Sequence[Sample]) -> list[Curve]:
     """Memory, open files and speed over the steps."""
     steps = [sample.step for sample in samples]
     memory = [sample.memory for sample in samples]
-    speed = [(after.step - before.step) / (after.computed - before.computed) for before, after in pairwise(samples)]
+    usual = float(np.median([sample.fixed for sample in samples]))
+    speed = [
+        (after.step - before.step) / (after.computed - before.computed) * (before.fixed + after.fixed) / (2 * usual)
+        for before, after in pairwise(samples)
+    ]
     return [
         Curve("memory, MiB", steps, memory, 0.03 * float(np.median(memory))),
         Curve("open files", steps, [sample.files for sample in samples], 1.0),
