@@ -4,9 +4,8 @@
     python benchmarks/soak.py --steps 2000 --plot soak.svg
 
 The run is `lorakit train` in a process of its own, with saves, states, previews, validation and logs on the way. Each
-time it tells of its progress, what the system says of its process is noted. Speed is steps for each second that it
-computed, divided by how fast the machine does a fixed piece of work at that moment: other programs, and virtual
-machines on the same cores, make both slower alike.
+time it tells of its progress, what the system says of its process is noted. Speed is steps per CPU second, relative to
+a reference workload timed at the same moments: other programs and virtual machines on the same cores slow down both.
 
 A line is fitted to each curve, without its first fifth, in which caches fill. The run has failed if along that line
 memory grows by more than 3 %, open files by more than one, or speed falls by more than a tenth. What is noted goes into
@@ -24,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +44,8 @@ class Sample:
     """Resident memory in MiB."""
     files: int
     """Open file descriptors."""
-    fixed: float
-    """Seconds that a fixed piece of work takes at this moment."""
+    reference: float
+    """CPU seconds of the reference workload at this moment."""
 
 
 @frozen
@@ -179,11 +177,11 @@ def sample(pid: int, step: int, seconds: float) -> Sample:
     computed = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     pages = int((process / "statm").read_text().split()[1])
     memory = pages * os.sysconf("SC_PAGE_SIZE") / MEBIBYTE
-    return Sample(step, seconds, computed, memory, len(list((process / "fd").iterdir())), fixed_work())
+    return Sample(step, seconds, computed, memory, len(list((process / "fd").iterdir())), reference_time())
 
 
-def fixed_work() -> float:
-    """Seconds that a fixed piece of work takes: many small products, as in a step of a tiny model. The median of 9."""
+def reference_time() -> float:
+    """CPU seconds of a reference workload, many small matrix products as in a step of a tiny model; the median of 9."""
     matrix, times = np.full((64, 64), 1 / 64), []
     for _ in range(9):
         started = time.process_time()
@@ -197,11 +195,9 @@ def curves(samples: Sequence[Sample]) -> list[Curve]:
     """Memory, open files and speed over the steps."""
     steps = [sample.step for sample in samples]
     memory = [sample.memory for sample in samples]
-    usual = float(np.median([sample.fixed for sample in samples]))
-    speed = [
-        (after.step - before.step) / (after.computed - before.computed) * (before.fixed + after.fixed) / (2 * usual)
-        for before, after in pairwise(samples)
-    ]
+    reference = np.array([sample.reference for sample in samples])
+    slowness = (reference[:-1] + reference[1:]) / 2 / np.median(reference)
+    speed = (np.diff(steps) / np.diff([sample.computed for sample in samples]) * slowness).tolist()
     return [
         Curve("memory, MiB", steps, memory, 0.03 * float(np.median(memory))),
         Curve("open files", steps, [sample.files for sample in samples], 1.0),

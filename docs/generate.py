@@ -204,9 +204,9 @@ Some differences are deliberate. LoRA files of both are used in the same way.
   sd-scripts uses the offset of a letterboxed image.
 - With `--zero_terminal_snr`, `--min_snr_gamma` and other weights are computed from the rescaled noise schedule; in
   sd-scripts from the original one.
-- In sd-scripts, only `--v_parameterization` and `--zero_terminal_snr` decide what is trained, so the config sets both
-  keys. `lorakit check` warns if the model's file disagrees. Without `prediction` and `zero_terminal_snr`, lorakit does
-  what the file says.
+- sd-scripts takes the prediction type and zero terminal SNR from `--v_parameterization` and `--zero_terminal_snr` only,
+  never from the model's file, so the config sets both keys. `lorakit check` warns if the file disagrees; without the
+  keys, lorakit follows the file.
 - Images for which the VAE overflows in half precision are encoded again in float32.
 
 ## FLUX.1, Chroma and Anima

@@ -188,7 +188,7 @@ def test_extreme_shapes_cost_no_memory(tmp_path: Path):
 
 
 BAD = {
-    "empty.png": (b"", r"is empty \("),
+    "empty.png": (b"", r"is empty \(restore or remove it\)"),
     "text.png": (b"not an image at all", "is not a PNG, JPEG, WebP, AVIF, TIFF, BMP or GIF image"),
     "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a PNG"),
 }

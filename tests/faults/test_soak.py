@@ -36,11 +36,11 @@ def test_what_creeps_is_found(soak: ModuleType, leak: dict[str, float], flat: li
     """
     jitter, computed, samples = keyed_generator("soak"), 0.0, []
     for step in range(100, 20_001, 100):
-        fixed = 0.02 * (1 + leak.get("machine", 0.0) * step)
-        computed += 100 * 2.5 * fixed * (1 + leak.get("slowing", 0.0) * step) * jitter.uniform(0.9, 1.1)
+        reference = 0.02 * (1 + leak.get("machine", 0.0) * step)
+        computed += 100 * 2.5 * reference * (1 + leak.get("slowing", 0.0) * step) * jitter.uniform(0.9, 1.1)
         memory = 600 * jitter.uniform(0.995, 1.005) + leak.get("memory", 0.0) * step
         files = 3 + int(jitter.integers(0, 2)) + int(leak.get("files", 0.0) * step)
-        samples.append(soak.Sample(step, computed, computed, memory, files, fixed))
+        samples.append(soak.Sample(step, computed, computed, memory, files, reference))
     assert [curve.is_flat for curve in soak.curves(samples)] == flat
 
 

@@ -130,7 +130,7 @@ def _join(device: str, timeout: float | None) -> Distributed:
         raise ConfigError([Problem("", message, "start it with `accelerate launch` or torchrun, which set LOCAL_RANK")])
     # At the end of the program and not of the run: another run may follow, and processes can meet only once.
     atexit.register(state.destroy_process_group)
-    # With a number, PyTorch would copy what is on the CPU already, and weights out of their mapped files.
+    # Not `cpu:0`: moving a tensor there copies it even if it is on `cpu`, memory-mapped weights included.
     own = torch.device("cpu") if state.device.type == "cpu" else state.device
     return Distributed(own, state.process_index, state.num_processes)
 
